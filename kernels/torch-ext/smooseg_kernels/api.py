@@ -1,0 +1,211 @@
+"""The front door: validates, brings the arguments into one canonical form and picks the implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import checks, dense, moments
+from .rows import accumulation_dtype
+from .types import SmooSegLoss, SmoothnessTerms
+
+IMPLS = {"dense": dense, "torch": moments}
+
+
+def implementation(impl: str) -> ModuleType:
+    """An explicit choice is honoured or raises, never swapped."""
+    if impl == "auto":
+        return moments
+    if impl in IMPLS:
+        return IMPLS[impl]
+    if impl == "triton":
+        raise NotImplementedError('impl="triton" is not part of this version; use impl="torch" (or "auto"), which computes the same values')
+    raise ValueError(f'impl must be "auto", "triton", "torch" or "dense", got {impl!r}')
+
+
+def smooseg_loss(
+    features: Tensor,
+    codes: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    partners: Tensor | Sequence[str | Tensor],
+    thresholds: Tensor | Sequence[float],
+    *,
+    temperature: float = 0.1,
+    relative: bool = False,
+    center: bool = True,
+    channel_scale: Tensor | None = None,
+    patch_weight: Tensor | None = None,
+    feature_norms: Tensor | None = None,
+    mean: Tensor | None = None,
+    impl: str = "auto",
+) -> SmooSegLoss:
+    """The whole SmooSeg objective: smoothness energies of T pair sets plus the student's data term.
+
+    Label distributions are softmax(cos(code, teacher) / temperature); closeness is W_ij = cos(f_i, f_j) - its mean over j + M, with M the mean
+    over the pair set (W = cos without `center`); energy is the mean of (W_ij - b) (1 - cos(p_i, p_j)); the data term is the cross-entropy of
+    cos(stopgrad(code), student) against argmax cos(code, teacher). Lan et al. 2023, equations 2 to 9.
+
+    Args:
+        features: [B,P,D] frozen patch features, any length.
+        codes: [B,P,Z], or [H,B,P,Z] for H heads on the same features. Gets gradients, through the energies only.
+        student: [K,Z] or [H,K,Z], any length. Gets gradients, through the data term only.
+        teacher: like student, a constant.
+        partners: int64 [T,B] image numbers, or a sequence of T entries, each int64 [B], "self" (the image itself) or "all" (every ordered
+            pair of different images, B >= 2).
+        thresholds: [T], or [H,T] with heads. Patches more alike than b are pulled together, the others pushed apart.
+        temperature: above 0.
+        relative: thresholds are an excess over the measured mean closeness, b = M + threshold.
+        channel_scale: [B,D] multiplies an image's features on whichever side it stands (dropout masks), without a copy that outlives the call.
+        patch_weight: [B,P] >= 0. Means over i, j are weighted by w_i w'_j, the data term by w_i; an image without weight is left out.
+        feature_norms: [B,P] the features' row norms, to spare computing them; not together with channel_scale.
+        mean: [T] takes the place of the measured M (data-parallel runs average it first).
+        impl: "auto", "torch", "dense" or "triton".
+
+    Returns:
+        SmooSegLoss, fp32 (fp64 for fp64 inputs). With heads everything but `mean` has a leading [H] and equals H single calls. fp16 codes need
+        loss scaling: their gradients underflow.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what was expected.
+    """
+    module = implementation(impl)
+    checks.float_tensor("features", features, ("B", "P", "D"), constant=True)
+    B, P, _ = features.shape
+    H = codes.shape[0] if isinstance(codes, Tensor) and codes.dim() == 4 else None
+    heads = () if H is None else (H,)
+    checks.float_tensor("codes", codes, (*heads, B, P, "Z"), features)
+    checks.float_tensor("student", student, (*heads, "K", codes.shape[-1]), features)
+    checks.float_tensor("teacher", teacher, tuple(student.shape), features, constant=True)
+    pair_sets, options = energy_arguments(
+        features, codes, partners, thresholds, H, relative, center, channel_scale, patch_weight, feature_norms, mean
+    )
+    canonical = (codes, student, teacher) if H is not None else (codes[None], student[None], teacher[None])
+    energy, data, distance, mean = module.loss(features, *canonical, pair_sets, temperature=checks.temperature(temperature), **options)
+    total = energy.sum(1) + data
+    if H is None:
+        return SmooSegLoss(total[0], energy[0], data[0], distance[0], mean)
+    return SmooSegLoss(total, energy, data, distance, mean)
+
+
+def smoothness_energy(
+    features: Tensor,
+    probs: Tensor,
+    partners: Tensor | Sequence[str | Tensor],
+    thresholds: Tensor | Sequence[float],
+    *,
+    relative: bool = False,
+    center: bool = True,
+    channel_scale: Tensor | None = None,
+    patch_weight: Tensor | None = None,
+    feature_norms: Tensor | None = None,
+    mean: Tensor | None = None,
+    impl: str = "auto",
+) -> SmoothnessTerms:
+    """The smoothness energies alone, of label rows `probs` [B,P,K] of any positive length (cosine is what counts). Gradient to `probs`.
+
+    The other arguments, the returned dtypes and the errors are those of `smooseg_loss`.
+    """
+    module = implementation(impl)
+    checks.float_tensor("features", features, ("B", "P", "D"), constant=True)
+    checks.float_tensor("probs", probs, (*features.shape[:2], "K"), features)
+    pair_sets, options = energy_arguments(
+        features, probs, partners, thresholds, None, relative, center, channel_scale, patch_weight, feature_norms, mean
+    )
+    energy, distance, mean = module.smoothness(features, probs[None], pair_sets, **options)
+    return SmoothnessTerms(energy[0], distance[0], mean)
+
+
+def energy_arguments(features, rows, partners, thresholds, H, relative, center, channel_scale, patch_weight, feature_norms, mean):
+    """The arguments that both energies share -> pair sets and keyword arguments, checked, constants in the accumulation dtype."""
+    B, P, D = features.shape
+    dtype = accumulation_dtype(features, rows)
+    pair_sets = checks.pair_sets(partners, B, features.device)
+    if channel_scale is not None and feature_norms is not None:
+        raise ValueError("feature_norms cannot be used with channel_scale, which changes the norms: leave one of them out")
+    return pair_sets, {
+        "thresholds": checks.threshold_table(thresholds, len(pair_sets), H, dtype, features.device),
+        "relative": bool(relative),
+        "center": bool(center),
+        "channel_scale": checks.optional_constant("channel_scale", channel_scale, (B, D), features, dtype),
+        "patch_weight": checks.weights(patch_weight, (B, P), features, dtype),
+        "feature_norms": checks.optional_constant("feature_norms", feature_norms, (B, P), features, dtype),
+        "mean": checks.optional_constant("mean", mean, (len(pair_sets),), features, dtype),
+    }
+
+
+def prototype_probabilities(codes: Tensor, prototypes: Tensor, *, temperature: float = 0.1, impl: str = "auto") -> Tensor:
+    """softmax_k(cos(code, prototype_k) / temperature): [B,P,Z], [K,Z] -> [B,P,K], fp32 (fp64 for fp64). Gradients to both."""
+    module = implementation(impl)
+    checks.float_tensor("codes", codes, ("B", "P", "Z"))
+    checks.float_tensor("prototypes", prototypes, ("K", codes.shape[-1]), codes)
+    return module.probabilities(codes[None], prototypes[None], checks.temperature(temperature))[0]
+
+
+def prototype_loss(codes: Tensor, student: Tensor, teacher: Tensor, *, patch_weight: Tensor | None = None, impl: str = "auto") -> Tensor:
+    """The data term: mean cross-entropy of cos(stopgrad(code), student) against argmax cos(code, teacher), no temperature.
+
+    codes [B,P,Z], student and teacher [K,Z], patch_weight [B,P] >= 0 -> scalar, fp32 (fp64 for fp64). Gradient to the student only.
+    """
+    module = implementation(impl)
+    checks.float_tensor("codes", codes, ("B", "P", "Z"))
+    checks.float_tensor("student", student, ("K", codes.shape[-1]), codes)
+    checks.float_tensor("teacher", teacher, tuple(student.shape), codes, constant=True)
+    weight = checks.weights(patch_weight, tuple(codes.shape[:2]), codes, accumulation_dtype(codes, student))
+    return module.data_term(codes[None], student[None], teacher[None], weight)[0]
+
+
+def assign(
+    codes: Tensor,
+    prototypes: Tensor,
+    *,
+    grid: Sequence[int] | None = None,
+    size: Sequence[int] | None = None,
+    labels: Tensor | None = None,
+    classes: int | None = None,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The nearest prototype of every patch, or of every pixel of bilinearly upsampled codes (align_corners=False); ties go to the lowest index.
+
+    Args:
+        codes: [B,P,Z]; prototypes: [K,Z].
+        grid, size: (h, w) with h * w = P, patches row by row, and (H, W) pixels; both or neither.
+        labels: integers [B,H,W] (or [B,P] without a grid), with `classes`; values outside 0 .. classes - 1 are ignored.
+
+    Returns:
+        int64 [B,P] or [B,H,W]; with labels a tuple of it and the int64 [K, classes] counts of (assigned, labelled) pixels.
+    """
+    module = implementation(impl)
+    checks.float_tensor("codes", codes, ("B", "P", "Z"))
+    checks.float_tensor("prototypes", prototypes, ("K", codes.shape[-1]), codes)
+    grid, size = checks.size_pair("grid", grid), checks.size_pair("size", size)
+    if (grid is None) != (size is None):
+        raise ValueError(f"grid and size go together, got grid={grid} and size={size}")
+    if grid is not None and grid[0] * grid[1] != codes.shape[1]:
+        raise ValueError(f"grid {grid} has {grid[0] * grid[1]} patches, but codes has {codes.shape[1]}")
+    if (labels is None) != (classes is None):
+        raise ValueError("labels and classes go together: the counts need both")
+    if labels is None:
+        with torch.no_grad():
+            return module.assign(codes, prototypes, grid, size)
+    expected = (codes.shape[0], *(size or codes.shape[1:2]))
+    if not isinstance(labels, Tensor) or labels.dtype not in checks.INTEGERS:
+        raise TypeError(f"labels must be an integer tensor {list(expected)}, got {getattr(labels, 'dtype', type(labels).__name__)}")
+    if tuple(labels.shape) != expected or labels.device != codes.device:
+        raise ValueError(f"labels must have shape {list(expected)} on {codes.device}, got {list(labels.shape)} on {labels.device}")
+    if int(classes) < 1:
+        raise ValueError(f"classes must be at least 1, got {classes}")
+    with torch.no_grad():
+        assigned = module.assign(codes, prototypes, grid, size)
+        return assigned, confusion_counts(assigned, labels, prototypes.shape[0], int(classes))
+
+
+def confusion_counts(assigned: Tensor, labels: Tensor, K: int, classes: int) -> Tensor:
+    """[K, classes] int64, exact: integer additions, in any order. Ignored pixels go to a spare cell that is dropped."""
+    labels = labels.long()
+    cell = torch.where((labels >= 0) & (labels < classes), assigned * classes + labels, K * classes).flatten()
+    counts = torch.zeros(K * classes + 1, dtype=torch.int64, device=labels.device)
+    return counts.scatter_add_(0, cell, torch.ones_like(cell))[:-1].view(K, classes)

@@ -1,0 +1,120 @@
+"""Checks of the public functions' arguments: each error names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+
+
+def is_inspectable(tensor: Tensor) -> bool:
+    """Whether values may be looked at: real CPU tensors, or any real tensor under SMOOSEG_CHECK_INDICES=1 (a sync on a GPU)."""
+    real = type(tensor) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling() and tensor.device.type != "meta"
+    return real and (tensor.device.type == "cpu" or os.environ.get("SMOOSEG_CHECK_INDICES") == "1")
+
+
+def float_tensor(name: str, tensor: Tensor, shape: tuple[int | str, ...], like: Tensor | None = None, constant: bool = False) -> None:
+    """`shape` holds sizes, or letters for sizes that are free (at least 1)."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape {describe(shape)}, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name} must be fp32, fp16, bf16 or fp64, got {tensor.dtype}")
+    fits = tensor.dim() == len(shape) and all(
+        size >= 1 if isinstance(want, str) else size == want for size, want in zip(tensor.shape, shape)
+    )
+    if not fits:
+        raise ValueError(f"{name} must have shape {describe(shape)}, got {list(tensor.shape)}")
+    if like is not None and tensor.device != like.device:
+        raise ValueError(f"{name} is on {tensor.device}, but the other inputs are on {like.device}: move it there")
+    if constant and tensor.requires_grad:
+        raise ValueError(f"{name} is a constant of this function and gets no gradient: pass {name}.detach()")
+
+
+def describe(shape: tuple[int | str, ...]) -> str:
+    return "[" + ", ".join(str(size) for size in shape) + "]"
+
+
+def temperature(value: float) -> float:
+    value = float(value)
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"temperature must be a finite number above 0, got {value}")
+    return value
+
+
+def pair_sets(partners: Tensor | Sequence, B: int, device: torch.device) -> tuple[str | Tensor, ...]:
+    """-> one entry a pair set: "self", "all" or an int64 [B] tensor on the device."""
+    if isinstance(partners, str) or not isinstance(partners, (Tensor, Sequence)):
+        raise TypeError(f"partners must be an int64 tensor [T, B] or a sequence of T entries, got {partners!r}")
+    if isinstance(partners, Tensor) and partners.dim() != 2:
+        raise ValueError(f"partners must have shape [T, {B}], got {list(partners.shape)}")
+    entries = tuple(partners.unbind(0)) if isinstance(partners, Tensor) else tuple(partners)
+    if not entries:
+        raise ValueError("partners is empty: name at least one pair set")
+    return tuple(partner_entry(f"partners[{t}]", entry, B, device) for t, entry in enumerate(entries))
+
+
+def partner_entry(name: str, entry: str | Tensor, B: int, device: torch.device) -> str | Tensor:
+    if isinstance(entry, str):
+        if entry not in ("self", "all"):
+            raise ValueError(f'{name} must be "self", "all" or an int64 tensor [{B}], got {entry!r}')
+        if entry == "all" and B < 2:
+            raise ValueError(f'{name} is "all", the pairs of different images, which needs a batch of at least 2 images, got {B}')
+        return entry
+    if not isinstance(entry, Tensor):
+        raise TypeError(f'{name} must be "self", "all" or an int64 tensor [{B}], got {type(entry).__name__}')
+    if entry.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {entry.dtype}")
+    if tuple(entry.shape) != (B,):
+        raise ValueError(f"{name} must have shape [{B}], got {list(entry.shape)}")
+    if entry.device != device:
+        raise ValueError(f"{name} is on {entry.device}, but the other inputs are on {device}: move it there")
+    if is_inspectable(entry):
+        low, high = int(entry.min()), int(entry.max())
+        if low < 0 or high >= B:
+            raise ValueError(f"{name} must hold image numbers 0 to {B - 1}, got {low} to {high}")
+        return entry
+    return entry.clamp(0, B - 1)
+
+
+def threshold_table(values: Tensor | Sequence[float] | float, T: int, H: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """-> [H or 1, T] in `dtype`."""
+    if isinstance(values, Tensor):
+        if values.requires_grad:
+            raise ValueError("thresholds is a constant of this function and gets no gradient: pass thresholds.detach()")
+        table = values.to(device=device, dtype=dtype)
+    else:
+        table = torch.tensor(values, dtype=dtype, device=device)
+    if tuple(table.shape) == (T,):
+        return table[None].expand(H or 1, T)
+    if H is not None and tuple(table.shape) == (H, T):
+        return table
+    expected = f"[{T}]" if H is None else f"[{T}] or [{H}, {T}]"
+    raise ValueError(f"thresholds must have shape {expected}, one for each pair set, got {list(table.shape)}")
+
+
+def optional_constant(name: str, tensor: Tensor | None, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor | None:
+    if tensor is None:
+        return None
+    float_tensor(name, tensor, shape, like, constant=True)
+    return tensor.to(dtype)
+
+
+def weights(tensor: Tensor | None, shape: tuple[int, int], like: Tensor, dtype: torch.dtype) -> Tensor | None:
+    tensor = optional_constant("patch_weight", tensor, shape, like, dtype)
+    if tensor is not None and is_inspectable(tensor) and not bool((tensor >= 0).all()):
+        raise ValueError(f"patch_weight must be 0 or more everywhere, got {float(tensor.min())}")
+    return tensor
+
+
+def size_pair(name: str, pair: Sequence[int] | None) -> tuple[int, int] | None:
+    if pair is None:
+        return None
+    if len(pair) != 2 or any(int(side) < 1 for side in pair):
+        raise ValueError(f"{name} must be two positive integers (rows, columns), got {tuple(pair)}")
+    return int(pair[0]), int(pair[1])

@@ -1,0 +1,156 @@
+"""The objective from sums over patches, in O(P D K) time and O(P (D + K)) memory: plain traceable PyTorch (`impl="torch"`).
+
+The energy has no clamp, so it is bilinear in the unit features and the unit label rows of both sides, and three moments of an image hold all
+that a pair set needs of it. With weights w that add up to 1 over an image's patches (1 / P each by default):
+
+    g = sum_p w_p f_p c_p^T  [D,K],    u = sum_p w_p f_p  [D],    s = sum_p w_p c_p  [K]
+    centred      E = mean over image pairs of (M - b) (1 - s.s') - <g, g' - u' s'^T>,    M = mean of u.u'
+    not centred  E = mean over image pairs of u.u' - b (1 - s.s') - <g, g'>
+
+Arguments come canonical from `api`, as `dense` takes them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .rows import accumulation_dtype, inverse_norms, invert_norms, unit_rows
+
+# upsampled scores are made in strips of rows so that a large image never needs [K,H,W] floats at once
+STRIP_ELEMENTS = 1 << 24
+
+
+class Moments(NamedTuple):
+    g: Tensor  # [H,B,D,K]
+    u: Tensor  # [B,D]
+    s: Tensor  # [H,B,K]
+    present: Tensor  # [B] 1 where the image has any weight, else 0: then its moments are 0 and it is left out of every mean
+
+
+def moments(features, probs, channel_scale, patch_weight, feature_norms) -> Moments:
+    dtype = accumulation_dtype(features, probs)
+    H, B, P, K = probs.shape
+    f = features.to(dtype)
+    if feature_norms is not None:
+        inverse = invert_norms(feature_norms)
+    elif channel_scale is not None:
+        inverse = inverse_norms(f * channel_scale[:, None, :])[..., 0]
+    else:
+        inverse = inverse_norms(f)[..., 0]
+    c = unit_rows(probs.to(dtype))
+    if patch_weight is None:
+        weight, present = torch.full_like(inverse, 1.0 / P), torch.ones_like(inverse[:, 0])
+    else:
+        total = patch_weight.sum(1, keepdim=True)
+        weight = torch.where(total > 0, patch_weight / torch.where(total > 0, total, 1.0), 0.0)
+        present = (total[:, 0] > 0).to(dtype)
+    # the features are read as they are: their norms and weights ride on the label rows, which are smaller by D / K,
+    # and u is one more label whose probability is 1 everywhere
+    scaled = weight * inverse
+    sides = torch.cat(((c * scaled[None, :, :, None]).permute(1, 2, 0, 3).flatten(2), scaled[..., None]), -1)
+    sums = f.mT @ sides  # [B,D,H*K+1]
+    if channel_scale is not None:
+        sums = sums * channel_scale[..., None]
+    g = sums[..., :-1].unflatten(-1, (H, K)).permute(2, 0, 1, 3)
+    return Moments(g, sums[..., -1], torch.einsum("bp,hbpk->hbk", weight, c), present)
+
+
+def smoothness(features, probs, partners, thresholds, relative, center, channel_scale, patch_weight, feature_norms, mean):
+    """-> energy [H,T], distance [H,T], mean [T]."""
+    m = moments(features, probs, channel_scale, patch_weight, feature_norms)
+    sums = [pair_sums(m, entry, center) for entry in partners]
+    pairs, likeness, agreement, inner = (torch.stack(parts, -1) for parts in zip(*sums))  # [T], [T], [H,T], [H,T]
+    count = pairs.clamp(min=1.0)
+    mean = likeness / count if mean is None else mean
+    bias = thresholds + mean if relative else thresholds
+    distance = (pairs - agreement) / count
+    energy = ((mean - bias) * distance if center else likeness / count - bias * distance) - inner / count
+    return energy, distance, mean
+
+
+def pair_sums(m: Moments, entry: str | Tensor, center: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sums over the image pairs (n, n') of one pair set: pairs [], u.u' [], s.s' [H], <g, g' - u' s'^T> or <g, g'> [H]."""
+    other = m.g - m.u[:, :, None] * m.s[:, :, None, :] if center else m.g  # what an image shows as a partner
+    if isinstance(entry, Tensor):
+        j = entry
+        return (
+            (m.present * m.present[j]).sum(),
+            (m.u * m.u[j]).sum(),
+            (m.s * m.s[:, j]).sum((1, 2)),
+            (m.g * other[:, j]).sum((1, 2, 3)),
+        )
+    own = m.present.sum(), m.u.square().sum(), m.s.square().sum((1, 2)), (m.g * other).sum((1, 2, 3))
+    if entry == "self":
+        return own
+    # every ordered pair of different images: the product of the sums, less each image with itself
+    crowd = (
+        m.present.sum().square(),
+        m.u.sum(0).square().sum(),
+        m.s.sum(1).square().sum(1),
+        (m.g.sum(1) * other.sum(1)).sum((1, 2)),
+    )
+    return tuple(a - b for a, b in zip(crowd, own))
+
+
+def raw_cosines(codes: Tensor, prototypes: Tensor) -> Tensor:
+    """[H,B,P,Z], [H,K,Z] -> [H,B,P,K] without writing unit codes: the code norms divide the smaller product."""
+    dtype = accumulation_dtype(codes, prototypes)
+    codes = codes.to(dtype)
+    return (codes @ unit_rows(prototypes.to(dtype))[:, None].mT) * inverse_norms(codes)
+
+
+def probabilities(codes: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
+    return torch.softmax(raw_cosines(codes, prototypes) / temperature, -1)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, patch_weight: Tensor | None) -> Tensor:
+    """[H,B,P,K], [H,B,P] -> [H]."""
+    loss = logits.logsumexp(-1) - logits.gather(-1, labels[..., None])[..., 0]
+    if patch_weight is None:
+        return loss.mean((1, 2))
+    return (loss * patch_weight).sum((1, 2)) / patch_weight.sum().clamp(min=torch.finfo(loss.dtype).tiny)
+
+
+def data_term(codes: Tensor, student: Tensor, teacher: Tensor, patch_weight: Tensor | None) -> Tensor:
+    """-> [H]."""
+    codes = codes.detach()
+    return cross_entropy(raw_cosines(codes, student), raw_cosines(codes, teacher).argmax(-1), patch_weight)
+
+
+def loss(
+    features, codes, student, teacher, partners, thresholds, temperature, relative, center, channel_scale, patch_weight, feature_norms, mean
+):
+    """-> energy [H,T], data [H], distance [H,T], mean [T]."""
+    toward_teacher = raw_cosines(codes, teacher)
+    probs = torch.softmax(toward_teacher / temperature, -1)
+    energy, distance, mean = smoothness(
+        features, probs, partners, thresholds, relative, center, channel_scale, patch_weight, feature_norms, mean
+    )
+    data = cross_entropy(raw_cosines(codes.detach(), student), toward_teacher.detach().argmax(-1), patch_weight)
+    return energy, data, distance, mean
+
+
+def assign(codes: Tensor, prototypes: Tensor, grid: tuple[int, int] | None, size: tuple[int, int] | None) -> Tensor:
+    """-> [B,P] or [B,H,W]. Upsampling is linear and a code's norm is common to all prototypes, so K numerators are upsampled, not Z codes."""
+    dtype = accumulation_dtype(codes, prototypes)
+    scores = codes.to(dtype) @ unit_rows(prototypes.to(dtype)).mT
+    if grid is None:
+        return scores.argmax(-1)
+    (h, w), (H, W) = grid, size
+    planes = scores.mT.unflatten(-1, grid)  # [B,K,h,w]
+    B, K = planes.shape[:2]
+    # bilinear is separable: rows by two taps here, columns by the library, strip by strip
+    y = ((torch.arange(H, device=codes.device, dtype=dtype) + 0.5) * (h / H) - 0.5).clamp(min=0.0)
+    top = y.long().clamp(max=h - 1)
+    bottom, share = (top + 1).clamp(max=h - 1), (y - top)[:, None]
+    rows = max(1, STRIP_ELEMENTS // (B * K * W))
+    strips = []
+    for start in range(0, H, rows):
+        part = slice(start, min(start + rows, H))
+        lines = torch.lerp(planes[:, :, top[part]], planes[:, :, bottom[part]], share[part])
+        strips.append(F.interpolate(lines, size=(lines.shape[2], W), mode="bilinear", align_corners=False).argmax(1))
+    return torch.cat(strips, 1)

@@ -1,0 +1,25 @@
+"""What the public functions return."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class SmoothnessTerms(NamedTuple):
+    """Smoothness energies of T pair sets, fp32 (fp64 for fp64 inputs)."""
+
+    energy: Tensor  # [T] mean over (image, i, j) of (W_ij - b) * (1 - cos(p_i, p_j))
+    distance: Tensor  # [T] mean label distance, 1 - cos(p_i, p_j)
+    mean: Tensor  # [T] mean closeness M of each pair set: measured, or the one that was given
+
+
+class SmooSegLoss(NamedTuple):
+    """The whole objective, fp32 (fp64 for fp64 inputs); a head axis of the codes puts [H] in front of all but `mean`."""
+
+    total: Tensor  # [] energy.sum() + data
+    energy: Tensor  # [T]
+    data: Tensor  # [] cross-entropy of the student against the teacher's labels
+    distance: Tensor  # [T]
+    mean: Tensor  # [T]

@@ -1,0 +1,37 @@
+"""Two import packages from one project: `smooseg_fast` (the trainer) and `smooseg_kernels` (the objective, needs torch alone)."""
+
+from setuptools import setup
+
+setup(
+    name="smooseg_fast",
+    version="0.1.0",
+    description="Unsupervised semantic segmentation with SmooSeg: exact linear-time objective, trainer, evaluation and prediction",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=["smooseg_fast", "smooseg_fast.backbones", "smooseg_kernels"],
+    package_dir={"smooseg_kernels": "kernels/torch-ext/smooseg_kernels"},
+    package_data={"smooseg_fast": ["py.typed"], "smooseg_kernels": ["py.typed"]},
+    install_requires=[
+        "torch>=2.11",
+        "numpy>=1.26",
+        "scipy>=1.11",
+        "pillow>=10.3",
+        "safetensors>=0.4.3",
+        "tyro>=1.0",
+        "tqdm>=4.66",
+        "matplotlib>=3.8",
+    ],
+    extras_require={
+        "transformers": ["transformers>=5.0"],
+        "test": [
+            "pytest>=8.0",
+            "pytest-benchmark>=4.0",
+            "ruff>=0.9",
+            "transformers>=5.0",
+            'triton>=3.6; platform_system == "Linux" and platform_machine == "x86_64"',
+        ],
+    },
+)

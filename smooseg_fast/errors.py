@@ -1,0 +1,8 @@
+"""The one exception that a user is meant to see."""
+
+
+class UserError(Exception):
+    """A mistake of the user's: one line that names the argument or file, what was found and what to do.
+
+    Command lines print it after `error: ` and exit with code 2, without a traceback; from Python it is an ordinary exception.
+    """

@@ -1,0 +1,51 @@
+"""Files are written whole or not at all: to a neighbour of the same folder, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+
+def write_atomic(path: str | Path, content: bytes | str | Callable[[Path], None]) -> Path:
+    """Write `content` to `path` by one rename; a callable is given the temporary path and writes it itself.
+
+    The temporary keeps the suffix, because image libraries choose the format by it. Raises UserError naming the path when the disk
+    is full or the folder cannot be written; whatever stood at `path` before is then still whole.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if callable(content):
+            content(temporary)
+        else:
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        with open(temporary, "rb") as handle:
+            os.fsync(handle.fileno())  # else a power cut may leave the new name on an empty file
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); free some space or choose another folder") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """`value` as indented JSON; numbers that JSON has no word for (nan, inf) become null."""
+    return write_atomic(path, json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """`value` with every nan and infinity replaced by None, so that any JSON reader takes it."""
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value

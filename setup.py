@@ -1,12 +1,14 @@
 """Two import packages from one project: `smooseg_fast` (the trainer) and `smooseg_kernels` (the objective, needs torch alone)."""
 
+from pathlib import Path
+
 from setuptools import setup
 
 setup(
     name="smooseg_fast",
     version="0.1.0",
     description="Unsupervised semantic segmentation with SmooSeg: exact linear-time objective, trainer, evaluation and prediction",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],

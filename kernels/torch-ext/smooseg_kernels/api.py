@@ -45,9 +45,9 @@ def smooseg_loss(
 ) -> SmooSegLoss:
     """The whole SmooSeg objective: smoothness energies of T pair sets plus the student's data term.
 
-    Label distributions are softmax(cos(code, teacher) / temperature); closeness is W_ij = cos(f_i, f_j) - its mean over j + M, with M the mean
-    over the pair set (W = cos without `center`); energy is the mean of (W_ij - b) (1 - cos(p_i, p_j)); the data term is the cross-entropy of
-    cos(stopgrad(code), student) against argmax cos(code, teacher). Lan et al. 2023, equations 2 to 9.
+    Label distributions are softmax(cos(code, teacher) / temperature); closeness is W_ij = cos(f_i, f_j) - its mean over j + M, with M
+    the mean over the pair set (W = cos without `center`); energy is the mean of (W_ij - b) (1 - cos(p_i, p_j)); the data term is the
+    cross-entropy of cos(stopgrad(code), student) against argmax cos(code, teacher). Lan et al. 2023, arXiv 2310.17874.
 
     Args:
         features: [B,P,D] frozen patch features, any length.
@@ -59,15 +59,15 @@ def smooseg_loss(
         thresholds: [T], or [H,T] with heads. Patches more alike than b are pulled together, the others pushed apart.
         temperature: above 0.
         relative: thresholds are an excess over the measured mean closeness, b = M + threshold.
-        channel_scale: [B,D] multiplies an image's features on whichever side it stands (dropout masks), without a copy that outlives the call.
+        channel_scale: [B,D] multiplies an image's features on whichever side it stands (dropout masks), without a copy that stays.
         patch_weight: [B,P] >= 0. Means over i, j are weighted by w_i w'_j, the data term by w_i; an image without weight is left out.
         feature_norms: [B,P] the features' row norms, to spare computing them; not together with channel_scale.
         mean: [T] takes the place of the measured M (data-parallel runs average it first).
         impl: "auto", "torch", "dense" or "triton".
 
     Returns:
-        SmooSegLoss, fp32 (fp64 for fp64 inputs). With heads everything but `mean` has a leading [H] and equals H single calls. fp16 codes need
-        loss scaling: their gradients underflow.
+        SmooSegLoss, fp32 (fp64 for fp64 inputs). With heads everything but `mean` has a leading [H] and equals H single calls. fp16 codes
+        need loss scaling: their gradients underflow.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
@@ -168,7 +168,9 @@ def assign(
     classes: int | None = None,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The nearest prototype of every patch, or of every pixel of bilinearly upsampled codes (align_corners=False); ties go to the lowest index.
+    """The nearest prototype of every patch, or of every pixel of bilinearly upsampled codes (align_corners=False).
+
+    Nearest is by cosine; ties go to the lowest index.
 
     Args:
         codes: [B,P,Z]; prototypes: [K,Z].

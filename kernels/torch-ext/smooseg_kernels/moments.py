@@ -1,7 +1,7 @@
 """The objective from sums over patches, in O(P D K) time and O(P (D + K)) memory: plain traceable PyTorch (`impl="torch"`).
 
-The energy has no clamp, so it is bilinear in the unit features and the unit label rows of both sides, and three moments of an image hold all
-that a pair set needs of it. With weights w that add up to 1 over an image's patches (1 / P each by default):
+The energy has no clamp, so it is bilinear in the unit features and the unit label rows of both sides, and three moments of an image hold
+all that a pair set needs of it. With weights w that add up to 1 over an image's patches (1 / P each by default):
 
     g = sum_p w_p f_p c_p^T  [D,K],    u = sum_p w_p f_p  [D],    s = sum_p w_p c_p  [K]
     centred      E = mean over image pairs of (M - b) (1 - s.s') - <g, g' - u' s'^T>,    M = mean of u.u'
@@ -33,7 +33,7 @@ class Moments(NamedTuple):
 
 def moments(features, probs, channel_scale, patch_weight, feature_norms) -> Moments:
     dtype = accumulation_dtype(features, probs)
-    H, B, P, K = probs.shape
+    H, _, P, K = probs.shape
     f = features.to(dtype)
     if feature_norms is not None:
         inverse = invert_norms(feature_norms)
@@ -135,12 +135,12 @@ def loss(
 
 
 def assign(codes: Tensor, prototypes: Tensor, grid: tuple[int, int] | None, size: tuple[int, int] | None) -> Tensor:
-    """-> [B,P] or [B,H,W]. Upsampling is linear and a code's norm is common to all prototypes, so K numerators are upsampled, not Z codes."""
+    """-> [B,P] or [B,H,W]. Upsampling is linear and a code's norm common to all prototypes: K numerators are upsampled, not Z codes."""
     dtype = accumulation_dtype(codes, prototypes)
     scores = codes.to(dtype) @ unit_rows(prototypes.to(dtype)).mT
     if grid is None:
         return scores.argmax(-1)
-    (h, w), (H, W) = grid, size
+    h, (H, W) = grid[0], size
     planes = scores.mT.unflatten(-1, grid)  # [B,K,h,w]
     B, K = planes.shape[:2]
     # bilinear is separable: rows by two taps here, columns by the library, strip by strip

@@ -1,0 +1,249 @@
+"""Folders of images as datasets: any nesting of plain images, or images with labels beside them.
+
+The labelled layout is DIR/images/... and DIR/labels/...png: the same relative path and stem, 8-bit class numbers, 255 = ignore;
+optionally with train/, val/ or test/ between DIR and the two, and a classes.txt at DIR with one name a line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from .errors import UserError
+from .images import find_images, image_size, read_image, read_label, visible_files
+
+IGNORE = 255  # the class number of pixels that nobody labelled
+SPLITS = ("train", "val", "test")
+
+Split = Literal["train", "val"]
+
+
+class Dataset(Protocol):
+    """Images by number, with or without labels. Reading may happen from several threads at once."""
+
+    name: str  # for logs
+    names: tuple[str, ...]  # unique, posix paths relative to the folder of the images, with suffix
+    labelled: bool
+    held_out: bool  # whether these images were kept apart from training
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None: ...  # None without labels
+
+    def __len__(self) -> int: ...
+
+    def image(self, index: int) -> np.ndarray: ...  # uint8 [H,W,3]; ImageError when it cannot be used
+
+    def label(self, index: int) -> np.ndarray | None: ...  # uint8 [H,W], class numbers or IGNORE; None where there is no label
+
+    def fingerprint(self) -> str: ...  # hex digest that changes when the images do
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """A dataset of image files; made by `open_dataset`, which has listed them but opened none."""
+
+    name: str
+    names: tuple[str, ...]
+    images: tuple[Path, ...]
+    labels: tuple[Path | None, ...]  # a label file or None for each image
+    held_out: bool
+    classes_file: Path | None
+    label_folders: tuple[Path, ...]  # of every split: without a classes.txt they tell the number of classes
+
+    @property
+    def labelled(self) -> bool:
+        return bool(self.label_folders)
+
+    @property
+    def unlabelled(self) -> int:
+        """Number of images without a label."""
+        return sum(label is None for label in self.labels)
+
+    @cached_property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names from classes.txt; without one, every label of every split is read once, with a progress bar, and the number found is
+        said on stderr. None without labels. UserError when classes.txt or a label cannot be read, or no pixel has a class."""
+        if not self.labelled:
+            return None
+        if self.classes_file is not None:
+            return _read_classes(self.classes_file)
+        return _count_classes(self.label_folders)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def image(self, index: int) -> np.ndarray:
+        """uint8 [H,W,3]; ImageError when the file cannot be decoded."""
+        return read_image(self.images[index])
+
+    def label(self, index: int) -> np.ndarray | None:
+        """uint8 [H,W], or None. UserError when the size is not the image's, or a value is neither IGNORE nor below the classes."""
+        path, image = self.labels[index], self.images[index]
+        if path is None:
+            return None
+        label = read_label(path)
+        # the header is quick and nearly always right; before blaming the user, look at the pixels
+        if label.shape != image_size(image) and label.shape != (shape := read_image(image).shape[:2]):
+            raise UserError(f"{path}: the label is {_size(label.shape)} pixels but {image} is {_size(shape)}; make them the same size")
+        if self.classes_file is not None:
+            self._check_values(label, path)
+        return label
+
+    def fingerprint(self) -> str:
+        """Of names, file sizes and modification times, in order; the folder may be moved. UserError when a file is gone."""
+        digest = hashlib.sha256()
+        for name, path in zip(self.names, self.images):
+            try:
+                status = path.stat()
+            except OSError as error:
+                raise UserError(f"{path}: cannot be read any more ({error.strerror}); start again with the files in place") from error
+            digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
+    def _check_values(self, label: np.ndarray, path: Path) -> None:
+        classes = len(self.class_names)
+        wrong = label[(label >= classes) & (label != IGNORE)]
+        if wrong.size:
+            raise UserError(
+                f"{path}: class number {wrong.max()} in {wrong.size} pixels, but {self.classes_file} names {classes} "
+                f"(0 to {classes - 1}, and {IGNORE} to ignore); correct the label or name the class"
+            )
+
+
+class ArrayDataset:
+    """Images that are in memory already, uint8 [H,W,3] each, without labels. UserError naming the first that is not."""
+
+    name, labelled, held_out, class_names = "arrays", False, False, None
+
+    def __init__(self, images: Sequence[np.ndarray]) -> None:
+        if not len(images):
+            raise UserError("images: empty; give at least one uint8 [H,W,3] array")
+        for place, image in enumerate(images):
+            if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+                what = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
+                raise UserError(f"images[{place}]: must be a uint8 [H,W,3] array, got {what}")
+        self.images = tuple(images)
+        self.names = tuple(f"image {place}" for place in range(len(images)))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def image(self, index: int) -> np.ndarray:
+        return self.images[index]
+
+    def label(self, index: int) -> None:
+        return None
+
+    def fingerprint(self) -> str:
+        """Of the shapes and pixels."""
+        digest = hashlib.sha256()
+        for image in self.images:
+            digest.update(repr(image.shape).encode() + np.ascontiguousarray(image).tobytes())
+        return digest.hexdigest()
+
+
+def open_dataset(path: Path | str, split: Split) -> ImageFolder:
+    """The images of `path` for training ("train") or for evaluation ("val"), listed but not read.
+
+    A folder has splits when its train/ comes with a val/ or test/, or holds images/; then "val" means val/, else test/. Otherwise,
+    and where neither is there, both splits are the same images, and `held_out` is False. Below that, images/ beside labels/ is the
+    labelled layout, and anything else a plain folder of images. Images without a label are allowed.
+
+    Raises UserError when nothing is found, when two images share one label, and when no label belongs to any image.
+    """
+    root = Path(path).expanduser()
+    base, held_out = _split_folder(root, split)
+    home = base.parent if base.name in SPLITS else base  # where classes.txt and the other splits are, also for DIR/val itself
+    name = base.resolve().name if base == root else f"{root.resolve().name}/{base.name}"
+    if not _has_labels(base):
+        images = find_images(base)
+        top = base if base.is_dir() else base.parent
+        return ImageFolder(name, _relative(images, top), tuple(images), (None,) * len(images), held_out, None, ())
+
+    images = find_images(base / "images")
+    names = _relative(images, base / "images")
+    labels = _match_labels(base, names)
+    classes = [file for file in (base / "classes.txt", home / "classes.txt") if file.is_file()]
+    splits = [home / other for other in SPLITS if home != base and _has_labels(home / other)]
+    label_folders = tuple(folder / "labels" for folder in splits or [base])
+    return ImageFolder(name, names, tuple(images), labels, held_out, classes[0] if classes else None, label_folders)
+
+
+def _split_folder(root: Path, split: str) -> tuple[Path, bool]:
+    """The folder that holds `split`, and whether it is apart from the training images."""
+    if split not in ("train", "val"):
+        raise ValueError(f'split must be "train" or "val", not {split!r}')
+    there = [name for name in SPLITS if (root / name).is_dir()]
+    has_train = "train" in there and (len(there) > 1 or (root / "train" / "images").is_dir())
+    # a lone train/ in a plain folder may well hold pictures of trains
+    if not has_train and (_has_labels(root) or not any(_has_labels(root / name) for name in there)):
+        return root, False
+    if split == "val":
+        for name in ("val", "test"):
+            if name in there:
+                return root / name, True
+    if not has_train:
+        raise UserError(f"--data {root}: has {' and '.join(there)} but no train folder; add train/images, or give {root / there[0]}")
+    return root / "train", False
+
+
+def _has_labels(folder: Path) -> bool:
+    return (folder / "images").is_dir() and (folder / "labels").is_dir()
+
+
+def _relative(files: list[Path], top: Path) -> tuple[str, ...]:
+    return tuple(file.relative_to(top).as_posix() for file in files)
+
+
+def _match_labels(base: Path, names: tuple[str, ...]) -> tuple[Path | None, ...]:
+    folder = base / "labels"
+    masks = [file for file in visible_files(folder, "--data") if file.suffix.lower() == ".png"]
+    by_stem = {file.relative_to(folder).with_suffix("").as_posix(): file for file in masks}
+    owner: dict[str, str] = {}
+    for name in names:
+        stem = Path(name).with_suffix("").as_posix()
+        if stem in owner:
+            raise UserError(f"{base / 'images'}: {owner[stem]} and {name} would share the label {stem}.png; rename or remove one of them")
+        owner[stem] = name
+    labels = tuple(by_stem.get(stem) for stem in owner)
+    if not any(labels):
+        stem = next(iter(owner))
+        raise UserError(f"{folder}: no label belongs to any image; for {names[0]} it would be {stem}.png, and {len(masks)} .png are there")
+    return labels
+
+
+def _read_classes(path: Path) -> tuple[str, ...]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); write one class name a line, in UTF-8") from error
+    names = tuple(line.strip() for line in lines if line.strip())
+    if not 1 <= len(names) <= IGNORE:
+        raise UserError(f"{path}: {len(names)} class names; write 1 to {IGNORE} of them, one a line")
+    return names
+
+
+def _count_classes(folders: tuple[Path, ...]) -> tuple[str, ...]:
+    masks = [file for folder in folders for file in visible_files(folder, "--data") if file.suffix.lower() == ".png"]
+    seen = np.zeros(IGNORE + 1, bool)
+    for mask in tqdm(masks, desc="counting classes", unit="label", file=sys.stderr):
+        seen[read_label(mask)] = True
+    numbers = np.flatnonzero(seen[:IGNORE])
+    if not numbers.size:
+        raise UserError(f"{folders[0]}: every pixel of every label is {IGNORE} (ignore); write class numbers from 0 into the labels")
+    classes = int(numbers[-1]) + 1
+    home = folders[0].parent
+    tqdm.write(f"{home}: no classes.txt; {classes} classes by the largest number in {len(masks)} labels", file=sys.stderr)
+    return tuple(f"class {number}" for number in range(classes))
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return f"{shape[1]} x {shape[0]}"

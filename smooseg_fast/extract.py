@@ -1,0 +1,267 @@
+"""A dataset through a frozen backbone into a feature store, decoding images in threads while the backbone runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from . import store
+from .datasets import Dataset
+from .errors import UserError
+from .files import write_json
+from .images import Crops, ImageError, Resample, resize_short_side, square_crops, square_offsets
+from .store import Contents, FeatureStore, Shard, read_shard, shard_path, write_shard
+
+if TYPE_CHECKING:
+    from .backbones.base import Backbone
+
+
+def open_or_extract(
+    dataset: Dataset,
+    backbone: Backbone,
+    *,
+    size: int,
+    crops: Crops = "center",
+    resample: Resample = "nearest",
+    cache: Path | str | None = None,
+    batch_size: int = 16,
+    mirror: bool = False,
+    progress: bool = True,
+) -> FeatureStore:
+    """The features of every square of every image: taken from `cache` as far as they are there, else made by `backbone` and kept.
+
+    Squares have `size` pixels (a multiple of backbone.patch), cut as `images.square_crops` does; `mirror` gives the features of the
+    mirrored squares with the grid's columns mirrored back, in the same order. They live in a folder of `cache` (by default
+    $XDG_CACHE_HOME/smooseg_fast or ~/.cache/smooseg_fast) named by a hash of the images, the backbone's digest and the settings.
+
+    Interrupted by Ctrl-C or otherwise, the shards written so far are whole, and the next call goes on behind them; damaged shards
+    are made again. Images that cannot be used are named on stderr and skipped. Memory: a few times a shard, whatever the images.
+
+    Raises UserError for wrong settings, when no image can be used, when the cache cannot be written, and when the backbone gives
+    nan, infinity or another shape than it promised.
+    """
+    job = _Job(dataset, backbone, size, crops, resample, batch_size, mirror)
+    folder = (Path(cache).expanduser() if cache is not None else default_cache()) / job.key()
+    shards, position, fresh = [], (0, 0), None
+    try:
+        while position[0] < len(dataset):
+            path = shard_path(folder, len(shards))
+            shard = read_shard(path)
+            if shard is not None and job.owns(shard, position):
+                if fresh is not None:  # a damaged shard was made again, and the one behind it is sound
+                    fresh.close()
+                    fresh = None
+            else:
+                if fresh is None:
+                    write_json(folder / "meta.json", job.describe())
+                    fresh = _extract(job, position, progress)
+                shard = _keep(path, *next(fresh))
+            shards.append(shard)
+            position = shard.contents.end
+    finally:
+        if fresh is not None:
+            fresh.close()
+    features = FeatureStore(shards)
+    if fresh is None and features.skipped:
+        name, reason = features.skipped[0]
+        _say(f"skipped before: {len(features.skipped)} of {len(dataset)} images, first {name}: {reason}; delete {folder} to try again")
+    return features
+
+
+def default_cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "smooseg_fast"
+
+
+def _keep(path: Path, contents: Contents, features: Tensor) -> Shard:
+    if contents.start == (0, 0) and not contents.names:  # not written: next time the files may be readable
+        (name, reason), count = contents.skipped[0], len(contents.skipped)
+        raise UserError(f"none of the {count} images can be used (first: {name}: {reason}); give images that open")
+    write_shard(path, contents, features)
+    shard = read_shard(path)
+    if shard is None:
+        raise UserError(f"{path}: cannot be read just after it was written; check the disk or choose another cache folder")
+    return shard
+
+
+@dataclass(frozen=True)
+class _Square:
+    name: str
+    crop: tuple[int, int]
+    pixels: np.ndarray  # uint8 [size,size,3]
+    after: tuple[int, int]  # the position in the dataset that follows
+
+
+@dataclass(frozen=True)
+class _Skip:
+    name: str
+    reason: str
+    after: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The settings of one extraction, checked, and what follows from them."""
+
+    dataset: Dataset
+    backbone: Backbone
+    size: int
+    crops: Crops
+    resample: Resample
+    batch_size: int
+    mirror: bool
+
+    def __post_init__(self) -> None:
+        patch = self.backbone.patch
+        if self.size < patch or self.size % patch:
+            below, above = self.size // patch * patch, (self.size // patch + 1) * patch
+            raise UserError(f"--size {self.size}: not a multiple of the backbone's patch, {patch} pixels; take {below or above} or {above}")
+        if self.batch_size < 1:
+            raise UserError(f"batch_size {self.batch_size}: must be 1 or more")
+        for argument, value, kinds in (("--crops", self.crops, get_args(Crops)), ("--resample", self.resample, get_args(Resample))):
+            if value not in kinds:
+                raise UserError(f"{argument} {value}: unknown; take {' or '.join(kinds)}")
+
+    @cached_property
+    def grid(self) -> tuple[int, int]:
+        side = self.size // self.backbone.patch
+        return side, side
+
+    @cached_property
+    def rows_per_shard(self) -> int:
+        return max(1, store.SHARD_BYTES // (2 * self.grid[0] * self.grid[1] * self.backbone.dim))
+
+    def key(self) -> str:
+        """What the features depend on, hashed. The batch size is not in it: it moves only the last bits."""
+        parts = [store.FORMAT, self.dataset.fingerprint(), self.backbone.digest, self.size, self.crops, self.resample, self.mirror]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+    def owns(self, shard: Shard, position: tuple[int, int]) -> bool:
+        """Whether `shard` is the one that this job would make at `position`."""
+        return (shard.contents.start, shard.contents.grid, shard.features.shape[2]) == (position, self.grid, self.backbone.dim)
+
+    def describe(self) -> dict:
+        """For people who find the folder; nothing reads it."""
+        made = dict(format=store.FORMAT, dataset=self.dataset.name, images=len(self.dataset), backbone=self.backbone.name)
+        settings = dict(size=self.size, crops=self.crops, resample=self.resample, mirror=self.mirror)
+        return {**made, "digest": self.backbone.digest, **settings, "grid": self.grid, "channels": self.backbone.dim}
+
+    def decode(self, index: int) -> list[tuple[tuple[int, int], np.ndarray]] | ImageError:
+        """The squares of one image with their places, or why there are none. Runs in a thread."""
+        try:
+            image = self.dataset.image(index)
+            height, width = image.shape[:2]
+            if min(height, width) < self.backbone.patch:
+                reason = f"{width} x {height} pixels, less than one patch of the backbone ({self.backbone.patch} pixels)"
+                raise ImageError(self.dataset.names[index], reason, "take it out")
+        except ImageError as error:
+            return error
+        resized = resize_short_side(image, self.size, self.resample)
+        places = square_offsets(*resized.shape[:2], self.crops)
+        # copies: a view of a small square would keep the whole of a long image in memory
+        return [(place, square.copy()) for place, square in zip(places, square_crops(resized, self.size, self.crops))]
+
+    def features(self, batch: list[_Square]) -> Tensor:
+        """[B,P,D] on the CPU, in the backbone's own type."""
+        images = torch.from_numpy(np.stack([square.pixels for square in batch])).permute(0, 3, 1, 2).contiguous()
+        features, grid = self.backbone(images.flip(3) if self.mirror else images)
+        promised = (len(batch), self.grid[0] * self.grid[1], self.backbone.dim)
+        if tuple(features.shape) != promised or tuple(grid) != self.grid:
+            raise UserError(
+                f"backbone {self.backbone.name}: gave {tuple(features.shape)} on grid {tuple(grid)} for squares of {self.size} pixels, not "
+                f"{promised} on {self.grid} as its patch of {self.backbone.patch} pixels says; correct its patch or take another size"
+            )
+        finite = features.isfinite().flatten(1).all(dim=1).tolist()
+        if not all(finite):
+            name = batch[finite.index(False)].name
+            raise UserError(f"backbone {self.backbone.name}: gave nan or infinity for {name}; try another device or take the image out")
+        if self.mirror:
+            features = features.unflatten(1, grid).flip(2).flatten(1, 2)
+        return features.cpu()
+
+
+def _extract(job: _Job, start: tuple[int, int], progress: bool) -> Iterator[tuple[Contents, Tensor]]:
+    """Shard after shard, from the position `start` to the end of the dataset."""
+    bar = tqdm(total=len(job.dataset), initial=start[0], desc="extract", unit="image", file=sys.stderr, disable=not progress)
+    with bar, closing(_squares(job, start)) as squares:
+        while start[0] < len(job.dataset):
+            made = _next_shard(job, squares, start, bar)
+            start = made[0].end
+            yield made
+            del made  # else these features would stay in memory while the next are made
+
+
+def _next_shard(job: _Job, squares: Iterator[_Square | _Skip], start: tuple[int, int], bar: tqdm) -> tuple[Contents, Tensor]:
+    """Batches end with their shard, so that one made after an interruption sees the same batches and is the same to the byte."""
+    end, names, crops, skipped, batch, parts = start, [], [], [], [], []
+    for item in squares:
+        end = item.after
+        if isinstance(item, _Skip):
+            skipped.append((item.name, item.reason))
+            continue
+        names.append(item.name)
+        crops.append(item.crop)
+        batch.append(item)
+        full = len(names) == job.rows_per_shard
+        if full or len(batch) == job.batch_size:
+            parts.append(job.features(batch))
+            batch.clear()
+            bar.update(end[0] - bar.n)
+        if full:
+            break
+    if batch:
+        parts.append(job.features(batch))
+    bar.update(end[0] - bar.n)
+    h, w = job.grid
+    features = torch.cat(parts) if parts else torch.empty(0, h * w, job.backbone.dim)
+    return Contents(start, end, job.grid, tuple(names), tuple(crops), tuple(skipped)), features
+
+
+def _squares(job: _Job, start: tuple[int, int]) -> Iterator[_Square | _Skip]:
+    """Every square from the position `start` on, in order; images that cannot be used are said and come as a _Skip."""
+    first, done = start
+    for index, squares in _decoded(job, first):
+        name, after = job.dataset.names[index], (index + 1, 0)
+        if isinstance(squares, ImageError):
+            _say(f"skipped: {squares}")
+            yield _Skip(name, squares.reason, after)
+            continue
+        for number in range(done if index == first else 0, len(squares)):
+            crop, pixels = squares[number]
+            yield _Square(name, crop, pixels, (index, number + 1) if number + 1 < len(squares) else after)
+
+
+def _decoded(job: _Job, first: int) -> Iterator[tuple[int, list[tuple[tuple[int, int], np.ndarray]] | ImageError]]:
+    """Images from number `first` on, in order, decoded ahead of the reader by about a batch."""
+    threads = min(8, os.cpu_count() or 1)
+    ahead: deque[tuple[int, Future]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for index in range(first, len(job.dataset)):
+                ahead.append((index, pool.submit(job.decode, index)))
+                if len(ahead) == threads + job.batch_size:
+                    number, future = ahead.popleft()
+                    yield number, future.result()
+            for number, future in ahead:
+                yield number, future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # a reader that stops early must not wait for images nobody wants
+
+
+def _say(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)  # above the bar, not through it

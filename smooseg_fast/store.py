@@ -1,0 +1,136 @@
+"""Feature store: patch features on disk as shards of about 64 MB, read through memory maps, so that it may exceed the memory.
+
+A shard is a .safetensors file with one tensor, `features` [rows,P,D] in fp16 or bf16, and in its header, as JSON under one key, what
+the rows are: image name and square of each, the images skipped on the way, and where in the dataset the shard starts and ends. The
+shards of a folder form a chain: each starts where the one before ended. Nothing outside the shards is needed to read them.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from .files import write_atomic
+
+FORMAT = 1  # changes when shards written before can no longer be used
+SHARD_BYTES = 64 * 2**20
+
+_KEY = "smooseg_fast"  # one key only: safetensors does not keep the order of several, and shards must be equal byte for byte
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a shard's rows are. Positions in the dataset are (image number, square number within the image)."""
+
+    start: tuple[int, int]
+    end: tuple[int, int]  # the position after the last row, past any skipped images
+    grid: tuple[int, int]  # (h, w) patches, P = h * w row-major
+    names: tuple[str, ...]  # image of each row
+    crops: tuple[tuple[int, int], ...]  # (top, left) of each row's square in the image as resized
+    skipped: tuple[tuple[str, str], ...]  # (name, reason)
+
+
+@dataclass(frozen=True)
+class Shard:
+    contents: Contents
+    features: Tensor  # [rows,P,D] fp16 or bf16, a memory map: pages are read when touched
+
+
+class FeatureStore:
+    """Rows of patch features, one for each square of each image, in the order of the dataset.
+
+    `names` and `crops` tell the image and the (top, left) of each row's square (in pixels of the image with its short side resized);
+    `grid` (h, w), `P` = h * w patches row-major, `D` channels; `skipped` holds (name, reason) of images that could not be used;
+    `nbytes` is the size of the features on disk.
+    """
+
+    def __init__(self, shards: Sequence[Shard]):
+        contents = [shard.contents for shard in shards]
+        self._features = [shard.features for shard in shards]
+        self._starts = [0, *itertools.accumulate(len(features) for features in self._features)]
+        self.names = tuple(itertools.chain.from_iterable(each.names for each in contents))
+        self.crops = tuple(itertools.chain.from_iterable(each.crops for each in contents))
+        self.skipped = list(itertools.chain.from_iterable(each.skipped for each in contents))
+        self.grid = contents[0].grid
+        self.P, self.D = self._features[0].shape[1:]
+        self.nbytes = sum(features.nbytes for features in self._features)
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def rows(self, index: Tensor | Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """[n,P,D] in `dtype` on the CPU: the rows numbered `index` [n], in any order, repeats allowed. IndexError outside 0..N-1."""
+        numbers = index.tolist() if isinstance(index, Tensor) else list(index)
+        out = torch.empty(len(numbers), self.P, self.D, dtype=dtype)
+        for place, number in enumerate(numbers):
+            if not 0 <= number < len(self):
+                raise IndexError(f"row {number} of a store of {len(self)} rows")
+            shard = bisect.bisect_right(self._starts, number) - 1
+            out[place] = self._features[shard][number - self._starts[shard]]
+        return out
+
+    def load(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
+        """Everything as one [N,P,D] on `device`. Without `dtype` it is the store's own: fp16 or bf16, fp32 when shards differ."""
+        kinds = {features.dtype for features in self._features}
+        dtype = dtype or (kinds.pop() if len(kinds) == 1 else torch.float32)
+        out = torch.empty(len(self), self.P, self.D, dtype=dtype, device=device)
+        for start, features in zip(self._starts, self._features):
+            out[start : start + len(features)] = features
+        return out
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number:05d}.safetensors"
+
+
+def write_shard(path: Path, contents: Contents, features: Tensor) -> None:
+    """Whole or not at all. `features` [rows,P,D], finite, any float type; kept as fp16 unless that loses its range (`to_storage`)."""
+    header = json.dumps(asdict(contents), separators=(",", ":"))
+    # bytes, not save_file: that makes a file only its owner can read, and reports a full disk as an error of its own kind
+    write_atomic(path, save({"features": to_storage(features)}, {_KEY: header}))
+
+
+def read_shard(path: Path) -> Shard | None:
+    """The shard at `path` with its features memory-mapped; None when it is missing, cut short or not one of ours."""
+    try:
+        with safe_open(path, "pt") as file:  # refuses a file whose size is not what its header says
+            contents = _contents(json.loads(file.metadata()[_KEY]))
+            view = file.get_slice("features")
+            shape, dtype = view.get_shape(), {"F16": torch.float16, "BF16": torch.bfloat16}[view.get_dtype()]
+        rows, patches, _ = shape
+        if rows != len(contents.names) or rows != len(contents.crops) or patches != contents.grid[0] * contents.grid[1]:
+            return None
+        size = path.stat().st_size
+        # not safe_open's tensors, whose laziness is no promise, nor numpy's maps, each of which would hold a file descriptor
+        whole = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+        offset = size - torch.Size(shape).numel() * dtype.itemsize
+        return Shard(contents, whole[offset:].view(dtype).view(shape))
+    except Exception:  # a damaged header may raise nearly anything, and the answer is always to extract the shard again
+        return None
+
+
+def to_storage(features: Tensor) -> Tensor:
+    """Finite `features` as fp16, or as bf16 where the largest magnitude is beyond fp16's range or below its normal numbers."""
+    half = torch.finfo(torch.float16)
+    largest = max(abs(float(end)) for end in features.aminmax()) if features.numel() else 0.0
+    if largest > half.max or 0 < largest < half.tiny:
+        limit = torch.finfo(torch.bfloat16).max  # the last fp32 numbers before infinity would round up to it
+        return features.clamp(-limit, limit).to(torch.bfloat16).contiguous()
+    return features.to(torch.float16).contiguous()
+
+
+def _contents(header: dict) -> Contents:
+    def pairs(values: list) -> tuple:
+        return tuple((first, second) for first, second in values)
+
+    start, end, grid = pairs([header["start"], header["end"], header["grid"]])
+    return Contents(start, end, grid, tuple(header["names"]), pairs(header["crops"]), pairs(header["skipped"]))

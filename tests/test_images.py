@@ -1,0 +1,471 @@
+import os
+import struct
+import threading
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+
+from smooseg_fast import images
+from smooseg_fast.errors import UserError
+from smooseg_fast.images import (
+    SUFFIXES,
+    ImageError,
+    find_images,
+    image_size,
+    read_image,
+    read_label,
+    resize_short_side,
+    square_crops,
+    square_offsets,
+)
+
+LOSSLESS = {"tif": {}, "tiff": {"compression": "tiff_lzw"}, "png": {}, "bmp": {}, "webp": {"lossless": True}}
+LOSSY = {"jpg": {"quality": 100, "subsampling": 0}, "jpeg": {"quality": 100, "subsampling": 0}}
+
+
+@pytest.fixture
+def colours() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
+
+
+def smooth(height: int = 12, width: int = 20) -> np.ndarray:
+    """Colours that JPEG keeps to a few grey levels."""
+    y, x = np.mgrid[:height, :width]
+    return np.stack([10 * y, 10 * x, 255 - 5 * (x + y)], axis=-1).astype(np.uint8)
+
+
+def write_png16(path: Path, pixels: np.ndarray) -> None:
+    """[H,W,3] uint16 as a PNG, which Pillow reads but does not write."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width = pixels.shape[:2]
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b""))
+
+
+# finding
+
+
+def test_finds_every_suffix_in_any_nesting_in_the_order_of_relative_paths(tmp_path):
+    wanted = [f"{i}/deep/{i}{suffix}" for i, suffix in enumerate(SUFFIXES)] + ["Z.JPG", "a-b/x.png", "a/x.png"]
+    for name in [*wanted, ".hidden.png", ".git/x.png", "a/.thumbs/x.png", "a/._x.png", "notes.txt", "png", "x.gif", "x.npy"]:
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"")
+    assert [file.relative_to(tmp_path).as_posix() for file in find_images(tmp_path)] == sorted(wanted)
+
+
+def test_finds_in_a_folder_that_is_itself_below_a_hidden_one(tmp_path):
+    file = tmp_path / ".cache" / "photos" / "x.png"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"")
+    assert find_images(file.parent) == [file]
+
+
+def test_follows_links_to_folders_but_not_in_circles(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "x.png").write_bytes(b"")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "back").symlink_to(tmp_path / "data")
+    assert find_images(tmp_path / "data") == [tmp_path / "data" / "link" / "x.png"]
+
+
+def test_a_single_file_is_found_as_it_is(tmp_path):
+    (tmp_path / "x.TIFF").write_bytes(b"")
+    assert find_images(tmp_path / "x.TIFF") == [tmp_path / "x.TIFF"]
+
+
+def test_names_the_argument_and_what_was_found(tmp_path):
+    with pytest.raises(UserError, match=r"--images .*nowhere: no such file or folder; .*\.jpg"):
+        find_images(tmp_path / "nowhere", "--images")
+    with pytest.raises(UserError, match=r"--data .*: no images in it; .*\.jpg .*\.bmp.* found no files"):
+        find_images(tmp_path)
+    for name in ("a.txt", "b.txt", "c.npy", "d"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UserError, match=r"found only other files \(2 \.txt, 1 \.npy, 1 without suffix\)"):
+        find_images(tmp_path)
+    with pytest.raises(UserError, match=r"a\.txt: not an image by its suffix; .*\.jpg"):
+        find_images(tmp_path / "a.txt")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read every folder")
+def test_a_folder_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"")
+    (tmp_path / "closed").mkdir(mode=0)
+    with pytest.raises(UserError, match=r"closed: cannot be read"):
+        find_images(tmp_path)
+
+
+# decoding: kinds of pixels
+
+
+@pytest.mark.parametrize("suffix", LOSSLESS)
+def test_lossless_colours_are_exact(tmp_path, colours, suffix):
+    path = tmp_path / f"x.{suffix}"
+    Image.fromarray(colours).save(path, **LOSSLESS[suffix])
+    got = read_image(path)
+    assert got.dtype == np.uint8
+    np.testing.assert_array_equal(got, colours)
+    got[:] = 0  # the caller owns the pixels
+
+
+@pytest.mark.parametrize("suffix", LOSSY)
+def test_jpeg_colours_are_close(tmp_path, suffix):
+    path = tmp_path / f"x.{suffix}"
+    Image.fromarray(smooth()).save(path, **LOSSY[suffix])
+    got = read_image(path)
+    assert got.shape == (12, 20, 3)
+    assert np.abs(got.astype(int) - smooth()).max() <= 4
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "bmp", "jpg", "webp"])
+def test_grey_becomes_three_equal_channels(tmp_path, suffix):
+    grey = smooth()[..., 0]
+    Image.fromarray(grey).save(tmp_path / f"x.{suffix}", **{**LOSSLESS, "jpg": {"quality": 100}}[suffix])
+    got = read_image(tmp_path / f"x.{suffix}")
+    assert (got == got[..., :1]).all()
+    assert np.abs(got[..., 0].astype(int) - grey).max() <= (2 if suffix == "jpg" else 0)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "bmp"])
+def test_one_bit_is_black_and_white(tmp_path, colours, suffix):
+    bits = colours[..., 0] > 127
+    Image.fromarray(bits).save(tmp_path / f"x.{suffix}")
+    assert Image.open(tmp_path / f"x.{suffix}").mode == "1"
+    np.testing.assert_array_equal(read_image(tmp_path / f"x.{suffix}"), np.where(bits[..., None], [255, 255, 255], 0))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "webp"])
+def test_transparency_is_laid_on_white(tmp_path, colours, suffix):
+    alpha = np.full(colours.shape[:2], 255, np.uint8)
+    alpha[:, :5], alpha[:, 5:10] = 0, 128
+    Image.fromarray(np.dstack([colours, alpha])).save(tmp_path / f"x.{suffix}", **LOSSLESS[suffix])
+    got = read_image(tmp_path / f"x.{suffix}").astype(float)
+    assert (got[:, :5] == 255).all()
+    np.testing.assert_allclose(got[:, 5:10], (colours[:, 5:10] * 128.0 + 255 * 127) / 255, atol=1)
+    np.testing.assert_array_equal(got[:, 10:], colours[:, 10:])
+
+
+def test_grey_with_transparency_is_laid_on_white(tmp_path, colours):
+    alpha = np.where(np.arange(20) < 10, 0, 255) * np.ones((12, 1))
+    Image.fromarray(np.dstack([colours[..., 0], alpha.astype(np.uint8)])).save(tmp_path / "x.png")
+    assert Image.open(tmp_path / "x.png").mode == "LA"
+    got = read_image(tmp_path / "x.png")
+    assert (got[:, :10] == 255).all()
+    np.testing.assert_array_equal(got[:, 10:], np.repeat(colours[:, 10:, :1], 3, axis=2))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "bmp"])
+def test_palette_colours(tmp_path, suffix):
+    indices = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    palette = np.random.default_rng(1).integers(0, 256, (256, 3), dtype=np.uint8)
+    image = Image.fromarray(indices)
+    image.putpalette(palette.tobytes())
+    image.save(tmp_path / f"x.{suffix}")
+    assert Image.open(tmp_path / f"x.{suffix}").mode == "P"
+    np.testing.assert_array_equal(read_image(tmp_path / f"x.{suffix}"), palette[indices])
+
+
+@pytest.mark.parametrize("transparency", [2, bytes([255, 255, 0, 255, 255, 255])], ids=["one index", "alpha of each index"])
+def test_palette_with_transparency(tmp_path, transparency):
+    indices = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    palette = np.random.default_rng(1).integers(0, 250, (256, 3), dtype=np.uint8)
+    image = Image.fromarray(indices)
+    image.putpalette(palette.tobytes())
+    image.save(tmp_path / "x.png", transparency=transparency)
+    want = palette[indices]
+    want[indices == 2] = 255
+    np.testing.assert_array_equal(read_image(tmp_path / "x.png"), want)
+
+
+def test_a_transparent_colour_of_an_rgb_image(tmp_path, colours):
+    colours[3, 4] = (7, 8, 9)
+    Image.fromarray(colours).save(tmp_path / "x.png", transparency=(7, 8, 9))
+    want = colours.copy()
+    want[3, 4] = 255
+    np.testing.assert_array_equal(read_image(tmp_path / "x.png"), want)
+
+
+@pytest.mark.parametrize("suffix", ["tif", "jpg"])
+def test_cmyk(tmp_path, suffix):
+    ink = np.zeros((16, 16, 4), np.uint8)
+    ink[:8, :, 0], ink[8:, :, 3] = 255, 255  # cyan above, black below
+    Image.fromarray(ink, "CMYK").save(tmp_path / f"x.{suffix}")
+    assert Image.open(tmp_path / f"x.{suffix}").mode == "CMYK"
+    got = read_image(tmp_path / f"x.{suffix}").astype(int)
+    assert np.abs(got[:8] - [0, 255, 255]).max() <= 3
+    assert np.abs(got[8:]).max() <= 3
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bit_grey_is_divided_by_257_and_rounded(tmp_path, suffix):
+    deep = np.array([[0, 128, 129, 257, 385, 386], [1000, 32767, 32768, 65406, 65407, 65535]], dtype=np.uint16)
+    Image.fromarray(deep).save(tmp_path / f"x.{suffix}")
+    got = read_image(tmp_path / f"x.{suffix}")
+    want = np.rint(deep / 257).astype(np.uint8)
+    assert want[0, 1] == 0
+    assert want[0, 2] == 1
+    assert want[1, 3:].tolist() == [254, 255, 255]
+    np.testing.assert_array_equal(got, np.repeat(want[..., None], 3, axis=2))
+
+
+def test_16_bit_grey_in_the_other_byte_order(tmp_path):
+    deep = np.array([[0, 257, 65535]], dtype=">u2")
+    Image.frombytes("I;16B", (3, 1), deep.tobytes()).save(tmp_path / "x.tif")
+    assert read_image(tmp_path / "x.tif")[0, :, 0].tolist() == [0, 1, 255]
+
+
+def test_16_bit_colour_png_keeps_the_high_byte(tmp_path, colours):
+    write_png16(tmp_path / "x.png", colours.astype(np.uint16) * 256 + 77)
+    np.testing.assert_array_equal(read_image(tmp_path / "x.png"), colours)
+
+
+def test_float_and_32_bit_grey_are_stretched_from_their_own_range(tmp_path):
+    values = np.array([[-1.5, 0.0, 3.5]], dtype=np.float32)
+    Image.fromarray(values).save(tmp_path / "f.tif")
+    assert read_image(tmp_path / "f.tif")[0, :, 0].tolist() == [0, round(255 * 0.3), 255]
+    Image.fromarray(np.array([[2_000_000_000, 2_000_000_001, 2_000_000_005]], dtype=np.int32)).save(tmp_path / "i.tif")
+    assert read_image(tmp_path / "i.tif")[0, :, 1].tolist() == [0, 51, 255]
+    Image.fromarray(np.array([[np.nan, 1, 2, np.inf, -np.inf]], dtype=np.float32)).save(tmp_path / "n.tif")
+    assert read_image(tmp_path / "n.tif")[0, :, 2].tolist() == [0, 0, 255, 255, 0]
+    Image.fromarray(np.array([[-3e38, 0, 3e38]], dtype=np.float32)).save(tmp_path / "h.tif")
+    assert read_image(tmp_path / "h.tif")[0, :, 0].tolist() == [0, 128, 255]
+
+
+@pytest.mark.parametrize("value", [0.0, 7.25, np.nan])
+def test_constant_float_images_are_black(tmp_path, value):
+    Image.fromarray(np.full((3, 4), value, np.float32)).save(tmp_path / "x.tif")
+    got = read_image(tmp_path / "x.tif")
+    assert got.shape == (3, 4, 3)
+    assert not got.any()
+
+
+# decoding: orientation
+
+UNTURN = {  # from the picture as seen to the pixels as stored, by the EXIF definition of each orientation
+    1: lambda seen: seen,
+    2: lambda seen: seen[:, ::-1],
+    3: lambda seen: seen[::-1, ::-1],
+    4: lambda seen: seen[::-1],
+    5: lambda seen: seen.swapaxes(0, 1),
+    6: lambda seen: np.rot90(seen, 1),
+    7: lambda seen: np.rot90(seen, 2).swapaxes(0, 1),
+    8: lambda seen: np.rot90(seen, -1),
+}
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", UNTURN)
+def test_exif_orientation_is_applied(tmp_path, suffix, orientation):
+    seen, exif, path = smooth(), Image.Exif(), tmp_path / f"x.{suffix}"
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(UNTURN[orientation](seen))).save(path, exif=exif, **{**LOSSLESS, **LOSSY}[suffix])
+    got = read_image(path)
+    assert got.shape == seen.shape
+    assert np.abs(got.astype(int) - seen).max() <= (4 if suffix == "jpg" else 0)
+    assert image_size(path) == seen.shape[:2]
+
+
+def test_orientation_of_16_bit_grey(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.array([[0, 257, 514]], dtype=np.uint16)).save(tmp_path / "x.png", exif=exif)
+    assert read_image(tmp_path / "x.png")[..., 0].tolist() == [[0], [1], [2]]
+
+
+def test_a_damaged_exif_block_does_not_lose_the_picture(tmp_path):
+    Image.fromarray(smooth()).save(tmp_path / "x.png", exif=b"Exif\0\0XX*\0nonsense")
+    np.testing.assert_array_equal(read_image(tmp_path / "x.png"), smooth())
+    assert image_size(tmp_path / "x.png") == (12, 20)
+
+
+# decoding: damage
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif", "tiff", "bmp"])
+@pytest.mark.parametrize("part", [0.02, 0.5, 0.9])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_file_cut_short_is_named(tmp_path, suffix, part):
+    path = tmp_path / f"x.{suffix}"
+    noise = np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path, **{**LOSSLESS, **LOSSY}[suffix])
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(part * len(whole))])
+    with pytest.raises(ImageError, match="copy it again") as caught:
+        read_image(path)
+    assert caught.value.path == path
+    assert str(caught.value).startswith(f"{path}: {caught.value.reason}; ")
+    assert "\n" not in str(caught.value)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is False
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"hello, world", b"\x89PNG\r\n\x1a\n", b"II*\0" + b"\xff" * 64, b"BM" + b"\0" * 80],
+    ids=["empty", "text", "png signature", "tiff header", "bmp header"],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_what_is_no_image_is_named(tmp_path, content):
+    (tmp_path / "x.png").write_bytes(content)
+    for read in (read_image, read_label, image_size):
+        with pytest.raises(ImageError, match=r"x\.png: "):
+            read(tmp_path / "x.png")
+
+
+def test_a_missing_file_is_an_image_error(tmp_path):
+    with pytest.raises(ImageError, match=r"x\.png: cannot be decoded \(No such file or directory\)"):
+        read_image(tmp_path / "x.png")
+
+
+# decoding: big scans. Pillow's limit is made small instead of the images big.
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "tiff", "bmp", "webp"])
+def test_big_scans_open_in_silence_and_the_global_limit_comes_back(tmp_path, monkeypatch, colours, suffix):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    Image.fromarray(colours).save(tmp_path / f"x.{suffix}", **LOSSLESS[suffix])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(read_image(tmp_path / f"x.{suffix}"), colours)
+    assert Image.MAX_IMAGE_PIXELS == 10
+
+
+def test_the_limit_is_lifted_for_as_long_as_any_thread_reads(tmp_path, monkeypatch, colours):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    Image.fromarray(colours).save(tmp_path / "x.tif")
+    together = threading.Barrier(4)
+
+    def read(_: int) -> bool:
+        together.wait()
+        return all((read_image(tmp_path / "x.tif") == colours).all() for _ in range(20))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(read, range(4)))
+    assert Image.MAX_IMAGE_PIXELS == 10
+
+
+def test_a_header_beyond_reason_is_refused_before_decoding(tmp_path, monkeypatch, colours):
+    monkeypatch.setattr(images, "MAX_PIXELS", 239)
+    Image.fromarray(colours).save(tmp_path / "x.png")
+    with pytest.raises(ImageError, match=r"x\.png: 20 x 12 pixels, more than 239 in all; cut it into tiles"):
+        read_image(tmp_path / "x.png")
+
+
+def test_memory_that_runs_out_is_said(tmp_path, monkeypatch, colours):
+    def exhausted(*_):
+        raise MemoryError
+
+    Image.fromarray(colours).save(tmp_path / "x.png")
+    monkeypatch.setattr(Image.Image, "convert", exhausted)
+    with pytest.raises(ImageError, match="does not fit into memory; cut it into tiles"):
+        read_image(tmp_path / "x.png")
+
+
+# labels
+
+
+def test_labels_keep_their_numbers(tmp_path):
+    numbers = np.array([[0, 1, 2], [7, 254, 255]], dtype=np.uint8)
+    Image.fromarray(numbers).save(tmp_path / "grey.png")
+    palette = Image.fromarray(numbers)
+    palette.putpalette(np.random.default_rng(0).integers(0, 256, 768, dtype=np.uint8).tobytes())
+    palette.save(tmp_path / "palette.png", transparency=0)
+    Image.fromarray(numbers > 1).save(tmp_path / "bits.png")
+    for name, want in (("grey", numbers), ("palette", numbers), ("bits", numbers > 1)):
+        got = read_label(tmp_path / f"{name}.png")
+        assert got.dtype == np.uint8
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "I;16"])
+def test_labels_of_other_kinds_are_refused(tmp_path, mode):
+    Image.new(mode, (3, 2)).save(tmp_path / "x.png")
+    with pytest.raises(ImageError, match=rf"x\.png: a label of mode {mode}, .*8-bit grey or palette PNG"):
+        read_label(tmp_path / "x.png")
+
+
+# resizing and cutting
+
+
+def test_resize_keeps_the_aspect_and_rounds_the_long_side_down(colours):
+    assert resize_short_side(np.zeros((360, 480, 3), np.uint8), 224).shape == (224, 298, 3)
+    assert resize_short_side(np.zeros((480, 360), np.uint8), 224).shape == (298, 224)
+    assert resize_short_side(colours, 12) is colours
+
+
+def test_nearest_repeats_pixels_and_bilinear_blends(colours):
+    np.testing.assert_array_equal(resize_short_side(colours, 24), colours.repeat(2, axis=0).repeat(2, axis=1))
+    step = np.zeros((8, 8, 3), np.uint8)
+    step[:, 4:] = 200
+    assert set(np.unique(resize_short_side(step, 6, "nearest"))) == {0, 200}
+    assert set(np.unique(resize_short_side(step, 3, "bilinear"))) - {0, 200}
+
+
+def test_labels_are_never_blended():
+    label = np.zeros((8, 8), np.uint8)
+    label[:, 4:] = 200
+    assert set(np.unique(resize_short_side(label, 3, "bilinear"))) == {0, 200}
+
+
+@pytest.mark.parametrize(
+    ("size", "crops", "want"),
+    [
+        ((360, 480), "center", [(0, 60)]),
+        ((480, 361), "center", [(59, 0)]),
+        ((7, 7), "center", [(0, 0)]),
+        ((360, 480), "slide", [(0, 0), (0, 60), (0, 120)]),
+        ((480, 360), "slide", [(0, 0), (60, 0), (120, 0)]),
+        ((100, 125), "slide", [(0, 0), (0, 25)]),
+        ((100, 126), "slide", [(0, 0), (0, 13), (0, 26)]),
+        ((64, 64), "slide", [(0, 0)]),
+        ((1, 3), "slide", [(0, 0), (0, 1), (0, 2)]),
+    ],
+)
+def test_offsets(size, crops, want):
+    assert square_offsets(*size, crops) == want
+
+
+def test_slide_covers_from_end_to_end_in_even_steps():
+    rng = np.random.default_rng(0)
+    for height, width in rng.integers(4, 400, (200, 2)).tolist():
+        side, places = min(height, width), [top + left for top, left in square_offsets(height, width, "slide")]
+        steps = np.diff(places)
+        assert places[0] == 0
+        assert places[-1] == max(height, width) - side
+        if steps.size:
+            assert 1 <= steps.min() <= steps.max() <= side / 4
+            assert steps.max() - steps.min() <= 1
+
+
+def test_unknown_crops_are_refused():
+    with pytest.raises(ValueError, match="corner"):
+        square_offsets(4, 5, "corner")
+
+
+@pytest.mark.parametrize("crops", ["center", "slide"])
+@pytest.mark.parametrize("resample", ["nearest", "bilinear"])
+def test_squares_are_cut_from_the_resized_image(colours, crops, resample):
+    resized = resize_short_side(colours, 8, resample)
+    squares = square_crops(colours, 8, crops, resample)
+    places = square_offsets(8, 13, crops)
+    assert len(squares) == len(places)
+    for square, (top, left) in zip(squares, places):
+        np.testing.assert_array_equal(square, resized[top : top + 8, left : left + 8])
+
+
+def test_images_and_labels_are_cut_at_the_same_places():
+    label = np.arange(12 * 20, dtype=np.uint8).reshape(12, 20)
+    image = np.repeat(label[..., None], 3, axis=2)
+    for size in (5, 8, 12, 17):
+        for square, mask in zip(square_crops(image, size, "slide"), square_crops(label, size, "slide")):
+            assert mask.shape == (size, size)
+            np.testing.assert_array_equal(square[..., 0], mask)

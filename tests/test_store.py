@@ -1,0 +1,438 @@
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from smooseg_fast import store
+from smooseg_fast.datasets import open_dataset
+from smooseg_fast.errors import UserError
+from smooseg_fast.extract import default_cache, open_or_extract
+from smooseg_fast.images import square_crops
+from smooseg_fast.store import Contents, FeatureStore, read_shard, to_storage, write_shard
+
+PATCH, SIZE, P, D = 4, 8, 4, 5
+
+
+class FakeBackbone:
+    """Mean colour of each patch, the size of the batch and the patch's column: a wrong order, batch or mirror shows in the values."""
+
+    name, digest, patch, dim, device = "fake", "f00d", PATCH, D, torch.device("cpu")
+
+    def __init__(self, interrupt_at: int = -1, scale: float = 1.0):
+        self.calls, self.interrupt_at, self.scale = 0, interrupt_at, scale
+
+    def __call__(self, images):
+        assert images.dtype == torch.uint8
+        assert images.is_contiguous()
+        self.calls += 1
+        if self.calls == self.interrupt_at:
+            raise KeyboardInterrupt
+        h, w = images.shape[2] // PATCH, images.shape[3] // PATCH
+        colour = images.float().unflatten(2, (h, PATCH)).unflatten(4, (w, PATCH)).mean(dim=(3, 5))  # [B,3,h,w]
+        batch = torch.full((len(images), 1, h, w), float(len(images)))
+        column = torch.arange(w).float().expand(len(images), 1, h, w)
+        return self.scale * torch.cat([colour, batch, column], dim=1).flatten(2).transpose(1, 2), (h, w)
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Ten images of several sizes and shapes, two of which cannot be read, the last among them."""
+    rng, folder = np.random.default_rng(0), tmp_path / "photos"
+    (folder / "sub").mkdir(parents=True)
+    sizes = [(8, 8), (8, 16), (30, 10), (9, 9), None, (12, 40), (8, 8), (16, 9), (11, 13), None]
+    for number, size in enumerate(sizes):
+        file = folder / f"{number}.png"
+        if size is None:
+            file.write_bytes(b"no image")
+        else:
+            Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(file)
+    return folder
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Four rows a shard."""
+    monkeypatch.setattr(store, "SHARD_BYTES", 4 * P * D * 2 + 1)
+
+
+def extract(photos, cache, backbone=None, **settings) -> FeatureStore:
+    backbone = backbone or FakeBackbone()
+    return open_or_extract(open_dataset(photos, "train"), backbone, **{"size": SIZE, "cache": cache, "batch_size": 3, **settings})
+
+
+def shards(cache: Path) -> list[Path]:
+    return sorted(cache.glob("*/shard-*.safetensors"))
+
+
+def expected(photos, mirror=False, **settings) -> tuple[list[str], torch.Tensor]:
+    """Names and mean colours [N,P,3] of every square, without threads, batches or shards."""
+    data, names, rows = open_dataset(photos, "train"), [], []
+    for index, name in enumerate(data.names):
+        if name in ("4.png", "9.png"):
+            continue
+        for square in square_crops(data.image(index), SIZE, **settings):
+            names.append(name)
+            patches = square.astype(np.float32).reshape(2, PATCH, 2, PATCH, 3).mean(axis=(1, 3))
+            rows.append(torch.from_numpy(patches.reshape(P, 3)))
+    return names, torch.stack(rows)
+
+
+# what comes out
+
+
+@pytest.mark.parametrize("crops", ["center", "slide"])
+@pytest.mark.parametrize("resample", ["nearest", "bilinear"])
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_rows_are_the_features_of_the_squares_in_order(photos, tmp_path, small_shards, crops, resample, batch_size):
+    names, colours = expected(photos, crops=crops, resample=resample)
+    features = extract(photos, tmp_path, crops=crops, resample=resample, batch_size=batch_size)
+    assert len(features) == len(names)
+    assert features.names == tuple(names)
+    assert (features.grid, features.P, features.D) == ((2, 2), P, D)
+    torch.testing.assert_close(features.rows(range(len(features)))[..., :3], colours, rtol=1e-3, atol=0)
+    assert features.nbytes == len(names) * P * D * 2
+
+
+def test_crops_tell_where_the_squares_lie(photos, tmp_path):
+    features = extract(photos, tmp_path, crops="slide")
+    places = {name: [crop for other, crop in zip(features.names, features.crops) if other == name] for name in features.names}
+    assert places["0.png"] == [(0, 0)]
+    assert places["1.png"] == [(0, 0), (0, 2), (0, 4), (0, 6), (0, 8)]
+    assert places["2.png"][-1] == (24 - 8, 0)
+
+
+def test_the_mirror_has_its_columns_mirrored_back(photos, tmp_path):
+    straight, mirrored = extract(photos, tmp_path, crops="slide"), extract(photos, tmp_path, crops="slide", mirror=True)
+    assert straight.names == mirrored.names
+    assert straight.crops == mirrored.crops
+    a, b = straight.load(), mirrored.load()
+    # colours belong to the picture and come back to their place; the column was counted in the mirrored picture
+    assert torch.equal(a[..., :3], b[..., :3])
+    assert torch.equal(a[..., 4], 1 - b[..., 4])
+
+
+def test_rows_in_any_order_with_repeats_and_from_any_kind_of_index(photos, tmp_path, small_shards):
+    features = extract(photos, tmp_path, crops="slide")
+    everything = features.load(dtype=torch.float32)
+    order = [7, 0, len(features) - 1, 7, 4, 3]
+    for index in (order, tuple(order), torch.tensor(order), torch.tensor(order, dtype=torch.int32)):
+        assert torch.equal(features.rows(index), everything[order])
+    assert features.rows([1]).dtype == torch.float32
+    half = features.rows([1, 2], dtype=torch.float16)
+    assert half.dtype == torch.float16
+    assert torch.equal(half.float(), everything[1:3])
+    assert features.rows([]).shape == (0, P, D)
+    for wrong in (-1, len(features)):
+        with pytest.raises(IndexError, match=f"row {wrong} of a store of {len(features)} rows"):
+            features.rows([0, wrong])
+
+
+def test_load_keeps_the_stored_type_unless_told(photos, tmp_path):
+    features = extract(photos, tmp_path)
+    assert features.load().dtype == torch.float16
+    assert features.load(dtype=torch.float64).dtype == torch.float64
+    assert features.load(device="meta").device.type == "meta"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at the process through /proc")
+def test_features_are_memory_mapped_without_keeping_files_open(photos, tmp_path, small_shards):
+    before = len(os.listdir("/proc/self/fd"))
+    features = extract(photos, tmp_path, crops="slide")
+    assert len(os.listdir("/proc/self/fd")) == before
+    mapped = Path("/proc/self/maps").read_text()
+    assert len(shards(tmp_path)) > 3
+    assert all(str(path) in mapped for path in shards(tmp_path))
+    features.rows([0]).zero_()
+    assert features.rows([0]).any()  # the caller's rows are copies
+
+
+# images that cannot be used
+
+
+def test_images_that_cannot_be_read_are_named_skipped_and_counted(photos, tmp_path, small_shards, capsys):
+    names, _ = expected(photos, crops="center")
+    features = extract(photos, tmp_path)
+    assert features.names == tuple(names)
+    assert [name for name, _ in features.skipped] == ["4.png", "9.png"]
+    assert all("not an image" in reason for _, reason in features.skipped)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert f"skipped: {photos / '4.png'}: not an image" in err
+    again = extract(photos, tmp_path)
+    assert again.skipped == features.skipped
+    err = capsys.readouterr().err
+    assert "skipped before: 2 of 10 images, first 4.png: not an image" in err
+    assert str(shards(tmp_path)[0].parent) in err
+
+
+def test_an_image_smaller_than_a_patch_is_skipped(photos, tmp_path, capsys):
+    Image.new("RGB", (50, PATCH - 1)).save(photos / "3.png")
+    Image.new("RGB", (PATCH, PATCH)).save(photos / "8.png")
+    features = extract(photos, tmp_path)
+    assert ("3.png", "50 x 3 pixels, less than one patch of the backbone (4 pixels)") in features.skipped
+    assert "8.png" in features.names
+    assert "skipped: 3.png: 50 x 3 pixels" in capsys.readouterr().err
+
+
+def test_when_no_image_can_be_used_it_is_an_error_each_time(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "photos" / name).write_bytes(b"no image")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"none of the 2 images can be used \(first: a\.png: not an image"):
+            extract(tmp_path / "photos", tmp_path / "cache")
+    assert shards(tmp_path / "cache") == []
+
+
+# the cache
+
+
+def test_a_second_call_reads_and_another_setting_extracts(photos, tmp_path):
+    extract(photos, tmp_path)
+    used = FakeBackbone()
+    extract(photos, tmp_path, used, batch_size=2)
+    assert used.calls == 0
+    other = FakeBackbone()
+    other.digest = "beef"
+    for backbone, settings in [
+        (other, {}),
+        (FakeBackbone(), {"size": 12}),
+        (FakeBackbone(), {"crops": "slide"}),
+        (FakeBackbone(), {"resample": "bilinear"}),
+        (FakeBackbone(), {"mirror": True}),
+    ]:
+        extract(photos, tmp_path, backbone, **settings)
+        assert backbone.calls > 0
+    (photos / "9.png").unlink()
+    changed = FakeBackbone()
+    extract(photos, tmp_path, changed)
+    assert changed.calls > 0
+    assert len(list(tmp_path.glob("*/meta.json"))) == 7
+
+
+def test_the_folder_says_what_it_is(photos, tmp_path):
+    extract(photos, tmp_path, crops="slide")
+    meta = json.loads(next(tmp_path.glob("*/meta.json")).read_text())
+    want = dict(dataset="photos", images=10, backbone="fake", digest="f00d", size=SIZE, crops="slide", grid=[2, 2], channels=D)
+    assert want.items() <= meta.items()
+
+
+def test_the_default_cache_follows_the_environment(photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    extract(photos, None)
+    assert len(shards(tmp_path / "xdg" / "smooseg_fast")) == 1
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert default_cache() == tmp_path / "home" / ".cache" / "smooseg_fast"
+
+
+def test_a_cache_that_cannot_be_written_is_named(photos, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match=r"file.*cannot be written"):
+        extract(photos, tmp_path / "file")
+
+
+# interruption and damage
+
+SLIDE = dict(crops="slide")
+LAST_CALL = 17  # of an undisturbed extraction: batches of 3 and 1 for each shard of 4 rows, and a last shard of 2 rows
+
+
+@pytest.fixture
+def undisturbed(photos, tmp_path, small_shards) -> dict[str, bytes]:
+    backbone = FakeBackbone()
+    extract(photos, tmp_path / "undisturbed", backbone, **SLIDE)
+    assert backbone.calls == LAST_CALL
+    return {path.name: path.read_bytes() for path in shards(tmp_path / "undisturbed")}
+
+
+@pytest.mark.parametrize("call", range(1, LAST_CALL + 1))
+def test_an_interrupted_extraction_goes_on_behind_its_last_whole_shard(photos, tmp_path, undisturbed, call):
+    interrupted, resumed = FakeBackbone(interrupt_at=call), FakeBackbone()
+    with pytest.raises(KeyboardInterrupt):
+        extract(photos, tmp_path / "cache", interrupted, **SLIDE)
+    assert not [thread for thread in threading.enumerate() if "ThreadPool" in thread.name]
+    whole = (call - 1) // 2
+    left = {path.name: path.read_bytes() for path in shards(tmp_path / "cache")}
+    assert left == dict(list(undisturbed.items())[:whole])
+    assert not list(tmp_path.glob("cache/*/.*"))
+    features = extract(photos, tmp_path / "cache", resumed, **SLIDE)
+    assert resumed.calls == LAST_CALL - 2 * whole
+    assert {path.name: path.read_bytes() for path in shards(tmp_path / "cache")} == undisturbed
+    assert features.names == tuple(expected(photos, crops="slide")[0])
+    assert [name for name, _ in features.skipped] == ["4.png", "9.png"]
+
+
+@pytest.mark.parametrize("damage", ["short", "long", "header", "gone", "other"])
+def test_a_damaged_shard_is_made_again_and_the_others_stay(photos, tmp_path, undisturbed, damage):
+    cache = tmp_path / "undisturbed"
+    paths = shards(cache)
+    victim, stamps = paths[2], {path: path.stat().st_mtime_ns for path in paths}
+    content = victim.read_bytes()
+    if damage == "gone":
+        victim.unlink()
+    else:
+        header_cut = content[:30] + b"\0" * 30 + content[60:]
+        victim.write_bytes({"short": content[:-2], "long": content + b"\0\0", "header": header_cut, "other": paths[4].read_bytes()}[damage])
+    backbone = FakeBackbone()
+    features = extract(photos, cache, backbone, **SLIDE)
+    assert backbone.calls == 2
+    assert {path.name: path.read_bytes() for path in shards(cache)} == undisturbed
+    assert {path for path in paths if path.stat().st_mtime_ns != stamps[path]} <= {victim}
+    assert features.names == tuple(expected(photos, crops="slide")[0])
+
+
+def test_skipped_images_behind_the_last_full_shard_are_kept_too(photos, tmp_path, small_shards):
+    for name in ("0.png", "1.png", "2.png", "3.png"):
+        (photos / name).unlink()
+    again = FakeBackbone()
+    for backbone in (FakeBackbone(), again):  # 4 and 9 cannot be read, and four squares fill one shard
+        features = extract(photos, tmp_path, backbone)
+        assert len(features) == 4
+        assert [name for name, _ in features.skipped] == ["4.png", "9.png"]
+        assert torch.equal(features.load(dtype=torch.float32), features.rows([0, 1, 2, 3]))
+    assert again.calls == 0
+
+
+def test_two_damaged_shards_apart_are_both_made_again(photos, tmp_path, undisturbed):
+    cache, backbone = tmp_path / "undisturbed", FakeBackbone()
+    paths = shards(cache)
+    for victim in (paths[0], paths[3]):
+        victim.write_bytes(b"")
+    extract(photos, cache, backbone, **SLIDE)
+    assert backbone.calls == 4
+    assert {path.name: path.read_bytes() for path in shards(cache)} == undisturbed
+
+
+def test_shards_of_a_backbone_of_another_width_are_not_mixed_in(photos, tmp_path, undisturbed):
+    class Wider(FakeBackbone):
+        dim = D + 1
+
+        def __call__(self, images):
+            features, grid = super().__call__(images)
+            return torch.nn.functional.pad(features, (0, 1)), grid
+
+    features = extract(photos, tmp_path / "undisturbed", Wider(), **SLIDE)
+    assert features.load().shape[2] == features.D == D + 1
+
+
+# numbers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_fp16_where_it_has_the_range(dtype):
+    values = torch.tensor([[[0.0, 1.0, -3.5, 65504.0 if dtype != torch.bfloat16 else 65280.0]]], dtype=dtype)
+    got = to_storage(values)
+    assert got.dtype == torch.float16
+    assert torch.equal(got.float(), values.float())
+    assert to_storage(torch.zeros(2, 3, 4)).dtype == torch.float16
+    assert to_storage(torch.empty(0, 3, 4)).dtype == torch.float16
+
+
+@pytest.mark.parametrize("value", [65505.0, 1e30, 3.4e38, -7e4, 6e-5, 1e-20])
+def test_bf16_where_it_has_not_and_never_infinity(value):
+    got = to_storage(torch.tensor([[[0.0, value]]]))
+    assert got.dtype == torch.bfloat16
+    assert got.isfinite().all()
+    assert got[0, 0, 1].item() == pytest.approx(value, rel=2**-8)
+
+
+def test_shards_choose_their_type_each(photos, tmp_path, small_shards):
+    white = np.full((8, 8, 3), 255, np.uint8)
+    for number in range(10):
+        Image.fromarray(white if number > 4 else white // 255).save(photos / f"{number}.png")
+    features = extract(photos, tmp_path, FakeBackbone(scale=300.0))
+    kinds = {path.name[6:11]: safe_open(path, "pt").get_slice("features").get_dtype() for path in shards(tmp_path)}
+    assert kinds == {"00000": "F16", "00001": "BF16", "00002": "BF16"}
+    assert features.load().dtype == torch.float32
+    want = torch.tensor([300.0] * 5 + [76500.0] * 5)
+    torch.testing.assert_close(features.rows(range(10))[:, 0, 0], want, rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_an_error_that_names_the_image(photos, tmp_path, value):
+    class Broken(FakeBackbone):
+        def __call__(self, images):
+            features, grid = super().__call__(images)
+            if self.calls == 2:
+                features[1, 2, 3] = value
+            return features, grid
+
+    with pytest.raises(UserError, match=r"backbone fake: gave nan or infinity for 5\.png"):
+        extract(photos, tmp_path, Broken())
+
+
+def test_a_backbone_of_another_grid_than_its_patch_says(photos, tmp_path):
+    backbone = FakeBackbone()
+    backbone.patch = 2
+    with pytest.raises(UserError, match=r"backbone fake: gave \(3, 4, 5\) on grid \(2, 2\) .* patch of 2 pixels"):
+        extract(photos, tmp_path, backbone)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"size": 10}, r"--size 10: not a multiple of the backbone's patch, 4 pixels; take 8 or 12"),
+        ({"size": 3}, r"--size 3: .*; take 4 or 4"),
+        ({"size": 0}, r"--size 0: "),
+        ({"batch_size": 0}, r"batch_size 0: must be 1 or more"),
+        ({"crops": "corner"}, r"--crops corner: unknown; take center or slide"),
+        ({"resample": "cubic"}, r"--resample cubic: unknown; take nearest or bilinear"),
+    ],
+)
+def test_wrong_settings_are_named(photos, tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
+        extract(photos, tmp_path, **settings)
+
+
+# progress
+
+
+def test_progress_is_on_stderr_and_can_be_silenced(photos, tmp_path, capsys):
+    for name in ("4.png", "9.png"):
+        (photos / name).unlink()
+    extract(photos, tmp_path / "one")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "extract: 100%" in err
+    assert "8/8" in err
+    extract(photos, tmp_path / "one")
+    extract(photos, tmp_path / "two", progress=False)
+    assert capsys.readouterr() == ("", "")
+
+
+# the file format alone
+
+
+def test_a_shard_comes_back_as_written(tmp_path):
+    names, crops = ("ä/1.png", "caf\udce9.png"), ((0, 0), (0, 7))  # the second name is not UTF-8 on disk
+    contents = Contents((3, 0), (4, 2), (1, 2), names, crops, (("x", "y"),))
+    features = torch.randn(2, 2, 3)
+    write_shard(tmp_path / "x.safetensors", contents, features)
+    shard = read_shard(tmp_path / "x.safetensors")
+    assert shard.contents == contents
+    assert torch.equal(shard.features, features.half())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(names=("a",)),
+        dict(crops=((0, 0),)),
+        dict(grid=(2, 2)),
+    ],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_a_shard_whose_header_does_not_fit_is_no_shard(tmp_path, wrong):
+    right = dict(start=(0, 0), end=(2, 0), grid=(1, 2), names=("a", "b"), crops=((0, 0), (0, 0)), skipped=())
+    write_shard(tmp_path / "right.safetensors", Contents(**right), torch.zeros(2, 2, 3))
+    assert read_shard(tmp_path / "right.safetensors") is not None
+    write_shard(tmp_path / "wrong.safetensors", Contents(**{**right, **wrong}), torch.zeros(2, 2, 3))
+    assert read_shard(tmp_path / "wrong.safetensors") is None

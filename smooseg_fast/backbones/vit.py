@@ -1,0 +1,288 @@
+"""Vision transformers through transformers: DINO, DINOv2 (with registers), DINOv3 and their like, from the hub or a local folder.
+
+transformers only builds the network and maps the names of the weights: it is given a parsed config.json and tensors read from safetensors,
+never a path or a name, so that nothing found in a repository (remote code, pickles, adapters) is run.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+import transformers
+from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .base import Backbone, digest_of, reason
+
+WANTED = ["config.json", "preprocessor_config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of RGB in 0..1
+DINO_RESIZED = ("vit", "dinov2")  # published with the resizing of DinoPositions; the other families agree with transformers'
+NOTES = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")  # in config.json, but not of the function
+
+
+class VitBackbone(Backbone):
+    """The patch tokens of `last_hidden_state`, which these families give after their final LayerNorm.
+
+    Images are normalised by the folder's preprocessor_config.json (ImageNet's mean and deviation without one). Features come in half
+    precision on a GPU, in float32 on a CPU. UserError names what in the folder cannot be used.
+    """
+
+    def __init__(self, name: str, folder: Path, device: torch.device) -> None:
+        config = _read_json(name, folder / "config.json")
+        mean, std = _statistics(name, folder)
+        weights = _read_weights(name, folder)
+        function = {key: value for key, value in config.items() if key not in NOTES}
+        digest = digest_of("vit-1", json.dumps([function, mean, std], sort_keys=True), weights)
+        self.kind = str(config.get("model_type"))
+        self.dtype = compute_dtype(device)
+        settings, architecture, patch = _architecture(name, self.kind, config)
+        model = _build(name, architecture, settings, weights).eval().requires_grad_(False).to(device)
+        for parameter in model.parameters():  # not the buffers: rotary frequencies must stay in float32
+            parameter.data = parameter.data.to(self.dtype)
+        self.model = model
+        self.mean, self.std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (mean, std))
+        # transformers resizes position embeddings only on request, in the families that have a table of them
+        accepts_resizing = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+        self.options = {"interpolate_pos_encoding": True} if accepts_resizing else {}
+        self.prefix, dim = self._probe(name, patch, device)
+        super().__init__(name=name, digest=digest, patch=patch, dim=dim, device=device)
+
+    def extract(self, images: Tensor) -> Tensor:
+        return self._tokens(images)[:, self.prefix :]
+
+    def _tokens(self, images: Tensor) -> Tensor:
+        """Every token after the final norm, [B, prefix + P, D]."""
+        pixels = ((images - self.mean) / self.std).to(self.dtype)
+        return self.model(pixel_values=pixels, **self.options).last_hidden_state
+
+    def _probe(self, name: str, patch: int, device: torch.device) -> tuple[int, int]:
+        """(tokens before the patches, D), the same for two grids, or the last tokens are not the patches."""
+        seen = set()
+        for h, w in ((2, 3), (3, 4)):
+            try:
+                with torch.no_grad(), quiet():
+                    tokens = self._tokens(torch.zeros(1, 3, h * patch, w * patch, device=device))
+                _, count, dim = tokens.shape
+            except Exception as error:
+                raise UserError(
+                    f"--backbone {name}: model type {self.kind} gives no patch features ({reason(error)}); "
+                    "use a ViT that takes images of any size, such as DINO, DINOv2 or DINOv3"
+                ) from error
+            seen.add((count - h * w, dim))
+        prefix, dim = seen.pop()
+        if seen or prefix < 0:
+            raise UserError(
+                f"--backbone {name}: model type {self.kind} does not give one token per {patch}x{patch} patch; "
+                "use a plain ViT, such as DINO, DINOv2 or DINOv3"
+            )
+        return prefix, dim
+
+
+class DinoPositions:
+    """Mixed into transformers' embeddings: positions resized the way DINO and DINOv2 (without registers) publish their features.
+
+    Bicubic with the scale factor (h + 0.1)/H for a table of H rows, where transformers asks for the size h: features differ by 4e-3.
+    """
+
+    def interpolate_pos_encoding(self, embeddings: Tensor, height: int, width: int) -> Tensor:
+        """Positions [1, 1+h*w, D] for tokens `embeddings` [B, 1+h*w, D] of an image of height x width pixels."""
+        patch, (rows, columns) = self.patch_embeddings.patch_size, self.patch_embeddings.image_size
+        grid, table = (height // patch[0], width // patch[1]), (rows // patch[0], columns // patch[1])
+        if grid == table:
+            return self.position_embeddings
+        patches = self.position_embeddings[:, 1:].float().unflatten(1, table).permute(0, 3, 1, 2)
+        scale = ((grid[0] + 0.1) / table[0], (grid[1] + 0.1) / table[1])
+        patches = nn.functional.interpolate(patches, scale_factor=scale, mode="bicubic")
+        patches = patches.flatten(2).transpose(1, 2).to(embeddings.dtype)
+        return torch.cat((self.position_embeddings[:, :1], patches), dim=1)
+
+
+def _with_dino_positions(embeddings: nn.Module, config: Any) -> nn.Module:
+    """The same embeddings and weights, with the method of DinoPositions."""
+    kind = type(f"Dino{type(embeddings).__name__}", (DinoPositions, type(embeddings)), {})
+    with torch.device("meta"):  # no memory, and no random numbers taken from the caller
+        resized = kind(config)
+    resized.load_state_dict(embeddings.state_dict(), assign=True)
+    return resized
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """float32 on a CPU; on a GPU bfloat16 where it is native, else float16."""
+    if device.type == "cpu":
+        return torch.float32
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            if torch.cuda.is_bf16_supported(including_emulation=False):
+                return torch.bfloat16
+    return torch.float16
+
+
+def fetch(name: str) -> Path:
+    """The folder of the hub's files for `name`: the local cache's where it is whole (no network is used then), else downloaded.
+
+    UserError when there is no such model, no access, no network or nothing but pickled weights.
+    """
+    api = huggingface_hub.HfApi()
+    try:
+        cached = Path(api.snapshot_download(name, allow_patterns=WANTED, local_files_only=True))
+        for folder in (cached, *sorted(cached.parent.iterdir())):  # beside main's may lie the converted one of an earlier call
+            if weight_files(folder) and (folder / "config.json").is_file():
+                return folder
+    except (LocalEntryNotFoundError, HFValidationError):
+        pass
+    try:
+        folder = Path(api.snapshot_download(name, allow_patterns=WANTED))
+        if weight_files(folder):
+            return folder
+        # Older repositories, DINO's among them, may hold pickles alone; then the hub's own bot has offered a safetensors conversion.
+        for offer in api.get_repo_discussions(name, author="SFconvertbot", discussion_type="pull_request", discussion_status="open"):
+            folder = Path(api.snapshot_download(name, revision=f"refs/pr/{offer.num}", allow_patterns=WANTED))
+            if weight_files(folder):
+                return folder
+    except GatedRepoError as error:
+        raise UserError(
+            f"--backbone {name}: is gated; ask for access at https://huggingface.co/{name}, run `hf auth login`, then try again"
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UserError(f"--backbone {name}: the hub has no such model and there is no such folder here; check the name") from error
+    except Exception as error:  # the network library, and with it its exceptions, depends on the version of huggingface_hub
+        raise UserError(
+            f"--backbone {name}: the hub could not be reached ({reason(error)}); download the model where there is a network "
+            "and give its folder (config.json and model.safetensors) instead of the name"
+        ) from error
+    raise UserError(f"--backbone {name}: the hub has no safetensors weights for it, and pickled ones are never loaded; use another model")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold the weights: one, or the shards that the index names; empty unless all are there."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        return []
+    try:
+        shards = {folder / Path(name).name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return []
+    return sorted(shards) if all(shard.suffix == ".safetensors" and shard.is_file() for shard in shards) else []
+
+
+def _read_weights(name: str, folder: Path) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = {}
+    files = weight_files(folder)
+    if not files:
+        raise UserError(
+            f"--backbone {name}: no model.safetensors (or all of its shards) in {folder}; pickled weights are never loaded: "
+            "save the model again with save_pretrained"
+        )
+    for file in files:
+        try:
+            weights.update(load_file(file))
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"--backbone {name}: {file} cannot be read ({reason(error)}); copy or download it again") from error
+    return weights
+
+
+def _read_json(name: str, path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("not a JSON object")
+    except FileNotFoundError as error:
+        raise UserError(
+            f"--backbone {name}: no {path.name} in {path.parent}; give a transformers model's folder, as save_pretrained makes it"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"--backbone {name}: {path} cannot be read ({reason(error)}); copy or download it again") from error
+    return value
+
+
+def _statistics(name: str, folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of RGB in 0..1: preprocessor_config.json's where it gives them, else ImageNet's."""
+    path = folder / "preprocessor_config.json"
+    if not path.is_file():
+        return IMAGENET
+    values = _read_json(name, path)
+    mean, std = values.get("image_mean", IMAGENET[0]), values.get("image_std", IMAGENET[1])
+    for key, numbers in (("image_mean", mean), ("image_std", std)):
+        if not (isinstance(numbers, (list, tuple)) and len(numbers) == 3 and all(isinstance(number, (int, float)) for number in numbers)):
+            raise UserError(f"--backbone {name}: {path}: {key} is {numbers!r}; it must be three numbers, for red, green and blue")
+    if min(std) <= 0:
+        raise UserError(f"--backbone {name}: {path}: image_std is {std}; each must be above 0")
+    return tuple(map(float, mean)), tuple(map(float, std))
+
+
+def _architecture(name: str, kind: str, config: dict[str, Any]) -> tuple[Any, type[Any], int]:
+    """(transformers' configuration, its bare model's class, pixels of a patch's side) for config.json's content."""
+    try:
+        settings = transformers.CONFIG_MAPPING[kind].from_dict(config)
+        architecture = transformers.MODEL_MAPPING[type(settings)]
+    except KeyError as error:
+        raise UserError(
+            f"--backbone {name}: transformers {transformers.__version__} has no model of type {kind}; update it, or use another backbone"
+        ) from error
+    except Exception as error:
+        raise UserError(f"--backbone {name}: config.json does not fit model type {kind} ({reason(error)}); download it again") from error
+    patch = getattr(settings, "patch_size", None)
+    if isinstance(patch, (tuple, list)) and len(set(patch)) == 1:
+        patch = patch[0]
+    if not isinstance(patch, int) or patch < 1:
+        raise UserError(
+            f"--backbone {name}: model type {kind} has no square patches (patch_size {patch}); use a ViT, such as DINO or DINOv2"
+        )
+    return settings, architecture, patch
+
+
+def _build(name: str, architecture: type[Any], settings: Any, weights: dict[str, Tensor]) -> nn.Module:
+    """The bare model in float32 with every weight of its trunk set; UserError when the weights do not fit."""
+    options = {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(architecture.__init__).parameters else {}
+    try:
+        with quiet():
+            model, report = architecture.from_pretrained(
+                None,
+                config=settings,
+                state_dict=weights,
+                dtype=torch.float32,
+                attn_implementation="sdpa",  # said, for a config.json may name one that is downloaded and run
+                output_loading_info=True,
+                **options,
+            )
+    except Exception as error:
+        raise UserError(
+            f"--backbone {name}: the weights do not fit config.json ({reason(error)}); use a folder whose files belong together"
+        ) from error
+    # transformers fills what is missing with random numbers; neither of these two reaches the patch tokens
+    missing = sorted(key for key in report["missing_keys"] if "pooler" not in key and "mask_token" not in key)
+    if missing:
+        raise UserError(
+            f"--backbone {name}: {len(missing)} weights that config.json asks for are in none of its files ({missing[0]}, ...); "
+            "use a folder whose files belong together"
+        )
+    if settings.model_type in DINO_RESIZED:
+        model.embeddings = _with_dino_positions(model.embeddings, model.config)
+    return model
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without its reports and bars, for as long as it lasts."""
+    log = transformers.utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()

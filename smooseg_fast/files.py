@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -31,7 +32,8 @@ def write_atomic(path: str | Path, content: bytes | str | Callable[[Path], None]
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}); free some space or choose another folder") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return path
 
 

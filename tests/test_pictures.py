@@ -1,0 +1,353 @@
+"""Values of pixels, not only shapes: palettes apart, masks that read back, blends by hand, cells where they belong."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import ndimage
+
+from smooseg_fast import pictures
+from smooseg_fast.errors import UserError
+from smooseg_fast.metrics import hungarian, majority
+from smooseg_fast.pictures import confusion_picture, contact_sheet, curves_picture, overlay, palette, save, write_mask
+
+# linear RGB as seen without the long- and without the medium-wave cones (Machado et al. 2009, severity 1)
+PROTAN = np.array([[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]])
+DEUTAN = np.array([[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]])
+NASTY_NAMES = [
+    "a/very/long/path/" + "x" * 300 + "/end.jpg",
+    "Straße – été №7",
+    "日本語/東京.png",
+    "line\nbreak\udcff\t",
+    "",
+    "$a_b$ {0} %s",
+]
+
+
+def rgb(hex_colour):
+    return tuple(int(hex_colour[i : i + 2], 16) for i in (1, 3, 5))
+
+
+def closest(colours, seen=None):
+    """The smallest OKLab distance between two of `colours`, as they are or as `seen`."""
+    linear = (lambda e: np.where(e <= 0.04045, e / 12.92, ((e + 0.055) / 1.055) ** 2.4))(colours / 255)
+    encoded = (lambda v: np.where(v <= 0.0031308, 12.92 * v, 1.055 * v ** (1 / 2.4) - 0.055))(
+        (linear if seen is None else linear @ seen.T).clip(0, 1)
+    )
+    lab = pictures._to_oklab(255 * encoded)
+    distance = np.linalg.norm(lab[:, None] - lab[None], axis=-1)
+    return distance[np.triu_indices(len(colours), 1)].min()
+
+
+def test_oklab_against_published_values():
+    np.testing.assert_allclose(pictures._to_oklab(np.array([255, 0, 0])), [0.62796, 0.22486, 0.12585], atol=1e-4)
+    np.testing.assert_allclose(pictures._to_oklab(np.array([255, 255, 255])), [1, 0, 0], atol=1e-4)
+    for colour in palette(30)[::7]:
+        assert (pictures._from_oklab(*pictures._to_oklab(colour)) == colour).all()
+
+
+def test_palette_is_distinct_and_does_not_move():
+    colours = palette(256)
+    assert colours.shape == (256, 3)
+    assert colours.dtype == np.uint8
+    for k in (1, 7, 20, 21, 64, 100):
+        assert (palette(k) == colours[:k]).all()
+    assert closest(colours[:20]) > 0.11
+    assert closest(colours[:64]) > 0.05
+    assert len(np.unique(colours, axis=0)) == 256
+    with pytest.raises(ValueError, match="at least one"):
+        palette(0)
+
+
+@pytest.mark.parametrize("seen", [PROTAN, DEUTAN], ids=["protanopia", "deuteranopia"])
+def test_hand_picked_colours_stay_apart_for_colour_blind_eyes(seen):
+    assert closest(palette(8), seen) > 0.07
+    assert closest(palette(20), seen) > 0.055
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 64, 256])
+def test_mask_round_trip(tmp_path, k):
+    labels = np.random.default_rng(0).integers(0, k, (7, 13)).astype(np.uint8)
+    labels[0, 0] = 255  # no label
+    path = write_mask(tmp_path / "deep" / "mask.png", labels, palette(k))
+    depth, colour_type = struct.unpack(">BB", path.read_bytes()[24:26])
+    assert (depth, colour_type) == (8, 3)  # eight bits and a palette, however few the labels
+    with Image.open(path) as mask:
+        assert mask.mode == "P"
+        assert (np.asarray(mask) == labels).all()
+        shown = np.asarray(mask.convert("RGB"))
+    known = labels < k
+    assert (shown[known] == palette(k)[labels[known]]).all()
+    assert (shown[~known] == 0).all()
+
+
+def test_mask_at_the_edges(tmp_path):
+    for shape in ((1, 1), (8, 3000)):
+        labels = np.full(shape, 3, np.uint8)
+        with Image.open(write_mask(tmp_path / "mask.png", labels, palette(4))) as mask:
+            assert (np.asarray(mask) == labels).all()
+    for labels in (np.zeros((2, 2), int), np.zeros((2, 2, 1), np.uint8), np.zeros((0, 2), np.uint8)):
+        with pytest.raises(ValueError, match="labels must be uint8"):
+            write_mask(tmp_path / "bad.png", labels, palette(4))
+    for colours in (palette(4).astype(int), palette(300), palette(4)[:, :2], palette(4)[:0]):
+        with pytest.raises(ValueError, match="colours must be uint8"):
+            write_mask(tmp_path / "bad.png", np.zeros((2, 2), np.uint8), colours)
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(UserError, match=r"folder\.png: cannot be written"):
+        write_mask(tmp_path / "folder.png", np.zeros((2, 2), np.uint8), palette(4))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder.png", "mask.png"]
+
+
+def halves(height, width):
+    labels = np.zeros((height, width), np.uint8)
+    labels[:, width // 2 :] = 1
+    return labels
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize("size", [(40, 60), (1300, 90)], ids=str)  # the second crosses the bands it is computed in
+def test_overlay_blends_inside_and_lightens_the_border(size, alpha):
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8)
+    labels, colours = halves(*size), palette(2)
+    got = overlay(image, labels, colours, alpha)
+    assert got.dtype == np.uint8
+    line = (np.abs(got.astype(int) - (colours[labels].astype(int) + 255) // 2) == 0).all(-1)
+    middle = size[1] // 2
+    assert line[:, middle].all()  # one pixel wide at this size
+    inside = np.ones(size, bool)
+    inside[:, middle] = False
+    expected = alpha * colours[labels].astype(float) + (1 - alpha) * image
+    assert np.abs(got - expected)[inside].max() <= 1
+    assert (got[inside] == image[inside]).all() or alpha > 0
+
+
+def test_overlay_of_alpha_one_is_the_flat_map():
+    image, labels = np.full((20, 30, 3), 90, np.uint8), halves(20, 30)
+    assert (overlay(image, labels, palette(2), 1.0) == palette(2)[labels]).all()
+
+
+@pytest.mark.parametrize(("height", "width", "line"), [(8, 3000, 1), (300, 300, 1), (700, 800, 2), (1400, 1500, 4)])
+def test_border_grows_with_the_image(height, width, line):
+    image = np.zeros((height, width, 3), np.uint8)
+    got = overlay(image, halves(height, width), palette(2))
+    inside = palette(2)[halves(height, width)] // 2
+    assert (np.abs(got.astype(int) - inside).max(-1) > 1).sum(1).tolist() == [line] * height
+
+
+def test_overlay_leaves_unlabelled_pixels_bare():
+    image = np.random.default_rng(0).integers(0, 256, (10, 12, 3)).astype(np.uint8)
+    labels = halves(10, 12)
+    labels[4:] = 255
+    got = overlay(image, labels, palette(2))
+    assert (got[4:] == image[4:]).all()
+    assert (got[:3] != image[:3]).any()
+
+
+def test_overlay_of_one_pixel_and_one_cluster():
+    image = np.full((1, 1, 3), 100, np.uint8)
+    got = overlay(image, np.zeros((1, 1), np.uint8), palette(1))
+    assert np.abs(got - (palette(1)[0] / 2 + 50)).max() <= 1
+
+
+def test_overlay_refuses():
+    image, labels = np.zeros((4, 5, 3), np.uint8), np.zeros((4, 5), np.uint8)
+    for bad in (image[:3], image[..., 0], image.astype(float)):
+        with pytest.raises(ValueError, match="like the labels"):
+            overlay(bad, labels, palette(2))
+    for alpha in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="alpha"):
+            overlay(image, labels, palette(2), alpha)
+
+
+def solid(colour, height, width):
+    return np.full((height, width, 3), colour, np.uint8)
+
+
+def boxes(sheet, colour):
+    """(top, left, height, width) of each connected patch of one colour."""
+    patches, _ = ndimage.label((np.asarray(sheet) == colour).all(-1))
+    return [(y.start, x.start, y.stop - y.start, x.stop - x.start) for y, x in ndimage.find_objects(patches)]
+
+
+def test_sheet_cells_are_equal_and_images_keep_their_shape():
+    red, blue = (200, 10, 10), (10, 10, 200)
+    rows = [[solid(red, 300, 400), solid(blue, 100, 800)], [solid(red, 600, 800), solid(blue, 400, 100)], [solid(red, 30, 40), None]]
+    sheet = contact_sheet(rows, width=1000)
+    assert sheet.mode == "RGB"
+    assert sheet.width == 1000
+    reds, blues, wells = boxes(sheet, red), boxes(sheet, blue), boxes(sheet, rgb(pictures._WELL))
+    assert len({box[2:] for box in reds}) == 1  # 4:3 is the median shape: these fill their cells, whatever their size
+    assert reds[0][3] / reds[0][2] == pytest.approx(4 / 3, rel=0.01)
+    assert blues[0][3] / blues[0][2] == pytest.approx(8, rel=0.05)
+    assert blues[1][2] / blues[1][3] == pytest.approx(4, rel=0.05)
+    cell = reds[0][2:]
+    assert blues[0][3] == cell[1]  # a panorama spans its cell
+    assert blues[1][2] == cell[0]  # a tower too, and both are centred
+    assert blues[1][1] + blues[1][3] / 2 == pytest.approx(blues[0][1] + cell[1] / 2, abs=1)
+    assert blues[0][0] + blues[0][2] / 2 == pytest.approx(reds[0][0] + cell[0] / 2, abs=1)
+    assert wells[-1][2:] == cell  # the empty cell
+    steps = np.diff([box[0] for box in reds])
+    assert steps[0] == steps[1]
+
+
+@pytest.mark.parametrize("count", [1, 24])
+def test_sheet_height_follows_the_rows(count):
+    one = contact_sheet([[solid(9, 30, 40)] * 3], ["photo", "overlay", "mask"], ["first"], width=800)
+    two = contact_sheet([[solid(9, 30, 40)] * 3] * 2, ["photo", "overlay", "mask"], ["first", "second"], width=800)
+    many = contact_sheet([[solid(9, 30, 40)] * 3] * count, ["photo", "overlay", "mask"], ["row"] * count, width=800)
+    assert many.size == (800, one.height + (count - 1) * (two.height - one.height))
+
+
+def test_sheet_takes_any_image_and_any_text():
+    images = [solid(50, 1, 1), solid(60, 8, 3000), solid(70, 3000, 8), np.full((20, 30), 80, np.uint8), solid(90, 900, 700)]
+    legend = [(palette(64)[i], NASTY_NAMES[i % 6] or str(i)) for i in range(64)]
+    sheet = contact_sheet([images, images[:2]], NASTY_NAMES, NASTY_NAMES, legend, title="t" * 500, width=900)
+    pixels = np.asarray(sheet)
+    assert sheet.width == 900
+    for edge in (pixels[:20], pixels[-20:], pixels[:, :20], pixels[:, -20:]):
+        assert (edge == 255).all()  # nothing runs into the margins
+
+
+def test_legend_wraps_and_shows_every_colour():
+    images = [[solid(0, 30, 40)]]
+    colours = palette(40)
+    plain = contact_sheet(images, width=600)
+    heights = [contact_sheet(images, legend=[(c, f"cluster {i}") for i, c in enumerate(colours[:k])], width=600).height for k in (1, 4, 40)]
+    assert plain.height < heights[0] <= heights[1] < heights[2]
+    pixels = np.asarray(contact_sheet(images, legend=[(c, f"cluster {i}") for i, c in enumerate(colours)], width=600))
+    for colour in colours:
+        assert (pixels == colour).all(-1).sum() > 60
+    endless = [(c, "n" * 500 if i == 3 else f"cluster {i}") for i, c in enumerate(colours)]
+    assert contact_sheet(images, legend=endless, width=600).height < heights[2] * 2
+
+
+def test_sheet_refuses():
+    for rows in ([], [[]], [[None]]):
+        with pytest.raises(ValueError, match="needs an image"):
+            contact_sheet(rows)
+    with pytest.raises(ValueError, match="width"):
+        contact_sheet([[solid(0, 2, 2)]], width=100)
+
+
+def test_long_text_loses_its_middle():
+    text = "folder/" + "x" * 200 + "/IMG_0001.jpg"
+    short = pictures._shorten(text, 15, False, 200)
+    head, tail = short.split("…")
+    assert text.startswith(head)
+    assert text.endswith(tail)
+    assert 0 <= len(head) - len(tail) <= 1
+    assert 180 < pictures._length(short, 15) <= 200
+    assert pictures._shorten("fits", 15, False, 200) == "fits"
+    assert pictures._shorten(text, 15, False, 1) == "…"
+
+
+def outlined(picture):
+    return len(boxes(picture, rgb(pictures._MARK))) - 1  # one is the key's
+
+
+@pytest.mark.parametrize(("K", "C"), [(1, 3), (3, 3), (3, 1), (27, 27), (64, 27), (5, 40), (150, 2)])
+def test_confusion_picture_outlines_what_counts_as_right(K, C):
+    rng = np.random.default_rng(0)
+    counts = rng.integers(1, 40, (K, C))
+    counts[np.arange(min(K, C)), rng.permutation(C)[: min(K, C)]] += 1000
+    for scores in (hungarian(counts), majority(counts)):
+        picture = confusion_picture(counts, scores, [NASTY_NAMES[c % 6] for c in range(C)])
+        assert outlined(picture) == sum(c >= 0 for c in scores.mapping)
+        pixels = np.asarray(picture)
+        assert (pixels[:, -20:] == 255).all()
+        assert (pixels[:, :20] == 255).all()
+
+
+def test_confusion_picture_colours_cells_by_share():
+    counts = np.array([[10, 40], [30, 0]])  # cluster 1 is class 0 (75 %), cluster 0 is class 1 (100 %)
+    picture = confusion_picture(counts, hungarian(counts), ["sky", "road"])
+    first, second = sorted(boxes(picture, rgb(pictures._MARK)))[:2]
+    pixels = np.asarray(picture)
+    inside = [tuple(pixels[box[0] + 4, box[1] + 4]) for box in (first, second)]
+    assert inside == [pictures._shade(0.75), pictures._shade(1.0)]
+    assert tuple(pixels[first[0] + 4, second[1] + 4]) == pictures._shade(0.25)  # a row is a class
+    assert tuple(pixels[second[0] + 4, first[1] + 4]) == pictures._shade(0.0)
+    assert second[1] > first[1]  # the columns follow the classes
+
+
+def test_shade_darkens_from_end_to_end():
+    assert (pictures._shade(0), pictures._shade(1)) == (rgb(pictures._BLUES[0]), rgb(pictures._BLUES[-1]))
+    luminance = [sum(pictures._shade(share)) for share in np.linspace(0, 1, 50)]
+    assert (np.diff(luminance) < 0).all()
+
+
+def test_confusion_picture_of_absent_classes_and_nothing():
+    counts = np.array([[5, 0], [3, 0]])
+    assert outlined(confusion_picture(counts, hungarian(counts))) == 1
+    empty = np.zeros((2, 3), int)
+    assert outlined(confusion_picture(empty, hungarian(empty))) == 0
+    with pytest.raises(ValueError, match="do not fit"):
+        confusion_picture(empty, hungarian(counts))
+    with pytest.raises(ValueError, match="do not fit"):
+        confusion_picture(counts, hungarian(counts), ["one"])
+
+
+def test_points_skip_what_is_no_number():
+    nan, inf = float("nan"), float("inf")
+    records = [{"step": i, "loss": v} for i, v in enumerate([1.0, nan, None, inf, "x", [1.0], 2])]
+    assert pictures._points([{"loss": 5.0}, {"step": 9}, *records], "loss") == [(0, 1.0), (6, 2)]
+
+
+def test_curves_draw_only_what_was_recorded():
+    records = [{"step": i, "loss": 1 / (i + 1), "gone": None, "share": 0.5} for i in range(30)]
+    one = curves_picture(records, {"loss": ["loss", "never"]})
+    assert one.size == curves_picture(records, {"loss": ["loss"], "empty": ["gone", "never"]}).size
+    assert np.array_equal(one, curves_picture(records, {"loss": ["loss"], "empty": ["gone"]}))  # nothing of the absent keys
+    two = curves_picture(records, {"loss": ["loss"], "shares": ["share"]})
+    assert two.width == 2 * one.width
+    assert (np.asarray(one) == palette(1)[0]).all(-1).sum() > 100  # the curve itself
+    assert curves_picture(records, {"loss": ["loss"]}, "title").height > one.height
+
+
+def test_curves_at_the_edges():
+    blank = curves_picture([], {"loss": ["loss"]}, "nothing")
+    assert (np.asarray(blank) != 255).any()
+    single = curves_picture([{"step": 7, "loss": 0.0}], {"a $x_": ["loss"]}, NASTY_NAMES[2])
+    assert (np.asarray(single) == palette(1)[0]).all(-1).any()
+    many = {f"share {k}": k / 30 for k in range(30)}
+    records = [{"step": i, **many} for i in range(3)]
+    crowd = np.asarray(curves_picture(records, {"shares": list(many)}))
+    assert (crowd == rgb(pictures._RULE)).all(-1).sum() > 1000  # the curves beyond the named ones are grey
+
+
+def test_spread_keeps_order_and_distance():
+    assert pictures._spread([0.1, 0.5, 0.9], 0.1) == [0.1, 0.5, 0.9]
+    for heights in ([0.5] * 5, [0.97, 0.98, 0.99], [0.0] * 40):
+        placed = pictures._spread(heights, 0.1)
+        gaps = np.diff(placed)
+        assert (gaps >= min(0.1, 1 / (len(heights) - 1)) - 1e-9).all()
+        assert placed[0] >= -1e-9
+        assert placed[-1] <= 1 + 1e-9
+
+
+def test_save_by_suffix(tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (12, 17, 3)).astype(np.uint8)
+    with Image.open(save(tmp_path / "a.PNG", image)) as png:
+        assert (np.asarray(png) == image).all()
+    with Image.open(save(tmp_path / "sub" / "a.jpeg", Image.fromarray(image).convert("RGBA"))) as jpeg:
+        assert (jpeg.format, jpeg.size) == ("JPEG", (17, 12))
+    with Image.open(save(tmp_path / "grey.jpg", image[..., 0])) as grey:
+        assert grey.mode == "L"
+    for name in ("a.gif", "a"):
+        with pytest.raises(UserError, match=f"{name}: pictures are written as .png"):
+            save(tmp_path / name, image)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.PNG", "grey.jpg", "sub"]
+
+
+def test_matplotlib_comes_late_and_without_pyplot():
+    code = (
+        "import sys, numpy as np; from smooseg_fast import pictures as p\n"
+        "i = np.zeros((4, 4, 3), np.uint8); p.overlay(i, i[..., 0], p.palette(30)); assert 'matplotlib' not in sys.modules\n"
+        "p.curves_picture([{'step': 1, 'a': 1.0}], {'a': ['a']}); assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,0 +1,26 @@
+"""Unsupervised semantic segmentation with SmooSeg: `fit(images)` learns without labels, `Segmenter` predicts.
+
+Both are loaded when first asked for, so that importing a part of the package costs that part alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+__all__ = ["Segmenter", "UserError", "fit"]
+
+if TYPE_CHECKING:
+    from .errors import UserError
+    from .segmenter import Segmenter
+    from .trainer import fit
+
+_HOMES = {"Segmenter": "segmenter", "UserError": "errors", "fit": "trainer"}
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,0 +1,82 @@
+"""Command lines: arguments from a dataclass, errors as one line with exit code 2, Ctrl-C as exit code 130."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+from .errors import UserError
+
+T = TypeVar("T")
+
+
+def parse(kind: type[T], args: Sequence[str], default: T | None = None, prog: str | None = None) -> T:
+    """`args` as a `kind`; UserError with one line instead of the parser's own page. `--help` prints and exits with 0."""
+    page = io.StringIO()
+    options = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(page):
+            return tyro.cli(kind, args=list(args), prog=prog, **options)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(one_line(page.getvalue())) from None
+
+
+def one_line(page: str) -> str:
+    """The message of the parser's page: title, rule, message, rule, hints; with a box the title stands in the first rule."""
+    page = re.sub(r"\x1b\[[0-9;]*m", "", page)
+    sections = [" ".join(re.sub(r"[│╭╮╰╯├┤]", " ", part).split()) for part in re.split(r"[^\n]*[─-]{10,}[^\n]*", page)]
+    sections = [part for part in sections if part]
+    message = sections[0 if "╭" in page else 1 : 2][:1]
+    return (message[0] if message else "the arguments could not be read").rstrip(".") + "; --help lists the flags"
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal to stop, after everything worth keeping was saved."""
+
+    def __init__(self, number: int = signal.SIGINT):
+        super().__init__()
+        self.number = number
+
+
+class StopRequest:
+    """Within it, Ctrl-C and SIGTERM are noted in `number` for the loop to act on between two steps; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():  # Python delivers signals to no other
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number: int, _frame: Any) -> None:
+        if self.number is not None:
+            raise Interrupted(number)
+        self.number = number
+
+    def __exit__(self, *_exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def run(main: Callable[[Sequence[str]], None], args: Sequence[str] | None = None) -> int:
+    """The body of every `python -m smooseg_fast.X`: -> the exit code."""
+    try:
+        main(sys.argv[1:] if args is None else args)
+    except UserError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        return 128 + (stop.number if isinstance(stop, Interrupted) else signal.SIGINT)
+    return 0

@@ -1,0 +1,204 @@
+"""What a run is: one flat, typed configuration, saved with every checkpoint, and the presets that are starting points for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import UserError
+
+IMPLS = ("auto", "triton", "torch", "dense")
+INITS = ("random", "pca-kmeans")
+CROPS = ("center", "slide")
+RESAMPLES = ("nearest", "bilinear")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Learn to segment a folder of images without labels.
+
+    The defaults shown are those of the preset that was chosen: folder with --data, demo without.
+    """
+
+    preset: str = "folder"
+    """Where the other defaults come from: demo, folder, cityscapes, cocostuff27 or potsdam."""
+    data: str | None = None
+    """Folder of images in any nesting; or DIR/images and DIR/labels, with train/, val/ or test/ above them."""
+    out: str | None = None
+    """Folder for what the run makes [runs/NAME]. The same command on it resumes an unfinished run."""
+    backbone: str = "filterbank"
+    """Frozen features: filterbank (built in), a transformers ViT by hub name or local folder, or module:callable."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps, or auto: the first GPU if there is one."""
+    impl: str = "auto"
+    """How the objective is computed: auto, triton, torch or dense. Honoured or refused, never swapped."""
+    cache: str | None = None
+    """Folder of the feature cache [~/.cache/smooseg_fast]."""
+
+    size: int = 224
+    """Pixels of the short side for training; squares of this side are cut."""
+    eval_size: int = 320
+    """Pixels of the short side for evaluation and prediction."""
+    crops: str = "slide"
+    """slide: squares along the long side, so that the whole image is seen. center: the middle square alone."""
+    resample: str = "nearest"
+    """nearest (as in the paper) or bilinear."""
+
+    prototypes: int | None = None
+    """Number of groups to look for, an upper bound [the number of classes, or 16 without labels]."""
+    granularity: float | None = 0.06
+    """How fine the grouping is: patches pull together when their closeness exceeds the measured mean by this much. Lower merges
+    (fewer groups in use), higher splits (more). Takes the place of both thresholds."""
+    threshold_within: float | None = None
+    """Closeness above which patches of one image pull together, as an absolute number; goes with --threshold-across."""
+    threshold_across: float | None = None
+    """The same for patches of different images."""
+    temperature: float = 0.1
+    """Of the softmax over cosines to the teacher's prototypes."""
+
+    steps: int = 400
+    """Optimiser steps."""
+    batch_size: int = 16
+    """Squares a step, at least 2; fewer if there are not as many."""
+    patches: int | None = None
+    """Random patches of each square a step; all by default. 196 learn as well at a quarter of the cost."""
+    lr: float = 1e-4
+    """Adam's learning rate of the projection."""
+    lr_prototypes: float = 5e-4
+    """Adam's learning rate of the student's prototypes."""
+    dropout: float = 0.2
+    """Share of feature channels hidden from an image in each mask."""
+    teacher_decay: float = 0.998
+    """How slowly the teacher's prototypes follow the student's."""
+    code_dim: int = 64
+    """Length of a code."""
+    init: str = "pca-kmeans"
+    """Where learning starts: pca-kmeans (principal directions and k-means, steadier between seeds) or random (as in the paper)."""
+    seed: int = 0
+    """Of the initial weights."""
+    data_seed: int = 0
+    """Of batches, partners and masks."""
+
+    log_every: int = 20
+    """Steps between lines of metrics.jsonl."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints."""
+
+    @property
+    def relative(self) -> bool:
+        """Whether thresholds are an excess over the measured mean closeness."""
+        return self.granularity is not None
+
+    @property
+    def thresholds(self) -> tuple[float, float]:
+        """(within, across), absolute or relative."""
+        if self.granularity is not None:
+            return self.granularity, self.granularity
+        return self.threshold_within, self.threshold_across
+
+    def check(self) -> None:
+        """UserError for the first value that cannot be; names the flag, the value and the legal ones."""
+        for name, legal in (("impl", IMPLS), ("init", INITS), ("crops", CROPS), ("resample", RESAMPLES)):
+            if getattr(self, name) not in legal:
+                raise UserError(f"{flag(name)}: {getattr(self, name)!r} is not known; choose one of {', '.join(legal)}")
+        lowest = dict(
+            size=8,
+            eval_size=8,
+            prototypes=1,
+            steps=1,
+            batch_size=2,
+            patches=1,
+            code_dim=1,
+            seed=0,
+            data_seed=0,
+            log_every=1,
+            checkpoint_every=1,
+        )
+        for name, low in lowest.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise UserError(f"{flag(name)}: must be at least {low}, got {value}")
+        if self.prototypes is not None and self.prototypes > 255:
+            raise UserError(f"--prototypes: must be at most 255, the most that an 8-bit mask can hold, got {self.prototypes}")
+        for name, low, high in (
+            ("temperature", 1e-6, 1e6),
+            ("lr", 0, 1e3),
+            ("lr_prototypes", 0, 1e3),
+            ("dropout", 0, 0.99),
+            ("teacher_decay", 0, 1),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise UserError(f"{flag(name)}: must be between {low:g} and {high:g}, got {value}")
+        if (self.threshold_within is None) != (self.threshold_across is None):
+            missing = "threshold_within" if self.threshold_within is None else "threshold_across"
+            raise UserError(f"{flag(missing)}: missing; absolute thresholds are given as a pair")
+        if self.granularity is None and self.threshold_within is None:
+            raise UserError("--granularity: missing; give it, or --threshold-within and --threshold-across")
+        if self.granularity is not None and self.threshold_within is not None:
+            raise UserError(
+                "--granularity: takes the place of the thresholds; leave out either it or --threshold-within and --threshold-across"
+            )
+        if not all(math.isfinite(b) for b in self.thresholds):
+            raise UserError(f"--granularity or thresholds: must be finite, got {self.thresholds}")
+
+    def learning(self) -> dict[str, Any]:
+        """The values that decide what is learnt: everything but where files go and what the machine does."""
+        skip = ("out", "cache", "device", "impl", "log_every", "checkpoint_every")
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in skip}
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+_PAPER = dict(
+    granularity=None,
+    init="random",
+    crops="center",
+    batch_size=32,
+    steps=3000,
+    backbone="facebook/dino-vits8",
+    checkpoint_every=500,
+    log_every=50,
+)
+
+PRESETS: dict[str, TrainConfig] = {
+    "demo": TrainConfig(preset="demo"),
+    "folder": TrainConfig(),
+    "cityscapes": TrainConfig(preset="cityscapes", threshold_within=-0.02, threshold_across=0.5, prototypes=27, **_PAPER),
+    "cocostuff27": TrainConfig(
+        preset="cocostuff27", threshold_within=-0.02, threshold_across=0.48, prototypes=27, **{**_PAPER, "steps": 8000}
+    ),
+    "potsdam": TrainConfig(
+        preset="potsdam",
+        threshold_within=0.1,
+        threshold_across=0.5,
+        prototypes=3,
+        eval_size=224,
+        **{**_PAPER, "backbone": "facebook/dino-vitb8"},
+    ),
+}
+
+
+def preset(name: str) -> TrainConfig:
+    if name not in PRESETS:
+        raise UserError(f"--preset: {name!r} is not known; choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def with_changes(base: TrainConfig, **changes: Any) -> TrainConfig:
+    """`base` with changes; thresholds that are named switch the granularity off, and the other way round."""
+    unknown = set(changes) - {field.name for field in dataclasses.fields(TrainConfig)}
+    if unknown:
+        raise UserError(f"{sorted(unknown)[0]}: is not a setting; known are {', '.join(f.name for f in dataclasses.fields(TrainConfig))}")
+    named_thresholds = changes.get("threshold_within") is not None or changes.get("threshold_across") is not None
+    if named_thresholds and "granularity" not in changes:
+        changes["granularity"] = None
+    if changes.get("granularity") is not None and not named_thresholds:
+        changes |= {"threshold_within": None, "threshold_across": None}
+    config = dataclasses.replace(base, **changes)
+    config.check()
+    return config

@@ -1,0 +1,97 @@
+"""`python -m smooseg_fast.evaluate`: a checkpoint against labels, over a whole set."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from . import evaluation, pictures
+from .command import parse, run
+from .datasets import Dataset, open_dataset
+from .errors import UserError
+from .extract import open_or_extract
+from .files import write_json
+from .metrics import hungarian, majority, percent, table
+from .mosaic import Mosaic
+from .segmenter import Segmenter
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Accuracy and mIoU of a checkpoint on labelled images: every labelled pixel of every image counts."""
+
+    checkpoint: str
+    """The checkpoint.safetensors that training wrote."""
+    data: str | None = None
+    """DIR with images/ and labels/, or val/ (else test/) above them; without it, the demo's held-out images."""
+    out: str | None = None
+    """Folder for scores.json, confusion.png [evaluation beside the checkpoint]."""
+    mirror: Annotated[bool, tyro.conf.FlagCreatePairsOff] = True
+    """Average the codes of an image with those of its mirror image, as the paper does; --no-mirror takes half the time."""
+    eval_size: int | None = None
+    """Pixels of the short side [the checkpoint's]."""
+    backbone: str | None = None
+    """Needed where the checkpoint was trained on a module:callable; else the one it names."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps or auto."""
+    cache: str | None = None
+    """Folder of the feature cache [~/.cache/smooseg_fast]."""
+
+
+def main(args: Sequence[str]) -> None:
+    config = parse(EvaluateConfig, args, prog="python -m smooseg_fast.evaluate")
+    segmenter = Segmenter.load(config.checkpoint, backbone=config.backbone, device=config.device)
+    dataset = labelled_images(config.data, segmenter)
+    names = dataset.class_names
+    size = config.eval_size or segmenter.config.eval_size
+    options = dict(size=size, crops="center", resample=segmenter.config.resample, cache=config.cache)
+    store = open_or_extract(dataset, segmenter.backbone, **options)
+    mirrored = open_or_extract(dataset, segmenter.backbone, mirror=True, **options) if config.mirror else None
+    labels = evaluation.label_squares(dataset, store, size)
+    codes = evaluation.head_codes(segmenter.head, store, mirrored)
+    counts = evaluation.confusion_of(codes, len(store), segmenter.head.teacher, store.grid, labels, len(names))
+
+    matched = {"hungarian": hungarian(counts), "majority": majority(counts)}
+    out = Path(config.out) if config.out else Path(config.checkpoint).parent / "evaluation"
+    summary = {
+        "checkpoint": config.checkpoint,
+        "data": dataset.name,
+        "held_out": dataset.held_out,
+        "images": len(store),
+        "skipped": store.skipped,
+        "size": size,
+        "mirror": config.mirror,
+        **{name: scores.as_dict(names) for name, scores in matched.items()},
+        "confusion": counts.tolist(),
+    }
+    write_json(out / "scores.json", summary)
+    pictures.save(out / "confusion.png", pictures.confusion_picture(counts, matched["hungarian"], names))
+    print(table(matched, names))
+    print(
+        f"\n{len(store)} images of {dataset.name}, {matched['hungarian'].pixels:,} labelled pixels at {size} px, "
+        f"{'mirror averaged' if config.mirror else 'no mirror'}; {segmenter.groups} groups, {len(names)} classes"
+        + (f"; {len(store.skipped)} images could not be read" if store.skipped else "")
+    )
+    print("both mappings from groups to classes are chosen by these labels: hungarian one to one (the field's), majority many to one")
+    print(f"accuracy {percent(matched['hungarian'].accuracy)} %  mIoU {percent(matched['hungarian'].miou)} %  (hungarian)")
+    print(f"saved {out / 'scores.json'}, {out / 'confusion.png'}")
+
+
+def labelled_images(data: str | None, segmenter: Segmenter) -> Dataset:
+    if data is None:
+        if segmenter.config.data is not None:
+            raise UserError("--data: missing; give a folder with images/ and labels/")
+        return Mosaic("val", count=48)
+    dataset = open_dataset(data, "val")
+    if not dataset.labelled:
+        raise UserError(f"--data {data}: has no labels; evaluation needs DIR/images and DIR/labels, smooseg_fast.predict needs none")
+    return dataset
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,59 @@
+"""Spherical k-means and principal directions: where learning starts, and the baseline it is measured against."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Clusters(NamedTuple):
+    centres: Tensor  # [K,D] unit rows
+    inertia: float  # mean over rows of 1 - cos(row, its centre)
+
+
+def spherical_kmeans(rows: Tensor, K: int, *, starts: int, seed: int = 0, iterations: int = 50) -> Clusters:
+    """The best of `starts` runs by inertia. rows [N,D] of any length, K <= N; k-means++ starts; deterministic for a seed on one device."""
+    rows = F.normalize(rows.float(), dim=-1)
+    runs = (lloyd(rows, plus_plus(rows, K, torch.Generator().manual_seed(seed * 1009 + start)), iterations) for start in range(starts))
+    return min(runs, key=lambda clusters: clusters.inertia)
+
+
+def plus_plus(rows: Tensor, K: int, generator: torch.Generator) -> Tensor:
+    """k-means++: each next centre is drawn with a probability that grows with the distance to those chosen."""
+    chosen = [rows[int(torch.randint(len(rows), (), generator=generator))]]
+    distance = torch.full((len(rows),), 2.0, device=rows.device)
+    for _ in range(K - 1):
+        distance = torch.minimum(distance, 1.0 - rows @ chosen[-1]).clamp(min=0.0)
+        # the inverse of the cumulative distribution, in float64: multinomial refuses more than 2^24 rows
+        ladder = distance.double().cumsum(0)
+        draw = torch.rand((), generator=generator, dtype=torch.float64).to(ladder.device) * ladder[-1]
+        chosen.append(rows[torch.searchsorted(ladder, draw).clamp(max=len(rows) - 1)])
+    return torch.stack(chosen)
+
+
+def lloyd(rows: Tensor, centres: Tensor, iterations: int) -> Clusters:
+    labels = None
+    for _ in range(iterations):
+        best, now = (rows @ centres.T).max(1)
+        if labels is not None and torch.equal(now, labels):
+            break
+        labels = now
+        sums = torch.zeros_like(centres).index_add_(0, labels, rows)
+        empty = sums.norm(dim=1) < 1e-10
+        if empty.any():  # an empty cluster takes the rows that are worst served
+            sums[empty] = rows[best.topk(int(empty.sum()), largest=False).indices]
+        centres = F.normalize(sums, dim=-1)
+    return Clusters(centres, float(1.0 - (rows @ centres.T).max(1).values.double().mean()))
+
+
+def principal_directions(rows: Tensor, count: int) -> Tensor:
+    """[count,D] orthonormal directions of most variance of rows [N,D], most first; zero rows beyond D."""
+    rows = rows.double()
+    centred = rows - rows.mean(0)
+    top = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1).T[:count]
+    # eigenvectors come with either sign: fix it, so that machines agree
+    top = top * top.gather(1, top.abs().argmax(1, keepdim=True)).sign()
+    return F.pad(top, (0, 0, 0, count - len(top))).float()

@@ -1,0 +1,105 @@
+"""One training step and what it draws at random. Imports torch and smooseg_kernels alone, so that it runs on a bare machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import smooseg_kernels as sk
+
+from .model import Head
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the step needs of a configuration."""
+
+    thresholds: tuple[float, float]  # (within, across)
+    relative: bool
+    temperature: float = 0.1
+    teacher_decay: float = 0.998
+    dropout: float = 0.2
+    patches: int | None = None
+    impl: str = "auto"
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random choices of one step. They depend on (data_seed, step) alone, so a run continues where it stopped with nothing saved."""
+
+    rows: Tensor  # int64 [B] squares of the store
+    partner: Tensor  # int64 [B] each one's partner in the batch
+    masks: Tensor | None  # [3,B,D] channel masks of closeness, linear and hidden path, scaled by 1 / (1 - p)
+    patches: Tensor | None  # int64 [B,n] sampled patches
+
+
+class Schedule:
+    """Batches in shuffled epochs whose short last batch is dropped, partners and masks."""
+
+    def __init__(self, rows: int, batch_size: int, data_seed: int):
+        self.rows, self.batch_size, self.data_seed = rows, min(batch_size, rows), data_seed
+        self.steps_per_epoch = rows // self.batch_size
+        self._epoch, self._order = -1, torch.empty(0)
+
+    def generator(self, *key: int) -> torch.Generator:
+        seed = self.data_seed
+        for part in key:  # splitmix-like: neighbouring seeds and steps give unrelated streams
+            seed = (seed * 6364136223846793005 + part * 1442695040888963407 + 1) & 0x7FFFFFFFFFFFFFFF
+        return torch.Generator().manual_seed(seed ^ (seed >> 29))
+
+    def draws(self, step: int, P: int, D: int, settings: Settings, device: torch.device) -> Draws:
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, torch.randperm(self.rows, generator=self.generator(1, epoch))
+        rows = self._order[place * self.batch_size : (place + 1) * self.batch_size]
+        B, g = self.batch_size, self.generator(2, step)
+        partner = torch.randperm(B, generator=g)
+        here = torch.arange(B)
+        partner = torch.where(partner == here, (partner + 1) % B, partner)
+        masks = patches = None
+        if settings.dropout > 0:
+            masks = (torch.rand(3, B, D, generator=g) >= settings.dropout).float() / (1 - settings.dropout)
+            masks = masks.to(device, non_blocking=True)
+        if settings.patches is not None and settings.patches < P:
+            patches = torch.rand(B, P, generator=g).argsort(1)[:, : settings.patches].to(device)
+        return Draws(rows, partner.to(device), masks, patches)
+
+
+def train_step(
+    head: Head, optimizer: torch.optim.Optimizer, features: Tensor, draws: Draws, thresholds: Tensor, settings: Settings
+) -> sk.SmooSegLoss:
+    """One iteration on features [B,P,D]: losses with the teacher as it stands, then the teacher's update, then the optimiser's.
+
+    -> the losses as device tensors: the loop, not the step, decides when to read them.
+    """
+    if draws.patches is not None:
+        features = features.gather(1, draws.patches[..., None].expand(-1, -1, features.shape[-1]))
+    closeness_mask, linear_mask, hidden_mask = (None, None, None) if draws.masks is None else draws.masks.unbind(0)
+    with torch.autocast(features.device.type, torch.bfloat16, enabled=features.device.type == "cuda"):
+        codes = head.projection(features, linear_mask, hidden_mask)
+    loss = sk.smooseg_loss(
+        features,
+        codes,
+        head.student,
+        head.teacher,
+        ["self", draws.partner],
+        thresholds,
+        temperature=settings.temperature,
+        relative=settings.relative,
+        channel_scale=closeness_mask,
+        impl=settings.impl,
+    )
+    optimizer.zero_grad(set_to_none=True)
+    loss.total.backward()
+    head.update_teacher(settings.teacher_decay)
+    optimizer.step()
+    return sk.SmooSegLoss(*(value.detach() for value in loss))
+
+
+def make_optimizer(head: Head, lr: float, lr_prototypes: float) -> torch.optim.Adam:
+    return torch.optim.Adam(
+        [{"params": list(head.projection.parameters()), "lr": lr}, {"params": [head.student], "lr": lr_prototypes}],
+        fused=head.student.device.type in ("cpu", "cuda"),
+    )

@@ -1,0 +1,117 @@
+"""A trained segmenter: an image of any size in, a label of every pixel out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import smooseg_kernels as sk
+
+from .backbones import Backbone, load_backbone
+from .checkpoint import Checkpoint, read_checkpoint
+from .config import TrainConfig
+from .errors import UserError
+from .images import read_image
+from .model import Head
+from .tiles import code_map
+
+
+class Segmenter:
+    """Frozen backbone, learnt projection and prototypes. Made by `fit`, or by `Segmenter.load` from a checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint, backbone: Backbone):
+        if backbone.dim != checkpoint.head.projection.linear.in_features:
+            raise UserError(
+                f"--backbone {backbone.name}: gives {backbone.dim} channels, but the checkpoint was trained on "
+                f"{checkpoint.head.projection.linear.in_features} of {checkpoint.backbone_name}; give that backbone"
+            )
+        self.checkpoint, self.backbone = checkpoint, backbone
+        self.head = checkpoint.head.to(backbone.device).eval()
+
+    @classmethod
+    def load(cls, path: str | Path, *, backbone: str | None = None, device: str = "auto") -> Segmenter:
+        """Read a checkpoint; nothing in it is executed. UserError for a damaged or foreign file.
+
+        `backbone` is needed where the checkpoint was trained on a `module:callable`, and may name a local copy of a hub model.
+        """
+        checkpoint = read_checkpoint(path)
+        if backbone is None and ":" in checkpoint.backbone_name:
+            raise UserError(
+                f"--backbone: missing; {path} was trained on {checkpoint.backbone_name}, and a checkpoint never imports code by itself: "
+                f"add --backbone {checkpoint.backbone_name}"
+            )
+        return cls(checkpoint, load_backbone(backbone or checkpoint.backbone_name, pick_device(device)))
+
+    def save(self, path: str | Path) -> Path:
+        return self.checkpoint.write(path)
+
+    @property
+    def config(self) -> TrainConfig:
+        return self.checkpoint.config
+
+    @property
+    def groups(self) -> int:
+        """K, the number of prototypes: labels are 0 to K - 1."""
+        return len(self.head.teacher)
+
+    @property
+    def same_backbone(self) -> bool:
+        """Whether the backbone is, weight for weight, the one that the checkpoint was trained on."""
+        return self.backbone.digest == self.checkpoint.backbone_digest
+
+    @torch.no_grad()
+    def predict(self, image: np.ndarray | str | Path, *, mirror: bool = True, short_side: int | None = None) -> np.ndarray:
+        """int64 [H,W] labels of an image: uint8 [H,W,3] RGB, uint8 [H,W] grey, or a path.
+
+        mirror: average the codes with those of the mirrored image, as the paper does (twice the time). short_side: pixels that the
+        short side is brought to before features are taken, at least one patch; the evaluation size of training by default. Larger
+        sees finer detail and less context.
+        """
+        pixels = as_rgb(image)
+        side = self.config.eval_size if short_side is None else short_side
+        patch = self.backbone.patch
+        if side < patch:
+            raise UserError(f"--short-side: must be at least one patch, {patch} pixels, got {side}")
+        if min(pixels.shape[:2]) < 1:
+            raise UserError(f"image: has no pixels, shape {pixels.shape}")
+        found = code_map(pixels, self.codes, patch, short_side=side, resample=self.config.resample, mirror=mirror)
+        H, W = pixels.shape[:2]
+        labels = sk.assign(found.codes.flatten(0, 1)[None], self.head.teacher, grid=found.codes.shape[:2], size=found.size)
+        return labels[0, :H, :W].cpu().numpy()
+
+    def codes(self, images: Tensor) -> Tensor:
+        """uint8 [B,3,S,T] -> codes [B,h,w,Z]."""
+        features, grid = self.backbone(images)
+        return project(self.head, features).unflatten(1, grid)
+
+    def describe(self) -> dict[str, Any]:
+        """What it is, ready for JSON."""
+        return {"backbone": self.checkpoint.backbone_name, "step": self.checkpoint.step, "groups": self.groups, **self.checkpoint.report}
+
+
+@torch.no_grad()
+def project(head: Head, features: Tensor) -> Tensor:
+    """Codes [B,P,Z] of features [B,P,D] of any float type, without masks."""
+    return head.projection(features.to(head.student.dtype))
+
+
+def as_rgb(image: np.ndarray | str | Path) -> np.ndarray:
+    if isinstance(image, (str, Path)):
+        return read_image(image)
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
+        raise UserError(f"image: must be uint8 [H,W,3] RGB or [H,W] grey, or a path; got {image.dtype} {list(image.shape)}")
+    return np.repeat(image[..., None], 3, 2) if image.ndim == 2 else image
+
+
+def pick_device(name: str) -> str:
+    """ "auto" is the first GPU if there is one."""
+    if name != "auto":
+        return name
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -1,0 +1,81 @@
+"""`python -m smooseg_fast.train`: learn to segment a folder of images; without arguments, the embedded demo."""
+
+from __future__ import annotations
+
+import itertools
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .command import parse, run
+from .config import TrainConfig, flag, preset, with_changes
+from .errors import UserError
+from .pictures import save
+from .trainer import CHECKPOINT, RunFolder, datasets_of, learn
+
+SAMPLES = 6
+
+
+def main(args: Sequence[str]) -> None:
+    config = configure(args)
+    out = Path(config.out) if config.out else free_folder(config)
+    train, held_out = datasets_of(config)
+    print(f"smooseg_fast: preset {config.preset}, {train.name} ({len(train)} images), backbone {config.backbone}, objective {config.impl}")
+    learn(config, train, held_out, out=out, progress=True, say=lambda line: print(line, flush=True))
+    images = config.data
+    if images is None:  # the demo's images are made up: a few are written down, so that the next command works as it stands
+        images = str(out / "samples")
+        for index in range(SAMPLES):
+            save(Path(images) / Path(held_out.names[index]).name, held_out.image(index))
+    words = [
+        "python",
+        "-m",
+        "smooseg_fast.predict",
+        "--checkpoint",
+        str(out / CHECKPOINT),
+        "--images",
+        images,
+        "--out",
+        str(out / "predictions"),
+    ]
+    if ":" in config.backbone:
+        words += ["--backbone", config.backbone]
+    print("next       " + shlex.join(words))
+
+
+def free_folder(config: TrainConfig) -> Path:
+    """runs/NAME, or runs/NAME-2 and so on: the first that is free or holds this very run."""
+    base = Path("runs") / (Path(config.data).resolve().name if config.data else "demo")
+    for number in itertools.count(1):
+        path = base if number == 1 else base.with_name(f"{base.name}-{number}")
+        try:
+            RunFolder(path, config)
+        except UserError:
+            continue
+        return path
+
+
+def configure(args: Sequence[str]) -> TrainConfig:
+    """The preset named in `args` (folder with --data, demo without), with everything else in `args` laid over it."""
+    args = list(args)
+    base = preset(_value(args, "--preset") or ("folder" if _value(args, "--data") else "demo"))
+    parsed = parse(TrainConfig, args, base, prog="python -m smooseg_fast.train")
+    changes = {name: value for name, value in vars(parsed).items() if value != getattr(base, name) or _value(args, flag(name)) is not None}
+    config = with_changes(base, **changes)
+    if config.data is None and config.preset != "demo":
+        raise UserError(f"--data: missing; preset {config.preset} needs a folder of images (the demo is --preset demo)")
+    return config
+
+
+def _value(args: list[str], name: str) -> str | None:
+    """The value of a flag, before the parser knows the defaults; both `--flag value` and `--flag=value`, hyphens or underscores."""
+    for place, word in enumerate(args):
+        key, equals, value = word.partition("=")
+        if key.replace("_", "-") == name:
+            return value if equals else (args[place + 1] if place + 1 < len(args) else None)
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,188 @@
+"""Codes and labels of images of any size; evaluate and predict as a user runs them."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from test_trainer import SMALL, draw, folder, labelled  # noqa: F401 (fixtures)
+
+import smooseg_fast
+from smooseg_fast import evaluate, predict, train
+from smooseg_fast.command import run
+from smooseg_fast.tiles import code_map, spans
+
+
+def positions(images):
+    """Codes that tell the mean colour of every 8-pixel patch: [B,h,w,3]."""
+    b, _, s, t = images.shape
+    return images.float().view(b, 3, s // 8, 8, t // 8, 8).mean((3, 5)).permute(0, 2, 3, 1)
+
+
+def test_tiles_equal_the_whole_where_a_patch_sees_only_itself():
+    image = np.random.default_rng(0).integers(0, 256, (96, 400, 3), dtype=np.uint8)
+    options = dict(short_side=96, resample="nearest", mirror=False)
+    whole = code_map(image, positions, 8, **options, tile=1000)
+    tiled = code_map(image, positions, 8, **options, tile=64)
+    torch.testing.assert_close(whole.codes, tiled.codes, atol=1e-3, rtol=1e-5)
+    assert whole.codes.shape == (12, 50, 3)
+    assert whole.size == (96, 400)
+    # the mirror's codes come back to their places
+    torch.testing.assert_close(
+        code_map(image, positions, 8, **{**options, "mirror": True}, tile=64).codes, tiled.codes, atol=1e-3, rtol=1e-5
+    )
+
+
+def test_padding_is_mirrored_content_and_never_stretches():
+    image = np.full((50, 101, 3), 7, np.uint8)
+    image[:, 96:] = 200
+    found = code_map(image, positions, 8, short_side=50, resample="nearest", mirror=False)
+    assert found.codes.shape == (7, 13, 3)
+    assert found.size == (56, 104)  # pixels that 7 x 13 patches cover
+    assert (found.codes[:, :12] == 7).all()
+    assert (found.codes[:, 12] == 200).all()
+    scaled = code_map(image, positions, 8, short_side=100, resample="nearest", mirror=False)
+    assert scaled.codes.shape == (13, 26, 3)
+    assert scaled.size == (52, 104)
+
+
+@pytest.mark.parametrize(("length", "side"), [(1, 8), (8, 8), (9, 8), (100, 8), (37, 10)])
+def test_spans_cover_and_overlap(length, side):
+    pieces = spans(length, side)
+    assert pieces[0][0] == 0
+    assert sum(pieces[-1]) == length
+    for (a, n), (b, _) in itertools.pairwise(pieces):
+        assert n == side
+        assert a < b <= a + n - side // 4
+
+
+@pytest.fixture
+def trained(labelled):  # noqa: F811
+    assert run(train.main, ["--data", str(labelled), "--out", "out", *SMALL]) == 0
+    return labelled.parent / "out" / "checkpoint.safetensors"
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 300), (301, 9), (64, 64), (65, 200), (700, 900)])
+def test_any_size(trained, shape):
+    segmenter = smooseg_fast.Segmenter.load(trained, device="cpu")
+    labels = segmenter.predict(draw(0, max(shape[0], 2), max(shape[1], 60))[0][: shape[0], : shape[1]], mirror=False)
+    assert labels.shape == shape
+    assert labels.min() >= 0
+    assert labels.max() < segmenter.groups
+
+
+def test_predict_writes_masks_overlays_shares_and_a_sheet(trained, tmp_path, capsys):
+    photos = tmp_path / "mixed"
+    (photos / "deep").mkdir(parents=True)
+    image = draw(20, 90, 140)[0]
+    Image.fromarray(image).save(photos / "a.jpg", quality=95)
+    Image.fromarray(image).save(photos / "a.png")
+    Image.fromarray(image[:, :70]).convert("L").save(photos / "deep" / "grey.tif")
+    Image.fromarray(image).convert("P").save(photos / "deep" / "palette.bmp")
+    Image.fromarray(image).convert("RGBA").save(photos / "deep" / "alpha.webp", lossless=True)
+    (photos / "broken.png").write_bytes(b"nothing")
+    assert run(predict.main, ["--checkpoint", str(trained), "--images", str(photos), "--out", "made"]) == 0
+    printed = capsys.readouterr()
+    assert "segmented 5 of 6 images, 1 could not be read" in printed.out
+    assert "broken.png" in printed.err
+    made = tmp_path / "made"
+    masks = sorted(p.relative_to(made / "masks").as_posix() for p in (made / "masks").rglob("*.png"))
+    assert masks == ["a.jpg.png", "a.png.png", "deep/alpha.png", "deep/grey.png", "deep/palette.png"]
+    mask = Image.open(made / "masks" / "deep" / "grey.png")
+    assert (mask.mode, mask.size) == ("P", (70, 90))
+    labels = smooseg_fast.Segmenter.load(trained, device="cpu").predict(photos / "a.png")
+    assert (np.array(Image.open(made / "masks" / "a.png.png")) == labels).all()
+    shares = json.load(open(made / "shares.json"))
+    assert set(shares["images"]) == {"a.jpg", "a.png", "deep/alpha.webp", "deep/grey.tif", "deep/palette.bmp"}
+    assert shares["images"]["a.png"] == {str(k): pytest.approx((labels == k).mean(), abs=1e-6) for k in np.unique(labels)}
+    assert sum(shares["mean"].values()) == pytest.approx(1, abs=1e-4)
+    assert list(shares["skipped"]) == ["broken.png"]
+    assert Image.open(made / "sheet.jpg").width == 1600
+    assert Image.open(made / "overlays" / "a.png.jpg").size == (140, 90)
+
+
+def test_evaluate(trained, labelled, capsys):  # noqa: F811
+    args = ["--checkpoint", str(trained), "--data", str(labelled), "--no-mirror"]
+    assert run(evaluate.main, args) == 0
+    printed = capsys.readouterr().out
+    assert "wall" in printed
+    assert "no mirror" in printed
+    scores = json.load(open(trained.parent / "evaluation" / "scores.json"))
+    report = json.load(open(trained.parent / "report.json"))
+    assert scores["hungarian"] == report["scores"]["hungarian"]  # the same images, squares and labels as at the end of training
+    assert np.sum(scores["confusion"]) == scores["hungarian"]["pixels"] == scores["majority"]["pixels"]
+    assert Image.open(trained.parent / "evaluation" / "confusion.png").width > 100
+    assert run(evaluate.main, args[:4]) == 0
+    assert "mirror averaged" in capsys.readouterr().out
+
+
+def test_evaluate_by_hand(trained, labelled):  # noqa: F811
+    """The table against labels predicted one image at a time."""
+    assert run(evaluate.main, ["--checkpoint", str(trained), "--data", str(labelled), "--no-mirror", "--out", "e"]) == 0
+    counts = np.array(json.load(open("e/scores.json"))["confusion"])
+    segmenter = smooseg_fast.Segmenter.load(trained, device="cpu")
+    expected = np.zeros_like(counts)
+    from smooseg_fast.images import square_crops
+
+    for number in (5, 6, 7):
+        image, label = draw(number)
+        label[:2] = 255
+        square, truth = square_crops(image, 64, "center", "nearest")[0], square_crops(label, 64, "center")[0]
+        guess = segmenter.predict(square, mirror=False, short_side=64)
+        np.add.at(expected, (guess[truth < 2], truth[truth < 2]), 1)
+    # the store keeps features in fp16: a pixel on a border may fall to the other side
+    assert np.abs(counts - expected).sum() <= 0.01 * expected.sum()
+
+
+def test_damaged_and_foreign_checkpoints(trained, tmp_path, capsys):
+    photos = str(tmp_path / "set" / "val" / "images")
+
+    def fails(path, message):
+        assert run(predict.main, ["--checkpoint", str(path), "--images", photos, "--out", "made"]) == 2
+        error = capsys.readouterr().err.strip()
+        assert error.startswith("error: --checkpoint")
+        assert message in error
+        assert "\n" not in error
+        assert not (tmp_path / "made").exists()
+
+    data = trained.read_bytes()
+    for size in (0, 5, 100, len(data) // 2, len(data) - 1):
+        (tmp_path / "cut.safetensors").write_bytes(data[:size])
+        fails(tmp_path / "cut.safetensors", "cut short, damaged or no safetensors file")
+    save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
+    fails(tmp_path / "other.safetensors", "of another kind")
+    torch.save({"a": 1}, tmp_path / "pickle.pt")
+    fails(tmp_path / "pickle.pt", "no safetensors file")
+    fails(tmp_path / "missing", "no such file")
+    fails(tmp_path, "no such file")
+
+
+CALLABLE = """
+import torch
+
+
+def colours(images):
+    b, _, s, t = images.shape
+    return images.view(b, 3, s // 8, 8, t // 8, 8).mean((3, 5)) - 0.5
+"""
+
+
+def test_a_callable_has_to_be_given_again(labelled, tmp_path, monkeypatch, capsys):  # noqa: F811
+    (tmp_path / "mine.py").write_text(CALLABLE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert run(train.main, ["--data", str(labelled), "--out", "out", *SMALL, "--backbone", "mine:colours"]) == 0
+    assert "--backbone mine:colours" in capsys.readouterr().out.strip().splitlines()[-1]
+    args = ["--checkpoint", "out/checkpoint.safetensors", "--images", str(labelled / "val" / "images"), "--out", "made"]
+    assert run(predict.main, args) == 2
+    assert "add --backbone mine:colours" in capsys.readouterr().err
+    assert run(predict.main, [*args, "--backbone", "mine:colours"]) == 0
+    assert run(predict.main, [*args, "--backbone", "filterbank"]) == 2
+    assert "but the checkpoint was trained on 3 of mine:colours" in capsys.readouterr().err
+
+
+def test_evaluate_without_labels(trained, tmp_path, capsys):
+    assert run(evaluate.main, ["--checkpoint", str(trained), "--data", str(tmp_path / "set" / "val" / "images")]) == 2
+    assert "has no labels" in capsys.readouterr().err

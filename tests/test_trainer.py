@@ -1,0 +1,264 @@
+"""Whole runs on small images: what is written, resumed, refused and said."""
+
+import json
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import smooseg_fast
+from smooseg_fast import train, trainer
+from smooseg_fast.checkpoint import read_checkpoint
+from smooseg_fast.command import run
+from smooseg_fast.errors import UserError
+
+SMALL = ["--size", "64", "--eval-size", "64", "--steps", "6", "--batch-size", "4", "--log-every", "2", "--checkpoint-every", "3"]
+
+
+def draw(seed, height=72, width=96):
+    """Two textures side by side, and where they are."""
+    rng = np.random.default_rng(seed)
+    label = np.zeros((height, width), np.uint8)
+    label[:, width // 2 + int(rng.integers(-10, 10)) :] = 1
+    stripes = 90 + 80 * np.sin(np.arange(width) / 1.5)[None].repeat(height, 0)
+    image = np.where(label == 1, stripes, 60)[..., None] + rng.normal(0, 8, (height, width, 3))
+    return image.clip(0, 255).astype(np.uint8), label
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    for number in range(6):
+        (tmp_path / "photos" / "sub").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw(number)[0]).save(tmp_path / "photos" / ("sub" if number % 2 else ".") / f"{number}.png")
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def labelled(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    for split, numbers in (("train", range(5)), ("val", range(5, 8))):
+        for kind in ("images", "labels"):
+            (tmp_path / "set" / split / kind).mkdir(parents=True)
+        for number in numbers:
+            image, label = draw(number)
+            label[:2] = 255
+            Image.fromarray(image).save(tmp_path / "set" / split / "images" / f"{number}.png")
+            Image.fromarray(label).save(tmp_path / "set" / split / "labels" / f"{number}.png")
+    (tmp_path / "set" / "classes.txt").write_text("wall\nfence\n")
+    return tmp_path / "set"
+
+
+def call(*args):
+    return run(train.main, [str(a) for a in args])
+
+
+def test_a_folder_without_labels(folder, capsys):
+    assert call("--data", folder, "--out", "out", "--prototypes", "5", *SMALL) == 0
+    out = capsys.readouterr().out
+    assert "objective by torch" in out
+    assert "net force" in out
+    assert "k-means" not in out
+    assert out.strip().splitlines()[-1] == (
+        f"next       python -m smooseg_fast.predict --checkpoint out/checkpoint.safetensors --images {folder} --out out/predictions"
+    )
+    records = [json.loads(line) for line in open("out/metrics.jsonl")]
+    assert [r["step"] for r in records] == [2, 4, 6]
+    for key in ("total", "energy_within", "energy_across", "data", "perplexity", "labels_per_image", "image_information", "agreement"):
+        assert np.isfinite(records[-1][key])
+    report = json.load(open("out/report.json"))
+    assert report["images"] == 6
+    assert sum(report["health"]["shares"]) == pytest.approx(1)
+    for name in ("groups.png", "curves.png"):
+        assert Image.open(f"out/{name}").size[0] > 200
+    checkpoint = read_checkpoint("out/checkpoint.safetensors")
+    assert (checkpoint.step, checkpoint.config.prototypes, checkpoint.config.impl) == (6, 5, "torch")
+
+
+def test_labels_give_figures_beside_kmeans(labelled, capsys):
+    assert call("--data", labelled, "--out", "out", *SMALL) == 0
+    out = capsys.readouterr().out
+    assert "k-means   accuracy" in out
+    assert "held out (3 images)" in out
+    scores = json.load(open("out/report.json"))["scores"]
+    assert {c["name"] for c in scores["hungarian"]["classes"]} == {"wall", "fence"}
+    assert scores["hungarian"]["pixels"] == 3 * 64 * 64 - 3 * 64 * round(64 * 2 / 72)
+    records = [json.loads(line) for line in open("out/metrics.jsonl")]
+    assert [("miou" in r) for r in records] == [False, False, True]
+
+
+def test_two_textures_are_told_apart(labelled):
+    """Not only plumbing: an obvious segmentation is found."""
+    segmenter = smooseg_fast.fit(labelled, size=64, eval_size=64, steps=30, batch_size=4, progress=False, prototypes=2)
+    right = []
+    for number in range(5, 8):
+        image, label = draw(number)
+        same = (segmenter.predict(image) == label).mean()
+        right.append(max(same, 1 - same))
+    assert min(right) > 0.9
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_and_resumed_equals_undisturbed(folder, capsys, monkeypatch, number):
+    assert call("--data", folder, "--out", "whole", *SMALL) == 0
+    step = trainer.train_step
+    calls = []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            signal.raise_signal(number)
+        return step(*args)
+
+    monkeypatch.setattr(trainer, "train_step", interrupted)
+    assert call("--data", folder, "--out", "cut", *SMALL) == 128 + number
+    assert "step 4 of 6 is saved in cut: the same command resumes there" in capsys.readouterr().out
+    assert read_checkpoint("cut/checkpoint.safetensors").step == 4
+    assert call("--data", folder, "--out", "cut", *SMALL) == 0
+    assert "resume     from step 4" in capsys.readouterr().out
+    assert len(calls) == 6
+    whole, cut = (read_checkpoint(f"{name}/checkpoint.safetensors") for name in ("whole", "cut"))
+    for name, value in whole.head.state_dict().items():
+        assert torch.equal(value, cut.head.state_dict()[name]), name
+    for name, value in whole.optimizer.items():
+        assert torch.equal(value, cut.optimizer[name]), name
+    assert open("whole/metrics.jsonl").read() == open("cut/metrics.jsonl").read()
+    # once more on a finished run: nothing is trained, nothing is lost
+    before = open("cut/checkpoint.safetensors", "rb").read()
+    assert call("--data", folder, "--out", "cut", *SMALL) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert before == open("cut/checkpoint.safetensors", "rb").read()
+
+
+def test_the_same_seed_follows_the_same_losses(folder):
+    """dense and torch, 50 steps in fp32, to 1e-5."""
+    losses = {}
+    for impl in ("dense", "torch"):
+        assert call("--data", folder, "--out", impl, "--impl", impl, *SMALL, "--steps", "50", "--log-every", "1") == 0
+        losses[impl] = np.array([json.loads(line)["total"] for line in open(f"{impl}/metrics.jsonl")])
+    assert len(losses["torch"]) == 50
+    np.testing.assert_allclose(losses["torch"], losses["dense"], rtol=0, atol=1e-5)
+
+
+def test_reruns_are_bit_equal(folder):
+    for name in ("a", "b"):
+        assert call("--data", folder, "--out", name, *SMALL, "--patches", "20") == 0
+    assert open("a/metrics.jsonl").read() == open("b/metrics.jsonl").read()
+
+
+def test_default_folders_do_not_collide(folder, capsys):
+    assert call("--data", folder, *SMALL) == 0
+    assert call("--data", folder, *SMALL, "--seed", "1") == 0
+    assert call("--data", folder, *SMALL) == 0
+    out = capsys.readouterr().out
+    assert "runs/photos-2/checkpoint.safetensors" in out
+    assert "is finished" in out
+
+
+def test_unreadable_images_are_named_skipped_and_counted(folder, capsys):
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff nothing")
+    whole = (folder / "0.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    assert call("--data", folder, "--out", "out", *SMALL) == 0
+    printed = capsys.readouterr()
+    assert "2 images could not be read" in printed.out
+    assert "broken.jpg" in printed.err
+    assert "cut.png" in printed.err
+    assert len(json.load(open("out/report.json"))["skipped"]) == 2
+
+
+def test_published_thresholds_warn_of_opposite_forces(folder, capsys):
+    args = ["--data", folder, "--out", "out", *SMALL, "--threshold-within", "-0.9", "--threshold-across", "0.99", "--init", "random"]
+    assert call(*args) == 0
+    assert "net forces differ in sign" in capsys.readouterr().out
+    config = read_checkpoint("out/checkpoint.safetensors").config
+    assert (config.granularity, config.thresholds, config.init) == (None, (-0.9, 0.99), "random")
+
+
+BAD = [
+    (["--data", "nowhere"], "--data nowhere: no such file or folder"),
+    (["--data", "empty"], "--data empty: no images in it"),
+    (["--steps", "0"], "--steps: must be at least 1, got 0"),
+    (["--steps", "many"], "--steps"),
+    (["--batch-size", "1"], "--batch-size: must be at least 2"),
+    (["--preset", "ade20k"], "--preset: 'ade20k' is not known; choose one of demo, folder"),
+    (["--preset", "potsdam"], "--data: missing"),
+    (["--backbone", "resnet"], "--backbone resnet: unknown"),
+    (["--backbone", "nobody/nothing"], "--backbone nobody/nothing"),
+    (["--impl", "cuda"], "--impl: 'cuda' is not known"),
+    (["--granularity", "0.1", "--threshold-within", "0.1", "--threshold-across", "0.2"], "--granularity: takes the place"),
+    (["--threshold-within", "0.1"], "--threshold-across: missing"),
+    (["--device", "cuda:99"], "--device cuda:99"),
+    (["--prototypes", "300"], "--prototypes: must be at most 255"),
+    (["--nonsense", "1"], "--nonsense"),
+    (["--dropout", "1"], "--dropout: must be between 0 and 0.99"),
+]
+
+
+@pytest.mark.parametrize(("args", "message"), BAD, ids=[" ".join(a) for a, _ in BAD])
+def test_bad_input_is_one_line_and_exit_code_2(folder, capsys, monkeypatch, args, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (folder.parent / "empty").mkdir()
+    data = [] if "--data" in args or "potsdam" in args else ["--data", folder]
+    assert call(*data, "--out", "out", *SMALL, *args) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert message in error
+    assert "\n" not in error
+    assert "Traceback" not in error
+
+
+def test_bad_data_is_one_line_and_exit_code_2(labelled, capsys):
+    def fails(message):
+        assert call("--data", labelled, "--out", "out", *SMALL) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1
+        assert message in lines[0]
+
+    mask = labelled / "val" / "labels" / "5.png"
+    good = mask.read_bytes()
+    Image.fromarray(np.zeros((5, 6), np.uint8)).save(mask)
+    fails("5.png: the label is 6 x 5 pixels")
+    Image.fromarray(np.full((72, 96), 7, np.uint8)).save(mask)
+    fails("5.png: class number 7")
+    mask.write_bytes(good)
+    for image in (labelled / "train" / "images").iterdir():
+        image.write_bytes(b"junk")
+    fails("could be")
+
+
+def test_an_output_folder_of_another_run(folder, capsys):
+    assert call("--data", folder, "--out", "out", *SMALL) == 0
+    before = {p.name: p.read_bytes() for p in (folder.parent / "out").iterdir()}
+    assert call("--data", folder, "--out", "out", *SMALL, "--seed", "3") == 2
+    assert "--out out: holds another run (seed is 0 there and 3 here)" in capsys.readouterr().err
+    assert before == {p.name: p.read_bytes() for p in (folder.parent / "out").iterdir()}
+
+
+def test_images_smaller_than_a_patch(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    Image.fromarray(np.zeros((4, 30, 3), np.uint8)).save(tmp_path / "tiny" / "a.png")
+    assert call("--data", "tiny", "--out", "out", "--cache", "cache", *SMALL) == 2
+    assert "a.png" in capsys.readouterr().err
+
+
+def test_fit_from_arrays_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    segmenter = smooseg_fast.fit([draw(n)[0] for n in range(4)], size=64, eval_size=64, steps=3, batch_size=4, prototypes=3, progress=False)
+    labels = segmenter.predict(draw(9, 50, 130)[0])
+    assert labels.shape == (50, 130)
+    assert labels.dtype == np.int64
+    assert {p.name for p in tmp_path.iterdir()} == {"cache"}
+    path = segmenter.save(tmp_path / "one.safetensors")
+    again = smooseg_fast.Segmenter.load(path, device="cpu")
+    assert (again.predict(draw(9, 50, 130)[0]) == labels).all()
+    with pytest.raises(UserError, match=r"images\[1\]: must be a uint8"):
+        smooseg_fast.fit([draw(0)[0], np.zeros((3, 3))])
+    with pytest.raises(UserError, match="granularty: is not a setting"):
+        smooseg_fast.fit([draw(0)[0]], granularty=1)

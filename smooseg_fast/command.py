@@ -7,13 +7,13 @@ import io
 import re
 import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import tyro
 
 from .errors import UserError
+from .signals import Interrupted
 
 T = TypeVar("T")
 
@@ -38,36 +38,6 @@ def one_line(page: str) -> str:
     sections = [part for part in sections if part]
     message = sections[0 if "╭" in page else 1 : 2][:1]
     return (message[0] if message else "the arguments could not be read").rstrip(".") + "; --help lists the flags"
-
-
-class Interrupted(KeyboardInterrupt):
-    """A signal to stop, after everything worth keeping was saved."""
-
-    def __init__(self, number: int = signal.SIGINT):
-        super().__init__()
-        self.number = number
-
-
-class StopRequest:
-    """Within it, Ctrl-C and SIGTERM are noted in `number` for the loop to act on between two steps; a second one stops at once."""
-
-    def __init__(self) -> None:
-        self.number: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():  # Python delivers signals to no other
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _note(self, number: int, _frame: Any) -> None:
-        if self.number is not None:
-            raise Interrupted(number)
-        self.number = number
-
-    def __exit__(self, *_exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 def run(main: Callable[[Sequence[str]], None], args: Sequence[str] | None = None) -> int:

@@ -91,7 +91,7 @@ def default_cache() -> Path:
 def _keep(path: Path, contents: Contents, features: Tensor) -> Shard:
     if contents.start == (0, 0) and not contents.names:  # not written: next time the files may be readable
         (name, reason), count = contents.skipped[0], len(contents.skipped)
-        raise UserError(f"none of the {count} images can be used (first: {name}: {reason}); give images that open")
+        raise UserError(f"--data: none of the {count} images can be used (first: {name}: {reason}); give images that open")
     write_shard(path, contents, features)
     shard = read_shard(path)
     if shard is None:

@@ -15,11 +15,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from . import pictures
-from .command import Interrupted, StopRequest, parse, run
+from .command import parse, run
 from .errors import UserError
 from .files import write_json
 from .images import ImageError, find_images, read_image
 from .segmenter import Segmenter
+from .signals import Interrupted, StopRequest
 
 SHEET_IMAGES = 24
 THUMBNAIL = 640  # pixels of the long side of what the sheet keeps of an image

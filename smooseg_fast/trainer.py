@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import smooseg_kernels as sk
+
 from . import evaluation, pictures
 from .backbones import Backbone, load_backbone
 from .checkpoint import Checkpoint, optimizer_tensors, read_checkpoint, restore_optimizer
-from .command import Interrupted, StopRequest
 from .config import TrainConfig, preset, with_changes
 from .datasets import ArrayDataset, Dataset, open_dataset
 from .errors import UserError
@@ -31,6 +32,7 @@ from .model import Head
 from .mosaic import Mosaic
 from .objective import Schedule, Settings, make_optimizer, train_step
 from .segmenter import Segmenter, pick_device
+from .signals import Interrupted, StopRequest
 from .store import FeatureStore
 
 CHECKPOINT, METRICS, RUN, REPORT = "checkpoint.safetensors", "metrics.jsonl", "run.json", "report.json"
@@ -108,24 +110,26 @@ def learn(config: TrainConfig, dataset: Dataset, held_out: Dataset | None, *, ou
 
     started = time.perf_counter()
     options = dict(resample=config.resample, cache=config.cache, progress=progress)
-    store = open_or_extract(dataset, backbone, size=config.size, crops=config.crops, **options)
-    if len(store) < 2:
-        raise UserError(f"--data: {len(store)} square of {config.size} pixels, but pairs of images need 2; add images, or --crops slide")
     validation = None
-    if held_out is not None:
+    if held_out is not None:  # first, because labels that do not fit should be known before hours are spent
         squares = open_or_extract(held_out, backbone, size=config.eval_size, crops="center", **options)
         labels = evaluation.label_squares(held_out, squares, config.eval_size)
         validation = Validation(squares, labels, held_out.class_names, held_out.held_out)
+    store = open_or_extract(dataset, backbone, size=config.size, crops=config.crops, **options)
+    if len(store) < 2:
+        raise UserError(f"--data: {len(store)} square of {config.size} pixels, but pairs of images need 2; add images, or --crops slide")
+    extracted = time.perf_counter()
     say(
         f"features   {len(store)} squares of {len(dataset) - len(store.skipped)} images, {store.grid[0]}x{store.grid[1]} patches, "
         f"{store.D} channels of {backbone.name}, {store.nbytes / 2**20:.0f} MB"
         + (f"; {len(store.skipped)} images could not be read" if store.skipped else "")
+        + f"; {extracted - started:.1f} s"
     )
     if folder is not None:
         folder.claim()
     run = Run(config, store, backbone, validation, folder, say, progress)
     segmenter = run.learn(found)
-    say(f"learnt     {config.steps} steps in {time.perf_counter() - started:.1f} s, objective by {config.impl}")
+    say(f"learnt     {config.steps} steps in {time.perf_counter() - extracted:.1f} s, objective by {config.impl}")
     run.finish(segmenter, dataset, held_out)
     return segmenter
 
@@ -142,9 +146,18 @@ def resolve(config: TrainConfig, backbone: Backbone, dataset: Dataset, say: Say)
     if config.prototypes is None:
         names = dataset.class_names
         changes["prototypes"] = GROUPS_WITHOUT_LABELS if names is None else len(names)
-    if config.impl == "auto":
-        changes["impl"] = "torch"
+    changes["impl"] = usable_impl(config.impl, backbone.device)
     return dataclasses.replace(config, **changes)
+
+
+def usable_impl(impl: str, device: torch.device) -> str:
+    """What `impl` stands for on this device. UserError when an explicit choice cannot run: before features are taken, not after."""
+    one = torch.ones(2, 1, 2, device=device)
+    try:
+        sk.smooseg_loss(one, one, one[0], one[0], ["self"], [0.0], impl=impl)
+    except (NotImplementedError, RuntimeError, ImportError, ValueError, TypeError) as error:
+        raise UserError(f"--impl {impl}: cannot run on {device}: {error}") from error
+    return sk.resolve_impl(impl, one)
 
 
 class RunFolder:

@@ -189,6 +189,7 @@ BAD = [
     (["--preset", "potsdam"], "--data: missing"),
     (["--backbone", "resnet"], "--backbone resnet: unknown"),
     (["--backbone", "nobody/nothing"], "--backbone nobody/nothing"),
+    (["--impl", "triton"], "--impl triton: cannot run on cpu"),
     (["--impl", "cuda"], "--impl: 'cuda' is not known"),
     (["--granularity", "0.1", "--threshold-within", "0.1", "--threshold-across", "0.2"], "--granularity: takes the place"),
     (["--threshold-within", "0.1"], "--threshold-across: missing"),
@@ -228,7 +229,7 @@ def test_bad_data_is_one_line_and_exit_code_2(labelled, capsys):
     mask.write_bytes(good)
     for image in (labelled / "train" / "images").iterdir():
         image.write_bytes(b"junk")
-    fails("could be")
+    fails("--data: none of the 5 images can be used")
 
 
 def test_an_output_folder_of_another_run(folder, capsys):

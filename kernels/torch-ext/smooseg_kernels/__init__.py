@@ -6,7 +6,7 @@ one image, D feature channels, Z code channels, K prototypes, T pair sets, H hea
 arXiv 2310.17874.
 """
 
-from .api import assign, prototype_loss, prototype_probabilities, smooseg_loss, smoothness_energy
+from .api import assign, prototype_loss, prototype_probabilities, resolve_impl, smooseg_loss, smoothness_energy
 from .types import SmooSegLoss, SmoothnessTerms
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "assign",
     "prototype_loss",
     "prototype_probabilities",
+    "resolve_impl",
     "smooseg_loss",
     "smoothness_energy",
 ]

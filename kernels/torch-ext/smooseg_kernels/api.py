@@ -15,15 +15,19 @@ from .types import SmooSegLoss, SmoothnessTerms
 IMPLS = {"dense": dense, "torch": moments}
 
 
+def resolve_impl(impl: str, *tensors: Tensor) -> str:
+    """The name of the implementation that `impl` stands for with inputs such as `tensors`; ValueError for an unknown one."""
+    if impl not in ("auto", "triton", *IMPLS):
+        raise ValueError(f'impl must be "auto", "triton", "torch" or "dense", got {impl!r}')
+    return "torch" if impl == "auto" else impl
+
+
 def implementation(impl: str) -> ModuleType:
     """An explicit choice is honoured or raises, never swapped."""
-    if impl == "auto":
-        return moments
+    impl = resolve_impl(impl)
     if impl in IMPLS:
         return IMPLS[impl]
-    if impl == "triton":
-        raise NotImplementedError('impl="triton" is not part of this version; use impl="torch" (or "auto"), which computes the same values')
-    raise ValueError(f'impl must be "auto", "triton", "torch" or "dense", got {impl!r}')
+    raise NotImplementedError('impl="triton" is not part of this version; use impl="torch" (or "auto"), which computes the same values')
 
 
 def smooseg_loss(

@@ -1,0 +1,20 @@
+"""What importing a part costs: the step core runs on a bare machine with torch alone, learning without the command line's parser."""
+
+import subprocess
+import sys
+
+import pytest
+
+CASES = {
+    "smooseg_fast": ("torch", "numpy", "tyro", "transformers", "matplotlib", "triton"),
+    "smooseg_fast.objective": ("numpy", "scipy", "PIL", "tyro", "transformers", "matplotlib", "triton", "safetensors", "tqdm"),
+    "smooseg_fast.trainer": ("tyro", "transformers", "matplotlib.pyplot", "triton"),
+    "smooseg_kernels": ("numpy", "scipy", "triton", "smooseg_fast"),
+}
+
+
+@pytest.mark.parametrize("module", CASES)
+def test_import_without(module):
+    code = f"import sys\nfor name in {CASES[module]!r}: sys.modules[name] = None\nimport {module}"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

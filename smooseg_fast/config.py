@@ -58,7 +58,7 @@ class TrainConfig:
     temperature: float = 0.1
     """Of the softmax over cosines to the teacher's prototypes."""
 
-    steps: int = 400
+    steps: int = 200
     """Optimiser steps."""
     batch_size: int = 16
     """Squares a step, at least 2; fewer if there are not as many."""

@@ -50,10 +50,12 @@ def lloyd(rows: Tensor, centres: Tensor, iterations: int) -> Clusters:
 
 
 def principal_directions(rows: Tensor, count: int) -> Tensor:
-    """[count,D] orthonormal directions of most variance of rows [N,D], most first; zero rows beyond D."""
+    """[count,D] orthonormal: the leading right singular vectors of rows [N,D], zero rows beyond D.
+
+    Not centred: of all maps to `count` channels these keep the inner products of rows, and so their cosines, best (Eckart and Young).
+    """
     rows = rows.double()
-    centred = rows - rows.mean(0)
-    top = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1).T[:count]
-    # eigenvectors come with either sign: fix it, so that machines agree
+    top = torch.linalg.eigh(rows.T @ rows).eigenvectors.flip(1).T[:count]
+    # singular vectors come with either sign: fix it, so that machines agree
     top = top * top.gather(1, top.abs().argmax(1, keepdim=True)).sign()
     return F.pad(top, (0, 0, 0, count - len(top))).float()

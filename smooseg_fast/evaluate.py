@@ -17,8 +17,8 @@ from .errors import UserError
 from .extract import open_or_extract
 from .files import write_json
 from .metrics import hungarian, majority, percent, table
-from .mosaic import Mosaic
 from .segmenter import Segmenter
+from .trainer import demo_datasets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ def labelled_images(data: str | None, segmenter: Segmenter) -> Dataset:
     if data is None:
         if segmenter.config.data is not None:
             raise UserError("--data: missing; give a folder with images/ and labels/")
-        return Mosaic("val", count=48)
+        return demo_datasets()[1]
     dataset = open_dataset(data, "val")
     if not dataset.labelled:
         raise UserError(f"--data {data}: has no labels; evaluation needs DIR/images and DIR/labels, smooseg_fast.predict needs none")

@@ -43,9 +43,9 @@ class Head(nn.Module):
 
     @torch.no_grad()
     def start_from_features(self, rows: Tensor, seed: int = 0) -> None:
-        """The steadier start: W1 = the leading singular vectors of feature rows [N,D], W3 = 0, prototypes = spherical k-means of those codes.
+        """The steadier start: W1 = the leading singular vectors of feature rows [N,D], W3 = 0, prototypes = k-means of those codes.
 
-        Seeds then end closer to each other than from random starts. N is at least K.
+        Seeds then end closer to each other than from random starts. N is at least K; k-means is spherical, the best of 4.
         """
         directions = principal_directions(rows, self.student.shape[1])
         self.projection.linear.weight.copy_(directions)

@@ -55,7 +55,7 @@ def main(args: Sequence[str]) -> None:
             file=sys.stderr,
         )
     root = Path(config.images).expanduser()
-    files = find_images(root, "--images")
+    files = [file for file in find_images(root, "--images") if not is_label(file, root)]
     top = root if root.is_dir() else root.parent
     out = Path(config.out).expanduser()
     colours = pictures.palette(segmenter.groups)
@@ -106,6 +106,12 @@ def main(args: Sequence[str]) -> None:
     print(f"segmented {done}")
     print(f"masks {out / 'masks'}, overlays {out / 'overlays'}, shares of each group {out / 'shares.json'}")
     print(f"look at {out / 'sheet.jpg'}")
+
+
+def is_label(file: Path, root: Path) -> bool:
+    """Whether a file is a mask of the labelled layout: below a labels/ that stands beside an images/."""
+    inside = [parent for parent in file.parents if parent != root and root in parent.parents]
+    return any(parent.name == "labels" and (parent.parent / "images").is_dir() for parent in inside)
 
 
 def output_names(files: list[Path]) -> list[str]:

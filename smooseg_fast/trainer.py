@@ -89,10 +89,15 @@ def fit(
     return learn(config, dataset, held_out, out=None if out is None else Path(out), progress=progress, say=say or (lambda line: None))
 
 
+def demo_datasets() -> tuple[Mosaic, Mosaic]:
+    """(train, held out) of the embedded demo."""
+    return Mosaic("train", count=128), Mosaic("val", count=48)
+
+
 def datasets_of(config: TrainConfig) -> tuple[Dataset, Dataset | None]:
     """(training images, labelled images to take figures on or None)."""
     if config.data is None:
-        return Mosaic("train", count=128), Mosaic("val", count=48)
+        return demo_datasets()
     train = open_dataset(config.data, "train")
     return train, open_dataset(config.data, "val") if train.labelled else None
 
@@ -125,8 +130,6 @@ def learn(config: TrainConfig, dataset: Dataset, held_out: Dataset | None, *, ou
         + (f"; {len(store.skipped)} images could not be read" if store.skipped else "")
         + f"; {extracted - started:.1f} s"
     )
-    if folder is not None:
-        folder.claim()
     run = Run(config, store, backbone, validation, folder, say, progress)
     segmenter = run.learn(found)
     say(f"learnt     {config.steps} steps in {time.perf_counter() - extracted:.1f} s, objective by {config.impl}")
@@ -253,6 +256,7 @@ class Run:
             first = found.step
             self.say(f"resume     from step {first} of {config.steps}")
         if self.folder is not None:
+            self.folder.claim()
             self.records = self.folder.records(first)
             self.folder.rewrite(self.records)
         self.tell_closeness()

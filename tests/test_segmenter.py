@@ -104,6 +104,12 @@ def test_predict_writes_masks_overlays_shares_and_a_sheet(trained, tmp_path, cap
     assert Image.open(made / "overlays" / "a.png.jpg").size == (140, 90)
 
 
+def test_predict_on_the_labelled_layout_leaves_the_masks_out(trained, labelled, capsys):  # noqa: F811
+    assert run(predict.main, ["--checkpoint", str(trained), "--images", str(labelled), "--out", "made", "--no-mirror"]) == 0
+    assert "segmented 8 of 8 images" in capsys.readouterr().out
+    assert set(json.load(open("made/shares.json"))["images"]) == {f"{'train' if n < 5 else 'val'}/images/{n}.png" for n in range(8)}
+
+
 def test_evaluate(trained, labelled, capsys):  # noqa: F811
     args = ["--checkpoint", str(trained), "--data", str(labelled), "--no-mirror"]
     assert run(evaluate.main, args) == 0

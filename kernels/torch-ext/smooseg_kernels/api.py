@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from collections.abc import Sequence
 from types import ModuleType
@@ -25,11 +24,12 @@ def implementation(impl: str, prototypes: tuple[int, int], *tensors: Tensor) -> 
         return IMPLS[impl]
     if impl != "triton":
         raise ValueError(f'impl must be "auto", "triton", "torch" or "dense", got {impl!r}')
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton():
         raise RuntimeError('impl="triton" needs Triton, which is not installed: pip install triton, or use impl="torch" (or "auto")')
     if any(t.dtype == torch.float64 for t in tensors):
         raise TypeError('impl="triton" takes fp32, fp16 and bf16, got fp64: use impl="torch" or "dense"')
-    fused = importlib.import_module(".triton", __package__)
+    from . import triton as fused
+
     if not fused.fits(*prototypes):
         raise ValueError(f'impl="triton" keeps K = {prototypes[0]} prototypes on chip at most while K * Z is about 8000: use impl="torch"')
     if tensors[0].device.type == "cpu":
@@ -38,10 +38,16 @@ def implementation(impl: str, prototypes: tuple[int, int], *tensors: Tensor) -> 
 
 
 def triton_serves(prototypes: tuple[int, int], tensors: tuple[Tensor, ...]) -> bool:
-    on_gpu = all(t.is_cuda and t.dtype != torch.float64 for t in tensors)
-    if not on_gpu or importlib.util.find_spec("triton") is None:
+    if not all(t.is_cuda and t.dtype != torch.float64 for t in tensors) or not has_triton():
         return False
-    return importlib.import_module(".triton", __package__).fits(*prototypes)
+    from . import triton as fused
+
+    return fused.fits(*prototypes)
+
+
+@torch.compiler.assume_constant_result
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def smooseg_loss(
@@ -81,7 +87,7 @@ def smooseg_loss(
         patch_weight: [B,P] >= 0. Means over i, j are weighted by w_i w'_j, the data term by w_i; an image without weight is left out.
         feature_norms: [B,P] the features' row norms, to spare computing them; not together with channel_scale.
         mean: [T] takes the place of the measured M (data-parallel runs average it first).
-        impl: "auto", "torch", "dense" or "triton".
+        impl: "auto", "triton", "torch" or "dense".
 
     Returns:
         SmooSegLoss, fp32 (fp64 for fp64 inputs). With heads everything but `mean` has a leading [H] and equals H single calls. fp16 codes need
@@ -99,7 +105,7 @@ def smooseg_loss(
     checks.float_tensor("teacher", teacher, tuple(student.shape), features, constant=True)
     module = implementation(impl, tuple(student.shape[-2:]), features, codes, student, teacher)
     pair_sets, options = energy_arguments(
-        features, codes, partners, thresholds, H, relative, center, channel_scale, patch_weight, feature_norms, mean
+        module, features, codes, partners, thresholds, H, relative, center, channel_scale, patch_weight, feature_norms, mean
     )
     canonical = (codes, student, teacher) if H is not None else (codes[None], student[None], teacher[None])
     *outputs, mean = module.loss(features, *canonical, pair_sets, temperature=checks.temperature(temperature), **options)
@@ -130,17 +136,17 @@ def smoothness_energy(
     checks.float_tensor("probs", probs, (*features.shape[:2], "K"), features)
     module = implementation(impl, (probs.shape[-1], 1), features, probs)
     pair_sets, options = energy_arguments(
-        features, probs, partners, thresholds, None, relative, center, channel_scale, patch_weight, feature_norms, mean
+        module, features, probs, partners, thresholds, None, relative, center, channel_scale, patch_weight, feature_norms, mean
     )
     energy, distance, mean = module.smoothness(features, probs[None], pair_sets, **options)
     return SmoothnessTerms(energy.squeeze(0), distance.squeeze(0), mean)
 
 
-def energy_arguments(features, rows, partners, thresholds, H, relative, center, channel_scale, patch_weight, feature_norms, mean):
+def energy_arguments(module, features, rows, partners, thresholds, H, relative, center, channel_scale, patch_weight, feature_norms, mean):
     """The arguments that both energies share -> pair sets and keyword arguments, checked, constants in the accumulation dtype."""
     B, P, D = features.shape
     dtype = accumulation_dtype(features, rows)
-    pair_sets = checks.pair_sets(partners, B, features.device)
+    pair_sets = checks.pair_sets(partners, B, features.device, clamp=not getattr(module, "CLAMPS_PARTNERS", False))
     if channel_scale is not None and feature_norms is not None:
         raise ValueError("feature_norms cannot be used with channel_scale, which changes the norms: leave one of them out")
     return pair_sets, {

@@ -8,12 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import assignment, code_rows
+from . import assignment, code_rows, objective
 from .launch import INTERPRETED, fits, require_interpreter
-from .objective import objective
 from .pair_sums import ALL, SELF
 
 __all__ = ["INTERPRETED", "assign", "assign_counted", "data_term", "fits", "loss", "probabilities", "require_interpreter", "smoothness"]
+
+# kernels clamp partner numbers themselves, and spare a launch
+CLAMPS_PARTNERS = True
 
 
 def pair_table(partners: tuple[str | Tensor, ...]) -> tuple[Tensor | None, list[int]]:
@@ -34,7 +36,7 @@ def run(
     features, rows, student, teacher, partners, thresholds, temperature, relative, center, channel_scale, patch_weight, feature_norms, mean
 ):
     table, entries = pair_table(partners)
-    outputs = objective(
+    outputs = objective.objective(
         features,
         rows,
         student,

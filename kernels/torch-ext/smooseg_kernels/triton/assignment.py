@@ -175,7 +175,7 @@ def assign(
             BLOCK_K=block_k(K),
             BLOCK_Z=block_z(Z),
             CODE=operand(codes.dtype),
-            PRECISION=precision(),
+            PRECISION=precision(codes.device),
             settings=settings,
         )
         if size is not None:

@@ -174,7 +174,7 @@ def settings_for(codes: Tensor, K: int) -> dict[str, int]:
 def shape_constants(codes: Tensor, K: int) -> dict:
     Z = codes.shape[-1]
     return dict(
-        K=K, Z=Z, BLOCK_K=block_k(K), BLOCK_Z=block_z(Z), CODE=operand(codes.dtype), PRECISION=precision(), settings=settings_for(codes, K)
+        K=K, Z=Z, BLOCK_K=block_k(K), BLOCK_Z=block_z(Z), CODE=operand(codes.dtype), PRECISION=precision(codes.device), settings=settings_for(codes, K)
     )
 
 

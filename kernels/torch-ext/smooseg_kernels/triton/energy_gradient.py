@@ -86,6 +86,8 @@ def energy_gradient_kernel(
 ):
     head, tile, b = tl.program_id(0) * HEADS, tl.program_id(1), tl.program_id(2).to(tl.int64)
     row, k = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_K)
+    WIDTH: tl.constexpr = Z if FROM_CODES else K
+    column = tl.arange(0, BLOCK_Z if FROM_CODES else BLOCK_K)
     if ROWS_GRADIENT:
         start = tile * BLOCK_P
         inside = start + row < P
@@ -147,15 +149,11 @@ def energy_gradient_kernel(
                 cosine = cosines(codes, code_inverse, high, low, CODE, PRECISION)
                 d_cosine = unit_labels_backward(unit_labels(cosine, k, temperature, K), d_c) / temperature
                 d_row = codes_backward(d_cosine, cosine, codes, code_inverse, high, CODE, PRECISION) * factor[:, None]
-                column = tl.arange(0, BLOCK_Z)
-                WIDTH: tl.constexpr = Z
             else:
                 labels = load_rows(head_ptr, start, P, stride_rp, K, BLOCK_P, BLOCK_K).to(tl.float32)
                 label_inverse = inverse_norms(labels)
                 c = labels * label_inverse[:, None]
                 d_row = (d_c - c * tl.sum(c * d_c, 1)[:, None]) * (label_inverse * factor)[:, None]
-                column = k
-                WIDTH: tl.constexpr = K
             out_ptr = d_rows_ptr + ((h * B + b) * P + start) * WIDTH + row[:, None] * WIDTH + column[None, :]
             tl.store(out_ptr, d_row.to(d_rows_ptr.dtype.element_ty), mask=inside[:, None] & (column < WIDTH)[None, :])
 

@@ -117,6 +117,35 @@ def image_moments_kernel(
 
     for start in range(first, last, BLOCK_P):
         inside = start + row < last
+        weight = tl.where(inside, rough_weight, 0.0)
+        if HAS_WEIGHT:
+            weight *= tl.load(weight_ptr + b * P + start + row, mask=inside, other=0.0)
+
+        # the label rows first: the features stay in shared memory until then
+        sides, new_label_sums, new_student_sums, new_entropies = (), (), (), ()
+        for j in tl.static_range(HEADS):
+            head_ptr = rows_ptr + (head + j).to(tl.int64) * stride_rh + b * stride_rb
+            if FROM_CODES:
+                codes = load_rows(head_ptr, start, last, stride_rp, Z, BLOCK_P, BLOCK_Z).to(CODE)
+                code_inverse = inverse_norms(codes)
+                toward_teacher = cosines(codes, code_inverse, teachers[2 * j], teachers[2 * j + 1], CODE, PRECISION)
+                toward_student = cosines(codes, code_inverse, students[2 * j], students[2 * j + 1], CODE, PRECISION)
+                c = unit_labels(toward_teacher, k, temperature, K)
+                loss, d_cosine = cross_entropy(toward_student, toward_teacher, k, K)
+                new_entropies = new_entropies + (entropies[j] + loss * weight,)
+                student_sum = student_sums[j]
+                if STUDENT_GRADIENT:
+                    unit_codes = (codes.to(tl.float32) * code_inverse[:, None]).to(CODE)
+                    weighted = (d_cosine * weight[:, None]).to(CODE)
+                    student_sum = tl.dot(tl.trans(unit_codes), weighted, student_sum, input_precision=PRECISION)
+                new_student_sums = new_student_sums + (student_sum,)
+            else:
+                c = load_rows(head_ptr, start, last, stride_rp, K, BLOCK_P, BLOCK_K).to(tl.float32)
+                c *= inverse_norms(c)[:, None]
+                new_entropies, new_student_sums = new_entropies + (entropies[j],), new_student_sums + (student_sums[j],)
+            new_label_sums = new_label_sums + (label_sums[j] + c * weight[:, None],)
+            sides = sides + (tl.where(k[None, :] == K, 1.0, c),)
+
         tiles = load_feature_tiles(features_ptr, start, last, stride_fp, channels, D, TILES, BLOCK_P, BLOCK_D)
         if NORMS_GIVEN:
             norms = tl.load(norms_ptr + b * P + start + row, mask=inside, other=0.0)
@@ -131,9 +160,6 @@ def image_moments_kernel(
             norms = tl.sqrt(tl.sum(squares, 1))
             if head == 0:
                 tl.store(norms_ptr + b * P + start + row, norms, mask=inside)
-        weight = tl.where(inside, rough_weight, 0.0)
-        if HAS_WEIGHT:
-            weight *= tl.load(weight_ptr + b * P + start + row, mask=inside, other=0.0)
         inverse = invert(norms)
         left, feature_weight = (), weight
         if UNIT_FEATURES:
@@ -143,32 +169,9 @@ def image_moments_kernel(
             feature_weight = weight * inverse
             for i in tl.static_range(TILES):
                 left = left + (tl.trans(tiles[i].to(FEATURE)),)
-
-        new_sums, new_label_sums, new_student_sums, new_entropies = (), (), (), ()
+        new_sums = ()
         for j in tl.static_range(HEADS):
-            head_ptr = rows_ptr + (head + j).to(tl.int64) * stride_rh + b * stride_rb
-            if FROM_CODES:
-                codes = load_rows(head_ptr, start, last, stride_rp, Z, BLOCK_P, BLOCK_Z).to(CODE)
-                code_inverse = inverse_norms(codes)
-                toward_teacher = cosines(codes, code_inverse, teachers[2 * j], teachers[2 * j + 1], CODE, PRECISION)
-                toward_student = cosines(codes, code_inverse, students[2 * j], students[2 * j + 1], CODE, PRECISION)
-                c = unit_labels(toward_teacher, k, temperature, K)
-                loss, d_cosine = cross_entropy(toward_student, toward_teacher, k, K)
-                new_entropies = new_entropies + (entropies[j] + loss * weight,)
-                if STUDENT_GRADIENT:
-                    unit_codes = (codes.to(tl.float32) * code_inverse[:, None]).to(CODE)
-                    weighted = (d_cosine * weight[:, None]).to(CODE)
-                    new_student_sums = new_student_sums + (
-                        tl.dot(tl.trans(unit_codes), weighted, student_sums[j], input_precision=PRECISION),
-                    )
-                else:
-                    new_student_sums = new_student_sums + (student_sums[j],)
-            else:
-                c = load_rows(head_ptr, start, last, stride_rp, K, BLOCK_P, BLOCK_K).to(tl.float32)
-                c *= inverse_norms(c)[:, None]
-                new_entropies, new_student_sums = new_entropies + (entropies[j],), new_student_sums + (student_sums[j],)
-            new_label_sums = new_label_sums + (label_sums[j] + c * weight[:, None],)
-            side = (tl.where(k[None, :] == K, 1.0, c) * feature_weight[:, None]).to(FEATURE)
+            side = (sides[j] * feature_weight[:, None]).to(FEATURE)
             for i in tl.static_range(TILES):
                 new_sums = new_sums + (tl.dot(left[i], side, sums[j * TILES + i], input_precision=PRECISION),)
         sums, label_sums, student_sums, entropies = new_sums, new_label_sums, new_student_sums, new_entropies
@@ -184,8 +187,8 @@ def image_moments_kernel(
             if FROM_CODES:
                 tl.store(entropy_ptr + part, tl.sum(entropies[j], 0) * exact)
                 if STUDENT_GRADIENT:
-                    out_ptr = student_sums_ptr + part * K * Z + k[None, :] * Z + z[:, None]
-                    tl.store(out_ptr, student_sums[j] * exact, mask=(k < K)[None, :] & (z < Z)[:, None])
+                    student_out_ptr = student_sums_ptr + part * K * Z + k[None, :] * Z + z[:, None]
+                    tl.store(student_out_ptr, student_sums[j] * exact, mask=(k < K)[None, :] & (z < Z)[:, None])
             if (b == 0) & (s == 0):
                 tl.store(arrivals_ptr + head + j, 0)
     if first_slice & (s == 0) & (head == 0):

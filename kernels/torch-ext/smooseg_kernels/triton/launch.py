@@ -40,6 +40,7 @@ def operator(name: str) -> Callable:
 
         op = custom_op(add_op_namespace_prefix(name), mutates_args=(), device_types="cuda")(launcher)
         op.register_kernel("cpu")(on_cpu)
+        op.launcher = launcher
         return op
 
     return register
@@ -113,9 +114,11 @@ def operand(dtype: torch.dtype):
     return tl.float32 if INTERPRETED and dtype == torch.bfloat16 else OPERANDS[dtype]
 
 
-def precision() -> str:
-    """Dots of fp32 operands are exact unless torch's own matrix products may use tf32."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+def precision(device: torch.device) -> str:
+    """How dots of fp32 operands are made: as three tf32 products where there is no exact unit, or as one if torch's own products may use it."""
+    if family(device) in ("interpreter", "gfx942"):
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def with_rows_together(tensor: Tensor) -> Tensor:

@@ -25,9 +25,10 @@ class Plan:
     """Block sizes and splits of one problem: the same numbers for the launches and for the fake operators (sizes may be symbolic)."""
 
     def __init__(self, features: Tensor, rows: Tensor, teacher: Tensor | None, partner_sets: int):
-        (self.B, self.P, self.D), self.H = features.shape, rows.shape[0]
-        self.Z = rows.shape[-1] if teacher is not None else 1
-        self.K = teacher.shape[1] if teacher is not None else rows.shape[-1]
+        self.B, self.P = features.shape[:2]
+        # kernels are compiled for these, so a symbolic size becomes a number here
+        self.D, self.H, width = int(features.shape[2]), int(rows.shape[0]), int(rows.shape[-1])
+        self.Z, self.K = (1, width) if teacher is None else (width, int(teacher.shape[1]))
         self.T, self.columns, self.code_columns = partner_sets, block_k(self.K), block_z(self.Z)
         self.sums = narrow(config("image_moments", features, self.H), self.H, self.columns)
         self.sums["BLOCK_D"] = min(self.sums["BLOCK_D"], max(16, triton.next_power_of_2(self.D)))
@@ -152,7 +153,7 @@ def objective(
             BLOCK_Z=plan.code_columns,
             FEATURE=operand(features.dtype),
             CODE=operand(rows.dtype),
-            PRECISION=precision(),
+            PRECISION=precision(features.device),
             settings=plan.sums,
         )
         add_up_pairs(plan, scratch, entries, partners, thresholds, channel_scale, mean, relative, center, student, student_gradient,
@@ -351,7 +352,7 @@ def objective_backward(
             BLOCK_Z=plan.code_columns,
             FEATURE=operand(features.dtype),
             CODE=operand(rows.dtype),
-            PRECISION=precision(),
+            PRECISION=precision(features.device),
             settings=settings,
         )
     return d_rows, d_student

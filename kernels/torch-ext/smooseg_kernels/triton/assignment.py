@@ -181,7 +181,7 @@ def assign(
         if size is not None:
             (h, w), (H, W) = grid, size
             settings = config("upsample", codes)
-            pieces = triton.cdiv(triton.cdiv(H, h) + 2 + triton.cdiv(H, 2 * h), settings["BLOCK_Y"])
+            pieces = triton.cdiv(band_height(h, H), settings["BLOCK_Y"])
             launch(
                 upsampled_argmax_kernel,
                 (triton.cdiv(W, settings["BLOCK_X"]), h * pieces, B),
@@ -202,6 +202,11 @@ def assign(
                 settings=settings,
             )
     return assigned, counts
+
+
+def band_height(patches: int, pixels: int) -> int:
+    """At least the pixel rows of the highest band, the first, which is half as high again, and the row by which a band may start early."""
+    return -(-3 * pixels // (2 * patches)) + 2
 
 
 def empty_assignment(codes: Tensor, prototypes: Tensor, size, classes: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What every Triton kernel compiles to in every shipped configuration, without a GPU: registers, spills, shared memory, matrix instructions.
+"""What every Triton kernel compiles to in every shipped configuration, without a GPU: registers, spills, shared memory, matrix unit.
 
     python benchmarks/aot_report.py                                  # the table, for all targets
     python benchmarks/aot_report.py --target sm_90 --json out.json   # one target, as data
@@ -25,12 +25,12 @@ if os.environ.pop("TRITON_INTERPRET", None):
     raise SystemExit("TRITON_INTERPRET is set: interpreted functions cannot be compiled, unset it first")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels" / "torch-ext"))
 
-import torch  # noqa: E402
-import triton  # noqa: E402
-from smooseg_kernels.triton import assignment, code_rows, objective  # noqa: E402
-from smooseg_kernels.triton import launch as launching  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+import torch
+import triton
+from smooseg_kernels.triton import assignment, code_rows, objective
+from smooseg_kernels.triton import launch as launching
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 # target: (backend, architecture, warp size, bytes of shared memory one program may have)
 TARGETS = {
@@ -224,20 +224,32 @@ def line(row: dict) -> str:
 
 
 def markdown(rows: list[dict]) -> str:
-    head = ["target", "case", "kernel", "pass", "programs", "warps", "registers", "spilled bytes", "shared bytes", "resident", "matrix unit"]
+    head = [
+        "target",
+        "case",
+        "kernel",
+        "pass",
+        "programs",
+        "warps",
+        "registers",
+        "spilled bytes",
+        "shared bytes",
+        "resident",
+        "matrix unit",
+    ]
     body = [
         [r["target"], r["case"], r["kernel"], r["pass"], r["programs"], r["warps"], r["registers"], r["spills"], r["shared"]]
         + [r.get("resident", ""), ", ".join(f"`{m}`" for m in r["matrix"])]
         for r in rows
     ]
-    table = ["| " + " | ".join(map(str, cells)) + " |" for cells in [head, ["---"] * len(head), *body]]
+    table = ["| " + " | ".join(map(str, cells)) + " |" for cells in (head, ["---"] * len(head), *body)]
     return "\n".join(
         [
             "# What the Triton kernels compile to",
             "",
-            f"Ahead of time with Triton {triton.__version__}, by `python benchmarks/aot_report.py --markdown docs/kernels_aot.md`; no figure here was",
-            "measured on a card. B=32, P=784, D=384, Z=64, K=27, two pair sets. `resident`: programs that one multiprocessor holds at once. fp32 runs",
-            "without the matrix unit unless torch's matrix products may use tf32. Another Triton version gives other register counts.",
+            f"Ahead of time with Triton {triton.__version__}, by `python benchmarks/aot_report.py --markdown docs/kernels_aot.md`: nothing here was",
+            "measured on a card. B=32, P=784, D=384, Z=64, K=27, two pair sets. `resident`: programs that one multiprocessor holds.",
+            "fp32 dots are three tf32 products on NVIDIA cards. Another Triton version gives other register counts.",
             "",
             *table,
             "",

@@ -195,9 +195,7 @@ def test_operators_pass_opcheck():
     opcheck(objective.objective, arguments)
     plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
     out = objective.objective(*plain)
-    opcheck(
-        objective.objective_backward, (out[0], out[1], out[2], None, *plain[:9], out[4], list(out[5:]), 0.1, False, True, True, True)
-    )
+    opcheck(objective.objective_backward, (out[0], out[1], out[2], None, *plain[:9], out[4], list(out[5:]), 0.1, False, True, True, True))
 
 
 def loss_of(features, codes, student, teacher, partner, thresholds):
@@ -234,7 +232,13 @@ def test_fake_tensors():
         codes = torch.empty(2, 3, 17, 6, device=DEVICE, requires_grad=True)
         student = torch.empty(2, 5, 6, device=DEVICE, requires_grad=True)
         out = smooseg_loss(
-            torch.empty(3, 17, 20, device=DEVICE), codes, student, student.detach(), ["self", "all"], torch.empty(2, device=DEVICE), impl="triton"
+            torch.empty(3, 17, 20, device=DEVICE),
+            codes,
+            student,
+            student.detach(),
+            ["self", "all"],
+            torch.empty(2, device=DEVICE),
+            impl="triton",
         )
         out.total.sum().backward()
         assert out.energy.shape == (2, 2)
@@ -278,7 +282,11 @@ else:
 @pytest.mark.parametrize(
     ("before", "present", "words"),
     [
-        ("import importlib.util as u; real = u.find_spec; u.find_spec = lambda n, *a: None if n == 'triton' else real(n, *a)", True, "not installed"),
+        (
+            "import importlib.util as u; real = u.find_spec; u.find_spec = lambda n, *a: None if n == 'triton' else real(n, *a)",
+            True,
+            "not installed",
+        ),
         ("", "True", "TRITON_INTERPRET=1"),
     ],
     ids=["without triton", "on a CPU without the interpreter"],

@@ -33,7 +33,9 @@ def test_probabilities(P, K, Z, dtype, scale):
     case = make_case(B=2, P=P, K=K, Z=Z, dtype=dtype, device=DEVICE)
     upstream = scale * torch.randn(2, P, K, device=DEVICE)
     results = [
-        differentiate(lambda c, p, impl=impl: prototype_probabilities(c, p, temperature=0.2, impl=impl), [x.to(kind) for x in tensors], upstream)
+        differentiate(
+            lambda c, p, impl=impl: prototype_probabilities(c, p, temperature=0.2, impl=impl), [x.to(kind) for x in tensors], upstream
+        )
         for impl, kind, tensors in (
             ("triton", dtype, (case.codes, case.teacher)),
             ("dense", torch.float64, (case.codes, case.teacher.to(dtype))),
@@ -84,14 +86,24 @@ def test_prototypes_without_length():
     case = make_case(B=2, P=9, K=5, device=DEVICE)
     case.teacher[2] = 0
     got, truth = (
-        differentiate(lambda c, p, impl=impl: prototype_probabilities(c, p, impl=impl), (case.codes, case.teacher), torch.ones(2, 9, 5).cumsum(-1))
+        differentiate(
+            lambda c, p, impl=impl: prototype_probabilities(c, p, impl=impl), (case.codes, case.teacher), torch.ones(2, 9, 5).cumsum(-1)
+        )
         for impl in ("triton", "dense")
     )
     assert not got[2][2].any()
     assert all(relative(a, b) < 1e-5 for a, b in zip(got, truth))
 
 
-GRIDS = [((2, 3), (7, 5)), ((28, 28), (64, 80)), ((5, 7), (3, 2)), ((1, 4), (9, 9)), ((4, 1), (33, 1)), ((7, 7), (113, 113)), ((6, 6), (6, 6))]
+GRIDS = [
+    ((2, 3), (7, 5)),
+    ((28, 28), (64, 80)),
+    ((5, 7), (3, 2)),
+    ((1, 4), (9, 9)),
+    ((4, 1), (33, 1)),
+    ((7, 7), (113, 113)),
+    ((6, 6), (6, 6)),
+]
 
 
 @pytest.mark.parametrize(("grid", "size"), GRIDS, ids=str)
@@ -111,10 +123,14 @@ def test_upsampled_assignment(grid, size, dtype):
 def test_every_row_of_pixels_belongs_to_one_program(grid, size):
     """The bands' heights are counted, not run: their pieces must reach every row."""
     for patches, pixels in zip(grid, size):
-        position = ((torch.arange(pixels, dtype=torch.float32) + 0.5) * torch.tensor(patches / pixels, dtype=torch.float32) - 0.5).clamp(min=0)
+        position = ((torch.arange(pixels, dtype=torch.float32) + 0.5) * torch.tensor(patches / pixels, dtype=torch.float32) - 0.5).clamp(
+            min=0
+        )
         band = position.int().clamp(max=patches - 1)
         rows = torch.bincount(band, minlength=patches)
-        first = torch.tensor([max(0, int(torch.ceil(torch.tensor((b + 0.5) / (patches / pixels) - 0.5))) - 1) if b else 0 for b in range(patches)])
+        first = torch.tensor(
+            [max(0, int(torch.ceil(torch.tensor((b + 0.5) / (patches / pixels) - 0.5))) - 1) if b else 0 for b in range(patches)]
+        )
         start = torch.searchsorted(band, torch.arange(patches, dtype=band.dtype))
         reach = assignment.band_height(patches, pixels)
         assert ((first <= start) | (rows == 0)).all()

@@ -87,7 +87,7 @@ def gradient_term_size(case: Case) -> float:
 
 
 def check(got: Result, same: Result, oracle: Result, eps: float, size: float, gradient_size: float = 0.0) -> None:
-    """Values: error <= 2 x that of the same dtype's dense form + 2 eps x size of the terms. Gradients: by relative norm, cosine and signed bias.
+    """Values: error <= 2 x that of the same dtype's dense form + 2 eps x size of the terms. Gradients: relative norm, cosine, signed bias.
 
     Sums are kept in fp32 whatever the inputs are, so it is fp32's eps that counts against the size of a gradient's terms.
     """

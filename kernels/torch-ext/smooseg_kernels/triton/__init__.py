@@ -1,4 +1,4 @@
-"""The objective in Triton (`impl="triton"`): one read of the features for the sums, one for the gradients; registered, differentiable operators.
+"""The objective in Triton (`impl="triton"`): one read of the features for the sums, one for the gradients; registered operators.
 
 Arguments come canonical from `api`, as `dense` takes them.
 """
@@ -70,7 +70,19 @@ def loss(
 ):
     """-> total [H], energy [H,T], data [H], distance [H,T], mean [T]."""
     return run(
-        features, codes, student, teacher, partners, thresholds, temperature, relative, center, channel_scale, patch_weight, feature_norms, mean
+        features,
+        codes,
+        student,
+        teacher,
+        partners,
+        thresholds,
+        temperature,
+        relative,
+        center,
+        channel_scale,
+        patch_weight,
+        feature_norms,
+        mean,
     )
 
 

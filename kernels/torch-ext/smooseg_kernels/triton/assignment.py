@@ -1,11 +1,9 @@
 """Nearest prototypes of patches, or of the pixels of upsampled codes, with confusion counts, from scores at patch resolution.
 
-Upsampling is linear and a code's norm is common to all prototypes, so it is K scores a patch that are interpolated. Between two rows of patches
-and two columns the scores are bilinear: a program takes the pixels of one such band, a block of columns wide, and reads four scores for a whole
-column of pixels and a prototype. Upsampled codes or scores never exist in memory.
+Upsampling is linear and a code's norm is common to all prototypes, so it is K scores a patch that are interpolated. Between two rows of
+patches and two columns the scores are bilinear: a program takes the pixels of one such band, a block of columns wide, and reads four
+scores for a whole column of pixels and a prototype. Upsampled codes or scores never exist in memory.
 """
-
-from typing import Optional  # noqa: UP035 - torch's schema inference reads these annotations
 
 import torch
 import triton
@@ -47,7 +45,7 @@ def scores_kernel(
     high, low = split(load_unit_prototypes(prototypes_ptr, K, Z, BLOCK_K, BLOCK_Z)[0], CODE)
     codes = load_rows(codes_ptr + b * stride_b, start, P, stride_p, Z, BLOCK_P, BLOCK_Z).to(CODE)
     scores = tl.dot(codes, tl.trans(high), input_precision=PRECISION)
-    if CODE != tl.float32:
+    if tl.float32 != CODE:
         scores = tl.dot(codes, tl.trans(low), scores)
     inside = start + row < P
     if ASSIGN:
@@ -108,7 +106,7 @@ def upsampled_argmax_kernel(
     if band == 0:
         first = 0
     y = first + piece * BLOCK_Y + tl.arange(0, BLOCK_Y)
-    top, bottom, share_y = source(y, ratio_y, h)
+    top, _, share_y = source(y, ratio_y, h)
     left, right, share_x = source(x, ratio_x, w)
     inside = ((top == band) & (y < H))[:, None] & (x < W)[None, :]
     upper = scores_ptr + b * K * h * w + band * w
@@ -143,9 +141,9 @@ def upsampled_argmax_kernel(
 
 @operator("assign")
 def assign(
-    codes: Tensor, prototypes: Tensor, grid: Optional[list[int]], size: Optional[list[int]], labels: Optional[Tensor], classes: int
+    codes: Tensor, prototypes: Tensor, grid: list[int] | None, size: list[int] | None, labels: Tensor | None, classes: int
 ) -> tuple[Tensor, Tensor]:
-    """codes [B,P,Z], prototypes [K,Z] -> int64 [B,P], or [B,H,W] for grid (h,w) and size (H,W); int64 [K,classes] counts, empty without labels."""
+    """codes [B,P,Z], prototypes [K,Z] -> int64 [B,P], or [B,H,W] for grid (h,w), size (H,W); int64 counts [K,classes] (classes 0: none)."""
     (B, P, Z), K = codes.shape, prototypes.shape[0]
     assigned, counts = empty_assignment(codes, prototypes, size, classes)
     codes, prototypes = with_rows_together(codes), prototypes.contiguous()

@@ -1,7 +1,5 @@
 """Soft labels and the data term on their own: one pass over the codes, one more for the gradient, then the sums over patches."""
 
-from typing import Optional  # noqa: UP035 - torch's schema inference reads these annotations
-
 import torch
 import triton
 import triton.language as tl
@@ -174,7 +172,13 @@ def settings_for(codes: Tensor, K: int) -> dict[str, int]:
 def shape_constants(codes: Tensor, K: int) -> dict:
     Z = codes.shape[-1]
     return dict(
-        K=K, Z=Z, BLOCK_K=block_k(K), BLOCK_Z=block_z(Z), CODE=operand(codes.dtype), PRECISION=precision(codes.device), settings=settings_for(codes, K)
+        K=K,
+        Z=Z,
+        BLOCK_K=block_k(K),
+        BLOCK_Z=block_z(Z),
+        CODE=operand(codes.dtype),
+        PRECISION=precision(codes.device),
+        settings=settings_for(codes, K),
     )
 
 
@@ -187,7 +191,9 @@ def probabilities(codes: Tensor, prototypes: Tensor, temperature: float) -> Tens
     constants = shape_constants(codes, K)
     with torch.cuda.device_of(codes):
         grid = (triton.cdiv(P, constants["settings"]["BLOCK_P"]), B, H)
-        launch(probabilities_kernel, grid, codes, prototypes, out, out, out, P, temperature, *codes.stride()[:3], GRADIENT=False, **constants)
+        launch(
+            probabilities_kernel, grid, codes, prototypes, out, out, out, P, temperature, *codes.stride()[:3], GRADIENT=False, **constants
+        )
     return out
 
 
@@ -265,7 +271,7 @@ probabilities.register_autograd(backward_probabilities, setup_context=setup_prob
 
 @operator("data_term")
 def data_term(
-    codes: Tensor, student: Tensor, teacher: Tensor, patch_weight: Optional[Tensor], student_gradient: bool
+    codes: Tensor, student: Tensor, teacher: Tensor, patch_weight: Tensor | None, student_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """-> the mean cross-entropy [H] fp32 and its gradient to the student [H,K,Z] fp32 (empty where not asked for)."""
     (H, B, P, Z), K = codes.shape, student.shape[1]

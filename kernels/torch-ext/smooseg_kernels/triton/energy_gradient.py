@@ -157,7 +157,7 @@ def energy_gradient_kernel(
             out_ptr = d_rows_ptr + ((h * B + b) * P + start) * WIDTH + row[:, None] * WIDTH + column[None, :]
             tl.store(out_ptr, d_row.to(d_rows_ptr.dtype.element_ty), mask=inside[:, None] & (column < WIDTH)[None, :])
 
-    if STUDENT_GRADIENT:
+    if STUDENT_GRADIENT:  # noqa: SIM102 - one condition for the compiler, one for the program
         if (tile == 0) & (b == 0):
             z = tl.arange(0, BLOCK_Z)
             for j in tl.static_range(HEADS):

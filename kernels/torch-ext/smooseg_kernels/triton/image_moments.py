@@ -1,7 +1,8 @@
 """The moments of every image from one read of its features: sum_p w_p f_p c_p^T [D,K], sum_p w_p f_p [D], sum_p w_p c_p [K].
 
-One program holds the sums of a part of the patches (a split), a slice of D and a block of heads in registers, and makes the label rows it needs
-from the codes as it goes, so neither probabilities nor label rows are ever written. Column K of the label rows is 1: its product is sum_p w_p f_p.
+One program holds the sums of a part of the patches (a split), a slice of D and a block of heads in registers, and makes the label rows it
+needs from the codes as it goes, so neither probabilities nor label rows are ever written. Column K of the label rows is 1: its product is
+sum_p w_p f_p.
 """
 
 from __future__ import annotations

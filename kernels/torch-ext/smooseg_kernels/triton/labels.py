@@ -1,7 +1,7 @@
 """Label rows from codes, as functions for the kernels: cosines to unit prototypes, soft labels, the data term, and their gradients.
 
-With c = e / |e|, e = exp(cosine / temperature) the softmax's own denominator cancels, so the unit label row needs no division by it, and its
-gradient is short: dl_k = c_k dc_k - c_k^2 sum_j c_j dc_j for logits l.
+With c = e / |e|, e = exp(cosine / temperature) the softmax's own denominator cancels, so the unit label row needs no division by it, and
+its gradient is short: dl_k = c_k dc_k - c_k^2 sum_j c_j dc_j for logits l.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def inverse_norms(tile):
 def cosines(codes, inverse, high, low, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
     """codes [N,Z] as they came, unit prototypes [K,Z] in two parts -> [N,K]; the code norms divide the smaller product."""
     products = tl.dot(codes, tl.trans(high), input_precision=PRECISION)
-    if OPERAND != tl.float32:
+    if tl.float32 != OPERAND:
         products = tl.dot(codes, tl.trans(low), products)
     return products * inverse[:, None]
 

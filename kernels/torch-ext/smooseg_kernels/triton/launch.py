@@ -49,7 +49,7 @@ def operator(name: str) -> Callable:
 def require_interpreter() -> None:
     if not INTERPRETED:
         raise RuntimeError(
-            'impl="triton" needs tensors on a GPU; on CPU tensors it runs only in Triton\'s interpreter, with TRITON_INTERPRET=1 set before '
+            'impl="triton" needs tensors on a GPU; on CPU tensors it runs only in the interpreter, with TRITON_INTERPRET=1 set before '
             'smooseg_kernels is imported. Use impl="torch" (or "auto") on a CPU'
         )
 
@@ -115,7 +115,7 @@ def operand(dtype: torch.dtype):
 
 
 def precision(device: torch.device) -> str:
-    """How dots of fp32 operands are made: as three tf32 products where there is no exact unit, or as one if torch's own products may use it."""
+    """How dots of fp32 operands are made: as three tf32 products where there is no exact unit, as one if torch's own may use it."""
     if family(device) in ("interpreter", "gfx942"):
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"

@@ -1,12 +1,12 @@
 """The objective as registered operators: three launches forward and backward for one head, four for several.
 
-Forward: (row norms, where one program cannot see whole rows or heads share them,) the moments of every image, the sums over pairs with all that
-the backward needs for an upstream gradient to the total. Backward: the gradients; other upstream gradients first take the sums over pairs once
-more. Shapes: features [B,P,D]; rows = codes [H,B,P,Z] with a teacher, else label rows [H,B,P,K]; student, teacher [H,K,Z]; thresholds [H,T].
+Forward: (row norms, where one program cannot see whole rows or heads share them,) the moments of every image, the sums over pairs with
+all that the backward needs for an upstream gradient to the total. Backward: the gradients; other upstream gradients first take the sums
+over pairs once more. Shapes: features [B,P,D]; rows = codes [H,B,P,Z] with a teacher, else label rows [H,B,P,K]; student, teacher
+[H,K,Z]; thresholds [H,T].
 """
 
 from collections.abc import Sequence
-from typing import Optional  # noqa: UP035 - torch's schema inference reads these annotations
 
 import torch
 import triton
@@ -73,15 +73,15 @@ class Plan:
 def objective(
     features: Tensor,
     rows: Tensor,
-    student: Optional[Tensor],
-    teacher: Optional[Tensor],
-    partners: Optional[Tensor],
+    student: Tensor | None,
+    teacher: Tensor | None,
+    partners: Tensor | None,
     entries: Sequence[int],
     thresholds: Tensor,
-    channel_scale: Optional[Tensor],
-    patch_weight: Optional[Tensor],
-    feature_norms: Optional[Tensor],
-    mean: Optional[Tensor],
+    channel_scale: Tensor | None,
+    patch_weight: Tensor | None,
+    feature_norms: Tensor | None,
+    mean: Tensor | None,
     temperature: float,
     relative: bool,
     center: bool,
@@ -165,7 +165,7 @@ def add_up_pairs(
     plan, scratch, entries, partners, thresholds, channel_scale, mean, relative, center, student, student_gradient, gradient,
     outputs=None, entropy=None, student_sums=None, arrivals=None, upstream=(None, None, None),
 ):  # fmt: skip
-    """The sums over pairs: forward with `outputs` to fill, backward with the upstream gradients to the total, the energies, the distances."""
+    """The sums over pairs: forward with `outputs` to fill, backward with the upstream gradients to total, energies and distances."""
     _, totals, sums, labels, pull, label_pull, drift, d_student = scratch
     B, D, H, K, T = plan.B, plan.D, plan.H, plan.K, plan.T
     crowd, crowd_labels = totals, totals
@@ -262,19 +262,19 @@ def _(
 
 @operator("objective_backward")
 def objective_backward(
-    d_total: Optional[Tensor],
-    d_energy: Optional[Tensor],
-    d_data: Optional[Tensor],
-    d_distance: Optional[Tensor],
+    d_total: Tensor | None,
+    d_energy: Tensor | None,
+    d_data: Tensor | None,
+    d_distance: Tensor | None,
     features: Tensor,
     rows: Tensor,
-    student: Optional[Tensor],
-    teacher: Optional[Tensor],
-    partners: Optional[Tensor],
+    student: Tensor | None,
+    teacher: Tensor | None,
+    partners: Tensor | None,
     entries: Sequence[int],
     thresholds: Tensor,
-    channel_scale: Optional[Tensor],
-    patch_weight: Optional[Tensor],
+    channel_scale: Tensor | None,
+    patch_weight: Tensor | None,
     mean: Tensor,
     scratch: Sequence[Tensor],
     temperature: float,

@@ -1,8 +1,9 @@
 """From the images' moments to the energies of every pair set and to what the backward pass needs: inner products <g_n, g_n' - u_n' s_n'^T>.
 
-A pair set is a number in ENTRIES: SELF, ALL (every ordered pair of different images) or the row of the table of partners. One program holds one
-image, a slice of D and a head; it looks up the image's partner and the images whose partner it is, so nothing is added to what another program
-wrote. The last program of a head to arrive adds up the parts, in a fixed order: the counter of arrivals is the only atomic, and an integer.
+A pair set is a number in ENTRIES: SELF, ALL (every ordered pair of different images) or the row of the table of partners. One program
+holds one image, a slice of D and a head; it looks up the image's partner and the images whose partner it is, so nothing is added to what
+another program wrote. The last program of a head to arrive adds up the parts, in a fixed order: the counter of arrivals is the only
+atomic, and an integer.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ ITSELF, OTHERS = tl.constexpr(SELF), tl.constexpr(ALL)
 
 
 @triton.jit
-def load_moments(sums_ptr, labels_ptr, scale_ptr, image, h, B, d, k, D, K, SPLITS: tl.constexpr, HAS_SCALE: tl.constexpr, BLOCK_K: tl.constexpr):
+def load_moments(
+    sums_ptr, labels_ptr, scale_ptr, image, h, B, d, k, D, K, SPLITS: tl.constexpr, HAS_SCALE: tl.constexpr, BLOCK_K: tl.constexpr
+):
     """-> g [BLOCK_D, BLOCK_K], u [BLOCK_D], s [BLOCK_K], all LIFT times as large."""
     part = (h * B + image) * SPLITS
     both = tl.zeros((d.shape[0], BLOCK_K), tl.float32)
@@ -235,9 +238,7 @@ def pair_sums_kernel(
                     towards = tl.where(images < B, load_partner(partners_ptr, ENTRIES[t], images, B), -1) == n
                     m = tl.min(tl.where(towards, images, B), 0)
                     while m < B:
-                        g_m, _, s_m = load_moments(
-                            sums_ptr, labels_ptr, scale_ptr, m, h, B, d, k, D, K, SPLITS, HAS_SCALE, BLOCK_K
-                        )
+                        g_m, _, s_m = load_moments(sums_ptr, labels_ptr, scale_ptr, m, h, B, d, k, D, K, SPLITS, HAS_SCALE, BLOCK_K)
                         back_g, back_s = back_g + g_m, back_s + s_m
                         m = tl.min(tl.where(towards & (images > m), images, B), 0)
             if ENERGIES:

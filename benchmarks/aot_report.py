@@ -237,17 +237,14 @@ def markdown(rows: list[dict]) -> str:
         "resident",
         "matrix unit",
     ]
-    body = [
-        [r["target"], r["case"], r["kernel"], r["pass"], r["programs"], r["warps"], r["registers"], r["spills"], r["shared"]]
-        + [r.get("resident", ""), ", ".join(f"`{m}`" for m in r["matrix"])]
-        for r in rows
-    ]
+    names = ("target", "case", "kernel", "pass", "programs", "warps", "registers", "spills", "shared")
+    body = [[*(row[name] for name in names), row.get("resident", ""), ", ".join(f"`{m}`" for m in row["matrix"])] for row in rows]
     table = ["| " + " | ".join(map(str, cells)) + " |" for cells in (head, ["---"] * len(head), *body)]
     return "\n".join(
         [
             "# What the Triton kernels compile to",
             "",
-            f"Ahead of time with Triton {triton.__version__}, by `python benchmarks/aot_report.py --markdown docs/kernels_aot.md`: nothing here was",
+            f"Ahead of time with Triton {triton.__version__}, by `python benchmarks/aot_report.py --markdown docs/kernels_aot.md`; none of it",
             "measured on a card. B=32, P=784, D=384, Z=64, K=27, two pair sets. `resident`: programs that one multiprocessor holds.",
             "fp32 dots are three tf32 products on NVIDIA cards. Another Triton version gives other register counts.",
             "",

@@ -244,7 +244,7 @@ def markdown(rows: list[dict]) -> str:
         [
             "# What the Triton kernels compile to",
             "",
-            f"Ahead of time with Triton {triton.__version__}, by `python benchmarks/aot_report.py --markdown docs/kernels_aot.md`; none of it",
+            f"Ahead of time with Triton {triton.__version__}, by `benchmarks/aot_report.py --markdown docs/kernels_aot.md`: none of it was",
             "measured on a card. B=32, P=784, D=384, Z=64, K=27, two pair sets. `resident`: programs that one multiprocessor holds.",
             "fp32 dots are three tf32 products on NVIDIA cards. Another Triton version gives other register counts.",
             "",

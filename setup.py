@@ -13,9 +13,9 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["smooseg_fast", "smooseg_fast.backbones", "smooseg_kernels"],
+    packages=["smooseg_fast", "smooseg_fast.backbones", "smooseg_kernels", "smooseg_kernels.triton"],
     package_dir={"smooseg_kernels": "kernels/torch-ext/smooseg_kernels"},
-    package_data={"smooseg_fast": ["py.typed"], "smooseg_kernels": ["py.typed"]},
+    package_data={"smooseg_fast": ["py.typed"], "smooseg_kernels": ["py.typed"], "smooseg_kernels.triton": ["configs/*.json"]},
     install_requires=[
         "torch>=2.11",
         "numpy>=1.26",

@@ -149,18 +149,18 @@ def resolve(config: TrainConfig, backbone: Backbone, dataset: Dataset, say: Say)
     if config.prototypes is None:
         names = dataset.class_names
         changes["prototypes"] = GROUPS_WITHOUT_LABELS if names is None else len(names)
-    changes["impl"] = usable_impl(config.impl, backbone.device)
+    changes["impl"] = usable_impl(config.impl, changes.get("prototypes", config.prototypes), config.code_dim, backbone.device)
     return dataclasses.replace(config, **changes)
 
 
-def usable_impl(impl: str, device: torch.device) -> str:
+def usable_impl(impl: str, K: int, Z: int, device: torch.device) -> str:
     """What `impl` stands for on this device. UserError when an explicit choice cannot run: before features are taken, not after."""
-    one = torch.ones(2, 1, 2, device=device)
+    features, codes, prototypes = (torch.ones(shape, device=device) for shape in ((1, 1, 2), (1, 1, Z), (K, Z)))
     try:
-        sk.smooseg_loss(one, one, one[0], one[0], ["self"], [0.0], impl=impl)
-    except (NotImplementedError, RuntimeError, ImportError, ValueError, TypeError) as error:
+        sk.smooseg_loss(features, codes, prototypes, prototypes, ["self"], torch.zeros(1, device=device), impl=impl)
+    except (RuntimeError, ImportError, ValueError, TypeError) as error:
         raise UserError(f"--impl {impl}: cannot run on {device}: {error}") from error
-    return sk.resolve_impl(impl, one)
+    return sk.resolve_impl(impl, (K, Z), features, codes, prototypes)
 
 
 class RunFolder:
@@ -422,7 +422,12 @@ class Run:
         pairs = [[*a[1:], *b[1:]] for a, b in zip(shown[::2], [*shown[1::2], *([("", None, None, None)] if len(shown) % 2 else [])])]
         names = ["   |   ".join(n for n in (a[0], b[0]) if n) for a, b in zip(shown[::2], [*shown[1::2], ("",)])]
         titles = ["image", "groups over it", "groups"] * (2 if len(shown) > 1 else 1)
-        pictures.save(out / "groups.png", pictures.contact_sheet(pairs, titles, names, legend, f"{segmenter.groups} groups without labels"))
+        pictures.save(
+            out / "groups.png",
+            pictures.contact_sheet(
+                pairs, titles, names, legend, f"{len(legend)} of {segmenter.groups} groups in use, found without labels"
+            ),
+        )
         panels = {
             "energy": ("energy_within", "energy_across"),
             "label distance": ("distance_within", "distance_across"),

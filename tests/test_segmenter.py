@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from test_trainer import SMALL, draw, folder, labelled  # noqa: F401 (fixtures)
+from test_trainer import SMALL
+from textures import draw
 
 import smooseg_fast
 from smooseg_fast import evaluate, predict, train
@@ -60,7 +61,7 @@ def test_spans_cover_and_overlap(length, side):
 
 
 @pytest.fixture
-def trained(labelled):  # noqa: F811
+def trained(labelled):
     assert run(train.main, ["--data", str(labelled), "--out", "out", *SMALL]) == 0
     return labelled.parent / "out" / "checkpoint.safetensors"
 
@@ -104,13 +105,13 @@ def test_predict_writes_masks_overlays_shares_and_a_sheet(trained, tmp_path, cap
     assert Image.open(made / "overlays" / "a.png.jpg").size == (140, 90)
 
 
-def test_predict_on_the_labelled_layout_leaves_the_masks_out(trained, labelled, capsys):  # noqa: F811
+def test_predict_on_the_labelled_layout_leaves_the_masks_out(trained, labelled, capsys):
     assert run(predict.main, ["--checkpoint", str(trained), "--images", str(labelled), "--out", "made", "--no-mirror"]) == 0
     assert "segmented 8 of 8 images" in capsys.readouterr().out
     assert set(json.load(open("made/shares.json"))["images"]) == {f"{'train' if n < 5 else 'val'}/images/{n}.png" for n in range(8)}
 
 
-def test_evaluate(trained, labelled, capsys):  # noqa: F811
+def test_evaluate(trained, labelled, capsys):
     args = ["--checkpoint", str(trained), "--data", str(labelled), "--no-mirror"]
     assert run(evaluate.main, args) == 0
     printed = capsys.readouterr().out
@@ -125,7 +126,7 @@ def test_evaluate(trained, labelled, capsys):  # noqa: F811
     assert "mirror averaged" in capsys.readouterr().out
 
 
-def test_evaluate_by_hand(trained, labelled):  # noqa: F811
+def test_evaluate_by_hand(trained, labelled):
     """The table against labels predicted one image at a time."""
     assert run(evaluate.main, ["--checkpoint", str(trained), "--data", str(labelled), "--no-mirror", "--out", "e"]) == 0
     counts = np.array(json.load(open("e/scores.json"))["confusion"])
@@ -176,7 +177,7 @@ def colours(images):
 """
 
 
-def test_a_callable_has_to_be_given_again(labelled, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_callable_has_to_be_given_again(labelled, tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.py").write_text(CALLABLE)
     monkeypatch.syspath_prepend(str(tmp_path))
     assert run(train.main, ["--data", str(labelled), "--out", "out", *SMALL, "--backbone", "mine:colours"]) == 0

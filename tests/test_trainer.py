@@ -1,12 +1,16 @@
 """Whole runs on small images: what is written, resumed, refused and said."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from textures import draw
 
 import smooseg_fast
 from smooseg_fast import train, trainer
@@ -15,16 +19,6 @@ from smooseg_fast.command import run
 from smooseg_fast.errors import UserError
 
 SMALL = ["--size", "64", "--eval-size", "64", "--steps", "6", "--batch-size", "4", "--log-every", "2", "--checkpoint-every", "3"]
-
-
-def draw(seed, height=72, width=96):
-    """Two textures side by side, and where they are."""
-    rng = np.random.default_rng(seed)
-    label = np.zeros((height, width), np.uint8)
-    label[:, width // 2 + int(rng.integers(-10, 10)) :] = 1
-    stripes = 90 + 80 * np.sin(np.arange(width) / 1.5)[None].repeat(height, 0)
-    image = np.where(label == 1, stripes, 60)[..., None] + rng.normal(0, 8, (height, width, 3))
-    return image.clip(0, 255).astype(np.uint8), label
 
 
 @pytest.fixture
@@ -144,6 +138,41 @@ def test_the_same_seed_follows_the_same_losses(folder):
     np.testing.assert_allclose(losses["torch"], losses["dense"], rtol=0, atol=1e-5)
 
 
+def test_triton_follows_the_losses_of_torch(folder):
+    pytest.importorskip("triton")
+    losses = {}
+    for impl in ("torch", "triton"):  # the kernels in their interpreter, on a small grid
+        args = ["--data", folder, "--out", impl, "--impl", impl, *SMALL, "--size", "32", "--log-every", "1"]
+        assert call(*args) == 0
+        losses[impl] = np.array([json.loads(line)["total"] for line in open(f"{impl}/metrics.jsonl")])
+        assert read_checkpoint(f"{impl}/checkpoint.safetensors").config.impl == impl
+    np.testing.assert_allclose(losses["triton"], losses["torch"], rtol=0, atol=2e-5)
+
+
+def test_triton_on_a_cpu_is_refused_in_one_line(folder):
+    """In a process of its own, since the interpreter is on in this one; whether Triton is installed or not."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    args = [
+        sys.executable,
+        "-m",
+        "smooseg_fast.train",
+        "--data",
+        str(folder),
+        "--out",
+        "out",
+        "--impl",
+        "triton",
+        "--device",
+        "cpu",
+        *SMALL,
+    ]
+    done = subprocess.run(args, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --impl triton: cannot run on cpu")
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not os.path.exists("out")
+
+
 def test_reruns_are_bit_equal(folder):
     for name in ("a", "b"):
         assert call("--data", folder, "--out", name, *SMALL, "--patches", "20") == 0
@@ -189,7 +218,6 @@ BAD = [
     (["--preset", "potsdam"], "--data: missing"),
     (["--backbone", "resnet"], "--backbone resnet: unknown"),
     (["--backbone", "nobody/nothing"], "--backbone nobody/nothing"),
-    (["--impl", "triton"], "--impl triton: cannot run on cpu"),
     (["--impl", "cuda"], "--impl: 'cuda' is not known"),
     (["--granularity", "0.1", "--threshold-within", "0.1", "--threshold-across", "0.2"], "--granularity: takes the place"),
     (["--threshold-within", "0.1"], "--threshold-across: missing"),

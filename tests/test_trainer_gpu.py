@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_trainer import draw
+from textures import draw
 
 import smooseg_fast
 import smooseg_kernels as sk

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -15,19 +16,47 @@ from .types import SmooSegLoss, SmoothnessTerms
 IMPLS = {"dense": dense, "torch": moments}
 
 
-def resolve_impl(impl: str, *tensors: Tensor) -> str:
-    """The name of the implementation that `impl` stands for with inputs such as `tensors`; ValueError for an unknown one."""
+def resolve_impl(impl: str, prototypes: tuple[int, int], *tensors: Tensor) -> str:
+    """What `impl` stands for with (K, Z) prototypes and inputs such as `tensors`: "auto" is "triton" where that serves all of them.
+
+    ValueError for a name that is not known.
+    """
     if impl not in ("auto", "triton", *IMPLS):
         raise ValueError(f'impl must be "auto", "triton", "torch" or "dense", got {impl!r}')
-    return "torch" if impl == "auto" else impl
+    if impl == "auto":
+        return "triton" if triton_serves(prototypes, tensors) else "torch"
+    return impl
 
 
-def implementation(impl: str) -> ModuleType:
-    """An explicit choice is honoured or raises, never swapped."""
-    impl = resolve_impl(impl)
+def implementation(impl: str, prototypes: tuple[int, int], *tensors: Tensor) -> ModuleType:
+    """An explicit choice is honoured or raises, never swapped; `tensors` are checked inputs."""
+    impl = resolve_impl(impl, prototypes, *tensors)
     if impl in IMPLS:
         return IMPLS[impl]
-    raise NotImplementedError('impl="triton" is not part of this version; use impl="torch" (or "auto"), which computes the same values')
+    if not has_triton():
+        raise RuntimeError('impl="triton" needs Triton, which is not installed: pip install triton, or use impl="torch" (or "auto")')
+    if any(t.dtype == torch.float64 for t in tensors):
+        raise TypeError('impl="triton" takes fp32, fp16 and bf16, got fp64: use impl="torch" or "dense"')
+    from . import triton as fused
+
+    if not fused.fits(*prototypes):
+        raise ValueError(f'impl="triton" keeps K = {prototypes[0]} prototypes on chip at most while K * Z is about 8000: use impl="torch"')
+    if tensors[0].device.type == "cpu":
+        fused.require_interpreter()
+    return fused
+
+
+def triton_serves(prototypes: tuple[int, int], tensors: tuple[Tensor, ...]) -> bool:
+    if not all(t.is_cuda and t.dtype != torch.float64 for t in tensors) or not has_triton():
+        return False
+    from . import triton as fused
+
+    return fused.fits(*prototypes)
+
+
+@torch.compiler.assume_constant_result
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def smooseg_loss(
@@ -67,7 +96,7 @@ def smooseg_loss(
         patch_weight: [B,P] >= 0. Means over i, j are weighted by w_i w'_j, the data term by w_i; an image without weight is left out.
         feature_norms: [B,P] the features' row norms, to spare computing them; not together with channel_scale.
         mean: [T] takes the place of the measured M (data-parallel runs average it first).
-        impl: "auto", "torch", "dense" or "triton".
+        impl: "auto", "triton", "torch" or "dense".
 
     Returns:
         SmooSegLoss, fp32 (fp64 for fp64 inputs). With heads everything but `mean` has a leading [H] and equals H single calls. fp16 codes
@@ -76,7 +105,6 @@ def smooseg_loss(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
-    module = implementation(impl)
     checks.float_tensor("features", features, ("B", "P", "D"), constant=True)
     B, P, _ = features.shape
     H = codes.shape[0] if isinstance(codes, Tensor) and codes.dim() == 4 else None
@@ -84,14 +112,14 @@ def smooseg_loss(
     checks.float_tensor("codes", codes, (*heads, B, P, "Z"), features)
     checks.float_tensor("student", student, (*heads, "K", codes.shape[-1]), features)
     checks.float_tensor("teacher", teacher, tuple(student.shape), features, constant=True)
+    module = implementation(impl, tuple(student.shape[-2:]), features, codes, student, teacher)
     pair_sets, options = energy_arguments(
-        features, codes, partners, thresholds, H, relative, center, channel_scale, patch_weight, feature_norms, mean
+        module, features, codes, partners, thresholds, H, relative, center, channel_scale, patch_weight, feature_norms, mean
     )
     canonical = (codes, student, teacher) if H is not None else (codes[None], student[None], teacher[None])
-    energy, data, distance, mean = module.loss(features, *canonical, pair_sets, temperature=checks.temperature(temperature), **options)
-    total = energy.sum(1) + data
-    if H is None:
-        return SmooSegLoss(total[0], energy[0], data[0], distance[0], mean)
+    *outputs, mean = module.loss(features, *canonical, pair_sets, temperature=checks.temperature(temperature), **options)
+    # squeezed, not indexed: the gradient of an index is a copy into zeros
+    total, energy, data, distance = outputs if H is not None else [output.squeeze(0) for output in outputs]
     return SmooSegLoss(total, energy, data, distance, mean)
 
 
@@ -113,21 +141,21 @@ def smoothness_energy(
 
     The other arguments, the returned dtypes and the errors are those of `smooseg_loss`.
     """
-    module = implementation(impl)
     checks.float_tensor("features", features, ("B", "P", "D"), constant=True)
     checks.float_tensor("probs", probs, (*features.shape[:2], "K"), features)
+    module = implementation(impl, (probs.shape[-1], 1), features, probs)
     pair_sets, options = energy_arguments(
-        features, probs, partners, thresholds, None, relative, center, channel_scale, patch_weight, feature_norms, mean
+        module, features, probs, partners, thresholds, None, relative, center, channel_scale, patch_weight, feature_norms, mean
     )
     energy, distance, mean = module.smoothness(features, probs[None], pair_sets, **options)
-    return SmoothnessTerms(energy[0], distance[0], mean)
+    return SmoothnessTerms(energy.squeeze(0), distance.squeeze(0), mean)
 
 
-def energy_arguments(features, rows, partners, thresholds, H, relative, center, channel_scale, patch_weight, feature_norms, mean):
+def energy_arguments(module, features, rows, partners, thresholds, H, relative, center, channel_scale, patch_weight, feature_norms, mean):
     """The arguments that both energies share -> pair sets and keyword arguments, checked, constants in the accumulation dtype."""
     B, P, D = features.shape
     dtype = accumulation_dtype(features, rows)
-    pair_sets = checks.pair_sets(partners, B, features.device)
+    pair_sets = checks.pair_sets(partners, B, features.device, clamp=not getattr(module, "CLAMPS_PARTNERS", False))
     if channel_scale is not None and feature_norms is not None:
         raise ValueError("feature_norms cannot be used with channel_scale, which changes the norms: leave one of them out")
     return pair_sets, {
@@ -143,10 +171,10 @@ def energy_arguments(features, rows, partners, thresholds, H, relative, center, 
 
 def prototype_probabilities(codes: Tensor, prototypes: Tensor, *, temperature: float = 0.1, impl: str = "auto") -> Tensor:
     """softmax_k(cos(code, prototype_k) / temperature): [B,P,Z], [K,Z] -> [B,P,K], fp32 (fp64 for fp64). Gradients to both."""
-    module = implementation(impl)
     checks.float_tensor("codes", codes, ("B", "P", "Z"))
     checks.float_tensor("prototypes", prototypes, ("K", codes.shape[-1]), codes)
-    return module.probabilities(codes[None], prototypes[None], checks.temperature(temperature))[0]
+    module = implementation(impl, tuple(prototypes.shape), codes, prototypes)
+    return module.probabilities(codes[None], prototypes[None], checks.temperature(temperature)).squeeze(0)
 
 
 def prototype_loss(codes: Tensor, student: Tensor, teacher: Tensor, *, patch_weight: Tensor | None = None, impl: str = "auto") -> Tensor:
@@ -154,12 +182,12 @@ def prototype_loss(codes: Tensor, student: Tensor, teacher: Tensor, *, patch_wei
 
     codes [B,P,Z], student and teacher [K,Z], patch_weight [B,P] >= 0 -> scalar, fp32 (fp64 for fp64). Gradient to the student only.
     """
-    module = implementation(impl)
     checks.float_tensor("codes", codes, ("B", "P", "Z"))
     checks.float_tensor("student", student, ("K", codes.shape[-1]), codes)
     checks.float_tensor("teacher", teacher, tuple(student.shape), codes, constant=True)
     weight = checks.weights(patch_weight, tuple(codes.shape[:2]), codes, accumulation_dtype(codes, student))
-    return module.data_term(codes[None], student[None], teacher[None], weight)[0]
+    module = implementation(impl, tuple(student.shape), codes, student, teacher)
+    return module.data_term(codes[None], student[None], teacher[None], weight).squeeze(0)
 
 
 def assign(
@@ -184,7 +212,6 @@ def assign(
     Returns:
         int64 [B,P] or [B,H,W]; with labels a tuple of it and the int64 [K, classes] counts of (assigned, labelled) pixels.
     """
-    module = implementation(impl)
     checks.float_tensor("codes", codes, ("B", "P", "Z"))
     checks.float_tensor("prototypes", prototypes, ("K", codes.shape[-1]), codes)
     grid, size = checks.size_pair("grid", grid), checks.size_pair("size", size)
@@ -194,6 +221,7 @@ def assign(
         raise ValueError(f"grid {grid} has {grid[0] * grid[1]} patches, but codes has {codes.shape[1]}")
     if (labels is None) != (classes is None):
         raise ValueError("labels and classes go together: the counts need both")
+    module = implementation(impl, tuple(prototypes.shape), codes, prototypes)
     if labels is None:
         with torch.no_grad():
             return module.assign(codes, prototypes, grid, size)
@@ -205,6 +233,8 @@ def assign(
     if int(classes) < 1:
         raise ValueError(f"classes must be at least 1, got {classes}")
     with torch.no_grad():
+        if hasattr(module, "assign_counted"):  # counts in the same kernel
+            return module.assign_counted(codes, prototypes, grid, size, labels, int(classes))
         assigned = module.assign(codes, prototypes, grid, size)
         return assigned, confusion_counts(assigned, labels, prototypes.shape[0], int(classes))
 

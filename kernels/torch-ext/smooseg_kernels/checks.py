@@ -42,13 +42,13 @@ def describe(shape: tuple[int | str, ...]) -> str:
 
 def temperature(value: float) -> float:
     value = float(value)
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value < math.inf:
         raise ValueError(f"temperature must be a finite number above 0, got {value}")
     return value
 
 
-def pair_sets(partners: Tensor | Sequence, B: int, device: torch.device) -> tuple[str | Tensor, ...]:
-    """-> one entry a pair set: "self", "all" or an int64 [B] tensor on the device."""
+def pair_sets(partners: Tensor | Sequence, B: int, device: torch.device, clamp: bool = True) -> tuple[str | Tensor, ...]:
+    """-> one entry a pair set: "self", "all" or an int64 [B] tensor, clamped (unless kernels do it) where it cannot be looked at."""
     if isinstance(partners, str) or not isinstance(partners, (Tensor, Sequence)):
         raise TypeError(f"partners must be an int64 tensor [T, B] or a sequence of T entries, got {partners!r}")
     if isinstance(partners, Tensor) and partners.dim() != 2:
@@ -56,10 +56,10 @@ def pair_sets(partners: Tensor | Sequence, B: int, device: torch.device) -> tupl
     entries = tuple(partners.unbind(0)) if isinstance(partners, Tensor) else tuple(partners)
     if not entries:
         raise ValueError("partners is empty: name at least one pair set")
-    return tuple(partner_entry(f"partners[{t}]", entry, B, device) for t, entry in enumerate(entries))
+    return tuple(partner_entry(f"partners[{t}]", entry, B, device, clamp) for t, entry in enumerate(entries))
 
 
-def partner_entry(name: str, entry: str | Tensor, B: int, device: torch.device) -> str | Tensor:
+def partner_entry(name: str, entry: str | Tensor, B: int, device: torch.device, clamp: bool) -> str | Tensor:
     if isinstance(entry, str):
         if entry not in ("self", "all"):
             raise ValueError(f'{name} must be "self", "all" or an int64 tensor [{B}], got {entry!r}')
@@ -79,7 +79,7 @@ def partner_entry(name: str, entry: str | Tensor, B: int, device: torch.device) 
         if low < 0 or high >= B:
             raise ValueError(f"{name} must hold image numbers 0 to {B - 1}, got {low} to {high}")
         return entry
-    return entry.clamp(0, B - 1)
+    return entry.clamp(0, B - 1) if clamp else entry
 
 
 def threshold_table(values: Tensor | Sequence[float] | float, T: int, H: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -85,12 +85,13 @@ def data_term(codes: Tensor, student: Tensor, teacher: Tensor, patch_weight: Ten
 def loss(
     features, codes, student, teacher, partners, thresholds, temperature, relative, center, channel_scale, patch_weight, feature_norms, mean
 ):
-    """-> energy [H,T], data [H], distance [H,T], mean [T]."""
+    """-> total [H], energy [H,T], data [H], distance [H,T], mean [T]."""
     probs = probabilities(codes, teacher, temperature)
     energy, distance, mean = smoothness(
         features, probs, partners, thresholds, relative, center, channel_scale, patch_weight, feature_norms, mean
     )
-    return energy, data_term(codes, student, teacher, patch_weight), distance, mean
+    data = data_term(codes, student, teacher, patch_weight)
+    return energy.sum(1) + data, energy, data, distance, mean
 
 
 def assign(codes: Tensor, prototypes: Tensor, grid: tuple[int, int] | None, size: tuple[int, int] | None) -> Tensor:

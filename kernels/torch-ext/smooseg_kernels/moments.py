@@ -124,14 +124,14 @@ def data_term(codes: Tensor, student: Tensor, teacher: Tensor, patch_weight: Ten
 def loss(
     features, codes, student, teacher, partners, thresholds, temperature, relative, center, channel_scale, patch_weight, feature_norms, mean
 ):
-    """-> energy [H,T], data [H], distance [H,T], mean [T]."""
+    """-> total [H], energy [H,T], data [H], distance [H,T], mean [T]."""
     toward_teacher = raw_cosines(codes, teacher)
     probs = torch.softmax(toward_teacher / temperature, -1)
     energy, distance, mean = smoothness(
         features, probs, partners, thresholds, relative, center, channel_scale, patch_weight, feature_norms, mean
     )
     data = cross_entropy(raw_cosines(codes.detach(), student), toward_teacher.detach().argmax(-1), patch_weight)
-    return energy, data, distance, mean
+    return energy.sum(1) + data, energy, data, distance, mean
 
 
 def assign(codes: Tensor, prototypes: Tensor, grid: tuple[int, int] | None, size: tuple[int, int] | None) -> Tensor:

@@ -1,0 +1,95 @@
+"""Bytes and floating-point operations, counted: what the objective must move, and what each launch of ours moves.
+
+python benchmarks/floors.py        # the table for the sizes of a COCO-Stuff step
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    B: int = 32
+    P: int = 784
+    D: int = 384
+    Z: int = 64
+    K: int = 27
+    T: int = 2
+    H: int = 1
+    element: int = 2  # bytes of a feature and of a code
+
+    @property
+    def features(self) -> int:
+        return self.B * self.P * self.D * self.element
+
+    @property
+    def codes(self) -> int:
+        return self.H * self.B * self.P * self.Z * self.element
+
+
+@dataclass(frozen=True)
+class Launch:
+    name: str
+    read: int
+    written: int
+    flops: int
+
+
+def objective_floor(problem: Problem) -> int:
+    """Forward and backward read features and codes once each; the gradient is written."""
+    return 2 * (problem.features + problem.codes) + problem.codes
+
+
+def assignment_floor(B: int, P: int, Z: int, H: int, W: int, element: int, label_bytes: int) -> int:
+    """Codes in, int64 labels out, labels to compare with in."""
+    return B * P * Z * element + B * H * W * (8 + label_bytes)
+
+
+def objective_launches(problem: Problem, columns: int, splits: int, slices: int, norms_alone: bool, sums_bytes: int = 4) -> list[Launch]:
+    """Every launch as if nothing stayed in the cache between launches, and everything within one."""
+    B, P, D, Z, K, T, H = problem.B, problem.P, problem.D, problem.Z, problem.K, problem.T, problem.H
+    sums = H * B * splits * (D * columns * sums_bytes + columns * 4)
+    students = H * B * splits * K * Z * 4
+    pull = H * B * (D * columns * problem.element + (T + slices) * columns * 4)
+    labels = 2 * H * B * P * Z * columns
+    launches = []
+    if norms_alone:
+        launches.append(Launch("row_norms", problem.features, 4 * B * P, 2 * B * P * D))
+    launches += [
+        Launch(
+            "image_moments",
+            problem.features + problem.codes + (4 * B * P if norms_alone else 0),
+            sums + students + (0 if norms_alone else 4 * B * P),
+            2 * H * B * P * D * columns + 5 * labels + (0 if norms_alone else 2 * B * P * D),
+        ),
+        Launch("pair_sums", sums + students, pull + H * K * Z * 4, (4 + 4 * T) * H * B * D * columns),
+        Launch(
+            "energy_gradient",
+            problem.features + problem.codes + pull + 4 * B * P,
+            problem.codes + H * K * Z * 4,
+            2 * H * B * P * D * columns + 3 * labels,
+        ),
+    ]
+    return launches
+
+
+def table(problem: Problem, launches: list[Launch], bandwidth: float = 3.0e12) -> str:
+    floor = objective_floor(problem)
+    lines = [f"{'launch':16s} {'read MB':>9s} {'written MB':>11s} {'GFLOP':>7s} {'us at 3 TB/s':>13s}"]
+    for launch in launches:
+        moved = launch.read + launch.written
+        sizes = f"{launch.read / 1e6:9.1f} {launch.written / 1e6:11.1f} {launch.flops / 1e9:7.2f}"
+        lines.append(f"{launch.name:16s} {sizes} {moved / bandwidth * 1e6:13.1f}")
+    total = sum(launch.read + launch.written for launch in launches)
+    lines.append(
+        f"all {total / 1e6:.1f} MB, floor {floor / 1e6:.1f} MB ({floor / bandwidth * 1e6:.1f} us), {total / floor:.2f} times the floor"
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    for heads, parts, alone in ((1, 3, False), (16, 1, True)):
+        size = Problem(H=heads)
+        print(f"H={heads}")
+        print(table(size, objective_launches(size, columns=32, splits=parts, slices=12, norms_alone=alone)))

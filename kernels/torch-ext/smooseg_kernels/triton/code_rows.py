@@ -1,0 +1,329 @@
+"""Soft labels and the data term on their own: one pass over the codes, one more for the gradient, then the sums over patches."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .labels import (
+    codes_backward,
+    cosines,
+    cross_entropy,
+    inverse_norms,
+    load_rows,
+    load_unit_prototypes,
+    split,
+    store_prototype_gradient,
+    unit_labels,
+)
+from .launch import block_k, block_z, config, launch, narrow, operand, operator, precision, with_rows_together
+
+
+@triton.jit
+def probabilities_kernel(
+    codes_ptr,  # [H,B,P,Z]
+    prototypes_ptr,  # [H,K,Z]
+    out_ptr,  # [H,B,P,K] fp32 out: probabilities; with GRADIENT their upstream gradient, in
+    d_codes_ptr,  # [H,B,P,Z] out, contiguous
+    partial_ptr,  # [H,B*TILES,K,Z] fp32 out: sum_p (gradient to the cosine) code_p / |code_p| of a tile
+    P,
+    temperature,
+    stride_h,
+    stride_b,
+    stride_p,
+    K: tl.constexpr,
+    Z: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_Z: tl.constexpr,
+    CODE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tile, b, h = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    B, start = tl.num_programs(1), tile * BLOCK_P
+    row, k, z = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_Z)
+    high, low = split(load_unit_prototypes(prototypes_ptr + h * K * Z, K, Z, BLOCK_K, BLOCK_Z)[0], CODE)
+    codes = load_rows(codes_ptr + h * stride_h + b * stride_b, start, P, stride_p, Z, BLOCK_P, BLOCK_Z).to(CODE)
+    inverse = inverse_norms(codes)
+    cosine = cosines(codes, inverse, high, low, CODE, PRECISION)
+    e = unit_labels(cosine, k, temperature, K)
+    probability = e / tl.sum(e, 1)[:, None]
+    first_row = (h * B + b) * P + start
+    tile_ptr = out_ptr + first_row * K + row[:, None] * K + k[None, :]
+    inside = (start + row < P)[:, None]
+    if GRADIENT:
+        d_probability = tl.load(tile_ptr, mask=inside & (k < K)[None, :], other=0.0)
+        d_cosine = probability * (d_probability - tl.sum(probability * d_probability, 1)[:, None]) / temperature
+        # relative to the largest of the tile: upstream gradients may be far from 1, and codes 16 bits wide
+        largest = tl.max(tl.max(tl.abs(d_cosine), 1), 0)
+        largest = tl.where(largest > 0, largest, 1.0)
+        d_cosine = d_cosine / largest
+        d_codes = codes_backward(d_cosine, cosine, codes, inverse, high, CODE, PRECISION) * largest
+        d_ptr = d_codes_ptr + first_row * Z + row[:, None] * Z + z[None, :]
+        tl.store(d_ptr, d_codes.to(d_codes_ptr.dtype.element_ty), mask=inside & (z < Z)[None, :])
+        unit_codes = (codes.to(tl.float32) * inverse[:, None]).to(CODE)
+        sums = tl.dot(tl.trans(unit_codes), d_cosine.to(CODE), input_precision=PRECISION) * largest
+        part = (h * B + b) * tl.num_programs(0) + tile
+        tl.store(partial_ptr + part * K * Z + k[None, :] * Z + z[:, None], sums, mask=(k < K)[None, :] & (z < Z)[:, None])
+    else:
+        tl.store(tile_ptr, probability, mask=inside & (k < K)[None, :])
+
+
+@triton.jit
+def data_term_kernel(
+    codes_ptr,  # [H,B,P,Z]
+    student_ptr,  # [H,K,Z]
+    teacher_ptr,  # [H,K,Z]
+    weight_ptr,  # [B,P] fp32
+    losses_ptr,  # [H,2,B*TILES] fp32 out: weighted cross-entropy and weight of a tile
+    partial_ptr,  # [H,B*TILES,K,Z] fp32 out: sum_p w_p (gradient to the cosine) code_p / |code_p| over the tile's largest weight
+    largest_ptr,  # [B*TILES] fp32 out: the tile's largest weight
+    P,
+    stride_h,
+    stride_b,
+    stride_p,
+    K: tl.constexpr,
+    Z: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_Z: tl.constexpr,
+    CODE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tile, b, h = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    start, parts = tile * BLOCK_P, tl.num_programs(1) * tl.num_programs(0)
+    row, k, z = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_Z)
+    part = b * tl.num_programs(0) + tile
+    weight = tl.where(start + row < P, 1.0, 0.0)
+    if HAS_WEIGHT:
+        weight *= tl.load(weight_ptr + b * P + start + row, mask=start + row < P, other=0.0)
+    codes = load_rows(codes_ptr + h * stride_h + b * stride_b, start, P, stride_p, Z, BLOCK_P, BLOCK_Z).to(CODE)
+    inverse = inverse_norms(codes)
+    high, low = split(load_unit_prototypes(teacher_ptr + h * K * Z, K, Z, BLOCK_K, BLOCK_Z)[0], CODE)
+    toward_teacher = cosines(codes, inverse, high, low, CODE, PRECISION)
+    high, low = split(load_unit_prototypes(student_ptr + h * K * Z, K, Z, BLOCK_K, BLOCK_Z)[0], CODE)
+    loss, d_cosine = cross_entropy(cosines(codes, inverse, high, low, CODE, PRECISION), toward_teacher, k, K)
+    tl.store(losses_ptr + h * 2 * parts + part, tl.sum(loss * weight, 0))
+    tl.store(losses_ptr + h * 2 * parts + parts + part, tl.sum(weight, 0))
+    if GRADIENT:
+        largest = tl.max(weight, 0)
+        relative = weight / tl.where(largest > 0, largest, 1.0)
+        unit_codes = (codes.to(tl.float32) * inverse[:, None]).to(CODE)
+        sums = tl.dot(tl.trans(unit_codes), (d_cosine * relative[:, None]).to(CODE), input_precision=PRECISION)
+        out_ptr = partial_ptr + (h * parts + part) * K * Z + k[None, :] * Z + z[:, None]
+        tl.store(out_ptr, sums, mask=(k < K)[None, :] & (z < Z)[:, None])
+        if h == 0:
+            tl.store(largest_ptr + part, largest)
+
+
+@triton.jit
+def prototype_gradient_kernel(
+    partial_ptr,  # [H,parts,K,Z] fp32
+    share_ptr,  # [parts] fp32: what a part's sums count for
+    losses_ptr,  # [H,2,parts] fp32: with MEAN, the gradient is divided by the weights' sum and the mean loss is written
+    prototypes_ptr,  # [H,K,Z]
+    d_prototypes_ptr,  # [H,K,Z] out
+    mean_ptr,  # [H] fp32 out
+    parts,
+    K: tl.constexpr,
+    Z: tl.constexpr,
+    MEAN: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    BLOCK_Z: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    k, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    total_weight = tl.zeros((), tl.float32) + 1.0
+    if MEAN:
+        i = tl.arange(0, 1024)
+        loss, weight = tl.zeros((1024,), tl.float32), tl.zeros((1024,), tl.float32)
+        for start in range(0, parts, 1024):
+            loss += tl.load(losses_ptr + h * 2 * parts + start + i, mask=start + i < parts, other=0.0)
+            weight += tl.load(losses_ptr + (h * 2 + 1) * parts + start + i, mask=start + i < parts, other=0.0)
+        total_weight = tl.maximum(tl.sum(weight, 0), 1e-38)
+        if k == 0:
+            tl.store(mean_ptr + h, tl.sum(loss, 0) / total_weight)
+    if GRADIENT:
+        store_prototype_gradient(
+            d_prototypes_ptr + h * K * Z,
+            partial_ptr + h * parts * K * Z,
+            share_ptr,
+            prototypes_ptr + h * K * Z,
+            k,
+            parts,
+            total_weight,
+            MEAN,
+            1,
+            K,
+            Z,
+            BLOCK_Z,
+            BLOCK_N,
+        )
+
+
+def settings_for(codes: Tensor, K: int) -> dict[str, int]:
+    settings = narrow({**config("rows", codes), "BLOCK_D": 16}, 1, block_k(K))
+    return {name: value for name, value in settings.items() if name not in ("BLOCK_D", "HEADS")}
+
+
+def shape_constants(codes: Tensor, K: int) -> dict:
+    Z = codes.shape[-1]
+    return dict(
+        K=K,
+        Z=Z,
+        BLOCK_K=block_k(K),
+        BLOCK_Z=block_z(Z),
+        CODE=operand(codes.dtype),
+        PRECISION=precision(codes.device),
+        settings=settings_for(codes, K),
+    )
+
+
+@operator("probabilities")
+def probabilities(codes: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
+    """codes [H,B,P,Z], prototypes [H,K,Z] -> softmax_k(cos / temperature) [H,B,P,K] fp32."""
+    (H, B, P, _), K = codes.shape, prototypes.shape[1]
+    codes, prototypes = with_rows_together(codes), prototypes.contiguous()
+    out = torch.empty(H, B, P, K, dtype=torch.float32, device=codes.device)
+    constants = shape_constants(codes, K)
+    with torch.cuda.device_of(codes):
+        grid = (triton.cdiv(P, constants["settings"]["BLOCK_P"]), B, H)
+        launch(
+            probabilities_kernel, grid, codes, prototypes, out, out, out, P, temperature, *codes.stride()[:3], GRADIENT=False, **constants
+        )
+    return out
+
+
+@probabilities.register_fake
+def _(codes, prototypes, temperature):
+    return torch.empty(*codes.shape[:3], prototypes.shape[1], dtype=torch.float32, device=codes.device)
+
+
+@operator("probabilities_backward")
+def probabilities_backward(d_out: Tensor, codes: Tensor, prototypes: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    (H, B, P, Z), K = codes.shape, prototypes.shape[1]
+    d_codes, d_prototypes = torch.empty(codes.shape, dtype=codes.dtype, device=codes.device), torch.empty_like(prototypes.contiguous())
+    codes, prototypes, d_out = with_rows_together(codes), prototypes.contiguous(), d_out.contiguous()
+    constants = shape_constants(codes, K)
+    tiles = triton.cdiv(P, constants["settings"]["BLOCK_P"])
+    partial = torch.empty(H, B * tiles, K, Z, dtype=torch.float32, device=codes.device)
+    with torch.cuda.device_of(codes):
+        launch(
+            probabilities_kernel,
+            (tiles, B, H),
+            codes,
+            prototypes,
+            d_out,
+            d_codes,
+            partial,
+            P,
+            temperature,
+            *codes.stride()[:3],
+            GRADIENT=True,
+            **constants,
+        )
+        finish(partial, partial, partial, prototypes, d_prototypes, partial, MEAN=False, GRADIENT=True)
+    return d_codes, d_prototypes
+
+
+@probabilities_backward.register_fake
+def _(d_out, codes, prototypes, temperature):
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (codes, prototypes))
+
+
+def finish(partial, share, losses, prototypes, d_prototypes, mean, MEAN: bool, GRADIENT: bool) -> None:
+    H, K, Z = prototypes.shape
+    launch(
+        prototype_gradient_kernel,
+        (K if GRADIENT else 1, H),
+        partial,
+        share,
+        losses,
+        prototypes,
+        d_prototypes,
+        mean,
+        losses.shape[-1] if MEAN else partial.shape[1],
+        K=K,
+        Z=Z,
+        MEAN=MEAN,
+        GRADIENT=GRADIENT,
+        BLOCK_Z=block_z(Z),
+        BLOCK_N=16,
+        settings={},
+    )
+
+
+def setup_probabilities(ctx, inputs, output):
+    codes, prototypes, ctx.temperature = inputs
+    ctx.save_for_backward(codes, prototypes)
+
+
+def backward_probabilities(ctx, d_out):
+    d_codes, d_prototypes = probabilities_backward(d_out, *ctx.saved_tensors, ctx.temperature)
+    return d_codes, d_prototypes, None
+
+
+probabilities.register_autograd(backward_probabilities, setup_context=setup_probabilities)
+
+
+@operator("data_term")
+def data_term(
+    codes: Tensor, student: Tensor, teacher: Tensor, patch_weight: Tensor | None, student_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """-> the mean cross-entropy [H] fp32 and its gradient to the student [H,K,Z] fp32 (empty where not asked for)."""
+    (H, B, P, Z), K = codes.shape, student.shape[1]
+    codes, student, teacher = with_rows_together(codes), student.contiguous(), teacher.contiguous()
+    patch_weight = None if patch_weight is None else patch_weight.contiguous()
+    loss, d_student = empty_data_term(student, student_gradient)
+    constants = shape_constants(codes, K)
+    tiles = triton.cdiv(P, constants["settings"]["BLOCK_P"])
+    losses, largest = loss.new_empty(H, 2, B * tiles), loss.new_empty(B * tiles)
+    partial = loss.new_empty(H, B * tiles, K, Z) if student_gradient else losses
+    with torch.cuda.device_of(codes):
+        launch(
+            data_term_kernel,
+            (tiles, B, H),
+            codes,
+            student,
+            teacher,
+            losses if patch_weight is None else patch_weight,
+            losses,
+            partial,
+            largest,
+            P,
+            *codes.stride()[:3],
+            HAS_WEIGHT=patch_weight is not None,
+            GRADIENT=student_gradient,
+            **constants,
+        )
+        finish(partial, largest, losses, student, d_student, loss, MEAN=True, GRADIENT=student_gradient)
+    return loss, d_student
+
+
+def empty_data_term(student: Tensor, student_gradient: bool) -> tuple[Tensor, Tensor]:
+    shape = student.shape if student_gradient else (0,)
+    return (
+        torch.empty(student.shape[0], dtype=torch.float32, device=student.device),
+        torch.empty(shape, dtype=torch.float32, device=student.device),
+    )
+
+
+@data_term.register_fake
+def _(codes, student, teacher, patch_weight, student_gradient):
+    return empty_data_term(student, student_gradient)
+
+
+def setup_data_term(ctx, inputs, output):
+    ctx.dtype = inputs[1].dtype
+    ctx.save_for_backward(output[1])
+
+
+def backward_data_term(ctx, d_loss, _):
+    (unit,) = ctx.saved_tensors
+    return None, (d_loss[:, None, None] * unit).to(ctx.dtype), None, None, None
+
+
+data_term.register_autograd(backward_data_term, setup_context=setup_data_term)

@@ -1,0 +1,131 @@
+"""What every launch shares: operators that run on a GPU or in the interpreter, configurations from data files, block sizes."""
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import custom_op
+
+from .labels import invert
+
+try:  # a kernel project built for the Hugging Face hub generates this file
+    from .._ops import add_op_namespace_prefix
+except ImportError:
+
+    def add_op_namespace_prefix(name: str) -> str:
+        return f"smooseg::{name}"
+
+
+INTERPRETED = not isinstance(invert, triton.JITFunction)
+CONFIGS = Path(__file__).parent / "configs"
+# what a tuner or a test puts here goes before the data files: {kernel: {setting: value}}
+OVERRIDES: dict[str, dict[str, int]] = {}
+OPERANDS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+# elements of one matrix of unit prototypes: two or four of them stay in shared memory
+LARGEST_PROTOTYPES = 8192
+
+
+def operator(name: str) -> Callable:
+    """Registers a launcher as a custom operator on CUDA and ROCm devices, and on the CPU where the interpreter is on."""
+
+    def register(launcher: Callable):
+        def on_cpu(*args):
+            require_interpreter()
+            return launcher(*args)
+
+        op = custom_op(add_op_namespace_prefix(name), mutates_args=(), device_types="cuda")(launcher)
+        op.register_kernel("cpu")(on_cpu)
+        op.launcher = launcher
+        return op
+
+    return register
+
+
+def require_interpreter() -> None:
+    if not INTERPRETED:
+        raise RuntimeError(
+            'impl="triton" needs tensors on a GPU; on CPU tensors it runs only in the interpreter, with TRITON_INTERPRET=1 set before '
+            'smooseg_kernels is imported. Use impl="torch" (or "auto") on a CPU'
+        )
+
+
+def fits(K: int, Z: int) -> bool:
+    return block_k(K) * block_z(Z) <= LARGEST_PROTOTYPES
+
+
+def block_k(K: int) -> int:
+    """Label columns: the K labels and one more that is 1 everywhere, filled up to what the matrix unit takes."""
+    return max(16, triton.next_power_of_2(K + 1))
+
+
+def block_z(Z: int) -> int:
+    return max(16, triton.next_power_of_2(Z))
+
+
+@functools.cache
+def family(device: torch.device) -> str:
+    """The data file that serves a device: one for each generation of matrix units."""
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip:
+        return "gfx942"
+    if not torch.cuda.is_available():  # a fake tensor on a machine without the card
+        return "sm_90"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major in (9, 10):
+        return f"sm_{major}0"
+    # 8.6, 8.9, 12.0 have the instructions of 8.0 and less shared memory
+    return "sm_80" if (major, minor) in ((8, 0), (8, 7)) else "sm_86"
+
+
+@functools.cache
+def load_configs(name: str) -> dict[str, dict[str, dict[str, int]]]:
+    return json.loads((CONFIGS / f"{name}.json").read_text())
+
+
+def config(kernel: str, like: Tensor, heads: int = 1) -> dict[str, int]:
+    """A copy of a kernel's settings for the dtype of `like`: "half" (16 bits), "half_heads" (several heads) or "full" (fp32)."""
+    variants = load_configs(family(like.device))[kernel]
+    wanted = ["full"] if like.dtype == torch.float32 else ["half_heads", "half"] if heads > 1 else ["half"]
+    chosen = next((variants[name] for name in wanted if name in variants), variants.get("any"))
+    return {**chosen, **OVERRIDES.get(kernel, {})}
+
+
+def narrow(settings: dict[str, int], heads: int, columns: int) -> dict[str, int]:
+    """Settings were picked for 32 label columns; more of them take smaller blocks, and heads go in blocks that divide them."""
+    settings = dict(settings)
+    if columns > 32 or heads % settings.get("HEADS", 1):
+        settings["HEADS"] = 1
+    settings["BLOCK_P"] = max(16, min(settings["BLOCK_P"], 4096 // columns))
+    if columns > 32:
+        if "TILES" in settings:
+            settings["TILES"] = 1
+        settings["BLOCK_D"] = max(16, min(settings["BLOCK_D"], 8192 // columns))
+    return settings
+
+
+def operand(dtype: torch.dtype):
+    """What the matrix unit takes of a tensor. The interpreter computes bf16 wrongly, and is exact once it is fp32."""
+    return tl.float32 if INTERPRETED and dtype == torch.bfloat16 else OPERANDS[dtype]
+
+
+def precision(device: torch.device) -> str:
+    """How dots of fp32 operands are made: as three tf32 products where there is no exact unit, as one if torch's own may use it."""
+    if family(device) in ("interpreter", "gfx942"):
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+
+
+def with_rows_together(tensor: Tensor) -> Tensor:
+    """Kernels take any strides but that of the last axis."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def launch(kernel, grid: tuple[int, ...], *args, settings: dict, **constants) -> None:
+    options = {name: value for name, value in settings.items() if name not in ("PROGRAMS",)}
+    kernel[grid](*args, **constants, **options, enable_fp_fusion=True)

@@ -1,0 +1,13 @@
+"""Pictures of two textures, an obvious segmentation."""
+
+import numpy as np
+
+
+def draw(seed, height=72, width=96):
+    """Two textures side by side, and where they are."""
+    rng = np.random.default_rng(seed)
+    label = np.zeros((height, width), np.uint8)
+    label[:, width // 2 + int(rng.integers(-10, 10)) :] = 1
+    stripes = 90 + 80 * np.sin(np.arange(width) / 1.5)[None].repeat(height, 0)
+    image = np.where(label == 1, stripes, 60)[..., None] + rng.normal(0, 8, (height, width, 3))
+    return image.clip(0, 255).astype(np.uint8), label

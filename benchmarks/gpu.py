@@ -80,12 +80,12 @@ def machine() -> dict:
 def run_tests() -> bool:
     """All tests of the Triton kernels where pytest can spread them over processes (they mostly compile), else those that need the GPU."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short"]
-    files = [str(ROOT / "tests" / f"test_triton_{name}.py") for name in ("gpu", "objective", "rows")]
+    files = [str(ROOT / "tests" / f"test_{name}.py") for name in ("triton_gpu", "triton_objective", "triton_rows", "trainer_gpu")]
     if importlib.util.find_spec("xdist") and not SMOKE:
         command += ["-n", "12", *files]
     else:
         command += ["-m", "gpu", *files]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path[:2], os.environ.get("PYTHONPATH", "")])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path[:2], str(ROOT), os.environ.get("PYTHONPATH", "")])}
     try:
         status = subprocess.run(command, cwd=ROOT, env=environment, timeout=TEST_SECONDS).returncode
     except subprocess.TimeoutExpired:

@@ -1,9 +1,11 @@
-"""Without a GPU the Triton kernels run in the interpreter, which has to be on before they are imported."""
+"""Shared fixtures. Without a GPU the Triton kernels run in the interpreter, which has to be on before they are imported."""
 
 import os
 
 import pytest
 import torch
+from PIL import Image
+from textures import draw
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -14,3 +16,29 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device"))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    for number in range(6):
+        (tmp_path / "photos" / "sub").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw(number)[0]).save(tmp_path / "photos" / ("sub" if number % 2 else ".") / f"{number}.png")
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def labelled(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    for split, numbers in (("train", range(5)), ("val", range(5, 8))):
+        for kind in ("images", "labels"):
+            (tmp_path / "set" / split / kind).mkdir(parents=True)
+        for number in numbers:
+            image, label = draw(number)
+            label[:2] = 255
+            Image.fromarray(image).save(tmp_path / "set" / split / "images" / f"{number}.png")
+            Image.fromarray(label).save(tmp_path / "set" / split / "labels" / f"{number}.png")
+    (tmp_path / "set" / "classes.txt").write_text("wall\nfence\n")
+    return tmp_path / "set"

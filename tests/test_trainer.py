@@ -21,32 +21,6 @@ from smooseg_fast.errors import UserError
 SMALL = ["--size", "64", "--eval-size", "64", "--steps", "6", "--batch-size", "4", "--log-every", "2", "--checkpoint-every", "3"]
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    for number in range(6):
-        (tmp_path / "photos" / "sub").mkdir(parents=True, exist_ok=True)
-        Image.fromarray(draw(number)[0]).save(tmp_path / "photos" / ("sub" if number % 2 else ".") / f"{number}.png")
-    return tmp_path / "photos"
-
-
-@pytest.fixture
-def labelled(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    for split, numbers in (("train", range(5)), ("val", range(5, 8))):
-        for kind in ("images", "labels"):
-            (tmp_path / "set" / split / kind).mkdir(parents=True)
-        for number in numbers:
-            image, label = draw(number)
-            label[:2] = 255
-            Image.fromarray(image).save(tmp_path / "set" / split / "images" / f"{number}.png")
-            Image.fromarray(label).save(tmp_path / "set" / split / "labels" / f"{number}.png")
-    (tmp_path / "set" / "classes.txt").write_text("wall\nfence\n")
-    return tmp_path / "set"
-
-
 def call(*args):
     return run(train.main, [str(a) for a in args])
 

@@ -1,0 +1,180 @@
+"""`filterbank`, the built-in backbone: nothing to download, nothing learnt. What 8x8 pixels and their surroundings look like.
+
+A row is made of groups of channels, each with a share of its squared length (`GROUPS`): colour, as logarithms, so that the strength and
+tint of the light only shift it; how much colour varies; and texture, from the amplitudes of Gabor pairs on the luminance at 4 scales and
+8 orientations: contrast, profile over the scales, directedness (which rotation leaves alone), patchiness, and the oriented amplitudes
+themselves. Everything is centred by constants, so that cosines spread from about -0.6 for unlike patches to 1.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import Backbone, digest_of
+
+VERSION = 1  # part of the digest: raise it with every change that alters the features
+PATCH = 8
+SCALES = 4  # octaves; at the coarsest a patch is one sample
+ORIENTATIONS = 8
+WAVELENGTH, SIGMA, RADIUS = 3.6, 1.5, 3  # of the Gabor pairs, in pixels of their scale
+FLOOR = 0.03  # relative amplitude at which the noise of a sensor hides a texture
+DARK = 0.02  # added to colours of 0 to 1 before their logarithm
+NEAR, WIDE = (1, 2, 1), (1, 4, 6, 4, 1)  # windows over patches: 2 and 3 patches across at half height
+
+
+@dataclass(frozen=True)
+class Group:
+    """The usual mean and standard deviation of each channel, repeated where there are more channels, and the group's share of a row.
+
+    Measured on street photographs and on the mosaic, half and half; the shares were set by hand.
+    """
+
+    centre: tuple[float, ...]
+    spread: tuple[float, ...]
+    share: float
+
+
+GROUPS = {
+    "colour": Group((-1.85, 0.02, 0.13), (1.03, 0.42, 0.60), 4.0),
+    "variation": Group((-2.12, -2.70, -2.65), (0.64, 0.41, 0.41), 0.7),
+    "contrast": Group((0.17,), (0.56,), 0.7),
+    "profile": Group((-0.08, -0.02, 0.05, 0.05), (0.22, 0.19, 0.16, 0.32), 2.0),
+    "directed": Group((0.145, 0.19, 0.20, 0.225, 0.055, 0.065, 0.08, 0.095), (0.11, 0.14, 0.13, 0.12, 0.035, 0.04, 0.05, 0.05), 1.0),
+    "patchy": Group((0.30, 0.33, 0.29, 0.23, 0.31, 0.08, 0.115), (0.165, 0.17, 0.14, 0.11, 0.23, 0.09, 0.13), 0.5),
+    "near": Group((0.144,), (0.045,), 0.3),
+    "wide": Group((0.144,), (0.043,), 0.5),
+}
+CHANNELS = {"colour": 9, "variation": 6, "contrast": 2, "profile": 8, "directed": 8, "patchy": 7, "near": 32, "wide": 32}
+DIM = sum(CHANNELS.values())
+
+
+class Filterbank(Backbone):
+    """float32 features [B,P,104] of images whose sides are multiples of 8; borders are mirrored; the mean squared length is about 104."""
+
+    def __init__(self, device: str | torch.device = "cpu") -> None:
+        recipe = f"filterbank {VERSION} {PATCH} {SCALES} {ORIENTATIONS} {WAVELENGTH} {SIGMA} {RADIUS} {FLOOR} {DARK} {GROUPS}"
+        super().__init__(name="filterbank", digest=digest_of(recipe), patch=PATCH, dim=DIM, device=device)
+        self.kernels = gabor_pairs().to(self.device)
+        scales = [
+            torch.tensor(group.spread).repeat(CHANNELS[name] // len(group.spread)).reciprocal() * math.sqrt(group.share / CHANNELS[name])
+            for name, group in GROUPS.items()
+        ]
+        total = sum(group.share for group in GROUPS.values())
+        self.scale = (torch.cat(scales) * math.sqrt(DIM / total)).view(1, -1, 1, 1).to(self.device)
+        centres = [torch.tensor(group.centre).repeat(CHANNELS[name] // len(group.centre)) for name, group in GROUPS.items()]
+        self.centre = torch.cat(centres).view(1, -1, 1, 1).to(self.device)
+
+    def extract(self, images: Tensor) -> Tensor:
+        groups = self.measure(images)
+        channels = torch.cat([groups[name] for name in GROUPS], 1)
+        return ((channels - self.centre) * self.scale).flatten(2).mT.contiguous()
+
+    def measure(self, images: Tensor) -> dict[str, Tensor]:
+        """float32 images [B,3,H,W] in 0..1 -> every group before it is centred and scaled, [B,C,h,w]."""
+        patches = F.avg_pool2d(images, PATCH)
+        surroundings = blur(patches, WIDE)
+        colours = [opponent(2 * torch.log(rgb + DARK)) for rgb in (patches, blur(patches, NEAR), surroundings)]
+        light = luminance(surroundings) + 0.05
+        channels = opponent(images)
+        variance = F.avg_pool2d(channels * channels, PATCH) - F.avg_pool2d(channels, PATCH) ** 2
+        variation = torch.log(variance.clamp_min(0).sqrt() / light + DARK)
+
+        floor = FLOOR * ORIENTATIONS
+        amplitude = self.amplitudes(luminance(images)) / light.unsqueeze(2)
+        # blurred as logarithms: one strong edge must not colour all its surroundings
+        strength = torch.log(amplitude.sum(2) + floor)
+        near, wide = blur(strength, NEAR), blur(strength, WIDE)
+        share = amplitude / (amplitude.sum((1, 2), keepdim=True) + SCALES * floor)
+        oriented = share.sqrt()
+        return {
+            "colour": torch.cat(colours, 1),
+            "variation": torch.cat([blur(variation, NEAR), blur(variation, WIDE)], 1),
+            "contrast": torch.cat([near.mean(1, keepdim=True), wide.mean(1, keepdim=True)], 1),
+            "profile": torch.cat([near - near.mean(1, keepdim=True), wide - wide.mean(1, keepdim=True)], 1),
+            "directed": directedness(blur(share, WIDE)),
+            "patchy": torch.cat([deviation(strength, WIDE), deviation(colours[0], WIDE)], 1),
+            "near": blur(oriented, NEAR).flatten(1, 2),
+            "wide": blur(oriented, WIDE).flatten(1, 2),
+        }
+
+    def amplitudes(self, grey: Tensor) -> Tensor:
+        """[B,1,H,W] -> mean amplitude in every patch at every scale, fine to coarse, and orientation, [B,SCALES,ORIENTATIONS,h,w]."""
+        scales = []
+        for scale in range(SCALES):
+            if scale > 0:
+                grey = blur(grey, WIDE)[..., ::2, ::2]
+            with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):  # GPUs would drop 13 bits by default
+                pairs = F.conv2d(mirrored(grey, RADIUS), self.kernels)
+            even, odd = pairs[:, :ORIENTATIONS], pairs[:, ORIENTATIONS:]
+            scales.append(F.avg_pool2d(torch.sqrt(even * even + odd * odd), PATCH >> scale))
+        return torch.stack(scales, 1)
+
+
+def gabor_pairs() -> Tensor:
+    """float32 [2*ORIENTATIONS,1,side,side], side = 2*RADIUS+1: the even filters, then the odd ones; unit length, blind to flat areas.
+
+    Orientation k answers most to a grating whose brightness changes along the direction pi*k/ORIENTATIONS, from x towards y.
+    """
+    axis = torch.arange(-RADIUS, RADIUS + 1, dtype=torch.float64)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    window = torch.exp(-(x * x + y * y) / (2 * SIGMA * SIGMA))
+    directions = [math.pi * k / ORIENTATIONS for k in range(ORIENTATIONS)]
+    phases = torch.stack([2 * math.pi / WAVELENGTH * (x * math.cos(angle) + y * math.sin(angle)) for angle in directions])
+    even, odd = window * torch.cos(phases), window * torch.sin(phases)
+    even = even - window * (even.sum((1, 2), keepdim=True) / window.sum())
+    filters = torch.cat([even, odd])
+    return (filters / filters.norm(dim=(1, 2), keepdim=True)).unsqueeze(1).float()
+
+
+def mirrored(x: Tensor, margin: int) -> Tensor:
+    """The last two axes with `margin` more samples on every side, reflected at the border as often as it takes."""
+    for axis in (-2, -1):
+        size = x.shape[axis]
+        index = torch.arange(-margin, size + margin, device=x.device) % (2 * size)
+        x = x.index_select(axis, torch.minimum(index, 2 * size - 1 - index))
+    return x
+
+
+def blur(x: Tensor, window: tuple[int, ...]) -> Tensor:
+    """Weighted mean over a square window, borders mirrored; [...,h,w] -> [...,h,w]."""
+    height, width = x.shape[-2:]
+    x = mirrored(x, len(window) // 2)
+    weights = [tap / sum(window) for tap in window]
+    x = sum(weight * x[..., k : k + height, :] for k, weight in enumerate(weights))
+    return sum(weight * x[..., k : k + width] for k, weight in enumerate(weights))
+
+
+def deviation(x: Tensor, window: tuple[int, ...]) -> Tensor:
+    """Standard deviation over a square window, [...,h,w] -> [...,h,w]."""
+    mean = blur(x, window)
+    return (blur(x * x, window) - mean * mean).clamp_min(0).sqrt()
+
+
+def luminance(rgb: Tensor) -> Tensor:
+    """[B,3,H,W] -> [B,1,H,W]."""
+    return 0.299 * rgb[:, 0:1] + 0.587 * rgb[:, 1:2] + 0.114 * rgb[:, 2:3]
+
+
+def opponent(rgb: Tensor) -> Tensor:
+    """[B,3,H,W] -> lightness, red against green, yellow against blue, [B,3,H,W]."""
+    red, green, blue = rgb.unbind(1)
+    return torch.stack([(red + green + blue) / 3, red - green, (red + green) / 2 - blue], 1)
+
+
+def directedness(share: Tensor) -> Tensor:
+    """How far the amplitudes of a scale favour one direction, and how far two at right angles; [B,S,O,h,w] -> [B,2S,h,w] in 0..1.
+
+    The lengths of the second and the fourth circular harmonic relative to the sum: the same for an image and the image rotated.
+    """
+    total = share.sum(2) + FLOOR / SCALES
+    lengths = []
+    for order in (2, 4):
+        angles = torch.arange(ORIENTATIONS, device=share.device).view(-1, 1, 1) * (order * math.pi / ORIENTATIONS)
+        x, y = (share * torch.cos(angles)).sum(2), (share * torch.sin(angles)).sum(2)
+        lengths.append(torch.sqrt(x * x + y * y) / total)
+    return torch.cat(lengths, 1)

@@ -16,7 +16,7 @@ from .labels import (
     store_prototype_gradient,
     unit_labels,
 )
-from .launch import block_k, block_z, config, launch, narrow, operand, operator, precision, with_rows_together
+from .launch import block_k, block_z, config, launch, narrow, operator, precision, with_rows_together
 
 
 @triton.jit
@@ -176,7 +176,9 @@ def shape_constants(codes: Tensor, K: int) -> dict:
         Z=Z,
         BLOCK_K=block_k(K),
         BLOCK_Z=block_z(Z),
-        CODE=operand(codes.dtype),
+        # fp32 operands for codes of any dtype: these operators are not the hot path, and on a card Triton 3.6 made a wrong gradient
+        # of the data term from 16-bit ones
+        CODE=tl.float32,
         PRECISION=precision(codes.device),
         settings=settings_for(codes, K),
     )

@@ -47,6 +47,7 @@ def energy_gradient_kernel(
     d_student_ptr,  # [H,K,Z] out
     B,
     P,
+    head_blocks,
     temperature,
     stride_fb,
     stride_fp,
@@ -84,7 +85,8 @@ def energy_gradient_kernel(
     CODE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    head, tile, b = tl.program_id(0) * HEADS, tl.program_id(1), tl.program_id(2).to(tl.int64)
+    # heads of one tile run side by side, so that they find its features in the cache; tiles may exceed the 65,535 of a second axis
+    head, tile, b = tl.program_id(0) % head_blocks * HEADS, tl.program_id(0) // head_blocks, tl.program_id(1).to(tl.int64)
     row, k = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_K)
     WIDTH: tl.constexpr = Z if FROM_CODES else K
     column = tl.arange(0, BLOCK_Z if FROM_CODES else BLOCK_K)

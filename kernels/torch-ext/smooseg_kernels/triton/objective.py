@@ -299,10 +299,11 @@ def objective_backward(
                          None, relative, center, None, False, True, upstream=(d_total, d_energy, d_distance))  # fmt: skip
         settings = narrow(config("energy_gradient", features, plan.H), plan.H, plan.columns)
         settings["BLOCK_D"] = min(settings["BLOCK_D"], max(16, triton.next_power_of_2(plan.D)))
-        grid = (plan.H // settings["HEADS"], triton.cdiv(plan.P, settings["BLOCK_P"]), plan.B)
+        head_blocks = plan.H // settings["HEADS"]
+        grid = (head_blocks * triton.cdiv(plan.P, settings["BLOCK_P"]), plan.B)
         launch(
             energy_gradient_kernel,
-            grid if rows_gradient else (plan.H // settings["HEADS"], 1, 1),
+            grid if rows_gradient else (head_blocks, 1),
             features,
             rows,
             totals if teacher is None else teacher,
@@ -324,6 +325,7 @@ def objective_backward(
             d_student,
             plan.B,
             plan.P,
+            head_blocks,
             temperature,
             *features.stride()[:2],
             *rows.stride()[:3],

@@ -167,7 +167,7 @@ _PAPER = dict(
 
 PRESETS: dict[str, TrainConfig] = {
     # a hand-made backbone on made-up textures: many equal classes, so finer than photos, and more to learn, so longer and faster
-    "demo": TrainConfig(preset="demo", granularity=0.2, lr=3e-4, steps=600, patches=196),
+    "demo": TrainConfig(preset="demo", granularity=0.2, lr=3e-4, steps=600, patches=196, eval_size=224),
     "folder": TrainConfig(),
     "cityscapes": TrainConfig(preset="cityscapes", threshold_within=-0.02, threshold_across=0.5, prototypes=27, **_PAPER),
     "cocostuff27": TrainConfig(

@@ -25,7 +25,6 @@ VERSION = 1  # part of the fingerprint: raise it with every change that alters a
 UNITS = 224  # the side of every scene
 TILE = 256  # the side of the periodic noise; a power of two, so that wrapping is a bit mask
 TABLE = 4096  # random numbers of the squares of a grid; a power of two for the same reason
-WARMTH, GREENNESS, EXPOSURE, ZOOM, NOISE = 0.44, 0.22, (-0.8, 0.5), 0.5, (0.01, 0.03)
 SPLITS = {"train": 0, "val": 1}
 
 Colour = tuple[int, int, int]
@@ -111,7 +110,7 @@ class Scene:
 
     def paint(self, rng: Generator) -> np.ndarray:
         """float32 [size,size,3]: linear reflectances."""
-        distance = 2 ** rng.uniform(-ZOOM, ZOOM)
+        distance = 2 ** rng.uniform(-0.5, 0.5)
         looks = {number: Look.of(MATERIALS[number], rng, distance) for number in sorted(set(self.materials))}
         canvas = np.empty((self.label.size, 3), np.float32)
         for region, number in enumerate(self.materials):
@@ -135,14 +134,14 @@ def photograph(rng: Generator, scene: Scene, canvas: np.ndarray) -> np.ndarray:
     shadow = smooth_step(smooth_field(rng, size, 3) + across, rng.uniform(0.1, 0.6), rng.uniform(0.65, 0.9))
     light = np.maximum(light, 0.15) * (1 - np.float32(rng.uniform(0.1, 0.5)) * shadow)
 
-    warmth, green, exposure = WARMTH * rng.standard_normal(), GREENNESS * rng.standard_normal(), 2 ** rng.uniform(*EXPOSURE)
+    warmth, green, exposure = 0.42 * rng.standard_normal(), 0.22 * rng.standard_normal(), 2 ** rng.uniform(-0.8, 0.5)
     tint = (exposure * np.exp([warmth, green, -warmth])).astype(np.float32)
     haze = np.float32(0.08 * rng.random() * rng.random())
     linear = canvas * (light[:, :, None] * tint * (1 - haze)) + haze * 0.6 * tint
     focus = rng.uniform(0.3, 0.8) * size / UNITS
     linear = ndimage.gaussian_filter(linear, (focus, focus, 0), mode="nearest", truncate=3)
     # shown are square roots of linear values, on which the noise of counting photons is the same everywhere
-    noise = np.float32(rng.uniform(*NOISE)) * rng.standard_normal(linear.shape, np.float32)
+    noise = np.float32(rng.uniform(0.01, 0.03)) * rng.standard_normal(linear.shape, np.float32)
     return np.rint(255 * np.clip(np.sqrt(np.clip(linear, 0, 1)) + noise, 0, 1)).astype(np.uint8)
 
 

@@ -31,7 +31,7 @@ NEAR, WIDE = (1, 2, 1), (1, 4, 6, 4, 1)  # windows over patches: 2 and 3 patches
 class Group:
     """The usual mean and standard deviation of each channel, repeated where there are more channels, and the group's share of a row.
 
-    Measured on street photographs and on the mosaic, half and half; the shares were set by hand.
+    Rounded from measurements on street photographs and on the mosaic, half and half, without labels; the shares were set by hand.
     """
 
     centre: tuple[float, ...]
@@ -43,8 +43,8 @@ GROUPS = {
     "colour": Group((-1.85, 0.02, 0.13), (1.03, 0.42, 0.60), 4.0),
     "variation": Group((-2.12, -2.70, -2.65), (0.64, 0.41, 0.41), 0.7),
     "contrast": Group((0.17,), (0.56,), 0.7),
-    "profile": Group((-0.08, -0.02, 0.05, 0.05), (0.22, 0.19, 0.16, 0.32), 2.0),
-    "directed": Group((0.145, 0.19, 0.20, 0.225, 0.055, 0.065, 0.08, 0.095), (0.11, 0.14, 0.13, 0.12, 0.035, 0.04, 0.05, 0.05), 1.0),
+    "profile": Group((-0.08, -0.02, 0.05, 0.05), (0.22, 0.19, 0.16, 0.32), 2.5),
+    "directed": Group((0.145, 0.19, 0.20, 0.225, 0.055, 0.065, 0.08, 0.095), (0.11, 0.14, 0.13, 0.12, 0.035, 0.04, 0.05, 0.05), 2.0),
     "patchy": Group((0.30, 0.33, 0.29, 0.23, 0.31, 0.08, 0.115), (0.165, 0.17, 0.14, 0.11, 0.23, 0.09, 0.13), 0.5),
     "near": Group((0.144,), (0.045,), 0.3),
     "wide": Group((0.144,), (0.043,), 0.5),

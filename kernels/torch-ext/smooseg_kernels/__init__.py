@@ -1,9 +1,9 @@
 """The SmooSeg objective and its parts, exact and in time linear in the number of patches.
 
-Needs torch alone. Every function validates its arguments and takes `impl`: "dense" (the formulas as written, any dtype, the oracle),
-"torch" (sums over patches instead of a patch-by-patch matrix, everywhere) or "auto". Letters in every docstring: B images, P patches of
-one image, D feature channels, Z code channels, K prototypes, T pair sets, H heads. Mathematics: Lan et al., NeurIPS 2023,
-arXiv 2310.17874.
+Needs torch alone, and Triton on a GPU. Every function validates its arguments and takes `impl`: "dense" (the formulas as written, any
+dtype, the oracle), "torch" (sums over patches instead of a patch-by-patch matrix, everywhere), "triton" (the same in fused kernels) or
+"auto". Letters in every docstring: B images, P patches of one image, D feature channels, Z code channels, K prototypes, T pair sets, H
+heads. Mathematics: Lan et al., NeurIPS 2023, arXiv 2310.17874.
 """
 
 from .api import assign, prototype_loss, prototype_probabilities, resolve_impl, smooseg_loss, smoothness_energy

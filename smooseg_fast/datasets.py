@@ -62,11 +62,6 @@ class ImageFolder:
     def labelled(self) -> bool:
         return bool(self.label_folders)
 
-    @property
-    def unlabelled(self) -> int:
-        """Number of images without a label."""
-        return sum(label is None for label in self.labels)
-
     @cached_property
     def class_names(self) -> tuple[str, ...] | None:
         """Names from classes.txt; without one, every label of every split is read once, with a progress bar, and the number found is

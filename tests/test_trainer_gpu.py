@@ -10,20 +10,20 @@ import smooseg_kernels as sk
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")]
 
-SMALL = dict(size=64, eval_size=64, steps=30, batch_size=4, prototypes=2, progress=False)
+SMALL = dict(size=128, eval_size=128, steps=30, batch_size=4, prototypes=2, progress=False)
 
 
 @pytest.fixture
 def images(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return [draw(number)[0] for number in range(6)]
+    return [draw(number, 144, 192)[0] for number in range(6)]
 
 
 @pytest.mark.parametrize("impl", ["auto", "torch", "dense"])
 def test_two_textures_are_told_apart(images, impl):
     segmenter = smooseg_fast.fit(images, device="cuda", impl=impl, **SMALL)
     assert segmenter.head.teacher.is_cuda
-    image, label = draw(9)
+    image, label = draw(9, 144, 192)
     same = (segmenter.predict(image) == label).mean()
     assert max(same, 1 - same) > 0.9
 

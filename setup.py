@@ -27,12 +27,12 @@ setup(
         "matplotlib>=3.8",
     ],
     extras_require={
-        "transformers": ["transformers>=5.0"],
+        "transformers": ["transformers>=5.17"],
         "test": [
             "pytest>=8.0",
             "pytest-benchmark>=4.0",
-            "ruff>=0.9",
-            "transformers>=5.0",
+            "ruff>=0.17",
+            "transformers>=5.17",
             'triton>=3.6; platform_system == "Linux" and platform_machine == "x86_64"',
         ],
     },

@@ -21,7 +21,7 @@ def main(args: Sequence[str]) -> None:
     config = configure(args)
     out = Path(config.out) if config.out else free_folder(config)
     train, held_out = datasets_of(config)
-    print(f"smooseg_fast: preset {config.preset}, {train.name} ({len(train)} images), backbone {config.backbone}, objective {config.impl}")
+    print(f"smooseg_fast: preset {config.preset}, {train.name} ({len(train)} images), backbone {config.backbone}")
     learn(config, train, held_out, out=out, progress=True, say=lambda line: print(line, flush=True))
     images = config.data
     if images is None:  # the demo's images are made up: a few are written down, so that the next command works as it stands

@@ -113,6 +113,7 @@ def learn(config: TrainConfig, dataset: Dataset, held_out: Dataset | None, *, ou
         say(f"{out}: this run is finished, step {found.step} of {config.steps}; --out another folder to train again")
         return Segmenter(found, backbone)
 
+    say(f"learning   at most {config.prototypes} groups, {config.init} start, objective by {config.impl} on {device}")
     started = time.perf_counter()
     options = dict(resample=config.resample, cache=config.cache, progress=progress)
     validation = None
@@ -132,7 +133,7 @@ def learn(config: TrainConfig, dataset: Dataset, held_out: Dataset | None, *, ou
     )
     run = Run(config, store, backbone, validation, folder, say, progress)
     segmenter = run.learn(found)
-    say(f"learnt     {config.steps} steps in {time.perf_counter() - extracted:.1f} s, objective by {config.impl}")
+    say(f"learnt     {config.steps} steps in {time.perf_counter() - extracted:.1f} s")
     run.finish(segmenter, dataset, held_out)
     return segmenter
 

@@ -43,6 +43,8 @@ TARGETS = {
 }
 # registers, shared memory and warps of one multiprocessor: how many programs it holds at once
 MULTIPROCESSORS = {80: (65536, 164 << 10, 64), 86: (65536, 100 << 10, 48), 90: (65536, 228 << 10, 64), 100: (65536, 228 << 10, 64)}
+DISASSEMBLER = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm")
+STORES = ("ST", "RED", "ATOM", "BAR", "UTM", "UBLKCP", "SYNCS")  # what comes first there is read
 MATRIX = r"wgmma\.mma_async|tcgen05\.mma|(?<![\w.])mma\.sync|v_mfma_\w+"
 POINTERS = {
     torch.float32: "*fp32",
@@ -159,6 +161,7 @@ def compile_launch(kernel, args, constants, target: str) -> dict:
         return row
     row["matrix"] = sorted(set(re.findall(MATRIX, compiled.asm["ptx"])))
     row["registers"], row["spills"] = assemble(compiled.asm["ptx"], architecture)
+    row["unset"] = unset_registers(compiled.asm["cubin"])
     registers, shared, warps = MULTIPROCESSORS[architecture]
     per_warp = -(-row["registers"] * 32 // 256) * 256  # registers are handed out in lots of 256 a warp
     row["resident"] = min(registers // per_warp // row["warps"], shared // (row["shared"] + 1024), warps // row["warps"])
@@ -177,6 +180,33 @@ def assemble(ptx: str, architecture: int) -> tuple[int, int]:
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spills = re.search(r"(\d+) bytes spill stores", log)
     return int(re.search(r"Used (\d+) registers", log)[1]), int(spills[1]) if spills else 0
+
+
+def unset_registers(cubin: bytes) -> list[str]:
+    """Uniform registers that instructions read and none writes.
+
+    The assembler that came with Triton 3.6 made one so: the addresses of a matrix instruction's later operands were lost, and the product
+    of codes and their gradients was wrong on a card with no other sign of it. A matrix descriptor gdesc[URn] names the first of four, of
+    which an operand in registers leaves two unused, so descriptors do not count as reads.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(cubin)
+        text = subprocess.run([DISASSEMBLER, "-c", str(binary)], capture_output=True, text=True, check=True).stdout
+    read, written = set(), set()
+    for code in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", text):
+        code = re.sub(r"^@!?U?P\w+\s+|gdesc\[UR\d+\]", "", code)
+        operation, _, operands = code.partition(" ")
+        target, *rest = (x.strip() for x in operands.split(","))
+        while re.match(r"U?P(\d|T)", target) and rest:  # predicates that come out before the register
+            target, *rest = rest
+        if re.fullmatch(r"UR\d+", target) and not operation.startswith(STORES):
+            first = int(target[2:])
+            written.update(range(first, first + (4 if ".128" in operation else 2 if ".64" in operation or ".WIDE" in operation else 1)))
+        else:
+            rest = [target, *rest]
+        read.update(int(n) for x in rest for n in re.findall(r"\bUR(\d+)\b", x))
+    return [f"UR{n}" for n in sorted(read - written)]
 
 
 def report(target: str, cases: dict, verbose: bool = False) -> list[dict]:
@@ -209,6 +239,8 @@ def faults(row: dict) -> list[str]:
     found = []
     if row["spills"]:
         found.append(f"spills {row['spills']}")
+    if row.get("unset"):
+        found.append(f"reads {', '.join(row['unset'])}, which nothing writes")
     if row["shared"] > row["shared_limit"]:
         found.append(f"{row['shared']} bytes of shared memory, the card has {row['shared_limit']}")
     if row["dot"] and not row["fp32"] and not row["matrix"]:

@@ -176,8 +176,8 @@ def shape_constants(codes: Tensor, K: int) -> dict:
         Z=Z,
         BLOCK_K=block_k(K),
         BLOCK_Z=block_z(Z),
-        # fp32 operands for codes of any dtype: these operators are not the hot path, and on a card Triton 3.6 made a wrong gradient
-        # of the data term from 16-bit ones
+        # fp32 operands for codes of any dtype: these operators are not the hot path, and from 16-bit ones the assembler of Triton 3.6
+        # made a wrong gradient of the data term (benchmarks/aot_report.py: unset_registers)
         CODE=tl.float32,
         PRECISION=precision(codes.device),
         settings=settings_for(codes, K),

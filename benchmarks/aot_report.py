@@ -120,6 +120,8 @@ def shipped_cases(quick: bool = False) -> dict:
         "fp16 H=1": objective_case(torch.float16, 1),
         "fp32 H=1": objective_case(torch.float32, 1),
         "bf16 every option": objective_case(torch.bfloat16, 1, (-1, 0, -2), full=True),
+        "bf16 every option, H=16": objective_case(torch.bfloat16, 16, (-1, 0, -2), full=True),
+        "fp16 every option, H=16": objective_case(torch.float16, 16, (-1, 0, -2), full=True),
         "bf16 rows": rows_case(torch.bfloat16),
         "fp32 rows": rows_case(torch.float32),
     }
@@ -250,7 +252,7 @@ def faults(row: dict) -> list[str]:
 
 def line(row: dict) -> str:
     return (
-        f"{row['target']:7s} {row['case']:18s} {row['kernel']:18s} {row['pass']:8s} programs {row['programs']:5d} warps {row['warps']:2d} "
+        f"{row['target']:7s} {row['case']:23s} {row['kernel']:18s} {row['pass']:8s} programs {row['programs']:5d} warps {row['warps']:2d} "
         f"registers {row['registers']:3d} spills {row['spills']:4d} shared {row['shared']:6d} resident {row.get('resident', '-')!s:>2s} "
         f"{', '.join(row['matrix']) or '-'} {'; '.join(faults(row))}"
     )

@@ -111,6 +111,14 @@ def test_heads_equal_single_calls(H, dtype, poisoned):
         assert (single.gradients["codes"] - got.gradients["codes"][h]).norm() <= 4 * eps * single.gradients["codes"].norm()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_channel_that_outweighs_all_others_is_dropped(dtype, poisoned):
+    """Rows are unit after the mask: a dropped channel of 5,000 beside norms of a few must leave no trace, nor overflow 16 bits."""
+    case = make_case(B=3, P=33, D=20, K=5, dtype=dtype, device=DEVICE, channel_scale=(torch.arange(20) != 4).float().expand(3, 20) * 1.25)
+    case.features[..., 4] = 5000.0
+    check_against_dense(case)
+
+
 @pytest.mark.parametrize(("K", "Z"), [(1, 1), (16, 16), (31, 5), (32, 5), (63, 100), (127, 64)])
 def test_label_columns(K, Z, poisoned):
     check_against_dense(make_case(B=2, P=20, D=12, K=K, Z=Z, device=DEVICE))

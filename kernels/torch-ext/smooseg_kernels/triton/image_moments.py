@@ -55,10 +55,10 @@ def image_moments_kernel(
     scale_ptr,  # [B,D] fp32
     weight_ptr,  # [B,P] fp32
     norms_ptr,  # [B,P] fp32: read with NORMS_GIVEN, else written
-    sums_ptr,  # [H,B,S,D,BLOCK_K] out: LIFT times the moments of a split; column K is sum_p w_p f_p
+    sums_ptr,  # [H,B,S,D,BLOCK_K] out: LIFT times the moments of a split, of features times channel_scale; column K is sum_p w_p f_p
     labels_ptr,  # [H,B,S,BLOCK_K] fp32 out: LIFT sum_p w_p c_p
     entropy_ptr,  # [H,B,S] fp32 out: LIFT times the weighted cross-entropy
-    student_sums_ptr,  # [H,B,S,K,Z] fp32 out: LIFT sum_p w_p (gradient to the cosine) code_p / |code_p|
+    student_sums_ptr,  # [H,B,S,K,Z] out: LIFT sum_p w_p (gradient to the cosine) code_p / |code_p|
     totals_ptr,  # [B] fp32 out: the sum of the image's patch weights
     arrivals_ptr,  # [H] int32 out: zero, for the launch that follows
     B,
@@ -151,21 +151,25 @@ def image_moments_kernel(
         if NORMS_GIVEN:
             norms = tl.load(norms_ptr + b * P + start + row, mask=inside, other=0.0)
         else:
-            squares = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
+            squares = tl.zeros((BLOCK_P,), tl.float32)
             for i in tl.static_range(TILES):
                 f = tiles[i].to(tl.float32)
                 if HAS_SCALE:
-                    channel = i * BLOCK_D + d
+                    channel = channels + i * BLOCK_D + d
                     f *= tl.load(scale_ptr + b * D + channel, mask=channel < D, other=0.0)[None, :]
-                squares += f * f
-            norms = tl.sqrt(tl.sum(squares, 1))
-            if head == 0:
+                squares += tl.sum(f * f, 1)
+            norms = tl.sqrt(squares)
+            if head == 0:  # every block of heads sees whole rows; one of them tells the backward
                 tl.store(norms_ptr + b * P + start + row, norms, mask=inside)
         inverse = invert(norms)
         left, feature_weight = (), weight
         if UNIT_FEATURES:
             for i in tl.static_range(TILES):
-                left = left + (tl.trans((tiles[i].to(tl.float32) * inverse[:, None]).to(FEATURE)),)
+                f = tiles[i].to(tl.float32) * inverse[:, None]
+                if HAS_SCALE:
+                    channel = channels + i * BLOCK_D + d
+                    f *= tl.load(scale_ptr + b * D + channel, mask=channel < D, other=0.0)[None, :]
+                left = left + (tl.trans(f.to(FEATURE)),)
         else:
             feature_weight = weight * inverse
             for i in tl.static_range(TILES):
@@ -181,15 +185,19 @@ def image_moments_kernel(
         part = ((head + j).to(tl.int64) * B + b) * SPLITS + s
         for i in tl.static_range(TILES):
             channel = channels + i * BLOCK_D + d
+            moments = sums[j * TILES + i] * exact
+            if HAS_SCALE and not UNIT_FEATURES:
+                moments *= tl.load(scale_ptr + b * D + channel, mask=channel < D, other=0.0)[:, None]
             out_ptr = sums_ptr + part * D * BLOCK_K + channel[:, None] * BLOCK_K + k[None, :]
-            tl.store(out_ptr, (sums[j * TILES + i] * exact).to(sums_ptr.dtype.element_ty), mask=(channel < D)[:, None])
+            tl.store(out_ptr, moments.to(sums_ptr.dtype.element_ty), mask=(channel < D)[:, None])
         if first_slice:
             tl.store(labels_ptr + part * BLOCK_K + k, tl.sum(label_sums[j], 0) * exact)
             if FROM_CODES:
                 tl.store(entropy_ptr + part, tl.sum(entropies[j], 0) * exact)
                 if STUDENT_GRADIENT:
                     student_out_ptr = student_sums_ptr + part * K * Z + k[None, :] * Z + z[:, None]
-                    tl.store(student_out_ptr, student_sums[j] * exact, mask=(k < K)[None, :] & (z < Z)[:, None])
+                    student_moments = (student_sums[j] * exact).to(student_sums_ptr.dtype.element_ty)
+                    tl.store(student_out_ptr, student_moments, mask=(k < K)[None, :] & (z < Z)[:, None])
             if (b == 0) & (s == 0):
                 tl.store(arrivals_ptr + head + j, 0)
     if first_slice & (s == 0) & (head == 0):

@@ -102,7 +102,7 @@ def cross_entropy(toward_student, toward_teacher, column, K: tl.constexpr):
 @triton.jit
 def store_prototype_gradient(
     out_ptr,  # [K,Z]: row k is written
-    partial_ptr,  # [parts,K,Z] fp32: sum_p d_pk code_p / |code_p| of one part
+    partial_ptr,  # [parts,K,Z]: sum_p d_pk code_p / |code_p| of one part
     share_ptr,  # [parts // PARTS_PER_SHARE] fp32: what a part's sums count for
     prototypes_ptr,  # [K,Z]
     k,
@@ -121,7 +121,7 @@ def store_prototype_gradient(
     for start in range(0, parts, BLOCK_N):
         i = start + part
         inside = (i < parts)[:, None] & (z < Z)[None, :]
-        rows_ = tl.load(partial_ptr + (i[:, None].to(tl.int64) * K + k) * Z + z[None, :], mask=inside, other=0.0)
+        rows_ = tl.load(partial_ptr + (i[:, None].to(tl.int64) * K + k) * Z + z[None, :], mask=inside, other=0.0).to(tl.float32)
         if HAS_SHARE:
             rows_ *= tl.load(share_ptr + i // PARTS_PER_SHARE, mask=i < parts, other=0.0)[:, None]
         acc += rows_

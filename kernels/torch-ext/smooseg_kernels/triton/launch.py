@@ -89,9 +89,11 @@ def load_configs(name: str) -> dict[str, dict[str, dict[str, int]]]:
 
 
 def config(kernel: str, like: Tensor, heads: int = 1) -> dict[str, int]:
-    """A copy of a kernel's settings for the dtype of `like`: "half" (16 bits), "half_heads" (several heads) or "full" (fp32)."""
+    """A copy of a kernel's settings for the dtype of `like`: "full" (fp32), "half" (16 bits), "half_heads" or "fp16_heads" (several)."""
     variants = load_configs(family(like.device))[kernel]
-    wanted = ["full"] if like.dtype == torch.float32 else ["half_heads", "half"] if heads > 1 else ["half"]
+    wanted = ["full"] if like.dtype == torch.float32 else ["half"]
+    if heads > 1 and wanted == ["half"]:
+        wanted = ["fp16_heads", "half_heads", "half"] if like.dtype == torch.float16 else ["half_heads", "half"]
     chosen = next((variants[name] for name in wanted if name in variants), variants.get("any"))
     return {**chosen, **OVERRIDES.get(kernel, {})}
 

@@ -1,7 +1,7 @@
-"""The objective as registered operators: three launches forward and backward for one head, four for several.
+"""The objective as registered operators: three launches forward and backward, for any number of heads.
 
-Forward: (row norms, where one program cannot see whole rows or heads share them,) the moments of every image, the sums over pairs with
-all that the backward needs for an upstream gradient to the total. Backward: the gradients; other upstream gradients first take the sums
+Forward: (row norms, where one program cannot hold whole rows,) the moments of every image, the sums over pairs with all that the backward
+needs for an upstream gradient to the total. Backward: the gradients; other upstream gradients first take the sums
 over pairs once more. Shapes: features [B,P,D]; rows = codes [H,B,P,Z] with a teacher, else label rows [H,B,P,K]; student, teacher
 [H,K,Z]; thresholds [H,T].
 """
@@ -21,6 +21,11 @@ from .row_norms import row_norms_kernel
 STUDENT_BLOCK = 16  # rows of partial student gradients added at a time
 
 
+def partial_dtype(like: Tensor) -> torch.dtype:
+    """Of sums that one launch leaves to the next: means of products of unit rows, so fp16 never overflows and is finer than bf16."""
+    return torch.float32 if like.dtype == torch.float32 else torch.float16
+
+
 class Plan:
     """Block sizes and splits of one problem: the same numbers for the launches and for the fake operators (sizes may be symbolic)."""
 
@@ -35,8 +40,8 @@ class Plan:
         tiles = -(-self.D // self.sums["BLOCK_D"])
         self.slices = -(-tiles // self.sums["TILES"])
         self.sums["TILES"] = -(-tiles // self.slices)
-        # whole rows in one program: their norms come with the sums; else one launch before
-        self.norms_alone = self.slices > 1 or self.sums["HEADS"] < self.H
+        # whole rows in one program: their norms come with the sums, once for each block of heads; else one launch before
+        self.norms_alone = self.slices > 1
         programs = self.B * self.slices * (self.H // self.sums["HEADS"])
         most = torch.sym_min(self.sums["PROGRAMS"] // programs, (self.P + self.sums["BLOCK_P"] - 1) // self.sums["BLOCK_P"])
         self.splits = torch.sym_max(most, 1)
@@ -55,7 +60,7 @@ class Plan:
         return (
             empty(B if feature_norms is None else 0, P),
             empty(B),
-            empty(H, B, S, D, C),
+            empty(H, B, S, D, C, dtype=partial_dtype(features)),
             empty(H, B, S, C),
             empty(H, N, D, C, dtype=features.dtype),
             empty(H, N, T, C),
@@ -102,7 +107,7 @@ def objective(
         None if x is None else x.contiguous() for x in (student, teacher, partners, channel_scale, patch_weight, feature_norms, mean)
     )
     entropy, arrivals = totals.new_empty(H, B, S), totals.new_empty(H, dtype=torch.int32)
-    student_sums = totals.new_empty(H, B, S, K, Z) if student_gradient else totals
+    student_sums = totals.new_empty(H, B, S, K, Z, dtype=partial_dtype(rows)) if student_gradient else totals
     with torch.cuda.device_of(features):
         if plan.norms_alone and feature_norms is None:
             settings = config("row_norms", features)
@@ -177,7 +182,6 @@ def add_up_pairs(
             (triton.cdiv(D, settings["BLOCK_D"]), H),
             sums,
             labels,
-            totals if channel_scale is None else channel_scale,
             crowd,
             crowd_labels,
             B,
@@ -185,7 +189,6 @@ def add_up_pairs(
             K=K,
             SPLITS=plan.splits,
             CENTER=center,
-            HAS_SCALE=channel_scale is not None,
             BLOCK_K=plan.columns,
             settings=settings,
         )

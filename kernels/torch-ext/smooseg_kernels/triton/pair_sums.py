@@ -19,9 +19,7 @@ ITSELF, OTHERS = tl.constexpr(SELF), tl.constexpr(ALL)
 
 
 @triton.jit
-def load_moments(
-    sums_ptr, labels_ptr, scale_ptr, image, h, B, d, k, D, K, SPLITS: tl.constexpr, HAS_SCALE: tl.constexpr, BLOCK_K: tl.constexpr
-):
+def load_moments(sums_ptr, labels_ptr, image, h, B, d, k, D, K, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr):
     """-> g [BLOCK_D, BLOCK_K], u [BLOCK_D], s [BLOCK_K], all LIFT times as large."""
     part = (h * B + image) * SPLITS
     both = tl.zeros((d.shape[0], BLOCK_K), tl.float32)
@@ -30,8 +28,6 @@ def load_moments(
         tile_ptr = sums_ptr + (part + i) * D * BLOCK_K + d[:, None] * BLOCK_K + k[None, :]
         both += tl.load(tile_ptr, mask=(d < D)[:, None], other=0.0).to(tl.float32)
         s += tl.load(labels_ptr + (part + i) * BLOCK_K + k)
-    if HAS_SCALE:
-        both *= tl.load(scale_ptr + image * D + d, mask=d < D, other=0.0)[:, None]
     u = tl.sum(tl.where(k[None, :] == K, both, 0.0), 1)
     return tl.where(k[None, :] < K, both, 0.0), u, s
 
@@ -40,7 +36,6 @@ def load_moments(
 def crowd_kernel(
     sums_ptr,
     labels_ptr,
-    scale_ptr,
     crowd_ptr,  # [H,2,D,BLOCK_K] fp32 out: sum_n g_n with sum_n u_n in column K, and sum_n (g_n - u_n s_n^T) or the first again
     crowd_labels_ptr,  # [H,BLOCK_K] fp32 out: sum_n s_n
     B,
@@ -48,7 +43,6 @@ def crowd_kernel(
     K: tl.constexpr,
     SPLITS: tl.constexpr,
     CENTER: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -58,7 +52,7 @@ def crowd_kernel(
     plain, centred = tl.zeros((BLOCK_D, BLOCK_K), tl.float32), tl.zeros((BLOCK_D, BLOCK_K), tl.float32)
     labels = tl.zeros((BLOCK_K,), tl.float32)
     for image in range(0, B):
-        g, u, s = load_moments(sums_ptr, labels_ptr, scale_ptr, image, h, B, d, k, D, K, SPLITS, HAS_SCALE, BLOCK_K)
+        g, u, s = load_moments(sums_ptr, labels_ptr, image, h, B, d, k, D, K, SPLITS, BLOCK_K)
         plain += tl.where(k[None, :] == K, u[:, None], g)
         centred += other_side(g, u, s, CENTER)
         labels += s
@@ -136,7 +130,7 @@ def pair_sums_kernel(
     sums_ptr,  # [H,B,S,D,BLOCK_K] the moments
     labels_ptr,  # [H,B,S,BLOCK_K] fp32
     entropy_ptr,  # [H,B,S] fp32
-    student_sums_ptr,  # [H,B,S,K,Z] fp32
+    student_sums_ptr,  # [H,B,S,K,Z]
     totals_ptr,  # [B] fp32
     scale_ptr,  # [B,D] fp32
     partners_ptr,  # [rows,B] int64
@@ -211,7 +205,7 @@ def pair_sums_kernel(
     else:
         n, slice_ = (task // SLICES).to(tl.int64), task % SLICES
         k, d = tl.arange(0, BLOCK_K), slice_ * BLOCK_D + tl.arange(0, BLOCK_D)
-        g, u, s = load_moments(sums_ptr, labels_ptr, scale_ptr, n, h, B, d, k, D, K, SPLITS, HAS_SCALE, BLOCK_K)
+        g, u, s = load_moments(sums_ptr, labels_ptr, n, h, B, d, k, D, K, SPLITS, BLOCK_K)
         shown = other_side(g, u, s, CENTER)
         pull, drift = tl.zeros((BLOCK_D, BLOCK_K), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
         for t in tl.static_range(T):
@@ -229,16 +223,14 @@ def pair_sums_kernel(
                 back_s = partner_s
             else:
                 j = load_partner(partners_ptr, ENTRIES[t], n, B)
-                partner_g, partner_u, partner_s = load_moments(
-                    sums_ptr, labels_ptr, scale_ptr, j, h, B, d, k, D, K, SPLITS, HAS_SCALE, BLOCK_K
-                )
+                partner_g, partner_u, partner_s = load_moments(sums_ptr, labels_ptr, j, h, B, d, k, D, K, SPLITS, BLOCK_K)
                 partner_g = other_side(partner_g, partner_u, partner_s, CENTER)
                 back_g, back_s = tl.zeros((BLOCK_D, BLOCK_K), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
                 if GRADIENT:
                     towards = tl.where(images < B, load_partner(partners_ptr, ENTRIES[t], images, B), -1) == n
                     m = tl.min(tl.where(towards, images, B), 0)
                     while m < B:
-                        g_m, _, s_m = load_moments(sums_ptr, labels_ptr, scale_ptr, m, h, B, d, k, D, K, SPLITS, HAS_SCALE, BLOCK_K)
+                        g_m, _, s_m = load_moments(sums_ptr, labels_ptr, m, h, B, d, k, D, K, SPLITS, BLOCK_K)
                         back_g, back_s = back_g + g_m, back_s + s_m
                         m = tl.min(tl.where(towards & (images > m), images, B), 0)
             if ENERGIES:

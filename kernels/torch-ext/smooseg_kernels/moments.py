@@ -25,43 +25,46 @@ STRIP_ELEMENTS = 1 << 24
 
 
 class Moments(NamedTuple):
-    g: Tensor  # [H,B,D,K]
+    g: Tensor  # [H,B,K,D]: as its transpose, the product is a third slower on a CPU
     u: Tensor  # [B,D]
     s: Tensor  # [H,B,K]
     present: Tensor  # [B] 1 where the image has any weight, else 0: then its moments are 0 and it is left out of every mean
 
 
-def moments(features, probs, channel_scale, patch_weight, feature_norms) -> Moments:
-    dtype = accumulation_dtype(features, probs)
-    H, _, P, K = probs.shape
-    f = features.to(dtype)
+def moments(features, labels, channel_scale, patch_weight, feature_norms) -> Moments:
+    """labels [H,B,P,K]: rows of length 1, or 0."""
+    f = features.to(labels.dtype)
+    H, _, P, K = labels.shape
     if feature_norms is not None:
         inverse = invert_norms(feature_norms)
     elif channel_scale is not None:
         inverse = inverse_norms(f * channel_scale[:, None, :])[..., 0]
     else:
         inverse = inverse_norms(f)[..., 0]
-    c = unit_rows(probs.to(dtype))
     if patch_weight is None:
-        weight, present = torch.full_like(inverse, 1.0 / P), torch.ones_like(inverse[:, 0])
+        scaled, present, s = inverse / P, torch.ones_like(inverse[:, 0]), labels.mean(2)
     else:
         total = patch_weight.sum(1, keepdim=True)
         weight = torch.where(total > 0, patch_weight / torch.where(total > 0, total, 1.0), 0.0)
-        present = (total[:, 0] > 0).to(dtype)
+        scaled, present, s = weight * inverse, (total[:, 0] > 0).to(f.dtype), torch.einsum("bp,hbpk->hbk", weight, labels)
     # the features are read as they are: their norms and weights ride on the label rows, which are smaller by D / K,
     # and u is one more label whose probability is 1 everywhere
-    scaled = weight * inverse
-    sides = torch.cat(((c * scaled[None, :, :, None]).permute(1, 2, 0, 3).flatten(2), scaled[..., None]), -1)
-    sums = f.mT @ sides  # [B,D,H*K+1]
+    sides = torch.cat(((labels * scaled[None, :, :, None]).permute(1, 2, 0, 3).flatten(2), scaled[..., None]), -1)
+    sums = sides.mT @ f  # [B,H*K+1,D]
     if channel_scale is not None:
-        sums = sums * channel_scale[..., None]
-    g = sums[..., :-1].unflatten(-1, (H, K)).permute(2, 0, 1, 3)
-    return Moments(g, sums[..., -1], torch.einsum("bp,hbpk->hbk", weight, c), present)
+        sums = sums * channel_scale[:, None, :]
+    return Moments(sums[:, :-1].unflatten(1, (H, K)).transpose(0, 1), sums[:, -1], s, present)
 
 
 def smoothness(features, probs, partners, thresholds, relative, center, channel_scale, patch_weight, feature_norms, mean):
     """-> energy [H,T], distance [H,T], mean [T]."""
-    m = moments(features, probs, channel_scale, patch_weight, feature_norms)
+    labels = unit_rows(probs.to(accumulation_dtype(features, probs)))
+    return energies(features, labels, partners, thresholds, relative, center, channel_scale, patch_weight, feature_norms, mean)
+
+
+def energies(features, labels, partners, thresholds, relative, center, channel_scale, patch_weight, feature_norms, mean):
+    """The same of unit label rows."""
+    m = moments(features, labels, channel_scale, patch_weight, feature_norms)
     sums = [pair_sums(m, entry, center) for entry in partners]
     pairs, likeness, agreement, inner = (torch.stack(parts, -1) for parts in zip(*sums))  # [T], [T], [H,T], [H,T]
     count = pairs.clamp(min=1.0)
@@ -74,7 +77,7 @@ def smoothness(features, probs, partners, thresholds, relative, center, channel_
 
 def pair_sums(m: Moments, entry: str | Tensor, center: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sums over the image pairs (n, n') of one pair set: pairs [], u.u' [], s.s' [H], <g, g' - u' s'^T> or <g, g'> [H]."""
-    other = m.g - m.u[:, :, None] * m.s[:, :, None, :] if center else m.g  # what an image shows as a partner
+    other = m.g - m.s[..., None] * m.u[:, None, :] if center else m.g  # what an image shows as a partner
     if isinstance(entry, Tensor):
         j = entry
         return (
@@ -96,11 +99,14 @@ def pair_sums(m: Moments, entry: str | Tensor, center: bool) -> tuple[Tensor, Te
     return tuple(a - b for a, b in zip(crowd, own))
 
 
-def raw_cosines(codes: Tensor, prototypes: Tensor) -> Tensor:
-    """[H,B,P,Z], [H,K,Z] -> [H,B,P,K] without writing unit codes: the code norms divide the smaller product."""
+def raw_cosines(codes: Tensor, prototypes: Tensor, inverse: Tensor | None = None) -> Tensor:
+    """[H,B,P,Z], [H,K,Z] -> [H,B,P,K] without writing unit codes: the code norms divide the smaller product.
+
+    inverse [H,B,P,1]: of the code norms, where they are known.
+    """
     dtype = accumulation_dtype(codes, prototypes)
     codes = codes.to(dtype)
-    return (codes @ unit_rows(prototypes.to(dtype))[:, None].mT) * inverse_norms(codes)
+    return (codes @ unit_rows(prototypes.to(dtype))[:, None].mT) * (inverse_norms(codes) if inverse is None else inverse)
 
 
 def probabilities(codes: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
@@ -109,28 +115,37 @@ def probabilities(codes: Tensor, prototypes: Tensor, temperature: float) -> Tens
 
 def cross_entropy(logits: Tensor, labels: Tensor, patch_weight: Tensor | None) -> Tensor:
     """[H,B,P,K], [H,B,P] -> [H]."""
-    loss = logits.logsumexp(-1) - logits.gather(-1, labels[..., None])[..., 0]
+    loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").view(labels.shape)
     if patch_weight is None:
         return loss.mean((1, 2))
     return (loss * patch_weight).sum((1, 2)) / patch_weight.sum().clamp(min=torch.finfo(loss.dtype).tiny)
 
 
+def nearest(cosines: Tensor) -> Tensor:
+    """The lowest index of the largest cosine; max is twice as fast as argmax along a short last axis."""
+    return cosines.detach().max(-1).indices
+
+
 def data_term(codes: Tensor, student: Tensor, teacher: Tensor, patch_weight: Tensor | None) -> Tensor:
     """-> [H]."""
-    codes = codes.detach()
-    return cross_entropy(raw_cosines(codes, student), raw_cosines(codes, teacher).argmax(-1), patch_weight)
+    codes = codes.detach().to(accumulation_dtype(codes, student, teacher))
+    inverse = inverse_norms(codes)
+    return cross_entropy(raw_cosines(codes, student, inverse), nearest(raw_cosines(codes, teacher, inverse)), patch_weight)
 
 
 def loss(
     features, codes, student, teacher, partners, thresholds, temperature, relative, center, channel_scale, patch_weight, feature_norms, mean
 ):
     """-> total [H], energy [H,T], data [H], distance [H,T], mean [T]."""
-    toward_teacher = raw_cosines(codes, teacher)
-    probs = torch.softmax(toward_teacher / temperature, -1)
-    energy, distance, mean = smoothness(
-        features, probs, partners, thresholds, relative, center, channel_scale, patch_weight, feature_norms, mean
+    codes = codes.to(accumulation_dtype(features, codes, student, teacher))
+    inverse = inverse_norms(codes)
+    toward_teacher = raw_cosines(codes, teacher, inverse)
+    # sqrt(softmax(2 x)) would be unit rows at once, but where the softmax is peaked its gradient is ten times less exact
+    labels = unit_rows(torch.softmax(toward_teacher / temperature, -1))
+    energy, distance, mean = energies(
+        features, labels, partners, thresholds, relative, center, channel_scale, patch_weight, feature_norms, mean
     )
-    data = cross_entropy(raw_cosines(codes.detach(), student), toward_teacher.detach().argmax(-1), patch_weight)
+    data = cross_entropy(raw_cosines(codes.detach(), student, inverse.detach()), nearest(toward_teacher), patch_weight)
     return energy.sum(1) + data, energy, data, distance, mean
 
 

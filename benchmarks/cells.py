@@ -34,10 +34,11 @@ Runs = dict[str, Row]  # the lines of one cell by run, oldest first
 def identity(row: Row) -> Cell:
     sizes = {name: value for name, value in (row.get("sizes") or {}).items() if USUAL.get(name) != value}
     order = {letter: at for at, letter in enumerate(LETTERS)}
+    device = row.get("device") or "cpu"
     return Cell(
-        row.get("device") or "cpu",
+        device,
         row.get("machine"),
-        row.get("threads"),
+        row.get("threads") if device == "cpu" else None,  # those of a card's host do not count
         row["case"],
         row.get("shape") or "",
         tuple(sorted(sizes.items(), key=lambda item: (order.get(item[0], len(order)), item[0]))),

@@ -188,7 +188,7 @@ def git(root, *command):
 def commit(root, name, times, sleep):
     module = root / "kernels" / "torch-ext" / "package" / "__init__.py"
     module.write_text(f"NAME, TIMES, SLEEP, LOG = {name!r}, {times!r}, {sleep!r}, {str(root.parent / 'log')!r}\n")
-    git(root, "add", "--all", ":!benchmarks/compare.py", ":!benchmarks/cells.py", ":!benchmarks/results.py")
+    git(root, "add", "--all")
     git(root, "commit", "-q", "-m", name)
 
 

@@ -133,7 +133,7 @@ def table(changes: list[Change]) -> list[str]:
     for change in sorted(changes, key=lambda change: -change.ratio):
         verdict = {1: "slower", -1: "faster", 0: ""}[change.beyond]
         runs = f"{len(change.a.medians)}+{len(change.b.medians)}"
-        times = f"{change.a.median:10.4g} {change.b.median:10.4g} {change.ratio:6.3f} {100 * (change.noise - 1):6.1f}%"
+        times = f"{change.a.median:10.4g} {change.b.median:10.4g} {change.ratio:6.3f} {min(100 * (change.noise - 1), 999):6.1f}%"
         lines.append(f"{verdict:6s} {name(change.cell):{width}s} {times} {runs}")
     return lines
 

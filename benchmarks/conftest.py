@@ -11,14 +11,9 @@ A measurement is checked against the oracle, timed, and appended to the results 
 from __future__ import annotations
 
 import functools
-import sys
 import time
 from pathlib import Path
 from typing import Any
-
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import floors
 import keops_form
@@ -26,6 +21,7 @@ import machine
 import measure
 import memory
 import problems
+import pytest
 import results
 import summary
 import torch

@@ -26,9 +26,9 @@ import results
 import summary
 import torch
 
-# what a dense form may hold in its P x P matrices: without --bench-full about two seconds a call of two cores, with it most of the memory
-DENSE_BYTES, DENSE_SHARE = 1.5e9, 0.8
-SECONDS, LEAST, MOST = 1.5, 5, 200
+# what a dense form may hold in its P x P matrices: without --bench-full about a second a call of two cores, with it most of the memory
+DENSE_BYTES, DENSE_SHARE = 8e8, 0.8
+SECONDS, LEAST, MOST = 1.0, 5, 200
 SESSION = pytest.StashKey["Session"]()
 
 

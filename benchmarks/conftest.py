@@ -96,7 +96,7 @@ class Bench:
         build = functools.partial(problems.SUBJECTS[subject], problem, impl, mode, problems.DTYPES[session.dtype], self.device, **extra)
         first = build()
         first.check(first.run())
-        runs = [first.run, *(build(seed=i).run for i in range(1, measure.copies_beyond_cache(first.floor_bytes, self.device)))]
+        runs = [first.run, *(build(seed=i).run for i in range(1, measure.copies_beyond_cache(impl, first.floor_bytes, self.device)))]
         run = measure.in_turn(runs)
         if mode == "graph":
             run, outputs = measure.captured(runs)

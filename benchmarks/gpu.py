@@ -102,9 +102,7 @@ def timed(run: Callable, calls: int, seconds: float = 1.5) -> dict:
 def subjects_beyond_the_cache(H: int, impl: str) -> list[Subject]:
     """The same call on as many inputs as the cache cannot hold; the first has passed its check."""
     size = problem(H)
-    copies = 2 if SMOKE else measure.copies_beyond_cache(floors.objective_floor(size), DEVICE)
-    if impl.startswith("dense"):
-        copies = 2  # what it writes is many times the cache
+    copies = 2 if SMOKE else measure.copies_beyond_cache(impl, floors.objective_floor(size), DEVICE)
     build = functools.partial(problems.objective, size, impl, "forward + backward", problems.DTYPES[DTYPE], DEVICE)
     function = problems.function_of(impl, DEVICE, quick_compile=SMOKE)
     subjects = [build(seed=i, function=function) for i in range(copies)]

@@ -39,6 +39,12 @@ def test_a_right_answer_passes(repeated, H, impl, mode, monkeypatch):
     passes(impl, size, mode)
 
 
+@pytest.mark.parametrize("mode", ["forward", MODE])
+def test_keops_computes_the_same(mode):
+    pytest.importorskip("pykeops")
+    passes("keops", mode=mode)
+
+
 def scaled(features, codes, student, teacher, partners, thresholds):
     return (1 + 1e-4) * problems.total_of("torch", features, codes, student, teacher, partners, thresholds)
 

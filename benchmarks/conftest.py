@@ -1,26 +1,189 @@
-"""Benchmarks run under `pytest --benchmark-only` alone: a plain `pytest` leaves them out."""
+"""Benchmarks run under `pytest --benchmark-only` alone, and then nothing else does: a plain `pytest` leaves them out.
 
+    pytest --benchmark-only                   # every case that fits into ten minutes of two cores, or everything that a card runs
+    pytest --benchmark-only --bench-full      # the long ones too
+    pytest --benchmark-only --bench-smoke     # each once, at tiny sizes: are they right, do they run; writes nothing
+    pytest --benchmark-only --bench-results=FILE
+
+A measurement is checked against the oracle, timed, and appended to the results as one line (results.py has its form).
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from pathlib import Path
+from typing import Any
+
+import floors
+import keops_form
+import machine
+import measure
+import memory
+import problems
 import pytest
+import results
+import summary
+import torch
+
+# what a dense form may hold in its P x P matrices: without --bench-full about a second a call of two cores, with it most of the memory
+DENSE_BYTES, DENSE_SHARE = 8e8, 0.8
+SECONDS, LEAST, MOST = 1.0, 5, 200
+SESSION = pytest.StashKey["Session"]()
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("smooseg benchmarks")
+    group.addoption("--bench-full", action="store_true", help="the cases too that take a CPU longer than the default ten minutes")
+    group.addoption("--bench-smoke", action="store_true", help="tiny sizes, once each, checked as always; no line is written")
+    group.addoption("--bench-results", type=Path, metavar="FILE", help="default: benchmarks/results/cpu.jsonl, or gpu.jsonl with a card")
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("benchmark_only", False):
-        ours = [item for item in items if item.path.name.startswith("bench_")]
-        config.hook.pytest_deselected(items=ours)
-        items[:] = [item for item in items if item not in ours]
+    measuring = config.getoption("benchmark_only", False)
+    others = [item for item in items if item.path.name.startswith("bench_") != measuring]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item not in others]
+
+
+class Session:
+    """One run: the machine, its ceilings (measured when first asked for), and the lines so far."""
+
+    def __init__(self, config) -> None:
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.dtype = "bfloat16" if self.device == "cuda" else "float32"
+        self.full, self.smoke = config.getoption("bench_full"), config.getoption("bench_smoke")
+        self.path = config.getoption("bench_results") or results.FOLDER / ("gpu.jsonl" if self.device == "cuda" else "cpu.jsonl")
+        self.rows: list[results.Row] = []
+        self.start = time.perf_counter()
+
+    @functools.cached_property
+    def machine(self) -> dict[str, Any]:
+        return machine.describe(self.device)
+
+    @functools.cached_property
+    def ceilings(self) -> tuple[float, float]:
+        """Bytes a second and operations a second."""
+        copy, product = measure.ceilings(self.device, problems.DTYPES[self.dtype], tiny=self.smoke)
+        for row in (copy, product):
+            self.add({"dtype": self.dtype, **row})
+        return copy["bytes_per_s"], product["flops_per_s"]
+
+    def add(self, row: results.Row) -> None:
+        self.rows.append(row)
+        if not self.smoke:
+            results.append(self.path, {**self.machine, **row})
+
+
+class Bench:
+    """What a benchmark calls, with the `benchmark` fixture of its test."""
+
+    def __init__(self, session: Session, benchmark) -> None:
+        self.session, self.benchmark = session, benchmark
+        self.full, self.smoke, self.device = session.full, session.smoke, session.device
+
+    def sized(self, problem: floors.Problem) -> floors.Problem:
+        problem = problems.shrunk(problem) if self.smoke else problem
+        return problems.of_dtype(problem, problems.DTYPES[self.session.dtype])
+
+    def time(self, subject, shape, problem, impl, mode, case: str | None = None, peak: bool = False, **extra) -> None:
+        """Checks, times and records one call of problems.SUBJECTS; `peak` adds its peak memory, from a process of its own."""
+        session, problem = self.session, self.sized(problem)
+        row = self.row(case or subject, shape, problem, impl, mode, extra)
+        if subject == "objective":
+            self.stop_where_it_must(row, problem)
+            extra = {**extra, "function": problems.function_of(impl, self.device, quick_compile=self.smoke)}
+        build = functools.partial(problems.SUBJECTS[subject], problem, impl, mode, problems.DTYPES[session.dtype], self.device, **extra)
+        first = build()
+        first.check(first.run())
+        runs = [first.run, *(build(seed=i).run for i in range(1, measure.copies_beyond_cache(impl, first.floor_bytes, self.device)))]
+        run = measure.in_turn(runs)
+        if mode == "graph":
+            run, outputs = measure.captured(runs)
+            run()
+            first.check(outputs)
+        timing = self.repeat(run, len(runs))
+        bytes_per_s, flops_per_s = session.ceilings
+        floor = floors.floor_ms(first.floor_bytes, first.floor_flops, bytes_per_s, flops_per_s)
+        row |= timing
+        row |= {"floor_bytes": first.floor_bytes, "floor_flops": first.floor_flops, "floor_ms": floor}
+        row["times_floor"] = row["median_ms"] / floor
+        if peak and not self.smoke:
+            extra.pop("function", None)
+            row["peak_bytes"] = memory.peak_bytes(subject, problem, impl, mode, session.dtype, self.device, **extra)
+        self.add(row)
+
+    def memory(self, shape: str, problem: floors.Problem, impl: str) -> None:
+        """Peak memory of the objective, forward and backward, without a time; the bytes counted from shapes beside it."""
+        problem, mode = self.sized(problem), "forward + backward"
+        row = self.row("memory objective", shape, problem, impl, mode, {})
+        self.stop_where_it_must(row, problem)
+        if impl in ("dense", "torch"):
+            row["counted_bytes"] = memory.counted_bytes(problem, impl, mode, self.session.dtype)
+        arguments = ("objective", problem, impl, mode, self.session.dtype, self.device)
+        row["peak_bytes"] = self.benchmark.pedantic(memory.peak_bytes, arguments, rounds=1)
+        self.add(row)
+
+    def row(self, case, shape, problem, impl, mode, extra) -> results.Row:
+        sizes = problems.letters(problem) | extra
+        self.benchmark.group = f"{case} {shape} {mode}"
+        return {"case": case, "shape": shape, "sizes": sizes, "impl": impl, "mode": mode, "dtype": self.session.dtype}
+
+    def stop_where_it_must(self, row: results.Row, problem: floors.Problem) -> None:
+        if row["impl"] == "keops" and not keops_form.is_installed():
+            self.skip(row, "pykeops is not installed")
+        if not row["impl"].startswith("dense"):
+            return
+        counted = memory.counted_bytes(problem, "dense", row["mode"], self.session.dtype)
+        reason = f"its P x P matrices take {counted:,} bytes at a time"
+        free = memory.available_bytes(self.device)
+        if counted > DENSE_SHARE * free:
+            self.skip(row | {"counted_bytes": counted}, f"{reason}, of {free:,} available")
+        if counted > DENSE_BYTES and self.device == "cpu" and not self.full:
+            self.skip(row | {"counted_bytes": counted}, f"{reason}, more than {DENSE_BYTES:,.0f}: under --bench-full")
+
+    def skip(self, row: results.Row, reason: str) -> None:
+        self.session.add(row | {"skipped": reason})
+        pytest.skip(reason)
+
+    def unless_full(self, needed: bool) -> None:
+        """Leaves a long case out, without a line, unless it was asked for; in smoke form it runs."""
+        if needed and not (self.full or self.smoke):
+            pytest.skip("under --bench-full")
+
+    def repeat(self, run: measure.Run, calls: int) -> dict[str, Any]:
+        """Percentiles by the device's own clock; pytest-benchmark makes the rounds, and its table has the wall clock around them."""
+        rounds, times = 1, []
+        if not self.smoke:
+            rounds = min(MOST, max(LEAST, int(SECONDS * 1e3 / measure.elapsed(run, self.device))))
+        self.benchmark.pedantic(lambda: times.append(measure.elapsed(run, self.device) / calls), rounds=rounds)
+        return measure.percentiles(times, calls)
+
+    def add(self, row: results.Row) -> None:
+        names = ("n", "p20_ms", "median_ms", "p80_ms", "times_floor", "peak_bytes")
+        self.benchmark.extra_info.update({name: row[name] for name in names if name in row})
+        self.session.add(row)
 
 
 @pytest.fixture
-def percentiles(benchmark):
-    """Times a function after a warm-up; puts n, median, p20 and p80 in milliseconds into the report. -> the median."""
-    import numpy as np
+def bench(benchmark, request) -> Bench:
+    stash = request.config.stash
+    if SESSION not in stash:
+        stash[SESSION] = Session(request.config)
+    return Bench(stash[SESSION], benchmark)
 
-    def run(function, rounds):
-        benchmark.pedantic(function, rounds=rounds, warmup_rounds=2)
-        if benchmark.disabled:
-            return None
-        p20, median, p80 = (1000 * np.percentile(benchmark.stats.stats.data, [20, 50, 80])).tolist()
-        benchmark.extra_info.update(n=rounds, p20_ms=p20, median_ms=median, p80_ms=p80)
-        return median
 
-    return run
+def pytest_terminal_summary(terminalreporter, config):
+    session = config.stash.get(SESSION, None)
+    if session is None:
+        return
+    terminalreporter.section("smooseg benchmarks")
+    for line in summary.table(session.rows):
+        terminalreporter.write_line(line)
+    if session.smoke:
+        terminalreporter.write_line("smoke form: the times mean nothing, no line was written")
+        return
+    for line in summary.slopes(session.rows):
+        terminalreporter.write_line(line)
+    took = time.perf_counter() - session.start
+    terminalreporter.write_line(f"{took:.0f} s; {len(session.rows)} lines appended to {session.path}")

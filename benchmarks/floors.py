@@ -1,4 +1,7 @@
-"""Bytes and floating-point operations, counted: what the objective must move, and what each launch of ours moves.
+"""Bytes and floating-point operations, counted: what must move and be computed, and what each launch of ours moves.
+
+A floor is what nobody can do without: inputs read once a pass, results written once, the products of the linear form. What could stay on
+chip is left out.
 
 python benchmarks/floors.py        # the table for the sizes of a COCO-Stuff step
 """
@@ -39,14 +42,49 @@ class Launch:
     flops: int
 
 
-def objective_floor(problem: Problem) -> int:
+def objective_floor(problem: Problem, backward: bool = True) -> int:
     """Forward and backward read features and codes once each; the gradient is written."""
-    return 2 * (problem.features + problem.codes) + problem.codes
+    once = problem.features + problem.codes
+    return 2 * once + problem.codes if backward else once
+
+
+def objective_flops(problem: Problem, backward: bool = True) -> int:
+    """Products alone. Forward: row norms, cosines to teacher and student, moments. Backward: A^T f, then to codes and student."""
+    B, P, D, Z, K, H = problem.B, problem.P, problem.D, problem.Z, problem.K, problem.H
+    norms, moments, cosines = 2 * B * P * D, 2 * H * B * P * D * K, 2 * H * B * P * Z * K
+    return norms + moments + 2 * cosines + (moments + 2 * cosines if backward else 0)
+
+
+def head_parameters(problem: Problem) -> int:
+    """W1, W2, W3 with their biases, and the student."""
+    D, Z, K = problem.D, problem.Z, problem.K
+    return D * D + D + 2 * (D * Z + Z) + K * Z
+
+
+def head_step_floor(problem: Problem) -> int:
+    """Features read once forward and once backward; Adam reads and writes parameters and two moments, in fp32; so is the teacher."""
+    return 2 * problem.features + 4 * (6 * head_parameters(problem) + 2 * problem.K * problem.Z)
+
+
+def head_step_flops(problem: Problem) -> int:
+    """The projection forward, its weights' gradients, the gradient through W3, and the objective."""
+    B, P, D, Z = problem.B, problem.P, problem.D, problem.Z
+    return 2 * B * P * (2 * (D * D + 2 * D * Z) + D * Z) + objective_flops(problem)
 
 
 def assignment_floor(B: int, P: int, Z: int, H: int, W: int, element: int, label_bytes: int) -> int:
     """Codes in, int64 labels out, labels to compare with in."""
     return B * P * Z * element + B * H * W * (8 + label_bytes)
+
+
+def assignment_flops(B: int, P: int, Z: int, K: int, H: int, W: int) -> int:
+    """Numerators, and one interpolation (three operations) a pixel and prototype: the other direction costs less by the enlargement."""
+    return 2 * B * P * Z * K + 3 * B * H * W * K
+
+
+def floor_ms(floor_bytes: int, flops: int, bytes_per_s: float, flops_per_s: float) -> float:
+    """The slower of moving and computing, at the ceilings of the same run."""
+    return 1e3 * max(floor_bytes / bytes_per_s, flops / flops_per_s)
 
 
 def objective_launches(problem: Problem, columns: int, splits: int, slices: int, norms_alone: bool) -> list[Launch]:

@@ -1,16 +1,19 @@
 """Measurements on disk: one JSON object a line, appended, never rewritten. `machine.describe` says who; the rest of a line is:
 
     case        what was measured: "objective", "head step", "assign", "memory objective", "scaling P", "ceiling"
-    shape       name of the sizes; sizes: {"B": 8, "P": 784, ...}
+    shape       name of the sizes ("P784", "H16" in a scaling)
+    sizes       {"B": 8, "P": 784, "D": 384, "Z": 64, "K": 27, "T": 2, "H": 1}, and the "pixels" of a side where labels are made
     impl        "dense", "torch", "triton", "keops"; with " + compile" where it went through torch.compile
     mode        "forward", "forward + backward", "step", "graph" (forward + backward replayed from a CUDA graph), "kernel NAME"
     dtype       "float32", "bfloat16", "float16"
     n, median_ms, p20_ms, p80_ms              of one call; n calls were timed (each of them `calls` at once)
+    mean_us                                   of one kernel in one call, from a profiler
     floor_bytes, floor_flops, floor_ms        what must move and be computed, counted; the time of the slower at the run's own ceilings
     times_floor                               median_ms / floor_ms
     peak_bytes                                memory beyond inputs at its highest, measured in a process of its own
+    counted_bytes                             of tensors alive at one time, from shapes: beside peak_bytes, or where nothing could run
     bytes_per_s, flops_per_s                  of a ceiling
-    skipped                                   why there is no number
+    skipped                                   why there is no number: a size that the memory or the default run's time does not hold
 
 A cell that nobody measured has no line; a line without a number says why in `skipped`.
 """

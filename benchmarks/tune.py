@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import gpu
+import measure
 import torch
 
 from smooseg_kernels.triton import launch
@@ -50,18 +51,18 @@ def settings_of(kernel: str, heads: int, default: dict) -> list[dict]:
 
 
 def rank(kernel: str, heads: int, seconds: float) -> list[tuple[float, dict]]:
-    cases = gpu.cases_beyond_the_cache(heads)
+    subjects = gpu.subjects_beyond_the_cache(heads, "triton")
     ranking, stop = [], time.perf_counter() + seconds
     launch.OVERRIDES.clear()
-    default = launch.config(kernel, cases[0].features, heads)
+    default = launch.config(kernel, torch.empty(0, dtype=torch.bfloat16, device=gpu.DEVICE), heads)
     for settings in settings_of(kernel, heads, default):
         if time.perf_counter() > stop:
             break
         launch.OVERRIDES[kernel] = settings
         try:
-            gpu.gate(cases[0], "triton")
-            runs = [gpu.objective_run(case, "triton") for case in cases]
-            timing = gpu.measure(gpu.captured(runs), len(runs), seconds=0.1)
+            subjects[0].check(subjects[0].run())
+            runs = [subject.run for subject in subjects]
+            timing = gpu.timed(measure.captured(runs)[0], len(runs), seconds=0.1)
             ranking.append((timing["median_ms"], settings))
         except Exception as error:  # does not fit the card, or is wrong: not a candidate
             print(f"{kernel} H={heads} {settings}: {type(error).__name__}: {str(error)[:120]}")

@@ -1,0 +1,263 @@
+"""What is measured: named sizes, structured inputs, the calls that are timed, and the gate that each of them passes first.
+
+Inputs are clustered features and codes near prototypes, so that the softmax is peaked as in training. The oracle is the dense form in
+float64. Where its P x P matrices would be too large, the patches of the inputs are a smaller image's, repeated and shuffled: every mean
+over patches is then the smaller image's, and a patch's gradient is its share of it, so the dense oracle serves any P.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+for folder in (ROOT / "tests", ROOT / "kernels" / "torch-ext", ROOT):  # what is measured is this checkout
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+import floors  # noqa: E402
+import torch  # noqa: E402
+from floors import Problem  # noqa: E402
+from torch import Tensor  # noqa: E402
+from triton_cases import EPS, FP32_EPS, Case, Result, check, evaluate, gradient_term_size, term_size  # noqa: E402
+
+import smooseg_kernels as sk  # noqa: E402
+
+# as trained: batch of 32, 224 px (320 px to evaluate, or one picture of 1024 x 2048) at a patch of 8
+TRAINED = {
+    "cityscapes_s8": Problem(),
+    "potsdam_b8": Problem(D=768, K=3),
+    "eval320": Problem(P=1600),
+    "fullres": Problem(B=1, P=32768),
+    "heads16": Problem(H=16),
+}
+# what two cores do in a second
+SMALL = {"b8_p784": Problem(B=8), "b4_p1600": Problem(B=4, P=1600)}
+STEPS = {
+    "filterbank_b16": Problem(B=16, D=104, K=16),
+    "vit_s_b16": Problem(B=16),
+    "camvid_b16": Problem(B=16, D=432, K=11),
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ORACLE_PAIRS = 5_000_000  # heads x images x P x P that the oracle may have, a second or two on a CPU
+STEP_ORACLE_PAIRS = 1 << 25  # of a head step, whose inputs are no copies of smaller ones
+WITHIN, ACROSS = -0.02, 0.5
+UPSTREAM = 1.7
+
+
+def of_dtype(problem: Problem, dtype: torch.dtype) -> Problem:
+    return replace(problem, element=dtype.itemsize)
+
+
+def letters(problem: Problem) -> dict[str, int]:
+    """B, P, D, Z, K, T, H as a line of results has them."""
+    return {name: value for name, value in asdict(problem).items() if name != "element"}
+
+
+def shrunk(problem: Problem) -> Problem:
+    """The same kind of problem at a size that takes no time."""
+    return replace(problem, B=min(problem.B, 2), P=36, D=20, Z=6, K=min(problem.K, 5), H=min(problem.H, 2))
+
+
+@dataclass
+class Inputs:
+    case: Case
+    small: Case  # what the case's patches are copies of
+    index: Tensor  # int64 [P]: patch p of the case is patch index[p] of `small`
+
+
+def make_inputs(problem: Problem, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
+    generator = torch.Generator().manual_seed(seed)
+    B, D, Z, K = problem.B, problem.D, problem.Z, problem.K
+    P = oracle_patches(problem)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    heads = () if problem.H == 1 else (problem.H,)
+    group = torch.randint(0, K, (B, P), generator=generator)
+    features = normal(K, D)[group] + 0.7 * normal(B, P, D) + 0.3 * normal(1, 1, D)
+    teacher = normal(*heads, K, Z)
+    student = teacher + 0.3 * normal(*heads, K, Z)
+    codes = 2.0 * (teacher[..., group, :] + 0.5 * normal(*heads, B, P, Z))
+    index = torch.randperm(problem.P, generator=generator) % P if P < problem.P else torch.arange(P)
+    index, teacher, student = index.to(device), teacher.to(device), student.to(device)
+    features, codes = features.to(device, dtype), codes.to(device, dtype)
+    partners = ["self", *(torch.arange(B).roll(shift).to(device) for shift in range(1, problem.T))]
+    thresholds = torch.tensor([WITHIN] + [ACROSS] * (problem.T - 1)).to(device)
+    small = Case(features, codes, student, teacher, partners, thresholds)
+    full = Case(features[:, index], codes[..., index, :], student, teacher, partners, thresholds) if P < problem.P else small
+    return Inputs(full, small, index)
+
+
+def oracle_patches(problem: Problem) -> int:
+    """The largest divisor of P with which the oracle's matrices are small enough."""
+    most = math.isqrt(ORACLE_PAIRS // (problem.H * problem.B))
+    return max(part for part in range(1, problem.P + 1) if problem.P % part == 0 and part <= max(1, most))
+
+
+@functools.lru_cache(maxsize=2)
+def truth(problem: Problem, dtype: torch.dtype, device: str, same: str) -> tuple[Result, Result, float, float]:
+    """The oracle, form `same` in the inputs' own dtype, and the sizes of the terms; all at the problem's own P."""
+    inputs = make_inputs(problem, dtype, device)
+    copies = problem.P / inputs.small.codes.shape[-2]
+
+    def at_full_size(result: Result) -> Result:
+        gradients = {"codes": result.gradients["codes"][..., inputs.index, :] / copies, "student": result.gradients["student"]}
+        return Result({"total": result.values["total"]}, gradients)
+
+    oracle = at_full_size(evaluate(inputs.small.to(torch.float64), "dense"))
+    size = gradient_term_size(inputs.small) / math.sqrt(copies)
+    return oracle, at_full_size(evaluate(inputs.small, same)), term_size(inputs.small), size
+
+
+@dataclass
+class Subject:
+    """One call to be timed."""
+
+    run: Callable[[], Any]
+    check: Callable[[Any], None]  # what a run put out; AssertionError where it is wrong
+    floor_bytes: int
+    floor_flops: int
+
+
+def total_of(form: str, features, codes, student, teacher, partners, thresholds) -> Tensor:
+    return sk.smooseg_loss(features, codes, student, teacher, partners, thresholds, impl=form).total
+
+
+def function_of(impl: str, device: str, quick_compile: bool = False) -> Callable[..., Tensor]:
+    """`impl` "torch" or "torch + compile", to be called as `total_of` without its first argument."""
+    form, _, compiled = impl.partition(" + ")
+    if form == "keops":
+        import keops_form
+
+        return keops_form.total
+    if not compiled:
+        return functools.partial(total_of, form)
+    torch.compiler.reset()  # otherwise a second size gets a program for any size
+    options = {"backend": "aot_eager"} if quick_compile else {"mode": "max-autotune-no-cudagraphs"} if device == "cuda" else {}
+    return functools.partial(torch.compile(total_of, dynamic=False, **options), form)
+
+
+def objective(
+    problem: Problem, impl: str, mode: str, dtype: torch.dtype, device: str, seed: int = 0, function: Callable | None = None
+) -> Subject:
+    """smooseg_loss, and in every `mode` but "forward" the gradients to codes and student for an upstream gradient that is given.
+
+    Several seeds share a `function`, so that it is compiled once.
+    """
+    case = make_inputs(problem, dtype, device, seed).case if device != "meta" else without_memory(problem, dtype)
+    backward = mode != "forward"
+    codes, student = case.codes.requires_grad_(backward), case.student.clone().requires_grad_(backward)
+    upstream = torch.full(codes.shape[:-3], UPSTREAM, device=device)
+    call = functools.partial(function or function_of(impl, device), case.features, codes, student, case.teacher, case.partners)
+
+    def run():
+        if not backward:
+            with torch.no_grad():
+                return (call(case.thresholds),)
+        total = call(case.thresholds)
+        return (total.detach(), *torch.autograd.grad(total, [codes, student], upstream))
+
+    def check_outputs(outputs):
+        # a form's own rounding would excuse anything that it does
+        oracle, same, size, gradient_size = truth(problem, dtype, device, "torch" if impl == "dense" else "dense")
+        if not backward:
+            oracle, same = Result(oracle.values, {}), Result(same.values, {})
+        got = Result({"total": outputs[0]}, dict(zip(("codes", "student"), outputs[1:])))
+        check(got, same, oracle, max(FP32_EPS, EPS[dtype]), size, gradient_size)
+
+    return Subject(run, check_outputs, floors.objective_floor(problem, backward), floors.objective_flops(problem, backward))
+
+
+def without_memory(problem: Problem, dtype: torch.dtype) -> Case:
+    def tensor(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    B, P, heads = problem.B, problem.P, () if problem.H == 1 else (problem.H,)
+    partners = ["self", *(tensor(B, dtype=torch.int64) for _ in range(1, problem.T))]
+    prototypes = tensor(*heads, problem.K, problem.Z)
+    codes = tensor(*heads, B, P, problem.Z, dtype=dtype)
+    return Case(tensor(B, P, problem.D, dtype=dtype), codes, prototypes, prototypes, partners, tensor(problem.T))
+
+
+def head_step(problem: Problem, impl: str, mode: str, dtype: torch.dtype, device: str, seed: int = 0) -> Subject:
+    """A whole iteration on cached features: draws, projection, objective, gradients, teacher, Adam. Only the first run can be checked."""
+    from smooseg_fast.model import Head
+    from smooseg_fast.objective import Schedule, Settings, make_optimizer, train_step
+
+    features = make_inputs(problem, dtype, device, seed).case.features
+    schedule, thresholds = Schedule(1000, problem.B, 0), torch.tensor([WITHIN, ACROSS], device=device)
+
+    def make(form: str, features: Tensor):
+        """-> the step, and its parameters by name, from the same start every time."""
+        wide = features.dtype == torch.float64
+        head = Head(problem.D, problem.K, problem.Z).to(device, torch.float64 if wide else torch.float32)
+        settings, optimizer, steps = (
+            Settings((WITHIN, ACROSS), relative=False, impl=form),
+            make_optimizer(head, 1e-4, 5e-4),
+            iter(range(10**9)),
+        )
+
+        def step():
+            draws = schedule.draws(next(steps) % 100, problem.P, problem.D, settings, torch.device(device))
+            if wide:
+                draws = replace(draws, masks=draws.masks.double())
+            return train_step(head, optimizer, features, draws, thresholds, settings)
+
+        return step, dict(head.named_parameters())
+
+    def result(loss: sk.SmooSegLoss, parameters: dict) -> Result:
+        return Result({"total": loss.total}, {name: parameter.grad for name, parameter in parameters.items()})
+
+    def reference(form: str, features: Tensor) -> Result:
+        step, parameters = make(form, features)
+        return result(step(), parameters)
+
+    step, parameters = make(impl, features)
+
+    def check_outputs(loss):
+        got = result(loss, parameters)
+        dense_fits = problem.B * problem.P**2 <= STEP_ORACLE_PAIRS
+        oracle = reference("dense" if dense_fits else "torch", features.double())
+        same = reference("torch" if impl == "dense" or not dense_fits else "dense", features)
+        # matrix products are in bf16 on a card; in fp32, weights' gradients are sums over all patches that cancel further than a row's does
+        eps = EPS[torch.bfloat16] if device == "cuda" else 16 * EPS[torch.float32]
+        check(got, same, oracle, eps, 1.0 + 2.0 * ACROSS)
+
+    return Subject(step, check_outputs, floors.head_step_floor(problem), floors.head_step_flops(problem))
+
+
+def assignment(problem: Problem, impl: str, mode: str, dtype: torch.dtype, device: str, seed: int = 0, pixels: int = 320) -> Subject:
+    """Labels at `pixels` x `pixels` from a square grid of patches, and the counts against labels to compare with."""
+    side = math.isqrt(problem.P)
+    case = make_inputs(replace(problem, D=1), dtype, device, seed).case
+    labels = torch.randint(0, problem.K, (problem.B, pixels, pixels), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)).to(
+        device
+    )
+    sizes = {"grid": (side, side), "size": (pixels, pixels), "labels": labels, "classes": problem.K}
+
+    def run():
+        return sk.assign(case.codes, case.teacher, impl=impl, **sizes)
+
+    def check_outputs(outputs):
+        assigned, counts = outputs
+        for n in range(problem.B):  # one picture at a time: the oracle's codes are 64 doubles a pixel
+            part = {**sizes, "labels": labels[n : n + 1]}
+            want, _ = sk.assign(case.codes[n : n + 1].double(), case.teacher.double(), impl="dense", **part)
+            wrong = (assigned[n : n + 1] != want).float().mean().item()
+            assert wrong < 1e-4, f"{wrong:.2%} of the pixels of picture {n} differ from float64"
+        cells = (assigned * problem.K + labels).flatten()
+        assert torch.equal(counts, torch.bincount(cells, minlength=problem.K**2).view(problem.K, problem.K)), "wrong counts"
+
+    sides = (problem.Z, problem.K, pixels, pixels)
+    floor_bytes = floors.assignment_floor(problem.B, problem.P, problem.Z, pixels, pixels, problem.element, 1)
+    return Subject(run, check_outputs, floor_bytes, floors.assignment_flops(problem.B, problem.P, *sides))
+
+
+SUBJECTS = {"objective": objective, "head step": head_step, "assign": assignment}

@@ -1,0 +1,100 @@
+"""The benchmarks' own parts: nothing wrong gets a number, repeated patches keep the oracle, what a run prints and writes."""
+
+from __future__ import annotations
+
+import functools
+
+import measure
+import problems
+import pytest
+import summary
+import torch
+from floors import Problem
+
+SIZE = problems.of_dtype(Problem(B=2, P=24, D=20, Z=6, K=5), torch.float32)
+MODE = "forward + backward"
+
+
+def passes(impl, size=SIZE, mode=MODE, function=None) -> None:
+    subject = problems.objective(size, impl, mode, torch.float32, "cpu", function=function)
+    subject.check(subject.run())
+
+
+@pytest.fixture(autouse=True)
+def fresh_oracle():
+    problems.truth.cache_clear()
+    yield
+    problems.truth.cache_clear()
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+@pytest.mark.parametrize("H", [1, 3])
+@pytest.mark.parametrize("impl", ["dense", "torch"])
+@pytest.mark.parametrize("mode", ["forward", MODE])
+def test_a_right_answer_passes(repeated, H, impl, mode, monkeypatch):
+    size = Problem(**{**problems.letters(SIZE), "H": H, "element": 4})
+    if repeated:
+        monkeypatch.setattr(problems, "ORACLE_PAIRS", 2 * H * 8**2)
+        assert problems.oracle_patches(size) == 8
+    passes(impl, size, mode)
+
+
+@pytest.mark.parametrize("mode", ["forward", MODE])
+def test_keops_computes_the_same(mode):
+    pytest.importorskip("pykeops")
+    passes("keops", mode=mode)
+
+
+def scaled(features, codes, student, teacher, partners, thresholds):
+    return (1 + 1e-4) * problems.total_of("torch", features, codes, student, teacher, partners, thresholds)
+
+
+def without_last_patch(features, codes, student, teacher, partners, thresholds):
+    return problems.total_of("torch", features[:, :-1], codes[:, :-1], student, teacher, partners, thresholds)
+
+
+def no_gradient_to_the_student(features, codes, student, teacher, partners, thresholds):
+    return problems.total_of("torch", features, codes, student.detach(), teacher, partners, thresholds) + 0 * student.sum()
+
+
+@pytest.mark.parametrize("wrong", [scaled, without_last_patch, no_gradient_to_the_student])
+@pytest.mark.parametrize("repeated", [False, True])
+def test_a_wrong_answer_is_refused(wrong, repeated, monkeypatch):
+    if repeated:
+        monkeypatch.setattr(problems, "ORACLE_PAIRS", 2 * 8**2)
+    with pytest.raises(AssertionError):
+        passes("torch", function=wrong)
+
+
+def test_a_wrong_step_and_wrong_labels_are_refused(monkeypatch):
+    build = functools.partial(problems.assignment, problems.of_dtype(Problem(B=2, P=16, Z=6, K=5), torch.float32), mode="forward")
+    subject = build(impl="torch", dtype=torch.float32, device="cpu", pixels=12)
+    labels, counts = subject.run()
+    subject.check((labels, counts))
+    with pytest.raises(AssertionError, match="differ"):
+        subject.check(((labels + 1) % 5, counts))
+    with pytest.raises(AssertionError, match="counts"):
+        subject.check((labels, counts + 1))
+    step = problems.head_step(SIZE, "torch", "step", torch.float32, "cpu")
+    loss = step.run()
+    step.check(loss)
+    with pytest.raises(AssertionError, match="total"):
+        step.check(loss._replace(total=loss.total + 1e-3))
+
+
+def test_percentiles():
+    assert measure.percentiles([5.0]) == {"n": 1, "calls": 1, "median_ms": 5.0, "p20_ms": 5.0, "p80_ms": 5.0}
+    got = measure.percentiles([float(x) for x in range(11)], calls=4)
+    assert got == {"n": 11, "calls": 4, "median_ms": 5.0, "p20_ms": 2.0, "p80_ms": 8.0}
+
+
+def test_slopes_of_a_known_power():
+    rows = [
+        {"case": "scaling P", "impl": "torch", "mode": MODE, "sizes": {"P": P}, "median_ms": 1e-3 * P**1.5, "peak_bytes": 8 * P}
+        for P in (196, 784, 3136, 12544)
+    ]
+    rows.append({"case": "scaling P", "impl": "dense", "mode": MODE, "sizes": {"P": 784}, "skipped": "too large"})
+    time, memory = summary.slopes(rows)
+    assert time.endswith("time grows with P to the power 1.50 from 196 to 12544, 1.50 from 784 to 12544")
+    assert "peak memory grows with P to the power 1.00" in memory
+    assert "too large" in list(summary.table(rows))[-1]

@@ -75,7 +75,7 @@ def main(args: Sequence[str]) -> None:
     print(
         f"\n{len(store)} images of {dataset.name}, {matched['hungarian'].pixels:,} labelled pixels at {size} px, "
         f"{'mirror averaged' if config.mirror else 'no mirror'}; {segmenter.groups} groups, {len(names)} classes"
-        + (f"; {len(store.skipped)} images could not be read" if store.skipped else "")
+        + (f"; {len(store.skipped)} images could not be used" if store.skipped else "")
     )
     print("both mappings from groups to classes are chosen by these labels: hungarian one to one (the field's), majority many to one")
     print(f"accuracy {percent(matched['hungarian'].accuracy)} %  mIoU {percent(matched['hungarian'].miou)} %  (hungarian)")

@@ -24,7 +24,7 @@ from . import store
 from .datasets import Dataset
 from .errors import UserError
 from .files import write_json
-from .images import Crops, ImageError, Resample, resize_short_side, square_crops, square_offsets
+from .images import Crops, ImageError, Resample, require_patch, resize_short_side, square_crops, square_offsets
 from .store import Contents, FeatureStore, Shard, read_shard, shard_path, write_shard
 
 if TYPE_CHECKING:
@@ -165,10 +165,7 @@ class _Job:
         """The squares of one image with their places, or why there are none. Runs in a thread."""
         try:
             image = self.dataset.image(index)
-            height, width = image.shape[:2]
-            if min(height, width) < self.backbone.patch:
-                reason = f"{width} x {height} pixels, less than one patch of the backbone ({self.backbone.patch} pixels)"
-                raise ImageError(self.dataset.names[index], reason, "take it out")
+            require_patch(image, self.backbone.patch, self.dataset.names[index])
         except ImageError as error:
             return error
         resized = resize_short_side(image, self.size, self.resample)

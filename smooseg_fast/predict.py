@@ -18,7 +18,7 @@ from . import pictures
 from .command import parse, run
 from .errors import UserError
 from .files import write_json
-from .images import ImageError, find_images, read_image
+from .images import ImageError, find_images
 from .segmenter import Segmenter
 from .signals import Interrupted, StopRequest
 
@@ -70,7 +70,7 @@ def main(args: Sequence[str]) -> None:
             if stop.number is not None:
                 break
             try:
-                image = read_image(file)
+                image = segmenter.pixels(file)
                 labels = segmenter.predict(image, mirror=config.mirror, short_side=config.short_side).astype(np.uint8)
             except ImageError as error:
                 skipped[file.relative_to(top).as_posix()] = error.reason
@@ -88,7 +88,7 @@ def main(args: Sequence[str]) -> None:
             bar.update()
     if not shares and stop.number is None:
         raise UserError(
-            f"--images {root}: none of the {len(files)} images could be read; first {next(iter(skipped))}: {next(iter(skipped.values()))}"
+            f"--images {root}: none of the {len(files)} images can be used; first {next(iter(skipped))}: {next(iter(skipped.values()))}"
         )
 
     whole = Counter()
@@ -99,7 +99,7 @@ def main(args: Sequence[str]) -> None:
     write_json(out / "shares.json", {"groups": segmenter.groups, "mean": mean, "images": shares, "skipped": skipped, "model": described})
     if sheet:
         pictures.save(out / "sheet.jpg", draw_sheet(sheet, colours, mean))
-    done = f"{len(shares)} of {len(files)} images" + (f", {len(skipped)} could not be read" if skipped else "")
+    done = f"{len(shares)} of {len(files)} images" + (f", {len(skipped)} could not be used" if skipped else "")
     if stop.number is not None:
         print(f"interrupted after {done}; what is done is in {out}")
         raise Interrupted(stop.number)

@@ -15,7 +15,7 @@ from .backbones import Backbone, load_backbone
 from .checkpoint import Checkpoint, read_checkpoint
 from .config import TrainConfig
 from .errors import UserError
-from .images import read_image
+from .images import read_image, require_patch
 from .model import Head
 from .tiles import code_map
 
@@ -69,19 +69,27 @@ class Segmenter:
 
         mirror: average the codes with those of the mirrored image, as the paper does (twice the time). short_side: pixels that the
         short side is brought to before features are taken, at least one patch; the evaluation size of training by default. Larger
-        sees finer detail and less context.
+        sees finer detail and less context. Errors as of `pixels`.
         """
-        pixels = as_rgb(image)
+        pixels = self.pixels(image)
         side = self.config.eval_size if short_side is None else short_side
         patch = self.backbone.patch
         if side < patch:
             raise UserError(f"--short-side: must be at least one patch, {patch} pixels, got {side}")
-        if min(pixels.shape[:2]) < 1:
-            raise UserError(f"image: has no pixels, shape {pixels.shape}")
         found = code_map(pixels, self.codes, patch, short_side=side, resample=self.config.resample, mirror=mirror)
         H, W = pixels.shape[:2]
         labels = sk.assign(found.codes.flatten(0, 1)[None], self.head.teacher, grid=found.codes.shape[:2], size=found.size)
         return labels[0, :H, :W].cpu().numpy()
+
+    def pixels(self, image: np.ndarray | str | Path) -> np.ndarray:
+        """uint8 [H,W,3] of what `predict` takes.
+
+        ImageError, which is a UserError, for a file that cannot be decoded and for an image smaller than one patch of the backbone;
+        UserError for other arrays.
+        """
+        pixels = as_rgb(image)
+        require_patch(pixels, self.backbone.patch, image if isinstance(image, (str, Path)) else "image")
+        return pixels
 
     def codes(self, images: Tensor) -> Tensor:
         """uint8 [B,3,S,T] -> codes [B,h,w,Z]."""

@@ -128,7 +128,7 @@ def learn(config: TrainConfig, dataset: Dataset, held_out: Dataset | None, *, ou
     say(
         f"features   {len(store)} squares of {len(dataset) - len(store.skipped)} images, {store.grid[0]}x{store.grid[1]} patches, "
         f"{store.D} channels of {backbone.name}, {store.nbytes / 2**20:.0f} MB"
-        + (f"; {len(store.skipped)} images could not be read" if store.skipped else "")
+        + (f"; {len(store.skipped)} images could not be used" if store.skipped else "")
         + f"; {extracted - started:.1f} s"
     )
     run = Run(config, store, backbone, validation, folder, say, progress)

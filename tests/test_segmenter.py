@@ -75,6 +75,33 @@ def test_any_size(trained, shape):
     assert labels.max() < segmenter.groups
 
 
+@pytest.mark.parametrize("shape", [(7, 200), (200, 7), (1, 1), (0, 50)])
+def test_an_image_smaller_than_a_patch_is_refused(trained, tmp_path, shape):
+    segmenter = smooseg_fast.Segmenter.load(trained, device="cpu")
+    image = np.zeros((*shape, 3), np.uint8)
+    reason = rf"{shape[1]} x {shape[0]} pixels, less than one patch of the backbone \(8 pixels\); take it out"
+    with pytest.raises(smooseg_fast.UserError, match=f"^image: {reason}$"):
+        segmenter.predict(image)
+    if image.size:
+        Image.fromarray(image).save(tmp_path / "tiny.png")
+        with pytest.raises(smooseg_fast.UserError, match=f"tiny.png: {reason}$"):
+            segmenter.predict(tmp_path / "tiny.png")
+
+
+def test_predict_names_skips_and_counts_images_smaller_than_a_patch(trained, tmp_path, capsys):
+    photos = tmp_path / "some"
+    photos.mkdir()
+    Image.fromarray(draw(0)[0]).save(photos / "whole.png")
+    Image.fromarray(draw(0)[0][:4]).save(photos / "tiny.png")
+    assert run(predict.main, ["--checkpoint", str(trained), "--images", str(photos), "--out", "made"]) == 0
+    printed = capsys.readouterr()
+    assert "segmented 1 of 2 images, 1 could not be used" in printed.out
+    assert f"skipped: {photos / 'tiny.png'}: 96 x 4 pixels, less than one patch of the backbone (8 pixels); take it out" in printed.err
+    shares = json.load(open("made/shares.json"))
+    assert shares["skipped"] == {"tiny.png": "96 x 4 pixels, less than one patch of the backbone (8 pixels)"}
+    assert not (tmp_path / "made" / "masks" / "tiny.png").exists()
+
+
 def test_predict_writes_masks_overlays_shares_and_a_sheet(trained, tmp_path, capsys):
     photos = tmp_path / "mixed"
     (photos / "deep").mkdir(parents=True)
@@ -87,7 +114,7 @@ def test_predict_writes_masks_overlays_shares_and_a_sheet(trained, tmp_path, cap
     (photos / "broken.png").write_bytes(b"nothing")
     assert run(predict.main, ["--checkpoint", str(trained), "--images", str(photos), "--out", "made"]) == 0
     printed = capsys.readouterr()
-    assert "segmented 5 of 6 images, 1 could not be read" in printed.out
+    assert "segmented 5 of 6 images, 1 could not be used" in printed.out
     assert "broken.png" in printed.err
     made = tmp_path / "made"
     masks = sorted(p.relative_to(made / "masks").as_posix() for p in (made / "masks").rglob("*.png"))

@@ -170,7 +170,7 @@ def test_unreadable_images_are_named_skipped_and_counted(folder, capsys):
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
     assert call("--data", folder, "--out", "out", *SMALL) == 0
     printed = capsys.readouterr()
-    assert "2 images could not be read" in printed.out
+    assert "2 images could not be used" in printed.out
     assert "broken.jpg" in printed.err
     assert "cut.png" in printed.err
     assert len(json.load(open("out/report.json"))["skipped"]) == 2

@@ -55,7 +55,7 @@ def main(args: Sequence[str]) -> None:
             file=sys.stderr,
         )
     root = Path(config.images).expanduser()
-    files = [file for file in find_images(root, "--images") if not is_label(file, root)]
+    files = images_below(root)
     top = root if root.is_dir() else root.parent
     out = Path(config.out).expanduser()
     colours = pictures.palette(segmenter.groups)
@@ -106,6 +106,18 @@ def main(args: Sequence[str]) -> None:
     print(f"segmented {done}")
     print(f"masks {out / 'masks'}, overlays {out / 'overlays'}, shares of each group {out / 'shares.json'}")
     print(f"look at {out / 'sheet.jpg'}")
+
+
+def images_below(root: Path) -> list[Path]:
+    """The image files at or below `root`, without the masks of a labelled layout. UserError when none is left."""
+    found = find_images(root, "--images")
+    files = [file for file in found if not is_label(file, root)]
+    if not files:
+        raise UserError(
+            f"--images {root}: all {len(found)} image files in it are masks, below a labels/ that stands beside an images/; "
+            "give the folder that holds the pictures"
+        )
+    return files
 
 
 def is_label(file: Path, root: Path) -> bool:

@@ -138,6 +138,16 @@ def test_predict_on_the_labelled_layout_leaves_the_masks_out(trained, labelled, 
     assert set(json.load(open("made/shares.json"))["images"]) == {f"{'train' if n < 5 else 'val'}/images/{n}.png" for n in range(8)}
 
 
+def test_predict_on_masks_alone(trained, labelled, capsys):
+    for image in (labelled / "val" / "images").iterdir():
+        image.unlink()
+    assert run(predict.main, ["--checkpoint", str(trained), "--images", str(labelled / "val"), "--out", "made"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"error: --images {labelled / 'val'}: all 3 image files in it are masks")
+    assert "\n" not in error
+    assert not (labelled.parent / "made").exists()
+
+
 def test_evaluate(trained, labelled, capsys):
     args = ["--checkpoint", str(trained), "--data", str(labelled), "--no-mirror"]
     assert run(evaluate.main, args) == 0

@@ -21,7 +21,7 @@ from . import evaluation, pictures
 from .backbones import Backbone, load_backbone
 from .checkpoint import Checkpoint, optimizer_tensors, read_checkpoint, restore_optimizer
 from .config import TrainConfig, preset, with_changes
-from .datasets import ArrayDataset, Dataset, open_dataset
+from .datasets import ArrayDataset, Dataset, open_splits
 from .errors import UserError
 from .extract import open_or_extract
 from .files import finite, write_atomic, write_json
@@ -84,8 +84,7 @@ def fit(
     """
     arrays = None if isinstance(images, (str, Path)) else list(images)
     config = with_changes(preset(preset_name), data=str(images) if arrays is None else None, **settings)
-    dataset = open_dataset(images, "train") if arrays is None else ArrayDataset(arrays)
-    held_out = open_dataset(images, "val") if arrays is None and dataset.labelled else None
+    dataset, held_out = open_splits(images) if arrays is None else (ArrayDataset(arrays), None)
     return learn(config, dataset, held_out, out=None if out is None else Path(out), progress=progress, say=say or (lambda line: None))
 
 
@@ -98,15 +97,14 @@ def datasets_of(config: TrainConfig) -> tuple[Dataset, Dataset | None]:
     """(training images, labelled images to take figures on or None)."""
     if config.data is None:
         return demo_datasets()
-    train = open_dataset(config.data, "train")
-    return train, open_dataset(config.data, "val") if train.labelled else None
+    return open_splits(config.data)
 
 
 def learn(config: TrainConfig, dataset: Dataset, held_out: Dataset | None, *, out: Path | None, progress: bool, say: Say) -> Segmenter:
     """One run; resumes the unfinished one of the same configuration in `out`."""
     device = pick_device(config.device)
     backbone = load_backbone(config.backbone, device)
-    wanted, config = config, resolve(config, backbone, dataset, say)
+    wanted, config = config, resolve(config, backbone, dataset if held_out is None else held_out, say)
     folder = None if out is None else RunFolder(out, wanted)
     found = None if folder is None else folder.checkpoint()
     if found is not None and (out / REPORT).exists():
@@ -139,7 +137,10 @@ def learn(config: TrainConfig, dataset: Dataset, held_out: Dataset | None, *, ou
 
 
 def resolve(config: TrainConfig, backbone: Backbone, dataset: Dataset, say: Say) -> TrainConfig:
-    """Every choice that depends on the data and the backbone made: number of prototypes, sizes that are whole patches, impl."""
+    """Every choice that depends on the data and the backbone made: number of prototypes, sizes that are whole patches, impl.
+
+    `dataset` is the one that figures are taken on, where there is one: its classes are counted.
+    """
     changes: dict[str, Any] = {}
     for name in ("size", "eval_size"):
         size = getattr(config, name)

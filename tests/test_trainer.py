@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,6 +58,18 @@ def test_labels_give_figures_beside_kmeans(labelled, capsys):
     assert scores["hungarian"]["pixels"] == 3 * 64 * 64 - 3 * 64 * round(64 * 2 / 72)
     records = [json.loads(line) for line in open("out/metrics.jsonl")]
     assert [("miou" in r) for r in records] == [False, False, True]
+
+
+def test_labels_of_val_alone_are_used(labelled, capsys):
+    shutil.rmtree(labelled / "train" / "labels")
+    assert call("--data", labelled, "--out", "out", *SMALL) == 0
+    out = capsys.readouterr().out
+    assert "at most 2 groups" in out  # as many as val has classes
+    assert "held out (3 images)" in out
+    assert read_checkpoint("out/checkpoint.safetensors").class_names == ("wall", "fence")
+    segmenter = smooseg_fast.fit(labelled, size=64, eval_size=64, steps=3, batch_size=4, progress=False)
+    assert segmenter.groups == 2
+    assert segmenter.checkpoint.report["scores"]["held_out"]
 
 
 def test_two_textures_are_told_apart(tmp_path, monkeypatch):
@@ -231,6 +244,10 @@ def test_bad_data_is_one_line_and_exit_code_2(labelled, capsys):
     Image.fromarray(np.full((72, 96), 7, np.uint8)).save(mask)
     fails("5.png: class number 7")
     mask.write_bytes(good)
+    labels = labelled / "val" / "labels"
+    labels.rename(labelled / "val" / "masks")
+    fails("has a label")  # said, rather than trained without the figures that labels beside train/ ask for
+    (labelled / "val" / "masks").rename(labels)
     for image in (labelled / "train" / "images").iterdir():
         image.write_bytes(b"junk")
     fails("--data: none of the 5 images can be used")

@@ -1,4 +1,4 @@
-"""Command lines: arguments from a dataclass, errors as one line with exit code 2, Ctrl-C as exit code 130."""
+"""Command lines: arguments from a dataclass, the checkpoint they name, errors as one line with exit code 2, Ctrl-C as exit code 130."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TypeVar
 import tyro
 
 from .errors import UserError
+from .segmenter import Segmenter
 from .signals import Interrupted
 
 T = TypeVar("T")
@@ -38,6 +39,15 @@ def one_line(page: str) -> str:
     sections = [part for part in sections if part]
     message = sections[0 if "╭" in page else 1 : 2][:1]
     return (message[0] if message else "the arguments could not be read").rstrip(".") + "; --help lists the flags"
+
+
+def load_segmenter(checkpoint: str, backbone: str | None, device: str) -> Segmenter:
+    """What a command's flags of these names ask for; a warning on stderr when the backbone is another than that of training."""
+    segmenter = Segmenter.load(checkpoint, backbone=backbone, device=device)
+    if not segmenter.same_backbone:
+        name = segmenter.backbone.name
+        print(f"warning: {name} is not, weight for weight, the backbone of training; groups may have shifted", file=sys.stderr)
+    return segmenter
 
 
 def run(main: Callable[[Sequence[str]], None], args: Sequence[str] | None = None) -> int:

@@ -42,6 +42,7 @@ def open_or_extract(
     batch_size: int = 16,
     mirror: bool = False,
     progress: bool = True,
+    argument: str = "--size",
 ) -> FeatureStore:
     """The features of every square of every image: taken from `cache` as far as they are there, else made by `backbone` and kept.
 
@@ -52,10 +53,10 @@ def open_or_extract(
     Interrupted by Ctrl-C or otherwise, the shards written so far are whole, and the next call goes on behind them; damaged shards
     are made again. Images that cannot be used are named on stderr and skipped. Memory: a few times a shard, whatever the images.
 
-    Raises UserError for wrong settings, when no image can be used, when the cache cannot be written, and when the backbone gives
-    nan, infinity or another shape than it promised.
+    Raises UserError for wrong settings (naming `argument` where it is the size), when no image can be used, when the cache cannot be
+    written, and when the backbone gives nan, infinity or another shape than it promised.
     """
-    job = _Job(dataset, backbone, size, crops, resample, batch_size, mirror)
+    job = _Job(dataset, backbone, size, crops, resample, batch_size, mirror, argument)
     folder = (Path(cache).expanduser() if cache is not None else default_cache()) / job.key()
     shards, position, fresh = [], (0, 0), None
     try:
@@ -125,12 +126,14 @@ class _Job:
     resample: Resample
     batch_size: int
     mirror: bool
+    argument: str
 
     def __post_init__(self) -> None:
         patch = self.backbone.patch
         if self.size < patch or self.size % patch:
             below, above = self.size // patch * patch, (self.size // patch + 1) * patch
-            raise UserError(f"--size {self.size}: not a multiple of the backbone's patch, {patch} pixels; take {below or above} or {above}")
+            advice = f"{below} or {above}" if below > 0 else str(patch)
+            raise UserError(f"{self.argument} {self.size}: not a multiple of the backbone's patch, {patch} pixels; take {advice}")
         if self.batch_size < 1:
             raise UserError(f"batch_size {self.batch_size}: must be 1 or more")
         for argument, value, kinds in (("--crops", self.crops, get_args(Crops)), ("--resample", self.resample, get_args(Resample))):

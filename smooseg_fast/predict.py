@@ -15,11 +15,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from . import pictures
-from .command import parse, run
+from .command import load_segmenter, parse, run
 from .errors import UserError
 from .files import write_json
 from .images import ImageError, find_images
-from .segmenter import Segmenter
 from .signals import Interrupted, StopRequest
 
 SHEET_IMAGES = 24
@@ -48,12 +47,7 @@ class PredictConfig:
 
 def main(args: Sequence[str]) -> None:
     config = parse(PredictConfig, args, prog="python -m smooseg_fast.predict")
-    segmenter = Segmenter.load(config.checkpoint, backbone=config.backbone, device=config.device)
-    if not segmenter.same_backbone:
-        print(
-            f"warning: {segmenter.backbone.name} is not, weight for weight, the backbone of training; groups may have shifted",
-            file=sys.stderr,
-        )
+    segmenter = load_segmenter(config.checkpoint, config.backbone, config.device)
     root = Path(config.images).expanduser()
     files = images_below(root)
     top = root if root.is_dir() else root.parent

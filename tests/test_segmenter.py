@@ -1,5 +1,6 @@
 """Codes and labels of images of any size; evaluate and predict as a user runs them."""
 
+import dataclasses
 import itertools
 import json
 
@@ -12,8 +13,10 @@ from test_trainer import SMALL
 from textures import draw
 
 import smooseg_fast
-from smooseg_fast import evaluate, predict, train
+from smooseg_fast import evaluate, predict, train, trainer
+from smooseg_fast.checkpoint import read_checkpoint
 from smooseg_fast.command import run
+from smooseg_fast.mosaic import Mosaic
 from smooseg_fast.tiles import code_map, spans
 
 
@@ -225,6 +228,62 @@ def test_a_callable_has_to_be_given_again(labelled, tmp_path, monkeypatch, capsy
     assert run(predict.main, [*args, "--backbone", "mine:colours"]) == 0
     assert run(predict.main, [*args, "--backbone", "filterbank"]) == 2
     assert "but the checkpoint was trained on 3 of mine:colours" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [4, 0, -8, 65])
+def test_evaluate_names_its_own_flag_for_a_wrong_size(trained, labelled, capsys, size):
+    assert run(evaluate.main, ["--checkpoint", str(trained), "--data", str(labelled), "--eval-size", str(size)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"error: --eval-size {size}: not a multiple of the backbone's patch, 8 pixels; take ")
+    assert not (trained.parent / "evaluation").exists()
+
+
+def test_evaluate_at_another_size(trained, labelled):
+    assert run(evaluate.main, ["--checkpoint", str(trained), "--data", str(labelled), "--no-mirror", "--eval-size", "72"]) == 0
+    scores = json.load(open(trained.parent / "evaluation" / "scores.json"))
+    assert scores["size"] == 72
+    assert scores["hungarian"]["pixels"] == 3 * 70 * 72  # two of 72 rows are not labelled
+
+
+def test_another_backbone_than_that_of_training_is_warned_of(labelled, tmp_path, monkeypatch, capsys):
+    (tmp_path / "ours.py").write_text(CALLABLE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    named = ["--backbone", "ours:colours"]
+    assert run(train.main, ["--data", str(labelled), "--out", "out", *SMALL, *named]) == 0
+    commands = {predict: ["--images", str(labelled / "val" / "images")], evaluate: ["--data", str(labelled)]}
+    for content, warned in ((CALLABLE, False), (CALLABLE + "# changed\n", True)):
+        (tmp_path / "ours.py").write_text(content)
+        for number, (command, args) in enumerate(commands.items()):
+            out = ["--out", f"{number} {warned}"]
+            assert run(command.main, ["--checkpoint", "out/checkpoint.safetensors", *args, *named, *out]) == 0
+            said = "warning: ours:colours is not, weight for weight, the backbone of training" in capsys.readouterr().err
+            assert said == warned
+
+
+def test_evaluate_without_data(labelled, trained, tmp_path, capsys):
+    """The demo's images are for checkpoints of the demo alone."""
+    settings = dict(size=64, eval_size=64, steps=3, batch_size=4, prototypes=3, progress=False)
+    for preset_name in ("folder", "demo"):
+        smooseg_fast.fit([draw(n)[0] for n in range(4)], preset_name=preset_name, **settings).save(tmp_path / f"{preset_name}.safetensors")
+    assert run(train.main, ["--preset", "demo", "--data", str(labelled), "--out", "labelled", *SMALL, "--patches", "20"]) == 0
+    own = read_checkpoint(trained)  # of someone's own labelled datasets, which have no folder
+    own.config = dataclasses.replace(own.config, data=None)
+    own.write(tmp_path / "own.safetensors")
+    others = [tmp_path / "labelled" / "checkpoint.safetensors", *(tmp_path / f"{name}.safetensors" for name in ("folder", "demo", "own"))]
+    for path in (trained, *others):
+        capsys.readouterr()
+        assert run(evaluate.main, ["--checkpoint", str(path)]) == 2
+        assert capsys.readouterr().err.startswith("error: --data: missing; the checkpoint is not of the demo: give a folder with images/")
+
+
+def test_evaluate_of_the_demo(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(trainer, "demo_datasets", lambda: (Mosaic("train", count=4, size=32), Mosaic("val", count=6, size=32)))
+    monkeypatch.setattr(evaluate, "demo_datasets", trainer.demo_datasets)
+    assert run(train.main, ["--out", "out", *SMALL, "--size", "32", "--eval-size", "32", "--patches", "8"]) == 0
+    assert run(evaluate.main, ["--checkpoint", "out/checkpoint.safetensors", "--no-mirror"]) == 0
+    assert "6 images of mosaic val" in capsys.readouterr().out
 
 
 def test_evaluate_without_labels(trained, tmp_path, capsys):

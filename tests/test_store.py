@@ -380,8 +380,10 @@ def test_a_backbone_of_another_grid_than_its_patch_says(photos, tmp_path):
     ("settings", "message"),
     [
         ({"size": 10}, r"--size 10: not a multiple of the backbone's patch, 4 pixels; take 8 or 12"),
-        ({"size": 3}, r"--size 3: .*; take 4 or 4"),
-        ({"size": 0}, r"--size 0: "),
+        ({"size": 3}, r"--size 3: .*; take 4$"),
+        ({"size": 0}, r"--size 0: .*; take 4$"),
+        ({"size": -9}, r"--size -9: .*; take 4$"),
+        ({"size": 10, "argument": "--eval-size"}, r"--eval-size 10: not a multiple"),
         ({"batch_size": 0}, r"batch_size 0: must be 1 or more"),
         ({"crops": "corner"}, r"--crops corner: unknown; take center or slide"),
         ({"resample": "cubic"}, r"--resample cubic: unknown; take nearest or bilinear"),

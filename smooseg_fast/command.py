@@ -57,6 +57,9 @@ def run(main: Callable[[Sequence[str]], None], args: Sequence[str] | None = None
     except UserError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
-    except KeyboardInterrupt as stop:
-        return 128 + (stop.number if isinstance(stop, Interrupted) else signal.SIGINT)
+    except Interrupted as stop:  # whoever raised it has said what is kept
+        return 128 + stop.number
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is kept: the same command goes on from it", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0

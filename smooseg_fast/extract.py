@@ -25,6 +25,7 @@ from .datasets import Dataset
 from .errors import UserError
 from .files import write_json
 from .images import Crops, ImageError, Resample, require_patch, resize_short_side, square_crops, square_offsets
+from .signals import Interrupted
 from .store import Contents, FeatureStore, Shard, read_shard, shard_path, write_shard
 
 if TYPE_CHECKING:
@@ -50,8 +51,9 @@ def open_or_extract(
     mirrored squares with the grid's columns mirrored back, in the same order. They live in a folder of `cache` (by default
     $XDG_CACHE_HOME/smooseg_fast or ~/.cache/smooseg_fast) named by a hash of the images, the backbone's digest and the settings.
 
-    Interrupted by Ctrl-C or otherwise, the shards written so far are whole, and the next call goes on behind them; damaged shards
-    are made again. Images that cannot be used are named on stderr and skipped. Memory: a few times a shard, whatever the images.
+    Interrupted by Ctrl-C (which is said, and raised as Interrupted) or otherwise, the shards written so far are whole, and the next
+    call goes on behind them; damaged shards are made again. Images that cannot be used are named on stderr and skipped. Memory: a few
+    times a shard, whatever the images.
 
     Raises UserError for wrong settings (naming `argument` where it is the size), when no image can be used, when the cache cannot be
     written, and when the backbone gives nan, infinity or another shape than it promised.
@@ -74,6 +76,13 @@ def open_or_extract(
                 shard = _keep(path, *next(fresh))
             shards.append(shard)
             position = shard.contents.end
+    except KeyboardInterrupt as stop:
+        if shards:
+            kept = f"the finished shards, {position[0]} of {len(dataset)} images, are kept in {folder}"
+            _say(f"interrupted; {kept}: the same command goes on there")
+        else:
+            _say("interrupted; no shard was finished yet: the same command goes on from the start")
+        raise Interrupted from stop
     finally:
         if fresh is not None:
             fresh.close()

@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -15,6 +16,7 @@ from smooseg_fast.datasets import open_dataset
 from smooseg_fast.errors import UserError
 from smooseg_fast.extract import default_cache, open_or_extract
 from smooseg_fast.images import square_crops
+from smooseg_fast.signals import Interrupted
 from smooseg_fast.store import Contents, FeatureStore, read_shard, to_storage, write_shard
 
 PATCH, SIZE, P, D = 4, 8, 4, 5
@@ -251,6 +253,21 @@ def undisturbed(photos, tmp_path, small_shards) -> dict[str, bytes]:
     extract(photos, tmp_path / "undisturbed", backbone, **SLIDE)
     assert backbone.calls == LAST_CALL
     return {path.name: path.read_bytes() for path in shards(tmp_path / "undisturbed")}
+
+
+@pytest.mark.parametrize(("call", "said"), [(2, "no shard was finished yet: the same command goes on from the start"), (5, None)])
+def test_an_interruption_says_what_is_kept(photos, tmp_path, small_shards, capsys, call, said):
+    with pytest.raises(Interrupted) as stop:
+        extract(photos, tmp_path / "cache", FakeBackbone(interrupt_at=call), **SLIDE)
+    assert stop.value.number == signal.SIGINT
+    if said is None:
+        (folder,) = (tmp_path / "cache").iterdir()
+        whole = [read_shard(path) for path in shards(tmp_path / "cache")]
+        assert len(whole) == 2
+        kept = f"the finished shards, {whole[-1].contents.end[0]} of 10 images, are kept in {folder}"
+        said = f"{kept}: the same command goes on there"
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "interrupted" in line]
+    assert line.endswith(f"interrupted; {said}")
 
 
 @pytest.mark.parametrize("call", range(1, LAST_CALL + 1))

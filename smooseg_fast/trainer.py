@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from .config import TrainConfig, preset, with_changes
 from .datasets import ArrayDataset, Dataset, open_splits
 from .errors import UserError
 from .extract import open_or_extract
-from .files import finite, write_atomic, write_json
+from .files import write_json
 from .health import closeness, health, warning
 from .images import ImageError
 from .kmeans import spherical_kmeans
@@ -34,6 +33,7 @@ from .metrics import Scores, hungarian, majority, percent
 from .model import Head
 from .mosaic import Mosaic
 from .objective import Schedule, Settings, make_optimizer, train_step
+from .outfolder import Journal, OutFolder
 from .segmenter import Segmenter, pick_device
 from .sheet import NAMED, groups_sheet
 from .signals import Interrupted, StopRequest
@@ -171,33 +171,12 @@ def usable_impl(impl: str, K: int, Z: int, device: torch.device) -> str:
     return sk.resolve_impl(impl, (K, Z), features, codes, prototypes)
 
 
-class RunFolder:
+class RunFolder(OutFolder):
     """The folder of one run: its settings, checkpoint and metrics. UserError when it holds another run."""
 
     def __init__(self, path: Path, config: TrainConfig):
-        self.path, self.settings = path, finite(config.learning())
-        if path.exists() and not path.is_dir():
-            raise UserError(f"--out {path}: is a file; give a folder")
-        if (path / RUN).exists():
-            there = self._read_settings()
-            for name, value in self.settings.items():
-                if there.get(name) != value:
-                    raise UserError(
-                        f"--out {path}: holds another run ({name} is {there.get(name)!r} there and {value!r} here); "
-                        "give another folder, or the same settings to resume"
-                    )
-        elif (path / CHECKPOINT).exists():
-            raise UserError(f"--out {path}: holds a checkpoint but no {RUN}; give another folder")
-
-    def claim(self) -> None:
-        """From here on the folder is this run's: nothing was written before features and labels were found good."""
-        write_json(self.path / RUN, self.settings)
-
-    def _read_settings(self) -> dict[str, Any]:
-        try:
-            return json.loads((self.path / RUN).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"--out {self.path}: its {RUN} cannot be read ({error}); give another folder") from error
+        super().__init__(path, config.learning(), record=RUN, made=CHECKPOINT)
+        self.metrics = Journal(path / METRICS)
 
     def checkpoint(self) -> Checkpoint | None:
         return read_checkpoint(self.path / CHECKPOINT) if (self.path / CHECKPOINT).exists() else None
@@ -206,28 +185,12 @@ class RunFolder:
         """Whether all that a run leaves is there; pictures that failed, or were taken away, are drawn by running again."""
         return all((self.path / name).exists() for name in (REPORT, GROUPS, CURVES))
 
-    def records(self, upto: int) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl up to a step; whatever an interrupted run wrote beyond it, or half wrote, is dropped."""
-        path = self.path / METRICS
-        records = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if record.get("step", 0) <= upto:
-                records.append(record)
+    def resume(self, step: int) -> list[dict[str, Any]]:
+        """The metrics up to `step`; the folder is this run's from here on, and what a run before wrote beyond that step goes."""
+        self.claim()
+        records = [record for record in self.metrics.read() if record.get("step", 0) <= step]
+        self.metrics.rewrite(records)
         return records
-
-    def rewrite(self, records: list[dict[str, Any]]) -> None:
-        write_atomic(self.path / METRICS, "".join(json.dumps(finite(record)) + "\n" for record in records))
-
-    def append(self, record: dict[str, Any]) -> None:
-        try:
-            with open(self.path / METRICS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(finite(record)) + "\n")
-        except OSError as error:
-            raise UserError(f"{self.path / METRICS}: cannot be written ({error.strerror}); free some space and resume") from error
 
 
 class Run:
@@ -268,9 +231,7 @@ class Run:
             first = found.step
             self.say(f"resume     from step {first} of {config.steps}")
         if self.folder is not None:
-            self.folder.claim()
-            self.records = self.folder.records(first)
-            self.folder.rewrite(self.records)
+            self.records = self.folder.resume(first)
         self.tell_closeness()
 
         schedule = Schedule(len(store), config.batch_size, config.data_seed)
@@ -346,7 +307,7 @@ class Run:
             record |= {"accuracy": scores.accuracy, "miou": scores.miou}
         self.records.append(record)
         if self.folder is not None:
-            self.folder.append(record)
+            self.folder.metrics.append(record)
         bar.set_postfix_str(f"total {record['total']:.3f}, {state.perplexity:.1f} labels in use, agreement {state.agreement:.2f}")
 
     def checkpoint(self, head: Head, optimizer: torch.optim.Adam, step: int) -> Checkpoint:

@@ -12,6 +12,7 @@ from torch import Tensor
 import smooseg_kernels as sk
 
 from .backbones import Backbone, load_backbone
+from .backbones.base import digest_of
 from .checkpoint import Checkpoint, read_checkpoint
 from .config import TrainConfig
 from .errors import UserError
@@ -62,6 +63,11 @@ class Segmenter:
     def same_backbone(self) -> bool:
         """Whether the backbone is, weight for weight, the one that the checkpoint was trained on."""
         return self.backbone.digest == self.checkpoint.backbone_digest
+
+    @property
+    def digest(self) -> str:
+        """Hex; another one where anything else was learnt. Of the head and how images are resized, not of the backbone."""
+        return digest_of(self.head.state_dict(), self.config.resample)
 
     @torch.no_grad()
     def predict(self, image: np.ndarray | str | Path, *, mirror: bool = True, short_side: int | None = None) -> np.ndarray:

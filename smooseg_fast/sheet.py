@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from . import pictures
+from .errors import UserError
 
 THUMBNAIL = 640  # pixels of the long side of what is kept of an image
 NAMED = 0.005  # share of the pixels from which on a group stands in the legend
@@ -19,9 +20,11 @@ def groups_sheet(shown: Iterable[Shown], colours: np.ndarray, shares: Mapping[in
     """A contact sheet of (name, image uint8 [H,W,3], labels uint8 [H,W]): each image, its groups over it, and its groups alone.
 
     `shown` is gone through once, and only thumbnails of it are kept. shares: of each group, for the legend; colours uint8 [K,3]. From
-    four images on there are two in a row. ValueError without images.
+    four images on there are two in a row. UserError when `shown` is empty.
     """
     cells = [(name, *thumbnails(image, labels, colours)) for name, image, labels in shown]
+    if not cells:
+        raise UserError("the sheet has no images to show: those meant for it can no longer be read; put them back and try again")
     across = 2 if len(cells) > 3 else 1
     rows = [cells[start : start + across] for start in range(0, len(cells), across)]
     legend = [(tuple(colours[k]), f"{k}  {100 * share:.0f} %") for k, share in shares.items() if share >= NAMED]

@@ -1,4 +1,4 @@
-"""Codes and labels of images of any size; evaluate and predict as a user runs them."""
+"""Codes and labels of images of any size; evaluate as a user runs it."""
 
 import dataclasses
 import itertools
@@ -63,12 +63,6 @@ def test_spans_cover_and_overlap(length, side):
         assert a < b <= a + n - side // 4
 
 
-@pytest.fixture
-def trained(labelled):
-    assert run(train.main, ["--data", str(labelled), "--out", "out", *SMALL]) == 0
-    return labelled.parent / "out" / "checkpoint.safetensors"
-
-
 @pytest.mark.parametrize("shape", [(8, 8), (8, 300), (301, 9), (64, 64), (65, 200), (700, 900)])
 def test_any_size(trained, shape):
     segmenter = smooseg_fast.Segmenter.load(trained, device="cpu")
@@ -89,66 +83,6 @@ def test_an_image_smaller_than_a_patch_is_refused(trained, tmp_path, shape):
         Image.fromarray(image).save(tmp_path / "tiny.png")
         with pytest.raises(smooseg_fast.UserError, match=f"tiny.png: {reason}$"):
             segmenter.predict(tmp_path / "tiny.png")
-
-
-def test_predict_names_skips_and_counts_images_smaller_than_a_patch(trained, tmp_path, capsys):
-    photos = tmp_path / "some"
-    photos.mkdir()
-    Image.fromarray(draw(0)[0]).save(photos / "whole.png")
-    Image.fromarray(draw(0)[0][:4]).save(photos / "tiny.png")
-    assert run(predict.main, ["--checkpoint", str(trained), "--images", str(photos), "--out", "made"]) == 0
-    printed = capsys.readouterr()
-    assert "segmented 1 of 2 images, 1 could not be used" in printed.out
-    assert f"skipped: {photos / 'tiny.png'}: 96 x 4 pixels, less than one patch of the backbone (8 pixels); take it out" in printed.err
-    shares = json.load(open("made/shares.json"))
-    assert shares["skipped"] == {"tiny.png": "96 x 4 pixels, less than one patch of the backbone (8 pixels)"}
-    assert not (tmp_path / "made" / "masks" / "tiny.png").exists()
-
-
-def test_predict_writes_masks_overlays_shares_and_a_sheet(trained, tmp_path, capsys):
-    photos = tmp_path / "mixed"
-    (photos / "deep").mkdir(parents=True)
-    image = draw(20, 90, 140)[0]
-    Image.fromarray(image).save(photos / "a.jpg", quality=95)
-    Image.fromarray(image).save(photos / "a.png")
-    Image.fromarray(image[:, :70]).convert("L").save(photos / "deep" / "grey.tif")
-    Image.fromarray(image).convert("P").save(photos / "deep" / "palette.bmp")
-    Image.fromarray(image).convert("RGBA").save(photos / "deep" / "alpha.webp", lossless=True)
-    (photos / "broken.png").write_bytes(b"nothing")
-    assert run(predict.main, ["--checkpoint", str(trained), "--images", str(photos), "--out", "made"]) == 0
-    printed = capsys.readouterr()
-    assert "segmented 5 of 6 images, 1 could not be used" in printed.out
-    assert "broken.png" in printed.err
-    made = tmp_path / "made"
-    masks = sorted(p.relative_to(made / "masks").as_posix() for p in (made / "masks").rglob("*.png"))
-    assert masks == ["a.jpg.png", "a.png.png", "deep/alpha.png", "deep/grey.png", "deep/palette.png"]
-    mask = Image.open(made / "masks" / "deep" / "grey.png")
-    assert (mask.mode, mask.size) == ("P", (70, 90))
-    labels = smooseg_fast.Segmenter.load(trained, device="cpu").predict(photos / "a.png")
-    assert (np.array(Image.open(made / "masks" / "a.png.png")) == labels).all()
-    shares = json.load(open(made / "shares.json"))
-    assert set(shares["images"]) == {"a.jpg", "a.png", "deep/alpha.webp", "deep/grey.tif", "deep/palette.bmp"}
-    assert shares["images"]["a.png"] == {str(k): pytest.approx((labels == k).mean(), abs=1e-6) for k in np.unique(labels)}
-    assert sum(shares["mean"].values()) == pytest.approx(1, abs=1e-4)
-    assert list(shares["skipped"]) == ["broken.png"]
-    assert Image.open(made / "sheet.jpg").width == 1600
-    assert Image.open(made / "overlays" / "a.png.jpg").size == (140, 90)
-
-
-def test_predict_on_the_labelled_layout_leaves_the_masks_out(trained, labelled, capsys):
-    assert run(predict.main, ["--checkpoint", str(trained), "--images", str(labelled), "--out", "made", "--no-mirror"]) == 0
-    assert "segmented 8 of 8 images" in capsys.readouterr().out
-    assert set(json.load(open("made/shares.json"))["images"]) == {f"{'train' if n < 5 else 'val'}/images/{n}.png" for n in range(8)}
-
-
-def test_predict_on_masks_alone(trained, labelled, capsys):
-    for image in (labelled / "val" / "images").iterdir():
-        image.unlink()
-    assert run(predict.main, ["--checkpoint", str(trained), "--images", str(labelled / "val"), "--out", "made"]) == 2
-    error = capsys.readouterr().err.strip()
-    assert error.startswith(f"error: --images {labelled / 'val'}: all 3 image files in it are masks")
-    assert "\n" not in error
-    assert not (labelled.parent / "made").exists()
 
 
 def test_evaluate(trained, labelled, capsys):

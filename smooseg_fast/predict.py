@@ -39,8 +39,7 @@ class PredictConfig:
     images: str
     """An image, or a folder of images in any nesting."""
     out: str
-    """Folder for masks/ (8-bit palette PNG of the image's own size), overlays/, shares.json and sheet.jpg; of one checkpoint and
-    one set of settings, because groups of different checkpoints have nothing in common."""
+    """Folder for masks/ (8-bit palette PNG of the image's own size), overlays/, shares.json, sheet.jpg, all of one checkpoint."""
     mirror: Annotated[bool, tyro.conf.FlagCreatePairsOff] = True
     """Average the codes of an image with those of its mirror image, as the paper does; --no-mirror takes half the time."""
     short_side: int | None = None

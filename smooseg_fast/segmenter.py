@@ -123,7 +123,7 @@ def as_rgb(image: np.ndarray | str | Path) -> np.ndarray:
 
 
 def pick_device(name: str) -> str:
-    """ "auto" is the first GPU if there is one."""
+    """The device that `name` stands for: "auto" is the first GPU, or the CPU where there is none."""
     if name != "auto":
         return name
     if torch.cuda.is_available():

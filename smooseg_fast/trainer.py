@@ -317,7 +317,6 @@ class Run:
             step=step,
             backbone_name=self.backbone.name,
             backbone_digest=self.backbone.digest,
-            patch=self.backbone.patch,
             class_names=None if self.validation is None else self.validation.dataset.class_names,
             report=self.report,
             optimizer=optimizer_tensors(optimizer),

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 from test_trainer import SMALL
 from textures import draw
 
 import smooseg_fast
 from smooseg_fast import evaluate, predict, train, trainer
-from smooseg_fast.checkpoint import read_checkpoint
+from smooseg_fast.checkpoint import KEY, read_checkpoint
 from smooseg_fast.command import run
 from smooseg_fast.mosaic import Mosaic
 from smooseg_fast.tiles import code_map, spans
@@ -139,6 +140,15 @@ def test_damaged_and_foreign_checkpoints(trained, tmp_path, capsys):
     fails(tmp_path / "pickle.pt", "no safetensors file")
     fails(tmp_path / "missing", "no such file")
     fails(tmp_path, "no such file")
+
+
+def test_a_checkpoint_that_still_notes_the_patch_loads(trained, tmp_path):
+    with safe_open(trained, "pt") as file:
+        header, tensors = json.loads(file.metadata()[KEY]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert set(header["backbone"]) == {"name", "digest"}
+    header["backbone"]["patch"] = 8
+    save_file(tensors, tmp_path / "old.safetensors", {KEY: json.dumps(header)})
+    assert read_checkpoint(tmp_path / "old.safetensors").backbone_name == "filterbank"
 
 
 CALLABLE = """

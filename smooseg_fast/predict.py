@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -125,11 +125,12 @@ def main(args: Sequence[str]) -> None:
         raise UserError(f"--images {root}: none of the {len(items)} images can be used (first: {name}: {reason}); give images that open")
 
     done = [item for item in items if item.name in shares]
-    mean = mean_shares(shares.values())
+    images = {item.name: shares[item.name] for item in done}
+    mean = mean_shares(images.values())
     summary = {
         "groups": segmenter.groups,
         "mean": mean,
-        "images": {item.name: shares[item.name] for item in done},
+        "images": images,
         "skipped": skipped,
         "model": {"checkpoint": config.checkpoint, **segmenter.describe()},
     }
@@ -180,14 +181,12 @@ def segment(
     return skipped, None
 
 
-def mean_shares(shares: Iterable[Shares]) -> Shares:
+def mean_shares(shares: Collection[Shares]) -> Shares:
     """Over the images, whatever their sizes."""
     whole: Counter[str] = Counter()
-    count = 0
     for each in shares:
         whole.update(each)
-        count += 1
-    return {k: round(whole[k] / count, 6) for k in sorted(whole, key=int)}
+    return {k: round(whole[k] / len(shares), 6) for k in sorted(whole, key=int)}
 
 
 def draw_sheet(path: Path, done: Sequence[Item], made: Predictions, segmenter: Segmenter, mean: Shares) -> None:

@@ -34,7 +34,6 @@ class Checkpoint:
     step: int
     backbone_name: str
     backbone_digest: str
-    patch: int  # pixels
     class_names: tuple[str, ...] | None = None
     report: dict[str, Any] = field(default_factory=dict)  # figures of the run, ready for JSON
     optimizer: dict[str, Tensor] = field(default_factory=dict)
@@ -43,7 +42,7 @@ class Checkpoint:
         header = {
             "format": FORMAT,
             "step": self.step,
-            "backbone": {"name": self.backbone_name, "digest": self.backbone_digest, "patch": self.patch},
+            "backbone": {"name": self.backbone_name, "digest": self.backbone_digest},
             "class_names": self.class_names,
             "config": dataclasses.asdict(self.config),
             "report": self.report,
@@ -89,7 +88,6 @@ def _checkpoint(header: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoin
         step=header["step"],
         backbone_name=header["backbone"]["name"],
         backbone_digest=header["backbone"]["digest"],
-        patch=header["backbone"]["patch"],
         class_names=None if names is None else tuple(names),
         report=header["report"],
         optimizer={name.removeprefix("optimizer."): v for name, v in tensors.items() if name.startswith("optimizer.")},

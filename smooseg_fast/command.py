@@ -1,4 +1,4 @@
-"""Command lines: arguments from a dataclass, errors as one line with exit code 2, Ctrl-C as exit code 130."""
+"""Command lines: arguments from a dataclass, the checkpoint they name, errors as one line with exit code 2, Ctrl-C as exit code 130."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TypeVar
 import tyro
 
 from .errors import UserError
+from .segmenter import Segmenter
 from .signals import Interrupted
 
 T = TypeVar("T")
@@ -40,6 +41,15 @@ def one_line(page: str) -> str:
     return (message[0] if message else "the arguments could not be read").rstrip(".") + "; --help lists the flags"
 
 
+def load_segmenter(checkpoint: str, backbone: str | None, device: str) -> Segmenter:
+    """What a command's flags of these names ask for; a warning on stderr when the backbone is another than that of training."""
+    segmenter = Segmenter.load(checkpoint, backbone=backbone, device=device)
+    if not segmenter.same_backbone:
+        name = segmenter.backbone.name
+        print(f"warning: {name} is not, weight for weight, the backbone of training; groups may have shifted", file=sys.stderr)
+    return segmenter
+
+
 def run(main: Callable[[Sequence[str]], None], args: Sequence[str] | None = None) -> int:
     """The body of every `python -m smooseg_fast.X`: -> the exit code."""
     try:
@@ -47,6 +57,9 @@ def run(main: Callable[[Sequence[str]], None], args: Sequence[str] | None = None
     except UserError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
-    except KeyboardInterrupt as stop:
-        return 128 + (stop.number if isinstance(stop, Interrupted) else signal.SIGINT)
+    except Interrupted as stop:  # whoever raised it has said what is kept
+        return 128 + stop.number
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is kept: the same command goes on from it", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0

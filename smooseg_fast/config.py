@@ -75,7 +75,7 @@ class TrainConfig:
     code_dim: int = 64
     """Length of a code."""
     init: str = "pca-kmeans"
-    """Where learning starts: pca-kmeans (principal directions and k-means, steadier between seeds) or random (as in the paper)."""
+    """Where learning starts: pca-kmeans (the features' leading singular vectors, and k-means; steadier) or random (as in the paper)."""
     seed: int = 0
     """Of the initial weights."""
     data_seed: int = 0

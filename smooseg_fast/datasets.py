@@ -172,6 +172,16 @@ def open_dataset(path: Path | str, split: Split) -> ImageFolder:
     return ImageFolder(name, names, tuple(images), labels, held_out, classes[0] if classes else None, label_folders)
 
 
+def open_splits(path: Path | str) -> tuple[ImageFolder, ImageFolder | None]:
+    """(training images, the images of `path` to take figures on): the latter where either of the two has labels, else None.
+
+    Errors are those of `open_dataset`.
+    """
+    train = open_dataset(path, "train")
+    base, _ = _split_folder(Path(path).expanduser(), "val")  # without labels it is not opened: then it may as well be empty
+    return train, open_dataset(path, "val") if train.labelled or _has_labels(base) else None
+
+
 def _split_folder(root: Path, split: str) -> tuple[Path, bool]:
     """The folder that holds `split`, and whether it is apart from the training images."""
     if split not in ("train", "val"):

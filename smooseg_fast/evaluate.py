@@ -11,13 +11,13 @@ from typing import Annotated
 import tyro
 
 from . import evaluation, pictures
-from .command import parse, run
+from .checkpoint import Checkpoint
+from .command import load_segmenter, parse, run
 from .datasets import Dataset, open_dataset
 from .errors import UserError
 from .extract import open_or_extract
 from .files import write_json
 from .metrics import hungarian, majority, percent, table
-from .segmenter import Segmenter
 from .trainer import demo_datasets
 
 
@@ -45,11 +45,11 @@ class EvaluateConfig:
 
 def main(args: Sequence[str]) -> None:
     config = parse(EvaluateConfig, args, prog="python -m smooseg_fast.evaluate")
-    segmenter = Segmenter.load(config.checkpoint, backbone=config.backbone, device=config.device)
-    dataset = labelled_images(config.data, segmenter)
+    segmenter = load_segmenter(config.checkpoint, config.backbone, config.device)
+    dataset = labelled_images(config.data, segmenter.checkpoint)
     names = dataset.class_names
-    size = config.eval_size or segmenter.config.eval_size
-    options = dict(size=size, crops="center", resample=segmenter.config.resample, cache=config.cache)
+    size = segmenter.config.eval_size if config.eval_size is None else config.eval_size
+    options = dict(size=size, crops="center", resample=segmenter.config.resample, cache=config.cache, argument="--eval-size")
     store = open_or_extract(dataset, segmenter.backbone, **options)
     mirrored = open_or_extract(dataset, segmenter.backbone, mirror=True, **options) if config.mirror else None
     labels = evaluation.label_squares(dataset, store, size)
@@ -75,17 +75,20 @@ def main(args: Sequence[str]) -> None:
     print(
         f"\n{len(store)} images of {dataset.name}, {matched['hungarian'].pixels:,} labelled pixels at {size} px, "
         f"{'mirror averaged' if config.mirror else 'no mirror'}; {segmenter.groups} groups, {len(names)} classes"
-        + (f"; {len(store.skipped)} images could not be read" if store.skipped else "")
+        + (f"; {len(store.skipped)} images could not be used" if store.skipped else "")
     )
     print("both mappings from groups to classes are chosen by these labels: hungarian one to one (the field's), majority many to one")
     print(f"accuracy {percent(matched['hungarian'].accuracy)} %  mIoU {percent(matched['hungarian'].miou)} %  (hungarian)")
     print(f"saved {out / 'scores.json'}, {out / 'confusion.png'}")
 
 
-def labelled_images(data: str | None, segmenter: Segmenter) -> Dataset:
+def labelled_images(data: str | None, checkpoint: Checkpoint) -> Dataset:
+    """The held-out images of the folder `data`, or without it those of the demo. UserError when they, or their labels, are not there."""
     if data is None:
-        if segmenter.config.data is not None:
-            raise UserError("--data: missing; give a folder with images/ and labels/")
+        config = checkpoint.config
+        # arrays given to `fit` have no folder either, but they have no classes
+        if config.preset != "demo" or config.data is not None or checkpoint.class_names is None:
+            raise UserError("--data: missing; the checkpoint is not of the demo: give a folder with images/ and labels/")
         return demo_datasets()[1]
     dataset = open_dataset(data, "val")
     if not dataset.labelled:

@@ -74,7 +74,7 @@ def spread(total: int, count: int) -> Tensor:
 
 
 def sample_patches(store: FeatureStore, seed: int, images: int = 128, patches: int = 40_000) -> Tensor:
-    """[N,D] random patches of evenly spaced rows: what k-means and principal directions are fitted to."""
+    """[N,D] random patches of evenly spaced rows: what k-means and the start's singular vectors are fitted to."""
     rows = spread(len(store), images)
     each = min(store.P, max(1, patches // len(rows)))
     g = torch.Generator().manual_seed(seed)

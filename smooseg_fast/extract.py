@@ -24,7 +24,8 @@ from . import store
 from .datasets import Dataset
 from .errors import UserError
 from .files import write_json
-from .images import Crops, ImageError, Resample, resize_short_side, square_crops, square_offsets
+from .images import Crops, ImageError, Resample, require_patch, resize_short_side, square_crops, square_offsets
+from .signals import Interrupted
 from .store import Contents, FeatureStore, Shard, read_shard, shard_path, write_shard
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def open_or_extract(
     batch_size: int = 16,
     mirror: bool = False,
     progress: bool = True,
+    argument: str = "--size",
 ) -> FeatureStore:
     """The features of every square of every image: taken from `cache` as far as they are there, else made by `backbone` and kept.
 
@@ -49,13 +51,14 @@ def open_or_extract(
     mirrored squares with the grid's columns mirrored back, in the same order. They live in a folder of `cache` (by default
     $XDG_CACHE_HOME/smooseg_fast or ~/.cache/smooseg_fast) named by a hash of the images, the backbone's digest and the settings.
 
-    Interrupted by Ctrl-C or otherwise, the shards written so far are whole, and the next call goes on behind them; damaged shards
-    are made again. Images that cannot be used are named on stderr and skipped. Memory: a few times a shard, whatever the images.
+    Interrupted by Ctrl-C (which is said, and raised as Interrupted) or otherwise, the shards written so far are whole, and the next
+    call goes on behind them; damaged shards are made again. Images that cannot be used are named on stderr and skipped. Memory: a few
+    times a shard, whatever the images.
 
-    Raises UserError for wrong settings, when no image can be used, when the cache cannot be written, and when the backbone gives
-    nan, infinity or another shape than it promised.
+    Raises UserError for wrong settings (naming `argument` where it is the size), when no image can be used, when the cache cannot be
+    written, and when the backbone gives nan, infinity or another shape than it promised.
     """
-    job = _Job(dataset, backbone, size, crops, resample, batch_size, mirror)
+    job = _Job(dataset, backbone, size, crops, resample, batch_size, mirror, argument)
     folder = (Path(cache).expanduser() if cache is not None else default_cache()) / job.key()
     shards, position, fresh = [], (0, 0), None
     try:
@@ -73,6 +76,13 @@ def open_or_extract(
                 shard = _keep(path, *next(fresh))
             shards.append(shard)
             position = shard.contents.end
+    except KeyboardInterrupt as stop:
+        if shards:
+            kept = f"the finished shards, {position[0]} of {len(dataset)} images, are kept in {folder}"
+            _say(f"interrupted; {kept}: the same command goes on there")
+        else:
+            _say("interrupted; no shard was finished yet: the same command goes on from the start")
+        raise Interrupted from stop
     finally:
         if fresh is not None:
             fresh.close()
@@ -125,12 +135,14 @@ class _Job:
     resample: Resample
     batch_size: int
     mirror: bool
+    argument: str
 
     def __post_init__(self) -> None:
         patch = self.backbone.patch
         if self.size < patch or self.size % patch:
             below, above = self.size // patch * patch, (self.size // patch + 1) * patch
-            raise UserError(f"--size {self.size}: not a multiple of the backbone's patch, {patch} pixels; take {below or above} or {above}")
+            advice = f"{below} or {above}" if below > 0 else str(patch)
+            raise UserError(f"{self.argument} {self.size}: not a multiple of the backbone's patch, {patch} pixels; take {advice}")
         if self.batch_size < 1:
             raise UserError(f"batch_size {self.batch_size}: must be 1 or more")
         for argument, value, kinds in (("--crops", self.crops, get_args(Crops)), ("--resample", self.resample, get_args(Resample))):
@@ -165,10 +177,7 @@ class _Job:
         """The squares of one image with their places, or why there are none. Runs in a thread."""
         try:
             image = self.dataset.image(index)
-            height, width = image.shape[:2]
-            if min(height, width) < self.backbone.patch:
-                reason = f"{width} x {height} pixels, less than one patch of the backbone ({self.backbone.patch} pixels)"
-                raise ImageError(self.dataset.names[index], reason, "take it out")
+            require_patch(image, self.backbone.patch, self.dataset.names[index])
         except ImageError as error:
             return error
         resized = resize_short_side(image, self.size, self.resample)

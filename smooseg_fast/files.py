@@ -39,7 +39,9 @@ def write_atomic(path: str | Path, content: bytes | str | Callable[[Path], None]
 
 def write_json(path: str | Path, value: Any) -> Path:
     """`value` as indented JSON; numbers that JSON has no word for (nan, inf) become null."""
-    return write_atomic(path, json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n"
+    # a file name may hold bytes that are no text; the escape that Python writes for them is also JSON's
+    return write_atomic(path, text.encode("utf-8", "backslashreplace"))
 
 
 def finite(value: Any) -> Any:

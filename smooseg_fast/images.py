@@ -123,6 +123,16 @@ def image_size(path: Path | str) -> tuple[int, int]:
         return (width, height) if _orientation(image) >= 5 else (height, width)
 
 
+def require_patch(image: np.ndarray, patch: int, path: Path | str) -> None:
+    """ImageError naming `path` when `image` [H,W,3] is smaller than one patch of the backbone (`patch` pixels) in its own pixels.
+
+    Enlarging could fill one, but there is hardly anything in so few pixels to tell groups apart by.
+    """
+    height, width = image.shape[:2]
+    if min(height, width) < patch:
+        raise ImageError(path, f"{width} x {height} pixels, less than one patch of the backbone ({patch} pixels)", "take it out")
+
+
 def resize_short_side(image: np.ndarray, size: int, resample: Resample = "nearest") -> np.ndarray:
     """`image` [H,W,3] or label [H,W], uint8, with its short side at `size` pixels and the long side rounded down, as the paper does.
 

@@ -4,38 +4,42 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from PIL import Image
 from tqdm import tqdm
 
 from . import pictures
-from .command import parse, run
+from .command import load_segmenter, parse, run
 from .errors import UserError
+from .evaluation import spread
 from .files import write_json
-from .images import ImageError, find_images, read_image
+from .images import ImageError, find_images, read_image, read_label
+from .outfolder import Journal, OutFolder
 from .segmenter import Segmenter
+from .sheet import Shown, groups_sheet
 from .signals import Interrupted, StopRequest
 
 SHEET_IMAGES = 24
-THUMBNAIL = 640  # pixels of the long side of what the sheet keeps of an image
+RUN, DONE, MASKS, OVERLAYS, SHARES, SHEET = "predict.json", "done.jsonl", "masks", "overlays", "shares.json", "sheet.jpg"
+
+Shares = dict[str, float]  # group -> share of an image's pixels
 
 
 @dataclass(frozen=True, kw_only=True)
 class PredictConfig:
-    """Segment images of any size with a checkpoint."""
+    """Segment images of any size with a checkpoint. The same command on the same --out goes on where it was stopped."""
 
     checkpoint: str
     """The checkpoint.safetensors that training wrote."""
     images: str
     """An image, or a folder of images in any nesting."""
     out: str
-    """Folder for masks/ (8-bit palette PNG of the image's own size), overlays/, shares.json and sheet.jpg."""
+    """Folder for masks/ (8-bit palette PNG of the image's own size), overlays/, shares.json, sheet.jpg, all of one checkpoint."""
     mirror: Annotated[bool, tyro.conf.FlagCreatePairsOff] = True
     """Average the codes of an image with those of its mirror image, as the paper does; --no-mirror takes half the time."""
     short_side: int | None = None
@@ -46,66 +50,174 @@ class PredictConfig:
     """cpu, cuda, cuda:1, mps or auto."""
 
 
+@dataclass(frozen=True)
+class Item:
+    """One image to segment."""
+
+    file: Path
+    name: str  # path relative to --images, posix
+    stem: str  # of what is written for it, in the folders below --out
+
+    def stamp(self) -> list[str | int] | None:
+        """[place, bytes, modification time in ns]: with another stamp it is another image. None when it is gone: reading it says so."""
+        try:
+            status = self.file.stat()
+        except OSError:
+            return None
+        # the place too: sizes and times of uncompressed tiles from an archive are all alike
+        return [str(self.file.absolute()), status.st_size, status.st_mtime_ns]
+
+
+class Predictions(OutFolder):
+    """The masks and overlays of one checkpoint and one set of settings, and which images are done. UserError when `path` is another's.
+
+    An image's line of done.jsonl comes after its mask and overlay, so what a line names is there whole. The last line of a stem
+    counts: the files of that name may have been another image's before.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        super().__init__(path, settings, record=RUN, made=MASKS)
+        self._journal = Journal(path / DONE)
+        self._done = {record.get("stem"): record for record in self._journal.read()}
+        self._claimed = False
+
+    def mask(self, item: Item) -> Path:
+        return self.path / MASKS / f"{item.stem}.png"
+
+    def overlay(self, item: Item) -> Path:
+        return self.path / OVERLAYS / f"{item.stem}.jpg"
+
+    def shares(self, item: Item) -> Shares | None:
+        """Of an image that is done and has not changed since; None when it has to be segmented."""
+        record = self._done.get(item.stem, {})
+        whole = record.get("stamp") == item.stamp() and self.mask(item).is_file() and self.overlay(item).is_file()
+        return record.get("shares") if whole else None
+
+    def write(self, item: Item, stamp: list[str | int] | None, image: np.ndarray, labels: np.ndarray, colours: np.ndarray) -> Shares:
+        """`image` uint8 [H,W,3] with labels uint8 [H,W] is done; `stamp` is from before it was read."""
+        if not self._claimed:
+            self.claim()
+            self._journal.rewrite(self._done.values())
+            self._claimed = True
+        pictures.save(self.overlay(item), pictures.overlay(image, labels, colours))
+        pictures.write_mask(self.mask(item), labels, colours)
+        shares = {str(k): round(float(n) / labels.size, 6) for k, n in enumerate(np.bincount(labels.ravel())) if n}
+        self._journal.append({"stem": item.stem, "stamp": stamp, "shares": shares})
+        return shares
+
+
 def main(args: Sequence[str]) -> None:
     config = parse(PredictConfig, args, prog="python -m smooseg_fast.predict")
-    segmenter = Segmenter.load(config.checkpoint, backbone=config.backbone, device=config.device)
-    if not segmenter.same_backbone:
-        print(
-            f"warning: {segmenter.backbone.name} is not, weight for weight, the backbone of training; groups may have shifted",
-            file=sys.stderr,
-        )
-    root = Path(config.images).expanduser()
-    files = [file for file in find_images(root, "--images") if not is_label(file, root)]
-    top = root if root.is_dir() else root.parent
-    out = Path(config.out).expanduser()
-    colours = pictures.palette(segmenter.groups)
-    names = output_names([file.relative_to(top) for file in files])
-    shares: dict[str, dict[str, float]] = {}
-    skipped: dict[str, str] = {}
-    sheet: list[tuple[str, np.ndarray, np.ndarray, np.ndarray]] = []
-    wanted = set(np.linspace(0, len(files) - 1, min(len(files), SHEET_IMAGES)).round().astype(int).tolist())
+    segmenter = load_segmenter(config.checkpoint, config.backbone, config.device)
+    root, out = Path(config.images).expanduser(), Path(config.out).expanduser()
+    items = items_below(root, out)
+    made = Predictions(out, settings(config, segmenter))
+    shares = {item.name: found for item in items if (found := made.shares(item)) is not None}
+    if shares:
+        print(f"{len(shares)} of {len(items)} images are done in {out}, by this checkpoint and with these settings")
+    skipped, stopped = segment(segmenter, config, items, made, shares)
+    count = f"{len(shares)} of {len(items)} images" + (f", {len(skipped)} could not be used" if skipped else "")
+    if not shares:
+        if stopped is not None:
+            print("interrupted before the first image was done")
+            raise Interrupted(stopped)
+        name, reason = next(iter(skipped.items()))
+        raise UserError(f"--images {root}: none of the {len(items)} images can be used (first: {name}: {reason}); give images that open")
 
-    with tqdm(total=len(files), desc="predict", unit="image", dynamic_ncols=True) as bar, StopRequest() as stop:
-        for place, (file, name) in enumerate(zip(files, names)):
+    done = [item for item in items if item.name in shares]
+    images = {item.name: shares[item.name] for item in done}
+    mean = mean_shares(images.values())
+    summary = {
+        "groups": segmenter.groups,
+        "mean": mean,
+        "images": images,
+        "skipped": skipped,
+        "model": {"checkpoint": config.checkpoint, **segmenter.describe()},
+    }
+    write_json(out / SHARES, summary)
+    draw_sheet(out / SHEET, done, made, segmenter, mean)
+    if stopped is not None:
+        print(f"interrupted after {count}; what is done is in {out}: the same command goes on there")
+        raise Interrupted(stopped)
+    print(f"segmented {count}")
+    print(f"masks {out / MASKS}, overlays {out / OVERLAYS}, shares of each group {out / SHARES}")
+    print(f"look at {out / SHEET}")
+
+
+def settings(config: PredictConfig, segmenter: Segmenter) -> dict[str, Any]:
+    """What decides the labels of an image."""
+    return {
+        "checkpoint": f"step {segmenter.checkpoint.step}, {segmenter.digest[:16]}",
+        "backbone": segmenter.backbone.digest[:16],
+        "mirror": config.mirror,
+        "short_side": segmenter.config.eval_size if config.short_side is None else config.short_side,
+    }
+
+
+def segment(
+    segmenter: Segmenter, config: PredictConfig, items: Sequence[Item], made: Predictions, shares: dict[str, Shares]
+) -> tuple[dict[str, str], int | None]:
+    """Everything that is not in `shares` by name, into `made` and `shares`.
+
+    -> (reasons of the images that were skipped, by name; the number of the signal that stopped it, None when all are through).
+    """
+    skipped: dict[str, str] = {}
+    colours = pictures.palette(segmenter.groups)
+    todo = [item for item in items if item.name not in shares]
+    bar = tqdm(total=len(items), initial=len(items) - len(todo), desc="predict", unit="image", dynamic_ncols=True)
+    with bar, StopRequest() as stop:
+        for item in todo:
             if stop.number is not None:
-                break
+                return skipped, stop.number
             try:
-                image = read_image(file)
+                stamp, image = item.stamp(), segmenter.pixels(item.file)
                 labels = segmenter.predict(image, mirror=config.mirror, short_side=config.short_side).astype(np.uint8)
             except ImageError as error:
-                skipped[file.relative_to(top).as_posix()] = error.reason
+                skipped[item.name] = error.reason
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
-                bar.update()
-                continue
-            pictures.write_mask(out / "masks" / f"{name}.png", labels, colours)
-            over = pictures.overlay(image, labels, colours)
-            pictures.save(out / "overlays" / f"{name}.jpg", over)
-            counts = np.bincount(labels.ravel(), minlength=segmenter.groups)
-            shares[file.relative_to(top).as_posix()] = {str(k): round(float(n) / labels.size, 6) for k, n in enumerate(counts) if n}
-            if place in wanted:
-                flat = pictures.overlay(image, labels, colours, 1.0)
-                sheet.append((file.relative_to(top).as_posix(), *map(thumbnail, (image, over, flat))))
+            else:
+                shares[item.name] = made.write(item, stamp, image, labels, colours)
             bar.update()
-    if not shares and stop.number is None:
-        raise UserError(
-            f"--images {root}: none of the {len(files)} images could be read; first {next(iter(skipped))}: {next(iter(skipped.values()))}"
-        )
+    return skipped, None
 
-    whole = Counter()
-    for each in shares.values():
+
+def mean_shares(shares: Collection[Shares]) -> Shares:
+    """Over the images, whatever their sizes."""
+    whole: Counter[str] = Counter()
+    for each in shares:
         whole.update(each)
-    mean = {k: round(whole[k] / max(1, len(shares)), 6) for k in sorted(whole, key=int)}
-    described = {"checkpoint": config.checkpoint, **segmenter.describe()}
-    write_json(out / "shares.json", {"groups": segmenter.groups, "mean": mean, "images": shares, "skipped": skipped, "model": described})
-    if sheet:
-        pictures.save(out / "sheet.jpg", draw_sheet(sheet, colours, mean))
-    done = f"{len(shares)} of {len(files)} images" + (f", {len(skipped)} could not be read" if skipped else "")
-    if stop.number is not None:
-        print(f"interrupted after {done}; what is done is in {out}")
-        raise Interrupted(stop.number)
-    print(f"segmented {done}")
-    print(f"masks {out / 'masks'}, overlays {out / 'overlays'}, shares of each group {out / 'shares.json'}")
-    print(f"look at {out / 'sheet.jpg'}")
+    return {k: round(whole[k] / len(shares), 6) for k in sorted(whole, key=int)}
+
+
+def draw_sheet(path: Path, done: Sequence[Item], made: Predictions, segmenter: Segmenter, mean: Shares) -> None:
+    """Of images evenly spaced over all that are done, read back: also those that were done by an earlier command."""
+
+    def shown() -> Iterator[Shown]:
+        for place in spread(len(done), SHEET_IMAGES).tolist():
+            try:
+                image, labels = read_image(done[place].file), read_label(made.mask(done[place]))
+            except ImageError:  # gone since
+                continue
+            yield done[place].name, image, labels
+
+    title = f"{min(len(done), SHEET_IMAGES)} of {len(done)} images, {len(mean)} groups"
+    shares = {int(k): share for k, share in mean.items()}
+    pictures.save(path, groups_sheet(shown(), pictures.palette(segmenter.groups), shares, title))
+
+
+def items_below(root: Path, out: Path) -> list[Item]:
+    """The images at or below `root`, without the masks of a labelled layout and without what lies in `out`. UserError when none is left."""
+    found = find_images(root, "--images")
+    top = root if root.is_dir() else root.parent
+    real, ours = top.resolve(), [out.resolve() / name for name in (MASKS, OVERLAYS, SHEET)]
+    names = [file.relative_to(top) for file in found if not is_label(file, root)]
+    names = [name for name in names if not any((real / name).is_relative_to(path) for path in ours)]
+    if not names:
+        raise UserError(
+            f"--images {root}: all {len(found)} image files in it are masks, below a labels/ that stands beside an images/, "
+            "or of an earlier prediction; give the folder that holds the pictures"
+        )
+    return [Item(top / name, name.as_posix(), stem) for name, stem in zip(names, output_stems(names))]
 
 
 def is_label(file: Path, root: Path) -> bool:
@@ -114,26 +226,12 @@ def is_label(file: Path, root: Path) -> bool:
     return any(parent.name == "labels" and (parent.parent / "images").is_dir() for parent in inside)
 
 
-def output_names(files: list[Path]) -> list[str]:
-    """Names without suffix for what is written; a.jpg and a.png beside each other keep theirs."""
+def output_stems(files: Sequence[Path]) -> list[str]:
+    """Names without suffix for what is written, no two alike; a.jpg and a.png beside each other keep theirs."""
+    whole = {file.as_posix() for file in files}
     stems = Counter(file.with_suffix("").as_posix() for file in files)
-    return [file.as_posix() if stems[file.with_suffix("").as_posix()] > 1 else file.with_suffix("").as_posix() for file in files]
-
-
-def thumbnail(image: np.ndarray) -> np.ndarray:
-    small = Image.fromarray(image)
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    return np.asarray(small)
-
-
-def draw_sheet(shown: list, colours: np.ndarray, mean: dict[str, float]) -> Image.Image:
-    legend = [(tuple(colours[int(k)]), f"{k}  {100 * share:.0f} %") for k, share in mean.items() if share >= 0.005]
-    half = (len(shown) + 1) // 2 if len(shown) > 3 else len(shown)
-    left, right = shown[:half], shown[half:]
-    rows = [[*a[1:], *(right[i][1:] if i < len(right) else ())] for i, a in enumerate(left)]
-    titles = ["   |   ".join([a[0]] + ([right[i][0]] if i < len(right) else [])) for i, a in enumerate(left)]
-    columns = ["image", "groups over it", "groups"] * (2 if right else 1)
-    return pictures.contact_sheet(rows, columns, titles, legend, f"{len(shown)} images, {len(mean)} groups")
+    free = {stem for stem, count in stems.items() if count == 1 and stem not in whole}
+    return [stem if (stem := file.with_suffix("").as_posix()) in free else file.as_posix() for file in files]
 
 
 if __name__ == "__main__":

@@ -12,10 +12,11 @@ from torch import Tensor
 import smooseg_kernels as sk
 
 from .backbones import Backbone, load_backbone
+from .backbones.base import digest_of
 from .checkpoint import Checkpoint, read_checkpoint
 from .config import TrainConfig
 from .errors import UserError
-from .images import read_image
+from .images import read_image, require_patch
 from .model import Head
 from .tiles import code_map
 
@@ -63,25 +64,38 @@ class Segmenter:
         """Whether the backbone is, weight for weight, the one that the checkpoint was trained on."""
         return self.backbone.digest == self.checkpoint.backbone_digest
 
+    @property
+    def digest(self) -> str:
+        """Hex; another one where anything else was learnt. Of the head and how images are resized, not of the backbone."""
+        return digest_of(self.head.state_dict(), self.config.resample)
+
     @torch.no_grad()
     def predict(self, image: np.ndarray | str | Path, *, mirror: bool = True, short_side: int | None = None) -> np.ndarray:
         """int64 [H,W] labels of an image: uint8 [H,W,3] RGB, uint8 [H,W] grey, or a path.
 
         mirror: average the codes with those of the mirrored image, as the paper does (twice the time). short_side: pixels that the
         short side is brought to before features are taken, at least one patch; the evaluation size of training by default. Larger
-        sees finer detail and less context.
+        sees finer detail and less context. Errors as of `pixels`.
         """
-        pixels = as_rgb(image)
+        pixels = self.pixels(image)
         side = self.config.eval_size if short_side is None else short_side
         patch = self.backbone.patch
         if side < patch:
             raise UserError(f"--short-side: must be at least one patch, {patch} pixels, got {side}")
-        if min(pixels.shape[:2]) < 1:
-            raise UserError(f"image: has no pixels, shape {pixels.shape}")
         found = code_map(pixels, self.codes, patch, short_side=side, resample=self.config.resample, mirror=mirror)
         H, W = pixels.shape[:2]
         labels = sk.assign(found.codes.flatten(0, 1)[None], self.head.teacher, grid=found.codes.shape[:2], size=found.size)
         return labels[0, :H, :W].cpu().numpy()
+
+    def pixels(self, image: np.ndarray | str | Path) -> np.ndarray:
+        """uint8 [H,W,3] of what `predict` takes.
+
+        ImageError, which is a UserError, for a file that cannot be decoded and for an image smaller than one patch of the backbone;
+        UserError for other arrays.
+        """
+        pixels = as_rgb(image)
+        require_patch(pixels, self.backbone.patch, image if isinstance(image, (str, Path)) else "image")
+        return pixels
 
     def codes(self, images: Tensor) -> Tensor:
         """uint8 [B,3,S,T] -> codes [B,h,w,Z]."""
@@ -109,7 +123,7 @@ def as_rgb(image: np.ndarray | str | Path) -> np.ndarray:
 
 
 def pick_device(name: str) -> str:
-    """ "auto" is the first GPU if there is one."""
+    """The device that `name` stands for: "auto" is the first GPU, or the CPU where there is none."""
     if name != "auto":
         return name
     if torch.cuda.is_available():

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,23 +19,28 @@ import smooseg_kernels as sk
 
 from . import evaluation, pictures
 from .backbones import Backbone, load_backbone
+from .backbones.base import reason
 from .checkpoint import Checkpoint, optimizer_tensors, read_checkpoint, restore_optimizer
 from .config import TrainConfig, preset, with_changes
-from .datasets import ArrayDataset, Dataset, open_dataset
+from .datasets import ArrayDataset, Dataset, open_splits
 from .errors import UserError
 from .extract import open_or_extract
-from .files import finite, write_atomic, write_json
+from .files import write_json
 from .health import closeness, health, warning
+from .images import ImageError
 from .kmeans import spherical_kmeans
 from .metrics import Scores, hungarian, majority, percent
 from .model import Head
 from .mosaic import Mosaic
 from .objective import Schedule, Settings, make_optimizer, train_step
+from .outfolder import Journal, OutFolder
 from .segmenter import Segmenter, pick_device
+from .sheet import NAMED, groups_sheet
 from .signals import Interrupted, StopRequest
 from .store import FeatureStore
 
 CHECKPOINT, METRICS, RUN, REPORT = "checkpoint.safetensors", "metrics.jsonl", "run.json", "report.json"
+GROUPS, CURVES = "groups.png", "curves.png"
 GROUPS_WITHOUT_LABELS = 16
 WATCHED_ROWS = 16  # squares whose labels are looked at for each line of the log
 
@@ -46,19 +51,20 @@ Say = Callable[[str], None]
 class Validation:
     """Labelled images that figures are taken on; never seen by training unless the dataset has no split."""
 
+    dataset: Dataset
     store: FeatureStore
     labels: np.ndarray  # uint8 [N,S,S]
-    class_names: tuple[str, ...]
-    held_out: bool
 
     def confusion(self, head: Head) -> np.ndarray:
-        codes = evaluation.head_codes(head, self.store)
-        return evaluation.confusion_of(codes, len(self.store), head.teacher, self.store.grid, self.labels, len(self.class_names))
+        return self._count(evaluation.head_codes(head, self.store), head.teacher)
 
     def kmeans(self, centres: Tensor) -> Scores:
         """Plain k-means centres [K,D] on the same features: what any learning has to beat."""
-        counts = evaluation.confusion_of(self.store.rows, len(self.store), centres, self.store.grid, self.labels, len(self.class_names))
-        return hungarian(counts)
+        return hungarian(self._count(self.store.rows, centres))
+
+    def _count(self, codes: Callable[[Tensor], Tensor], prototypes: Tensor) -> np.ndarray:
+        classes = len(self.dataset.class_names)
+        return evaluation.confusion_of(codes, len(self.store), prototypes, self.store.grid, self.labels, classes)
 
 
 def fit(
@@ -84,8 +90,7 @@ def fit(
     """
     arrays = None if isinstance(images, (str, Path)) else list(images)
     config = with_changes(preset(preset_name), data=str(images) if arrays is None else None, **settings)
-    dataset = open_dataset(images, "train") if arrays is None else ArrayDataset(arrays)
-    held_out = open_dataset(images, "val") if arrays is None and dataset.labelled else None
+    dataset, held_out = open_splits(images) if arrays is None else (ArrayDataset(arrays), None)
     return learn(config, dataset, held_out, out=None if out is None else Path(out), progress=progress, say=say or (lambda line: None))
 
 
@@ -98,18 +103,17 @@ def datasets_of(config: TrainConfig) -> tuple[Dataset, Dataset | None]:
     """(training images, labelled images to take figures on or None)."""
     if config.data is None:
         return demo_datasets()
-    train = open_dataset(config.data, "train")
-    return train, open_dataset(config.data, "val") if train.labelled else None
+    return open_splits(config.data)
 
 
 def learn(config: TrainConfig, dataset: Dataset, held_out: Dataset | None, *, out: Path | None, progress: bool, say: Say) -> Segmenter:
     """One run; resumes the unfinished one of the same configuration in `out`."""
     device = pick_device(config.device)
     backbone = load_backbone(config.backbone, device)
-    wanted, config = config, resolve(config, backbone, dataset, say)
+    wanted, config = config, resolve(config, backbone, dataset if held_out is None else held_out, say)
     folder = None if out is None else RunFolder(out, wanted)
     found = None if folder is None else folder.checkpoint()
-    if found is not None and (out / REPORT).exists():
+    if found is not None and folder.finished():
         say(f"{out}: this run is finished, step {found.step} of {config.steps}; --out another folder to train again")
         return Segmenter(found, backbone)
 
@@ -120,7 +124,7 @@ def learn(config: TrainConfig, dataset: Dataset, held_out: Dataset | None, *, ou
     if held_out is not None:  # first, because labels that do not fit should be known before hours are spent
         squares = open_or_extract(held_out, backbone, size=config.eval_size, crops="center", **options)
         labels = evaluation.label_squares(held_out, squares, config.eval_size)
-        validation = Validation(squares, labels, held_out.class_names, held_out.held_out)
+        validation = Validation(held_out, squares, labels)
     store = open_or_extract(dataset, backbone, size=config.size, crops=config.crops, **options)
     if len(store) < 2:
         raise UserError(f"--data: {len(store)} square of {config.size} pixels, but pairs of images need 2; add images, or --crops slide")
@@ -128,18 +132,21 @@ def learn(config: TrainConfig, dataset: Dataset, held_out: Dataset | None, *, ou
     say(
         f"features   {len(store)} squares of {len(dataset) - len(store.skipped)} images, {store.grid[0]}x{store.grid[1]} patches, "
         f"{store.D} channels of {backbone.name}, {store.nbytes / 2**20:.0f} MB"
-        + (f"; {len(store.skipped)} images could not be read" if store.skipped else "")
+        + (f"; {len(store.skipped)} images could not be used" if store.skipped else "")
         + f"; {extracted - started:.1f} s"
     )
     run = Run(config, store, backbone, validation, folder, say, progress)
     segmenter = run.learn(found)
     say(f"learnt     {config.steps} steps in {time.perf_counter() - extracted:.1f} s")
-    run.finish(segmenter, dataset, held_out)
+    run.finish(segmenter, dataset)
     return segmenter
 
 
 def resolve(config: TrainConfig, backbone: Backbone, dataset: Dataset, say: Say) -> TrainConfig:
-    """Every choice that depends on the data and the backbone made: number of prototypes, sizes that are whole patches, impl."""
+    """Every choice that depends on the data and the backbone made: number of prototypes, sizes that are whole patches, impl.
+
+    `dataset` is the one that figures are taken on, where there is one: its classes are counted.
+    """
     changes: dict[str, Any] = {}
     for name in ("size", "eval_size"):
         size = getattr(config, name)
@@ -164,59 +171,26 @@ def usable_impl(impl: str, K: int, Z: int, device: torch.device) -> str:
     return sk.resolve_impl(impl, (K, Z), features, codes, prototypes)
 
 
-class RunFolder:
+class RunFolder(OutFolder):
     """The folder of one run: its settings, checkpoint and metrics. UserError when it holds another run."""
 
     def __init__(self, path: Path, config: TrainConfig):
-        self.path, self.settings = path, finite(config.learning())
-        if path.exists() and not path.is_dir():
-            raise UserError(f"--out {path}: is a file; give a folder")
-        if (path / RUN).exists():
-            there = self._read_settings()
-            for name, value in self.settings.items():
-                if there.get(name) != value:
-                    raise UserError(
-                        f"--out {path}: holds another run ({name} is {there.get(name)!r} there and {value!r} here); "
-                        "give another folder, or the same settings to resume"
-                    )
-        elif (path / CHECKPOINT).exists():
-            raise UserError(f"--out {path}: holds a checkpoint but no {RUN}; give another folder")
-
-    def claim(self) -> None:
-        """From here on the folder is this run's: nothing was written before features and labels were found good."""
-        write_json(self.path / RUN, self.settings)
-
-    def _read_settings(self) -> dict[str, Any]:
-        try:
-            return json.loads((self.path / RUN).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"--out {self.path}: its {RUN} cannot be read ({error}); give another folder") from error
+        super().__init__(path, config.learning(), record=RUN, made=CHECKPOINT)
+        self.metrics = Journal(path / METRICS)
 
     def checkpoint(self) -> Checkpoint | None:
         return read_checkpoint(self.path / CHECKPOINT) if (self.path / CHECKPOINT).exists() else None
 
-    def records(self, upto: int) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl up to a step; whatever an interrupted run wrote beyond it, or half wrote, is dropped."""
-        path = self.path / METRICS
-        records = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if record.get("step", 0) <= upto:
-                records.append(record)
+    def finished(self) -> bool:
+        """Whether all that a run leaves is there; pictures that failed, or were taken away, are drawn by running again."""
+        return all((self.path / name).exists() for name in (REPORT, GROUPS, CURVES))
+
+    def resume(self, step: int) -> list[dict[str, Any]]:
+        """The metrics up to `step`; the folder is this run's from here on, and what a run before wrote beyond that step goes."""
+        self.claim()
+        records = [record for record in self.metrics.read() if record.get("step", 0) <= step]
+        self.metrics.rewrite(records)
         return records
-
-    def rewrite(self, records: list[dict[str, Any]]) -> None:
-        write_atomic(self.path / METRICS, "".join(json.dumps(finite(record)) + "\n" for record in records))
-
-    def append(self, record: dict[str, Any]) -> None:
-        try:
-            with open(self.path / METRICS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(finite(record)) + "\n")
-        except OSError as error:
-            raise UserError(f"{self.path / METRICS}: cannot be written ({error.strerror}); free some space and resume") from error
 
 
 class Run:
@@ -257,9 +231,7 @@ class Run:
             first = found.step
             self.say(f"resume     from step {first} of {config.steps}")
         if self.folder is not None:
-            self.folder.claim()
-            self.records = self.folder.records(first)
-            self.folder.rewrite(self.records)
+            self.records = self.folder.resume(first)
         self.tell_closeness()
 
         schedule = Schedule(len(store), config.batch_size, config.data_seed)
@@ -335,7 +307,7 @@ class Run:
             record |= {"accuracy": scores.accuracy, "miou": scores.miou}
         self.records.append(record)
         if self.folder is not None:
-            self.folder.append(record)
+            self.folder.metrics.append(record)
         bar.set_postfix_str(f"total {record['total']:.3f}, {state.perplexity:.1f} labels in use, agreement {state.agreement:.2f}")
 
     def checkpoint(self, head: Head, optimizer: torch.optim.Adam, step: int) -> Checkpoint:
@@ -345,8 +317,7 @@ class Run:
             step=step,
             backbone_name=self.backbone.name,
             backbone_digest=self.backbone.digest,
-            patch=self.backbone.patch,
-            class_names=None if self.validation is None else self.validation.class_names,
+            class_names=None if self.validation is None else self.validation.dataset.class_names,
             report=self.report,
             optimizer=optimizer_tensors(optimizer),
         )
@@ -363,7 +334,8 @@ class Run:
 
     # what is told at the end
 
-    def finish(self, segmenter: Segmenter, dataset: Dataset, held_out: Dataset | None) -> None:
+    def finish(self, segmenter: Segmenter, dataset: Dataset) -> None:
+        """Figures, pictures and the report of a run on `dataset` whose steps are done."""
         head = segmenter.head
         state = health(head, evaluation.batches(self.store, self.device))
         self.report |= {
@@ -371,10 +343,9 @@ class Run:
             "images": len(dataset) - len(self.store.skipped),
             "skipped": self.store.skipped,
         }
-        used = sum(share >= 0.005 for share in state.shares)
         self.say(
-            f"groups     {used} of {head.teacher.shape[0]} in use (each over 0.5 % of the patches), perplexity {state.perplexity:.1f}; "
-            f"{state.labels_per_image:.1f} in an image; I(image;label)/H(label) {state.image_information:.2f}; "
+            f"groups     {in_use(state.shares)} of {head.teacher.shape[0]} in use (each over 0.5 % of the patches), perplexity "
+            f"{state.perplexity:.1f}; {state.labels_per_image:.1f} in an image; I(image;label)/H(label) {state.image_information:.2f}; "
             f"teacher and student agree on {100 * state.agreement:.1f} %"
         )
         if self.validation is not None:
@@ -384,51 +355,63 @@ class Run:
             return
         out = self.folder.path
         segmenter.save(out / CHECKPOINT)
-        write_json(out / REPORT, self.report)
-        self.draw(segmenter, held_out if held_out is not None else dataset)
+        drawn = self.draw(segmenter, dataset)
+        write_json(out / REPORT, self.report)  # last: with it the run is finished
         self.say(f"saved      {out / CHECKPOINT}")
-        self.say(f"pictures   {out / 'groups.png'}, {out / 'curves.png'}; figures {out / REPORT}, {out / METRICS}")
+        self.say(f"figures    {out / REPORT}, {out / METRICS}")
+        if drawn:
+            self.say("pictures   " + ", ".join(map(str, drawn)))
 
     def tell_scores(self, head: Head) -> None:
         """With labels: figures chosen by labels (Hungarian matching, as in the field), beside k-means on the same features."""
         validation, counts = self.validation, self.validation.confusion(head)
-        scores = hungarian(counts)
+        scores, names, held_out = hungarian(counts), validation.dataset.class_names, validation.dataset.held_out
         rows = evaluation.sample_patches(self.store, seed=0).to(self.device)
         baseline = validation.kmeans(spherical_kmeans(rows, len(head.teacher), starts=10).centres)
-        where = "held out" if validation.held_out else "the training images"
+        where = "held out" if held_out else "the training images"
         self.say(f"scores     on {where} ({len(validation.store)} images), clusters matched to classes by their labels (Hungarian):")
         self.say(f"           smooseg   accuracy {percent(scores.accuracy)} %  mIoU {percent(scores.miou)} %")
         self.say(f"           k-means   accuracy {percent(baseline.accuracy)} %  mIoU {percent(baseline.miou)} %  (same features)")
         self.report["scores"] = {
-            "held_out": validation.held_out,
+            "held_out": held_out,
             "mirror": False,
-            "hungarian": scores.as_dict(validation.class_names),
-            "majority": majority(counts).as_dict(validation.class_names),
-            "kmeans": baseline.as_dict(validation.class_names),
+            "hungarian": scores.as_dict(names),
+            "majority": majority(counts).as_dict(names),
+            "kmeans": baseline.as_dict(names),
         }
 
-    def draw(self, segmenter: Segmenter, dataset: Dataset) -> None:
-        out = self.folder.path
-        colours = pictures.palette(segmenter.groups)
-        shown = []
-        for index in evaluation.spread(len(dataset), 8).tolist():
-            if dataset.names[index] not in {name for name, _ in self.store.skipped}:
-                image = dataset.image(index)
-                labels = segmenter.predict(image).astype(np.uint8)
-                shown.append(
-                    (dataset.names[index], image, pictures.overlay(image, labels, colours), pictures.overlay(image, labels, colours, 1.0))
-                )
+    def draw(self, segmenter: Segmenter, dataset: Dataset) -> list[Path]:
+        """The pictures, of held-out images where there are some; -> those that were drawn. A failure is said, and ends nothing."""
+        shown, store = (dataset, self.store) if self.validation is None else (self.validation.dataset, self.validation.store)
+        makers = {GROUPS: lambda: self.groups_picture(segmenter, shown, store), CURVES: self.curves_picture}
+        drawn = []
+        for name, make in makers.items():
+            try:
+                drawn.append(pictures.save(self.folder.path / name, make()))
+            except Exception as error:  # whatever it is, a run that is learnt must not be lost to a picture of it
+                self.say(f"warning    {name} could not be drawn ({reason(error)}); the same command tries again")
+        return drawn
+
+    def groups_picture(self, segmenter: Segmenter, dataset: Dataset, store: FeatureStore) -> Image:
+        """Eight images of `dataset`, evenly spaced over those in its `store`: the others could not be used."""
+        usable = list(dict.fromkeys(store.names))
+        chosen = {usable[place] for place in evaluation.spread(len(usable), 8).tolist()}
+
+        def shown() -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+            for index, name in enumerate(dataset.names):
+                if name not in chosen:
+                    continue
+                try:
+                    image = dataset.image(index)
+                except ImageError:  # gone since its features were taken
+                    continue
+                yield name, image, segmenter.predict(image).astype(np.uint8)
+
         shares = self.report["health"]["shares"]
-        legend = [(tuple(colours[k]), f"{k}  {100 * share:.0f} %") for k, share in enumerate(shares) if share >= 0.005]
-        pairs = [[*a[1:], *b[1:]] for a, b in zip(shown[::2], [*shown[1::2], *([("", None, None, None)] if len(shown) % 2 else [])])]
-        names = ["   |   ".join(n for n in (a[0], b[0]) if n) for a, b in zip(shown[::2], [*shown[1::2], ("",)])]
-        titles = ["image", "groups over it", "groups"] * (2 if len(shown) > 1 else 1)
-        pictures.save(
-            out / "groups.png",
-            pictures.contact_sheet(
-                pairs, titles, names, legend, f"{len(legend)} of {segmenter.groups} groups in use, found without labels"
-            ),
-        )
+        title = f"{in_use(shares)} of {segmenter.groups} groups in use, found without labels"
+        return groups_sheet(shown(), pictures.palette(segmenter.groups), dict(enumerate(shares)), title)
+
+    def curves_picture(self) -> Image:
         panels = {
             "energy": ("energy_within", "energy_across"),
             "label distance": ("distance_within", "distance_across"),
@@ -437,4 +420,9 @@ class Run:
             "shares": ("agreement", "image_information", "largest_share"),
             "with labels": ("accuracy", "miou"),
         }
-        pictures.save(out / "curves.png", pictures.curves_picture(self.records, panels, str(out)))
+        return pictures.curves_picture(self.records, panels, str(self.folder.path))
+
+
+def in_use(shares: Sequence[float]) -> int:
+    """Groups that a legend names."""
+    return sum(share >= NAMED for share in shares)

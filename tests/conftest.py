@@ -42,3 +42,15 @@ def labelled(tmp_path, monkeypatch):
             Image.fromarray(label).save(tmp_path / "set" / split / "labels" / f"{number}.png")
     (tmp_path / "set" / "classes.txt").write_text("wall\nfence\n")
     return tmp_path / "set"
+
+
+@pytest.fixture
+def trained(labelled):
+    """The checkpoint of a short run on `labelled`."""
+    from test_trainer import SMALL
+
+    from smooseg_fast import train
+    from smooseg_fast.command import run
+
+    assert run(train.main, ["--data", str(labelled), "--out", "out", *SMALL]) == 0
+    return labelled.parent / "out" / "checkpoint.safetensors"

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from smooseg_fast import datasets
-from smooseg_fast.datasets import IGNORE, ArrayDataset, open_dataset
+from smooseg_fast.datasets import IGNORE, ArrayDataset, open_dataset, open_splits
 from smooseg_fast.errors import UserError
 from smooseg_fast.images import ImageError
 
@@ -145,6 +145,22 @@ def test_unlabelled_training_images_with_labelled_validation(tmp_path):
     train, val = open_dataset(tmp_path, "train"), open_dataset(tmp_path, "val")
     assert not train.labelled
     assert val.labelled
+    images, held_out = open_splits(tmp_path)
+    assert (images.names, held_out.names, held_out.held_out) == (("images/1.png",), ("2.png",), True)
+
+
+def test_splits_without_labels_have_no_validation(tmp_path):
+    write(tmp_path / "train" / "1.png", picture())
+    (tmp_path / "val").mkdir()  # empty, which is no matter as nothing is looked for in it
+    images, held_out = open_splits(tmp_path)
+    assert (images.names, held_out) == (("1.png",), None)
+    assert open_splits(tmp_path / "train" / "1.png")[1] is None
+
+
+def test_labelled_images_without_splits_are_their_own_validation(tmp_path):
+    images, held_out = open_splits(labelled(tmp_path, ["1", "2"]))
+    assert images.names == held_out.names
+    assert not held_out.held_out
 
 
 def test_training_on_a_folder_that_has_only_val_is_an_error(tmp_path):

@@ -15,6 +15,7 @@ from smooseg_fast import pictures
 from smooseg_fast.errors import UserError
 from smooseg_fast.metrics import hungarian, majority
 from smooseg_fast.pictures import confusion_picture, contact_sheet, curves_picture, overlay, palette, save, write_mask
+from smooseg_fast.sheet import groups_sheet, thumbnails
 
 # linear RGB as seen without the long- and without the medium-wave cones (Machado et al. 2009, severity 1)
 PROTAN = np.array([[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]])
@@ -211,6 +212,35 @@ def test_sheet_takes_any_image_and_any_text():
     assert sheet.width == 900
     for edge in (pixels[:20], pixels[-20:], pixels[:, :20], pixels[:, -20:]):
         assert (edge == 255).all()  # nothing runs into the margins
+
+
+@pytest.mark.parametrize(("count", "across"), [(1, 1), (3, 1), (4, 2), (5, 2)])
+def test_groups_sheet_shows_every_image_its_overlay_and_its_groups(count, across, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(pictures, "contact_sheet", lambda *args: asked.update(args=args) or contact_sheet(*args))
+    red, labels = solid((200, 10, 10), 300, 400), np.zeros((300, 400), np.uint8)
+    labels[:, 200:] = 1
+    sheet = groups_sheet(((f"{i}.png", red, labels) for i in range(count)), palette(3), {0: 0.5, 1: 0.496, 2: 0.004}, "title")
+    rows, columns, names, legend, title = asked["args"]
+    assert [len(row) for row in rows] == [3 * across] * (count // across) + [3] * (count % across)
+    assert columns == ["image", "groups over it", "groups"] * across
+    assert "   |   ".join(names) == "   |   ".join(f"{i}.png" for i in range(count))
+    assert [text for _, text in legend] == ["0  50 %", "1  50 %"]  # the third is too small to be named
+    image, over, flat = rows[0][:3]
+    assert (image == red).all()
+    assert (over == overlay(red, labels, palette(3))).all()
+    assert (flat == overlay(red, labels, palette(3), 1.0)).all()
+    assert title == "title"
+    assert sheet.width == 1600
+
+
+def test_groups_sheet_keeps_only_thumbnails_with_the_labels_in_place():
+    labels = np.zeros((3000, 1500), np.uint8)
+    labels[1500:] = 1
+    image, _, flat = thumbnails(np.zeros((3000, 1500, 3), np.uint8), labels, palette(2))
+    assert image.shape == flat.shape == (640, 320, 3)
+    assert (flat[:320] == palette(2)[0]).all()
+    assert (flat[320:] == palette(2)[1]).all()
 
 
 def test_legend_wraps_and_shows_every_colour():

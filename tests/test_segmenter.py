@@ -1,5 +1,6 @@
-"""Codes and labels of images of any size; evaluate and predict as a user runs them."""
+"""Codes and labels of images of any size; evaluate as a user runs it."""
 
+import dataclasses
 import itertools
 import json
 
@@ -7,13 +8,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 from test_trainer import SMALL
 from textures import draw
 
 import smooseg_fast
-from smooseg_fast import evaluate, predict, train
+from smooseg_fast import evaluate, predict, train, trainer
+from smooseg_fast.checkpoint import KEY, read_checkpoint
 from smooseg_fast.command import run
+from smooseg_fast.mosaic import Mosaic
 from smooseg_fast.tiles import code_map, spans
 
 
@@ -60,12 +64,6 @@ def test_spans_cover_and_overlap(length, side):
         assert a < b <= a + n - side // 4
 
 
-@pytest.fixture
-def trained(labelled):
-    assert run(train.main, ["--data", str(labelled), "--out", "out", *SMALL]) == 0
-    return labelled.parent / "out" / "checkpoint.safetensors"
-
-
 @pytest.mark.parametrize("shape", [(8, 8), (8, 300), (301, 9), (64, 64), (65, 200), (700, 900)])
 def test_any_size(trained, shape):
     segmenter = smooseg_fast.Segmenter.load(trained, device="cpu")
@@ -75,40 +73,17 @@ def test_any_size(trained, shape):
     assert labels.max() < segmenter.groups
 
 
-def test_predict_writes_masks_overlays_shares_and_a_sheet(trained, tmp_path, capsys):
-    photos = tmp_path / "mixed"
-    (photos / "deep").mkdir(parents=True)
-    image = draw(20, 90, 140)[0]
-    Image.fromarray(image).save(photos / "a.jpg", quality=95)
-    Image.fromarray(image).save(photos / "a.png")
-    Image.fromarray(image[:, :70]).convert("L").save(photos / "deep" / "grey.tif")
-    Image.fromarray(image).convert("P").save(photos / "deep" / "palette.bmp")
-    Image.fromarray(image).convert("RGBA").save(photos / "deep" / "alpha.webp", lossless=True)
-    (photos / "broken.png").write_bytes(b"nothing")
-    assert run(predict.main, ["--checkpoint", str(trained), "--images", str(photos), "--out", "made"]) == 0
-    printed = capsys.readouterr()
-    assert "segmented 5 of 6 images, 1 could not be read" in printed.out
-    assert "broken.png" in printed.err
-    made = tmp_path / "made"
-    masks = sorted(p.relative_to(made / "masks").as_posix() for p in (made / "masks").rglob("*.png"))
-    assert masks == ["a.jpg.png", "a.png.png", "deep/alpha.png", "deep/grey.png", "deep/palette.png"]
-    mask = Image.open(made / "masks" / "deep" / "grey.png")
-    assert (mask.mode, mask.size) == ("P", (70, 90))
-    labels = smooseg_fast.Segmenter.load(trained, device="cpu").predict(photos / "a.png")
-    assert (np.array(Image.open(made / "masks" / "a.png.png")) == labels).all()
-    shares = json.load(open(made / "shares.json"))
-    assert set(shares["images"]) == {"a.jpg", "a.png", "deep/alpha.webp", "deep/grey.tif", "deep/palette.bmp"}
-    assert shares["images"]["a.png"] == {str(k): pytest.approx((labels == k).mean(), abs=1e-6) for k in np.unique(labels)}
-    assert sum(shares["mean"].values()) == pytest.approx(1, abs=1e-4)
-    assert list(shares["skipped"]) == ["broken.png"]
-    assert Image.open(made / "sheet.jpg").width == 1600
-    assert Image.open(made / "overlays" / "a.png.jpg").size == (140, 90)
-
-
-def test_predict_on_the_labelled_layout_leaves_the_masks_out(trained, labelled, capsys):
-    assert run(predict.main, ["--checkpoint", str(trained), "--images", str(labelled), "--out", "made", "--no-mirror"]) == 0
-    assert "segmented 8 of 8 images" in capsys.readouterr().out
-    assert set(json.load(open("made/shares.json"))["images"]) == {f"{'train' if n < 5 else 'val'}/images/{n}.png" for n in range(8)}
+@pytest.mark.parametrize("shape", [(7, 200), (200, 7), (1, 1), (0, 50)])
+def test_an_image_smaller_than_a_patch_is_refused(trained, tmp_path, shape):
+    segmenter = smooseg_fast.Segmenter.load(trained, device="cpu")
+    image = np.zeros((*shape, 3), np.uint8)
+    reason = rf"{shape[1]} x {shape[0]} pixels, less than one patch of the backbone \(8 pixels\); take it out"
+    with pytest.raises(smooseg_fast.UserError, match=f"^image: {reason}$"):
+        segmenter.predict(image)
+    if image.size:
+        Image.fromarray(image).save(tmp_path / "tiny.png")
+        with pytest.raises(smooseg_fast.UserError, match=f"tiny.png: {reason}$"):
+            segmenter.predict(tmp_path / "tiny.png")
 
 
 def test_evaluate(trained, labelled, capsys):
@@ -167,6 +142,15 @@ def test_damaged_and_foreign_checkpoints(trained, tmp_path, capsys):
     fails(tmp_path, "no such file")
 
 
+def test_a_checkpoint_that_still_notes_the_patch_loads(trained, tmp_path):
+    with safe_open(trained, "pt") as file:
+        header, tensors = json.loads(file.metadata()[KEY]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert set(header["backbone"]) == {"name", "digest"}
+    header["backbone"]["patch"] = 8
+    save_file(tensors, tmp_path / "old.safetensors", {KEY: json.dumps(header)})
+    assert read_checkpoint(tmp_path / "old.safetensors").backbone_name == "filterbank"
+
+
 CALLABLE = """
 import torch
 
@@ -188,6 +172,62 @@ def test_a_callable_has_to_be_given_again(labelled, tmp_path, monkeypatch, capsy
     assert run(predict.main, [*args, "--backbone", "mine:colours"]) == 0
     assert run(predict.main, [*args, "--backbone", "filterbank"]) == 2
     assert "but the checkpoint was trained on 3 of mine:colours" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [4, 0, -8, 65])
+def test_evaluate_names_its_own_flag_for_a_wrong_size(trained, labelled, capsys, size):
+    assert run(evaluate.main, ["--checkpoint", str(trained), "--data", str(labelled), "--eval-size", str(size)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"error: --eval-size {size}: not a multiple of the backbone's patch, 8 pixels; take ")
+    assert not (trained.parent / "evaluation").exists()
+
+
+def test_evaluate_at_another_size(trained, labelled):
+    assert run(evaluate.main, ["--checkpoint", str(trained), "--data", str(labelled), "--no-mirror", "--eval-size", "72"]) == 0
+    scores = json.load(open(trained.parent / "evaluation" / "scores.json"))
+    assert scores["size"] == 72
+    assert scores["hungarian"]["pixels"] == 3 * 70 * 72  # two of 72 rows are not labelled
+
+
+def test_another_backbone_than_that_of_training_is_warned_of(labelled, tmp_path, monkeypatch, capsys):
+    (tmp_path / "ours.py").write_text(CALLABLE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    named = ["--backbone", "ours:colours"]
+    assert run(train.main, ["--data", str(labelled), "--out", "out", *SMALL, *named]) == 0
+    commands = {predict: ["--images", str(labelled / "val" / "images")], evaluate: ["--data", str(labelled)]}
+    for content, warned in ((CALLABLE, False), (CALLABLE + "# changed\n", True)):
+        (tmp_path / "ours.py").write_text(content)
+        for number, (command, args) in enumerate(commands.items()):
+            out = ["--out", f"{number} {warned}"]
+            assert run(command.main, ["--checkpoint", "out/checkpoint.safetensors", *args, *named, *out]) == 0
+            said = "warning: ours:colours is not, weight for weight, the backbone of training" in capsys.readouterr().err
+            assert said == warned
+
+
+def test_evaluate_without_data(labelled, trained, tmp_path, capsys):
+    """The demo's images are for checkpoints of the demo alone."""
+    settings = dict(size=64, eval_size=64, steps=3, batch_size=4, prototypes=3, progress=False)
+    for preset_name in ("folder", "demo"):
+        smooseg_fast.fit([draw(n)[0] for n in range(4)], preset_name=preset_name, **settings).save(tmp_path / f"{preset_name}.safetensors")
+    assert run(train.main, ["--preset", "demo", "--data", str(labelled), "--out", "labelled", *SMALL, "--patches", "20"]) == 0
+    own = read_checkpoint(trained)  # of someone's own labelled datasets, which have no folder
+    own.config = dataclasses.replace(own.config, data=None)
+    own.write(tmp_path / "own.safetensors")
+    others = [tmp_path / "labelled" / "checkpoint.safetensors", *(tmp_path / f"{name}.safetensors" for name in ("folder", "demo", "own"))]
+    for path in (trained, *others):
+        capsys.readouterr()
+        assert run(evaluate.main, ["--checkpoint", str(path)]) == 2
+        assert capsys.readouterr().err.startswith("error: --data: missing; the checkpoint is not of the demo: give a folder with images/")
+
+
+def test_evaluate_of_the_demo(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(trainer, "demo_datasets", lambda: (Mosaic("train", count=4, size=32), Mosaic("val", count=6, size=32)))
+    monkeypatch.setattr(evaluate, "demo_datasets", trainer.demo_datasets)
+    assert run(train.main, ["--out", "out", *SMALL, "--size", "32", "--eval-size", "32", "--patches", "8"]) == 0
+    assert run(evaluate.main, ["--checkpoint", "out/checkpoint.safetensors", "--no-mirror"]) == 0
+    assert "6 images of mosaic val" in capsys.readouterr().out
 
 
 def test_evaluate_without_labels(trained, tmp_path, capsys):

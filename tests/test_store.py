@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -15,6 +16,7 @@ from smooseg_fast.datasets import open_dataset
 from smooseg_fast.errors import UserError
 from smooseg_fast.extract import default_cache, open_or_extract
 from smooseg_fast.images import square_crops
+from smooseg_fast.signals import Interrupted
 from smooseg_fast.store import Contents, FeatureStore, read_shard, to_storage, write_shard
 
 PATCH, SIZE, P, D = 4, 8, 4, 5
@@ -253,6 +255,21 @@ def undisturbed(photos, tmp_path, small_shards) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in shards(tmp_path / "undisturbed")}
 
 
+@pytest.mark.parametrize(("call", "said"), [(2, "no shard was finished yet: the same command goes on from the start"), (5, None)])
+def test_an_interruption_says_what_is_kept(photos, tmp_path, small_shards, capsys, call, said):
+    with pytest.raises(Interrupted) as stop:
+        extract(photos, tmp_path / "cache", FakeBackbone(interrupt_at=call), **SLIDE)
+    assert stop.value.number == signal.SIGINT
+    if said is None:
+        (folder,) = (tmp_path / "cache").iterdir()
+        whole = [read_shard(path) for path in shards(tmp_path / "cache")]
+        assert len(whole) == 2
+        kept = f"the finished shards, {whole[-1].contents.end[0]} of 10 images, are kept in {folder}"
+        said = f"{kept}: the same command goes on there"
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "interrupted" in line]
+    assert line.endswith(f"interrupted; {said}")
+
+
 @pytest.mark.parametrize("call", range(1, LAST_CALL + 1))
 def test_an_interrupted_extraction_goes_on_behind_its_last_whole_shard(photos, tmp_path, undisturbed, call):
     interrupted, resumed = FakeBackbone(interrupt_at=call), FakeBackbone()
@@ -380,8 +397,10 @@ def test_a_backbone_of_another_grid_than_its_patch_says(photos, tmp_path):
     ("settings", "message"),
     [
         ({"size": 10}, r"--size 10: not a multiple of the backbone's patch, 4 pixels; take 8 or 12"),
-        ({"size": 3}, r"--size 3: .*; take 4 or 4"),
-        ({"size": 0}, r"--size 0: "),
+        ({"size": 3}, r"--size 3: .*; take 4$"),
+        ({"size": 0}, r"--size 0: .*; take 4$"),
+        ({"size": -9}, r"--size -9: .*; take 4$"),
+        ({"size": 10, "argument": "--eval-size"}, r"--eval-size 10: not a multiple"),
         ({"batch_size": 0}, r"batch_size 0: must be 1 or more"),
         ({"crops": "corner"}, r"--crops corner: unknown; take center or slide"),
         ({"resample": "cubic"}, r"--resample cubic: unknown; take nearest or bilinear"),

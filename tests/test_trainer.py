@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +18,11 @@ import smooseg_fast
 from smooseg_fast import train, trainer
 from smooseg_fast.checkpoint import read_checkpoint
 from smooseg_fast.command import run
+from smooseg_fast.datasets import ImageFolder
 from smooseg_fast.errors import UserError
+from smooseg_fast.images import ImageError
 
+EVERYTHING = {"checkpoint.safetensors", "metrics.jsonl", "run.json", "report.json", "groups.png", "curves.png"}
 SMALL = ["--size", "64", "--eval-size", "64", "--steps", "6", "--batch-size", "4", "--log-every", "2", "--checkpoint-every", "3"]
 
 
@@ -57,6 +62,18 @@ def test_labels_give_figures_beside_kmeans(labelled, capsys):
     assert scores["hungarian"]["pixels"] == 3 * 64 * 64 - 3 * 64 * round(64 * 2 / 72)
     records = [json.loads(line) for line in open("out/metrics.jsonl")]
     assert [("miou" in r) for r in records] == [False, False, True]
+
+
+def test_labels_of_val_alone_are_used(labelled, capsys):
+    shutil.rmtree(labelled / "train" / "labels")
+    assert call("--data", labelled, "--out", "out", *SMALL) == 0
+    out = capsys.readouterr().out
+    assert "at most 2 groups" in out  # as many as val has classes
+    assert "held out (3 images)" in out
+    assert read_checkpoint("out/checkpoint.safetensors").class_names == ("wall", "fence")
+    segmenter = smooseg_fast.fit(labelled, size=64, eval_size=64, steps=3, batch_size=4, progress=False)
+    assert segmenter.groups == 2
+    assert segmenter.checkpoint.report["scores"]["held_out"]
 
 
 def test_two_textures_are_told_apart(tmp_path, monkeypatch):
@@ -170,10 +187,100 @@ def test_unreadable_images_are_named_skipped_and_counted(folder, capsys):
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
     assert call("--data", folder, "--out", "out", *SMALL) == 0
     printed = capsys.readouterr()
-    assert "2 images could not be read" in printed.out
+    assert "2 images could not be used" in printed.out
     assert "broken.jpg" in printed.err
     assert "cut.png" in printed.err
     assert len(json.load(open("out/report.json"))["skipped"]) == 2
+
+
+def test_pictures_are_of_held_out_images_that_could_be_read(labelled, monkeypatch, capsys):
+    """A damaged image of val/ has the name of a sound one of train/, and the other way round."""
+    images = {split: labelled / split / "images" for split in ("train", "val")}
+    (images["val"] / "0.png").write_bytes(b"junk")
+    Image.fromarray(draw(9)[0]).save(images["train"] / "5.png")
+    (images["train"] / "6.png").write_bytes(b"junk")
+    shown = []
+    monkeypatch.setattr(trainer, "groups_sheet", lambda images, *_: shown.extend(images) or Image.new("RGB", (9, 9)))
+    assert call("--data", labelled, "--out", "out", *SMALL) == 0
+    assert [name for name, *_ in shown] == ["5.png", "6.png", "7.png"]
+    assert (shown[0][1] == draw(5)[0]).all()
+    assert "could not be drawn" not in capsys.readouterr().out
+
+
+def test_pictures_that_could_not_be_used_take_no_place_from_others(folder, monkeypatch):
+    for number in range(6, 12):
+        Image.fromarray(draw(number)[0]).save(folder / f"{number}.png")
+        (folder / f"broken {number}.png").write_bytes(b"junk")
+    shown = []
+    monkeypatch.setattr(trainer, "groups_sheet", lambda images, *_: shown.extend(images) or Image.new("RGB", (9, 9)))
+    assert call("--data", folder, "--out", "out", *SMALL) == 0
+    assert len(shown) == 8
+
+
+def test_an_image_that_went_since_is_left_out_of_the_picture(folder, monkeypatch, capsys):
+    assert call("--data", folder, "--out", "out", *SMALL, "--prototypes", "3") == 0
+    Path("out/groups.png").unlink()
+    shown, image = [], ImageFolder.image
+
+    def gone(self, index):
+        if self.names[index] == "2.png":
+            raise ImageError("2.png", "gone")
+        return image(self, index)
+
+    monkeypatch.setattr(ImageFolder, "image", gone)
+    monkeypatch.setattr(trainer, "groups_sheet", lambda images, *_: shown.extend(images) or Image.new("RGB", (9, 9)))
+    assert call("--data", folder, "--out", "out", *SMALL, "--prototypes", "3") == 0
+    assert sorted(name for name, *_ in shown) == ["0.png", "4.png", "sub/1.png", "sub/3.png", "sub/5.png"]
+
+
+@pytest.mark.parametrize("name", ["groups_picture", "curves_picture"])
+def test_a_picture_that_fails_does_not_lose_the_run(folder, monkeypatch, capsys, name):
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Run, name, lambda *_: 1 / 0)
+        assert call("--data", folder, "--out", "out", *SMALL) == 0
+    out = capsys.readouterr().out
+    file = {"groups_picture": "groups.png", "curves_picture": "curves.png"}[name]
+    assert f"warning    {file} could not be drawn (ZeroDivisionError: division by zero); the same command tries again" in out
+    assert out.strip().splitlines()[-1].startswith("next ")
+    assert {p.name for p in Path("out").iterdir()} == EVERYTHING - {file}
+    assert call("--data", folder, "--out", "out", *SMALL) == 0
+    assert {p.name for p in Path("out").iterdir()} == EVERYTHING
+
+
+@pytest.mark.parametrize("file", ["groups.png", "curves.png", "report.json"])
+def test_a_stop_among_the_last_files_leaves_an_unfinished_run(folder, monkeypatch, capsys, file):
+    """Whatever is written last is not there yet: the same command ends the run, and then there is nothing more to do."""
+
+    replace = os.replace
+
+    def stop(temporary, path):
+        if Path(path).name == file:
+            raise KeyboardInterrupt
+        replace(temporary, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stop)
+        assert call("--data", folder, "--out", "out", *SMALL) == 130
+    assert not Path("out", "report.json").exists()
+    assert "is finished" not in capsys.readouterr().out
+    learnt = read_checkpoint("out/checkpoint.safetensors").head.state_dict()
+    assert call("--data", folder, "--out", "out", *SMALL) == 0
+    assert "is finished" not in capsys.readouterr().out
+    assert {p.name for p in Path("out").iterdir()} == EVERYTHING
+    assert call("--data", folder, "--out", "out", *SMALL) == 0
+    assert "is finished" in capsys.readouterr().out
+    for name, value in read_checkpoint("out/checkpoint.safetensors").head.state_dict().items():
+        assert torch.equal(value, learnt[name])
+
+
+@pytest.mark.parametrize("file", ["groups.png", "curves.png", "report.json"])
+def test_a_file_that_was_taken_away_is_made_again(folder, file):
+    assert call("--data", folder, "--out", "out", *SMALL) == 0
+    before = {p.name: p.read_bytes() for p in Path("out").iterdir()}
+    assert set(before) == EVERYTHING
+    Path("out", file).unlink()
+    assert call("--data", folder, "--out", "out", *SMALL) == 0
+    assert {p.name: p.read_bytes() for p in Path("out").iterdir()} == before
 
 
 def test_published_thresholds_warn_of_opposite_forces(folder, capsys):
@@ -231,6 +338,10 @@ def test_bad_data_is_one_line_and_exit_code_2(labelled, capsys):
     Image.fromarray(np.full((72, 96), 7, np.uint8)).save(mask)
     fails("5.png: class number 7")
     mask.write_bytes(good)
+    labels = labelled / "val" / "labels"
+    labels.rename(labelled / "val" / "masks")
+    fails("has a label")  # said, rather than trained without the figures that labels beside train/ ask for
+    (labelled / "val" / "masks").rename(labels)
     for image in (labelled / "train" / "images").iterdir():
         image.write_bytes(b"junk")
     fails("--data: none of the 5 images can be used")

@@ -88,7 +88,8 @@ def smooseg_loss(
         student: [K,Z] or [H,K,Z], any length. Gets gradients, through the data term only.
         teacher: like student, a constant.
         partners: int64 [T,B] image numbers, or a sequence of T entries, each int64 [B], "self" (the image itself) or "all" (every ordered
-            pair of different images, B >= 2).
+            pair of different images, B >= 2). Numbers are checked on a CPU; on a GPU, where looking would wait for the device, one out of
+            range is taken as the nearest image, unless the environment has SMOOSEG_CHECK_INDICES=1 (which checks patch_weight too).
         thresholds: [T], or [H,T] with heads. Patches more alike than b are pulled together, the others pushed apart.
         temperature: above 0.
         relative: thresholds are an excess over the measured mean closeness, b = M + threshold.

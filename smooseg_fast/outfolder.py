@@ -1,0 +1,87 @@
+"""Output folders that a stopped command goes on in: what they belong to, and what in them is done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+from .files import finite, write_atomic, write_json
+
+
+class OutFolder:
+    """A folder that belongs to one set of settings, kept in a JSON file of it: the same go on there, others are refused.
+
+    Args:
+        path: of --out; need not exist.
+        settings: what decides the content, ready for JSON.
+        record: name of the file that holds them.
+        made: name of a file or folder that is another's when it stands there without the record.
+
+    Raises:
+        UserError: when the folder is another's.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], *, record: str, made: str):
+        self.path, self.settings, self._record = path, finite(settings), record
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--out {path}: is a file; give a folder")
+        if (path / record).exists():
+            there = self._read_settings()
+            for name, value in self.settings.items():
+                if there.get(name) != value:
+                    raise UserError(
+                        f"--out {path}: holds another run ({name} is {there.get(name)!r} there and {value!r} here); "
+                        "give another folder, or the same settings to resume"
+                    )
+        elif (path / made).exists():
+            raise UserError(f"--out {path}: holds {made} but no {record}; give another folder")
+
+    def claim(self) -> None:
+        """From here on the folder is this run's. Called late: a run that fails before it makes anything leaves nothing behind."""
+        write_json(self.path / self._record, self.settings)
+
+    def _read_settings(self) -> dict[str, Any]:
+        try:
+            there = json.loads((self.path / self._record).read_text(encoding="utf-8"))
+            if not isinstance(there, dict):
+                raise ValueError("not a JSON object")
+        except (OSError, ValueError) as error:
+            raise UserError(f"--out {self.path}: its {self._record} cannot be read ({error}); give another folder") from error
+        return there
+
+
+class Journal:
+    """A file with a JSON object a line, appended to as things get done, so that a stop at any time loses at most the last."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def read(self) -> list[dict[str, Any]]:
+        """The records, without what a stop or a full disk left half written."""
+        records = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else ():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict):
+                records.append(record)
+        return records
+
+    def rewrite(self, records: Iterable[dict[str, Any]]) -> None:
+        """Before the first `append` of a process: a half line at the end would swallow it."""
+        write_atomic(self.path, "".join(self._line(record) for record in records))
+
+    def append(self, record: dict[str, Any]) -> None:
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(self._line(record))
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); free some space and resume") from error
+
+    @staticmethod
+    def _line(record: dict[str, Any]) -> str:
+        return json.dumps(finite(record)) + "\n"

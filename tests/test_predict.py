@@ -1,0 +1,380 @@
+"""predict as a user runs it: what is written, and what the same command does after a stop, a change or a mishap."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_trainer import SMALL
+from textures import draw
+
+import smooseg_fast
+from smooseg_fast import predict, train
+from smooseg_fast.command import run
+from smooseg_fast.segmenter import Segmenter
+
+
+def test_predict_names_skips_and_counts_images_smaller_than_a_patch(trained, tmp_path, capsys):
+    photos = tmp_path / "some"
+    photos.mkdir()
+    Image.fromarray(draw(0)[0]).save(photos / "whole.png")
+    Image.fromarray(draw(0)[0][:4]).save(photos / "tiny.png")
+    assert run(predict.main, ["--checkpoint", str(trained), "--images", str(photos), "--out", "made"]) == 0
+    printed = capsys.readouterr()
+    assert "segmented 1 of 2 images, 1 could not be used" in printed.out
+    assert f"skipped: {photos / 'tiny.png'}: 96 x 4 pixels, less than one patch of the backbone (8 pixels); take it out" in printed.err
+    shares = json.load(open("made/shares.json"))
+    assert shares["skipped"] == {"tiny.png": "96 x 4 pixels, less than one patch of the backbone (8 pixels)"}
+    assert not (tmp_path / "made" / "masks" / "tiny.png").exists()
+
+
+def test_predict_writes_masks_overlays_shares_and_a_sheet(trained, tmp_path, capsys):
+    photos = tmp_path / "mixed"
+    (photos / "deep").mkdir(parents=True)
+    image = draw(20, 90, 140)[0]
+    Image.fromarray(image).save(photos / "a.jpg", quality=95)
+    Image.fromarray(image).save(photos / "a.png")
+    Image.fromarray(image[:, :70]).convert("L").save(photos / "deep" / "grey.tif")
+    Image.fromarray(image).convert("P").save(photos / "deep" / "palette.bmp")
+    Image.fromarray(image).convert("RGBA").save(photos / "deep" / "alpha.webp", lossless=True)
+    (photos / "broken.png").write_bytes(b"nothing")
+    assert run(predict.main, ["--checkpoint", str(trained), "--images", str(photos), "--out", "made"]) == 0
+    printed = capsys.readouterr()
+    assert "segmented 5 of 6 images, 1 could not be used" in printed.out
+    assert "broken.png" in printed.err
+    made = tmp_path / "made"
+    masks = sorted(p.relative_to(made / "masks").as_posix() for p in (made / "masks").rglob("*.png"))
+    assert masks == ["a.jpg.png", "a.png.png", "deep/alpha.png", "deep/grey.png", "deep/palette.png"]
+    mask = Image.open(made / "masks" / "deep" / "grey.png")
+    assert (mask.mode, mask.size) == ("P", (70, 90))
+    labels = smooseg_fast.Segmenter.load(trained, device="cpu").predict(photos / "a.png")
+    assert (np.array(Image.open(made / "masks" / "a.png.png")) == labels).all()
+    shares = json.load(open(made / "shares.json"))
+    assert set(shares["images"]) == {"a.jpg", "a.png", "deep/alpha.webp", "deep/grey.tif", "deep/palette.bmp"}
+    assert shares["images"]["a.png"] == {str(k): pytest.approx((labels == k).mean(), abs=1e-6) for k in np.unique(labels)}
+    assert sum(shares["mean"].values()) == pytest.approx(1, abs=1e-4)
+    assert list(shares["skipped"]) == ["broken.png"]
+    assert Image.open(made / "sheet.jpg").width == 1600
+    assert Image.open(made / "overlays" / "a.png.jpg").size == (140, 90)
+
+
+def test_predict_on_the_labelled_layout_leaves_the_masks_out(trained, labelled, capsys):
+    assert run(predict.main, ["--checkpoint", str(trained), "--images", str(labelled), "--out", "made", "--no-mirror"]) == 0
+    assert "segmented 8 of 8 images" in capsys.readouterr().out
+    assert set(json.load(open("made/shares.json"))["images"]) == {f"{'train' if n < 5 else 'val'}/images/{n}.png" for n in range(8)}
+
+
+def test_predict_on_masks_alone(trained, labelled, capsys):
+    for image in (labelled / "val" / "images").iterdir():
+        image.unlink()
+    assert run(predict.main, ["--checkpoint", str(trained), "--images", str(labelled / "val"), "--out", "made"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"error: --images {labelled / 'val'}: all 3 image files in it are masks")
+    assert "\n" not in error
+    assert not (labelled.parent / "made").exists()
+
+
+# going on after a stop
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Six images, the fourth of which cannot be read."""
+    (tmp_path / "mine" / "sub").mkdir(parents=True)
+    for number in range(6):
+        Image.fromarray(draw(20 + number)[0]).save(tmp_path / "mine" / ("sub" if number > 3 else ".") / f"{number}.png")
+    (tmp_path / "mine" / "3.png").write_bytes(b"junk")
+    return tmp_path / "mine"
+
+
+@pytest.fixture
+def segmented(monkeypatch):
+    """The number of images given to the segmenter, and what is to happen at one of them."""
+    seen, events, plain = [], {}, Segmenter.predict
+
+    def counting(self, image, **options):
+        seen.append(image)
+        if len(seen) in events:
+            events.pop(len(seen))()
+        return plain(self, image, **options)
+
+    monkeypatch.setattr(Segmenter, "predict", counting)
+    seen_and_events = type("Seen", (), {"__len__": lambda self: len(seen), "at": events})()
+    return seen_and_events
+
+
+def call(checkpoint, photos, out, *args):
+    return run(predict.main, ["--checkpoint", str(checkpoint), "--images", str(photos), "--out", str(out), *args])
+
+
+def content(folder):
+    """Every file but the journal, whose lines may come in another order."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file() and p.name != "done.jsonl"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_same_command_goes_on_after_a_stop(trained, photos, segmented, capsys, number):
+    assert call(trained, photos, "whole") == 0
+    assert len(segmented) == 5
+    segmented.at[7] = lambda: signal.raise_signal(number)
+    assert call(trained, photos, "cut") == 128 + number
+    assert "interrupted after 2 of 6 images; what is done is in cut: the same command goes on there" in capsys.readouterr().out
+    assert list(json.load(open("cut/shares.json"))["images"]) == ["0.png", "1.png"]
+    assert Image.open("cut/sheet.jpg").width == 1600
+    assert len(segmented) == 7
+    assert call(trained, photos, "cut") == 0
+    assert len(segmented) == 10
+    printed = capsys.readouterr()
+    assert "2 of 6 images are done in cut, by this checkpoint and with these settings" in printed.out
+    assert "segmented 5 of 6 images, 1 could not be used" in printed.out
+    assert "3.png" in printed.err
+    assert content("cut") == content("whole")
+    # once more: nothing is left to do, the sheet and the shares cover everything again
+    assert call(trained, photos, "cut") == 0
+    assert len(segmented) == 10
+    assert "5 of 6 images are done in cut" in capsys.readouterr().out
+    assert content("cut") == content("whole")
+
+
+def test_a_stop_at_the_last_image_is_none(trained, photos, segmented):
+    segmented.at[5] = lambda: signal.raise_signal(signal.SIGINT)
+    assert call(trained, photos, "made") == 0
+    assert len(json.load(open("made/shares.json"))["images"]) == 5
+
+
+def test_a_stop_before_the_first_image_leaves_nothing(trained, photos, monkeypatch, capsys):
+    pixels = Segmenter.pixels
+
+    def stopped(self, image):
+        signal.raise_signal(signal.SIGINT)
+        return pixels(self, photos / "3.png")
+
+    monkeypatch.setattr(Segmenter, "pixels", stopped)
+    assert call(trained, photos, "made") == 130
+    assert "interrupted before the first image was done" in capsys.readouterr().out
+    assert not Path("made").exists()
+
+
+def test_images_none_of_which_can_be_used_are_an_error_and_leave_nothing(trained, photos, capsys):
+    for file in photos.rglob("*.png"):
+        file.write_bytes(b"junk")
+    assert call(trained, photos, "made") == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert error.startswith(f"error: --images {photos}: none of the 6 images can be used (first: 0.png: not an image")
+    assert not Path("made").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "difference"),
+    [
+        (["--no-mirror"], "mirror is True there and False here"),
+        (["--short-side", "72"], "short_side is 64 there and 72 here"),
+    ],
+)
+def test_a_folder_is_of_one_set_of_settings(trained, photos, segmented, capsys, args, difference):
+    assert call(trained, photos, "made") == 0
+    before = content("made")
+    assert call(trained, photos, "made", *args) == 2
+    assert f"error: --out made: holds another run ({difference}); give another folder" in capsys.readouterr().err
+    assert content("made") == before
+    # what a flag says that is so anyway, and where the checkpoint lies, makes no difference
+    shutil.move(trained, "moved.safetensors")
+    assert call("moved.safetensors", photos, "made", "--short-side", "64") == 0
+    assert len(segmented) == 5
+
+
+def test_a_folder_is_of_one_checkpoint(trained, labelled, photos, segmented, capsys):
+    assert call(trained, photos, "made") == 0
+    before = content("made")
+    assert run(train.main, ["--data", str(labelled), "--out", "other", *SMALL, "--seed", "1"]) == 0
+    segmented_by_training = len(segmented)
+    assert call("other/checkpoint.safetensors", photos, "made") == 2
+    assert "error: --out made: holds another run (checkpoint is 'step 6, " in capsys.readouterr().err
+    assert content("made") == before
+    assert len(segmented) == segmented_by_training
+
+
+def test_a_folder_is_of_one_backbone(labelled, photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    source = "def means(images):\n    b, _, s, t = images.shape\n    return images.view(b, 3, s // 8, 8, t // 8, 8).mean((3, 5)) - 0.5\n"
+    (tmp_path / "theirs.py").write_text(source)
+    named = ["--backbone", "theirs:means"]
+    assert run(train.main, ["--data", str(labelled), "--out", "out", *SMALL, *named]) == 0
+    assert call("out/checkpoint.safetensors", photos, "made", *named) == 0
+    (tmp_path / "theirs.py").write_text(source + "# changed\n")
+    assert call("out/checkpoint.safetensors", photos, "made", *named) == 2
+    assert "holds another run (backbone is" in capsys.readouterr().err
+
+
+def test_masks_of_others_are_not_written_over(trained, photos, capsys):
+    Path("made/masks").mkdir(parents=True)
+    Path("made/masks/0.png").write_bytes(b"drawn by hand")
+    assert call(trained, photos, "made") == 2
+    assert "error: --out made: holds masks but no predict.json; give another folder" in capsys.readouterr().err
+    assert content("made") == {"masks/0.png": b"drawn by hand"}
+
+
+def test_an_image_that_changed_is_done_again(trained, photos, segmented):
+    assert call(trained, photos, "made") == 0
+    status = (photos / "0.png").stat()
+    os.utime(photos / "0.png", ns=(status.st_atime_ns, status.st_mtime_ns + 1))  # as if written anew with the same number of bytes
+    assert call(trained, photos, "made") == 0
+    assert len(segmented) == 6
+    status = (photos / "1.png").stat()
+    Image.fromarray(draw(50, 64, 64)[0]).save(photos / "1.png")
+    os.utime(photos / "1.png", ns=(status.st_atime_ns, status.st_mtime_ns))  # other bytes with the time of the old ones
+    assert call(trained, photos, "made") == 0
+    assert len(segmented) == 7
+    assert Image.open("made/masks/1.png").size == Image.open("made/overlays/1.jpg").size == (64, 64)
+    assert call(trained, photos, "again") == 0
+    assert content("made") == content("again")
+
+
+def test_an_image_that_was_mended_is_done_and_one_that_went_is_forgotten(trained, photos, segmented):
+    assert call(trained, photos, "made") == 0
+    Image.fromarray(draw(23)[0]).save(photos / "3.png")
+    (photos / "0.png").unlink()
+    assert call(trained, photos, "made") == 0
+    assert len(segmented) == 6
+    shares = json.load(open("made/shares.json"))
+    assert list(shares["images"]) == ["1.png", "2.png", "3.png", "sub/4.png", "sub/5.png"]
+    assert shares["skipped"] == {}
+
+
+@pytest.mark.parametrize("file", ["masks/sub/4.png", "overlays/sub/4.jpg"])
+def test_what_was_taken_away_is_made_again(trained, photos, segmented, file):
+    assert call(trained, photos, "made") == 0
+    before = content("made")
+    Path("made", file).unlink()
+    assert call(trained, photos, "made") == 0
+    assert len(segmented) == 6
+    assert content("made") == before
+
+
+@pytest.mark.parametrize("lost", ["", "half", "all"])
+def test_a_kill_between_the_mask_and_its_record(trained, photos, segmented, lost):
+    assert call(trained, photos, "made") == 0
+    before, journal = content("made"), Path("made/done.jsonl")
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text({"": "".join(lines[:-1]), "half": "".join(lines)[:-9], "all": ""}[lost])
+    assert call(trained, photos, "made") == 0
+    assert len(segmented) == 5 + (5 if lost == "all" else 1)
+    assert content("made") == before
+    assert sorted(journal.read_text().splitlines(keepends=True)) == sorted(lines)
+
+
+def test_a_full_disk_is_named_and_the_same_command_goes_on(trained, photos, segmented, monkeypatch, capsys):
+    replace = os.replace
+
+    def full(temporary, path):
+        if Path(path).name == "2.png":
+            raise OSError(28, "No space left on device")
+        replace(temporary, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        assert call(trained, photos, "made") == 2
+    assert "made/masks/2.png: cannot be written (No space left on device); free some space" in capsys.readouterr().err
+    assert call(trained, photos, "made") == 0
+    assert len(segmented) == 6  # the third a second time
+    assert call(trained, photos, "again") == 0
+    assert content("made") == content("again")
+
+
+def test_a_mask_of_the_same_name_that_was_another_images(trained, photos, segmented):
+    """a.jpg alone is written as a.png; with an a.bmp beside it both keep their suffix; then the a.bmp is alone."""
+    for file in photos.rglob("*.png"):
+        file.unlink()
+    Image.fromarray(draw(1)[0]).save(photos / "a.jpg")
+    assert call(trained, photos, "made") == 0
+    Image.fromarray(draw(2)[0]).save(photos / "a.bmp")
+    assert call(trained, photos, "made") == 0
+    assert len(segmented) == 3
+    shutil.move(photos / "a.jpg", "away.jpg")
+    for _ in range(2):
+        assert call(trained, photos, "made") == 0
+        assert len(segmented) == 4
+    assert Path("made/masks/a.png").read_bytes() == Path("made/masks/a.bmp.png").read_bytes()
+    shutil.move("away.jpg", photos / "a.jpg")
+    (photos / "a.bmp").unlink()
+    assert call(trained, photos, "made") == 0  # a.jpg was done once as a.png, but what lies there now is the mask of a.bmp
+    assert len(segmented) == 5
+    assert Path("made/masks/a.png").read_bytes() == Path("made/masks/a.jpg.png").read_bytes()
+
+
+def test_no_two_images_share_a_mask():
+    names = ["a.jpg", "a.png", "a.jpg.png", "b.jpg", "b.jpg.tif", "c/a.jpg", "d.png"]
+    stems = predict.output_stems([Path(name) for name in names])
+    assert stems == ["a.jpg", "a.png", "a.jpg.png", "b", "b.jpg.tif", "c/a", "d"]
+
+
+@pytest.mark.parametrize("out", ["mine/predicted", "mine", "link/made"])
+def test_what_was_made_among_the_images_is_not_taken_for_images(trained, photos, segmented, out):
+    Path("link").symlink_to("mine/sub")
+    for _ in range(2):
+        assert call(trained, "mine", out) == 0
+        assert len(segmented) == 5
+    assert len(json.load(open(f"{out}/shares.json"))["images"]) == 5
+    shutil.move("mine/0.png", photos / "sub" / "0.png")  # other pictures beside what was made are images as ever
+    assert call(trained, "mine", out) == 0
+    assert len(segmented) == 6
+
+
+def test_images_of_two_commands_in_one_folder(trained, photos, segmented):
+    assert call(trained, photos / "sub", "made") == 0
+    assert call(trained, photos / "0.png", "made") == 0
+    assert list(json.load(open("made/shares.json"))["images"]) == ["0.png"]
+    assert call(trained, photos / "sub", "made") == 0
+    assert list(json.load(open("made/shares.json"))["images"]) == ["4.png", "5.png"]
+    assert len(segmented) == 3
+
+
+def test_images_that_differ_in_their_folder_alone(trained, segmented):
+    for number, folder in enumerate(("one", "two")):
+        Path(folder).mkdir()
+        Image.fromarray(draw(number)[0]).save(f"{folder}/tile.bmp")
+        os.utime(f"{folder}/tile.bmp", (315532800, 315532800))  # 1980, as out of an archive
+    masks = []
+    for folder in ("one", "two", "two", os.path.abspath("two")):
+        assert call(trained, folder, "made") == 0
+        masks.append(Path("made/masks/tile.png").read_bytes())
+    assert masks[0] != masks[1] == masks[2] == masks[3]
+    assert len(segmented) == 2
+
+
+def test_the_sheet_covers_at_most_so_many_images_spread_over_all(trained, photos, monkeypatch):
+    shown = []
+    monkeypatch.setattr(predict, "groups_sheet", lambda images, *_: shown.extend(images) or Image.new("RGB", (9, 9)))
+    monkeypatch.setattr(predict, "SHEET_IMAGES", 3)
+    for _ in range(2):
+        assert call(trained, photos, "made") == 0
+        assert [name for name, *_ in shown] == ["0.png", "1.png", "sub/4.png"]
+        for name, image, labels in shown:
+            assert (image == np.array(Image.open(photos / name))).all()
+            assert (labels == np.array(Image.open(f"made/masks/{name}"))).all()
+        shown.clear()
+
+
+def test_masks_that_do_not_open_are_left_out_of_the_sheet(trained, photos, monkeypatch, capsys):
+    assert call(trained, photos, "made") == 0
+    Path("made/masks/0.png").write_bytes(b"junk")
+    assert call(trained, photos, "made") == 0
+    for mask in Path("made/masks").rglob("*.png"):
+        mask.write_bytes(b"junk")
+    capsys.readouterr()
+    assert call(trained, photos, "made") == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert "the sheet has no images to show" in error
+
+
+def test_names_that_are_no_text(trained, photos):
+    name = os.fsdecode(b"stra\xdfe.png")
+    shutil.copy(photos / "0.png", photos / name)
+    for _ in range(2):
+        assert call(trained, photos, "made") == 0
+    assert name in json.load(open("made/shares.json", encoding="utf-8"))["images"]
+    assert Path("made/masks", name).exists()

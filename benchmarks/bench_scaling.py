@@ -7,8 +7,8 @@ import torch
 from floors import Problem
 
 IMPLS = ["torch", "dense", *(["triton"] if torch.cuda.is_available() else [])]
-BASE = {"P": Problem(B=2), "H": Problem(B=4), "K": Problem(B=4), "B": Problem()}
-DEFAULT = {"P": (196, 784, 3136, 6272, 12544, 32768), "H": (1, 4, 16, 64), "K": (3, 27, 243), "B": (2, 8, 32)}
+BASE = {"P": Problem(B=8), "H": Problem(B=4), "K": Problem(B=4), "B": Problem()}
+DEFAULT = {"P": (196, 784, 1568, 3136, 6272, 12544, 32768), "H": (1, 4, 16, 64), "K": (3, 27, 243), "B": (2, 8, 32)}
 SIZES = {  # with --bench-full
     "P": (196, 392, 784, 1568, 3136, 6272, 12544, 32768),
     "H": (1, 2, 4, 8, 16, 32, 64),

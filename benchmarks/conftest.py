@@ -26,6 +26,8 @@ import results
 import summary
 import torch
 
+from smooseg_fast.host import keep_freed_memory
+
 # what a dense form may hold in its P x P matrices: without --bench-full about a second a call of two cores, with it most of the memory
 DENSE_BYTES, DENSE_SHARE = 8e8, 0.8
 SECONDS, LEAST, MOST = 1.0, 5, 200
@@ -56,6 +58,8 @@ class Session:
         self.path = config.getoption("bench_results") or results.FOLDER / ("gpu.jsonl" if self.device == "cuda" else "cpu.jsonl")
         self.rows: list[results.Row] = []
         self.start = time.perf_counter()
+        if self.device == "cpu":
+            keep_freed_memory()  # as training does; else a time depends on what the process has freed before
 
     @functools.cached_property
     def machine(self) -> dict[str, Any]:

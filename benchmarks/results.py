@@ -68,7 +68,8 @@ def _renamed(row: Row) -> Row:
             "sizes": {**row.get("sizes", {}), "H": int(heads)},
         }
     elif name.startswith("assign "):
-        row |= {"case": "assign", "shape": f"cityscapes_s8 to {name.removeprefix('assign ')}"}
+        sizes = {"B": 32, "P": 784, "D": 384, "K": 27, "pixels": int(name.rpartition("x")[2])}
+        row |= {"case": "assign", "shape": "cityscapes_s8", "sizes": sizes, "dtype": "bfloat16"}
     row["impl"] = row["impl"].replace(" compiled", " + compile")
     if row["mode"] == "eager" and row["case"] != "ceiling":
         row["mode"] = "forward + backward" if row["case"] == "objective" else "forward"

@@ -6,9 +6,7 @@ import math
 from collections.abc import Iterator
 
 from results import Row
-
-# where an objective's cost is no longer that of starting its operations, and dense still runs in most memories
-STRAIGHT = {"P": (784, 12544)}
+from sweeps import STATED, slope
 
 
 def table(rows: list[Row]) -> Iterator[str]:
@@ -37,15 +35,9 @@ def slopes(rows: list[Row]) -> Iterator[str]:
             if letter != row["case"] and quantity in row:
                 series.setdefault((letter, row["impl"], row["mode"], quantity), []).append((row["sizes"][letter], row[quantity]))
     for (letter, impl, mode, quantity), points in series.items():
-        low, high = STRAIGHT.get(letter, (0, math.inf))
+        low, high = STATED.get(letter, (0, math.inf))
         parts = [points, [point for point in points if low <= point[0] <= high]]
-        fits = [f"{exponent(part):.2f} from {part[0][0]} to {part[-1][0]}" for part in dict.fromkeys(map(tuple, parts)) if len(part) > 1]
+        fits = [f"{slope(part):.2f} from {part[0][0]} to {part[-1][0]}" for part in dict.fromkeys(map(tuple, parts)) if len(part) > 1]
         if fits:
             what = "time" if quantity == "median_ms" else "peak memory"
             yield f"{impl}, {mode}: {what} grows with {letter} to the power {', '.join(fits)}"
-
-
-def exponent(points: list[tuple[float, float]]) -> float:
-    x, y = ([math.log(point[i]) for point in points] for i in (0, 1))
-    mx, my = sum(x) / len(x), sum(y) / len(y)
-    return sum((a - mx) * (b - my) for a, b in zip(x, y)) / sum((a - mx) ** 2 for a in x)

@@ -10,7 +10,7 @@ import torch
 
 # of glibc's mallopt
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-LARGE = 1 << 30
+LARGEST = 2**31 - 1  # what it takes: a C int
 
 
 def keep_freed_memory() -> None:
@@ -22,8 +22,8 @@ def keep_freed_memory() -> None:
     if platform.libc_ver()[0] != "glibc" or any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return
     libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_THRESHOLD, LARGE)
-    libc.mallopt(M_TRIM_THRESHOLD, LARGE)
+    libc.mallopt(M_MMAP_THRESHOLD, LARGEST)
+    libc.mallopt(M_TRIM_THRESHOLD, LARGEST)
 
 
 def make_deterministic() -> None:

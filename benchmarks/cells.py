@@ -49,9 +49,12 @@ def identity(row: Row) -> Cell:
 
 
 def collect(rows: Iterable[Row]) -> dict[Cell, Runs]:
-    """Lines of one cell and run are one measurement: a later one adds what the earlier has not, and wins where both have it."""
+    """Lines of one cell and run are one measurement: a later one adds what the earlier has not, and wins where both have it.
+
+    A run with uncommitted changes counts as older than any without.
+    """
     cells: dict[Cell, Runs] = {}
-    for row in sorted(rows, key=lambda row: row.get("date") or ""):
+    for row in sorted(rows, key=lambda row: (row.get("dirty") is not True, row.get("date") or "")):
         runs = cells.setdefault(identity(row), {})
         run = str(row.get("run") or row.get("date"))
         runs[run] = {**runs.get(run, {}), **{name: value for name, value in row.items() if value is not None}}

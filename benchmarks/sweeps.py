@@ -33,7 +33,7 @@ class Sweep:
 
 
 def sweeps(cells: dict[Cell, Runs]) -> list[Sweep]:
-    """Of each machine and letter the newest of the runs with the most numbers: curves of several runs are not to be compared."""
+    """Of each machine and letter the newest of the runs with the most numbers (as `collect` orders them): curves are of one run."""
     groups: dict[tuple, dict[Cell, Runs]] = {}
     for cell, runs in cells.items():
         letter = cell.case.removeprefix("scaling ")
@@ -41,7 +41,7 @@ def sweeps(cells: dict[Cell, Runs]) -> list[Sweep]:
             groups.setdefault((cell[:3], letter), {})[cell] = runs
     found = []
     for (_, letter), group in sorted(groups.items(), key=lambda item: (str(item[0][0]), LETTERS.index(item[0][1]))):
-        runs = {run: row.get("date", "") for line in group.values() for run, row in line.items()}
+        runs = {run: (row.get("dirty") is not True, row.get("date", "")) for line in group.values() for run, row in line.items()}
         counts = {run: sum("median_ms" in line.get(run, {}) for line in group.values()) for run in runs}
         best = max(runs, key=lambda run: (counts[run], runs[run]))
         kept = [(cell, line[best]) for cell, line in group.items() if best in line]

@@ -47,15 +47,20 @@ def columns(block, number=0):
 
 
 def test_the_newest_run_that_has_a_cell_wins_and_the_footnote_says_which():
-    block = tables.objective(collected(line("dense", 200.0, day=1), line("torch", 9.0, day=1), line("torch", 6.5, day=2, dirty=True)))
+    block = tables.objective(collected(line("dense", 200.0, day=1, dirty=True), line("torch", 9.0, day=1), line("torch", 6.5, day=2)))
     row = columns(block)
     assert row["torch"] == "6.50 <sup>a</sup>"
     assert row["dense"] == "200 <sup>b</sup>"
     assert row["dense + compile"] == ""
     assert (
-        "<sup>a</sup> 2026-01-02 10:00 UTC, commit abcdef0 with uncommitted changes, a CPU, 2 threads, torch 2.13.0, Python 3.12.3" in block
+        "<sup>b</sup> 2026-01-01 10:00 UTC, commit abcdef0 with uncommitted changes, a CPU, 2 threads, torch 2.13.0, Python 3.12.3" in block
     )
-    assert "<sup>b</sup> 2026-01-01 10:00 UTC, commit abcdef0, a CPU" in block
+    assert "<sup>a</sup> 2026-01-02 10:00 UTC, commit abcdef0, a CPU" in block
+
+
+def test_a_clean_checkout_goes_before_a_newer_one_with_changes():
+    block = tables.objective(collected(line("torch", 9.0, day=1), line("torch", 6.5, day=2, dirty=True)))
+    assert columns(block)["torch"].startswith("9.00")
 
 
 def test_a_ratio_is_of_one_run():

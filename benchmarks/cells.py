@@ -48,13 +48,15 @@ def identity(row: Row) -> Cell:
     )
 
 
-def collect(rows: Iterable[Row]) -> dict[Cell, Runs]:
-    """Lines of one cell and run are one measurement: a later one adds what the earlier has not, and wins where both have it.
+def age(row: Row) -> tuple[bool, str]:
+    """To sort by, oldest first: a run with uncommitted changes counts as older than any without."""
+    return row.get("dirty") is not True, row.get("date") or ""
 
-    A run with uncommitted changes counts as older than any without.
-    """
+
+def collect(rows: Iterable[Row]) -> dict[Cell, Runs]:
+    """Lines of one cell and run are one measurement: a later one adds what the earlier has not, and wins where both have it."""
     cells: dict[Cell, Runs] = {}
-    for row in sorted(rows, key=lambda row: (row.get("dirty") is not True, row.get("date") or "")):
+    for row in sorted(rows, key=age):
         runs = cells.setdefault(identity(row), {})
         run = str(row.get("run") or row.get("date"))
         runs[run] = {**runs.get(run, {}), **{name: value for name, value in row.items() if value is not None}}

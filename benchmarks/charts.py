@@ -17,7 +17,7 @@ from typing import Any
 
 import goals
 import tables
-from cells import threads_text
+from cells import age, threads_text
 from sweeps import Sweep, sweeps
 from tables import Cells
 
@@ -94,7 +94,7 @@ def objective_rows(cells: Cells) -> list[list[Any]]:
         if not timed:
             continue
         runs = [run for run, _, _ in timed]
-        best = max(timed, key=lambda item: (runs.count(item[0]), item[2].get("date", "")))
+        best = max(timed, key=lambda item: (runs.count(item[0]), *age(item[2])))
         points = {
             cell.impl: [row.get(name, row["median_ms"]) for name in ("p20_ms", "median_ms", "p80_ms")]
             for run, cell, row in timed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from cells import USUAL, Cell, Runs
+from cells import USUAL, Cell, Runs, age
 from results import Row
 
 LETTERS = "PHKB"
@@ -41,7 +41,7 @@ def sweeps(cells: dict[Cell, Runs]) -> list[Sweep]:
             groups.setdefault((cell[:3], letter), {})[cell] = runs
     found = []
     for (_, letter), group in sorted(groups.items(), key=lambda item: (str(item[0][0]), LETTERS.index(item[0][1]))):
-        runs = {run: (row.get("dirty") is not True, row.get("date", "")) for line in group.values() for run, row in line.items()}
+        runs = {run: age(row) for line in group.values() for run, row in line.items()}
         counts = {run: sum("median_ms" in line.get(run, {}) for line in group.values()) for run in runs}
         best = max(runs, key=lambda run: (counts[run], runs[run]))
         kept = [(cell, line[best]) for cell, line in group.items() if best in line]

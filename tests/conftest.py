@@ -1,6 +1,7 @@
 """Shared fixtures. Without a GPU the Triton kernels run in the interpreter, which has to be on before they are imported."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -9,6 +10,10 @@ from textures import draw
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# started in the background, a shell has Ctrl-C ignored for this process and all that it starts: the tests of Ctrl-C need it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):

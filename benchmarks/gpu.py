@@ -39,6 +39,7 @@ DEVICE = "cpu" if SMOKE else "cuda"
 DTYPE = "float16" if SMOKE else "bfloat16"  # the interpreter has no bf16
 SIZES = {"B": 2, "P": 20, "D": 20, "K": 5, "Z": 6} if SMOKE else {}
 HEADS = (1, 2) if SMOKE else (1, 16)
+STEP_HEADS = 2 if SMOKE else 64
 PIXELS = 20 if SMOKE else 320
 TOTAL_SECONDS, TEST_SECONDS, COMPILE_SECONDS = 530, 260, 110
 
@@ -165,6 +166,23 @@ def time_assignment(results: Results, failures: list[str]) -> None:
             print("FAILED", failures[-1], flush=True)
 
 
+def time_step(results: Results, H: int, impl: str, failures: list[str]) -> None:
+    """A training step on resident features: one by one, and replayed from a CUDA graph."""
+    size = problem(H)
+    for mode in ("step",) if SMOKE else ("step", "captured step"):
+        row = {"case": "head step", "shape": shape(H), "sizes": problems.letters(size), "impl": impl, "mode": mode}
+        try:
+            subject = problems.head_step(size, impl, mode, problems.DTYPES[DTYPE], DEVICE)
+            subject.check(subject.run())
+            results.add_timing(subject, subject.run, 1, **row)
+        except Exception as error:
+            failures.append(f"{mode} {shape(H)} {impl}: {type(error).__name__}: {str(error)[:500]}")
+            print("FAILED", failures[-1], flush=True)
+        finally:
+            if not SMOKE:
+                torch.cuda.empty_cache()
+
+
 def raise_timeout(*_):
     raise TimeoutError("out of time")
 
@@ -189,6 +207,8 @@ def main() -> int:
         for impl in ("triton", "torch", "dense"):
             time_objective(results, H, impl, failures)
     time_assignment(results, failures)
+    for H, impl in ((1, "triton"), (1, "torch"), (1, "dense"), (STEP_HEADS, "triton")):
+        time_step(results, H, impl, failures)
     for H in () if args.no_compile else HEADS:
         left = TOTAL_SECONDS - (time.perf_counter() - start)
         if left < COMPILE_SECONDS / 2:

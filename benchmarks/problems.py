@@ -188,29 +188,22 @@ def without_memory(problem: Problem, dtype: torch.dtype) -> Case:
 
 def head_step(problem: Problem, impl: str, mode: str, dtype: torch.dtype, device: str, seed: int = 0) -> Subject:
     """A whole iteration on cached features: draws, projection, objective, gradients, teacher, Adam. Only the first run can be checked."""
-    from smooseg_fast.model import Head
-    from smooseg_fast.objective import Schedule, Settings, make_optimizer, train_step
+    from smooseg_fast.loop import Loop
+    from smooseg_fast.model import Head, Heads
+    from smooseg_fast.objective import Schedule, Settings
 
     features = make_inputs(problem, dtype, device, seed).case.features
-    schedule, thresholds = Schedule(1000, problem.B, 0), torch.tensor([WITHIN, ACROSS], device=device)
+    thresholds = torch.tensor([[WITHIN, ACROSS]] * problem.H)
 
-    def make(form: str, features: Tensor):
+    def make(form: str, features: Tensor, capture: bool = False):
         """-> the step, and its parameters by name, from the same start every time."""
         wide = features.dtype == torch.float64
-        head = Head(problem.D, problem.K, problem.Z).to(device, torch.float64 if wide else torch.float32)
-        settings, optimizer, steps = (
-            Settings((WITHIN, ACROSS), relative=False, impl=form),
-            make_optimizer(head, 1e-4, 5e-4),
-            iter(range(10**9)),
-        )
-
-        def step():
-            draws = schedule.draws(next(steps) % 100, problem.P, problem.D, settings, torch.device(device))
-            if wide:
-                draws = replace(draws, masks=draws.masks.double())
-            return train_step(head, optimizer, features, draws, thresholds, settings)
-
-        return step, dict(head.named_parameters())
+        heads = Heads([Head(problem.D, problem.K, problem.Z, seed) for seed in range(problem.H)])
+        heads = heads.to(device, torch.float64 if wide else torch.float32)
+        settings, steps = Settings(relative=False, impl=form), iter(range(10**9))
+        sizes, schedule = (problem.P, problem.D), Schedule(problem.B, problem.B, 0)
+        loop = Loop(heads, features, sizes, schedule, thresholds, settings, 1e-4, 5e-4, capture)
+        return lambda: loop.step(next(steps)), dict(heads.named_parameters())
 
     def result(loss: sk.SmooSegLoss, parameters: dict) -> Result:
         return Result({"total": loss.total}, {name: parameter.grad for name, parameter in parameters.items()})
@@ -219,7 +212,7 @@ def head_step(problem: Problem, impl: str, mode: str, dtype: torch.dtype, device
         step, parameters = make(form, features)
         return result(step(), parameters)
 
-    step, parameters = make(impl, features)
+    step, parameters = make(impl, features, capture=mode == "captured step")
 
     def check_outputs(loss):
         got = result(loss, parameters)

@@ -4,7 +4,7 @@
     shape       name of the sizes ("P784", "H16" in a scaling)
     sizes       {"B": 8, "P": 784, "D": 384, "Z": 64, "K": 27, "T": 2, "H": 1}, and the "pixels" of a side where labels are made
     impl        "dense", "torch", "triton", "keops"; with " + compile" where it went through torch.compile
-    mode        "forward", "forward + backward", "step", "graph" (forward + backward replayed from a CUDA graph), "kernel NAME"
+    mode        "forward", "forward + backward", "step", "kernel NAME"; from a CUDA graph: "graph" (forward + backward), "captured step"
     dtype       "float32", "bfloat16", "float16"
     n, median_ms, p20_ms, p80_ms              of one call; n calls were timed (each of them `calls` at once)
     mean_us                                   of one kernel in one call, from a profiler

@@ -1,4 +1,4 @@
-"""Checkpoints: one .safetensors file with what was learnt, its configuration as JSON in the header, and the optimiser to go on from.
+"""Two kinds of .safetensors files, each with its configuration as JSON in the header: a head to predict with, and the state to go on from.
 
 Written whole by one rename. Nothing in it is executed, and nothing in it names code to import: a `module:callable` backbone is kept for
 display and has to be given again.
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,14 +21,15 @@ from torch import Tensor
 from .config import TrainConfig
 from .errors import UserError
 from .files import finite, write_atomic
-from .model import Head
+from .model import Head, Heads
 
-KEY, FORMAT = "smooseg_fast.checkpoint", 1
+T = TypeVar("T")
+KEY, STATE_KEY, FORMAT = "smooseg_fast.checkpoint", "smooseg_fast.training", 1
 
 
 @dataclass
 class Checkpoint:
-    """What a file holds. `config` has every choice resolved (number of prototypes, sizes that fit the patch)."""
+    """One head. `config` has every choice resolved (number of prototypes, sizes that fit the patch) and names this head alone."""
 
     config: TrainConfig
     head: Head
@@ -36,7 +38,6 @@ class Checkpoint:
     backbone_digest: str
     class_names: tuple[str, ...] | None = None
     report: dict[str, Any] = field(default_factory=dict)  # figures of the run, ready for JSON
-    optimizer: dict[str, Tensor] = field(default_factory=dict)
 
     def write(self, path: str | Path) -> Path:
         header = {
@@ -47,51 +48,85 @@ class Checkpoint:
             "config": dataclasses.asdict(self.config),
             "report": self.report,
         }
-        tensors = {f"head.{name}": value for name, value in self.head.state_dict().items()}
-        tensors |= {f"optimizer.{name}": value for name, value in self.optimizer.items()}
-        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        return write_atomic(path, save(tensors, {KEY: json.dumps(finite(header))}))
+        return _write(path, KEY, header, {f"head.{name}": value for name, value in self.head.state_dict().items()})
+
+
+@dataclass
+class TrainingState:
+    """All heads of an unfinished run after `step` steps, and what Adam remembers of them."""
+
+    config: TrainConfig
+    step: int
+    heads: Heads
+    optimizer: dict[str, Tensor]
+
+    def write(self, path: str | Path) -> Path:
+        header = {"format": FORMAT, "step": self.step, "config": dataclasses.asdict(self.config)}
+        tensors = {f"heads.{name}": value for name, value in self.heads.state_dict().items()}
+        return _write(path, STATE_KEY, header, tensors | {f"optimizer.{name}": value for name, value in self.optimizer.items()})
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """UserError in one line for a missing, damaged or foreign file."""
-    path = Path(path).expanduser()
+    return _read(Path(path).expanduser(), KEY, "checkpoint.safetensors", _checkpoint)
+
+
+def read_training_state(path: str | Path) -> TrainingState:
+    """UserError in one line for a missing, damaged or foreign file."""
+    return _read(Path(path), STATE_KEY, "training.safetensors", _training_state)
+
+
+def _write(path: str | Path, key: str, header: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    return write_atomic(path, save(tensors, {key: json.dumps(finite(header))}))
+
+
+def _read(path: Path, key: str, usual: str, build: Callable[[dict[str, Any], dict[str, Tensor]], T]) -> T:
     if not path.is_file():
-        raise UserError(f"--checkpoint {path}: no such file; give the checkpoint.safetensors that training wrote")
+        raise UserError(f"--checkpoint {path}: no such file; give the {usual} that training wrote")
     try:
         with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get(KEY)
+            header = (file.metadata() or {}).get(key)
             if header is None:
-                raise UserError(
-                    f"--checkpoint {path}: a safetensors file of another kind; give a checkpoint.safetensors that training wrote"
-                )
+                raise UserError(f"--checkpoint {path}: a safetensors file of another kind; give a {usual} that training wrote")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file is no dict)
-        return _checkpoint(json.loads(header), tensors)
+        header = json.loads(header)
+        if header["format"] != FORMAT:
+            raise ValueError(f"format {header['format']}, this version reads {FORMAT}")
+        return build(header, tensors)
     except (SafetensorError, OSError) as error:
         raise UserError(f"--checkpoint {path}: cut short, damaged or no safetensors file ({error}); copy it again or train anew") from error
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"--checkpoint {path}: written by another version ({reason}); train anew with this one") from error
 
 
 def _checkpoint(header: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoint:
-    if header["format"] != FORMAT:
-        raise ValueError(f"format {header['format']}, this version reads {FORMAT}")
-    config = TrainConfig(**header["config"])
-    weights = {name.removeprefix("head."): value for name, value in tensors.items() if name.startswith("head.")}
+    weights = _below("head.", tensors)
     head = Head(weights["projection.linear.weight"].shape[1], *weights["student"].shape)
     head.load_state_dict(weights)
     names = header["class_names"]
     return Checkpoint(
-        config=config,
+        config=TrainConfig(**header["config"]),
         head=head,
         step=header["step"],
         backbone_name=header["backbone"]["name"],
         backbone_digest=header["backbone"]["digest"],
         class_names=None if names is None else tuple(names),
         report=header["report"],
-        optimizer={name.removeprefix("optimizer."): v for name, v in tensors.items() if name.startswith("optimizer.")},
     )
+
+
+def _training_state(header: dict[str, Any], tensors: dict[str, Tensor]) -> TrainingState:
+    weights = _below("heads.", tensors)
+    dim, (_, K, Z) = weights["projection.linear.weight"].shape[2], weights["student"].shape
+    heads = Heads([Head(dim, K, Z) for _ in range(len(weights["student"]))])
+    heads.load_state_dict(weights)
+    return TrainingState(TrainConfig(**header["config"]), header["step"], heads, _below("optimizer.", tensors))
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def optimizer_tensors(optimizer: torch.optim.Adam) -> dict[str, Tensor]:

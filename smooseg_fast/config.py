@@ -13,6 +13,25 @@ IMPLS = ("auto", "triton", "torch", "dense")
 INITS = ("random", "pca-kmeans")
 CROPS = ("center", "slide")
 RESAMPLES = ("nearest", "bilinear")
+LOGS = (None, "tensorboard")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What tells the heads of one run apart."""
+
+    seed: int
+    thresholds: tuple[float, float]  # (within, across), relative with a granularity
+    granularity: float | None
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return self.label().replace(", ", "_").replace(" ", "_")
+
+    def label(self) -> str:
+        seed = f"seed {self.seed}"
+        return seed if self.granularity is None else f"granularity {self.granularity:g}, {seed}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +67,10 @@ class TrainConfig:
 
     prototypes: int | None = None
     """Number of groups to look for, an upper bound [the number of classes, or 16 without labels]."""
-    granularity: float | None = 0.06
+    granularity: tuple[float, ...] | None = (0.06, -0.05, 0.0, 0.03, 0.1)
     """How fine the grouping is: patches pull together when their closeness exceeds the measured mean by this much. Lower merges
-    (fewer groups in use), higher splits (more). Takes the place of both thresholds."""
+    (fewer groups in use), higher splits (more). Several values are learnt at once and shown side by side; the first is what predict uses.
+    Takes the place of both thresholds."""
     threshold_within: float | None = None
     """Closeness above which patches of one image pull together, as an absolute number; goes with --threshold-across."""
     threshold_across: float | None = None
@@ -76,11 +96,17 @@ class TrainConfig:
     """Length of a code."""
     init: str = "pca-kmeans"
     """Where learning starts: pca-kmeans (the features' leading singular vectors, and k-means; steadier) or random (as in the paper)."""
+    heads: int = 1
+    """How many seeds are learnt at once, from --seed upwards, on the same batches; with several granularities, as many of each."""
     seed: int = 0
     """Of the initial weights."""
     data_seed: int = 0
     """Of batches, partners and masks."""
 
+    deterministic: bool = False
+    """Bit-equal reruns on a GPU too, a little slower; on a CPU they always are."""
+    log: str | None = None
+    """tensorboard: write the curves for it too, into tensorboard/ below --out."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = 100
@@ -91,19 +117,32 @@ class TrainConfig:
         """Whether thresholds are an excess over the measured mean closeness."""
         return self.granularity is not None
 
-    @property
-    def thresholds(self) -> tuple[float, float]:
-        """(within, across), absolute or relative."""
-        if self.granularity is not None:
-            return self.granularity, self.granularity
-        return self.threshold_within, self.threshold_across
+    def __post_init__(self) -> None:
+        if self.granularity is not None:  # a number is a list of one
+            values = [self.granularity] if isinstance(self.granularity, (int, float)) else self.granularity
+            object.__setattr__(self, "granularity", tuple(float(value) for value in values))
+
+    def variants(self) -> tuple[Variant, ...]:
+        """The heads that are learnt side by side: every granularity (or the one pair of thresholds) with every seed."""
+        pairs = [(self.threshold_within, self.threshold_across)] if self.granularity is None else [(g, g) for g in self.granularity]
+        return tuple(
+            Variant(seed, pair, None if self.granularity is None else pair[0])
+            for pair in pairs
+            for seed in range(self.seed, self.seed + self.heads)
+        )
+
+    def alone(self, variant: Variant) -> TrainConfig:
+        """The run that learns this head and no other."""
+        granularity = None if variant.granularity is None else (variant.granularity,)
+        return dataclasses.replace(self, granularity=granularity, seed=variant.seed, heads=1)
 
     def check(self) -> None:
         """UserError for the first value that cannot be; names the flag, the value and the legal ones."""
-        for name, legal in (("impl", IMPLS), ("init", INITS), ("crops", CROPS), ("resample", RESAMPLES)):
+        for name, legal in (("impl", IMPLS), ("init", INITS), ("crops", CROPS), ("resample", RESAMPLES), ("log", LOGS)):
             if getattr(self, name) not in legal:
-                raise UserError(f"{flag(name)}: {getattr(self, name)!r} is not known; choose one of {', '.join(legal)}")
+                raise UserError(f"{flag(name)}: {getattr(self, name)!r} is not known; choose one of {', '.join(filter(None, legal))}")
         lowest = dict(
+            heads=1,
             size=8,
             eval_size=8,
             prototypes=1,
@@ -141,12 +180,15 @@ class TrainConfig:
             raise UserError(
                 "--granularity: takes the place of the thresholds; leave out either it or --threshold-within and --threshold-across"
             )
-        if not all(math.isfinite(b) for b in self.thresholds):
-            raise UserError(f"--granularity or thresholds: must be finite, got {self.thresholds}")
+        if self.granularity is not None and len(set(self.granularity)) < max(1, len(self.granularity)):
+            raise UserError(f"--granularity: give one or more different numbers, got {' '.join(map(str, self.granularity)) or 'none'}")
+        for variant in self.variants():
+            if not all(math.isfinite(b) for b in variant.thresholds):
+                raise UserError(f"--granularity or thresholds: must be finite, got {variant.thresholds}")
 
     def learning(self) -> dict[str, Any]:
         """The values that decide what is learnt: everything but where files go and what the machine does."""
-        skip = ("out", "cache", "device", "impl", "log_every", "checkpoint_every")
+        skip = ("out", "cache", "device", "impl", "deterministic", "log", "log_every", "checkpoint_every")
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in skip}
 
 
@@ -167,7 +209,7 @@ _PAPER = dict(
 
 PRESETS: dict[str, TrainConfig] = {
     # a hand-made backbone on made-up textures: many equal classes, so finer than photos, and more to learn, so longer and faster
-    "demo": TrainConfig(preset="demo", granularity=0.2, lr=3e-4, steps=600, patches=196, eval_size=224),
+    "demo": TrainConfig(preset="demo", granularity=(0.2,), lr=3e-4, steps=600, patches=196, eval_size=224),
     "folder": TrainConfig(),
     "cityscapes": TrainConfig(preset="cityscapes", threshold_within=-0.02, threshold_across=0.5, prototypes=27, **_PAPER),
     "cocostuff27": TrainConfig(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 import smooseg_kernels as sk
 
-from .model import Head
+from .model import Heads
 
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
 
@@ -34,7 +35,7 @@ class Closeness:
         return f"mean {self.mean:+.3f}  std {self.std:.3f}  [{spread}]  threshold {self.threshold:+.3f}  net force {self.force:+.3f}"
 
 
-def closeness(features: Tensor, thresholds: tuple[float, float], relative: bool) -> tuple[Closeness, Closeness]:
+def closeness(features: Tensor, thresholds: Sequence[float], relative: bool) -> tuple[Closeness, Closeness]:
     """(within, across) from a sample of features [B,P,D], B >= 2: each image with itself and with one half the sample away.
 
     Neighbours in a folder are often neighbours in time. At most 256 patches of each image are looked at.
@@ -78,18 +79,24 @@ class Health:
 
 
 @torch.no_grad()
-def health(head: Head, batches) -> Health:
-    """`batches` yields features [B,P,D] on the head's device."""
-    K = len(head.teacher)
-    counts, agree, total = [], 0, 0
+def health(heads: Heads, batches: Iterable[Tensor]) -> list[Health]:
+    """Of every head, from one pass over `batches` of features [B,P,D] on the heads' device."""
+    H, K, _ = heads.student.shape
+    counts, agree, total = [[] for _ in range(H)], [0] * H, 0
     for features in batches:
-        codes = head.projection(features)
-        labels = sk.assign(codes, head.teacher)
-        agree += int((labels == sk.assign(codes, head.student)).sum())
-        total += labels.numel()
-        counts.append(torch.zeros(len(labels), K, dtype=torch.int64, device=labels.device).scatter_add_(1, labels, torch.ones_like(labels)))
-    per_image = torch.cat(counts).cpu().double()
-    per_image = per_image / per_image.sum(1, keepdim=True)
+        every = heads.codes(features)
+        total += every[0, ..., 0].numel()
+        for h, codes in enumerate(every):
+            labels = sk.assign(codes, heads.teacher[h])
+            agree[h] += int((labels == sk.assign(codes, heads.student[h])).sum())
+            seen = torch.zeros(len(labels), K, dtype=torch.int64, device=labels.device)
+            counts[h].append(seen.scatter_add_(1, labels, torch.ones_like(labels)))
+    return [_health(torch.cat(of_head).cpu().double(), same / total) for of_head, same in zip(counts, agree)]
+
+
+def _health(counts: Tensor, agreement: float) -> Health:
+    """counts [N,K] of the labels of each image."""
+    per_image = counts / counts.sum(1, keepdim=True)
     shares = per_image.mean(0)
     whole, inside = float(entropy(shares)), entropy(per_image)
     return Health(
@@ -97,7 +104,7 @@ def health(head: Head, batches) -> Health:
         perplexity=math.exp(whole),
         labels_per_image=float(inside.exp().mean()),
         image_information=float((whole - inside.mean()) / whole) if whole > 1e-9 else 0.0,
-        agreement=agree / total,
+        agreement=agreement,
     )
 
 

@@ -9,14 +9,13 @@ from torch import Tensor
 
 import smooseg_kernels as sk
 
-from .model import Head
+from .model import Heads
 
 
 @dataclass(frozen=True)
 class Settings:
     """What the step needs of a configuration."""
 
-    thresholds: tuple[float, float]  # (within, across)
     relative: bool
     temperature: float = 0.1
     teacher_decay: float = 0.998
@@ -68,22 +67,25 @@ class Schedule:
 
 
 def train_step(
-    head: Head, optimizer: torch.optim.Optimizer, features: Tensor, draws: Draws, thresholds: Tensor, settings: Settings
+    heads: Heads, optimizer: torch.optim.Optimizer, features: Tensor, draws: Draws, thresholds: Tensor, settings: Settings
 ) -> sk.SmooSegLoss:
-    """One iteration on features [B,P,D]: losses with the teacher as it stands, then the teacher's update, then the optimiser's.
+    """One iteration: losses with the teacher as it stands, then the teacher's update, then the optimiser's.
 
-    -> the losses as device tensors: the loop, not the step, decides when to read them.
+    features [B,P,D]: fp32 on a CPU, of any float type on a GPU, where matrix products are in bf16.
+    thresholds [H,T]: every head has its own; batches, partners, masks and patches are common to them.
+    -> the losses, [H] or [H,T], as device tensors: the loop, not the step, decides when to read them.
     """
     if draws.patches is not None:
         features = features.gather(1, draws.patches[..., None].expand(-1, -1, features.shape[-1]))
-    closeness_mask, linear_mask, hidden_mask = (None, None, None) if draws.masks is None else draws.masks.unbind(0)
+    masks = None if draws.masks is None else draws.masks.to(torch.promote_types(features.dtype, torch.float32))
+    closeness_mask, linear_mask, hidden_mask = (None, None, None) if masks is None else masks.unbind(0)
     with torch.autocast(features.device.type, torch.bfloat16, enabled=features.device.type == "cuda"):
-        codes = head.projection(features, linear_mask, hidden_mask)
+        codes = heads.codes(features, linear_mask, hidden_mask)
     loss = sk.smooseg_loss(
         features,
         codes,
-        head.student,
-        head.teacher,
+        heads.student,
+        heads.teacher,
         ["self", draws.partner],
         thresholds,
         temperature=settings.temperature,
@@ -92,14 +94,15 @@ def train_step(
         impl=settings.impl,
     )
     optimizer.zero_grad(set_to_none=True)
-    loss.total.backward()
-    head.update_teacher(settings.teacher_decay)
+    loss.total.sum().backward()
+    heads.update_teacher(settings.teacher_decay)
     optimizer.step()
     return sk.SmooSegLoss(*(value.detach() for value in loss))
 
 
-def make_optimizer(head: Head, lr: float, lr_prototypes: float) -> torch.optim.Adam:
+def make_optimizer(heads: Heads, lr: float, lr_prototypes: float) -> torch.optim.Adam:
     return torch.optim.Adam(
-        [{"params": list(head.projection.parameters()), "lr": lr}, {"params": [head.student], "lr": lr_prototypes}],
-        fused=head.student.device.type in ("cpu", "cuda"),
+        [{"params": list(heads.projection.parameters()), "lr": lr}, {"params": [heads.student], "lr": lr_prototypes}],
+        fused=heads.student.device.type in ("cpu", "cuda"),
+        capturable=heads.student.device.type == "cuda",
     )

@@ -12,7 +12,8 @@ from .command import parse, run
 from .config import TrainConfig, flag, preset, with_changes
 from .errors import UserError
 from .pictures import save
-from .trainer import CHECKPOINT, RunFolder, datasets_of, learn
+from .runfolder import CHECKPOINT, LADDER, RunFolder
+from .trainer import datasets_of, learn
 
 SAMPLES = 6
 
@@ -28,6 +29,9 @@ def main(args: Sequence[str]) -> None:
         images = str(out / "samples")
         for index in range(SAMPLES):
             save(Path(images) / Path(held_out.names[index]).name, held_out.image(index))
+    if config.granularity is not None and len(config.granularity) > 1:
+        other = ["python", "-m", "smooseg_fast.choose", "--run", str(out), "--granularity", f"{config.granularity[-1]:g}"]
+        print(f"choose     look at {out / LADDER}; {config.granularity[0]:g} predicts, and another would by: {shlex.join(other)}")
     words = [
         "python",
         "-m",

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from smooseg_fast.health import closeness, entropy, health, warning
 from smooseg_fast.kmeans import principal_directions, spherical_kmeans
-from smooseg_fast.model import Head, Projection
+from smooseg_fast.loop import Loop, _copies, _put_back
+from smooseg_fast.model import Head, Heads
 from smooseg_fast.objective import Schedule, Settings, make_optimizer, train_step
 
 CPU = torch.device("cpu")
@@ -49,16 +50,32 @@ def test_principal_directions_keep_inner_products_best():
     torch.testing.assert_close(lost, singular[3:].pow(4).sum().sqrt(), rtol=1e-3, atol=0)
 
 
-def test_projection_is_the_formula():
+@pytest.mark.parametrize("masks", [True, False])
+@pytest.mark.parametrize("image_by_image", [True, False])
+def test_projection_is_the_formula(masks, image_by_image, monkeypatch):
+    """In the form for a CPU and in that for a card, values and gradients, for each of three heads."""
     torch.manual_seed(0)
-    model = Projection(6, 4)
-    f, m1, m2 = torch.randn(2, 5, 6), torch.rand(2, 6), torch.rand(2, 6)
-    w = model.state_dict()
-    expected = (f * m1[:, None]) @ w["linear.weight"].T + w["linear.bias"]
-    hidden = (f * m2[:, None]) @ w["hidden.weight"].T + w["hidden.bias"]
-    expected = expected + (hidden * torch.sigmoid(hidden)) @ w["outer.weight"].T + w["outer.bias"]
-    torch.testing.assert_close(model(f, m1, m2), expected)
-    torch.testing.assert_close(model(f), model(f, torch.ones(2, 6), torch.ones(2, 6)))
+    single = [Head(6, 3, 4, seed).double() for seed in range(3)]
+    heads, features = Heads(single), torch.randn(2, 5, 6, dtype=torch.float64)
+    m1, m2 = (torch.rand(2, 2, 6, dtype=torch.float64) > 0.3).double() * 1.25 if masks else (None, None)
+    upstream = torch.randn(3, 2, 5, 4, dtype=torch.float64)
+    if not image_by_image:
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    got = heads.codes(features, m1, m2)
+    (got * upstream).sum().backward()
+    for h, head in enumerate(single):
+        p = head.projection
+        first, second = (features if m is None else features * m[:, None] for m in (m1, m2))
+        x = second @ p.hidden.weight.T + p.hidden.bias
+        expected = first @ p.linear.weight.T + p.linear.bias + (x * torch.sigmoid(x)) @ p.outer.weight.T + p.outer.bias
+        torch.testing.assert_close(got[h], expected)
+        (expected * upstream[h]).sum().backward()
+        gradients = {name: value.grad[h] for name, value in heads.projection.named_parameters()}
+        for name, value in p.named_parameters():
+            torch.testing.assert_close(gradients[name], value.grad)
+        torch.testing.assert_close(head.projection(features), heads.codes(features)[h])
+        with torch.no_grad():
+            torch.testing.assert_close(heads.codes(features, m1, m2)[h], expected)
 
 
 def test_starts():
@@ -73,7 +90,7 @@ def test_starts():
 
 
 def test_draws_depend_on_seed_and_step_alone():
-    schedule, settings = Schedule(23, 5, data_seed=1), Settings((0.1, 0.1), True, patches=4)
+    schedule, settings = Schedule(23, 5, data_seed=1), Settings(True, patches=4)
     order = [schedule.draws(step, 9, 6, settings, CPU) for step in range(8)]
     for step in (7, 2, 5):  # in any order, from a fresh schedule
         again = Schedule(23, 5, data_seed=1).draws(step, 9, 6, settings, CPU)
@@ -92,7 +109,7 @@ def test_draws_depend_on_seed_and_step_alone():
 
 
 def test_a_partner_that_is_oneself_takes_the_next():
-    partners = torch.stack([Schedule(8, 4, 0).draws(step, 4, 2, Settings((0.0, 0.0), True, dropout=0), CPU).partner for step in range(200)])
+    partners = torch.stack([Schedule(8, 4, 0).draws(step, 4, 2, Settings(True, dropout=0), CPU).partner for step in range(200)])
     assert (partners != torch.arange(4)).all()
     assert any(len(set(row.tolist())) < 4 for row in partners)  # so partners can repeat
 
@@ -100,19 +117,19 @@ def test_a_partner_that_is_oneself_takes_the_next():
 def test_the_step_in_its_order():
     """Losses with the teacher as it stands; the teacher follows the student from before the optimiser's step."""
     torch.manual_seed(0)
-    head = Head(6, 3, 4)
+    heads = Heads([Head(6, 3, 4, seed) for seed in range(2)])
     with torch.no_grad():
-        head.student.add_(0.1)
-    student, teacher = head.student.detach().clone(), head.teacher.clone()
-    optimizer = make_optimizer(head, 1e-4, 5e-4)
-    settings = Settings((0.1, 0.2), False, teacher_decay=0.9)
+        heads.student.add_(0.1)
+    student, teacher = heads.student.detach().clone(), heads.teacher.clone()
+    optimizer = make_optimizer(heads, 1e-4, 5e-4)
+    settings = Settings(False, teacher_decay=0.9)
     draws = Schedule(2, 2, 0).draws(0, 5, 6, settings, CPU)
     features = torch.randn(2, 5, 6)
-    loss = train_step(head, optimizer, features, draws, torch.tensor([0.1, 0.2]), settings)
-    torch.testing.assert_close(head.teacher, 0.9 * teacher + 0.1 * student)
-    assert 0 < (head.student.detach() - student).abs().max() <= 5.1e-4
+    loss = train_step(heads, optimizer, features, draws, torch.tensor([[0.1, 0.2]] * 2), settings)
+    torch.testing.assert_close(heads.teacher, 0.9 * teacher + 0.1 * student)
+    assert 0 < (heads.student.detach() - student).abs().max() <= 5.1e-4
     assert loss.total.requires_grad is False
-    torch.testing.assert_close(loss.total, loss.energy.sum() + loss.data)
+    torch.testing.assert_close(loss.total, loss.energy.sum(1) + loss.data)
 
 
 def test_health_by_hand():
@@ -124,7 +141,7 @@ def test_health_by_hand():
         head.teacher.copy_(torch.eye(2))
     a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
     images = torch.stack([torch.stack([a, a, a, a]), torch.stack([a, a, b, b])])
-    state = health(head, [images[:1], images[1:]])
+    (state,) = health(Heads([head]), [images[:1], images[1:]])
     assert state.shares == pytest.approx((0.75, 0.25))
     whole = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     assert state.perplexity == pytest.approx(math.exp(whole))
@@ -133,7 +150,9 @@ def test_health_by_hand():
     assert state.agreement == 1.0
     with torch.no_grad():
         head.student.copy_(torch.eye(2).flip(0))
-    assert health(head, [images]).agreement == 0.0
+    both = health(Heads([head, Head(2, 2, 2)]), [images])
+    assert both[0].agreement == 0.0
+    assert both[1].agreement == 1.0
     assert float(entropy(torch.tensor([1.0, 0.0]))) == 0.0
 
 
@@ -153,3 +172,78 @@ def test_closeness_and_its_warning():
     relative = closeness(f, (0.06, 0.06), relative=True)
     assert [c.force for c in relative] == pytest.approx([-0.06, -0.06])
     assert warning(*relative) is None
+
+
+def test_one_of_many_heads():
+    single = [Head(6, 3, 4, seed) for seed in range(3)]
+    for name, value in Heads(single)[1].state_dict().items():
+        assert torch.equal(value, single[1].state_dict()[name])
+    with pytest.raises(IndexError, match="head 3 of 3"):
+        Heads(single)[3]
+
+
+def make_loop(heads, features, thresholds, **settings):
+    sizes, schedule = features.shape[1:], Schedule(len(features), 4, data_seed=5)
+    return Loop(heads, features, sizes, schedule, thresholds, Settings(relative=True, **settings), 1e-3, 5e-3)
+
+
+@pytest.mark.parametrize("settings", [{}, {"patches": 5}, {"dropout": 0.0}], ids=str)
+def test_each_head_of_many_learns_as_it_would_alone(settings):
+    torch.manual_seed(0)
+    features = torch.randn(9, 12, 10) + torch.randn(9, 1, 10)
+    thresholds = torch.tensor([[0.1, 0.1], [-0.1, -0.1], [0.1, 0.1]])
+    seeds = (0, 0, 7)
+    together = make_loop(Heads([Head(10, 4, 8, seed) for seed in seeds]), features, thresholds, **settings)
+    alone = [make_loop(Heads([Head(10, 4, 8, seed)]), features, b[None], **settings) for seed, b in zip(seeds, thresholds)]
+    for step in range(12):
+        losses, single = together.step(step), [loop.step(step) for loop in alone]
+        torch.testing.assert_close(losses.total, torch.cat([loss.total for loss in single]), rtol=1e-4, atol=1e-5)
+    for h, loop in enumerate(alone):
+        for name, value in together.heads[h].state_dict().items():
+            torch.testing.assert_close(value, loop.heads[0].state_dict()[name], rtol=1e-3, atol=1e-4)
+    assert (together.heads.student[0] - together.heads.student[1]).abs().max() > 1e-3  # thresholds part them
+
+
+def test_a_head_that_broke_leaves_the_others_alone():
+    torch.manual_seed(0)
+    features = torch.randn(9, 12, 10)
+    heads = Heads([Head(10, 4, 8, 0), Head(10, 4, 8, 0)])
+    with torch.no_grad():
+        heads.projection.linear.weight[1] = float("nan")
+    loop, whole = (
+        make_loop(heads, features, torch.full((2, 2), 0.1)),
+        make_loop(Heads([Head(10, 4, 8, 0)]), features, torch.full((1, 2), 0.1)),
+    )
+    for step in range(5):
+        losses, alone = loop.step(step), whole.step(step)
+    assert losses.total[1].isnan()
+    torch.testing.assert_close(losses.total[:1], alone.total, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_warm_up_changes_is_put_back():
+    torch.manual_seed(0)
+    features = torch.randn(9, 12, 10)
+    loop = make_loop(Heads([Head(10, 4, 8, 0)]), features, torch.full((1, 2), 0.1))
+    fresh = make_loop(Heads([Head(10, 4, 8, 0)]), features, torch.full((1, 2), 0.1))
+    before = _copies(loop.heads.state_dict()), _copies(loop.optimizer.state)
+    for step in range(3):
+        loop.step(step)
+    _put_back(loop.heads.state_dict(), before[0])
+    _put_back(loop.optimizer.state, before[1])
+    for step in range(3):
+        assert torch.equal(loop.step(step).total, fresh.step(step).total)
+
+
+def test_a_step_that_cannot_be_captured_runs_as_it_is(monkeypatch):
+    torch.manual_seed(0)
+    features = torch.randn(9, 12, 10)
+    loop, plain = (make_loop(Heads([Head(10, 4, 8, 0)]), features, torch.full((1, 2), 0.1)) for _ in range(2))
+    loop.capture = True
+
+    def refuse(*_):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(loop, "_record", refuse)
+    for step in range(3):
+        assert torch.equal(loop.step(step).total, plain.step(step).total)
+    assert loop.not_captured == "operation not permitted when stream is capturing"

@@ -1,7 +1,9 @@
 """Whole runs on small images: what is written, resumed, refused and said."""
 
+import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,24 +12,36 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 from textures import draw
 
 import smooseg_fast
-from smooseg_fast import train, trainer
-from smooseg_fast.checkpoint import read_checkpoint
+from smooseg_fast import choose, loop, summary, train
+from smooseg_fast.checkpoint import read_checkpoint, read_training_state
 from smooseg_fast.command import run
 from smooseg_fast.datasets import ImageFolder
 from smooseg_fast.errors import UserError
 from smooseg_fast.images import ImageError
 
-EVERYTHING = {"checkpoint.safetensors", "metrics.jsonl", "run.json", "report.json", "groups.png", "curves.png"}
+EVERYTHING = {"checkpoint.safetensors", "training.safetensors", "heads", "metrics.jsonl", "run.json", "report.json"}
+EVERYTHING |= {"groups.png", "curves.png", "ladder.png"}
+FIRST = "granularity_0.06_seed_0"  # of the heads that are learnt when nothing is said
 SMALL = ["--size", "64", "--eval-size", "64", "--steps", "6", "--batch-size", "4", "--log-every", "2", "--checkpoint-every", "3"]
 
 
 def call(*args):
     return run(train.main, [str(a) for a in args])
+
+
+def metrics(out, head=FIRST):
+    """The records of one head."""
+    return [record for record in map(json.loads, open(f"{out}/metrics.jsonl")) if record["head"] == head]
+
+
+def files(out):
+    return {path.relative_to(out).as_posix(): path.read_bytes() for path in Path(out).rglob("*") if path.is_file()}
 
 
 def test_a_folder_without_labels(folder, capsys):
@@ -39,7 +53,7 @@ def test_a_folder_without_labels(folder, capsys):
     assert out.strip().splitlines()[-1] == (
         f"next       python -m smooseg_fast.predict --checkpoint out/checkpoint.safetensors --images {folder} --out out/predictions"
     )
-    records = [json.loads(line) for line in open("out/metrics.jsonl")]
+    records = metrics("out")
     assert [r["step"] for r in records] == [2, 4, 6]
     for key in ("total", "energy_within", "energy_across", "data", "perplexity", "labels_per_image", "image_information", "agreement"):
         assert np.isfinite(records[-1][key])
@@ -55,12 +69,12 @@ def test_a_folder_without_labels(folder, capsys):
 def test_labels_give_figures_beside_kmeans(labelled, capsys):
     assert call("--data", labelled, "--out", "out", *SMALL) == 0
     out = capsys.readouterr().out
-    assert "k-means   accuracy" in out
+    assert re.search(r"k-means +accuracy [\d.]+ %  mIoU [\d.]+ %  \(same features\)", out)
     assert "held out (3 images)" in out
     scores = json.load(open("out/report.json"))["scores"]
     assert {c["name"] for c in scores["hungarian"]["classes"]} == {"wall", "fence"}
     assert scores["hungarian"]["pixels"] == 3 * 64 * 64 - 3 * 64 * round(64 * 2 / 72)
-    records = [json.loads(line) for line in open("out/metrics.jsonl")]
+    records = metrics("out")
     assert [("miou" in r) for r in records] == [False, False, True]
 
 
@@ -92,7 +106,7 @@ def test_two_textures_are_told_apart(tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_and_resumed_equals_undisturbed(folder, capsys, monkeypatch, number):
     assert call("--data", folder, "--out", "whole", *SMALL) == 0
-    step = trainer.train_step
+    step = loop.train_step
     calls = []
 
     def interrupted(*args):
@@ -101,18 +115,20 @@ def test_interrupted_and_resumed_equals_undisturbed(folder, capsys, monkeypatch,
             signal.raise_signal(number)
         return step(*args)
 
-    monkeypatch.setattr(trainer, "train_step", interrupted)
+    monkeypatch.setattr(loop, "train_step", interrupted)
     assert call("--data", folder, "--out", "cut", *SMALL) == 128 + number
     assert "step 4 of 6 is saved in cut: the same command resumes there" in capsys.readouterr().out
-    assert read_checkpoint("cut/checkpoint.safetensors").step == 4
+    assert read_training_state("cut/training.safetensors").step == 4
     assert call("--data", folder, "--out", "cut", *SMALL) == 0
     assert "resume     from step 4" in capsys.readouterr().out
     assert len(calls) == 6
     whole, cut = (read_checkpoint(f"{name}/checkpoint.safetensors") for name in ("whole", "cut"))
     for name, value in whole.head.state_dict().items():
         assert torch.equal(value, cut.head.state_dict()[name]), name
-    for name, value in whole.optimizer.items():
-        assert torch.equal(value, cut.optimizer[name]), name
+    whole, cut = (safetensors.torch.load_file(f"{name}/training.safetensors") for name in ("whole", "cut"))
+    assert whole.keys() == cut.keys()
+    for name, value in whole.items():
+        assert torch.equal(value, cut[name]), name
     assert open("whole/metrics.jsonl").read() == open("cut/metrics.jsonl").read()
     # once more on a finished run: nothing is trained, nothing is lost
     before = open("cut/checkpoint.safetensors", "rb").read()
@@ -126,7 +142,7 @@ def test_the_same_seed_follows_the_same_losses(folder):
     losses = {}
     for impl in ("dense", "torch"):
         assert call("--data", folder, "--out", impl, "--impl", impl, *SMALL, "--steps", "50", "--log-every", "1") == 0
-        losses[impl] = np.array([json.loads(line)["total"] for line in open(f"{impl}/metrics.jsonl")])
+        losses[impl] = np.array([record["total"] for record in metrics(impl)])
     assert len(losses["torch"]) == 50
     np.testing.assert_allclose(losses["torch"], losses["dense"], rtol=0, atol=1e-5)
 
@@ -137,7 +153,7 @@ def test_triton_follows_the_losses_of_torch(folder):
     for impl in ("torch", "triton"):  # the kernels in their interpreter, on a small grid
         args = ["--data", folder, "--out", impl, "--impl", impl, *SMALL, "--size", "32", "--log-every", "1"]
         assert call(*args) == 0
-        losses[impl] = np.array([json.loads(line)["total"] for line in open(f"{impl}/metrics.jsonl")])
+        losses[impl] = np.array([record["total"] for record in metrics(impl)])
         assert read_checkpoint(f"{impl}/checkpoint.safetensors").config.impl == impl
     np.testing.assert_allclose(losses["triton"], losses["torch"], rtol=0, atol=2e-5)
 
@@ -200,7 +216,7 @@ def test_pictures_are_of_held_out_images_that_could_be_read(labelled, monkeypatc
     Image.fromarray(draw(9)[0]).save(images["train"] / "5.png")
     (images["train"] / "6.png").write_bytes(b"junk")
     shown = []
-    monkeypatch.setattr(trainer, "groups_sheet", lambda images, *_: shown.extend(images) or Image.new("RGB", (9, 9)))
+    monkeypatch.setattr(summary, "groups_sheet", lambda images, *_: shown.extend(images) or Image.new("RGB", (9, 9)))
     assert call("--data", labelled, "--out", "out", *SMALL) == 0
     assert [name for name, *_ in shown] == ["5.png", "6.png", "7.png"]
     assert (shown[0][1] == draw(5)[0]).all()
@@ -212,7 +228,7 @@ def test_pictures_that_could_not_be_used_take_no_place_from_others(folder, monke
         Image.fromarray(draw(number)[0]).save(folder / f"{number}.png")
         (folder / f"broken {number}.png").write_bytes(b"junk")
     shown = []
-    monkeypatch.setattr(trainer, "groups_sheet", lambda images, *_: shown.extend(images) or Image.new("RGB", (9, 9)))
+    monkeypatch.setattr(summary, "groups_sheet", lambda images, *_: shown.extend(images) or Image.new("RGB", (9, 9)))
     assert call("--data", folder, "--out", "out", *SMALL) == 0
     assert len(shown) == 8
 
@@ -228,18 +244,18 @@ def test_an_image_that_went_since_is_left_out_of_the_picture(folder, monkeypatch
         return image(self, index)
 
     monkeypatch.setattr(ImageFolder, "image", gone)
-    monkeypatch.setattr(trainer, "groups_sheet", lambda images, *_: shown.extend(images) or Image.new("RGB", (9, 9)))
+    monkeypatch.setattr(summary, "groups_sheet", lambda images, *_: shown.extend(images) or Image.new("RGB", (9, 9)))
     assert call("--data", folder, "--out", "out", *SMALL, "--prototypes", "3") == 0
     assert sorted(name for name, *_ in shown) == ["0.png", "4.png", "sub/1.png", "sub/3.png", "sub/5.png"]
 
 
-@pytest.mark.parametrize("name", ["groups_picture", "curves_picture"])
+@pytest.mark.parametrize("name", ["groups_picture", "curves_picture", "ladder_picture"])
 def test_a_picture_that_fails_does_not_lose_the_run(folder, monkeypatch, capsys, name):
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Run, name, lambda *_: 1 / 0)
+        patch.setattr(summary.Summary, name, lambda *_: 1 / 0)
         assert call("--data", folder, "--out", "out", *SMALL) == 0
     out = capsys.readouterr().out
-    file = {"groups_picture": "groups.png", "curves_picture": "curves.png"}[name]
+    file = name.replace("_picture", ".png")
     assert f"warning    {file} could not be drawn (ZeroDivisionError: division by zero); the same command tries again" in out
     assert out.strip().splitlines()[-1].startswith("next ")
     assert {p.name for p in Path("out").iterdir()} == EVERYTHING - {file}
@@ -247,7 +263,7 @@ def test_a_picture_that_fails_does_not_lose_the_run(folder, monkeypatch, capsys,
     assert {p.name for p in Path("out").iterdir()} == EVERYTHING
 
 
-@pytest.mark.parametrize("file", ["groups.png", "curves.png", "report.json"])
+@pytest.mark.parametrize("file", ["groups.png", "curves.png", "ladder.png", "report.json"])
 def test_a_stop_among_the_last_files_leaves_an_unfinished_run(folder, monkeypatch, capsys, file):
     """Whatever is written last is not there yet: the same command ends the run, and then there is nothing more to do."""
 
@@ -273,14 +289,13 @@ def test_a_stop_among_the_last_files_leaves_an_unfinished_run(folder, monkeypatc
         assert torch.equal(value, learnt[name])
 
 
-@pytest.mark.parametrize("file", ["groups.png", "curves.png", "report.json"])
+@pytest.mark.parametrize("file", ["groups.png", "curves.png", "ladder.png", "report.json", "checkpoint.safetensors"])
 def test_a_file_that_was_taken_away_is_made_again(folder, file):
     assert call("--data", folder, "--out", "out", *SMALL) == 0
-    before = {p.name: p.read_bytes() for p in Path("out").iterdir()}
-    assert set(before) == EVERYTHING
+    before = files("out")
     Path("out", file).unlink()
     assert call("--data", folder, "--out", "out", *SMALL) == 0
-    assert {p.name: p.read_bytes() for p in Path("out").iterdir()} == before
+    assert files("out") == before
 
 
 def test_published_thresholds_warn_of_opposite_forces(folder, capsys):
@@ -288,7 +303,7 @@ def test_published_thresholds_warn_of_opposite_forces(folder, capsys):
     assert call(*args) == 0
     assert "net forces differ in sign" in capsys.readouterr().out
     config = read_checkpoint("out/checkpoint.safetensors").config
-    assert (config.granularity, config.thresholds, config.init) == (None, (-0.9, 0.99), "random")
+    assert (config.granularity, config.variants()[0].thresholds, config.init) == (None, (-0.9, 0.99), "random")
 
 
 BAD = [
@@ -302,6 +317,9 @@ BAD = [
     (["--backbone", "resnet"], "--backbone resnet: unknown"),
     (["--backbone", "nobody/nothing"], "--backbone nobody/nothing"),
     (["--impl", "cuda"], "--impl: 'cuda' is not known"),
+    (["--granularity", "0.1", "0.1"], "--granularity: give one or more different numbers"),
+    (["--granularity", "nan"], "must be finite"),
+    (["--heads", "0"], "--heads: must be at least 1"),
     (["--granularity", "0.1", "--threshold-within", "0.1", "--threshold-across", "0.2"], "--granularity: takes the place"),
     (["--threshold-within", "0.1"], "--threshold-across: missing"),
     (["--device", "cuda:99"], "--device cuda:99"),
@@ -349,10 +367,10 @@ def test_bad_data_is_one_line_and_exit_code_2(labelled, capsys):
 
 def test_an_output_folder_of_another_run(folder, capsys):
     assert call("--data", folder, "--out", "out", *SMALL) == 0
-    before = {p.name: p.read_bytes() for p in (folder.parent / "out").iterdir()}
+    before = files("out")
     assert call("--data", folder, "--out", "out", *SMALL, "--seed", "3") == 2
     assert "--out out: holds another run (seed is 0 there and 3 here)" in capsys.readouterr().err
-    assert before == {p.name: p.read_bytes() for p in (folder.parent / "out").iterdir()}
+    assert before == files("out")
 
 
 def test_images_smaller_than_a_patch(tmp_path, monkeypatch, capsys):
@@ -378,3 +396,62 @@ def test_fit_from_arrays_writes_nothing(tmp_path, monkeypatch):
         smooseg_fast.fit([draw(0)[0], np.zeros((3, 3))])
     with pytest.raises(UserError, match="granularty: is not a setting"):
         smooseg_fast.fit([draw(0)[0]], granularty=1)
+
+
+def test_a_ladder_with_seeds(labelled, capsys):
+    """Every head is saved as the run that learns it alone would have saved it."""
+    ladder = ["--data", labelled, *SMALL, "--granularity", "0.1", "-0.05", "--heads", "2"]
+    assert call(*ladder, "--out", "out") == 0
+    out = capsys.readouterr().out
+    names = [f"granularity_{g}_seed_{seed}" for g in ("0.1", "-0.05") for seed in (0, 1)]
+    assert sorted(path.stem for path in Path("out/heads").iterdir()) == sorted(names)
+    assert "4 heads at once" in out
+    assert "granularity 0.1, seed 0 (default): " in out
+    assert re.search(r"granularity -0.05 +accuracy [\d.]+ ± [\d.]+ %  mIoU [\d.]+ ± [\d.]+ %  \(2 seeds\)", out)
+    report = json.load(open("out/report.json"))
+    assert (report["default"], sorted(report["heads"])) == (names[0], sorted(names))
+    assert report["health"] == report["heads"][names[0]]["health"]
+    assert Image.open("out/ladder.png").size[0] > 200
+    assert call("--data", labelled, "--out", "one", *SMALL, "--granularity", "-0.05", "--seed", "1") == 0
+    alone, of_many = read_checkpoint("one/checkpoint.safetensors"), read_checkpoint(f"out/heads/{names[3]}.safetensors")
+    for name, value in alone.head.state_dict().items():
+        torch.testing.assert_close(value, of_many.head.state_dict()[name], rtol=1e-4, atol=1e-5)
+    assert dataclasses.replace(alone.config, out=None) == dataclasses.replace(of_many.config, out=None)
+    assert set(alone.report) == set(of_many.report)
+    assert not Path("one/heads").exists()
+
+
+def test_choose_makes_another_head_the_default(folder, capsys):
+    assert call("--data", folder, "--out", "out", *SMALL, "--granularity", "0.1", "-0.05", "--prototypes", "4") == 0
+    assert "python -m smooseg_fast.choose --run out --granularity -0.05" in capsys.readouterr().out
+    assert run(choose.main, ["--run", "out", "--granularity", "-0.05"]) == 0
+    assert (
+        capsys.readouterr().out.strip().splitlines()[-1].startswith("next       python -m smooseg_fast.predict --checkpoint out/checkpoint")
+    )
+    assert read_checkpoint("out/checkpoint.safetensors").config.granularity == (-0.05,)
+    for args, message in (
+        (["--run", "out"], "--granularity or --seed: missing; the heads are granularity_-0.05_seed_0, granularity_0.1_seed_0"),
+        (["--run", "out", "--granularity", "7"], "--granularity 7 with seed 0: no such head"),
+        (["--run", "nowhere", "--seed", "1"], "--run nowhere: holds no finished run"),
+    ):
+        assert run(choose.main, args) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_heads_whose_losses_are_no_numbers_are_named_and_left_out(folder, capsys, monkeypatch):
+    step = loop.train_step
+
+    def breaking(heads, *args):
+        with torch.no_grad():
+            heads.student[0] = float("nan")
+        return step(heads, *args)
+
+    monkeypatch.setattr(loop, "train_step", breaking)
+    assert call("--data", folder, "--out", "out", *SMALL, "--granularity", "0.1", "0.2", "--prototypes", "3") == 0
+    out = capsys.readouterr().out
+    assert "warning    step 2: the losses of granularity 0.1, seed 0 are no numbers any more" in out
+    report = json.load(open("out/report.json"))
+    assert (report["default"], report["broken"]) == ("granularity_0.2_seed_0", ["granularity_0.1_seed_0"])
+    assert read_checkpoint("out/checkpoint.safetensors").config.granularity == (0.2,)
+    assert call("--data", folder, "--out", "none", *SMALL, "--granularity", "0.1", "--prototypes", "3") == 2
+    assert "at step 2 the losses of every head are no numbers any more" in capsys.readouterr().err

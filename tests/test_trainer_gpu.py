@@ -7,6 +7,9 @@ from textures import draw
 
 import smooseg_fast
 import smooseg_kernels as sk
+from smooseg_fast.loop import Loop
+from smooseg_fast.model import Head, Heads
+from smooseg_fast.objective import Schedule, Settings
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")]
 
@@ -34,6 +37,26 @@ def test_a_checkpoint_moves_between_devices(images, tmp_path):
     on_cpu = smooseg_fast.Segmenter.load(path, device="cpu")
     image = draw(9)[0]
     assert (segmenter.predict(image) != on_cpu.predict(image)).mean() < 0.01
+
+
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("patches", [None, 50])
+def test_a_captured_step_is_the_step(resident, patches):
+    """Replayed from a graph or not: the same heads; the steps that warm up leave no trace."""
+    torch.manual_seed(0)
+    features = (torch.randn(24, 97, 64) + torch.randn(24, 1, 64)).half()
+    thresholds = torch.tensor([[0.06, 0.06], [-0.05, -0.05]])
+    source = features.cuda() if resident else lambda rows: features[rows].float()
+    loops = []
+    for capture in (True, False):
+        heads = Heads([Head(64, 7, 16, seed) for seed in (0, 1)]).cuda()
+        settings = Settings(relative=True, patches=patches)
+        loop = Loop(heads, source, (97, 64), Schedule(24, 8, 3), thresholds, settings, 1e-3, 5e-3, capture)
+        losses = torch.stack([loop.step(step).total.clone() for step in range(20)])
+        loops.append((losses, heads.state_dict()))
+    torch.testing.assert_close(loops[0][0], loops[1][0], rtol=1e-5, atol=1e-6)
+    for name, value in loops[0][1].items():
+        torch.testing.assert_close(value, loops[1][1][name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -38,7 +38,7 @@ def moments(features, labels, channel_scale, patch_weight, feature_norms) -> Mom
     if feature_norms is not None:
         inverse = invert_norms(feature_norms)
     elif channel_scale is not None:
-        inverse = inverse_norms(f * channel_scale[:, None, :])[..., 0]
+        inverse = invert_norms(scaled_norms(f, channel_scale))
     else:
         inverse = inverse_norms(f)[..., 0]
     if patch_weight is None:
@@ -54,6 +54,13 @@ def moments(features, labels, channel_scale, patch_weight, feature_norms) -> Mom
     if channel_scale is not None:
         sums = sums * channel_scale[:, None, :]
     return Moments(sums[:, :-1].unflatten(1, (H, K)).transpose(0, 1), sums[:, -1], s, present)
+
+
+def scaled_norms(f: Tensor, channel_scale: Tensor) -> Tensor:
+    """[B,P,D], [B,D] -> [B,P]. On a CPU image by image: the scaled features of one stay in the cache, those of all would not."""
+    if f.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.linalg.vector_norm(f * channel_scale[:, None, :], dim=-1)
+    return torch.stack([torch.linalg.vector_norm(image * scale, dim=-1) for image, scale in zip(f, channel_scale)])
 
 
 def smoothness(features, probs, partners, thresholds, relative, center, channel_scale, patch_weight, feature_norms, mean):

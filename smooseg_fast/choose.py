@@ -1,0 +1,68 @@
+"""`python -m smooseg_fast.choose`: which head of a run predicts."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .checkpoint import Checkpoint, read_checkpoint
+from .command import parse, run
+from .errors import UserError
+from .files import write_atomic
+from .runfolder import CHECKPOINT, HEADS, REPORT
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChooseConfig:
+    """Make another head of a run the one that predict and evaluate use: its checkpoint.safetensors."""
+
+    run: str
+    """The folder of a finished run with several heads."""
+    granularity: float | None = None
+    """Of the head [that of the head in use]."""
+    seed: int | None = None
+    """Of the head [that of the head in use]."""
+
+
+def main(args: Sequence[str]) -> None:
+    config = parse(ChooseConfig, args, prog="python -m smooseg_fast.choose")
+    out = Path(config.run).expanduser()
+    if not (out / REPORT).is_file():
+        raise UserError(f"--run {out}: holds no finished run; give the --out folder of training")
+    files = sorted((out / HEADS).glob("*.safetensors"))
+    if not files:
+        raise UserError(f"--run {out}: has one head only; train with several values of --granularity or with --heads to have a choice")
+    if config.granularity is None and config.seed is None:
+        raise UserError(f"--granularity or --seed: missing; the heads are {', '.join(file.stem for file in files)}")
+    now = read_checkpoint(out / CHECKPOINT)
+    granularity = granularity_of(now) if config.granularity is None else config.granularity
+    seed = now.config.seed if config.seed is None else config.seed
+    for file in files:
+        found = read_checkpoint(file)
+        if (granularity_of(found), found.config.seed) == (granularity, seed):
+            break
+    else:
+        raise UserError(
+            f"--granularity {granularity:g} with seed {seed}: no such head; there are {', '.join(file.stem for file in files)}"
+            if granularity is not None
+            else f"--seed {seed}: no such head; there are {', '.join(file.stem for file in files)}"
+        )
+    write_atomic(out / CHECKPOINT, file.read_bytes())
+    print(f"{out / CHECKPOINT} is now {file.stem}; the others stay in {out / HEADS}")
+    images = found.config.data or str(out / "samples")
+    words = ["python", "-m", "smooseg_fast.predict", "--checkpoint", str(out / CHECKPOINT), "--images", images]
+    words += ["--out", str(out / f"predictions_{file.stem}")]
+    if ":" in found.backbone_name:
+        words += ["--backbone", found.backbone_name]
+    print("next       " + shlex.join(words))
+
+
+def granularity_of(checkpoint: Checkpoint) -> float | None:
+    return None if checkpoint.config.granularity is None else checkpoint.config.granularity[0]
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -13,6 +13,7 @@ from typing import TypeVar
 import tyro
 
 from .errors import UserError
+from .processes import PATIENCE, joined
 from .segmenter import Segmenter
 from .signals import Interrupted
 
@@ -50,16 +51,37 @@ def load_segmenter(checkpoint: str, backbone: str | None, device: str) -> Segmen
     return segmenter
 
 
-def run(main: Callable[[Sequence[str]], None], args: Sequence[str] | None = None) -> int:
-    """The body of every `python -m smooseg_fast.X`: -> the exit code."""
-    try:
-        main(sys.argv[1:] if args is None else args)
-    except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except Interrupted as stop:  # whoever raised it has said what is kept
-        return 128 + stop.number
-    except KeyboardInterrupt:
-        print("interrupted; what was finished is kept: the same command goes on from it", file=sys.stderr)
-        return 128 + signal.SIGINT
+def run(main: Callable[..., None], args: Sequence[str] | None = None, *, together: bool = False) -> int:
+    """The body of every `python -m smooseg_fast.X`: -> the exit code.
+
+    together: `main` takes the processes as its second argument; else torchrun is refused.
+    """
+    args = sys.argv[1:] if args is None else args
+    with joined() as processes:
+        try:
+            with processes.first_heard():
+                if together:
+                    main(args, processes)
+                elif processes.size > 1:
+                    raise UserError(f"torchrun: this command runs in one process, not {processes.size}; start it with python -m")
+                else:
+                    main(args)
+                processes.wait()  # the first may still be writing
+        except UserError as error:
+            if processes.last_word():
+                start = "" if processes.first else "\n"  # where the first process may have left a progress bar
+                print(start + "error: " + " ".join(str(error).split()), file=sys.stderr)
+            return 2
+        except Interrupted as stop:  # the first process, if it lives, has said what is kept
+            if processes.last_word(0 if processes.first else PATIENCE) and not processes.first:
+                say_interrupted()
+            return 128 + stop.number
+        except KeyboardInterrupt:
+            if processes.last_word():
+                say_interrupted()
+            return 128 + signal.SIGINT
     return 0
+
+
+def say_interrupted() -> None:
+    print("interrupted; what was finished is kept: the same command goes on from it", file=sys.stderr)

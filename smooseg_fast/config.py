@@ -81,7 +81,7 @@ class TrainConfig:
     steps: int = 200
     """Optimiser steps."""
     batch_size: int = 16
-    """Squares a step, at least 2; fewer if there are not as many."""
+    """Squares a step, at least 2; fewer if there are not as many. Several processes (torchrun) share them."""
     patches: int | None = None
     """Random patches of each square a step; all by default. 196 learn as well at a quarter of the cost."""
     lr: float = 1e-4

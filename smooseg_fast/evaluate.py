@@ -18,6 +18,8 @@ from .errors import UserError
 from .extract import open_or_extract
 from .files import write_json
 from .metrics import hungarian, majority, percent, table
+from .processes import ALONE, Processes
+from .segmenter import pick_device
 from .trainer import demo_datasets
 
 
@@ -43,18 +45,21 @@ class EvaluateConfig:
     """Folder of the feature cache [~/.cache/smooseg_fast]."""
 
 
-def main(args: Sequence[str]) -> None:
+def main(args: Sequence[str], processes: Processes = ALONE) -> None:
     config = parse(EvaluateConfig, args, prog="python -m smooseg_fast.evaluate")
-    segmenter = load_segmenter(config.checkpoint, config.backbone, config.device)
+    segmenter = load_segmenter(config.checkpoint, config.backbone, processes.device(pick_device(config.device)))
     dataset = labelled_images(config.data, segmenter.checkpoint)
     names = dataset.class_names
     size = segmenter.config.eval_size if config.eval_size is None else config.eval_size
     options = dict(size=size, crops="center", resample=segmenter.config.resample, cache=config.cache, argument="--eval-size")
+    options |= dict(processes=processes)
     store = open_or_extract(dataset, segmenter.backbone, **options)
     mirrored = open_or_extract(dataset, segmenter.backbone, mirror=True, **options) if config.mirror else None
     labels = evaluation.label_squares(dataset, store, size)
     codes = evaluation.head_codes(segmenter.head, store, mirrored)
-    counts = evaluation.confusion_of(codes, len(store), segmenter.head.teacher, store.grid, labels, len(names))
+    counts = evaluation.confusion_of(codes, len(store), segmenter.head.teacher, store.grid, labels, len(names), processes)
+    if not processes.first:
+        return
 
     matched = {"hungarian": hungarian(counts), "majority": majority(counts)}
     out = Path(config.out) if config.out else Path(config.checkpoint).parent / "evaluation"
@@ -97,4 +102,4 @@ def labelled_images(data: str | None, checkpoint: Checkpoint) -> Dataset:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run(main, together=True))

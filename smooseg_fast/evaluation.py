@@ -14,6 +14,7 @@ from .datasets import Dataset
 from .errors import UserError
 from .images import square_crops
 from .model import Head
+from .processes import ALONE, Processes
 from .segmenter import project
 from .store import FeatureStore
 
@@ -38,15 +39,26 @@ def label_squares(dataset: Dataset, store: FeatureStore, size: int) -> np.ndarra
     return labels
 
 
-def confusion_of(codes: Callable[[Tensor], Tensor], rows: int, prototypes: Tensor, grid, labels: np.ndarray, classes: int) -> np.ndarray:
-    """int64 [K,classes] over all labelled pixels. `codes` gives [n,P,Z] of the rows numbered by an int64 [n]."""
+def confusion_of(
+    codes: Callable[[Tensor], Tensor],
+    rows: int,
+    prototypes: Tensor,
+    grid: tuple[int, int],
+    labels: np.ndarray,
+    classes: int,
+    processes: Processes = ALONE,
+) -> np.ndarray:
+    """int64 [K,classes] over all labelled pixels. `codes` gives [n,P,Z] of the rows numbered by an int64 [n].
+
+    Several processes count every so many batches each, and all get the sum, which is that of one process to the last pixel.
+    """
     counts = torch.zeros(len(prototypes), classes, dtype=torch.int64)
-    for start in range(0, rows, BATCH):
+    for start in range(processes.rank * BATCH, rows, processes.size * BATCH):
         index = torch.arange(start, min(start + BATCH, rows))
         truth = torch.from_numpy(labels[start : start + BATCH]).to(prototypes.device)
         _, part = sk.assign(codes(index), prototypes, grid=grid, size=truth.shape[1:], labels=truth, classes=classes)
         counts += part.cpu()
-    return counts.numpy()
+    return processes.sum(counts).numpy()
 
 
 def head_codes(head: Head, store: FeatureStore, mirrored: FeatureStore | None = None) -> Callable[[Tensor], Tensor]:

@@ -1,13 +1,21 @@
-"""A dataset through a frozen backbone into a feature store, decoding images in threads while the backbone runs."""
+"""A dataset through a frozen backbone into a feature store, decoding images in threads while the backbone runs.
+
+Several processes make one store together, the same to the byte as one makes alone. Where a shard starts depends on every image before it,
+on its shape and on whether it can be read, so shards cannot be shared out ahead. Decoding and batches are: each process decodes a part
+of the images and hands the squares to all, so that all form the same batches; each takes one batch of every round through the backbone;
+the first process collects the features of a shard and writes it.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
+import signal
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -25,6 +33,7 @@ from .datasets import Dataset
 from .errors import UserError
 from .files import write_json
 from .images import Crops, ImageError, Resample, require_patch, resize_short_side, square_crops, square_offsets
+from .processes import ALONE, Processes
 from .signals import Interrupted
 from .store import Contents, FeatureStore, Shard, read_shard, shard_path, write_shard
 
@@ -44,6 +53,7 @@ def open_or_extract(
     mirror: bool = False,
     progress: bool = True,
     argument: str = "--size",
+    processes: Processes = ALONE,
 ) -> FeatureStore:
     """The features of every square of every image: taken from `cache` as far as they are there, else made by `backbone` and kept.
 
@@ -53,27 +63,32 @@ def open_or_extract(
 
     Interrupted by Ctrl-C (which is said, and raised as Interrupted) or otherwise, the shards written so far are whole, and the next
     call goes on behind them; damaged shards are made again. Images that cannot be used are named on stderr and skipped. Memory: a few
-    times a shard, whatever the images.
+    times a shard, whatever the images. Of several `processes`, which see one file system, all call it and get the same store.
 
     Raises UserError for wrong settings (naming `argument` where it is the size), when no image can be used, when the cache cannot be
     written, and when the backbone gives nan, infinity or another shape than it promised.
     """
-    job = _Job(dataset, backbone, size, crops, resample, batch_size, mirror, argument)
+    job = _Job(dataset, backbone, size, crops, resample, batch_size, mirror, argument, processes)
     folder = (Path(cache).expanduser() if cache is not None else default_cache()) / job.key()
     shards, position, fresh = [], (0, 0), None
     try:
         while position[0] < len(dataset):
             path = shard_path(folder, len(shards))
-            shard = read_shard(path)
-            if shard is not None and job.owns(shard, position):
+            shard = job.stored(path, position)
+            if processes.decide(shard is not None):
                 if fresh is not None:  # a damaged shard was made again, and the one behind it is sound
                     fresh.close()
                     fresh = None
             else:
                 if fresh is None:
-                    write_json(folder / "meta.json", job.describe())
+                    if processes.first:
+                        write_json(folder / "meta.json", job.describe())
                     fresh = _extract(job, position, progress)
-                shard = _keep(path, *next(fresh))
+                _keep(path, *next(fresh), processes)
+                shard = None
+            shard = shard or job.stored(path, position)
+            if shard is None:
+                raise UserError(f"{path}: cannot be read just after it was written; check the disk or choose another cache folder")
             shards.append(shard)
             position = shard.contents.end
     except KeyboardInterrupt as stop:
@@ -82,7 +97,7 @@ def open_or_extract(
             _say(f"interrupted; {kept}: the same command goes on there")
         else:
             _say("interrupted; no shard was finished yet: the same command goes on from the start")
-        raise Interrupted from stop
+        raise Interrupted(getattr(stop, "number", signal.SIGINT)) from stop
     finally:
         if fresh is not None:
             fresh.close()
@@ -98,15 +113,13 @@ def default_cache() -> Path:
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "smooseg_fast"
 
 
-def _keep(path: Path, contents: Contents, features: Tensor) -> Shard:
+def _keep(path: Path, contents: Contents, features: Tensor | None, processes: Processes) -> None:
     if contents.start == (0, 0) and not contents.names:  # not written: next time the files may be readable
         (name, reason), count = contents.skipped[0], len(contents.skipped)
         raise UserError(f"--data: none of the {count} images can be used (first: {name}: {reason}); give images that open")
-    write_shard(path, contents, features)
-    shard = read_shard(path)
-    if shard is None:
-        raise UserError(f"{path}: cannot be read just after it was written; check the disk or choose another cache folder")
-    return shard
+    if processes.first:
+        write_shard(path, contents, features)
+    processes.wait()
 
 
 @dataclass(frozen=True)
@@ -124,6 +137,9 @@ class _Skip:
     after: tuple[int, int]
 
 
+_Decoded = tuple[int, "list[tuple[tuple[int, int], np.ndarray]] | ImageError"]  # an image's number and its squares with their places
+
+
 @dataclass(frozen=True)
 class _Job:
     """The settings of one extraction, checked, and what follows from them."""
@@ -136,6 +152,7 @@ class _Job:
     batch_size: int
     mirror: bool
     argument: str
+    processes: Processes
 
     def __post_init__(self) -> None:
         patch = self.backbone.patch
@@ -163,9 +180,12 @@ class _Job:
         parts = [store.FORMAT, self.dataset.fingerprint(), self.backbone.digest, self.size, self.crops, self.resample, self.mirror]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
-    def owns(self, shard: Shard, position: tuple[int, int]) -> bool:
-        """Whether `shard` is the one that this job would make at `position`."""
-        return (shard.contents.start, shard.contents.grid, shard.features.shape[2]) == (position, self.grid, self.backbone.dim)
+    def stored(self, path: Path, position: tuple[int, int]) -> Shard | None:
+        """The shard at `path`, where it is whole and the one that this job would make at `position`."""
+        shard = read_shard(path)
+        wanted = position, self.grid, self.backbone.dim
+        owned = shard is not None and (shard.contents.start, shard.contents.grid, shard.features.shape[2]) == wanted
+        return shard if owned else None
 
     def describe(self) -> dict:
         """For people who find the folder; nothing reads it."""
@@ -184,6 +204,11 @@ class _Job:
         places = square_offsets(*resized.shape[:2], self.crops)
         # copies: a view of a small square would keep the whole of a long image in memory
         return [(place, square.copy()) for place, square in zip(places, square_crops(resized, self.size, self.crops))]
+
+    def share(self, squares: list[_Square]) -> list[Tensor]:
+        """The features of this process's batch of a round, a batch for each process; none in a short round that ends before its turn."""
+        own = squares[self.processes.rank * self.batch_size :][: self.batch_size]
+        return [self.features(own)] if own else []
 
     def features(self, batch: list[_Square]) -> Tensor:
         """[B,P,D] on the CPU, in the backbone's own type."""
@@ -204,8 +229,8 @@ class _Job:
         return features.cpu()
 
 
-def _extract(job: _Job, start: tuple[int, int], progress: bool) -> Iterator[tuple[Contents, Tensor]]:
-    """Shard after shard, from the position `start` to the end of the dataset."""
+def _extract(job: _Job, start: tuple[int, int], progress: bool) -> Iterator[tuple[Contents, Tensor | None]]:
+    """Shard after shard, from the position `start` to the end of the dataset; the features for the first process alone."""
     bar = tqdm(total=len(job.dataset), initial=start[0], desc="extract", unit="image", file=sys.stderr, disable=not progress)
     with bar, closing(_squares(job, start)) as squares:
         while start[0] < len(job.dataset):
@@ -215,9 +240,9 @@ def _extract(job: _Job, start: tuple[int, int], progress: bool) -> Iterator[tupl
             del made  # else these features would stay in memory while the next are made
 
 
-def _next_shard(job: _Job, squares: Iterator[_Square | _Skip], start: tuple[int, int], bar: tqdm) -> tuple[Contents, Tensor]:
+def _next_shard(job: _Job, squares: Iterator[_Square | _Skip], start: tuple[int, int], bar: tqdm) -> tuple[Contents, Tensor | None]:
     """Batches end with their shard, so that one made after an interruption sees the same batches and is the same to the byte."""
-    end, names, crops, skipped, batch, parts = start, [], [], [], [], []
+    end, names, crops, skipped, waiting, parts = start, [], [], [], [], []
     for item in squares:
         end = item.after
         if isinstance(item, _Skip):
@@ -225,20 +250,23 @@ def _next_shard(job: _Job, squares: Iterator[_Square | _Skip], start: tuple[int,
             continue
         names.append(item.name)
         crops.append(item.crop)
-        batch.append(item)
+        waiting.append(item)
         full = len(names) == job.rows_per_shard
-        if full or len(batch) == job.batch_size:
-            parts.append(job.features(batch))
-            batch.clear()
+        if full or len(waiting) == job.processes.size * job.batch_size:
+            parts += job.share(waiting)
+            waiting.clear()
             bar.update(end[0] - bar.n)
         if full:
             break
-    if batch:
-        parts.append(job.features(batch))
+    parts += job.share(waiting)
     bar.update(end[0] - bar.n)
+    contents = Contents(start, end, job.grid, tuple(names), tuple(crops), tuple(skipped))
+    rounds = itertools.zip_longest(*job.processes.to_first(parts))
+    if not job.processes.first:
+        return contents, None
+    parts = [part for batches in rounds for part in batches if part is not None]
     h, w = job.grid
-    features = torch.cat(parts) if parts else torch.empty(0, h * w, job.backbone.dim)
-    return Contents(start, end, job.grid, tuple(names), tuple(crops), tuple(skipped)), features
+    return contents, torch.cat(parts) if parts else torch.empty(0, h * w, job.backbone.dim)
 
 
 def _squares(job: _Job, start: tuple[int, int]) -> Iterator[_Square | _Skip]:
@@ -255,13 +283,27 @@ def _squares(job: _Job, start: tuple[int, int]) -> Iterator[_Square | _Skip]:
             yield _Square(name, crop, pixels, (index, number + 1) if number + 1 < len(squares) else after)
 
 
-def _decoded(job: _Job, first: int) -> Iterator[tuple[int, list[tuple[tuple[int, int], np.ndarray]] | ImageError]]:
-    """Images from number `first` on, in order, decoded ahead of the reader by about a batch."""
+def _decoded(job: _Job, first: int) -> Iterator[_Decoded]:
+    """Images from number `first` on, in order; of several processes each decodes as many as a batch of them, in turns."""
+    each, processes, images = job.batch_size, job.processes, range(first, len(job.dataset))
+    if processes.size == 1:
+        yield from _decoded_ahead(job, images)
+        return
+    turns = range(0, len(images), each * processes.size)
+    mine = itertools.chain.from_iterable(images[turn + processes.rank * each :][:each] for turn in turns)
+    with closing(_decoded_ahead(job, mine)) as own:
+        for _ in turns:
+            for part in processes.all(list(itertools.islice(own, each))):
+                yield from part
+
+
+def _decoded_ahead(job: _Job, images: Iterable[int]) -> Iterator[_Decoded]:
+    """In order, decoded ahead of the reader by about a batch."""
     threads = min(8, os.cpu_count() or 1)
     ahead: deque[tuple[int, Future]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
-            for index in range(first, len(job.dataset)):
+            for index in images:
                 ahead.append((index, pool.submit(job.decode, index)))
                 if len(ahead) == threads + job.batch_size:
                     number, future = ahead.popleft()

@@ -39,7 +39,10 @@ class ImageError(UserError):
     def __init__(self, path: Path | str, reason: str, advice: str = "copy it again, export it as 8-bit PNG or JPEG, or take it out"):
         super().__init__(f"{path}: {reason}; {advice}")
         self.path = Path(path)
-        self.reason = reason
+        self.reason, self.advice = reason, advice
+
+    def __reduce__(self) -> tuple:  # so that processes can hand it on
+        return ImageError, (self.path, self.reason, self.advice)
 
 
 def find_images(path: Path | str, argument: str = "--data") -> list[Path]:

@@ -12,6 +12,7 @@ import smooseg_kernels as sk
 
 from .model import Heads
 from .objective import Draws, Schedule, Settings, make_optimizer, train_step
+from .processes import ALONE, Processes
 
 WARM_UP = 3  # steps before a capture; what they change is put back
 
@@ -26,7 +27,8 @@ class Loop:
         sizes: (P, D).
         thresholds: [H,T].
         lr, lr_prototypes: Adam's learning rates of projection and student.
-        capture: replay whole steps from a CUDA graph; by default wherever the heads are on a GPU.
+        capture: replay whole steps from a CUDA graph; by default wherever one process has the heads on a GPU.
+        processes: that share every batch; `schedule` draws the part of this one.
     """
 
     def __init__(
@@ -40,11 +42,12 @@ class Loop:
         lr: float,
         lr_prototypes: float,
         capture: bool | None = None,
+        processes: Processes = ALONE,
     ):
         self.heads, self.features, self.sizes, self.schedule, self.settings = heads, features, sizes, schedule, settings
-        self.device = heads.student.device
+        self.device, self.processes = heads.student.device, processes
         self.thresholds = thresholds.to(self.device)
-        self.capture = self.device.type == "cuda" if capture is None else capture
+        self.capture = self.device.type == "cuda" and processes.size == 1 if capture is None else capture
         self.optimizer = make_optimizer(heads, lr, lr_prototypes)
         self.not_captured: str | None = None  # why steps run one by one though a capture was asked for
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -83,7 +86,7 @@ class Loop:
         return self.features(draws.rows).to(self.device)
 
     def _work(self, draws: Draws, features: Tensor) -> sk.SmooSegLoss:
-        return train_step(self.heads, self.optimizer, features, draws, self.thresholds, self.settings)
+        return train_step(self.heads, self.optimizer, features, draws, self.thresholds, self.settings, self.processes)
 
     # capture
 

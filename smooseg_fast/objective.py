@@ -10,6 +10,7 @@ from torch import Tensor
 import smooseg_kernels as sk
 
 from .model import Heads
+from .processes import ALONE, Processes
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Draws:
-    """The random choices of one step. They depend on (data_seed, step) alone, so a run continues where it stopped with nothing saved."""
+    """The random choices of one step. They depend on (data_seed, step) alone, so a run continues where it stopped with nothing saved.
+
+    B is the batch's size, or that of the one part that was drawn.
+    """
 
     rows: Tensor  # int64 [B] squares of the store
     partner: Tensor  # int64 [B] each one's partner in the batch
@@ -35,10 +39,18 @@ class Draws:
 
 
 class Schedule:
-    """Batches in shuffled epochs whose short last batch is dropped, partners and masks."""
+    """Batches in shuffled epochs whose short last batch is dropped, partners and masks.
 
-    def __init__(self, rows: int, batch_size: int, data_seed: int):
-        self.rows, self.batch_size, self.data_seed = rows, min(batch_size, rows), data_seed
+    Args:
+        rows: squares of the store, at least `parts`.
+        batch_size: of the whole batch; fewer where there are not as many rows.
+        parts: equal slices of a batch, in each of which partners stay. Rows, masks and patches do not depend on it.
+        part: the one slice that is drawn, with partners numbered within it; all of them when None.
+    """
+
+    def __init__(self, rows: int, batch_size: int, data_seed: int, parts: int = 1, part: int | None = None):
+        self.rows, self.batch_size, self.data_seed = rows, min(batch_size, rows) // parts * parts, data_seed
+        self.parts, self.part = parts, part
         self.steps_per_epoch = rows // self.batch_size
         self._epoch, self._order = -1, torch.empty(0)
 
@@ -54,25 +66,37 @@ class Schedule:
             self._epoch, self._order = epoch, torch.randperm(self.rows, generator=self.generator(1, epoch))
         rows = self._order[place * self.batch_size : (place + 1) * self.batch_size]
         B, g = self.batch_size, self.generator(2, step)
-        partner = torch.randperm(B, generator=g)
-        here = torch.arange(B)
-        partner = torch.where(partner == here, (partner + 1) % B, partner)
+        each = B // self.parts
+        # the ranks within each part of a permutation are a permutation of that part; with one part they are the permutation itself
+        partner = torch.randperm(B, generator=g).view(self.parts, each).argsort(1).argsort(1)
+        partner = torch.where(partner == torch.arange(each), (partner + 1) % each, partner)
+        if self.part is None:
+            mine, partner = slice(B), (partner + torch.arange(0, B, each)[:, None]).flatten()
+        else:
+            mine, partner = slice(self.part * each, (self.part + 1) * each), partner[self.part]
         masks = patches = None
         if settings.dropout > 0:
             masks = (torch.rand(3, B, D, generator=g) >= settings.dropout).float() / (1 - settings.dropout)
-            masks = masks.to(device, non_blocking=True)
+            masks = masks[:, mine].to(device, non_blocking=True)
         if settings.patches is not None and settings.patches < P:
-            patches = torch.rand(B, P, generator=g).argsort(1)[:, : settings.patches].to(device)
-        return Draws(rows, partner.to(device), masks, patches)
+            patches = torch.rand(B, P, generator=g)[mine].argsort(1)[:, : settings.patches].to(device)
+        return Draws(rows[mine], partner.to(device), masks, patches)
 
 
 def train_step(
-    heads: Heads, optimizer: torch.optim.Optimizer, features: Tensor, draws: Draws, thresholds: Tensor, settings: Settings
+    heads: Heads,
+    optimizer: torch.optim.Optimizer,
+    features: Tensor,
+    draws: Draws,
+    thresholds: Tensor,
+    settings: Settings,
+    processes: Processes = ALONE,
 ) -> sk.SmooSegLoss:
     """One iteration: losses with the teacher as it stands, then the teacher's update, then the optimiser's.
 
     features [B,P,D]: fp32 on a CPU, of any float type on a GPU, where matrix products are in bf16.
     thresholds [H,T]: every head has its own; batches, partners, masks and patches are common to them.
+    processes: each has an equal part of the batch; losses and gradients are those of the whole, and heads stay equal on all.
     -> the losses, [H] or [H,T], as device tensors: the loop, not the step, decides when to read them.
     """
     if draws.patches is not None:
@@ -93,11 +117,35 @@ def train_step(
         channel_scale=closeness_mask,
         impl=settings.impl,
     )
+    if processes.size > 1 and not settings.relative:
+        loss = with_mean_of_all(loss, processes)
     optimizer.zero_grad(set_to_none=True)
     loss.total.sum().backward()
+    loss = sk.SmooSegLoss(*(value.detach() for value in loss))
+    if processes.size > 1:
+        loss = averaged(loss, list(heads.parameters()), processes)
     heads.update_teacher(settings.teacher_decay)
     optimizer.step()
-    return sk.SmooSegLoss(*(value.detach() for value in loss))
+    return loss
+
+
+def with_mean_of_all(loss: sk.SmooSegLoss, processes: Processes) -> sk.SmooSegLoss:
+    """The losses of one part of a batch, with M over the whole batch in the place of M over the part.
+
+    For absolute thresholds only: E = (M - b) distance - ... is linear in M, so (M of all - own M) distance is exactly what is missing, and
+    T numbers are exchanged; taking M ahead of the step would read the features twice. Relative thresholds move with M, which cancels.
+    """
+    (mean,) = processes.mean([loss.mean])
+    missing = (mean - loss.mean) * loss.distance
+    return loss._replace(total=loss.total + missing.sum(-1), energy=loss.energy + missing)
+
+
+def averaged(loss: sk.SmooSegLoss, parameters: list[Tensor], processes: Processes) -> sk.SmooSegLoss:
+    """Over equal parts of a batch, in one exchange: the gradients, in place, and the losses, which are returned."""
+    values = processes.mean([*(parameter.grad for parameter in parameters), *loss])
+    for parameter, gradient in zip(parameters, values):
+        parameter.grad = gradient
+    return sk.SmooSegLoss(*values[len(parameters) :])
 
 
 def make_optimizer(heads: Heads, lr: float, lr_prototypes: float) -> torch.optim.Adam:

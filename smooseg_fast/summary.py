@@ -25,6 +25,7 @@ from .images import ImageError
 from .kmeans import spherical_kmeans
 from .metrics import Scores, hungarian, majority, percent
 from .model import Head, Heads
+from .processes import ALONE, Processes
 from .runfolder import CHECKPOINT, CURVES, GROUPS, LADDER, METRICS, REPORT, RunFolder, head_file
 from .segmenter import Segmenter
 from .sheet import NAMED, groups_sheet, thumbnails
@@ -45,22 +46,27 @@ Say = Callable[[str], None]
 
 @dataclass
 class Validation:
-    """Labelled images that figures are taken on; never seen by training unless the dataset has no split."""
+    """Labelled images that figures are taken on; never seen by training unless the dataset has no split.
+
+    Several processes share the counting: all ask for the same figures in the same order.
+    """
 
     dataset: Dataset
     store: FeatureStore
     labels: np.ndarray  # uint8 [N,S,S]
+    processes: Processes = ALONE
 
     def confusion(self, head: Head) -> np.ndarray:
         return self._count(evaluation.head_codes(head, self.store), head.teacher)
 
     def kmeans(self, centres: Tensor) -> Scores:
         """Plain k-means centres [K,D] on the same features: what any learning has to beat."""
+        self.processes.as_first([centres])
         return hungarian(self._count(self.store.rows, centres))
 
     def _count(self, codes: Callable[[Tensor], Tensor], prototypes: Tensor) -> np.ndarray:
         classes = len(self.dataset.class_names)
-        return evaluation.confusion_of(codes, len(self.store), prototypes, self.store.grid, self.labels, classes)
+        return evaluation.confusion_of(codes, len(self.store), prototypes, self.store.grid, self.labels, classes, self.processes)
 
 
 @dataclass

@@ -12,18 +12,21 @@ from .command import parse, run
 from .config import TrainConfig, flag, preset, with_changes
 from .errors import UserError
 from .pictures import save
+from .processes import ALONE, Processes
 from .runfolder import CHECKPOINT, LADDER, RunFolder
 from .trainer import datasets_of, learn
 
 SAMPLES = 6
 
 
-def main(args: Sequence[str]) -> None:
+def main(args: Sequence[str], processes: Processes = ALONE) -> None:
     config = configure(args)
     out = Path(config.out) if config.out else free_folder(config)
     train, held_out = datasets_of(config)
     print(f"smooseg_fast: preset {config.preset}, {train.name} ({len(train)} images), backbone {config.backbone}")
-    learn(config, train, held_out, out=out, progress=True, say=lambda line: print(line, flush=True))
+    learn(config, train, held_out, out=out, progress=True, say=lambda line: print(line, flush=True), processes=processes)
+    if not processes.first:
+        return
     images = config.data
     if images is None:  # the demo's images are made up: a few are written down, so that the next command works as it stands
         images = str(out / "samples")
@@ -82,4 +85,4 @@ def _value(args: list[str], name: str) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run(main, together=True))

@@ -32,6 +32,7 @@ from .metrics import hungarian
 from .model import Head, Heads
 from .mosaic import Mosaic
 from .objective import Schedule, Settings
+from .processes import ALONE, Processes
 from .runfolder import BOARD, TRAINING, RunFolder
 from .segmenter import Segmenter, pick_device
 from .signals import Interrupted, StopRequest
@@ -83,9 +84,19 @@ def datasets_of(config: TrainConfig) -> tuple[Dataset, Dataset | None]:
     return open_splits(config.data)
 
 
-def learn(config: TrainConfig, dataset: Dataset, held_out: Dataset | None, *, out: Path | None, progress: bool, say: Say) -> Segmenter:
-    """One run; resumes the unfinished one of the same configuration in `out`."""
-    device = pick_device(config.device)
+def learn(
+    config: TrainConfig,
+    dataset: Dataset,
+    held_out: Dataset | None,
+    *,
+    out: Path | None,
+    progress: bool,
+    say: Say,
+    processes: Processes = ALONE,
+) -> Segmenter:
+    """One run; resumes the unfinished one of the same configuration in `out`. Of several processes the first alone writes."""
+    require_shares(config.batch_size, processes)
+    device = processes.device(pick_device(config.device))
     keep_freed_memory()
     if config.log == "tensorboard":
         require_tensorboard()
@@ -101,16 +112,21 @@ def learn(config: TrainConfig, dataset: Dataset, held_out: Dataset | None, *, ou
     every = config.variants()
     many = "" if len(every) == 1 else f", {len(every)} heads at once ({'; '.join(variant.label() for variant in every)})"
     say(f"learning   at most {config.prototypes} groups, {config.init} start, objective by {config.impl} on {device}{many}")
+    if processes.size > 1:
+        eager = "" if backbone.device.type == "cpu" else "; steps are not replayed from a CUDA graph"
+        share = config.batch_size // processes.size
+        say(f"processes  {processes.size}, each with {share} squares of every batch; partners are found within those{eager}")
     started = time.perf_counter()
-    options = dict(resample=config.resample, cache=config.cache, progress=progress)
+    options = dict(resample=config.resample, cache=config.cache, progress=progress, processes=processes)
     validation = None
     if held_out is not None:  # first, because labels that do not fit should be known before hours are spent
         squares = open_or_extract(held_out, backbone, size=config.eval_size, crops="center", **options)
         labels = evaluation.label_squares(held_out, squares, config.eval_size)
-        validation = Validation(held_out, squares, labels)
+        validation = Validation(held_out, squares, labels, processes)
     store = open_or_extract(dataset, backbone, size=config.size, crops=config.crops, **options)
-    if len(store) < 2:
-        raise UserError(f"--data: {len(store)} square of {config.size} pixels, but pairs of images need 2; add images, or --crops slide")
+    if len(store) < 2 * processes.size:
+        needed = "pairs of images need 2" if processes.size == 1 else f"{processes.size} processes need 2 each"
+        raise UserError(f"--data: {len(store)} square(s) of {config.size} pixels, but {needed}; add images, or --crops slide")
     extracted = time.perf_counter()
     say(
         f"features   {len(store)} squares of {len(dataset) - len(store.skipped)} images, {store.grid[0]}x{store.grid[1]} patches, "
@@ -118,11 +134,30 @@ def learn(config: TrainConfig, dataset: Dataset, held_out: Dataset | None, *, ou
         + (f"; {len(store.skipped)} images could not be used" if store.skipped else "")
         + f"; {extracted - started:.1f} s"
     )
-    run = Run(config, store, backbone.device, validation, folder, say, progress)
-    heads = run.learn(None if folder is None else folder.state())
+    found = None if folder is None else folder.state()
+    require_same_state(found, out, processes)  # before it nobody has written into the folder, behind it everybody has read
+    folder = folder if processes.first else None
+    run = Run(config, store, backbone.device, validation, folder, say, progress, processes)
+    heads = run.learn(found)
     say(f"learnt     {config.steps} steps in {time.perf_counter() - extracted:.1f} s")
     broken = frozenset(run.broken)
     return Summary(config, dataset, store, validation, backbone, heads, broken, folder, run.records, run.report, say).finish()
+
+
+def require_shares(batch_size: int, processes: Processes) -> None:
+    """UserError unless every process has the same number of squares of each batch, and a pair of them at least."""
+    n = processes.size
+    if batch_size % n or batch_size < 2 * n:
+        near = " or ".join(str(size) for size in sorted({max(2, batch_size // n) * n, max(2, -(-batch_size // n)) * n}))
+        raise UserError(f"--batch-size {batch_size}: must be a multiple of the {n} processes, with 2 squares for each; take {near}")
+
+
+def require_same_state(found: TrainingState | None, out: Path | None, processes: Processes) -> None:
+    """UserError where a process has not found what another has."""
+    step = 0 if found is None else found.step
+    furthest = processes.largest(step)
+    if step != furthest:
+        raise UserError(f"--out {out}: process {processes.rank} finds step {step} there, and another step {furthest}; give a shared folder")
 
 
 def resolve(config: TrainConfig, backbone: Backbone, dataset: Dataset, say: Say) -> TrainConfig:
@@ -166,9 +201,10 @@ class Run:
         folder: RunFolder | None,
         say: Say,
         progress: bool,
+        processes: Processes = ALONE,
     ):
         self.config, self.store, self.device, self.validation = config, store, device, validation
-        self.folder, self.say, self.progress = folder, say, progress
+        self.folder, self.say, self.progress, self.processes = folder, say, progress, processes
         self.variants = config.variants()
         self.records: list[dict[str, Any]] = []
         self.report: dict[str, Any] = {}
@@ -178,7 +214,9 @@ class Run:
     def learn(self, found: TrainingState | None) -> Heads:
         """All steps from the saved state, or from the start, to the end."""
         config, first = self.config, 0 if found is None else found.step
-        loop = self.loop(self.start() if found is None else found.heads.to(self.device))
+        heads = self.start() if found is None else found.heads.to(self.device)
+        self.processes.as_first(list(heads.state_dict().values()))  # machines may differ in the last bits
+        loop = self.loop(heads)
         if found is not None:
             restore_optimizer(loop.optimizer, found.optimizer)
             self.say(f"resume     from step {first} of {config.steps}")
@@ -193,22 +231,24 @@ class Run:
                 if step == first and loop.not_captured is not None:
                     self.say(f"warning    steps are not replayed from a CUDA graph, but run one by one: {loop.not_captured}")
                 bar.update()
+                stopped = self.processes.largest(stop.number or 0)  # by a signal to any of them, and behind the same step
                 done, last = step + 1, step + 1 == config.steps
                 if done % config.log_every == 0 or last:
                     self.log(done, loop.heads, loss, bar)
-                if done % config.checkpoint_every == 0 or last or stop.number is not None:
+                if done % config.checkpoint_every == 0 or last or stopped:
                     self.write(loop, done)
-                if stop.number is not None and not last:
+                if stopped and not last:
                     bar.close()
                     self.say_interrupted(done)
-                    raise Interrupted(stop.number)
+                    self.processes.wait()  # the end of one would be the end of another that still writes
+                    raise Interrupted(stopped)
         if self.board is not None:
             self.board.close()
         return loop.heads
 
     def loop(self, heads: Heads) -> Loop:
         config, store = self.config, self.store
-        schedule = Schedule(len(store), config.batch_size, config.data_seed)
+        schedule = Schedule(len(store), config.batch_size, config.data_seed, self.processes.size, self.processes.rank)
         if schedule.batch_size < config.batch_size:
             self.say(f"batch      {schedule.batch_size} squares, as many as there are")
         settings = Settings(
@@ -220,7 +260,8 @@ class Run:
             impl=config.impl,
         )
         thresholds = torch.tensor([variant.thresholds for variant in self.variants])
-        return Loop(heads, self.features(), (store.P, store.D), schedule, thresholds, settings, config.lr, config.lr_prototypes)
+        sizes, rates = (store.P, store.D), (config.lr, config.lr_prototypes)
+        return Loop(heads, self.features(), sizes, schedule, thresholds, settings, *rates, processes=self.processes)
 
     def start(self) -> Heads:
         """Heads of one seed start alike: their thresholds part them."""

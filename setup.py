@@ -28,6 +28,7 @@ setup(
     ],
     extras_require={
         "transformers": ["transformers>=5.17"],
+        "tensorboard": ["tensorboard>=2.18"],
         "test": [
             "pytest>=8.0",
             "pytest-benchmark>=4.0",

@@ -53,17 +53,22 @@ class Checkpoint:
 
 @dataclass
 class TrainingState:
-    """All heads of an unfinished run after `step` steps, and what Adam remembers of them."""
+    """All heads of an unfinished run after `step` steps, what Adam remembers of them, and the losses of that step.
+
+    Nothing random needs saving: what is drawn for a step depends on its number and the seeds alone.
+    """
 
     config: TrainConfig
     step: int
     heads: Heads
     optimizer: dict[str, Tensor]
+    losses: dict[str, Tensor] = field(default_factory=dict)  # by their names in SmooSegLoss
 
     def write(self, path: str | Path) -> Path:
         header = {"format": FORMAT, "step": self.step, "config": dataclasses.asdict(self.config)}
         tensors = {f"heads.{name}": value for name, value in self.heads.state_dict().items()}
-        return _write(path, STATE_KEY, header, tensors | {f"optimizer.{name}": value for name, value in self.optimizer.items()})
+        tensors |= {f"optimizer.{name}": value for name, value in self.optimizer.items()}
+        return _write(path, STATE_KEY, header, tensors | {f"losses.{name}": value for name, value in self.losses.items()})
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -122,7 +127,8 @@ def _training_state(header: dict[str, Any], tensors: dict[str, Tensor]) -> Train
     dim, (_, K, Z) = weights["projection.linear.weight"].shape[2], weights["student"].shape
     heads = Heads([Head(dim, K, Z) for _ in range(len(weights["student"]))])
     heads.load_state_dict(weights)
-    return TrainingState(TrainConfig(**header["config"]), header["step"], heads, _below("optimizer.", tensors))
+    parts = (_below(f"{part}.", tensors) for part in ("optimizer", "losses"))
+    return TrainingState(TrainConfig(**header["config"]), header["step"], heads, *parts)
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,21 +1,22 @@
-"""Command lines: arguments from a dataclass, the checkpoint they name, errors as one line with exit code 2, Ctrl-C as exit code 130."""
+"""Command lines: arguments from a dataclass, the checkpoint they name, errors as one line with exit code 2, signals as 130 and 143."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
-import signal
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import tyro
 
-from .errors import UserError
-from .processes import PATIENCE, joined
+from .errors import UserError, WriteError
+from .processes import PATIENCE, Processes, joined
 from .segmenter import Segmenter
-from .signals import Interrupted
+from .signals import terminable, with_kept
 
 T = TypeVar("T")
 
@@ -52,12 +53,13 @@ def load_segmenter(checkpoint: str, backbone: str | None, device: str) -> Segmen
 
 
 def run(main: Callable[..., None], args: Sequence[str] | None = None, *, together: bool = False) -> int:
-    """The body of every `python -m smooseg_fast.X`: -> the exit code.
+    """The body of every `python -m smooseg_fast.X`: -> the exit code. After a signal or on a full disk it says by what to resume.
 
     together: `main` takes the processes as its second argument; else torchrun is refused.
     """
     args = sys.argv[1:] if args is None else args
-    with joined() as processes:
+    with joined() as processes, terminable() if processes.size == 1 else contextlib.nullcontext():
+        again = shlex.join([*starter(processes), "-m", sys.modules[main.__module__].__spec__.name, *args])
         try:
             with processes.first_heard():
                 if together:
@@ -70,18 +72,20 @@ def run(main: Callable[..., None], args: Sequence[str] | None = None, *, togethe
         except UserError as error:
             if processes.last_word():
                 start = "" if processes.first else "\n"  # where the first process may have left a progress bar
-                print(start + "error: " + " ".join(str(error).split()), file=sys.stderr)
+                resume = f"; to resume then: {again}" if isinstance(error, WriteError) else ""
+                print(start + "error: " + " ".join(str(error).split()) + resume, file=sys.stderr)
             return 2
-        except Interrupted as stop:  # the first process, if it lives, has said what is kept
-            if processes.last_word(0 if processes.first else PATIENCE) and not processes.first:
-                say_interrupted()
+        except KeyboardInterrupt as stop:
+            stop = with_kept(stop, "what was finished is kept")
+            # the first process, if it lives, knows what is kept
+            if processes.last_word(0 if processes.first else PATIENCE):
+                print(f"interrupted; {stop.kept}\nresume     {again}", file=sys.stderr)
             return 128 + stop.number
-        except KeyboardInterrupt:
-            if processes.last_word():
-                say_interrupted()
-            return 128 + signal.SIGINT
     return 0
 
 
-def say_interrupted() -> None:
-    print("interrupted; what was finished is kept: the same command goes on from it", file=sys.stderr)
+def starter(processes: Processes) -> list[str]:
+    """What stands before the module in the command of this process."""
+    if processes.size == 1:
+        return ["python"]
+    return ["torchrun", f"--nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', processes.size)}"]

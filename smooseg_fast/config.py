@@ -14,6 +14,7 @@ INITS = ("random", "pca-kmeans")
 CROPS = ("center", "slide")
 RESAMPLES = ("nearest", "bilinear")
 LOGS = (None, "tensorboard")
+ON_DRIFT = ("warn", "stop")
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,10 @@ class TrainConfig:
     data_seed: int = 0
     """Of batches, partners and masks."""
 
+    on_drift: str = "warn"
+    """When labels turn into kinds of images (I(image;label)/H(label) well above its early value): warn, or stop once every head does.
+    stop ends the run at that step, with everything a run ends with."""
+
     deterministic: bool = False
     """Bit-equal reruns on a GPU too, a little slower; on a CPU they always are."""
     log: str | None = None
@@ -138,7 +143,8 @@ class TrainConfig:
 
     def check(self) -> None:
         """UserError for the first value that cannot be; names the flag, the value and the legal ones."""
-        for name, legal in (("impl", IMPLS), ("init", INITS), ("crops", CROPS), ("resample", RESAMPLES), ("log", LOGS)):
+        choices = dict(impl=IMPLS, init=INITS, crops=CROPS, resample=RESAMPLES, log=LOGS, on_drift=ON_DRIFT)
+        for name, legal in choices.items():
             if getattr(self, name) not in legal:
                 raise UserError(f"{flag(name)}: {getattr(self, name)!r} is not known; choose one of {', '.join(filter(None, legal))}")
         lowest = dict(

@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to see."""
+"""The exceptions that a user is meant to see."""
 
 
 class UserError(Exception):
@@ -6,3 +6,7 @@ class UserError(Exception):
 
     Command lines print it after `error: ` and exit with code 2, without a traceback; from Python it is an ordinary exception.
     """
+
+
+class WriteError(UserError):
+    """A file that could not be written, most often on a full disk; what stood there before is whole, and the same command can go on."""

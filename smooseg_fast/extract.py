@@ -12,7 +12,6 @@ import hashlib
 import itertools
 import json
 import os
-import signal
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -31,14 +30,18 @@ from tqdm import tqdm
 from . import store
 from .datasets import Dataset
 from .errors import UserError
-from .files import write_json
+from .files import sweep, write_json
 from .images import Crops, ImageError, Resample, require_patch, resize_short_side, square_crops, square_offsets
 from .processes import ALONE, Processes
-from .signals import Interrupted
+from .progress import Bar
+from .signals import with_kept
 from .store import Contents, FeatureStore, Shard, read_shard, shard_path, write_shard
 
 if TYPE_CHECKING:
     from .backbones.base import Backbone
+
+
+SWEEP_S = 3600.0  # a half written shard of this age is nobody's: several processes may work on one cache
 
 
 def open_or_extract(
@@ -61,8 +64,8 @@ def open_or_extract(
     mirrored squares with the grid's columns mirrored back, in the same order. They live in a folder of `cache` (by default
     $XDG_CACHE_HOME/smooseg_fast or ~/.cache/smooseg_fast) named by a hash of the images, the backbone's digest and the settings.
 
-    Interrupted by Ctrl-C (which is said, and raised as Interrupted) or otherwise, the shards written so far are whole, and the next
-    call goes on behind them; damaged shards are made again. Images that cannot be used are named on stderr and skipped. Memory: a few
+    Stopped by a signal (raised as Interrupted, which tells what is kept) or otherwise, the shards written so far are whole, and the
+    next call goes on behind them; damaged shards are made again. Images that cannot be used are named on stderr and skipped. Memory: a few
     times a shard, whatever the images. Of several `processes`, which see one file system, all call it and get the same store.
 
     Raises UserError for wrong settings (naming `argument` where it is the size), when no image can be used, when the cache cannot be
@@ -82,6 +85,7 @@ def open_or_extract(
             else:
                 if fresh is None:
                     if processes.first:
+                        sweep(folder, older=SWEEP_S)
                         write_json(folder / "meta.json", job.describe())
                     fresh = _extract(job, position, progress)
                 _keep(path, *next(fresh), processes)
@@ -92,12 +96,8 @@ def open_or_extract(
             shards.append(shard)
             position = shard.contents.end
     except KeyboardInterrupt as stop:
-        if shards:
-            kept = f"the finished shards, {position[0]} of {len(dataset)} images, are kept in {folder}"
-            _say(f"interrupted; {kept}: the same command goes on there")
-        else:
-            _say("interrupted; no shard was finished yet: the same command goes on from the start")
-        raise Interrupted(getattr(stop, "number", signal.SIGINT)) from stop
+        done = f"features of {position[0]} of {len(dataset)} images are kept in {folder}"
+        raise with_kept(stop, done if shards else "no shard of features was finished yet") from None
     finally:
         if fresh is not None:
             fresh.close()
@@ -231,7 +231,7 @@ class _Job:
 
 def _extract(job: _Job, start: tuple[int, int], progress: bool) -> Iterator[tuple[Contents, Tensor | None]]:
     """Shard after shard, from the position `start` to the end of the dataset; the features for the first process alone."""
-    bar = tqdm(total=len(job.dataset), initial=start[0], desc="extract", unit="image", file=sys.stderr, disable=not progress)
+    bar = Bar(total=len(job.dataset), initial=start[0], desc="extract", unit="image", disable=not progress)
     with bar, closing(_squares(job, start)) as squares:
         while start[0] < len(job.dataset):
             made = _next_shard(job, squares, start, bar)
@@ -240,7 +240,7 @@ def _extract(job: _Job, start: tuple[int, int], progress: bool) -> Iterator[tupl
             del made  # else these features would stay in memory while the next are made
 
 
-def _next_shard(job: _Job, squares: Iterator[_Square | _Skip], start: tuple[int, int], bar: tqdm) -> tuple[Contents, Tensor | None]:
+def _next_shard(job: _Job, squares: Iterator[_Square | _Skip], start: tuple[int, int], bar: Bar) -> tuple[Contents, Tensor | None]:
     """Batches end with their shard, so that one made after an interruption sees the same batches and is the same to the byte."""
     end, names, crops, skipped, waiting, parts = start, [], [], [], [], []
     for item in squares:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from .errors import WriteError
+
+LEFTOVER = re.compile(r"\..+\.\d+\.part(\.\w+)?")  # the names that write_atomic gives to what is not whole yet
 
 
 def write_atomic(path: str | Path, content: bytes | str | Callable[[Path], None]) -> Path:
     """Write `content` to `path` by one rename; a callable is given the temporary path and writes it itself.
 
-    The temporary keeps the suffix, because image libraries choose the format by it. Raises UserError naming the path when the disk
+    The temporary keeps the suffix, because image libraries choose the format by it. Raises WriteError naming the path when the disk
     is full or the folder cannot be written; whatever stood at `path` before is then still whole.
     """
     path = Path(path)
@@ -30,11 +34,19 @@ def write_atomic(path: str | Path, content: bytes | str | Callable[[Path], None]
             os.fsync(handle.fileno())  # else a power cut may leave the new name on an empty file
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); free some space or choose another folder") from error
+        raise WriteError(f"{path}: cannot be written ({error.strerror or error}); free some space or choose another folder") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
     return path
+
+
+def sweep(folder: Path, *, below: bool = False, older: float = 0.0) -> None:
+    """Remove what processes killed while writing left in `folder`, or anywhere `below` it, when it is `older` seconds old."""
+    for path in folder.glob("**/.*.part*" if below else ".*.part*"):
+        with contextlib.suppress(OSError):
+            if LEFTOVER.fullmatch(path.name) and time.time() - path.stat().st_mtime >= older:
+                path.unlink()
 
 
 def write_json(path: str | Path, value: Any) -> Path:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
-from .files import finite, write_atomic, write_json
+from .errors import UserError, WriteError
+from .files import finite, sweep, write_atomic, write_json
 
 
 class OutFolder:
@@ -19,13 +19,14 @@ class OutFolder:
         settings: what decides the content, ready for JSON.
         record: name of the file that holds them.
         made: name of a file or folder that is another's when it stands there without the record.
+        below: names of the folders in it that are written into.
 
     Raises:
         UserError: when the folder is another's.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], *, record: str, made: str):
-        self.path, self.settings, self._record = path, finite(settings), record
+    def __init__(self, path: Path, settings: dict[str, Any], *, record: str, made: str, below: Sequence[str] = ()):
+        self.path, self.settings, self._record, self._below = path, finite(settings), record, below
         if path.exists() and not path.is_dir():
             raise UserError(f"--out {path}: is a file; give a folder")
         if (path / record).exists():
@@ -40,7 +41,13 @@ class OutFolder:
             raise UserError(f"--out {path}: holds {made} but no {record}; give another folder")
 
     def claim(self) -> None:
-        """From here on the folder is this run's. Called late: a run that fails before it makes anything leaves nothing behind."""
+        """From here on the folder is this run's. Called late: a run that fails before it makes anything leaves nothing behind.
+
+        Half written files of a process that was killed go.
+        """
+        sweep(self.path)
+        for name in self._below:
+            sweep(self.path / name, below=True)
         write_json(self.path / self._record, self.settings)
 
     def _read_settings(self) -> dict[str, Any]:
@@ -75,12 +82,12 @@ class Journal:
         """Before the first `append` of a process: a half line at the end would swallow it."""
         write_atomic(self.path, "".join(self._line(record) for record in records))
 
-    def append(self, record: dict[str, Any]) -> None:
+    def append(self, *records: dict[str, Any]) -> None:
         try:
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(self._line(record))
+                file.write("".join(self._line(record) for record in records))
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror}); free some space and resume") from error
+            raise WriteError(f"{self.path}: cannot be written ({error.strerror or error}); free some space") from error
 
     @staticmethod
     def _line(record: dict[str, Any]) -> str:

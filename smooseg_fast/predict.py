@@ -20,6 +20,7 @@ from .evaluation import spread
 from .files import write_json
 from .images import ImageError, find_images, read_image, read_label
 from .outfolder import Journal, OutFolder
+from .progress import Bar
 from .segmenter import Segmenter
 from .sheet import Shown, groups_sheet
 from .signals import Interrupted, StopRequest
@@ -76,7 +77,7 @@ class Predictions(OutFolder):
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]):
-        super().__init__(path, settings, record=RUN, made=MASKS)
+        super().__init__(path, settings, record=RUN, made=MASKS, below=(MASKS, OVERLAYS))
         self._journal = Journal(path / DONE)
         self._done = {record.get("stem"): record for record in self._journal.read()}
         self._claimed = False
@@ -119,8 +120,7 @@ def main(args: Sequence[str]) -> None:
     count = f"{len(shares)} of {len(items)} images" + (f", {len(skipped)} could not be used" if skipped else "")
     if not shares:
         if stopped is not None:
-            print("interrupted before the first image was done")
-            raise Interrupted(stopped)
+            raise Interrupted(stopped, "no image was done yet")
         name, reason = next(iter(skipped.items()))
         raise UserError(f"--images {root}: none of the {len(items)} images can be used (first: {name}: {reason}); give images that open")
 
@@ -137,8 +137,7 @@ def main(args: Sequence[str]) -> None:
     write_json(out / SHARES, summary)
     draw_sheet(out / SHEET, done, made, segmenter, mean)
     if stopped is not None:
-        print(f"interrupted after {count}; what is done is in {out}: the same command goes on there")
-        raise Interrupted(stopped)
+        raise Interrupted(stopped, f"{count} are done, in {out}")
     print(f"segmented {count}")
     print(f"masks {out / MASKS}, overlays {out / OVERLAYS}, shares of each group {out / SHARES}")
     print(f"look at {out / SHEET}")
@@ -164,7 +163,7 @@ def segment(
     skipped: dict[str, str] = {}
     colours = pictures.palette(segmenter.groups)
     todo = [item for item in items if item.name not in shares]
-    bar = tqdm(total=len(items), initial=len(items) - len(todo), desc="predict", unit="image", dynamic_ncols=True)
+    bar = Bar(total=len(items), initial=len(items) - len(todo), desc="predict", unit="image")
     with bar, StopRequest() as stop:
         for item in todo:
             if stop.number is not None:

@@ -18,8 +18,9 @@ class RunFolder(OutFolder):
     """The folder of one run: its settings, heads, state and metrics. UserError when it holds another run."""
 
     def __init__(self, path: Path, config: TrainConfig):
-        super().__init__(path, config.learning(), record=RUN, made=CHECKPOINT)
+        super().__init__(path, config.learning(), record=RUN, made=CHECKPOINT, below=(HEADS,))
         self.metrics = Journal(path / METRICS)
+        self._heads = len(config.variants())
         self.pictures = (GROUPS, CURVES, LADDER) if config.granularity is not None and len(config.granularity) > 1 else (GROUPS, CURVES)
 
     def state(self) -> TrainingState | None:
@@ -35,9 +36,14 @@ class RunFolder(OutFolder):
         return all((self.path / name).exists() for name in (REPORT, CHECKPOINT, *self.pictures))
 
     def resume(self, step: int) -> list[dict[str, Any]]:
-        """The metrics up to `step`; the folder is this run's from here on, and what a run before wrote beyond that step goes."""
+        """The metrics up to `step`; the folder is this run's from here on, and what a run before wrote beyond that step goes.
+
+        So do the lines of `step` itself unless every head has its own: they can be made again.
+        """
         self.claim()
-        records = [record for record in self.metrics.read() if record.get("step", 0) <= step]
+        found = self.metrics.read()
+        whole = sum(record.get("step") == step for record in found) == self._heads
+        records = [record for record in found if record.get("step", 0) < step + whole]
         self.metrics.rewrite(records)
         return records
 

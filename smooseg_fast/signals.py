@@ -1,37 +1,94 @@
-"""Ctrl-C and SIGTERM as requests that a loop answers between two steps, with everything saved."""
+"""Ctrl-C and SIGTERM: requests that a loop answers between two steps, and exceptions everywhere else."""
 
 from __future__ import annotations
 
+import _thread
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+PATIENCE_S = 0.8  # that a step under way gets to end: saving, and ending the process, take up to one more
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal to stop, after everything worth keeping was saved."""
+    """A signal to stop; `kept` tells in words what is kept, as soon as somebody knows."""
 
-    def __init__(self, number: int = signal.SIGINT):
-        super().__init__()
-        self.number = number
+    def __init__(self, number: int = signal.SIGINT, kept: str = ""):
+        super().__init__(kept)
+        self.number, self.kept = number, kept
+
+
+def with_kept(stop: KeyboardInterrupt, kept: str) -> Interrupted:
+    """`stop`, telling what is kept; an earlier word on it stands."""
+    return Interrupted(getattr(stop, "number", signal.SIGINT), getattr(stop, "kept", "") or kept)
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Within it SIGTERM raises Interrupted, as Ctrl-C raises KeyboardInterrupt, instead of ending the process without a word."""
+
+    def stop(number: int, _frame: Any) -> None:
+        raise Interrupted(number)
+
+    before = _handle((signal.SIGTERM,), stop)
+    try:
+        yield
+    finally:
+        _give_back(before)
 
 
 class StopRequest:
-    """Within it, Ctrl-C and SIGTERM are noted in `number` for the loop to act on between two steps; a second one stops at once."""
+    """Within it, Ctrl-C and SIGTERM are noted in `number` for the loop to act on between two steps.
+
+    Interrupted is raised at once by a second signal, by the first one within `at_once`, and when a step goes on for PATIENCE_S after it.
+    """
 
     def __init__(self) -> None:
         self.number: int | None = None
         self._before: dict[int, Any] = {}
+        self._at_once = False
+        self._timer: threading.Timer | None = None
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():  # Python delivers signals to no other
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._before = _handle((signal.SIGINT, signal.SIGTERM), self._note)
         return self
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Around what may be cut short: a signal ends it, and the loop goes on behind it."""
+        self._at_once = True
+        try:
+            yield
+        except Interrupted:
+            pass
+        finally:
+            self._at_once = False
+
     def _note(self, number: int, _frame: Any) -> None:
-        if self.number is not None:
-            raise Interrupted(number)
+        if self.number is not None or self._at_once:
+            self.number = self.number or number
+            raise Interrupted(self.number)
         self.number = number
+        # as if the signal came once more: Python runs the handler in the main thread
+        self._timer = threading.Timer(PATIENCE_S, _thread.interrupt_main, (number,))
+        self._timer.daemon = True
+        self._timer.start()
 
     def __exit__(self, *_exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        if self._timer is not None:
+            self._timer.cancel()
+        _give_back(self._before)
+
+
+def _handle(numbers: tuple[int, ...], handler: Any) -> dict[int, Any]:
+    """-> the handlers that were there; none in another thread than the main one, to which Python delivers no signals."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.signal(number, handler) for number in numbers}
+
+
+def _give_back(before: dict[int, Any]) -> None:
+    for number, handler in before.items():
+        signal.signal(number, handler)

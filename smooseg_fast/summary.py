@@ -19,12 +19,14 @@ from .backbones.base import reason
 from .checkpoint import Checkpoint
 from .config import TrainConfig, Variant
 from .datasets import Dataset
+from .errors import WriteError
 from .files import write_json
 from .health import Health, health
 from .images import ImageError
 from .kmeans import spherical_kmeans
 from .metrics import Scores, hungarian, majority, percent
 from .model import Head, Heads
+from .monitors import COLLAPSED, collapse
 from .processes import ALONE, Processes
 from .runfolder import CHECKPOINT, CURVES, GROUPS, LADDER, METRICS, REPORT, RunFolder, head_file
 from .segmenter import Segmenter
@@ -38,6 +40,7 @@ PANELS = {
     "data term": ("data",),
     "labels in use": ("perplexity", "labels_per_image"),
     "shares": ("agreement", "image_information", "largest_share"),
+    "structure": ("modularity", "explained_variance", "modularity_x_explained"),
     "with labels": ("accuracy", "miou"),
 }
 
@@ -73,7 +76,8 @@ class Validation:
 class Summary:
     """The end of a run on `dataset`, whose features are in `store`.
 
-    broken: variants whose figures stopped being numbers; they are named and left out. report: what is known of the run so far.
+    step: how many were taken. broken: variants whose figures stopped being numbers; they are named and left out. report: what is known of
+    the run so far.
     """
 
     config: TrainConfig
@@ -82,6 +86,7 @@ class Summary:
     validation: Validation | None
     backbone: Backbone
     heads: Heads
+    step: int
     broken: frozenset[Variant]
     folder: RunFolder | None
     records: Sequence[dict[str, Any]]
@@ -115,7 +120,7 @@ class Summary:
         return Checkpoint(
             config=self.config.alone(variant),
             head=self.heads[self.whole[variant]],
-            step=self.config.steps,
+            step=self.step,
             backbone_name=self.backbone.name,
             backbone_digest=self.backbone.digest,
             class_names=None if self.validation is None else self.validation.dataset.class_names,
@@ -147,8 +152,12 @@ class Summary:
             self.say(
                 f"groups     {mark}{in_use(state.shares)} of {K} in use (each over {100 * NAMED:g} % of the patches), perplexity "
                 f"{state.perplexity:.1f}; {state.labels_per_image:.1f} in an image; I(image;label)/H(label) {state.image_information:.2f}; "
-                f"teacher and student agree on {100 * state.agreement:.1f} %"
+                f"teacher and student agree on {100 * state.agreement:.1f} %; modularity {state.modularity:.3f} x explained variance "
+                f"{state.explained_variance:.3f} = {state.modularity_x_explained:.4f}"
             )
+        for variant in self.whole:
+            if states[variant].perplexity < COLLAPSED:
+                self.say(f"warning    {variant.label()} has collapsed, {collapse(states[variant].perplexity)}")
 
     def tell_scores(self) -> None:
         """With labels: figures chosen by labels (Hungarian matching, as in the field), beside k-means on the same features."""
@@ -188,6 +197,8 @@ class Summary:
         for name in self.folder.pictures:
             try:
                 drawn.append(pictures.save(self.folder.path / name, makers[name]()))
+            except WriteError:  # the disk is full: the report would not fit either
+                raise
             except Exception as error:  # whatever it is, a run that is learnt must not be lost to a picture of it
                 self.say(f"warning    {name} could not be drawn ({reason(error)}); the same command tries again")
         return drawn

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tqdm import tqdm
+
 from .command import parse, run
 from .config import TrainConfig, flag, preset, with_changes
 from .errors import UserError
@@ -24,7 +26,7 @@ def main(args: Sequence[str], processes: Processes = ALONE) -> None:
     out = Path(config.out) if config.out else free_folder(config)
     train, held_out = datasets_of(config)
     print(f"smooseg_fast: preset {config.preset}, {train.name} ({len(train)} images), backbone {config.backbone}")
-    learn(config, train, held_out, out=out, progress=True, say=lambda line: print(line, flush=True), processes=processes)
+    learn(config, train, held_out, out=out, progress=True, say=say, processes=processes)
     if not processes.first:
         return
     images = config.data
@@ -49,6 +51,11 @@ def main(args: Sequence[str], processes: Processes = ALONE) -> None:
     if ":" in config.backbone:
         words += ["--backbone", config.backbone]
     print("next       " + shlex.join(words))
+
+
+def say(line: str) -> None:
+    tqdm.write(line)  # to stdout, above the bar and not through it
+    sys.stdout.flush()
 
 
 def free_folder(config: TrainConfig) -> Path:

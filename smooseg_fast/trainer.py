@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import smooseg_kernels as sk
 
@@ -21,25 +20,28 @@ from . import evaluation
 from .backbones import Backbone, load_backbone
 from .board import Board, require_tensorboard
 from .checkpoint import TrainingState, optimizer_tensors, restore_optimizer
-from .config import TrainConfig, Variant, preset, with_changes
+from .config import TrainConfig, preset, with_changes
 from .datasets import ArrayDataset, Dataset, open_splits
-from .errors import UserError
+from .errors import UserError, WriteError
 from .extract import open_or_extract
 from .health import closeness, health, warning
 from .host import keep_freed_memory, make_deterministic
 from .loop import Loop
 from .metrics import hungarian
 from .model import Head, Heads
+from .monitors import Watch
 from .mosaic import Mosaic
 from .objective import Schedule, Settings
 from .processes import ALONE, Processes
+from .progress import Bar
 from .runfolder import BOARD, TRAINING, RunFolder
 from .segmenter import Segmenter, pick_device
-from .signals import Interrupted, StopRequest
+from .signals import Interrupted, StopRequest, with_kept
 from .store import FeatureStore
 from .summary import Summary, Validation
 
 GROUPS_WITHOUT_LABELS = 16
+SAVE_S = 30.0  # a state is never older, however slow the steps are
 WATCHED_ROWS = 16  # squares whose labels are looked at for each line of the log
 
 Say = Callable[[str], None]
@@ -64,7 +66,8 @@ def fit(
         settings: any field of TrainConfig, such as granularity=0.06, prototypes=12, steps=400, backbone="facebook/dino-vits8".
 
     Raises:
-        UserError: in one line, for settings or images that cannot be.
+        UserError: in one line, for settings or images that cannot be; WriteError, one of them, for a disk that is full.
+        Interrupted: a KeyboardInterrupt, by Ctrl-C; its text tells what is kept in `out`, where the same call resumes.
     """
     arrays = None if isinstance(images, (str, Path)) else list(images)
     config = with_changes(preset(preset_name), data=str(images) if arrays is None else None, **settings)
@@ -106,8 +109,9 @@ def learn(
     wanted, config = config, resolve(config, backbone, dataset if held_out is None else held_out, say)
     folder = None if out is None else RunFolder(out, wanted)
     if folder is not None and folder.finished():
-        say(f"{out}: this run is finished, step {config.steps} of {config.steps}; --out another folder to train again")
-        return Segmenter(folder.checkpoint(), backbone)
+        checkpoint = folder.checkpoint()
+        say(f"{out}: this run is finished, step {checkpoint.step} of {config.steps}; --out another folder to train again")
+        return Segmenter(checkpoint, backbone)
 
     every = config.variants()
     many = "" if len(every) == 1 else f", {len(every)} heads at once ({'; '.join(variant.label() for variant in every)})"
@@ -138,10 +142,16 @@ def learn(
     require_same_state(found, out, processes)  # before it nobody has written into the folder, behind it everybody has read
     folder = folder if processes.first else None
     run = Run(config, store, backbone.device, validation, folder, say, progress, processes)
-    heads = run.learn(found)
-    say(f"learnt     {config.steps} steps in {time.perf_counter() - extracted:.1f} s")
-    broken = frozenset(run.broken)
-    return Summary(config, dataset, store, validation, backbone, heads, broken, folder, run.records, run.report, say).finish()
+    try:
+        heads = run.learn(found)
+        say(f"learnt     {run.done} steps in {time.perf_counter() - extracted:.1f} s")
+        broken = frozenset(variant for variant in every if variant.name in run.watch.broken)
+        summary = Summary(config, dataset, store, validation, backbone, heads, run.done, broken, folder, run.records, run.report, say)
+        return summary.finish()
+    except KeyboardInterrupt as stop:
+        raise with_kept(stop, run.kept()) from None
+    except WriteError as error:
+        raise WriteError(f"{error}; {run.kept()}") from error
 
 
 def require_shares(batch_size: int, processes: Processes) -> None:
@@ -209,11 +219,17 @@ class Run:
         self.records: list[dict[str, Any]] = []
         self.report: dict[str, Any] = {}
         self.board: Board | None = None
-        self.broken: list[Variant] = []  # heads whose losses are no numbers any more
+        self.alone = processes.size == 1
+        self.watch = Watch(self.variants)
+        self.drift_stops = False  # whether --on-drift asks for an end here
+        self.done = 0  # steps
+        self.saved = 0  # steps that the folder's state has; 0: there is none
+        self.written = time.monotonic()  # when that was
 
     def learn(self, found: TrainingState | None) -> Heads:
-        """All steps from the saved state, or from the start, to the end."""
+        """All steps from the saved state, or from the start, to the end; fewer where every head drifts and that shall stop the run."""
         config, first = self.config, 0 if found is None else found.step
+        self.done = self.saved = first
         heads = self.start() if found is None else found.heads.to(self.device)
         self.processes.as_first(list(heads.state_dict().values()))  # machines may differ in the last bits
         loop = self.loop(heads)
@@ -222,29 +238,55 @@ class Run:
             self.say(f"resume     from step {first} of {config.steps}")
         if self.folder is not None:
             self.records = self.folder.resume(first)
-            self.board = Board(self.folder.path / BOARD, first) if config.log == "tensorboard" else None
+            if config.log == "tensorboard":
+                self.board = Board(self.folder.path / BOARD, self.records)
+        self.records = self.processes.all(self.records)[0]
         self.tell_closeness()
-        bar = tqdm(total=config.steps, initial=first, desc="train", unit="step", disable=not self.progress, dynamic_ncols=True)
-        with bar, StopRequest() as stop:
-            for step in range(first, config.steps):
-                loss = loop.step(step)
-                if step == first and loop.not_captured is not None:
+        self.tell_troubles(self.records)
+        bar = Bar(total=config.steps, initial=first, desc="train", unit="step", disable=not self.progress)
+        with closing(self), bar, StopRequest() as stop:
+            if found is not None and found.losses and self.log_is_due() and not any(r["step"] == first for r in self.records):
+                self.log(loop.heads, found.losses, bar)
+            while self.done < config.steps and not self.drift_stops:
+                losses = loop.step(self.done)._asdict()
+                self.done += 1
+                if self.done == first + 1 and loop.not_captured is not None:
                     self.say(f"warning    steps are not replayed from a CUDA graph, but run one by one: {loop.not_captured}")
                 bar.update()
+                if self.log_is_due() and not (self.alone and stop.number):
+                    # what a signal cuts short here is made again from the saved losses; several processes exchange counts and end it
+                    with stop.at_once() if self.alone else nullcontext():
+                        self.log(loop.heads, losses, bar)
                 stopped = self.processes.largest(stop.number or 0)  # by a signal to any of them, and behind the same step
-                done, last = step + 1, step + 1 == config.steps
-                if done % config.log_every == 0 or last:
-                    self.log(done, loop.heads, loss, bar)
-                if done % config.checkpoint_every == 0 or last or stopped:
-                    self.write(loop, done)
-                if stopped and not last:
-                    bar.close()
-                    self.say_interrupted(done)
+                late = time.monotonic() - self.written > SAVE_S
+                if self.checkpoint_is_due() or late or self.drift_stops or stopped:
+                    self.write(loop, losses)
+                if stopped:
                     self.processes.wait()  # the end of one would be the end of another that still writes
                     raise Interrupted(stopped)
+        if self.done < config.steps:
+            self.say(f"stop       at step {self.done} of {config.steps}, as --on-drift stop asks: every head drifts")
+        return loop.heads
+
+    def log_is_due(self) -> bool:
+        return self.done % self.config.log_every == 0 or self.done == self.config.steps
+
+    def checkpoint_is_due(self) -> bool:
+        return self.done % self.config.checkpoint_every == 0 or self.done == self.config.steps
+
+    def kept(self) -> str:
+        """What a stop at this moment leaves, in words."""
+        if not self.processes.first:
+            return "what was saved is kept"
+        if self.folder is None:
+            return "nothing is kept of a run without an output folder"
+        if not self.saved:
+            return "no step is saved yet; features are"
+        return f"step {self.saved} of {self.config.steps} is saved, whole, in {self.folder.path}"
+
+    def close(self) -> None:
         if self.board is not None:
             self.board.close()
-        return loop.heads
 
     def loop(self, heads: Heads) -> Loop:
         config, store = self.config, self.store
@@ -297,13 +339,13 @@ class Run:
             self.say(f"warning    {problem}")
         self.report["closeness"] = {"within": dataclasses.asdict(within), "across": dataclasses.asdict(across)}
 
-    def log(self, step: int, heads: Heads, loss: sk.SmooSegLoss, bar: tqdm) -> None:
-        """One line of metrics for each head; heads that have become useless are named."""
+    def log(self, heads: Heads, losses: dict[str, Tensor], bar: Bar) -> None:
+        """One line of metrics for each head, written together; heads in trouble are named. UserError when none is left."""
         states = health(heads, evaluation.batches(self.store, self.device, WATCHED_ROWS))
-        total, energy, data, distance, mean = (value.detach().float().cpu() for value in loss)
-        for h, (variant, state) in enumerate(zip(self.variants, states)):
-            record = {
-                "step": step,
+        total, energy, data, distance, mean = (losses[name].detach().float().cpu() for name in sk.SmooSegLoss._fields)
+        records = [
+            {
+                "step": self.done,
                 "head": variant.name,
                 "total": float(total[h]),
                 "energy_within": float(energy[h, 0]),
@@ -313,41 +355,44 @@ class Run:
                 "distance_across": float(distance[h, 1]),
                 "closeness_within": float(mean[0]),
                 "closeness_across": float(mean[1]),
-                "perplexity": state.perplexity,
-                "labels_per_image": state.labels_per_image,
-                "image_information": state.image_information,
-                "agreement": state.agreement,
-                "largest_share": max(state.shares),
+                **state.figures(),
             }
-            at_checkpoint = step % self.config.checkpoint_every == 0 or step == self.config.steps
-            if self.validation is not None and at_checkpoint:
+            for h, (variant, state) in enumerate(zip(self.variants, states))
+        ]
+        if self.validation is not None and self.checkpoint_is_due():
+            for h, record in enumerate(records):
                 scores = hungarian(self.validation.confusion(heads[h]))
                 record |= {"accuracy": scores.accuracy, "miou": scores.miou}
-            self.records.append(record)
-            if self.folder is not None:
-                self.folder.metrics.append(record)
-            if self.board is not None:
-                self.board.add(record)
-            self.watch(step, variant, record)
-        first, rate = states[0], bar.format_dict["rate"]
-        speed = f"{rate * min(self.config.batch_size, len(self.store)):.0f} images/s, " if rate else ""
-        bar.set_postfix_str(f"{speed}total {float(total[0]):.3f}, {first.perplexity:.1f} labels in use, agreement {first.agreement:.2f}")
-
-    def watch(self, step: int, variant: Variant, record: dict[str, Any]) -> None:
-        """UserError when no head is left: what was saved before stays as it is."""
-        if not math.isfinite(record["total"]) and variant not in self.broken:
-            self.broken.append(variant)
-            self.say(f"warning    step {step}: the losses of {variant.label()} are no numbers any more; it is left out at the end")
-        if len(self.broken) == len(self.variants):
-            raise UserError(f"--lr: at step {step} the losses of every head are no numbers any more; try a lower --lr and --lr-prototypes")
-
-    def write(self, loop: Loop, step: int) -> None:
         if self.folder is not None:
-            state = TrainingState(self.config, step, loop.heads, optimizer_tensors(loop.optimizer))
-            state.write(self.folder.path / TRAINING)
+            self.folder.metrics.append(*records)
+        self.records += records
+        if self.board is not None:
+            self.board.add(records)
+        bar.tell(live(records[0], bar.pace, min(self.config.batch_size, len(self.store))))
+        self.tell_troubles(records)
+        if self.watch.all_broken:
+            raise UserError(
+                f"--lr: at step {self.done} the losses of every head are no numbers any more; try a lower --lr and --lr-prototypes"
+            )
 
-    def say_interrupted(self, done: int) -> None:
-        if self.folder is None:
-            self.say("interrupted; nothing is kept of a run without an output folder")
-        else:
-            self.say(f"interrupted; step {done} of {self.config.steps} is saved in {self.folder.path}: the same command resumes there")
+    def tell_troubles(self, records: Iterable[dict[str, Any]]) -> None:
+        """Of records that are new, or that a resumed run has kept."""
+        for trouble in filter(None, map(self.watch.see, records)):
+            self.say(f"warning    {trouble}")
+        self.drift_stops = self.config.on_drift == "stop" and self.processes.decide(self.watch.all_drifted)
+
+    def write(self, loop: Loop, losses: dict[str, Tensor]) -> None:
+        if self.folder is not None:
+            state = TrainingState(self.config, self.done, loop.heads, optimizer_tensors(loop.optimizer), losses)
+            state.write(self.folder.path / TRAINING)
+            self.saved, self.written = self.done, time.monotonic()
+
+
+def live(record: dict[str, Any], rate: float | None, squares: int) -> str:
+    """The first head's figures for the progress line, which has to fit in 100 columns; E is energy within / across / data term.
+
+    rate: steps a second. squares: of a step.
+    """
+    speed = f"{rate * squares:.0f} img/s, " if rate else ""
+    within, across = (f"{record[name]:.3f}".replace("-0.", "-.") for name in ("energy_within", "energy_across"))
+    return f"{speed}E {within}/{across}/{record['data']:.2f}, {record['perplexity']:.1f} labels"

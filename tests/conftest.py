@@ -23,14 +23,18 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device"))
 
 
+def make_photos(folder):
+    for number in range(6):
+        (folder / "sub").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw(number)[0]).save(folder / ("sub" if number % 2 else ".") / f"{number}.png")
+    return folder
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    for number in range(6):
-        (tmp_path / "photos" / "sub").mkdir(parents=True, exist_ok=True)
-        Image.fromarray(draw(number)[0]).save(tmp_path / "photos" / ("sub" if number % 2 else ".") / f"{number}.png")
-    return tmp_path / "photos"
+    return make_photos(tmp_path / "photos")
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import signal
 import pytest
 
 from smooseg_fast.command import run
-from smooseg_fast.errors import UserError
+from smooseg_fast.errors import UserError, WriteError
 from smooseg_fast.signals import Interrupted
 
 
@@ -21,15 +21,30 @@ def test_an_error_of_the_users_is_one_line(capsys):
     assert capsys.readouterr() == ("", "error: --data x: is odd; give y\n")
 
 
-def test_ctrl_c_says_that_the_same_command_goes_on(capsys):
-    assert run(raises(KeyboardInterrupt()), []) == 130
-    assert capsys.readouterr() == ("", "interrupted; what was finished is kept: the same command goes on from it\n")
+AGAIN = "python -m test_command --out 'my runs'"
+
+
+def test_ctrl_c_says_what_resumes(capsys):
+    assert run(raises(KeyboardInterrupt()), ["--out", "my runs"]) == 130
+    assert capsys.readouterr() == ("", f"interrupted; what was finished is kept\nresume     {AGAIN}\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_who_raised_interrupted_has_said_it_already(capsys, number):
-    assert run(raises(Interrupted(number)), []) == 128 + number
-    assert capsys.readouterr() == ("", "")
+def test_who_knows_what_is_kept_says_it(capsys, number):
+    assert run(raises(Interrupted(number, "step 3 is saved")), ["--out", "my runs"]) == 128 + number
+    assert capsys.readouterr() == ("", f"interrupted; step 3 is saved\nresume     {AGAIN}\n")
+
+
+def test_sigterm_anywhere_is_said_like_ctrl_c(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    assert run(lambda args: signal.raise_signal(signal.SIGTERM), []) == 143
+    assert "resume     python -m test_command" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_full_disk_says_what_resumes(capsys):
+    assert run(raises(WriteError("a.png: cannot be written (full); free some space")), ["--out", "my runs"]) == 2
+    assert capsys.readouterr() == ("", f"error: a.png: cannot be written (full); free some space; to resume then: {AGAIN}\n")
 
 
 def test_other_errors_are_ours_and_keep_their_traceback():

@@ -122,7 +122,9 @@ def test_the_same_command_goes_on_after_a_stop(trained, photos, segmented, capsy
     assert len(segmented) == 5
     segmented.at[7] = lambda: signal.raise_signal(number)
     assert call(trained, photos, "cut") == 128 + number
-    assert "interrupted after 2 of 6 images; what is done is in cut: the same command goes on there" in capsys.readouterr().out
+    said = capsys.readouterr().err
+    assert "interrupted; 2 of 6 images are done, in cut\n" in said
+    assert f"resume     python -m smooseg_fast.predict --checkpoint {trained} --images {photos} --out cut\n" in said
     assert list(json.load(open("cut/shares.json"))["images"]) == ["0.png", "1.png"]
     assert Image.open("cut/sheet.jpg").width == 1600
     assert len(segmented) == 7
@@ -155,7 +157,7 @@ def test_a_stop_before_the_first_image_leaves_nothing(trained, photos, monkeypat
 
     monkeypatch.setattr(Segmenter, "pixels", stopped)
     assert call(trained, photos, "made") == 130
-    assert "interrupted before the first image was done" in capsys.readouterr().out
+    assert "interrupted; no image was done yet" in capsys.readouterr().err
     assert not Path("made").exists()
 
 

@@ -293,7 +293,7 @@ def test_a_signal_that_the_first_process_did_not_live_to_tell_of(monkeypatch, ca
     monkeypatch.setattr(command, "joined", lambda: contextlib.nullcontext(Processes(1, 1, store=kept)))
     kept = dist.HashStore()
     assert command.run(stopped, []) == 128 + signal.SIGTERM
-    assert capsys.readouterr().err == "interrupted; what was finished is kept: the same command goes on from it\n"
+    assert capsys.readouterr().err == "interrupted; what was finished is kept\nresume     python -m test_processes\n"
     kept = dist.HashStore()
     assert Processes(0, 2, store=kept).last_word()
     assert command.run(stopped, []) == 128 + signal.SIGTERM
@@ -398,7 +398,8 @@ def test_a_process_that_is_killed_ends_the_others_and_ctrl_c_saves(folder, rank,
     out, err = running.communicate(timeout=60)
     assert f"resume     from step {saved} of 100000" in out
     now = read_training_state("out/training.safetensors").step
-    assert out.count(f"interrupted; step {now} of 100000 is saved in out: the same command resumes there") == 1
+    again = f"resume     torchrun --nproc-per-node=2 -m smooseg_fast.train --data {folder}"
+    assert err.count(f"interrupted; step {now} of 100000 is saved, whole, in out\n{again}") == 1
     assert "error: " not in err
 
     step, calls = loop.train_step, []

@@ -117,7 +117,9 @@ def test_interrupted_and_resumed_equals_undisturbed(folder, capsys, monkeypatch,
 
     monkeypatch.setattr(loop, "train_step", interrupted)
     assert call("--data", folder, "--out", "cut", *SMALL) == 128 + number
-    assert "step 4 of 6 is saved in cut: the same command resumes there" in capsys.readouterr().out
+    said = capsys.readouterr().err
+    assert "interrupted; step 4 of 6 is saved, whole, in cut\n" in said
+    assert f"resume     python -m smooseg_fast.train --data {folder} --out cut {' '.join(SMALL)}\n" in said
     assert read_training_state("cut/training.safetensors").step == 4
     assert call("--data", folder, "--out", "cut", *SMALL) == 0
     assert "resume     from step 4" in capsys.readouterr().out

@@ -1,0 +1,44 @@
+"""The line that tells how far a command is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tqdm import tqdm
+
+PLAIN_S = 30.0  # between lines where nobody watches
+
+
+class Bar(tqdm):
+    """tqdm's bar on a terminal; elsewhere, as in a log file, a plain line every PLAIN_S seconds instead of a flood."""
+
+    def __init__(self, **options: Any):
+        super().__init__(dynamic_ncols=True, **options)
+        if not self.disable and not self.fp.isatty():
+            self.mininterval = self.maxinterval = PLAIN_S
+
+    @staticmethod
+    def status_printer(file: Any) -> Callable[[str], None]:
+        if file.isatty():
+            return tqdm.status_printer(file)
+
+        def line(text: str) -> None:
+            if text.strip():
+                file.write(text.strip() + "\n")
+                file.flush()
+
+        return line
+
+    @property
+    def pace(self) -> float | None:
+        """Units a second: of late where the line has been drawn, else since the start."""
+        if self.disable:
+            return None
+        state = self.format_dict
+        done, seconds = state["n"] - state["initial"], state["elapsed"]
+        return state["rate"] or (done / seconds if done and seconds else None)
+
+    def tell(self, text: str) -> None:
+        """`text` at the end of the line."""
+        self.set_postfix_str(text, refresh=not self.disable and self.fp.isatty())

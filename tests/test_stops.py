@@ -52,7 +52,7 @@ PLACES = {
     "start": (model, "spherical_kmeans", 1, 0),
     "step": (loop, "train_step", 5, 5),
     "line of metrics": (trainer, "health", 2, 4),
-    "state": (trainer.TrainingState, "write", 1, 3),
+    "state": (trainer.TrainingState, "write", 1, 4),
     "figures": (summary, "health", 1, 6),
     "pictures": (summary.Summary, "groups_picture", 1, 6),
 }

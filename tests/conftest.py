@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 from PIL import Image
-from textures import draw
+from textures import draw, make_photos
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -21,13 +21,6 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device"))
-
-
-def make_photos(folder):
-    for number in range(6):
-        (folder / "sub").mkdir(parents=True, exist_ok=True)
-        Image.fromarray(draw(number)[0]).save(folder / ("sub" if number % 2 else ".") / f"{number}.png")
-    return folder
 
 
 @pytest.fixture

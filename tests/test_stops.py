@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import make_photos
 from test_trainer import SMALL, call, files
+from textures import make_photos
 
 import smooseg_fast
 from smooseg_fast import files as written

@@ -6,7 +6,7 @@ import torch
 
 IMPLS = ["dense", "torch", *(["triton"] if torch.cuda.is_available() else [])]
 MODES = ["step", *(["captured step"] if torch.cuda.is_available() else [])]
-SHAPES = {**problems.STEPS, **({"cityscapes_s8": problems.TRAINED["cityscapes_s8"]} if torch.cuda.is_available() else {})}
+SHAPES = {**problems.STEPS, "cityscapes_s8": problems.TRAINED["cityscapes_s8"]}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -14,3 +14,8 @@ SHAPES = {**problems.STEPS, **({"cityscapes_s8": problems.TRAINED["cityscapes_s8
 @pytest.mark.parametrize("shape", SHAPES)
 def bench_head_step(shape, impl, mode, bench):
     bench.time("head step", shape, SHAPES[shape], impl, mode, peak=True)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def bench_step_products(shape, bench):
+    bench.time("step products", shape, SHAPES[shape], "products alone", "step", case="head step")

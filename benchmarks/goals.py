@@ -96,6 +96,11 @@ def goals(cells: Cells) -> str:
     body.append(
         goal("CPU, B = 4, P = 1600: torch 22× faster than dense", ratio(cells, large, "dense", "torch"), 22, tables.times, below=False)
     )
+    whole = dict(CPU, case="head step", B=32, P=784, H=1)
+    name = "CPU, training step, B = 32, P = 784"
+    body.append(goal(f"{name}: 8× faster than dense", ratio(cells, whole, "dense", "torch"), 8, tables.times, below=False))
+    alone = ratio(cells, whole, "torch", "products alone")
+    body.append(goal(f"{name}: within 1.5× of its matrix products alone", alone, 1.5, tables.times, below=True))
     for sweep in sweeps.sweeps(cells):
         impl = "triton" if sweep.cell.device == "cuda" else "torch"
         if sweep.letter == "P" and impl in sweep.lines:

@@ -253,4 +253,36 @@ def assignment(problem: Problem, impl: str, mode: str, dtype: torch.dtype, devic
     return Subject(run, check_outputs, floor_bytes, floors.assignment_flops(problem.B, problem.P, *sides))
 
 
-SUBJECTS = {"objective": objective, "head step": head_step, "assign": assignment}
+def step_products(problem: Problem, impl: str, mode: str, dtype: torch.dtype, device: str, seed: int = 0) -> Subject:
+    """The matrix products of a head step and nothing else, into memory that is there already: what a step cannot be faster than."""
+    B, P, D, Z, K = problem.B, problem.P, problem.D, problem.Z, problem.K
+    generator = torch.Generator().manual_seed(seed)
+
+    def matrix(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    features, wide, codes = matrix(B, P, D), matrix(B * P, D), matrix(B * P, Z)
+    rows, sides = matrix(B * P, K), matrix(B, P, K + 1)
+    hidden, linear, prototypes, moments = matrix(D, D), matrix(Z, D), matrix(K, Z), matrix(B, K + 1, D)
+    flat = features.flatten(0, 1)
+    pairs = [
+        *((flat, hidden.mT), (flat, linear.mT), (wide, linear.mT)),  # W2 f, W1 f, W3 s
+        *((codes, prototypes.mT), (codes, prototypes.mT), (sides.mT, features)),  # cosines to teacher and student, moments
+        *((features, moments.mT), (rows, prototypes), (rows.mT, codes)),  # back from the moments, to codes and to the student
+        *((codes, linear), (codes.mT, wide), (wide.mT, flat), (codes.mT, flat)),  # through W3, and to W3, W2 and W1
+    ]
+    outputs = [a @ b for a, b in pairs]
+
+    def run():
+        for (a, b), out in zip(pairs, outputs):
+            torch.matmul(a, b, out=out)
+        return outputs
+
+    def check_outputs(got):
+        assert sum(2 * a.numel() * b.shape[-1] for a, b in pairs) <= 1.01 * floors.head_step_flops(problem)
+        torch.testing.assert_close(got[0].double(), pairs[0][0].double() @ pairs[0][1].double(), rtol=1e-2, atol=1e-2)
+
+    return Subject(run, check_outputs, floors.head_step_floor(problem), floors.head_step_flops(problem))
+
+
+SUBJECTS = {"objective": objective, "head step": head_step, "step products": step_products, "assign": assignment}

@@ -279,8 +279,8 @@ def step_products(problem: Problem, impl: str, mode: str, dtype: torch.dtype, de
         return outputs
 
     def check_outputs(got):
-        assert sum(2 * a.numel() * b.shape[-1] for a, b in pairs) <= 1.01 * floors.head_step_flops(problem)
-        torch.testing.assert_close(got[0].double(), pairs[0][0].double() @ pairs[0][1].double(), rtol=1e-2, atol=1e-2)
+        for (a, b), out in zip(pairs, got):
+            torch.testing.assert_close(out, a @ b)
 
     return Subject(run, check_outputs, floors.head_step_floor(problem), floors.head_step_flops(problem))
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from .checkpoint import Checkpoint, read_checkpoint
-from .command import parse, run
+from .command import parse, predict_command, run
 from .errors import UserError
 from .files import write_atomic
 from .runfolder import CHECKPOINT, HEADS, REPORT
@@ -45,19 +44,12 @@ def main(args: Sequence[str]) -> None:
         if (granularity_of(found), found.config.seed) == (granularity, seed):
             break
     else:
-        raise UserError(
-            f"--granularity {granularity:g} with seed {seed}: no such head; there are {', '.join(file.stem for file in files)}"
-            if granularity is not None
-            else f"--seed {seed}: no such head; there are {', '.join(file.stem for file in files)}"
-        )
+        wanted = f"--seed {seed}" if granularity is None else f"--granularity {granularity:g} with seed {seed}"
+        raise UserError(f"{wanted}: no such head; there are {', '.join(file.stem for file in files)}")
     write_atomic(out / CHECKPOINT, file.read_bytes())
     print(f"{out / CHECKPOINT} is now {file.stem}; the others stay in {out / HEADS}")
     images = found.config.data or str(out / "samples")
-    words = ["python", "-m", "smooseg_fast.predict", "--checkpoint", str(out / CHECKPOINT), "--images", images]
-    words += ["--out", str(out / f"predictions_{file.stem}")]
-    if ":" in found.backbone_name:
-        words += ["--backbone", found.backbone_name]
-    print("next       " + shlex.join(words))
+    print("next       " + predict_command(out / CHECKPOINT, images, out / f"predictions_{file.stem}", found.backbone_name))
 
 
 def granularity_of(checkpoint: Checkpoint) -> float | None:

@@ -9,6 +9,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import tyro
@@ -50,6 +51,12 @@ def load_segmenter(checkpoint: str, backbone: str | None, device: str) -> Segmen
         name = segmenter.backbone.name
         print(f"warning: {name} is not, weight for weight, the backbone of training; groups may have shifted", file=sys.stderr)
     return segmenter
+
+
+def predict_command(checkpoint: Path, images: str, out: Path, backbone: str) -> str:
+    """What to type next. A `module:callable` has to be named again: a checkpoint never imports code by itself."""
+    words = ["python", "-m", "smooseg_fast.predict", "--checkpoint", str(checkpoint), "--images", images, "--out", str(out)]
+    return shlex.join(words + (["--backbone", backbone] if ":" in backbone else []))
 
 
 def run(main: Callable[..., None], args: Sequence[str] | None = None, *, together: bool = False) -> int:

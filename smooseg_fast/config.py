@@ -51,7 +51,7 @@ class TrainConfig:
     backbone: str = "filterbank"
     """Frozen features: filterbank (built in), a transformers ViT by hub name or local folder, or module:callable."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, mps, or auto: the first GPU if there is one."""
+    """cpu, cuda, cuda:1, mps, or auto: a GPU if there is one."""
     impl: str = "auto"
     """How the objective is computed: auto, triton, torch or dense. Honoured or refused, never swapped."""
     cache: str | None = None

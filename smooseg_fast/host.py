@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -26,7 +28,16 @@ def keep_freed_memory() -> None:
     libc.mallopt(M_TRIM_THRESHOLD, LARGEST)
 
 
-def make_deterministic() -> None:
-    """Operations of PyTorch without a deterministic form raise from here on; matrix products on a GPU get a workspace of their own."""
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Within it operations of PyTorch take their deterministic form, and raise where they have none."""
+    if not wanted:
+        yield
+        return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

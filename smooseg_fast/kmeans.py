@@ -28,8 +28,9 @@ def plus_plus(rows: Tensor, K: int, generator: torch.Generator) -> Tensor:
     for _ in range(K - 1):
         distance = torch.minimum(distance, 1.0 - rows @ chosen[-1]).clamp(min=0.0)
         # the inverse of the cumulative distribution, in float64: multinomial refuses more than 2^24 rows
-        ladder = distance.double().cumsum(0)
-        draw = torch.rand((), generator=generator, dtype=torch.float64).to(ladder.device) * ladder[-1]
+        # nor has a GPU a cumulative sum that reruns bit for bit
+        ladder = distance.cpu().double().cumsum(0)
+        draw = torch.rand((), generator=generator, dtype=torch.float64) * ladder[-1]
         chosen.append(rows[torch.searchsorted(ladder, draw).clamp(max=len(rows) - 1)])
     return torch.stack(chosen)
 

@@ -123,7 +123,7 @@ def as_rgb(image: np.ndarray | str | Path) -> np.ndarray:
 
 
 def pick_device(name: str) -> str:
-    """The device that `name` stands for: "auto" is the first GPU, or the CPU where there is none."""
+    """The device that `name` stands for: "auto" is the first CUDA or ROCm GPU, else Apple's, else the CPU."""
     if name != "auto":
         return name
     if torch.cuda.is_available():

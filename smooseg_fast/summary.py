@@ -179,7 +179,7 @@ class Summary:
             }
         for granularity, of_seeds in scores.items():
             which = "smooseg" if len(scores) == 1 else f"granularity {granularity:g}"
-            accuracy, miou = (spread([getattr(each, name) for each in of_seeds]) for name in ("accuracy", "miou"))
+            accuracy, miou = (mean_and_std([getattr(each, name) for each in of_seeds]) for name in ("accuracy", "miou"))
             seeds = "" if len(of_seeds) == 1 else f"  ({len(of_seeds)} seeds)"
             self.say(f"           {which:16s}  accuracy {accuracy} %  mIoU {miou} %{seeds}")
         self.say(f"           {'k-means':16s}  accuracy {percent(baseline.accuracy)} %  mIoU {percent(baseline.miou)} %  (same features)")
@@ -252,7 +252,7 @@ def in_use(shares: Sequence[float]) -> int:
     return sum(share >= NAMED for share in shares)
 
 
-def spread(values: Sequence[float]) -> str:
+def mean_and_std(values: Sequence[float]) -> str:
     """Percent: the value, or mean and sample standard deviation."""
     if len(values) == 1:
         return percent(values[0])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .command import parse, run
+from .command import parse, predict_command, run
 from .config import TrainConfig, flag, preset, with_changes
 from .errors import UserError
 from .pictures import save
@@ -26,7 +26,7 @@ def main(args: Sequence[str], processes: Processes = ALONE) -> None:
     out = Path(config.out) if config.out else free_folder(config)
     train, held_out = datasets_of(config)
     print(f"smooseg_fast: preset {config.preset}, {train.name} ({len(train)} images), backbone {config.backbone}")
-    learn(config, train, held_out, out=out, progress=True, say=say, processes=processes)
+    segmenter = learn(config, train, held_out, out=out, progress=True, say=say, processes=processes)
     if not processes.first:
         return
     images = config.data
@@ -35,22 +35,11 @@ def main(args: Sequence[str], processes: Processes = ALONE) -> None:
         for index in range(SAMPLES):
             save(Path(images) / Path(held_out.names[index]).name, held_out.image(index))
     if config.granularity is not None and len(config.granularity) > 1:
-        other = ["python", "-m", "smooseg_fast.choose", "--run", str(out), "--granularity", f"{config.granularity[-1]:g}"]
-        print(f"choose     look at {out / LADDER}; {config.granularity[0]:g} predicts, and another would by: {shlex.join(other)}")
-    words = [
-        "python",
-        "-m",
-        "smooseg_fast.predict",
-        "--checkpoint",
-        str(out / CHECKPOINT),
-        "--images",
-        images,
-        "--out",
-        str(out / "predictions"),
-    ]
-    if ":" in config.backbone:
-        words += ["--backbone", config.backbone]
-    print("next       " + shlex.join(words))
+        now = segmenter.config.granularity[0]
+        another = next(value for value in reversed(config.granularity) if value != now)
+        other = ["python", "-m", "smooseg_fast.choose", "--run", str(out), "--granularity", f"{another:g}"]
+        print(f"choose     look at {out / LADDER}; {now:g} predicts, and another would by: {shlex.join(other)}")
+    print("next       " + predict_command(out / CHECKPOINT, images, out / "predictions", config.backbone))
 
 
 def say(line: str) -> None:

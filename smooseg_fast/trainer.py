@@ -25,7 +25,7 @@ from .datasets import ArrayDataset, Dataset, open_splits
 from .errors import UserError, WriteError
 from .extract import open_or_extract
 from .health import closeness, health, warning
-from .host import keep_freed_memory, make_deterministic
+from .host import deterministic, keep_freed_memory
 from .loop import Loop
 from .metrics import hungarian
 from .model import Head, Heads
@@ -103,8 +103,6 @@ def learn(
     keep_freed_memory()
     if config.log == "tensorboard":
         require_tensorboard()
-    if config.deterministic:
-        make_deterministic()
     backbone = load_backbone(config.backbone, device)
     wanted, config = config, resolve(config, backbone, dataset if held_out is None else held_out, say)
     folder = None if out is None else RunFolder(out, wanted)
@@ -143,7 +141,8 @@ def learn(
     folder = folder if processes.first else None
     run = Run(config, store, backbone.device, validation, folder, say, progress, processes)
     try:
-        heads = run.learn(found)
+        with deterministic(config.deterministic):
+            heads = run.learn(found)
         say(f"learnt     {run.done} steps in {time.perf_counter() - extracted:.1f} s")
         broken = frozenset(variant for variant in every if variant.name in run.watch.broken)
         summary = Summary(config, dataset, store, validation, backbone, heads, run.done, broken, folder, run.records, run.report, say)

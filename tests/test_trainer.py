@@ -190,6 +190,17 @@ def test_reruns_are_bit_equal(folder):
     assert open("a/metrics.jsonl").read() == open("b/metrics.jsonl").read()
 
 
+def test_deterministic_is_asked_for_in_the_steps_alone(folder, monkeypatch):
+    """And learns the same: a CPU is deterministic anyway."""
+    seen, step = [], loop.train_step
+    monkeypatch.setattr(loop, "train_step", lambda *args: seen.append(torch.are_deterministic_algorithms_enabled()) or step(*args))
+    assert call("--data", folder, "--out", "a", *SMALL) == 0
+    assert call("--data", folder, "--out", "b", *SMALL, "--deterministic") == 0
+    assert seen == [False] * 6 + [True] * 6
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert open("a/metrics.jsonl").read() == open("b/metrics.jsonl").read()
+
+
 def test_default_folders_do_not_collide(folder, capsys):
     assert call("--data", folder, *SMALL) == 0
     assert call("--data", folder, *SMALL, "--seed", "1") == 0
@@ -431,6 +442,8 @@ def test_choose_makes_another_head_the_default(folder, capsys):
         capsys.readouterr().out.strip().splitlines()[-1].startswith("next       python -m smooseg_fast.predict --checkpoint out/checkpoint")
     )
     assert read_checkpoint("out/checkpoint.safetensors").config.granularity == (-0.05,)
+    assert call("--data", folder, "--out", "out", *SMALL, "--granularity", "0.1", "-0.05", "--prototypes", "4") == 0
+    assert "-0.05 predicts, and another would by: python -m smooseg_fast.choose --run out --granularity 0.1" in capsys.readouterr().out
     for args, message in (
         (["--run", "out"], "--granularity or --seed: missing; the heads are granularity_-0.05_seed_0, granularity_0.1_seed_0"),
         (["--run", "out", "--granularity", "7"], "--granularity 7 with seed 0: no such head"),

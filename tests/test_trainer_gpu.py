@@ -39,6 +39,12 @@ def test_a_checkpoint_moves_between_devices(images, tmp_path):
     assert (segmenter.predict(image) != on_cpu.predict(image)).mean() < 0.01
 
 
+def test_deterministic_runs_are_bit_equal(images):
+    first, again = (smooseg_fast.fit(images, device="cuda", deterministic=True, **SMALL) for _ in range(2))
+    for name, value in first.head.state_dict().items():
+        assert torch.equal(value, again.head.state_dict()[name]), name
+
+
 @pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize("patches", [None, 50])
 def test_a_captured_step_is_the_step(resident, patches):

@@ -12,7 +12,7 @@ import smooseg_kernels as sk
 
 from .datasets import Dataset
 from .errors import UserError
-from .images import square_crops
+from .images import cut_squares
 from .model import Head
 from .processes import ALONE, Processes
 from .segmenter import project
@@ -32,7 +32,7 @@ def label_squares(dataset: Dataset, store: FeatureStore, size: int) -> np.ndarra
     for row, name in enumerate(store.names):
         label = dataset.label(places[name])
         if label is not None:
-            labels[row] = square_crops(label, size, "center")[0]
+            labels[row] = cut_squares(label, size, "center")[0][1]
             found += 1
     if not found:
         raise UserError(f"--data: none of the {len(store)} images of {dataset.name} has a label")

@@ -31,7 +31,7 @@ from . import store
 from .datasets import Dataset
 from .errors import UserError
 from .files import sweep, write_json
-from .images import Crops, ImageError, Resample, require_patch, resize_short_side, square_crops, square_offsets
+from .images import Crops, ImageError, Resample, cut_squares, require_patch
 from .processes import ALONE, Processes
 from .progress import Bar
 from .signals import with_kept
@@ -60,7 +60,7 @@ def open_or_extract(
 ) -> FeatureStore:
     """The features of every square of every image: taken from `cache` as far as they are there, else made by `backbone` and kept.
 
-    Squares have `size` pixels (a multiple of backbone.patch), cut as `images.square_crops` does; `mirror` gives the features of the
+    Squares have `size` pixels (a multiple of backbone.patch), cut as `images.cut_squares` does; `mirror` gives the features of the
     mirrored squares with the grid's columns mirrored back, in the same order. They live in a folder of `cache` (by default
     $XDG_CACHE_HOME/smooseg_fast or ~/.cache/smooseg_fast) named by a hash of the images, the backbone's digest and the settings.
 
@@ -200,10 +200,7 @@ class _Job:
             require_patch(image, self.backbone.patch, self.dataset.names[index])
         except ImageError as error:
             return error
-        resized = resize_short_side(image, self.size, self.resample)
-        places = square_offsets(*resized.shape[:2], self.crops)
-        # copies: a view of a small square would keep the whole of a long image in memory
-        return [(place, square.copy()) for place, square in zip(places, square_crops(resized, self.size, self.crops))]
+        return cut_squares(image, self.size, self.crops, self.resample)
 
     def share(self, squares: list[_Square]) -> list[Tensor]:
         """The features of this process's batch of a round, a batch for each process; none in a short round that ends before its turn."""

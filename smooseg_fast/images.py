@@ -18,7 +18,8 @@ from .errors import UserError
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
 MAX_PIXELS = 2**30  # 32,768 pixels square: beyond this a header is more likely damaged than true
 
-Crops = Literal["center", "slide"]
+Crops = Literal["center", "slide", "five"]
+FIVE_RATIO = 0.5  # of the image's height and width: the size of each of five crops, as in the paper
 Resample = Literal["nearest", "bilinear"]
 
 _FILTERS = {"nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR}
@@ -149,7 +150,7 @@ def resize_short_side(image: np.ndarray, size: int, resample: Resample = "neares
     return np.array(Image.fromarray(image).resize((width * size // short, height * size // short), kind))
 
 
-def square_offsets(height: int, width: int, crops: Crops) -> list[tuple[int, int]]:
+def square_offsets(height: int, width: int, crops: Literal["center", "slide"]) -> list[tuple[int, int]]:
     """(top, left) of squares of side min(height, width).
 
     "center": the one in the middle. "slide": evenly spaced along the long side, the first at its start, the last at its end,
@@ -166,13 +167,32 @@ def square_offsets(height: int, width: int, crops: Crops) -> list[tuple[int, int
     return [(place, 0) if height > width else (0, place) for place in places]
 
 
-def square_crops(image: np.ndarray, size: int, crops: Crops, resample: Resample = "nearest") -> list[np.ndarray]:
-    """Squares [size,size,3] (labels [size,size]): the short side brought to `size`, then cut at `square_offsets` of the result.
+def five_windows(height: int, width: int) -> list[tuple[int, int, int, int]]:
+    """(top, left, height, width) of the five crops of an image: its corners (top left, top right, bottom left, bottom right) and its
+    centre, each FIVE_RATIO of the height and of the width, rounded down, at least a pixel."""
+    h, w = max(1, int(height * FIVE_RATIO)), max(1, int(width * FIVE_RATIO))
+    bottom, right = height - h, width - w
+    return [(top, left, h, w) for top, left in ((0, 0), (0, right), (bottom, 0), (bottom, right), (bottom // 2, right // 2))]
 
-    An image and its label of the same size are cut at the same places.
+
+def cut_squares(image: np.ndarray, size: int, crops: Crops, resample: Resample = "nearest") -> list[tuple[tuple[int, int], np.ndarray]]:
+    """The squares [size,size,3] (of a label [size,size]) that training or evaluation sees of an image, each with its place.
+
+    "center" and "slide": the image's short side is brought to `size`, then squares are cut at `square_offsets` of the result. "five":
+    each of `five_windows` has its own short side brought to `size`, and the square in its middle is cut. A place is (top, left) in the
+    image at the scale of its squares: the short side is `size` there, and for "five" `size` / FIVE_RATIO, up to rounding. An image and
+    its label of the same size are cut at the same places. Squares are copies, which do not keep the whole image in memory.
     """
-    resized = resize_short_side(image, size, resample)
-    return [resized[top : top + size, left : left + size] for top, left in square_offsets(*resized.shape[:2], crops)]
+    height, width = image.shape[:2]
+    within = "center" if crops == "five" else crops
+    found = []
+    for top, left, h, w in five_windows(height, width) if crops == "five" else [(0, 0, height, width)]:
+        resized = resize_short_side(image[top : top + h, left : left + w], size, resample)
+        scaled_h, scaled_w = resized.shape[:2]
+        for y, x in square_offsets(scaled_h, scaled_w, within):
+            place = (top * scaled_h // h + y, left * scaled_w // w + x)
+            found.append((place, resized[y : y + size, x : x + size].copy()))
+    return found
 
 
 class _PixelLimit:

@@ -35,7 +35,7 @@ class Contents:
     end: tuple[int, int]  # the position after the last row, past any skipped images
     grid: tuple[int, int]  # (h, w) patches, P = h * w row-major
     names: tuple[str, ...]  # image of each row
-    crops: tuple[tuple[int, int], ...]  # (top, left) of each row's square in the image as resized
+    crops: tuple[tuple[int, int], ...]  # (top, left) of each row's square in the image at that scale (images.cut_squares)
     skipped: tuple[tuple[str, str], ...]  # (name, reason)
 
 
@@ -48,7 +48,7 @@ class Shard:
 class FeatureStore:
     """Rows of patch features, one for each square of each image, in the order of the dataset.
 
-    `names` and `crops` tell the image and the (top, left) of each row's square (in pixels of the image with its short side resized);
+    `names` and `crops` tell the image and the (top, left) of each row's square, at the squares' scale (`images.cut_squares`);
     `grid` (h, w), `P` = h * w patches row-major, `D` channels; `skipped` holds (name, reason) of images that could not be used;
     `nbytes` is the size of the features on disk.
     """

@@ -15,12 +15,13 @@ from smooseg_fast.errors import UserError
 from smooseg_fast.images import (
     SUFFIXES,
     ImageError,
+    cut_squares,
     find_images,
+    five_windows,
     image_size,
     read_image,
     read_label,
     resize_short_side,
-    square_crops,
     square_offsets,
 )
 
@@ -455,17 +456,43 @@ def test_unknown_crops_are_refused():
 @pytest.mark.parametrize("resample", ["nearest", "bilinear"])
 def test_squares_are_cut_from_the_resized_image(colours, crops, resample):
     resized = resize_short_side(colours, 8, resample)
-    squares = square_crops(colours, 8, crops, resample)
-    places = square_offsets(8, 13, crops)
-    assert len(squares) == len(places)
-    for square, (top, left) in zip(squares, places):
+    found = cut_squares(colours, 8, crops, resample)
+    assert [place for place, _ in found] == square_offsets(8, 13, crops)
+    for (top, left), square in found:
         np.testing.assert_array_equal(square, resized[top : top + 8, left : left + 8])
+        assert square.base is None  # a view would keep the whole image
 
 
-def test_images_and_labels_are_cut_at_the_same_places():
+def test_five_windows_are_the_corners_and_the_centre_of_half_the_size():
+    assert five_windows(13, 21) == [(0, 0, 6, 10), (0, 11, 6, 10), (7, 0, 6, 10), (7, 11, 6, 10), (3, 5, 6, 10)]
+    assert five_windows(1, 3) == [(0, 0, 1, 1), (0, 2, 1, 1), (0, 0, 1, 1), (0, 2, 1, 1), (0, 1, 1, 1)]
+
+
+@pytest.mark.parametrize("resample", ["nearest", "bilinear"])
+@pytest.mark.parametrize(("height", "width"), [(64, 128), (77, 50), (9, 9)])
+def test_five_crops_are_resized_each_by_itself_and_cut_in_their_middle(height, width, resample):
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    h, w, y, x = height // 2, width // 2, height - height // 2, width - width // 2
+    windows = [image[:h, :w], image[:h, x:], image[y:, :w], image[y:, x:], image[y // 2 :, x // 2 :][:h, :w]]
+    found = cut_squares(image, 8, "five", resample)
+    assert len(found) == 5
+    for (_, square), window in zip(found, windows):
+        [(_, wanted)] = cut_squares(window, 8, "center", resample)
+        np.testing.assert_array_equal(square, wanted)
+
+
+def test_places_of_five_crops_are_in_the_image_at_their_scale():
+    """A street scene: windows of 512 x 1024 at 224 x 448, so the whole image is 448 x 896."""
+    places = [place for place, _ in cut_squares(np.zeros((1024, 2048, 3), np.uint8), 224, "five")]
+    assert places == [(0, 112), (0, 560), (224, 112), (224, 560), (112, 336)]
+
+
+@pytest.mark.parametrize("crops", ["center", "slide", "five"])
+def test_images_and_labels_are_cut_at_the_same_places(crops):
     label = np.arange(12 * 20, dtype=np.uint8).reshape(12, 20)
     image = np.repeat(label[..., None], 3, axis=2)
     for size in (5, 8, 12, 17):
-        for square, mask in zip(square_crops(image, size, "slide"), square_crops(label, size, "slide")):
+        for (place, square), (other, mask) in zip(cut_squares(image, size, crops), cut_squares(label, size, crops)):
+            assert place == other
             assert mask.shape == (size, size)
             np.testing.assert_array_equal(square[..., 0], mask)

@@ -15,7 +15,7 @@ from smooseg_fast import store
 from smooseg_fast.datasets import open_dataset
 from smooseg_fast.errors import UserError
 from smooseg_fast.extract import default_cache, open_or_extract
-from smooseg_fast.images import square_crops
+from smooseg_fast.images import cut_squares
 from smooseg_fast.signals import Interrupted
 from smooseg_fast.store import Contents, FeatureStore, read_shard, to_storage, write_shard
 
@@ -79,7 +79,7 @@ def expected(photos, mirror=False, **settings) -> tuple[list[str], torch.Tensor]
     for index, name in enumerate(data.names):
         if name in ("4.png", "9.png"):
             continue
-        for square in square_crops(data.image(index), SIZE, **settings):
+        for _, square in cut_squares(data.image(index), SIZE, **settings):
             names.append(name)
             patches = square.astype(np.float32).reshape(2, PATCH, 2, PATCH, 3).mean(axis=(1, 3))
             rows.append(torch.from_numpy(patches.reshape(P, 3)))
@@ -89,7 +89,7 @@ def expected(photos, mirror=False, **settings) -> tuple[list[str], torch.Tensor]
 # what comes out
 
 
-@pytest.mark.parametrize("crops", ["center", "slide"])
+@pytest.mark.parametrize("crops", ["center", "slide", "five"])
 @pytest.mark.parametrize("resample", ["nearest", "bilinear"])
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_rows_are_the_features_of_the_squares_in_order(photos, tmp_path, small_shards, crops, resample, batch_size):
@@ -108,6 +108,16 @@ def test_crops_tell_where_the_squares_lie(photos, tmp_path):
     assert places["0.png"] == [(0, 0)]
     assert places["1.png"] == [(0, 0), (0, 2), (0, 4), (0, 6), (0, 8)]
     assert places["2.png"][-1] == (24 - 8, 0)
+
+
+def test_five_crops_stop_and_resume_as_others(photos, tmp_path, small_shards):
+    features = extract(photos, tmp_path, crops="five")
+    assert features.names == tuple(name for name in dict.fromkeys(features.names) for _ in range(5))
+    content = {shard.name: shard.read_bytes() for shard in shards(tmp_path)}
+    damaged = shards(tmp_path)[1]
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    extract(photos, tmp_path, crops="five")
+    assert content == {shard.name: shard.read_bytes() for shard in shards(tmp_path)}
 
 
 def test_the_mirror_has_its_columns_mirrored_back(photos, tmp_path):

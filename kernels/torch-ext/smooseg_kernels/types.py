@@ -23,3 +23,10 @@ class SmooSegLoss(NamedTuple):
     data: Tensor  # [] cross-entropy of the student against the teacher's labels
     distance: Tensor  # [T]
     mean: Tensor  # [T]
+
+
+class PairEnergy(NamedTuple):
+    """A clamped energy of patch pairs, fp32 (fp64 for fp64 inputs)."""
+
+    energy: Tensor  # [] mean over (image, i, j) of -clamp(cos(c_i, c_j)) * V_ij
+    similarity: Tensor  # [] mean of cos(c_i, c_j), before the clamp

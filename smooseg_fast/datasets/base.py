@@ -168,13 +168,17 @@ def numbered_files(
     label_name: Callable[[str], str],
     held_out: bool,
     where: str,
+    present: list[Path] | None = None,
     notes: Iterable[str] = (),
     kind: type[NumberedFiles] = NumberedFiles,
 ) -> NumberedFiles:
     """Images below `top` with their labels: those of `labels` whose stem is `label_name` of the image's.
 
-    where: where labels were looked for, said in the notes when some or all are missing. UserError when there is no image.
+    present: all images on disk, where `images` is a choice of them. where: where labels were looked for, said in the notes when some or
+    all are missing or belong to no image. UserError when there is no image.
     """
+    if not images:
+        raise UserError(f"--data {top}: no images in it; unpack the images of {name} there")
     by_stem = {label.stem: label for label in labels}
     found = [by_stem.get(label_name(image.stem)) for image in images]
     missing = [image.name for image, label in zip(images, found) if label is None]
@@ -183,6 +187,10 @@ def numbered_files(
         notes.append(f"no labels: none of the {len(images)} images of {name} has one in {where}")
     elif missing:
         notes.append(f"{len(missing)} of {len(images)} images of {name} have no label in {where}, first {missing[0]}")
+    owned = {label_name(image.stem) for image in (images if present is None else present)}
+    stray = [label for label in labels if label.stem not in owned]
+    if stray:
+        notes.append(f"{len(stray)} labels in {where} belong to no image, first {stray[0].name}")
     names = tuple(image.relative_to(top).as_posix() for image in images)
     return kind(
         name=name,

@@ -45,7 +45,8 @@ class TrainConfig:
     preset: str = "folder"
     """Where the other defaults come from: demo, folder, cityscapes, cocostuff27 or potsdam."""
     data: str | None = None
-    """Folder of images in any nesting; or DIR/images and DIR/labels, with train/, val/ or test/ above them."""
+    """Folder of images in any nesting; or DIR/images and DIR/labels, with train/, val/ or test/ above them; or Cityscapes, COCO-Stuff,
+    Potsdam or PASCAL VOC as their owners pack them (python -m smooseg_fast.data check DIR)."""
     out: str | None = None
     """Folder for what the run makes [runs/NAME]. The same command on it resumes an unfinished run."""
     backbone: str = "filterbank"

@@ -48,6 +48,7 @@ class Mosaic:
 
     labelled = True
     held_out = True
+    notes = ()
 
     def __init__(self, split: Literal["train", "val"] = "train", count: int = 128, size: int = UNITS, seed: int = 0) -> None:
         if split not in SPLITS:

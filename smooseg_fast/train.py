@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from .command import parse, predict_command, run
 from .config import TrainConfig, flag, preset, with_changes
+from .datasets import recognise
 from .errors import UserError
 from .pictures import save
 from .processes import ALONE, Processes
@@ -26,6 +27,8 @@ def main(args: Sequence[str], processes: Processes = ALONE) -> None:
     out = Path(config.out) if config.out else free_folder(config)
     train, held_out = datasets_of(config)
     print(f"smooseg_fast: preset {config.preset}, {train.name} ({len(train)} images), backbone {config.backbone}")
+    for line in recognised(config):
+        say(line)
     segmenter = learn(config, train, held_out, out=out, progress=True, say=say, processes=processes)
     if not processes.first:
         return
@@ -40,6 +43,15 @@ def main(args: Sequence[str], processes: Processes = ALONE) -> None:
         other = ["python", "-m", "smooseg_fast.choose", "--run", str(out), "--granularity", f"{another:g}"]
         print(f"choose     look at {out / LADDER}; {now:g} predicts, and another would by: {shlex.join(other)}")
     print("next       " + predict_command(out / CHECKPOINT, images, out / "predictions", config.backbone))
+
+
+def recognised(config: TrainConfig) -> list[str]:
+    """What is said of data in the layout of its owner: another preset may be the one of the paper."""
+    layout = None if config.data is None else recognise(config.data)
+    if layout is None:
+        return []
+    fits = layout.preset in (config.preset, "folder")
+    return [f"data       {layout.title}" + ("" if fits else f"; the paper's settings for it are --preset {layout.preset}")]
 
 
 def say(line: str) -> None:

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from smooseg_fast import datasets
-from smooseg_fast.datasets import IGNORE, ArrayDataset, open_dataset, open_splits
+from smooseg_fast.datasets import IGNORE, ArrayDataset, folder, open_dataset, open_splits
 from smooseg_fast.errors import UserError
 from smooseg_fast.images import ImageError
 
@@ -233,7 +232,7 @@ def test_without_classes_txt_the_labels_of_all_splits_are_counted_once_and_said(
     out, err = capsys.readouterr()
     assert out == ""
     assert f"{tmp_path / 'train'}: no classes.txt; 7 classes by the largest number in 3 labels" in err
-    monkeypatch.setattr(datasets, "read_label", lambda path: pytest.fail("counted again"))
+    monkeypatch.setattr(folder, "read_label", lambda path: pytest.fail("counted again"))
     assert len(train.class_names) == 7
 
 

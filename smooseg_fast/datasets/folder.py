@@ -1,4 +1,4 @@
-"""Folders of images as datasets: any nesting of plain images, or images with labels beside them.
+"""A folder of images: any nesting of plain images, or images with labels beside them.
 
 The labelled layout is DIR/images/... and DIR/labels/...png: the same relative path and stem, 8-bit class numbers, 255 = ignore;
 optionally with train/, val/ or test/ between DIR and the two, and a classes.txt at DIR with one name a line.
@@ -6,57 +6,27 @@ optionally with train/, val/ or test/ between DIR and the two, and a classes.txt
 
 from __future__ import annotations
 
-import hashlib
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Protocol
 
 import numpy as np
 from tqdm import tqdm
 
-from .errors import UserError
-from .images import find_images, image_size, read_image, read_label, visible_files
+from ..errors import UserError
+from ..images import find_images, read_label, visible_files
+from .base import IGNORE, Files, Split
 
-IGNORE = 255  # the class number of pixels that nobody labelled
 SPLITS = ("train", "val", "test")
 
-Split = Literal["train", "val"]
 
+@dataclass(frozen=True, kw_only=True)
+class ImageFolder(Files):
+    """A dataset of image files in one folder; made by `open_folder`."""
 
-class Dataset(Protocol):
-    """Images by number, with or without labels. Reading may happen from several threads at once."""
-
-    name: str  # for logs
-    names: tuple[str, ...]  # unique, posix paths relative to the folder of the images, with suffix
-    labelled: bool
-    held_out: bool  # whether these images were kept apart from training
-
-    @property
-    def class_names(self) -> tuple[str, ...] | None: ...  # None without labels
-
-    def __len__(self) -> int: ...
-
-    def image(self, index: int) -> np.ndarray: ...  # uint8 [H,W,3]; ImageError when it cannot be used
-
-    def label(self, index: int) -> np.ndarray | None: ...  # uint8 [H,W], class numbers or IGNORE; None where there is no label
-
-    def fingerprint(self) -> str: ...  # hex digest that changes when the images do
-
-
-@dataclass(frozen=True)
-class ImageFolder:
-    """A dataset of image files; made by `open_dataset`, which has listed them but opened none."""
-
-    name: str
-    names: tuple[str, ...]
-    images: tuple[Path, ...]
-    labels: tuple[Path | None, ...]  # a label file or None for each image
-    held_out: bool
-    classes_file: Path | None
-    label_folders: tuple[Path, ...]  # of every split: without a classes.txt they tell the number of classes
+    classes_file: Path | None = None
+    label_folders: tuple[Path, ...] = ()  # of every split: without a classes.txt they tell the number of classes
 
     @property
     def labelled(self) -> bool:
@@ -72,36 +42,11 @@ class ImageFolder:
             return _read_classes(self.classes_file)
         return _count_classes(self.label_folders)
 
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def image(self, index: int) -> np.ndarray:
-        """uint8 [H,W,3]; ImageError when the file cannot be decoded."""
-        return read_image(self.images[index])
-
-    def label(self, index: int) -> np.ndarray | None:
-        """uint8 [H,W], or None. UserError when the size is not the image's, or a value is neither IGNORE nor below the classes."""
-        path, image = self.labels[index], self.images[index]
-        if path is None:
-            return None
+    def class_numbers(self, path: Path) -> np.ndarray:
         label = read_label(path)
-        # the header is quick and nearly always right; before blaming the user, look at the pixels
-        if label.shape != image_size(image) and label.shape != (shape := read_image(image).shape[:2]):
-            raise UserError(f"{path}: the label is {_size(label.shape)} pixels but {image} is {_size(shape)}; make them the same size")
         if self.classes_file is not None:
             self._check_values(label, path)
         return label
-
-    def fingerprint(self) -> str:
-        """Of names, file sizes and modification times, in order; the folder may be moved. UserError when a file is gone."""
-        digest = hashlib.sha256()
-        for name, path in zip(self.names, self.images):
-            try:
-                status = path.stat()
-            except OSError as error:
-                raise UserError(f"{path}: cannot be read any more ({error.strerror}); start again with the files in place") from error
-            digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
-        return digest.hexdigest()
 
     def _check_values(self, label: np.ndarray, path: Path) -> None:
         classes = len(self.class_names)
@@ -113,39 +58,7 @@ class ImageFolder:
             )
 
 
-class ArrayDataset:
-    """Images that are in memory already, uint8 [H,W,3] each, without labels. UserError naming the first that is not."""
-
-    name, labelled, held_out, class_names = "arrays", False, False, None
-
-    def __init__(self, images: Sequence[np.ndarray]) -> None:
-        if not len(images):
-            raise UserError("images: empty; give at least one uint8 [H,W,3] array")
-        for place, image in enumerate(images):
-            if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-                what = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
-                raise UserError(f"images[{place}]: must be a uint8 [H,W,3] array, got {what}")
-        self.images = tuple(images)
-        self.names = tuple(f"image {place}" for place in range(len(images)))
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def image(self, index: int) -> np.ndarray:
-        return self.images[index]
-
-    def label(self, index: int) -> None:
-        return None
-
-    def fingerprint(self) -> str:
-        """Of the shapes and pixels."""
-        digest = hashlib.sha256()
-        for image in self.images:
-            digest.update(repr(image.shape).encode() + np.ascontiguousarray(image).tobytes())
-        return digest.hexdigest()
-
-
-def open_dataset(path: Path | str, split: Split) -> ImageFolder:
+def open_folder(path: Path | str, split: Split) -> ImageFolder:
     """The images of `path` for training ("train") or for evaluation ("val"), listed but not read.
 
     A folder has splits when its train/ comes with a val/ or test/, or holds images/; then "val" means val/, else test/. Otherwise,
@@ -161,25 +74,32 @@ def open_dataset(path: Path | str, split: Split) -> ImageFolder:
     if not _has_labels(base):
         images = find_images(base)
         top = base if base.is_dir() else base.parent
-        return ImageFolder(name, _relative(images, top), tuple(images), (None,) * len(images), held_out, None, ())
+        nothing = (None,) * len(images)
+        return ImageFolder(name=name, names=_relative(images, top), images=tuple(images), labels=nothing, held_out=held_out)
 
     images = find_images(base / "images")
     names = _relative(images, base / "images")
-    labels = _match_labels(base, names)
+    labels, notes = _match_labels(base, names)
     classes = [file for file in (base / "classes.txt", home / "classes.txt") if file.is_file()]
     splits = [home / other for other in SPLITS if home != base and _has_labels(home / other)]
     label_folders = tuple(folder / "labels" for folder in splits or [base])
-    return ImageFolder(name, names, tuple(images), labels, held_out, classes[0] if classes else None, label_folders)
+    return ImageFolder(
+        name=name,
+        names=names,
+        images=tuple(images),
+        labels=labels,
+        held_out=held_out,
+        notes=notes,
+        classes_file=classes[0] if classes else None,
+        label_folders=label_folders,
+    )
 
 
-def open_splits(path: Path | str) -> tuple[ImageFolder, ImageFolder | None]:
-    """(training images, the images of `path` to take figures on): the latter where either of the two has labels, else None.
-
-    Errors are those of `open_dataset`.
-    """
-    train = open_dataset(path, "train")
+def open_folder_splits(path: Path | str) -> tuple[ImageFolder, ImageFolder | None]:
+    """`open_splits` of a folder."""
+    train = open_folder(path, "train")
     base, _ = _split_folder(Path(path).expanduser(), "val")  # without labels it is not opened: then it may as well be empty
-    return train, open_dataset(path, "val") if train.labelled or _has_labels(base) else None
+    return train, open_folder(path, "val") if train.labelled or _has_labels(base) else None
 
 
 def _split_folder(root: Path, split: str) -> tuple[Path, bool]:
@@ -208,7 +128,8 @@ def _relative(files: list[Path], top: Path) -> tuple[str, ...]:
     return tuple(file.relative_to(top).as_posix() for file in files)
 
 
-def _match_labels(base: Path, names: tuple[str, ...]) -> tuple[Path | None, ...]:
+def _match_labels(base: Path, names: tuple[str, ...]) -> tuple[tuple[Path | None, ...], tuple[str, ...]]:
+    """The label of each image, and notes on images without a label and labels without an image."""
     folder = base / "labels"
     masks = [file for file in visible_files(folder, "--data") if file.suffix.lower() == ".png"]
     by_stem = {file.relative_to(folder).with_suffix("").as_posix(): file for file in masks}
@@ -222,7 +143,11 @@ def _match_labels(base: Path, names: tuple[str, ...]) -> tuple[Path | None, ...]
     if not any(labels):
         stem = next(iter(owner))
         raise UserError(f"{folder}: no label belongs to any image; for {names[0]} it would be {stem}.png, and {len(masks)} .png are there")
-    return labels
+    without = [name for name, label in zip(names, labels) if label is None]
+    stray = [mask for stem, mask in by_stem.items() if stem not in owner]
+    notes = [f"{len(without)} of {len(names)} images have no label in {folder}, first {without[0]}"] if without else []
+    notes += [f"{len(stray)} labels in {folder} belong to no image, first {stray[0].relative_to(folder)}"] if stray else []
+    return labels, tuple(notes)
 
 
 def _read_classes(path: Path) -> tuple[str, ...]:
@@ -248,7 +173,3 @@ def _count_classes(folders: tuple[Path, ...]) -> tuple[str, ...]:
     home = folders[0].parent
     tqdm.write(f"{home}: no classes.txt; {classes} classes by the largest number in {len(masks)} labels", file=sys.stderr)
     return tuple(f"class {number}" for number in range(classes))
-
-
-def _size(shape: tuple[int, ...]) -> str:
-    return f"{shape[1]} x {shape[0]}"

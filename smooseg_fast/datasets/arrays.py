@@ -1,0 +1,42 @@
+"""Images that are in memory already."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..errors import UserError
+
+
+class ArrayDataset:
+    """Images that are in memory already, uint8 [H,W,3] each, without labels. UserError naming the first that is not."""
+
+    name, labelled, held_out, class_names, notes = "arrays", False, False, None, ()
+
+    def __init__(self, images: Sequence[np.ndarray]) -> None:
+        if not len(images):
+            raise UserError("images: empty; give at least one uint8 [H,W,3] array")
+        for place, image in enumerate(images):
+            if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+                what = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
+                raise UserError(f"images[{place}]: must be a uint8 [H,W,3] array, got {what}")
+        self.images = tuple(images)
+        self.names = tuple(f"image {place}" for place in range(len(images)))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def image(self, index: int) -> np.ndarray:
+        return self.images[index]
+
+    def label(self, index: int) -> None:
+        return None
+
+    def fingerprint(self) -> str:
+        """Of the shapes and pixels."""
+        digest = hashlib.sha256()
+        for image in self.images:
+            digest.update(repr(image.shape).encode() + np.ascontiguousarray(image).tobytes())
+        return digest.hexdigest()

@@ -6,13 +6,16 @@ dtype, the oracle), "torch" (sums over patches instead of a patch-by-patch matri
 heads. Mathematics: Lan et al., NeurIPS 2023, arXiv 2310.17874.
 """
 
+from . import layers
 from .api import assign, prototype_loss, prototype_probabilities, resolve_impl, smooseg_loss, smoothness_energy
-from .types import SmooSegLoss, SmoothnessTerms
+from .types import SmooSegLoss, SmoothnessLossTerms, SmoothnessTerms
 
 __all__ = [
     "SmooSegLoss",
+    "SmoothnessLossTerms",
     "SmoothnessTerms",
     "assign",
+    "layers",
     "prototype_loss",
     "prototype_probabilities",
     "resolve_impl",

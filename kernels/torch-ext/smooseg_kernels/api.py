@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import checks, dense, moments
+from .precision import outside_autocast
 from .rows import accumulation_dtype
 from .types import SmooSegLoss, SmoothnessTerms
 
@@ -59,6 +60,7 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@outside_autocast
 def smooseg_loss(
     features: Tensor,
     codes: Tensor,
@@ -124,6 +126,7 @@ def smooseg_loss(
     return SmooSegLoss(total, energy, data, distance, mean)
 
 
+@outside_autocast
 def smoothness_energy(
     features: Tensor,
     probs: Tensor,
@@ -170,6 +173,7 @@ def energy_arguments(module, features, rows, partners, thresholds, H, relative, 
     }
 
 
+@outside_autocast
 def prototype_probabilities(codes: Tensor, prototypes: Tensor, *, temperature: float = 0.1, impl: str = "auto") -> Tensor:
     """softmax_k(cos(code, prototype_k) / temperature): [B,P,Z], [K,Z] -> [B,P,K], fp32 (fp64 for fp64). Gradients to both."""
     checks.float_tensor("codes", codes, ("B", "P", "Z"))
@@ -178,6 +182,7 @@ def prototype_probabilities(codes: Tensor, prototypes: Tensor, *, temperature: f
     return module.probabilities(codes[None], prototypes[None], checks.temperature(temperature)).squeeze(0)
 
 
+@outside_autocast
 def prototype_loss(codes: Tensor, student: Tensor, teacher: Tensor, *, patch_weight: Tensor | None = None, impl: str = "auto") -> Tensor:
     """The data term: mean cross-entropy of cos(stopgrad(code), student) against argmax cos(code, teacher), no temperature.
 
@@ -191,6 +196,7 @@ def prototype_loss(codes: Tensor, student: Tensor, teacher: Tensor, *, patch_wei
     return module.data_term(codes[None], student[None], teacher[None], weight).squeeze(0)
 
 
+@outside_autocast
 def assign(
     codes: Tensor,
     prototypes: Tensor,

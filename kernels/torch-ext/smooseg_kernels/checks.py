@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import os
 from collections.abc import Sequence
 
@@ -38,6 +39,12 @@ def float_tensor(name: str, tensor: Tensor, shape: tuple[int | str, ...], like: 
 
 def describe(shape: tuple[int | str, ...]) -> str:
     return "[" + ", ".join(str(size) for size in shape) + "]"
+
+
+def number(name: str, value: float) -> float:
+    if not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    return float(value)
 
 
 def temperature(value: float) -> float:

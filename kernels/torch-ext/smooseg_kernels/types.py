@@ -23,3 +23,12 @@ class SmooSegLoss(NamedTuple):
     data: Tensor  # [] cross-entropy of the student against the teacher's labels
     distance: Tensor  # [T]
     mean: Tensor  # [T]
+
+
+class SmoothnessLossTerms(NamedTuple):
+    """What `layers.SmoothnessLoss` returns: scalars, fp32 (fp64 for fp64 inputs), all with gradients to the label distributions."""
+
+    energy_within: Tensor  # [] of the pairs inside an image
+    distance_within: Tensor  # [] mean label distance of those pairs, 1 - cos(p_i, p_j)
+    energy_across: Tensor  # [] of the pairs with another image
+    distance_across: Tensor  # []

@@ -54,11 +54,21 @@ CALLS = {
         (planes(PROBS),),
         (planes(FEATURES),),
     ),
+    "CorrelationLoss": (
+        lambda impl, c, d, f, g: sk.layers.CorrelationLoss(0.1, (-0.2, 0.6), impl=impl)(f, g, c, d),
+        (planes(CODES), planes(CODES)[..., 1:] * 2),
+        (planes(FEATURES), planes(FEATURES)[..., 1:] + 1),
+    ),
 }
 TRITON = ["triton"] if importlib.util.find_spec("triton") else []
 DIFFERENTIABLE = [name for name in CALLS if CALLS[name][1]]
 # the drawing of partners is no matter of the implementation
-PAIRS = [(name, impl) for name in CALLS for impl in ["torch", *TRITON] if impl == "torch" or "draws" not in name]
+PAIRS = [
+    (name, impl)
+    for name in CALLS
+    for impl in ["torch", *TRITON]
+    if impl == "torch" or name not in ("CorrelationLoss", "SmoothnessLoss that draws")
+]
 COMPILED_ELSEWHERE = [
     ("smooseg_loss", "torch"),
     *((name, "triton") for name in ("smooseg_loss", "prototype_probabilities", "prototype_loss")),

@@ -1,4 +1,4 @@
-"""The SmooSeg objective and its parts, exact and in time linear in the number of patches.
+"""The SmooSeg objective and its parts, exact and in time linear in the number of patches, and energies of patch pairs that need tiles.
 
 Needs torch alone, and Triton on a GPU. Every function validates its arguments and takes `impl`: "dense" (the formulas as written, any
 dtype, the oracle), "torch" (sums over patches instead of a patch-by-patch matrix, everywhere), "triton" (the same in fused kernels) or
@@ -7,15 +7,17 @@ heads. Mathematics: Lan et al., NeurIPS 2023, arXiv 2310.17874.
 """
 
 from . import layers
-from .api import assign, prototype_loss, prototype_probabilities, resolve_impl, smooseg_loss, smoothness_energy
-from .types import SmooSegLoss, SmoothnessLossTerms, SmoothnessTerms
+from .api import assign, pair_energy, prototype_loss, prototype_probabilities, resolve_impl, smooseg_loss, smoothness_energy
+from .types import PairEnergy, SmooSegLoss, SmoothnessLossTerms, SmoothnessTerms
 
 __all__ = [
+    "PairEnergy",
     "SmooSegLoss",
     "SmoothnessLossTerms",
     "SmoothnessTerms",
     "assign",
     "layers",
+    "pair_energy",
     "prototype_loss",
     "prototype_probabilities",
     "resolve_impl",

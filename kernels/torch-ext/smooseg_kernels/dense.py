@@ -62,6 +62,22 @@ def mean_weights(w_i: Tensor, w_j: Tensor) -> Tensor:
     return torch.where(total > 0, pairs / torch.where(total > 0, total, 1.0), 0.0)
 
 
+def pair_energy(features_i, codes_i, features_j, codes_j, threshold, partner, clamp, hinge, center):
+    """[B,P_i,.] against [N,P_j,.], partner int64 [B] or None -> energy [], similarity []."""
+    dtype = accumulation_dtype(features_i, codes_i, features_j, codes_j)
+    f_i, c_i, f_j, c_j = (unit_rows(rows.to(dtype)) for rows in (features_i, codes_i, features_j, codes_j))
+    if partner is not None:
+        f_j, c_j = f_j[partner], c_j[partner]
+    closeness, likeness = f_i @ f_j.mT, c_i @ c_j.mT  # [B,P_i,P_j]
+    if center:
+        closeness = closeness - closeness.mean(2, keepdim=True) + closeness.mean()
+    force = closeness - threshold
+    if hinge:
+        force = force.clamp(min=0.0)
+    clamped = likeness if clamp == (None, None) else likeness.clamp(*clamp)
+    return -(clamped * force).mean(), likeness.mean()
+
+
 def cosines(codes: Tensor, prototypes: Tensor) -> Tensor:
     """[H,B,P,Z], [H,K,Z] -> [H,B,P,K]."""
     dtype = accumulation_dtype(codes, prototypes)

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .api import smoothness_energy
+from .api import pair_energy, smoothness_energy
 from .rows import accumulation_dtype
-from .types import SmoothnessLossTerms
+from .types import PairEnergy, SmoothnessLossTerms
 
-__all__ = ["SmoothnessLoss", "draw_partners"]
+__all__ = ["CorrelationLoss", "SmoothnessLoss", "draw_partners"]
 
 
 def draw_partners(B: int, *, device: torch.device | str | None = None, generator: torch.Generator | None = None) -> Tensor:
@@ -73,6 +73,52 @@ class SmoothnessLoss(nn.Module):
         )
         (energy_within, energy_across), (distance_within, distance_across) = terms.energy.unbind(), terms.distance.unbind()
         return SmoothnessLossTerms(energy_within, distance_within, energy_across, distance_across)
+
+
+class CorrelationLoss(nn.Module):
+    """The clamped correlation energy of two batches of feature maps and their codes: `smooseg_kernels.pair_energy` for NCHW tensors.
+
+    energy = mean over (image, i, j) of -clamp(cos(c_i, c_j), low, high) * (W_ij - b), as in STEGO (Hamilton et al., ICLR 2022, arXiv
+    2203.08414), whose intra, nearest-neighbour and random terms are three of these with shifts of their own.
+
+    Args:
+        threshold: b, a finite number: pairs of patches more alike than b are pulled together, the others pushed apart.
+        clamp: (low, high) of the codes' similarity, each a number or None for no bound; (0, None) is STEGO's.
+        center: W_ij = cos(f_i, f_j) less its mean over j, plus the mean over all pairs; else W_ij = cos(f_i, f_j).
+        hinge: max(W_ij - b, 0) in place of W_ij - b.
+        impl: "auto", "triton", "torch" or "dense".
+    """
+
+    def __init__(
+        self,
+        threshold: float,
+        clamp: tuple[float | None, float | None] = (None, None),
+        center: bool = True,
+        *,
+        hinge: bool = False,
+        impl: str = "auto",
+    ):
+        super().__init__()
+        self.threshold, self.clamp = checks.number("threshold", threshold), checks.bounds("clamp", clamp)
+        self.center, self.hinge, self.impl = bool(center), bool(hinge), impl
+
+    def forward(self, features_1: Tensor, features_2: Tensor, codes_1: Tensor, codes_2: Tensor) -> PairEnergy:
+        """-> (energy, mean similarity of the codes before the clamp).
+
+        features_1 [B,D,h,w] and features_2 [B,D,h',w'], frozen (no gradient), image n against image n; codes_1 [B,Z,h,w] and codes_2
+        [B,Z,h',w'] both get gradients. The two sides may have grids of different sizes.
+        """
+        checks.float_tensor("features_1", features_1, ("B", "D", "h", "w"), constant=True)
+        B, D, h, w = features_1.shape
+        checks.float_tensor("codes_1", codes_1, (B, "Z", h, w), features_1)
+        checks.float_tensor("features_2", features_2, (B, D, "h'", "w'"), features_1, constant=True)
+        checks.float_tensor("codes_2", codes_2, (B, codes_1.shape[1], *features_2.shape[2:]), features_1)
+        # one tensor on both sides stays one: its unit rows are then made once
+        f, c = patch_rows(features_1), patch_rows(codes_1)
+        f_2 = f if features_2 is features_1 else patch_rows(features_2)
+        c_2 = c if codes_2 is codes_1 else patch_rows(codes_2)
+        options = {"clamp": self.clamp, "hinge": self.hinge, "center": self.center, "impl": self.impl}
+        return pair_energy(f, c, f_2, c_2, self.threshold, **options)
 
 
 def patch_rows(planes: Tensor) -> Tensor:

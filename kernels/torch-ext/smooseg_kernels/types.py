@@ -25,6 +25,13 @@ class SmooSegLoss(NamedTuple):
     mean: Tensor  # [T]
 
 
+class PairEnergy(NamedTuple):
+    """A clamped energy of patch pairs, fp32 (fp64 for fp64 inputs)."""
+
+    energy: Tensor  # [] mean over (image, i, j) of -clamp(cos(c_i, c_j)) * V_ij
+    similarity: Tensor  # [] mean of cos(c_i, c_j), before the clamp
+
+
 class SmoothnessLossTerms(NamedTuple):
     """What `layers.SmoothnessLoss` returns: scalars, fp32 (fp64 for fp64 inputs), all with gradients to the label distributions."""
 

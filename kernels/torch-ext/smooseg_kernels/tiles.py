@@ -69,24 +69,31 @@ def sweep(c_i, c_j, f_i, f_j, partner, bias, clamp, hinge, want_i: bool, want_j:
     """-> the sum, and its gradients to c_i and c_j where they are wanted."""
     (B, P_i, _), P_j = f_i.shape, f_j.shape[1]
     pairs = CPU_PAIRS if f_i.device.type == "cpu" else GPU_PAIRS
-    images, rows = max(1, pairs // (P_i * P_j)), min(P_i, max(1, pairs // P_j))
-    d_i, d_j, totals = torch.empty_like(c_i) if want_i else None, torch.zeros_like(c_j) if want_j else None, []
+    images, rows = min(B, max(1, pairs // (P_i * P_j))), min(P_i, max(1, pairs // P_j))
+    d_i, d_j = torch.empty_like(c_i) if want_i else None, torch.zeros_like(c_j) if want_j else None
+    # one set of blocks for all: made and freed each time, they would leave holes in the heap that nothing else fits
+    space = [f_i.new_empty(images * rows * P_j) for _ in range(3)]
+    total = f_i.new_zeros(())
     for first in range(0, B, images):
-        group = slice(first, first + images)
+        group = slice(first, min(first + images, B))
         other, other_codes = f_j[group] if partner is None else f_j[partner[group]], c_j[group]
         for start in range(0, P_i, rows):
-            part = (group, slice(start, start + rows))
-            force = torch.baddbmm(bias[part][..., None], f_i[part], other.mT)
+            part = (group, slice(start, min(start + rows, P_i)))
+            shape = (group.stop - first, part[1].stop - start, P_j)
+            force, likeness, clamped = (block[: shape[0] * shape[1] * P_j].view(shape) for block in space)
+            force.copy_(bias[part][..., None].expand(shape)).baddbmm_(f_i[part], other.mT)
             if hinge:
-                force = force.clamp_(min=0.0)
-            likeness = torch.bmm(c_i[part], other_codes.mT)
-            clamped = likeness if clamp == (None, None) else likeness.clamp(*clamp)
-            totals.append((force * clamped).sum())
-            if clamped is not likeness and (want_i or want_j):
-                # between the bounds, or at one; a new block, which an exported program can take gradients through
-                force = torch.where(clamped == likeness, force, 0.0)
+                force.clamp_(min=0.0)
+            likeness.baddbmm_(c_i[part], other_codes.mT, beta=0)
+            clamped.copy_(likeness)
+            if clamp != (None, None):
+                clamped.clamp_(*clamp)
+            likeness.eq_(clamped)  # 1 between the bounds, or at one
+            total += clamped.mul_(force).sum()
+            if want_i or want_j:
+                force.mul_(likeness)
             if want_i:
                 d_i[part] = torch.bmm(force, other_codes)
             if want_j:
-                d_j[group] += torch.bmm(force.mT, c_i[part])
-    return torch.stack(totals).sum(), d_i, d_j
+                d_j[group].baddbmm_(force.mT, c_i[part])
+    return total, d_i, d_j

@@ -6,14 +6,17 @@ dtype, the oracle), "torch" (sums over patches instead of a patch-by-patch matri
 heads. Mathematics: Lan et al., NeurIPS 2023, arXiv 2310.17874.
 """
 
+from . import layers
 from .api import assign, pair_energy, prototype_loss, prototype_probabilities, resolve_impl, smooseg_loss, smoothness_energy
-from .types import PairEnergy, SmooSegLoss, SmoothnessTerms
+from .types import PairEnergy, SmooSegLoss, SmoothnessLossTerms, SmoothnessTerms
 
 __all__ = [
     "PairEnergy",
     "SmooSegLoss",
+    "SmoothnessLossTerms",
     "SmoothnessTerms",
     "assign",
+    "layers",
     "pair_energy",
     "prototype_loss",
     "prototype_probabilities",

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from . import checks, dense, moments, tiles
-from .rows import accumulation_dtype, without_autocast
+from .precision import outside_autocast
+from .rows import accumulation_dtype
 from .types import PairEnergy, SmooSegLoss, SmoothnessTerms
 
 IMPLS = {"dense": dense, "torch": moments}
@@ -60,6 +61,7 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@outside_autocast
 def smooseg_loss(
     features: Tensor,
     codes: Tensor,
@@ -125,6 +127,7 @@ def smooseg_loss(
     return SmooSegLoss(total, energy, data, distance, mean)
 
 
+@outside_autocast
 def smoothness_energy(
     features: Tensor,
     probs: Tensor,
@@ -171,6 +174,7 @@ def energy_arguments(module, features, rows, partners, thresholds, H, relative, 
     }
 
 
+@outside_autocast
 def pair_energy(
     features_i: Tensor,
     codes_i: Tensor,
@@ -216,19 +220,19 @@ def pair_energy(
     checks.float_tensor("codes_j", codes_j, (N, P_j, codes_i.shape[2]), features_i)
     tensors = (features_i, codes_i, features_j, codes_j)
     module = implementation(impl, (1, 1), *tensors, forms=PAIR_IMPLS)
-    with without_autocast(features_i):
-        return PairEnergy(
-            *module.pair_energy(
-                *tensors,
-                checks.scalar("threshold", threshold, accumulation_dtype(*tensors), features_i.device),
-                checks.partner_numbers(partner, B, N, features_i.device, clamp=not getattr(module, "CLAMPS_PARTNERS", False)),
-                checks.bounds("clamp", clamp),
-                bool(hinge),
-                bool(center),
-            )
+    return PairEnergy(
+        *module.pair_energy(
+            *tensors,
+            checks.scalar("threshold", threshold, accumulation_dtype(*tensors), features_i.device),
+            checks.partner_numbers(partner, B, N, features_i.device, clamp=not getattr(module, "CLAMPS_PARTNERS", False)),
+            checks.bounds("clamp", clamp),
+            bool(hinge),
+            bool(center),
         )
+    )
 
 
+@outside_autocast
 def prototype_probabilities(codes: Tensor, prototypes: Tensor, *, temperature: float = 0.1, impl: str = "auto") -> Tensor:
     """softmax_k(cos(code, prototype_k) / temperature): [B,P,Z], [K,Z] -> [B,P,K], fp32 (fp64 for fp64). Gradients to both."""
     checks.float_tensor("codes", codes, ("B", "P", "Z"))
@@ -237,6 +241,7 @@ def prototype_probabilities(codes: Tensor, prototypes: Tensor, *, temperature: f
     return module.probabilities(codes[None], prototypes[None], checks.temperature(temperature)).squeeze(0)
 
 
+@outside_autocast
 def prototype_loss(codes: Tensor, student: Tensor, teacher: Tensor, *, patch_weight: Tensor | None = None, impl: str = "auto") -> Tensor:
     """The data term: mean cross-entropy of cos(stopgrad(code), student) against argmax cos(code, teacher), no temperature.
 
@@ -250,6 +255,7 @@ def prototype_loss(codes: Tensor, student: Tensor, teacher: Tensor, *, patch_wei
     return module.data_term(codes[None], student[None], teacher[None], weight).squeeze(0)
 
 
+@outside_autocast
 def assign(
     codes: Tensor,
     prototypes: Tensor,

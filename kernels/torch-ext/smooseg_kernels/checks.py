@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import os
 from collections.abc import Sequence
 
@@ -38,6 +39,14 @@ def float_tensor(name: str, tensor: Tensor, shape: tuple[int | str, ...], like: 
 
 def describe(shape: tuple[int | str, ...]) -> str:
     return "[" + ", ".join(str(size) for size in shape) + "]"
+
+
+def number(name: str, value: float, expected: str = "a number") -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)
 
 
 def temperature(value: float) -> float:
@@ -124,11 +133,7 @@ def scalar(name: str, value: float | Tensor, dtype: torch.dtype, device: torch.d
         if value.requires_grad:
             raise ValueError(f"{name} is a constant of this function and gets no gradient: pass {name}.detach()")
         return value.to(device=device, dtype=dtype)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number or a 0-dim tensor, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
-    return torch.full((), value, dtype=dtype, device=device)
+    return torch.full((), number(name, value, "a number or a 0-dim tensor"), dtype=dtype, device=device)
 
 
 def bounds(name: str, pair: Sequence[float | None]) -> tuple[float | None, float | None]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor
 
@@ -29,11 +27,3 @@ def inverse_norms(rows: Tensor) -> Tensor:
 def unit_rows(rows: Tensor) -> Tensor:
     """[..., N] -> the same rows with length 1, or 0."""
     return rows * inverse_norms(rows)
-
-
-def without_autocast(like: Tensor) -> contextlib.AbstractContextManager:
-    """Products keep the precision of their operands, whatever the caller's torch.autocast says."""
-    kind = like.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return contextlib.nullcontext()

@@ -30,3 +30,12 @@ class PairEnergy(NamedTuple):
 
     energy: Tensor  # [] mean over (image, i, j) of -clamp(cos(c_i, c_j)) * V_ij
     similarity: Tensor  # [] mean of cos(c_i, c_j), before the clamp
+
+
+class SmoothnessLossTerms(NamedTuple):
+    """What `layers.SmoothnessLoss` returns: scalars, fp32 (fp64 for fp64 inputs), all with gradients to the label distributions."""
+
+    energy_within: Tensor  # [] of the pairs inside an image
+    distance_within: Tensor  # [] mean label distance of those pairs, 1 - cos(p_i, p_j)
+    energy_across: Tensor  # [] of the pairs with another image
+    distance_across: Tensor  # []

@@ -28,20 +28,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import store
+from .cachefolder import CacheFolder, StoreFolder, readable
 from .datasets import Dataset
 from .errors import UserError
-from .files import sweep, write_json
+from .files import sweep
 from .images import Crops, ImageError, Resample, cut_squares, require_patch
 from .processes import ALONE, Processes
 from .progress import Bar
 from .signals import with_kept
-from .store import Contents, FeatureStore, Shard, read_shard, shard_path, write_shard
+from .store import Contents, DamagedShard, FeatureStore, Shard, read_shard, shard_path, write_shard
+from .turns import Checking, Turn
 
 if TYPE_CHECKING:
     from .backbones.base import Backbone
 
 
-SWEEP_S = 3600.0  # a half written shard of this age is nobody's: several processes may work on one cache
+SWEEP_S = 3600.0  # a half written shard of this age is nobody's, also where there are no locks
 
 
 def open_or_extract(
@@ -57,6 +59,7 @@ def open_or_extract(
     progress: bool = True,
     argument: str = "--size",
     processes: Processes = ALONE,
+    limit: int | None = None,
 ) -> FeatureStore:
     """The features of every square of every image: taken from `cache` as far as they are there, else made by `backbone` and kept.
 
@@ -65,61 +68,103 @@ def open_or_extract(
     $XDG_CACHE_HOME/smooseg_fast or ~/.cache/smooseg_fast) named by a hash of the images, the backbone's digest and the settings.
 
     Stopped by a signal (raised as Interrupted, which tells what is kept) or otherwise, the shards written so far are whole, and the
-    next call goes on behind them; damaged shards are made again. Images that cannot be used are named on stderr and skipped. Memory: a few
-    times a shard, whatever the images. Of several `processes`, which see one file system, all call it and get the same store.
+    next call goes on behind them; damaged shards are named and made again (`turns.Checking`). Images that cannot be used are named on
+    stderr and skipped. Memory: a few times a shard, whatever the images. Of several `processes`, which see one file system, all call it
+    and get the same store. Another run that makes the same features at this moment is waited for, and its shards taken.
+
+    Before a shard is written, other stores are removed, the longest unused first and none in use, to keep the cache below `limit` bytes.
 
     Raises UserError for wrong settings (naming `argument` where it is the size), when no image can be used, when the cache cannot be
     written, and when the backbone gives nan, infinity or another shape than it promised.
     """
     job = _Job(dataset, backbone, size, crops, resample, batch_size, mirror, argument, processes)
-    folder = (Path(cache).expanduser() if cache is not None else default_cache()) / job.key()
-    shards, position, fresh = [], (0, 0), None
+    home = CacheFolder(cache, limit)
+    folder = home.store(job.key())
+    used, opened = folder.use(), (len(dataset), processes, progress)
+    checking, turn = Checking(job.stored, folder, *opened), Turn(folder, *opened)
+    shards, position, fresh, features = [], (0, 0), None, None
     try:
         while position[0] < len(dataset):
-            path = shard_path(folder, len(shards))
-            shard = job.stored(path, position)
+            path = shard_path(folder.path, len(shards))
+            shard, damage = checking.look(path, position)
             if processes.decide(shard is not None):
                 if fresh is not None:  # a damaged shard was made again, and the one behind it is sound
                     fresh.close()
                     fresh = None
+            elif not turn.mine(position[0]):
+                continue
             else:
+                if processes.first and damage:
+                    _say(f"damaged: {path}: {damage}; it is made again")
                 if fresh is None:
+                    checking.end()
                     if processes.first:
-                        sweep(folder, older=SWEEP_S)
-                        write_json(folder / "meta.json", job.describe())
+                        _prepare(job, home, folder, alone=turn.lock.real)
                     fresh = _extract(job, position, progress)
-                _keep(path, *next(fresh), processes)
+                _keep(path, *next(fresh), home, processes)
                 shard = None
-            shard = shard or job.stored(path, position)
-            if shard is None:
-                raise UserError(f"{path}: cannot be read just after it was written; check the disk or choose another cache folder")
+            shard = shard or _stored(job, path, position)
             shards.append(shard)
             position = shard.contents.end
+        features = FeatureStore(shards, used)
     except KeyboardInterrupt as stop:
-        done = f"features of {position[0]} of {len(dataset)} images are kept in {folder}"
+        done = f"features of {position[0]} of {len(dataset)} images are kept in {folder.path}"
         raise with_kept(stop, done if shards else "no shard of features was finished yet") from None
     finally:
         if fresh is not None:
             fresh.close()
-    features = FeatureStore(shards)
+        checking.end()
+        turn.end()
+        if features is None:
+            used.release()
     if fresh is None and features.skipped:
         name, reason = features.skipped[0]
-        _say(f"skipped before: {len(features.skipped)} of {len(dataset)} images, first {name}: {reason}; delete {folder} to try again")
+        _say(f"skipped before: {len(features.skipped)} of {len(dataset)} images, first {name}: {reason}; delete {folder.path} to try again")
     return features
 
 
-def default_cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "smooseg_fast"
+def _prepare(job: _Job, home: CacheFolder, folder: StoreFolder, *, alone: bool) -> None:
+    """The folder, before the first shard of this run is written into it. alone: nobody else can write."""
+    sweep(folder.path, older=0.0 if alone else SWEEP_S)
+    meta = job.describe()
+    if not folder.meta:
+        alike = [name for name in meta if name not in ("format", "grid", "channels")]
+        for other in home.stores():
+            if not other.readable and all(other.meta.get(name) == meta[name] for name in alike):
+                _say(
+                    f"the features in {other.path} are of another version, and are made anew; "
+                    f"to free their {readable(other.nbytes)}: python -m smooseg_fast.cache rm {other.key[:8]}"
+                )
+    folder.describe(meta)
 
 
-def _keep(path: Path, contents: Contents, features: Tensor | None, processes: Processes) -> None:
+def _stored(job: _Job, path: Path, position: tuple[int, int]) -> Shard:
+    """As another process has it already, or as it was just written."""
+    try:
+        shard, why = job.stored(path, position), "it is gone"
+    except DamagedShard as damage:
+        shard, why = None, str(damage)
+    if shard is None:
+        raise UserError(f"{path}: cannot be read just after it was written: {why}; check the disk or choose another cache folder")
+    return shard
+
+
+def _keep(path: Path, contents: Contents, features: Tensor | None, home: CacheFolder, processes: Processes) -> None:
     if contents.start == (0, 0) and not contents.names:  # not written: next time the files may be readable
         (name, reason), count = contents.skipped[0], len(contents.skipped)
         raise UserError(f"--data: none of the {count} images can be used (first: {name}: {reason}); give images that open")
     if processes.first:
+        _make_room(home, StoreFolder(path.parent), 2 * features.numel())
         write_shard(path, contents, features)
     processes.wait()
+
+
+def _make_room(home: CacheFolder, folder: StoreFolder, nbytes: int) -> None:
+    removed, excess = home.make_room(nbytes, folder)
+    for name, freed in removed:
+        _say(f"removed: features of {name} ({readable(freed)}), the longest unused, to stay below --cache-limit {readable(home.limit)}")
+    if excess:
+        _say(f"warning: {home.path} is {readable(excess)} above --cache-limit {readable(home.limit)}, and all else in it is in use")
 
 
 @dataclass(frozen=True)
@@ -181,14 +226,15 @@ class _Job:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
     def stored(self, path: Path, position: tuple[int, int]) -> Shard | None:
-        """The shard at `path`, where it is whole and the one that this job would make at `position`."""
+        """The shard at `path`, None when there is none; DamagedShard unless it is the one that this job would make at `position`."""
         shard = read_shard(path)
         wanted = position, self.grid, self.backbone.dim
-        owned = shard is not None and (shard.contents.start, shard.contents.grid, shard.features.shape[2]) == wanted
-        return shard if owned else None
+        if shard is not None and (shard.contents.start, shard.contents.grid, shard.features.shape[2]) != wanted:
+            raise DamagedShard("it belongs elsewhere")
+        return shard
 
     def describe(self) -> dict:
-        """For people who find the folder; nothing reads it."""
+        """For people who find the folder, and `python -m smooseg_fast.cache ls`."""
         made = dict(format=store.FORMAT, dataset=self.dataset.name, images=len(self.dataset), backbone=self.backbone.name)
         settings = dict(size=self.size, crops=self.crops, resample=self.resample, mirror=self.mirror)
         return {**made, "digest": self.backbone.digest, **settings, "grid": self.grid, "channels": self.backbone.dim}

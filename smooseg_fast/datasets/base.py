@@ -231,7 +231,7 @@ def pick(listed: list[str], files: list[Path], path: Path) -> tuple[list[Path], 
     found = [by_stem[entry] for entry in listed if entry in by_stem]
     lost = [entry for entry in listed if entry not in by_stem]
     if not found:
-        example = f", such as {lost[0]}" if lost else ""
+        example = f", such as {lost[0]}," if lost else ""
         raise UserError(f"{path}: none of the {len(listed)} images that it lists{example} is there; unpack the images beside it")
     return found, [f"{len(lost)} of {len(listed)} images listed in {path} are not there, first {lost[0]}"] if lost else []
 

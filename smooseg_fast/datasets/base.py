@@ -139,13 +139,15 @@ class Layout:
     """A dataset as its owner lays it out on disk.
 
     title: what was recognised, for people. preset: the settings that go with it. parts: the owner's splits that are there, and how each
-    is listed; those called "train" and "val" are learnt from and measured on, others only counted.
+    is listed; those called "train" and "val" are learnt from and measured on, others only counted. pictures: a folder of nothing but
+    images to be segmented, None where there are no files of that kind.
     """
 
     title: str
     preset: str
     root: Path
     parts: Mapping[str, Callable[[], Dataset]]
+    pictures: Path | None
 
     def open(self, split: Split) -> Dataset:
         """Without "val" the images of "train", which are then not held out. UserError without "train" where it is asked for."""

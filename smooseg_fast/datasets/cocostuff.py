@@ -87,7 +87,7 @@ def recognise(root: Path) -> Layout | None:
     where = root / MAPS[0] if maps is None else maps.parent
     title = f"COCO-Stuff ({'images without pixel maps' if maps is None else f'images and pixel maps in {where.name}'}, 27 classes)"
     parts = {split: partial(_open, root, folder, where / (split + YEAR), split) for split, folder in images.items()}
-    return Layout(title=title, preset="cocostuff27", root=root, parts=parts)
+    return Layout(title=title, preset="cocostuff27", root=root, parts=parts, pictures=images.get("val", images.get("train")))
 
 
 def _open(root: Path, images: Path, maps: Path, split: str) -> NumberedFiles:

@@ -84,7 +84,7 @@ def visible_files(folder: Path, argument: str) -> list[Path]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         files += [Path(parent, name) for name in names if not name.startswith(".")]
-    return sorted(files, key=lambda file: file.relative_to(folder).as_posix())
+    return sorted(files, key=Path.as_posix)  # all begin alike
 
 
 def read_image(path: Path | str) -> np.ndarray:

@@ -139,13 +139,15 @@ class Layout:
     """A dataset as its owner lays it out on disk.
 
     title: what was recognised, for people. preset: the settings that go with it. parts: the owner's splits that are there, and how each
-    is listed; those called "train" and "val" are learnt from and measured on, others only counted.
+    is listed; those called "train" and "val" are learnt from and measured on, others only counted. pictures: a folder of nothing but
+    images to be segmented, None where there are no files of that kind.
     """
 
     title: str
     preset: str
     root: Path
     parts: Mapping[str, Callable[[], Dataset]]
+    pictures: Path | None
 
     def open(self, split: Split) -> Dataset:
         """Without "val" the images of "train", which are then not held out. UserError without "train" where it is asked for."""
@@ -231,7 +233,7 @@ def pick(listed: list[str], files: list[Path], path: Path) -> tuple[list[Path], 
     found = [by_stem[entry] for entry in listed if entry in by_stem]
     lost = [entry for entry in listed if entry not in by_stem]
     if not found:
-        example = f", such as {lost[0]}" if lost else ""
+        example = f", such as {lost[0]}," if lost else ""
         raise UserError(f"{path}: none of the {len(listed)} images that it lists{example} is there; unpack the images beside it")
     return found, [f"{len(lost)} of {len(listed)} images listed in {path} are not there, first {lost[0]}"] if lost else []
 

@@ -32,7 +32,8 @@ def recognise(root: Path) -> Layout | None:
         return None
     labels = first_folder(root / "gtFine", root / "gtFine_trainvaltest" / "gtFine") or root / "gtFine"
     title = "Cityscapes (leftImg8bit and gtFine labelIds, 27 classes)"
-    return Layout(title=title, preset="cityscapes", root=root, parts={split: partial(_open, images, labels, split) for split in there})
+    parts = {split: partial(_open, images, labels, split) for split in there}
+    return Layout(title=title, preset="cityscapes", root=root, parts=parts, pictures=images / ("val" if "val" in parts else "train"))
 
 
 def _open(images: Path, labels: Path, split: str) -> NumberedFiles:

@@ -81,12 +81,13 @@ def recognise(root: Path) -> Layout | None:
     if not {"train", "val"} & set(images):
         return None
     maps = first_folder(*(root / place / (split + YEAR) for place in MAPS for split in images))
-    if maps is None and (root / "labels").is_dir():  # somebody's own labels beside these images: a labelled folder
+    # without pixel maps it may be anything: somebody's own labels beside these images, or a folder of images alone
+    if maps is None and ((root / "labels").is_dir() or not (root / "images").is_dir()):
         return None
     where = root / MAPS[0] if maps is None else maps.parent
-    title = f"COCO-Stuff (images and pixel maps in {where.name}, 27 classes)"
+    title = f"COCO-Stuff ({'images without pixel maps' if maps is None else f'images and pixel maps in {where.name}'}, 27 classes)"
     parts = {split: partial(_open, root, folder, where / (split + YEAR), split) for split, folder in images.items()}
-    return Layout(title=title, preset="cocostuff27", root=root, parts=parts)
+    return Layout(title=title, preset="cocostuff27", root=root, parts=parts, pictures=images.get("val", images.get("train")))
 
 
 def _open(root: Path, images: Path, maps: Path, split: str) -> NumberedFiles:

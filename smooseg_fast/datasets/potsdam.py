@@ -103,7 +103,7 @@ def _prepared(root: Path) -> Layout | None:
     parts = {split: partial(_open_prepared, root, split, path) for split, path in there.items()}
     if "train" not in parts:
         parts["train"] = partial(_open_prepared, root, "train", None)
-    return Layout(title="Potsdam-3 (prepared .mat tiles, 3 classes)", preset="potsdam", root=root, parts=parts)
+    return Layout(title="Potsdam-3 (prepared .mat tiles, 3 classes)", preset="potsdam", root=root, parts=parts, pictures=None)
 
 
 def _open_prepared(root: Path, split: str, path: Path | None) -> NumberedFiles:
@@ -239,7 +239,7 @@ def _mosaics(root: Path) -> Layout | None:
     elif all(paired.values()):
         del parts["unlabelled"]
     title = f"Potsdam-3 (mosaics in {folder.name} and {where}, cut into {SIDE}-pixel tiles, 3 classes)"
-    return Layout(title=title, preset="potsdam", root=root, parts=parts)
+    return Layout(title=title, preset="potsdam", root=root, parts=parts, pictures=None)  # a mosaic is not at the scale of its tiles
 
 
 def _by_place(folder: Path, kind: str) -> dict[tuple[int, int], Path]:

@@ -30,7 +30,8 @@ def recognise(root: Path) -> Layout | None:
         if not there:
             return None
         title = f"PASCAL VOC ({home.resolve().name}: JPEGImages and SegmentationClass, 21 classes)"
-        return Layout(title=title, preset="folder", root=root, parts={split: partial(_open, home, split, there[split]) for split in there})
+        parts = {split: partial(_open, home, split, path) for split, path in there.items()}
+        return Layout(title=title, preset="folder", root=root, parts=parts, pictures=home / "JPEGImages")
     return None
 
 

@@ -7,15 +7,19 @@ heads. Mathematics: Lan et al., NeurIPS 2023, arXiv 2310.17874.
 """
 
 from .api import assign, prototype_loss, prototype_probabilities, resolve_impl, smooseg_loss, smoothness_energy
-from .types import SmooSegLoss, SmoothnessTerms
+from .similarity import histogram_quantiles, similarity_statistics
+from .types import SimilarityStatistics, SmooSegLoss, SmoothnessTerms
 
 __all__ = [
+    "SimilarityStatistics",
     "SmooSegLoss",
     "SmoothnessTerms",
     "assign",
+    "histogram_quantiles",
     "prototype_loss",
     "prototype_probabilities",
     "resolve_impl",
+    "similarity_statistics",
     "smooseg_loss",
     "smoothness_energy",
 ]

@@ -30,7 +30,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from smooseg_kernels.triton import assignment, code_rows, objective
+from smooseg_kernels.triton import assignment, code_rows, objective, similarity
 from smooseg_kernels.triton import launch as launching
 
 # target: (backend, architecture, warp size, bytes of shared memory one program may have)
@@ -70,7 +70,7 @@ class Recorder:
 def record(target: str, cases: dict) -> list[tuple]:
     """Runs the operators' launchers on tensors without memory, with the configurations of `target`."""
     recorder = Recorder()
-    for module in (objective, code_rows, assignment):
+    for module in (objective, code_rows, assignment, similarity):
         module.launch = recorder
     launching.family = lambda device: target
     for label, case in cases.items():
@@ -111,6 +111,18 @@ def rows_case(dtype: torch.dtype, B=32, P=784, Z=64, K=27):
     return run
 
 
+def statistics_case(dtype: torch.dtype, entries: tuple[int, ...] = (-1,), full: bool = False, B=32, P=784, D=384):
+    """Means, histogram and 32 neighbours; `full`: centred, weighted and with as many bins and neighbours as there can be."""
+
+    def run():
+        features, partners = torch.empty(B, P, D, dtype=dtype, device="meta"), torch.empty(1, B, dtype=torch.int64, device="meta")
+        weight = torch.empty(B, P, device="meta") if full else None
+        bins, neighbours = (similarity.LARGEST_BINS, similarity.LARGEST_NEIGHBOURS) if full else (512, 32)
+        similarity.similarity_statistics.launcher(features, partners, list(entries), weight, None, True, bins, -1.5, 1.5, neighbours)
+
+    return run
+
+
 def shipped_cases(quick: bool = False) -> dict:
     """`quick`: the launches of a training step alone."""
     cases = {"bf16 H=1": objective_case(torch.bfloat16, 1), "bf16 H=16": objective_case(torch.bfloat16, 16)}
@@ -124,6 +136,10 @@ def shipped_cases(quick: bool = False) -> dict:
         "fp16 every option, H=16": objective_case(torch.float16, 16, (-1, 0, -2), full=True),
         "bf16 rows": rows_case(torch.bfloat16),
         "fp32 rows": rows_case(torch.float32),
+        "bf16 statistics": statistics_case(torch.bfloat16),
+        "fp32 statistics": statistics_case(torch.float32),
+        "bf16 statistics, every option": statistics_case(torch.bfloat16, (0, -2), full=True),
+        "fp32 statistics, every option": statistics_case(torch.float32, (0, -2), full=True),
     }
 
 

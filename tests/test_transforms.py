@@ -44,6 +44,12 @@ CALLS = {
     "prototype_probabilities": (lambda impl, z, t: (sk.prototype_probabilities(z, t, impl=impl),), (CODES, TEACHER), ()),
     "prototype_loss": (lambda impl, s, z, t: (sk.prototype_loss(z, s, t, impl=impl),), (STUDENT,), (CODES, TEACHER)),
     "assign": (lambda impl, z, t: (sk.assign(z, t, grid=GRID, size=(7, 9), impl=impl),), (), (CODES, TEACHER)),
+    "similarity_statistics": (
+        lambda impl, f, j: sk.similarity_statistics(f, ["self", j], bins=16, neighbours=3, impl=impl),
+        (),
+        (FEATURES, PARTNERS),
+    ),
+    "histogram_quantiles": (lambda impl, h: (sk.histogram_quantiles(h, [0.1, 0.5]),), (), (torch.arange(12).view(3, 4),)),
     "SmoothnessLoss": (
         lambda impl, p, f, j: sk.layers.SmoothnessLoss(0.1, 0.4, impl=impl)(f, p, j),
         (planes(PROBS),),
@@ -62,13 +68,9 @@ CALLS = {
 }
 TRITON = ["triton"] if importlib.util.find_spec("triton") else []
 DIFFERENTIABLE = [name for name in CALLS if CALLS[name][1]]
-# the drawing of partners is no matter of the implementation
-PAIRS = [
-    (name, impl)
-    for name in CALLS
-    for impl in ["torch", *TRITON]
-    if impl == "torch" or name not in ("CorrelationLoss", "SmoothnessLoss that draws")
-]
+# what is no matter of the implementation is seen with one
+ONE_IMPL = ("CorrelationLoss", "SmoothnessLoss that draws", "histogram_quantiles")
+PAIRS = [(name, impl) for name in CALLS for impl in ["torch", *TRITON] if impl == "torch" or name not in ONE_IMPL]
 COMPILED_ELSEWHERE = [
     ("smooseg_loss", "torch"),
     *((name, "triton") for name in ("smooseg_loss", "prototype_probabilities", "prototype_loss")),
@@ -140,7 +142,7 @@ def inside_autocast(function):
     return run
 
 
-@pytest.mark.parametrize(("name", "impl"), [*PAIRS, *((name, "dense") for name in CALLS if "draws" not in name)])
+@pytest.mark.parametrize(("name", "impl"), [*PAIRS, *((name, "dense") for name in CALLS if name not in ONE_IMPL)])
 def test_autocast_changes_nothing(name, impl):
     """Sums in 16 bits would lose energies that nearly cancel, so a region of autocast has no say inside."""
     function = CALLS[name][0]

@@ -8,11 +8,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import assignment, code_rows, objective
+from . import assignment, code_rows, objective, similarity
 from .launch import INTERPRETED, fits, require_interpreter
 from .pair_sums import ALL, SELF
 
-__all__ = ["INTERPRETED", "assign", "assign_counted", "data_term", "fits", "loss", "probabilities", "require_interpreter", "smoothness"]
+__all__ = [
+    "INTERPRETED",
+    "assign",
+    "assign_counted",
+    "data_term",
+    "fits",
+    "loss",
+    "probabilities",
+    "require_interpreter",
+    "similarity_statistics",
+    "smoothness",
+    "statistics_excess",
+]
 
 # kernels clamp partner numbers themselves, and spare a launch
 CLAMPS_PARTNERS = True
@@ -84,6 +96,17 @@ def loss(
         feature_norms,
         mean,
     )
+
+
+def similarity_statistics(features, partners, patch_weight, mean, center, bins, limits, neighbours):
+    """-> mean [T], row_mean [T,B,P], histogram int64 [T,bins], neighbour_values and neighbour_indices [T,B,P,k]."""
+    table, entries = pair_table(partners)
+    return similarity.similarity_statistics(features, table, entries, patch_weight, mean, center, bins, *limits, neighbours)
+
+
+def statistics_excess(bins: int, neighbours: int) -> str | None:
+    """Why these kernels do not serve such a request, or None."""
+    return similarity.excess(bins, neighbours)
 
 
 def probabilities(codes: Tensor, prototypes: Tensor, temperature: float) -> Tensor:

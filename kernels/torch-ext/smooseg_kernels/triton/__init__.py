@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import assignment, code_rows, objective, similarity
+from . import assignment, code_rows, objective, pairs, similarity
 from .launch import INTERPRETED, fits, require_interpreter
 from .pair_sums import ALL, SELF
 
@@ -19,6 +19,7 @@ __all__ = [
     "data_term",
     "fits",
     "loss",
+    "pair_energy",
     "probabilities",
     "require_interpreter",
     "similarity_statistics",
@@ -116,6 +117,15 @@ def probabilities(codes: Tensor, prototypes: Tensor, temperature: float) -> Tens
 def data_term(codes: Tensor, student: Tensor, teacher: Tensor, patch_weight: Tensor | None) -> Tensor:
     """-> [H]."""
     return code_rows.data_term(codes.detach(), student, teacher, patch_weight, wants_gradient(student))[0]
+
+
+def pair_energy(features_i, codes_i, features_j, codes_j, threshold, partner, clamp, hinge, center):
+    """-> energy [], similarity []."""
+    dtype = torch.promote_types(features_i.dtype, features_j.dtype)  # one matrix product takes both
+    features_i, features_j = features_i.to(dtype), features_j.to(dtype)
+    return pairs.pair_energy(features_i, codes_i, features_j, codes_j, threshold, partner, *clamp, hinge, center, wants_gradient(codes_i))[
+        :2
+    ]
 
 
 def assign(codes: Tensor, prototypes: Tensor, grid: tuple[int, int] | None, size: tuple[int, int] | None) -> Tensor:

@@ -44,7 +44,7 @@ TARGETS = {
 # registers, shared memory and warps of one multiprocessor: how many programs it holds at once
 MULTIPROCESSORS = {80: (65536, 164 << 10, 64), 86: (65536, 100 << 10, 48), 90: (65536, 228 << 10, 64), 100: (65536, 228 << 10, 64)}
 DISASSEMBLER = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm")
-STORES = ("ST", "RED", "ATOM", "BAR", "UTM", "UBLKCP", "SYNCS")  # what comes first there is read
+STORES = ("ST", "RED.", "REDG", "REDS", "ATOM", "BAR", "UTM", "UBLKCP", "SYNCS")  # what comes first there is read
 MATRIX = r"wgmma\.mma_async|tcgen05\.mma|(?<![\w.])mma\.sync|v_mfma_\w+"
 POINTERS = {
     torch.float32: "*fp32",

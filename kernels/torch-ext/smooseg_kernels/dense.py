@@ -96,16 +96,17 @@ def similarity_statistics(features, partners, patch_weight, mean, center, bins, 
         rows = [((s * w[j][:, None]).sum(2) / w[j].sum(1, keepdim=True).clamp(min=tiny)) for j, s in zip(sides, closeness)]
         partners_here = sum((w[j].sum(1) > 0).to(dtype) for j in sides).clamp(min=1)
         counts = torch.zeros(bins, dtype=torch.int64, device=f.device)
-        table = torch.full((B, P, B * P), -torch.inf, dtype=dtype, device=f.device)
+        table = torch.full((B, P, B * P if neighbours else 0), -torch.inf, dtype=dtype, device=f.device)
         for j, s, r in zip(sides, closeness, rows):
             closer = s - r[:, :, None] + m if center else s
             there = (w[j] > 0)[:, None, :].expand(s.shape)
             if bins:
                 place = ((closer - limits[0]) * (bins / (limits[1] - limits[0]))).floor().clamp(0, bins - 1).long()
                 counts.scatter_add_(0, place.flatten(), (here & there).long().flatten())
-            other = flat[j][:, None, :].expand(s.shape)
-            itself = other == flat[:, :, None]  # a patch is no neighbour of its own
-            table.scatter_(2, other, torch.where(there & ~itself, closer, -torch.inf))
+            if neighbours:
+                other = flat[j][:, None, :].expand(s.shape)
+                itself = other == flat[:, :, None]  # a patch is no neighbour of its own
+                table.scatter_(2, other, torch.where(there & ~itself, closer, -torch.inf))
         best = table.sort(dim=2, descending=True, stable=True)
         values, indices = best.values[:, :, :neighbours], best.indices[:, :, :neighbours]
         missing = neighbours - values.shape[2]

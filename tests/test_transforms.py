@@ -1,7 +1,7 @@
 """What PyTorch does to a function must not change it: torch.compile(fullgraph=True), torch.export, activation checkpointing, autocast.
 
-Every public function and layer, values and gradients against plain calls. The objective and the prototypes compiled have tests of their
-own, with shapes that change, in test_objective.py, test_triton_objective.py and test_triton_rows.py.
+Every public function and layer, values and gradients against plain calls. The functions of the objective and the statistics are compiled
+in their own tests, with shapes that change, and so is all of this for pair_energy itself: here is its layer.
 """
 
 from __future__ import annotations
@@ -44,16 +44,14 @@ CALLS = {
     "prototype_probabilities": (lambda impl, z, t: (sk.prototype_probabilities(z, t, impl=impl),), (CODES, TEACHER), ()),
     "prototype_loss": (lambda impl, s, z, t: (sk.prototype_loss(z, s, t, impl=impl),), (STUDENT,), (CODES, TEACHER)),
     "assign": (lambda impl, z, t: (sk.assign(z, t, grid=GRID, size=(7, 9), impl=impl),), (), (CODES, TEACHER)),
-    "SmoothnessLoss": (
-        lambda impl, p, f, j: sk.layers.SmoothnessLoss(0.1, 0.4, impl=impl)(f, p, j),
-        (planes(PROBS),),
-        (planes(FEATURES), PARTNERS),
+    "similarity_statistics": (
+        lambda impl, f, j: sk.similarity_statistics(f, ["self", j], bins=16, neighbours=3, impl=impl),
+        (),
+        (FEATURES, PARTNERS),
     ),
-    "SmoothnessLoss that draws": (
-        lambda impl, p, f: sk.layers.SmoothnessLoss(0.1, 0.4, impl=impl)(f, p),
-        (planes(PROBS),),
-        (planes(FEATURES),),
-    ),
+    "histogram_quantiles": (lambda impl, h: (sk.histogram_quantiles(h, [0.1, 0.5]),), (), (torch.arange(12).view(3, 4),)),
+    # draws its partners, the same after the same seed
+    "SmoothnessLoss": (lambda impl, p, f: sk.layers.SmoothnessLoss(0.1, 0.4, impl=impl)(f, p), (planes(PROBS),), (planes(FEATURES),)),
     "CorrelationLoss": (
         lambda impl, c, d, f, g: sk.layers.CorrelationLoss(0.1, (-0.2, 0.6), impl=impl)(f, g, c, d),
         (planes(CODES), planes(CODES)[..., 1:] * 2),
@@ -62,15 +60,9 @@ CALLS = {
 }
 TRITON = ["triton"] if importlib.util.find_spec("triton") else []
 DIFFERENTIABLE = [name for name in CALLS if CALLS[name][1]]
-# the drawing of partners is no matter of the implementation
-PAIRS = [
-    (name, impl)
-    for name in CALLS
-    for impl in ["torch", *TRITON]
-    if impl == "torch" or name not in ("CorrelationLoss", "SmoothnessLoss that draws")
-]
+PAIRS = [(name, impl) for name in CALLS for impl in ["torch", *TRITON] if impl == "torch" or name != "histogram_quantiles"]
 COMPILED_ELSEWHERE = [
-    ("smooseg_loss", "torch"),
+    *(("smooseg_loss", "torch"), ("similarity_statistics", "torch"), ("similarity_statistics", "triton")),
     *((name, "triton") for name in ("smooseg_loss", "prototype_probabilities", "prototype_loss")),
 ]
 
@@ -140,7 +132,7 @@ def inside_autocast(function):
     return run
 
 
-@pytest.mark.parametrize(("name", "impl"), [*PAIRS, *((name, "dense") for name in CALLS if "draws" not in name)])
+@pytest.mark.parametrize(("name", "impl"), [*PAIRS, *((name, "dense") for name in CALLS)])
 def test_autocast_changes_nothing(name, impl):
     """Sums in 16 bits would lose energies that nearly cancel, so a region of autocast has no say inside."""
     function = CALLS[name][0]

@@ -8,19 +8,23 @@ heads. Mathematics: Lan et al., NeurIPS 2023, arXiv 2310.17874.
 
 from . import layers
 from .api import assign, pair_energy, prototype_loss, prototype_probabilities, resolve_impl, smooseg_loss, smoothness_energy
-from .types import PairEnergy, SmooSegLoss, SmoothnessLossTerms, SmoothnessTerms
+from .similarity import histogram_quantiles, similarity_statistics
+from .types import PairEnergy, SimilarityStatistics, SmooSegLoss, SmoothnessLossTerms, SmoothnessTerms
 
 __all__ = [
     "PairEnergy",
+    "SimilarityStatistics",
     "SmooSegLoss",
     "SmoothnessLossTerms",
     "SmoothnessTerms",
     "assign",
+    "histogram_quantiles",
     "layers",
     "pair_energy",
     "prototype_loss",
     "prototype_probabilities",
     "resolve_impl",
+    "similarity_statistics",
     "smooseg_loss",
     "smoothness_energy",
 ]

@@ -164,6 +164,14 @@ def weights(tensor: Tensor | None, shape: tuple[int, int], like: Tensor, dtype: 
     return tensor
 
 
+def count(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{name} must be 0 or more, got {value}")
+    return value
+
+
 def size_pair(name: str, pair: Sequence[int] | None) -> tuple[int, int] | None:
     if pair is None:
         return None

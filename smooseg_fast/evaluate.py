@@ -30,7 +30,7 @@ class EvaluateConfig:
     """Accuracy and mIoU of a checkpoint on labelled images: every labelled pixel of every image counts."""
 
     checkpoint: str
-    """The checkpoint.safetensors that training wrote."""
+    """The checkpoint.safetensors that training wrote, or a published SmooSeg .ckpt."""
     data: str | None = None
     """DIR with images/ and labels/, or val/ (else test/) above them; or Cityscapes, COCO-Stuff, Potsdam or PASCAL VOC as their owners pack
     them; without it, the demo's held-out images."""

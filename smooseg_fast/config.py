@@ -49,7 +49,7 @@ class TrainConfig:
     out: str | None = None
     """Folder for what the run makes [runs/NAME]. The same command on it resumes an unfinished run."""
     backbone: str = "filterbank"
-    """Frozen features: filterbank (built in), a transformers ViT by hub name or local folder, or module:callable."""
+    """Frozen features: filterbank (built in), a transformers ViT by hub name or local folder, the .pth of DINO or DINOv2, or module:callable."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, or auto: a GPU if there is one."""
     impl: str = "auto"

@@ -668,11 +668,6 @@ def test_a_callable_that_is_written_otherwise(spec):
     error_of(spec, "package.module:callable")
 
 
-def test_an_original_weights_file_is_to_be_converted(tmp_path):
-    (tmp_path / "dino_deitsmall8_pretrain.pth").write_bytes(b"x")
-    error_of(str(tmp_path / "dino_deitsmall8_pretrain.pth"), "is a file", "convert them to a transformers folder")
-
-
 @pytest.mark.parametrize("device", ["tpu9", "cuda:99"])
 def test_a_device_that_is_not_there(device):
     with pytest.raises(UserError, match=f"--device {device}: cannot be used here") as caught:

@@ -13,11 +13,12 @@ import itertools
 import json
 import os
 import sys
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -27,20 +28,24 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import store
+from . import reading, store
+from .batches import Batches, Flight, TooLarge, default_batch
 from .datasets import Dataset
 from .errors import UserError
 from .files import sweep, write_json
+from .host import keep_freed_memory
 from .images import Crops, ImageError, Resample, cut_squares, require_patch
 from .processes import ALONE, Processes
 from .progress import Bar
 from .signals import with_kept
 from .store import Contents, FeatureStore, Shard, read_shard, shard_path, write_shard
+from .tally import Tally
 
 if TYPE_CHECKING:
     from .backbones.base import Backbone
 
 
+THREADS = 16  # that decode, at most
 SWEEP_S = 3600.0  # a half written shard of this age is nobody's: several processes may work on one cache
 
 
@@ -52,7 +57,7 @@ def open_or_extract(
     crops: Crops = "center",
     resample: Resample = "nearest",
     cache: Path | str | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     mirror: bool = False,
     progress: bool = True,
     argument: str = "--size",
@@ -63,6 +68,8 @@ def open_or_extract(
     Squares have `size` pixels (a multiple of backbone.patch), cut as `images.cut_squares` does; `mirror` gives the features of the
     mirrored squares with the grid's columns mirrored back, in the same order. They live in a folder of `cache` (by default
     $XDG_CACHE_HOME/smooseg_fast or ~/.cache/smooseg_fast) named by a hash of the images, the backbone's digest and the settings.
+    A batch is `batch_size` squares (16 on a CPU, else 64) and ends with its shard, so that the features are the same to the byte however
+    often the work is interrupted. Where a batch does not fit into the device's memory, it and all that follow it are halved.
 
     Stopped by a signal (raised as Interrupted, which tells what is kept) or otherwise, the shards written so far are whole, and the
     next call goes on behind them; damaged shards are made again. Images that cannot be used are named on stderr and skipped. Memory: a few
@@ -71,6 +78,7 @@ def open_or_extract(
     Raises UserError for wrong settings (naming `argument` where it is the size), when no image can be used, when the cache cannot be
     written, and when the backbone gives nan, infinity or another shape than it promised.
     """
+    batch_size = default_batch(backbone.device) if batch_size is None else batch_size
     job = _Job(dataset, backbone, size, crops, resample, batch_size, mirror, argument, processes)
     folder = (Path(cache).expanduser() if cache is not None else default_cache()) / job.key()
     shards, position, fresh = [], (0, 0), None
@@ -87,7 +95,7 @@ def open_or_extract(
                     if processes.first:
                         sweep(folder, older=SWEEP_S)
                         write_json(folder / "meta.json", job.describe())
-                    fresh = _extract(job, position, progress)
+                    fresh = _extract(job.behind(shards), position, progress)
                 _keep(path, *next(fresh), processes)
                 shard = None
             shard = shard or job.stored(path, position)
@@ -102,6 +110,9 @@ def open_or_extract(
         if fresh is not None:
             fresh.close()
     features = FeatureStore(shards)
+    if progress and job.tally.squares:
+        for line in job.tally.lines(job.how()):
+            _say(line)
     if fresh is None and features.skipped:
         name, reason = features.skipped[0]
         _say(f"skipped before: {len(features.skipped)} of {len(dataset)} images, first {name}: {reason}; delete {folder} to try again")
@@ -153,6 +164,7 @@ class _Job:
     mirror: bool
     argument: str
     processes: Processes
+    tally: Tally = field(default_factory=Tally)
 
     def __post_init__(self) -> None:
         patch = self.backbone.patch
@@ -176,8 +188,9 @@ class _Job:
         return max(1, store.SHARD_BYTES // (2 * self.grid[0] * self.grid[1] * self.backbone.dim))
 
     def key(self) -> str:
-        """What the features depend on, hashed. The batch size is not in it: it moves only the last bits."""
+        """What the features depend on, hashed; on precision and batch size they do in their last bits."""
         parts = [store.FORMAT, self.dataset.fingerprint(), self.backbone.digest, self.size, self.crops, self.resample, self.mirror]
+        parts += [self.backbone.precision, self.batch_size]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
     def stored(self, path: Path, position: tuple[int, int]) -> Shard | None:
@@ -190,56 +203,84 @@ class _Job:
     def describe(self) -> dict:
         """For people who find the folder; nothing reads it."""
         made = dict(format=store.FORMAT, dataset=self.dataset.name, images=len(self.dataset), backbone=self.backbone.name)
-        settings = dict(size=self.size, crops=self.crops, resample=self.resample, mirror=self.mirror)
-        return {**made, "digest": self.backbone.digest, **settings, "grid": self.grid, "channels": self.backbone.dim}
+        settings = dict(size=self.size, crops=self.crops, resample=self.resample, mirror=self.mirror, batch_size=self.batch_size)
+        numbers = dict(digest=self.backbone.digest, precision=self.backbone.precision)
+        return {**made, **numbers, **settings, "grid": self.grid, "channels": self.backbone.dim}
+
+    def how(self) -> str:
+        """The batch and what works on it, in words."""
+        others = "" if self.processes.size == 1 else f" in each of {self.processes.size} processes"
+        batch = f"{self.batch_size} squares a batch"
+        return f"{batch}{others}, {self.backbone.name} in {self.backbone.precision} on {self.backbone.device}"
+
+    def behind(self, shards: list[Shard]) -> _Job:
+        """This job with the batch size of the last of `shards`: where memory was short before, it still counts as short."""
+        used = shards[-1].contents.batch if shards else 0
+        return replace(self, batch_size=min(self.batch_size, used or self.batch_size))
+
+    def halved(self) -> _Job:
+        """With batches of half the size, after one did not fit."""
+        if self.batch_size == 1:
+            raise UserError(
+                f"{self.argument} {self.size}: a single square does not fit into the memory of {self.backbone.device}; "
+                "take a smaller size, or --device cpu"
+            )
+        return replace(self, batch_size=self.batch_size // 2)
 
     def decode(self, index: int) -> list[tuple[tuple[int, int], np.ndarray]] | ImageError:
         """The squares of one image with their places, or why there are none. Runs in a thread."""
+        start, before = time.thread_time(), reading.spent()
         try:
             image = self.dataset.image(index)
             require_patch(image, self.backbone.patch, self.dataset.names[index])
         except ImageError as error:
             return error
-        return cut_squares(image, self.size, self.crops, self.resample)
-
-    def share(self, squares: list[_Square]) -> list[Tensor]:
-        """The features of this process's batch of a round, a batch for each process; none in a short round that ends before its turn."""
-        own = squares[self.processes.rank * self.batch_size :][: self.batch_size]
-        return [self.features(own)] if own else []
-
-    def features(self, batch: list[_Square]) -> Tensor:
-        """[B,P,D] on the CPU, in the backbone's own type."""
-        images = torch.from_numpy(np.stack([square.pixels for square in batch])).permute(0, 3, 1, 2).contiguous()
-        features, grid = self.backbone(images.flip(3) if self.mirror else images)
-        promised = (len(batch), self.grid[0] * self.grid[1], self.backbone.dim)
-        if tuple(features.shape) != promised or tuple(grid) != self.grid:
-            raise UserError(
-                f"backbone {self.backbone.name}: gave {tuple(features.shape)} on grid {tuple(grid)} for squares of {self.size} pixels, not "
-                f"{promised} on {self.grid} as its patch of {self.backbone.patch} pixels says; correct its patch or take another size"
-            )
-        finite = features.isfinite().flatten(1).all(dim=1).tolist()
-        if not all(finite):
-            name = batch[finite.index(False)].name
-            raise UserError(f"backbone {self.backbone.name}: gave nan or infinity for {name}; try another device or take the image out")
-        if self.mirror:
-            features = features.unflatten(1, grid).flip(2).flatten(1, 2)
-        return features.cpu()
+        finally:
+            decoded, spent = time.thread_time(), reading.spent()
+            self.tally.add("read", spent.clock - before.clock)
+            self.tally.add("decode", decoded - start - (spent.processor - before.processor))
+        squares = cut_squares(image, self.size, self.crops, self.resample)
+        self.tally.add("resize", time.thread_time() - decoded)
+        return squares
 
 
 def _extract(job: _Job, start: tuple[int, int], progress: bool) -> Iterator[tuple[Contents, Tensor | None]]:
     """Shard after shard, from the position `start` to the end of the dataset; the features for the first process alone."""
+    keep_freed_memory()
     bar = Bar(total=len(job.dataset), initial=start[0], desc="extract", unit="image", disable=not progress)
-    with bar, closing(_squares(job, start)) as squares:
-        while start[0] < len(job.dataset):
-            made = _next_shard(job, squares, start, bar)
-            start = made[0].end
-            yield made
-            del made  # else these features would stay in memory while the next are made
+    batches = Batches(job.backbone, job.grid, job.mirror, job.tally)
+    squares = _squares(job, start)
+    began = time.perf_counter()
+    try:
+        with bar:
+            while start[0] < len(job.dataset):
+                try:
+                    made = _next_shard(job, batches, squares, start, bar)
+                except TooLarge:
+                    made = None
+                if made is None:  # the whole shard anew, so that one that is made after an interruption has the same batches
+                    squares.close()
+                    job = job.halved()
+                    squares = _squares(job, start)
+                    _say(f"batch      {job.batch_size} squares: more do not fit into the memory of {job.backbone.device}")
+                    continue
+                job.tally.squares += len(made[0].names)
+                job.tally.images += made[0].end[0] - start[0]
+                start = made[0].end
+                with job.tally.timed("write"):  # the reader's: it comes back when the shard is on the disk
+                    yield made
+                del made  # else these features would stay in memory while the next are made
+    finally:
+        squares.close()
+        job.tally.add("whole", time.perf_counter() - began)
 
 
-def _next_shard(job: _Job, squares: Iterator[_Square | _Skip], start: tuple[int, int], bar: Bar) -> tuple[Contents, Tensor | None]:
+def _next_shard(
+    job: _Job, batches: Batches, squares: Iterator[_Square | _Skip], start: tuple[int, int], bar: Bar
+) -> tuple[Contents, Tensor | None]:
     """Batches end with their shard, so that one made after an interruption sees the same batches and is the same to the byte."""
-    end, names, crops, skipped, waiting, parts = start, [], [], [], [], []
+    end, names, crops, skipped, waiting = start, [], [], [], []
+    rounds = _Rounds(job, batches)
     for item in squares:
         end = item.after
         if isinstance(item, _Skip):
@@ -250,20 +291,48 @@ def _next_shard(job: _Job, squares: Iterator[_Square | _Skip], start: tuple[int,
         waiting.append(item)
         full = len(names) == job.rows_per_shard
         if full or len(waiting) == job.processes.size * job.batch_size:
-            parts += job.share(waiting)
+            rounds.take(waiting)
             waiting.clear()
             bar.update(end[0] - bar.n)
         if full:
             break
-    parts += job.share(waiting)
+    rounds.take(waiting)
     bar.update(end[0] - bar.n)
-    contents = Contents(start, end, job.grid, tuple(names), tuple(crops), tuple(skipped))
-    rounds = itertools.zip_longest(*job.processes.to_first(parts))
-    if not job.processes.first:
-        return contents, None
-    parts = [part for batches in rounds for part in batches if part is not None]
-    h, w = job.grid
-    return contents, torch.cat(parts) if parts else torch.empty(0, h * w, job.backbone.dim)
+    contents = Contents(start, end, job.grid, tuple(names), tuple(crops), tuple(skipped), job.batch_size)
+    return contents, rounds.features()
+
+
+class _Rounds:
+    """The batches of one shard, one for each process in a round."""
+
+    def __init__(self, job: _Job, batches: Batches):
+        self.job, self.batches = job, batches
+        self._started: deque[Flight] = deque()
+        self._landed: list[Tensor] = []
+
+    def take(self, squares: list[_Square]) -> None:
+        """This process's batch of a round goes on its way; there is none in a short round that ends before its turn."""
+        size, processes = self.job.batch_size, self.job.processes
+        own, fits = squares[processes.rank * size :][:size], True
+        try:
+            if own:
+                self._started.append(self.batches.start([square.pixels for square in own], [square.name for square in own]))
+        except TooLarge:
+            fits = False
+        if processes.largest(int(not fits)):
+            raise TooLarge
+        while len(self._started) > 1:  # one stays in flight while the next is put together
+            self._landed.append(self.batches.land(self._started.popleft()))
+
+    def features(self) -> Tensor | None:
+        """[rows,P,D] of the shard for the first process, in the order of the squares."""
+        self._landed += [self.batches.land(flight) for flight in self._started]
+        rounds = itertools.zip_longest(*self.job.processes.to_first(self._landed))
+        if not self.job.processes.first:
+            return None
+        parts = [part for batches in rounds for part in batches if part is not None]
+        h, w = self.job.grid
+        return torch.cat(parts) if parts else torch.empty(0, h * w, self.job.backbone.dim)
 
 
 def _squares(job: _Job, start: tuple[int, int]) -> Iterator[_Square | _Skip]:
@@ -296,7 +365,7 @@ def _decoded(job: _Job, first: int) -> Iterator[_Decoded]:
 
 def _decoded_ahead(job: _Job, images: Iterable[int]) -> Iterator[_Decoded]:
     """In order, decoded ahead of the reader by about a batch."""
-    threads = min(8, os.cpu_count() or 1)
+    threads = job.tally.threads = min(THREADS, os.cpu_count() or 1)
     ahead: deque[tuple[int, Future]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:

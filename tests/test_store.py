@@ -27,7 +27,7 @@ PATCH, SIZE, P, D = 4, 8, 4, 5
 class FakeBackbone:
     """Mean colour of each patch, the size of the batch and the patch's column: a wrong order, batch or mirror shows in the values."""
 
-    name, digest, patch, dim, device = "fake", "f00d", PATCH, D, torch.device("cpu")
+    name, digest, patch, dim, device, precision = "fake", "f00d", PATCH, D, torch.device("cpu"), "float32"
 
     def __init__(self, interrupt_at: int = -1, scale: float = 1.0):
         self.calls, self.interrupt_at, self.scale = 0, interrupt_at, scale
@@ -219,12 +219,14 @@ def test_when_no_image_can_be_used_it_is_an_error_each_time(tmp_path):
 def test_a_second_call_reads_and_another_setting_extracts(photos, tmp_path):
     extract(photos, tmp_path)
     used = FakeBackbone()
-    extract(photos, tmp_path, used, batch_size=2)
+    extract(photos, tmp_path, used)
     assert used.calls == 0
-    other = FakeBackbone()
-    other.digest = "beef"
+    other, coarse = FakeBackbone(), FakeBackbone()
+    other.digest, coarse.precision = "beef", "bfloat16"
     for backbone, settings in [
         (other, {}),
+        (coarse, {}),
+        (FakeBackbone(), {"batch_size": 2}),
         (FakeBackbone(), {"size": 12}),
         (FakeBackbone(), {"crops": "slide"}),
         (FakeBackbone(), {"resample": "bilinear"}),
@@ -236,7 +238,7 @@ def test_a_second_call_reads_and_another_setting_extracts(photos, tmp_path):
     changed = FakeBackbone()
     extract(photos, tmp_path, changed)
     assert changed.calls > 0
-    assert len(list(tmp_path.glob("*/meta.json"))) == 7
+    assert len(list(tmp_path.glob("*/meta.json"))) == 9
 
 
 def test_the_folder_says_what_it_is(photos, tmp_path):

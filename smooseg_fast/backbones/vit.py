@@ -29,13 +29,13 @@ DINO_RESIZED = ("vit", "dinov2")  # published with the resizing of DinoPositions
 class VitBackbone(Backbone):
     """The patch tokens of `last_hidden_state`, which these families give after their final LayerNorm.
 
-    Features come in half precision on a GPU, in float32 on a CPU. UserError names what in the files cannot be used.
+    Weights, arithmetic and features are of one dtype. UserError names what in the files cannot be used.
     """
 
-    def __init__(self, name: str, files: VitFiles, device: torch.device) -> None:
+    def __init__(self, name: str, files: VitFiles, device: torch.device, dtype: torch.dtype) -> None:
         digest = files.digest()
         self.kind = files.kind
-        self.dtype = compute_dtype(device)
+        self.dtype, self.precision = dtype, str(dtype).removeprefix("torch.")
         settings, architecture, patch = _architecture(name, self.kind, files.config)
         model = _build(name, architecture, settings, files.weights).eval().requires_grad_(False).to(device)
         for parameter in model.parameters():  # not the buffers: rotary frequencies must stay in float32
@@ -105,17 +105,6 @@ def _with_dino_positions(embeddings: nn.Module, config: Any) -> nn.Module:
         resized = kind(config)
     resized.load_state_dict(embeddings.state_dict(), assign=True)
     return resized
-
-
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """float32 on a CPU; on a GPU bfloat16 where it is native, else float16."""
-    if device.type == "cpu":
-        return torch.float32
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            if torch.cuda.is_bf16_supported(including_emulation=False):
-                return torch.bfloat16
-    return torch.float16
 
 
 def fetch(name: str) -> Path:

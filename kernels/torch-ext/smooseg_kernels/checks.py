@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import numbers
 import os
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ def describe(shape: tuple[int | str, ...]) -> str:
 
 
 def number(name: str, value: float, expected: str = "a number") -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")

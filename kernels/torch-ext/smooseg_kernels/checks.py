@@ -114,17 +114,6 @@ def threshold_table(values: Tensor | Sequence[float] | float, T: int, H: int | N
     raise ValueError(f"thresholds must have shape {expected}, one for each pair set, got {list(table.shape)}")
 
 
-def partner_numbers(partner: Tensor | None, B: int, N: int, device: torch.device, clamp: bool) -> Tensor | None:
-    """int64 [B] numbers of the N images on the j side, clamped (unless kernels do it) where they cannot be looked at."""
-    if partner is None:
-        if B != N:
-            raise ValueError(
-                f"features_i has {B} images and features_j has {N}: say with partner, int64 [{B}], which one each of them meets"
-            )
-        return None
-    return index_vector("partner", partner, B, N, device, clamp)
-
-
 def scalar(name: str, value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """-> a 0-dim tensor: what came as one is read when it is used, so a captured graph may be given another value."""
     if isinstance(value, Tensor):

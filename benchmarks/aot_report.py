@@ -123,11 +123,11 @@ def statistics_case(dtype: torch.dtype, entries: tuple[int, ...] = (-1,), full: 
     return run
 
 
-def pairs_case(dtype: torch.dtype, points: int = 784, clamp=(0.0, 0.8), full: bool = False, B=32, D=384, Z=70):
+def pairs_case(dtype: torch.dtype, points: int = 784, clamp=(0.0, 0.8), full: bool = False, code_dtype=None, B=32, D=384, Z=70):
     """Forward and backward; `full`: a partner index, hinge, and upstream gradients to both outputs."""
 
     def run():
-        rows = torch.empty(B, points, D, dtype=dtype, device="meta"), torch.empty(B, points, Z, dtype=dtype, device="meta")
+        rows = torch.empty(B, points, D, dtype=dtype, device="meta"), torch.empty(B, points, Z, dtype=code_dtype or dtype, device="meta")
         number = torch.empty((), device="meta")
         partner = torch.empty(B, dtype=torch.int64, device="meta") if full else None
         common = (*rows, *rows, number, partner)
@@ -153,6 +153,7 @@ def shipped_cases(quick: bool = False) -> dict:
         "bf16 pairs, options": pairs_case(torch.bfloat16, full=True),
         "fp16 pairs": pairs_case(torch.float16),
         "fp32 pairs": pairs_case(torch.float32),
+        "bf16 pairs, fp32 codes": pairs_case(torch.bfloat16, code_dtype=torch.float32),
         "bf16 pairs, no clamp": pairs_case(torch.bfloat16, clamp=(None, None)),
         "bf16 pairs, D=768": pairs_case(torch.bfloat16, D=768),
         "bf16 pairs, Z=200": pairs_case(torch.bfloat16, Z=200),
@@ -257,7 +258,9 @@ def report(target: str, cases: dict, verbose: bool = False) -> list[dict]:
             continue
         seen.add(key)
         row = {"target": target, "case": label, "kernel": kernel.__name__.removesuffix("_kernel"), "programs": count(grid)}
-        row["pass"] = "backward" if constants.get("UNIT") is False or "energy_gradient" in kernel.__name__ else "forward"
+        row["pass"] = (
+            "backward" if False in (constants.get("UNIT"), constants.get("FROM_I")) or "_gradient" in kernel.__name__ else "forward"
+        )
         row["dot"] = re.search(r"\bdot\(|cosines\(", kernel.src) is not None
         row["fp32"] = label.startswith("fp32")
         row.update(compile_launch(kernel, args, constants, target))

@@ -20,11 +20,12 @@ from . import evaluation
 from .backbones import Backbone, load_backbone
 from .board import Board, require_tensorboard
 from .checkpoint import TrainingState, optimizer_tensors, restore_optimizer
+from .closeness import closeness, similarity, warning
 from .config import TrainConfig, preset, with_changes
 from .datasets import ArrayDataset, Dataset, open_splits
 from .errors import UserError, WriteError
 from .extract import open_or_extract
-from .health import closeness, health, warning
+from .health import health
 from .host import deterministic, keep_freed_memory
 from .images import whole_patches
 from .loop import Loop
@@ -332,14 +333,22 @@ class Run:
 
     def tell_closeness(self) -> None:
         """Of the first granularity or pair of thresholds: the closeness itself is common to all."""
-        sample = self.store.rows(evaluation.spread(len(self.store), 48))
-        within, across = closeness(sample, self.variants[0].thresholds, self.config.relative)
+        if not self.processes.first:
+            return
+        found = similarity(self.store, self.device, impl=self.config.impl, progress=self.progress)
+        within, across = closeness(found, self.variants[0].thresholds, self.config.relative)
         self.say(f"closeness  within images  {within.line()}")
         self.say(f"           across images  {across.line()}")
+        self.say(f"           {found.line()}")
         problem = warning(within, across)
         if problem:
             self.say(f"warning    {problem}")
-        self.report["closeness"] = {"within": dataclasses.asdict(within), "across": dataclasses.asdict(across)}
+        self.report["closeness"] = {
+            "within": dataclasses.asdict(within) | {"pairs": found.within.pairs},
+            "across": dataclasses.asdict(across) | {"pairs": found.across.pairs},
+            "squares": found.squares,
+            "squares_counted": found.counted,
+        }
 
     def log(self, heads: Heads, losses: dict[str, Tensor], bar: Bar) -> None:
         """One line of metrics for each head, written together; heads in trouble are named. UserError when none is left."""

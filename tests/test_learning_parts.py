@@ -1,13 +1,12 @@
 """k-means, the model, what a step draws, label-free figures: each against values worked out by hand."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from smooseg_fast.health import closeness, entropy, health, warning
+from smooseg_fast.health import entropy, health
 from smooseg_fast.kmeans import principal_directions, spherical_kmeans
 from smooseg_fast.loop import Loop, _copies, _put_back
 from smooseg_fast.model import Head, Heads
@@ -154,24 +153,6 @@ def test_health_by_hand():
     assert both[0].agreement == 0.0
     assert both[1].agreement == 1.0
     assert float(entropy(torch.tensor([1.0, 0.0]))) == 0.0
-
-
-def test_closeness_and_its_warning():
-    g = torch.Generator().manual_seed(0)
-    f = torch.randn(4, 50, 8, generator=g) + 1
-    within, across = closeness(f, (-0.02, 0.5), relative=False)
-    unit = F.normalize(f, dim=-1)
-    s = unit @ unit.mT
-    w = s - s.mean(2, keepdim=True) + s.mean()
-    assert within.mean == pytest.approx(float(s.mean()), abs=1e-6)
-    assert within.std == pytest.approx(float(w.std()), abs=1e-5)
-    assert within.quantiles[2] == pytest.approx(float(w.median()), abs=1e-3)
-    assert within.force == pytest.approx(within.mean + 0.02)
-    assert across.mean == pytest.approx(float((unit @ unit.roll(2, 0).mT).mean()), abs=1e-6)
-    assert "net forces differ in sign" in warning(within, replace(across, threshold=5.0))
-    relative = closeness(f, (0.06, 0.06), relative=True)
-    assert [c.force for c in relative] == pytest.approx([-0.06, -0.06])
-    assert warning(*relative) is None
 
 
 def test_one_of_many_heads():

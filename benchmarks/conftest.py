@@ -117,6 +117,25 @@ class Bench:
             row["peak_bytes"] = memory.peak_bytes(subject, problem, impl, mode, session.dtype, self.device, **extra)
         self.add(row)
 
+    def alternating(self, case, shape, sizes, runs: dict[str, measure.Run], dtype, rounds: int, between: measure.Run) -> None:
+        """Times every one of `runs` (checked before) in every round, so that a drift of the machine meets all; a line for each.
+
+        `between` follows every run and is not timed.
+        """
+        self.benchmark.group = f"{case} {shape}"
+        times: dict[str, list[float]] = {name: [] for name in runs}
+
+        def once() -> None:
+            for name, run in runs.items():
+                times[name].append(measure.elapsed(run, self.device))
+                between()
+
+        self.benchmark.pedantic(once, rounds=1 if self.smoke else rounds, warmup_rounds=0 if self.smoke else 1)
+        for name, taken in times.items():
+            row = {"case": case, "shape": shape, "sizes": sizes, "impl": name, "mode": "all images", "dtype": dtype}
+            taken = taken if self.smoke else taken[1:]
+            self.add({**row, **measure.percentiles(taken), "images_per_s": 1e3 * sizes["images"] / measure.percentiles(taken)["median_ms"]})
+
     def memory(self, shape: str, problem: floors.Problem, impl: str) -> None:
         """Peak memory of the objective, forward and backward, without a time; the bytes counted from shapes beside it."""
         problem, mode = self.sized(problem), "forward + backward"

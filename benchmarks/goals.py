@@ -76,6 +76,23 @@ def goal(label: str, value: float | None, limit: float, text: Callable[[float], 
     return [label, text(value), "yes" if (value <= limit if below else value >= limit) else "no"]
 
 
+def extraction(cells: Cells) -> list[list[str]]:
+    """Of 1024 x 512 JPEGs on a CPU."""
+    wanted = dict(device="cpu", case="extract", width=1024, height=512, pixels=224)
+    over = ratio(cells, dict(wanted, shape="vit_s8", dtype="float32"), "extraction", tables.ALONE)
+    rows = [
+        newest(runs, "images_per_s")
+        for cell, runs in chosen(cells, dict(wanted, shape="mean_colours")).items()
+        if cell.impl == "extraction"
+    ]
+    rate = next((row["images_per_s"] for row in rows if row), None)
+    more = "CPU, extraction with ViT-S/8, 224 px, fp32: at most 3 % more than the backbone alone"
+    return [
+        goal(more, over, 1.03, lambda value: f"{100 * (value - 1):.1f} %", below=True),
+        goal("CPU, extraction with a trivial backbone: 150 images/s", rate, 150, lambda value: f"{value:.0f}", below=False),
+    ]
+
+
 def goals(cells: Cells) -> str:
     one, many, step = (ROWS[label] for label in list(ROWS)[3:])
     small, large, _ = (ROWS[label] for label in list(ROWS)[:3])
@@ -101,6 +118,7 @@ def goals(cells: Cells) -> str:
     body.append(goal(f"{name}: 8× faster than dense", ratio(cells, whole, "dense", "torch"), 8, tables.times, below=False))
     alone = ratio(cells, whole, "torch", "products alone")
     body.append(goal(f"{name}: within 1.5× of its matrix products alone", alone, 1.5, tables.times, below=True))
+    body += extraction(cells)
     for sweep in sweeps.sweeps(cells):
         impl = "triton" if sweep.cell.device == "cuda" else "torch"
         if sweep.letter == "P" and impl in sweep.lines:

@@ -45,9 +45,9 @@ def one_line(page: str) -> str:
     return (message[0] if message else "the arguments could not be read").rstrip(".") + "; --help lists the flags"
 
 
-def load_segmenter(checkpoint: str, backbone: str | None, device: str) -> Segmenter:
+def load_segmenter(checkpoint: str, backbone: str | None, device: str, precision: str) -> Segmenter:
     """What a command's flags of these names ask for; a warning on stderr when the backbone is another than that of training."""
-    segmenter = Segmenter.load(checkpoint, backbone=backbone, device=device)
+    segmenter = Segmenter.load(checkpoint, backbone=backbone, device=device, precision=precision)
     if not segmenter.same_backbone:
         name = segmenter.backbone.name
         print(f"warning: {name} is not, weight for weight, the backbone of training; groups may have shifted", file=sys.stderr)

@@ -9,6 +9,7 @@ from typing import Any
 
 from .errors import UserError
 
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 IMPLS = ("auto", "triton", "torch", "dense")
 INITS = ("random", "pca-kmeans")
 CROPS = ("center", "slide", "five")
@@ -50,9 +51,12 @@ class TrainConfig:
     out: str | None = None
     """Folder for what the run makes [runs/NAME]. The same command on it resumes an unfinished run."""
     backbone: str = "filterbank"
-    """Frozen features: filterbank (built in), a transformers ViT by hub name or local folder, or module:callable."""
+    """Frozen features: filterbank (built in), a transformers ViT by hub name or folder, a DINO or DINOv2 .pth, or module:callable."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, or auto: a GPU if there is one."""
+    precision: str = "auto"
+    """What a ViT backbone computes in: float32, bfloat16, float16, or auto: half precision on a GPU and on a CPU with matrix units (AMX,
+    a third of the time there), else float32."""
     impl: str = "auto"
     """How the objective is computed: auto, triton, torch or dense. Honoured or refused, never swapped."""
     cache: str | None = None
@@ -145,7 +149,7 @@ class TrainConfig:
 
     def check(self) -> None:
         """UserError for the first value that cannot be; names the flag, the value and the legal ones."""
-        choices = dict(impl=IMPLS, init=INITS, crops=CROPS, resample=RESAMPLES, log=LOGS, on_drift=ON_DRIFT)
+        choices = dict(precision=PRECISIONS, impl=IMPLS, init=INITS, crops=CROPS, resample=RESAMPLES, log=LOGS, on_drift=ON_DRIFT)
         for name, legal in choices.items():
             if getattr(self, name) not in legal:
                 raise UserError(f"{flag(name)}: {getattr(self, name)!r} is not known; choose one of {', '.join(filter(None, legal))}")
@@ -196,7 +200,7 @@ class TrainConfig:
 
     def learning(self) -> dict[str, Any]:
         """The values that decide what is learnt: everything but where files go and what the machine does."""
-        skip = ("out", "cache", "device", "impl", "deterministic", "log", "log_every", "checkpoint_every")
+        skip = ("out", "cache", "device", "precision", "impl", "deterministic", "log", "log_every", "checkpoint_every")
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in skip}
 
 

@@ -30,7 +30,7 @@ class EvaluateConfig:
     """Accuracy and mIoU of a checkpoint on labelled images: every labelled pixel of every image counts."""
 
     checkpoint: str
-    """The checkpoint.safetensors that training wrote."""
+    """The checkpoint.safetensors that training wrote, or a published SmooSeg .ckpt."""
     data: str | None = None
     """DIR with images/ and labels/, or val/ (else test/) above them; or Cityscapes, COCO-Stuff, Potsdam or PASCAL VOC as their owners pack
     them; without it, the demo's held-out images."""
@@ -47,13 +47,15 @@ class EvaluateConfig:
     """Needed where the checkpoint was trained on a module:callable; else the one it names."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps or auto."""
+    precision: str = "auto"
+    """What a ViT backbone computes in: float32, bfloat16, float16, or auto: what the device is fast in."""
     cache: str | None = None
     """Folder of the feature cache [~/.cache/smooseg_fast]."""
 
 
 def main(args: Sequence[str], processes: Processes = ALONE) -> None:
     config = parse(EvaluateConfig, args, prog="python -m smooseg_fast.evaluate")
-    segmenter = load_segmenter(config.checkpoint, config.backbone, processes.device(pick_device(config.device)))
+    segmenter = load_segmenter(config.checkpoint, config.backbone, processes.device(pick_device(config.device)), config.precision)
     dataset = labelled_images(config.data, segmenter.checkpoint)
     names = dataset.class_names
     settings = segmenter.config if config.preset is None else protocol(config.preset, config.data)

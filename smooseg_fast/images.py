@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from . import reading
 from .errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
@@ -245,7 +246,7 @@ _pixel_limit = _PixelLimit()
 def _opened(path: Path | str) -> Iterator[Image.Image]:
     """The file as a Pillow image that decodes on demand; whatever goes wrong meanwhile is raised as ImageError."""
     try:
-        with _pixel_limit.lifted(), Image.open(path) as image:
+        with _pixel_limit.lifted(), reading.opened(path) as file, Image.open(file) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ImageError(path, f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,} in all", "cut it into tiles")
             yield image

@@ -37,7 +37,7 @@ class PredictConfig:
     """Segment images of any size with a checkpoint. The same command on the same --out goes on where it was stopped."""
 
     checkpoint: str
-    """The checkpoint.safetensors that training wrote."""
+    """The checkpoint.safetensors that training wrote, or a published SmooSeg .ckpt."""
     images: str
     """An image, or a folder of images in any nesting."""
     out: str
@@ -50,6 +50,8 @@ class PredictConfig:
     """Needed where the checkpoint was trained on a module:callable; else the one it names."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps or auto."""
+    precision: str = "auto"
+    """What a ViT backbone computes in: float32, bfloat16, float16, or auto: what the device is fast in."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class Predictions(OutFolder):
 
 def main(args: Sequence[str]) -> None:
     config = parse(PredictConfig, args, prog="python -m smooseg_fast.predict")
-    segmenter = load_segmenter(config.checkpoint, config.backbone, config.device)
+    segmenter = load_segmenter(config.checkpoint, config.backbone, config.device, config.precision)
     root, out = Path(config.images).expanduser(), Path(config.out).expanduser()
     items = items_below(root, out)
     made = Predictions(out, settings(config, segmenter))

@@ -3,6 +3,10 @@
 A shard is a .safetensors file with one tensor, `features` [rows,P,D] in fp16 or bf16, and in its header, as JSON under one key, what
 the rows are: image name and square of each, the images skipped on the way, and where in the dataset the shard starts and ends. The
 shards of a folder form a chain: each starts where the one before ended. Nothing outside the shards is needed to read them.
+
+Two CRC-32 guard a shard: one of the JSON, looked at whenever the shard is opened, and one of the features, in the JSON, for which all of
+them have to be read (`require_sound`). A CRC finds every change within 32 neighbouring bits for certain, and all but one in 2^32 of any
+others; against malice it does nothing. It runs at twice the speed of SHA-256 where the processor helps with that: 2.2 and 1.15 GB/s.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,10 +25,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .files import write_atomic
+from .locks import Lock
 
-FORMAT = 1  # changes when shards written before can no longer be used
+FORMAT = 2  # changes when shards written before can no longer be used
 SHARD_BYTES = 64 * 2**20
+SHARDS = "shard-*.safetensors"  # their names
 
+_DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16"}  # as the format calls them
 _KEY = "smooseg_fast"  # one key only: safetensors does not keep the order of several, and shards must be equal byte for byte
 
 
@@ -37,12 +45,18 @@ class Contents:
     names: tuple[str, ...]  # image of each row
     crops: tuple[tuple[int, int], ...]  # (top, left) of each row's square in the image at that scale (images.cut_squares)
     skipped: tuple[tuple[str, str], ...]  # (name, reason)
+    batch: int = 0  # squares that went through the backbone at once; 0: not known
 
 
 @dataclass(frozen=True)
 class Shard:
     contents: Contents
     features: Tensor  # [rows,P,D] fp16 or bf16, a memory map: pages are read when touched
+    crc: int  # of the features
+
+
+class DamagedShard(Exception):
+    """A file that stands in a shard's place and is none, or is not as it was written; says how."""
 
 
 class FeatureStore:
@@ -50,10 +64,10 @@ class FeatureStore:
 
     `names` and `crops` tell the image and the (top, left) of each row's square, at the squares' scale (`images.cut_squares`);
     `grid` (h, w), `P` = h * w patches row-major, `D` channels; `skipped` holds (name, reason) of images that could not be used;
-    `nbytes` is the size of the features on disk.
+    `nbytes` is the size of the features on disk. `lock`, if any, is held as long as the store is there.
     """
 
-    def __init__(self, shards: Sequence[Shard]):
+    def __init__(self, shards: Sequence[Shard], lock: Lock | None = None):
         contents = [shard.contents for shard in shards]
         self._features = [shard.features for shard in shards]
         self._starts = [0, *itertools.accumulate(len(features) for features in self._features)]
@@ -63,6 +77,13 @@ class FeatureStore:
         self.grid = contents[0].grid
         self.P, self.D = self._features[0].shape[1:]
         self.nbytes = sum(features.nbytes for features in self._features)
+        self._lock = lock
+
+    def close(self) -> None:
+        """Lets go of the files and the lock; nothing can be read after it."""
+        self._features = []
+        if self._lock is not None:
+            self._lock.release()
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -94,28 +115,56 @@ def shard_path(folder: Path, number: int) -> Path:
 
 def write_shard(path: Path, contents: Contents, features: Tensor) -> None:
     """Whole or not at all. `features` [rows,P,D], finite, any float type; kept as fp16 unless that loses its range (`to_storage`)."""
-    header = json.dumps(asdict(contents), separators=(",", ":"))
+    features = to_storage(features)
+    guarded = {**asdict(contents), "dtype": _DTYPES[features.dtype], "shape": list(features.shape), "crc": _crc(features)}
+    text = json.dumps(guarded, separators=(",", ":"))
     # bytes, not save_file: that makes a file only its owner can read, and reports a full disk as an error of its own kind
-    write_atomic(path, save({"features": to_storage(features)}, {_KEY: header}))
+    write_atomic(path, save({"features": features}, {_KEY: f"{zlib.crc32(text.encode()):08x}{text}"}))
 
 
 def read_shard(path: Path) -> Shard | None:
-    """The shard at `path` with its features memory-mapped; None when it is missing, cut short or not one of ours."""
+    """The shard at `path` with its features memory-mapped and not looked at; None when there is none. DamagedShard when it is not whole."""
     try:
         with safe_open(path, "pt") as file:  # refuses a file whose size is not what its header says
-            contents = _contents(json.loads(file.metadata()[_KEY]))
+            crc, text = file.metadata()[_KEY][:8], file.metadata()[_KEY][8:]
             view = file.get_slice("features")
-            shape, dtype = view.get_shape(), {"F16": torch.float16, "BF16": torch.bfloat16}[view.get_dtype()]
+            shape, dtype = view.get_shape(), view.get_dtype()
+        if crc != f"{zlib.crc32(text.encode()):08x}":
+            raise DamagedShard("its header has changed since it was written")
+        header = json.loads(text)
+        contents = _contents(header)
         rows, patches, _ = shape
-        if rows != len(contents.names) or rows != len(contents.crops) or patches != contents.grid[0] * contents.grid[1]:
-            return None
-        size = path.stat().st_size
+        fits = rows == len(contents.names) == len(contents.crops) and patches == contents.grid[0] * contents.grid[1]
+        if not fits or (shape, dtype) != (header["shape"], header["dtype"]):
+            raise DamagedShard("its header does not fit its features")
+        size, kind = path.stat().st_size, {name: each for each, name in _DTYPES.items()}[dtype]
         # not safe_open's tensors, whose laziness is no promise, nor numpy's maps, each of which would hold a file descriptor
         whole = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-        offset = size - torch.Size(shape).numel() * dtype.itemsize
-        return Shard(contents, whole[offset:].view(dtype).view(shape))
-    except Exception:  # a damaged header may raise nearly anything, and the answer is always to extract the shard again
+        offset = size - torch.Size(shape).numel() * kind.itemsize
+        return Shard(contents, whole[offset:].view(kind).view(shape), header["crc"])
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except DamagedShard:
+        raise
+    except Exception as error:  # a damaged header may raise nearly anything, and the answer is always to extract the shard again
+        raise DamagedShard(f"cannot be read ({(str(error).splitlines() or [type(error).__name__])[0]})") from error
+
+
+def require_sound(path: Path, shard: Shard) -> None:
+    """Reads the features of the `shard` at `path` from the disk; DamagedShard unless they are as they were written.
+
+    Not through the memory map: where the disk gives an error, that would end the process.
+    """
+    try:
+        with open(path, "rb") as file:
+            file.seek(-shard.features.nbytes, 2)
+            crc, buffer = 0, memoryview(bytearray(2**20))
+            while count := file.readinto(buffer):
+                crc = zlib.crc32(buffer[:count], crc)
+    except OSError as error:
+        raise DamagedShard(f"cannot be read ({error.strerror or error})") from error
+    if crc != shard.crc:
+        raise DamagedShard("its features have changed since they were written")
 
 
 def to_storage(features: Tensor) -> Tensor:
@@ -128,9 +177,13 @@ def to_storage(features: Tensor) -> Tensor:
     return features.to(torch.float16).contiguous()
 
 
+def _crc(features: Tensor) -> int:
+    return zlib.crc32(features.flatten().view(torch.uint8).numpy())
+
+
 def _contents(header: dict) -> Contents:
     def pairs(values: list) -> tuple:
         return tuple((first, second) for first, second in values)
 
     start, end, grid = pairs([header["start"], header["end"], header["grid"]])
-    return Contents(start, end, grid, tuple(header["names"]), pairs(header["crops"]), pairs(header["skipped"]))
+    return Contents(start, end, grid, tuple(header["names"]), pairs(header["crops"]), pairs(header["skipped"]), header["batch"])

@@ -105,7 +105,7 @@ def learn(
     keep_freed_memory()
     if config.log == "tensorboard":
         require_tensorboard()
-    backbone = load_backbone(config.backbone, device)
+    backbone = load_backbone(config.backbone, device, config.precision)
     wanted, config = config, resolve(config, backbone, dataset if held_out is None else held_out, say)
     folder = None if out is None else RunFolder(out, wanted)
     if folder is not None and folder.finished():

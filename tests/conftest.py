@@ -23,6 +23,12 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device"))
 
 
+@pytest.fixture(autouse=True)
+def same_on_every_cpu(monkeypatch):
+    """With matrix units a vision transformer would compute in bfloat16."""
+    monkeypatch.setattr("smooseg_fast.backbones.precision.has_matrix_units", lambda: False)
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

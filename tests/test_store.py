@@ -12,12 +12,14 @@ from PIL import Image
 from safetensors import safe_open
 
 from smooseg_fast import store
+from smooseg_fast.cachefolder import default_cache
 from smooseg_fast.datasets import open_dataset
-from smooseg_fast.errors import UserError
-from smooseg_fast.extract import default_cache, open_or_extract
+from smooseg_fast.errors import UserError, WriteError
+from smooseg_fast.extract import open_or_extract
+from smooseg_fast.files import write_atomic
 from smooseg_fast.images import cut_squares
 from smooseg_fast.signals import Interrupted
-from smooseg_fast.store import Contents, FeatureStore, read_shard, to_storage, write_shard
+from smooseg_fast.store import Contents, DamagedShard, FeatureStore, read_shard, require_sound, to_storage, write_shard
 
 PATCH, SIZE, P, D = 4, 8, 4, 5
 
@@ -25,7 +27,7 @@ PATCH, SIZE, P, D = 4, 8, 4, 5
 class FakeBackbone:
     """Mean colour of each patch, the size of the batch and the patch's column: a wrong order, batch or mirror shows in the values."""
 
-    name, digest, patch, dim, device = "fake", "f00d", PATCH, D, torch.device("cpu")
+    name, digest, patch, dim, device, precision = "fake", "f00d", PATCH, D, torch.device("cpu"), "float32"
 
     def __init__(self, interrupt_at: int = -1, scale: float = 1.0):
         self.calls, self.interrupt_at, self.scale = 0, interrupt_at, scale
@@ -58,10 +60,15 @@ def photos(tmp_path) -> Path:
     return folder
 
 
+def small():
+    """Four rows a shard."""
+    store.SHARD_BYTES = 4 * P * D * 2 + 1
+
+
 @pytest.fixture
 def small_shards(monkeypatch):
-    """Four rows a shard."""
-    monkeypatch.setattr(store, "SHARD_BYTES", 4 * P * D * 2 + 1)
+    monkeypatch.setattr(store, "SHARD_BYTES", store.SHARD_BYTES)  # to be put back
+    small()
 
 
 def extract(photos, cache, backbone=None, **settings) -> FeatureStore:
@@ -154,15 +161,18 @@ def test_load_keeps_the_stored_type_unless_told(photos, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at the process through /proc")
-def test_features_are_memory_mapped_without_keeping_files_open(photos, tmp_path, small_shards):
+def test_features_are_memory_mapped_with_one_file_open_for_the_lock(photos, tmp_path, small_shards):
     before = len(os.listdir("/proc/self/fd"))
     features = extract(photos, tmp_path, crops="slide")
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) == before + 1
     mapped = Path("/proc/self/maps").read_text()
     assert len(shards(tmp_path)) > 3
     assert all(str(path) in mapped for path in shards(tmp_path))
     features.rows([0]).zero_()
     assert features.rows([0]).any()  # the caller's rows are copies
+    features.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert not [path for path in shards(tmp_path) if str(path) in Path("/proc/self/maps").read_text()]
 
 
 # images that cannot be used
@@ -209,12 +219,14 @@ def test_when_no_image_can_be_used_it_is_an_error_each_time(tmp_path):
 def test_a_second_call_reads_and_another_setting_extracts(photos, tmp_path):
     extract(photos, tmp_path)
     used = FakeBackbone()
-    extract(photos, tmp_path, used, batch_size=2)
+    extract(photos, tmp_path, used)
     assert used.calls == 0
-    other = FakeBackbone()
-    other.digest = "beef"
+    other, coarse = FakeBackbone(), FakeBackbone()
+    other.digest, coarse.precision = "beef", "bfloat16"
     for backbone, settings in [
         (other, {}),
+        (coarse, {}),
+        (FakeBackbone(), {"batch_size": 2}),
         (FakeBackbone(), {"size": 12}),
         (FakeBackbone(), {"crops": "slide"}),
         (FakeBackbone(), {"resample": "bilinear"}),
@@ -226,7 +238,7 @@ def test_a_second_call_reads_and_another_setting_extracts(photos, tmp_path):
     changed = FakeBackbone()
     extract(photos, tmp_path, changed)
     assert changed.calls > 0
-    assert len(list(tmp_path.glob("*/meta.json"))) == 7
+    assert len(list(tmp_path.glob("*/meta.json"))) == 9
 
 
 def test_the_folder_says_what_it_is(photos, tmp_path):
@@ -247,8 +259,24 @@ def test_the_default_cache_follows_the_environment(photos, tmp_path, monkeypatch
 
 def test_a_cache_that_cannot_be_written_is_named(photos, tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(UserError, match=r"file.*cannot be written"):
+    with pytest.raises(UserError, match=r"--cache .*/file: cannot be read \(Not a directory\); give a folder"):
         extract(photos, tmp_path / "file")
+
+
+def test_a_full_disk_is_said_and_loses_nothing(photos, tmp_path, small_shards, undisturbed, monkeypatch):
+    def full(path, content):
+        if path.name == "shard-00002.safetensors":
+            raise WriteError(f"{path}: cannot be written")
+        return write_atomic(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "write_atomic", full)
+        with pytest.raises(WriteError, match=r"shard-00002\.safetensors: cannot be written"):
+            extract(photos, tmp_path / "cache", **SLIDE)
+    backbone = FakeBackbone()
+    extract(photos, tmp_path / "cache", backbone, **SLIDE)
+    assert backbone.calls == LAST_CALL - 4
+    assert {path.name: path.read_bytes() for path in shards(tmp_path / "cache")} == undisturbed
 
 
 # interruption and damage
@@ -295,8 +323,8 @@ def test_an_interrupted_extraction_goes_on_behind_its_last_whole_shard(photos, t
     assert [name for name, _ in features.skipped] == ["4.png", "9.png"]
 
 
-@pytest.mark.parametrize("damage", ["short", "long", "header", "gone", "other"])
-def test_a_damaged_shard_is_made_again_and_the_others_stay(photos, tmp_path, undisturbed, damage):
+@pytest.mark.parametrize("damage", ["short", "long", "header", "features", "gone", "other"])
+def test_a_damaged_shard_is_named_and_made_again_and_the_others_stay(photos, tmp_path, undisturbed, damage, capsys):
     cache = tmp_path / "undisturbed"
     paths = shards(cache)
     victim, stamps = paths[2], {path: path.stat().st_mtime_ns for path in paths}
@@ -304,10 +332,12 @@ def test_a_damaged_shard_is_made_again_and_the_others_stay(photos, tmp_path, und
     if damage == "gone":
         victim.unlink()
     else:
-        header_cut = content[:30] + b"\0" * 30 + content[60:]
-        victim.write_bytes({"short": content[:-2], "long": content + b"\0\0", "header": header_cut, "other": paths[4].read_bytes()}[damage])
+        header_cut, bit = content[:30] + b"\0" * 30 + content[60:], content[:-1] + bytes([content[-1] ^ 4])
+        kinds = {"short": content[:-2], "long": content + b"\0\0", "header": header_cut, "features": bit, "other": paths[4].read_bytes()}
+        victim.write_bytes(kinds[damage])
     backbone = FakeBackbone()
     features = extract(photos, cache, backbone, **SLIDE)
+    assert (f"damaged: {victim}: " in capsys.readouterr().err) == (damage != "gone")
     assert backbone.calls == 2
     assert {path.name: path.read_bytes() for path in shards(cache)} == undisturbed
     assert {path for path in paths if path.stat().st_mtime_ns != stamps[path]} <= {victim}
@@ -462,4 +492,32 @@ def test_a_shard_whose_header_does_not_fit_is_no_shard(tmp_path, wrong):
     write_shard(tmp_path / "right.safetensors", Contents(**right), torch.zeros(2, 2, 3))
     assert read_shard(tmp_path / "right.safetensors") is not None
     write_shard(tmp_path / "wrong.safetensors", Contents(**{**right, **wrong}), torch.zeros(2, 2, 3))
-    assert read_shard(tmp_path / "wrong.safetensors") is None
+    with pytest.raises(DamagedShard, match="its header does not fit its features"):
+        read_shard(tmp_path / "wrong.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_changed_bit_anywhere_is_found(tmp_path, dtype):
+    path = tmp_path / "x.safetensors"
+    contents = Contents((0, 0), (2, 0), (1, 2), ("a", "b"), ((0, 0), (0, 1)), (("c", "torn"),))
+    write_shard(path, contents, torch.randn(2, 2, 3) * (1 if dtype == torch.float16 else 1e6))
+    whole = path.read_bytes()
+    require_sound(path, read_shard(path))
+    for place in range(len(whole)):
+        for bit in (5, place % 8):  # 5 tells upper case from lower
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+            with pytest.raises(DamagedShard):
+                require_sound(path, read_shard(path))
+
+
+def test_a_disk_that_cannot_be_read_is_damage(tmp_path, monkeypatch):
+    path = tmp_path / "x.safetensors"
+    write_shard(path, Contents((0, 0), (1, 0), (1, 1), ("a",), ((0, 0),), ()), torch.zeros(1, 1, 3))
+    shard = read_shard(path)
+
+    def torn(*args):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(store, "open", torn, raising=False)
+    with pytest.raises(DamagedShard, match=r"cannot be read \(Input/output error\)"):
+        require_sound(path, shard)

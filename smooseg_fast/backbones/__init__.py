@@ -1,4 +1,4 @@
-"""Frozen backbones by name: built in, a transformers ViT from the hub or a folder, or anyone's own callable."""
+"""Frozen backbones by name: built in, a ViT from the hub, a folder or a weights file, or anyone's own callable."""
 
 from __future__ import annotations
 
@@ -9,42 +9,51 @@ import torch
 
 from ..errors import UserError
 from .base import Backbone, reason
+from .original import read_original
+from .precision import compute_dtype
+from .vitfiles import VitFiles, read_folder
 
-__all__ = ["Backbone", "load_backbone"]
+__all__ = ["Backbone", "build_vit", "load_backbone"]
 
 ACCEPTED = (
     '"filterbank", a hub name such as facebook/dino-vits8, a local transformers folder (config.json and model.safetensors), '
-    "or module:callable"
+    "a DINO or DINOv2 .pth, or module:callable"
 )
 
 
-def load_backbone(spec: str, device: str | torch.device = "cpu") -> Backbone:
-    """The backbone that `spec` names, on `device`.
+def load_backbone(spec: str, device: str | torch.device = "cpu", precision: str = "auto") -> Backbone:
+    """The backbone that `spec` names, on `device`; a vision transformer computes in `precision` (see `compute_dtype`).
 
-    "filterbank" is built in; an existing folder holds a transformers ViT; "module:callable" is imported (see `custom`); "owner/name" is a
-    transformers ViT on the hub, taken from the local cache where it is there whole. UserError in one line for anything that cannot be had.
+    "filterbank" is built in; an existing folder holds a transformers ViT; an existing file the weights of DINO or DINOv2 as torch.save
+    wrote them, alone or in a checkpoint; "module:callable" is imported (see `custom`); "owner/name" is a transformers ViT on the hub,
+    taken from the local cache where it is there whole. UserError in one line for anything that cannot be had, and for a precision asked
+    of another backbone than a vision transformer.
     """
     device = usable_device(device)
     path = Path(spec).expanduser()
     if spec == "filterbank":
         from .filterbank import Filterbank
 
-        return Filterbank(device)
+        return _only_auto(precision, Filterbank(device))
     if spec and path.is_dir():
-        return _load_vit(spec, path, device)
+        return build_vit(spec, read_folder(spec, path), device, precision)
     if path.is_file():
-        raise UserError(
-            f"--backbone {spec}: is a file; original .pth weights are not read: convert them to a transformers folder "
-            "(config.json and model.safetensors) and give the folder"
-        )
+        return build_vit(spec, read_original(path, f"--backbone {spec}")[1], device, precision)
     if ":" in spec:
         from .custom import CustomBackbone
 
-        return CustomBackbone(spec, device)
+        return _only_auto(precision, CustomBackbone(spec, device))
     if re.fullmatch(r"\w[\w.-]*/[\w.-]+", spec):
-        return _load_vit(spec, None, device)
+        return build_vit(spec, None, device, precision)
     missing = "there is no such folder" if "/" in spec else "unknown"
     raise UserError(f"--backbone {spec}: {missing}; give {ACCEPTED}")
+
+
+def _only_auto(precision: str, backbone: Backbone) -> Backbone:
+    if precision in ("auto", backbone.precision):
+        return backbone
+    compute_dtype(precision, backbone.device)  # a name that nobody knows is said to be one
+    raise UserError(f"--precision {precision}: {backbone.name} computes in {backbone.precision} and nothing else; leave the flag out")
 
 
 def usable_device(device: str | torch.device) -> torch.device:
@@ -57,11 +66,14 @@ def usable_device(device: str | torch.device) -> torch.device:
     return device
 
 
-def _load_vit(spec: str, folder: Path | None, device: torch.device) -> Backbone:
+def build_vit(name: str, files: VitFiles | None, device: str | torch.device = "cpu", precision: str = "auto") -> Backbone:
+    """The vision transformer of `files`, or without them that of the hub's `name`. UserError without transformers, or for other files."""
     try:
         from . import vit  # imports transformers, which is optional and slow
     except ImportError as error:
         raise UserError(
-            f'--backbone {spec}: needs transformers ({reason(error)}); run: pip install "smooseg_fast[transformers]"'
+            f'--backbone {name}: needs transformers ({reason(error)}); run: pip install "smooseg_fast[transformers]"'
         ) from error
-    return vit.VitBackbone(spec, vit.fetch(spec) if folder is None else folder, device)
+    device = usable_device(device)
+    dtype = compute_dtype(precision, device)
+    return vit.VitBackbone(name, read_folder(name, vit.fetch(name)) if files is None else files, device, dtype)

@@ -23,9 +23,12 @@ class Backbone(ABC):
         patch: pixels per side of a patch; image sides must be multiples of it.
         dim: D, channels of a feature row.
         device: where the images are taken to and the features come out.
+        precision: what it computes in, as torch names it, or "its own"; moves the last bits of the features.
 
-    A subclass sets these through `__init__` and implements `extract`.
+    A subclass sets the first five through `__init__` and implements `extract`.
     """
+
+    precision = "float32"
 
     def __init__(self, *, name: str, digest: str, patch: int, dim: int, device: str | torch.device = "cpu") -> None:
         self.name, self.digest, self.patch, self.dim = name, digest, patch, dim

@@ -33,6 +33,8 @@ PROBE = 224  # pixels: the side that most backbones are made for
 class CustomBackbone(Backbone):
     """`module:callable` behind the contract of `Backbone`; features keep the callable's dtype (float64 becomes float32)."""
 
+    precision = "its own"
+
     def __init__(self, spec: str, device: torch.device) -> None:
         target = _resolve(spec)
         sources = _sources(spec, target)

@@ -1,13 +1,12 @@
-"""Vision transformers through transformers: DINO, DINOv2 (with registers), DINOv3 and their like, from the hub or a local folder.
+"""Vision transformers through transformers: DINO, DINOv2 (with registers), DINOv3 and their like, from the hub, a folder or a .pth.
 
-transformers only builds the network and maps the names of the weights: it is given a parsed config.json and tensors read from safetensors,
+transformers only builds the network and maps the names of the weights: it is given a parsed config.json and tensors that were read,
 never a path or a name, so that nothing found in a repository (remote code, pickles, adapters) is run.
 """
 
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,40 +16,32 @@ import huggingface_hub
 import torch
 import transformers
 from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .base import Backbone, digest_of, reason
+from .base import Backbone, reason
+from .vitfiles import CONFIG, PREPROCESSOR, WEIGHTS, VitFiles, weight_files
 
-WANTED = ["config.json", "preprocessor_config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of RGB in 0..1
+WANTED = [CONFIG, PREPROCESSOR, WEIGHTS, "model.safetensors.index.json", "model-*-of-*.safetensors"]
 DINO_RESIZED = ("vit", "dinov2")  # published with the resizing of DinoPositions; the other families agree with transformers'
-NOTES = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")  # in config.json, but not of the function
 
 
 class VitBackbone(Backbone):
     """The patch tokens of `last_hidden_state`, which these families give after their final LayerNorm.
 
-    Images are normalised by the folder's preprocessor_config.json (ImageNet's mean and deviation without one). Features come in half
-    precision on a GPU, in float32 on a CPU. UserError names what in the folder cannot be used.
+    Weights, arithmetic and features are of one dtype. UserError names what in the files cannot be used.
     """
 
-    def __init__(self, name: str, folder: Path, device: torch.device) -> None:
-        config = _read_json(name, folder / "config.json")
-        mean, std = _statistics(name, folder)
-        weights = _read_weights(name, folder)
-        function = {key: value for key, value in config.items() if key not in NOTES}
-        digest = digest_of("vit-1", json.dumps([function, mean, std], sort_keys=True), weights)
-        self.kind = str(config.get("model_type"))
-        self.dtype = compute_dtype(device)
-        settings, architecture, patch = _architecture(name, self.kind, config)
-        model = _build(name, architecture, settings, weights).eval().requires_grad_(False).to(device)
+    def __init__(self, name: str, files: VitFiles, device: torch.device, dtype: torch.dtype) -> None:
+        digest = files.digest()
+        self.kind = files.kind
+        self.dtype, self.precision = dtype, str(dtype).removeprefix("torch.")
+        settings, architecture, patch = _architecture(name, self.kind, files.config)
+        model = _build(name, architecture, settings, files.weights).eval().requires_grad_(False).to(device)
         for parameter in model.parameters():  # not the buffers: rotary frequencies must stay in float32
             parameter.data = parameter.data.to(self.dtype)
         self.model = model
-        self.mean, self.std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (mean, std))
+        self.mean, self.std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (files.mean, files.std))
         # transformers resizes position embeddings only on request, in the families that have a table of them
         accepts_resizing = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
         self.options = {"interpolate_pos_encoding": True} if accepts_resizing else {}
@@ -116,17 +107,6 @@ def _with_dino_positions(embeddings: nn.Module, config: Any) -> nn.Module:
     return resized
 
 
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """float32 on a CPU; on a GPU bfloat16 where it is native, else float16."""
-    if device.type == "cpu":
-        return torch.float32
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            if torch.cuda.is_bf16_supported(including_emulation=False):
-                return torch.bfloat16
-    return torch.float16
-
-
 def fetch(name: str) -> Path:
     """The folder of the hub's files for `name`: the local cache's where it is whole (no network is used then), else downloaded.
 
@@ -136,7 +116,7 @@ def fetch(name: str) -> Path:
     try:
         cached = Path(api.snapshot_download(name, allow_patterns=WANTED, local_files_only=True))
         for folder in (cached, *sorted(cached.parent.iterdir())):  # beside main's may lie the converted one of an earlier call
-            if weight_files(folder) and (folder / "config.json").is_file():
+            if weight_files(folder) and (folder / CONFIG).is_file():
                 return folder
     except (LocalEntryNotFoundError, HFValidationError):
         pass
@@ -161,65 +141,6 @@ def fetch(name: str) -> Path:
             "and give its folder (config.json and model.safetensors) instead of the name"
         ) from error
     raise UserError(f"--backbone {name}: the hub has no safetensors weights for it, and pickled ones are never loaded; use another model")
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that hold the weights: one, or the shards that the index names; empty unless all are there."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        return []
-    try:
-        shards = {folder / Path(name).name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return []
-    return sorted(shards) if all(shard.suffix == ".safetensors" and shard.is_file() for shard in shards) else []
-
-
-def _read_weights(name: str, folder: Path) -> dict[str, Tensor]:
-    weights: dict[str, Tensor] = {}
-    files = weight_files(folder)
-    if not files:
-        raise UserError(
-            f"--backbone {name}: no model.safetensors (or all of its shards) in {folder}; pickled weights are never loaded: "
-            "save the model again with save_pretrained"
-        )
-    for file in files:
-        try:
-            weights.update(load_file(file))
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"--backbone {name}: {file} cannot be read ({reason(error)}); copy or download it again") from error
-    return weights
-
-
-def _read_json(name: str, path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError("not a JSON object")
-    except FileNotFoundError as error:
-        raise UserError(
-            f"--backbone {name}: no {path.name} in {path.parent}; give a transformers model's folder, as save_pretrained makes it"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"--backbone {name}: {path} cannot be read ({reason(error)}); copy or download it again") from error
-    return value
-
-
-def _statistics(name: str, folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of RGB in 0..1: preprocessor_config.json's where it gives them, else ImageNet's."""
-    path = folder / "preprocessor_config.json"
-    if not path.is_file():
-        return IMAGENET
-    values = _read_json(name, path)
-    mean, std = values.get("image_mean", IMAGENET[0]), values.get("image_std", IMAGENET[1])
-    for key, numbers in (("image_mean", mean), ("image_std", std)):
-        if not (isinstance(numbers, (list, tuple)) and len(numbers) == 3 and all(isinstance(number, (int, float)) for number in numbers)):
-            raise UserError(f"--backbone {name}: {path}: {key} is {numbers!r}; it must be three numbers, for red, green and blue")
-    if min(std) <= 0:
-        raise UserError(f"--backbone {name}: {path}: image_std is {std}; each must be above 0")
-    return tuple(map(float, mean)), tuple(map(float, std))
 
 
 def _architecture(name: str, kind: str, config: dict[str, Any]) -> tuple[Any, type[Any], int]:

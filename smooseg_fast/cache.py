@@ -1,0 +1,167 @@
+"""`python -m smooseg_fast.cache ls|rm|verify`: the features that are kept on disk, so that the backbone runs once."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from .cachefolder import CacheFolder, StoreFolder, readable
+from .command import parse, run
+from .errors import UserError
+from .progress import Bar
+from .store import DamagedShard, read_shard, require_sound
+
+DAY_S = 86_400.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class List:
+    """What is in the cache, the last used first."""
+
+    cache: str | None = None
+    """Folder of the feature cache [~/.cache/smooseg_fast]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remove:
+    """Remove features at once, without asking; none that a run is using. They can be made again from their images."""
+
+    keys: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Of what to remove, as `ls` shows them; their first letters are enough."""
+    all: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Everything."""
+    older: float | None = None
+    """What was not used for this many days."""
+    cache: str | None = None
+    """Folder of the feature cache [~/.cache/smooseg_fast]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Read every byte and compare checksums. A damaged file is named and removed: the next run that needs it makes it again."""
+
+    keys: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Of what to look at [everything]."""
+    cache: str | None = None
+    """Folder of the feature cache [~/.cache/smooseg_fast]."""
+
+
+Command = (
+    Annotated[List, tyro.conf.subcommand("ls")]
+    | Annotated[Remove, tyro.conf.subcommand("rm")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
+)
+
+
+def main(args: Sequence[str]) -> None:
+    command = parse(Command, args, prog="python -m smooseg_fast.cache")
+    home = CacheFolder(command.cache)
+    {List: show, Remove: remove, Verify: verify}[type(command)](home, command)
+
+
+def show(home: CacheFolder, command: List) -> None:
+    stores = home.stores()
+    if not stores:
+        print(f"{home.path}: no features in it")
+        return
+    head = ("key", "dataset", "backbone", "size", "crops", "images", "GB", "last used", "state")
+    rows = [head, *(row(store) for store in stores)]
+    widths = [max(len(line[column]) for line in rows) for column in range(len(head))]
+    right = {head.index(name) for name in ("size", "images", "GB")}
+    for line in rows:
+        cells = (cell.rjust(width) if column in right else cell.ljust(width) for column, (cell, width) in enumerate(zip(line, widths)))
+        print("  ".join(cells).rstrip())
+    print(f"\n{readable(sum(store.nbytes for store in stores))} in {home.path}")
+    print("to free some: python -m smooseg_fast.cache rm KEY, or rm --older DAYS")
+
+
+def row(store: StoreFolder) -> tuple[str, ...]:
+    meta, images = store.meta, store.images() if store.readable else 0
+    crops = f"{meta.get('crops', '?')}{', mirrored' if meta.get('mirror') else ''}"
+    whole = meta.get("images")
+    state = "complete" if images == whole else f"partial, {100 * images // whole} %" if whole else "partial"
+    if not store.readable:
+        state = "of another version"
+    return (
+        store.key[:8],
+        str(meta.get("dataset", "?")),
+        str(meta.get("backbone", "?")),
+        str(meta.get("size", "?")),
+        crops,
+        str(whole or "?"),
+        f"{store.nbytes / 1e9:.2f}",
+        time.strftime("%Y-%m-%d %H:%M", time.localtime(store.last_used)),
+        state + (", in use" if store.in_use else ""),
+    )
+
+
+def remove(home: CacheFolder, command: Remove) -> None:
+    if sum((bool(command.keys), command.all, command.older is not None)) != 1:
+        raise UserError(
+            "rm: say what to remove, in one way: KEY ..., --older DAYS or --all (python -m smooseg_fast.cache ls shows the keys)"
+        )
+    if command.older is not None and not command.older >= 0:
+        raise UserError(f"--older {command.older}: must be a number of days, 0 or more")
+    stores = named(home, command.keys) if command.keys else home.stores()
+    if command.older is not None:
+        stores = [store for store in stores if time.time() - store.last_used > DAY_S * command.older]
+    total, used = 0, []
+    for store in stores:
+        label, freed = store.label, store.remove()
+        if freed is None:
+            used.append(store.key[:8])
+            continue
+        total += freed
+        print(f"removed {label}: {readable(freed)}")
+    print(f"freed {readable(total)} in {home.path}")
+    if used:
+        raise UserError(f"{', '.join(used)}: in use by a run, and left as it is; remove it when the run has ended")
+
+
+def verify(home: CacheFolder, command: Verify) -> None:
+    stores = named(home, command.keys) if command.keys else home.stores()
+    others = [store.key[:8] for store in stores if not store.readable]
+    if others:
+        print(f"of another version, and left out: {', '.join(others)}; to free them: python -m smooseg_fast.cache rm {' '.join(others)}")
+    stores = [store for store in stores if store.readable]
+    paths = [path for store in stores for path in store.shards()]
+    damaged = []
+    with Bar(total=sum(path.stat().st_size for path in paths), desc="verify", unit="B", unit_scale=True) as bar:
+        for store in stores:
+            for path in store.shards():
+                try:
+                    shard = read_shard(path)
+                    if shard is not None:
+                        require_sound(path, shard)
+                        bar.update(path.stat().st_size)
+                except DamagedShard as damage:
+                    damaged.append(path)
+                    bar.write(f"damaged: {path} ({store.label}): {damage}")
+                    path.unlink(missing_ok=True)  # a run that has it open keeps what it has
+    print(f"read {len(paths)} files of {len(stores)} stores in {home.path}: {len(damaged) or 'none'} damaged")
+    if damaged:
+        raise UserError(
+            f"{home.path}: {len(damaged)} damaged files are removed; the next run that needs them makes them again: repeat the command "
+            "that uses these features, and look at the disk if it happens again"
+        )
+
+
+def named(home: CacheFolder, keys: Sequence[str]) -> list[StoreFolder]:
+    """One for each of `keys`, in their order."""
+    stores, found = home.stores(), {}
+    for key in keys:
+        fits = [store for store in stores if store.key.startswith(key.lower())]
+        if len(fits) != 1 or not key:
+            which = f"stands for {len(fits)} stores ({', '.join(store.key[:8] for store in fits)})" if fits else "no store has this key"
+            raise UserError(f"{key or 'an empty key'}: {which}; python -m smooseg_fast.cache ls shows the keys in {home.path}")
+        found[fits[0].key] = fits[0]
+    return list(found.values())
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

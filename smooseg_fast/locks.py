@@ -1,0 +1,107 @@
+"""Locks on files, which the kernel lets go when their process dies, however it dies: what is left behind never blocks anybody."""
+
+from __future__ import annotations
+
+import os
+import socket
+import weakref
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+class Lock:
+    """A lock on the file at `path`: flock, which NFS hands on to its server, so that other machines respect it too.
+
+    Where there is no locking, or the file can neither be made nor opened, every lock is given and `real` stays False: users of it must be
+    safe without, if slower. Processes forked from this one do not hold it.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.real = path, False
+        self._close: weakref.finalize | None = None
+
+    def take(self, *, shared: bool = False) -> bool:
+        """Without waiting: whether it is given. Many can hold it `shared`, or one alone. Makes the file, and the folder it is in."""
+        while True:
+            try:
+                file = _open(self.path)
+            except FileNotFoundError:  # the folder was taken away behind our back
+                continue
+            except OSError:
+                return True
+            try:
+                if fcntl is None:
+                    raise OSError("no locks here")
+                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(file)
+                return False
+            except OSError:  # a file system without locks
+                os.close(file)
+                return True
+            if _is_at(file, self.path):
+                break
+            os.close(file)  # who held it took the file away, and the next to come would lock another
+        self.real, self._file = True, file
+        self._close = weakref.finalize(self, os.close, file)
+        _held.add(self)
+        return True
+
+    def release(self, *, remove: bool = False) -> None:
+        """Also when it is not held. remove: takes the file away, while it is still held."""
+        if self._close is None:
+            return
+        if remove:
+            self.path.unlink(missing_ok=True)
+        fcntl.flock(self._file, fcntl.LOCK_UN)
+        self._forget()
+
+    def sign(self) -> None:
+        """Write into the file who holds it."""
+        if self.real:
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+
+    def signature(self) -> str:
+        """Who holds it, in words."""
+        try:
+            return self.path.read_text(errors="replace") or "another process"
+        except OSError:
+            return "another process"
+
+    def _forget(self) -> None:
+        if self._close is not None:
+            self._close()
+        self.real, self._close = False, None
+
+
+_held: weakref.WeakSet[Lock] = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    """In a child: closes its copies of the files, which would keep the locks when the parent is killed."""
+    for lock in list(_held):
+        lock._forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)
+
+
+def _open(path: Path) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except PermissionError:  # another user's: enough to hold it, if not to sign
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _is_at(file: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), os.stat(path))
+    except OSError:
+        return False

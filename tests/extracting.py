@@ -1,0 +1,28 @@
+"""python tests/extracting.py PHOTOS CACHE CALL: features of a folder; from the backbone's call number CALL on it waits for a line.
+
+Prints "reached" then, and at the end the number of calls and a digest of the features.
+"""
+
+import hashlib
+import json
+import sys
+
+from test_store import SLIDE, FakeBackbone, extract, small
+
+from smooseg_fast import turns
+
+
+class Waiting(FakeBackbone):
+    def __call__(self, images):
+        if self.calls + 1 == int(sys.argv[3]):
+            print("reached", flush=True)
+            sys.stdin.readline()
+        return super().__call__(images)
+
+
+if __name__ == "__main__":
+    small()
+    turns.WAIT_S = 0.02
+    backbone = Waiting()
+    features = extract(sys.argv[1], sys.argv[2], backbone, **SLIDE)
+    print(json.dumps([backbone.calls, hashlib.sha256(features.load().numpy().tobytes()).hexdigest()]))

@@ -61,7 +61,8 @@ def fit(
     """Learn to segment `images` without labels.
 
     Args:
-        images: a folder (any nesting, or the labelled layout), one image file, or a sequence of uint8 [H,W,3] arrays.
+        images: a folder (any nesting, the labelled layout, or that of a benchmark's owner), one image file, or a sequence of uint8
+            [H,W,3] arrays.
         out: folder for checkpoint, figures and pictures; nothing is written without it but the feature cache.
         preset_name: where the other settings start from.
         say: what to do with each line about the run; nothing by default.

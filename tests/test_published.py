@@ -1,5 +1,6 @@
 """Published SmooSeg checkpoints: converted, and given to evaluate and predict as they are, against the paper's formula."""
 
+import dataclasses
 import json
 import pickle
 import shutil
@@ -276,6 +277,29 @@ def test_convert_of_what_is_no_file_of_torch(tmp_path, capsys):
         path.write_bytes(content[:length])
         assert "a.ckpt: cut short or damaged" in line_of(convert.main, [str(path), "--out", "made"], capsys)
     assert not Path("made").exists()
+
+
+def test_a_weights_file_is_looked_for_beside_the_checkpoint_that_names_it(tmp_path, monkeypatch):
+    path, vit, _ = make(tmp_path / "a.ckpt")
+    torch.save(vit, "vit.pth")
+    checkpoint = dataclasses.replace(read_published(path, "x").checkpoint, backbone_name="vit.pth")
+    checkpoint.write("ours.safetensors")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert smooseg_fast.Segmenter.load(tmp_path / "ours.safetensors", device="cpu").same_backbone
+    (tmp_path / "vit.pth").unlink()
+    with pytest.raises(smooseg_fast.UserError, match=r"--backbone vit.pth: unknown; give .*DINOv2 .pth"):
+        smooseg_fast.Segmenter.load(tmp_path / "ours.safetensors", device="cpu")
+
+
+def test_what_a_file_says_does_not_reach_the_terminal(tmp_path, capsys):
+    value = make_published(make_vit(**VIT), make_head(64), {"dataset_name": "\x1b[31mcityscapes\n\x07"})
+    torch.save(value, "a.ckpt")
+    assert run(convert.main, ["a.ckpt", "--out", "made"]) == 0
+    assert "dataset_name ?[31mcityscapes ?" in capsys.readouterr().out
+    value["state_dict"]["net.model.\x1b]0;x\x07"] = torch.ones(1)
+    torch.save(value, "a.ckpt")
+    assert "?]0;x? has no place" in line_of(convert.main, ["a.ckpt", "--out", "other"], capsys)
 
 
 def test_a_backbone_may_be_that_of_a_checkpoint(tmp_path):

@@ -43,7 +43,7 @@ def load_backbone(spec: str, device: str | torch.device = "cpu") -> Backbone:
         return CustomBackbone(spec, device)
     if re.fullmatch(r"\w[\w.-]*/[\w.-]+", spec):
         return build_vit(spec, None, device)
-    missing = "there is no such folder" if "/" in spec else "unknown"
+    missing = "there is no such folder or file" if "/" in spec else "unknown"
     raise UserError(f"--backbone {spec}: {missing}; give {ACCEPTED}")
 
 

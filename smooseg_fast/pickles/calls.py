@@ -75,7 +75,7 @@ def call(name: Global, args: tuple[Any, ...], budget: Budget, *, constructs: boo
 def is_data(name: Global) -> bool:
     """Whether an unknown call only makes an object: of Python's own library those of DATA, of others whatever is named like a class."""
     if name.module.split(".")[0] in sys.stdlib_module_names:
-        return DATA.fullmatch(str(name)) is not None
+        return DATA.fullmatch(f"{name.module}.{name.name}") is not None
     return CLASS.fullmatch(name.name) is not None
 
 

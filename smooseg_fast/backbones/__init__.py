@@ -45,7 +45,7 @@ def load_backbone(spec: str, device: str | torch.device = "cpu", precision: str 
         return _only_auto(precision, CustomBackbone(spec, device))
     if re.fullmatch(r"\w[\w.-]*/[\w.-]+", spec):
         return build_vit(spec, None, device, precision)
-    missing = "there is no such folder" if "/" in spec else "unknown"
+    missing = "there is no such folder or file" if "/" in spec else "unknown"
     raise UserError(f"--backbone {spec}: {missing}; give {ACCEPTED}")
 
 

@@ -97,7 +97,7 @@ class _ZipStorages:
         """uint8, checked against the record's checksum."""
         info = self._records.get(self._folder + name)
         if info is None:
-            raise Refused(f"damaged: there is no {name} in it; {AGAIN}")
+            raise Refused(f"damaged: there is no {name[:120]} in it; {AGAIN}")
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.file_size > self._left:
             raise Refused(f"damaged or packed anew: its {name} is not stored as torch.save does; {AGAIN}")
         self._left -= info.file_size

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import tyro
 
+from .datasets import recognise
 from .errors import UserError, WriteError
 from .processes import PATIENCE, Processes, joined
 from .segmenter import Segmenter
@@ -53,9 +54,17 @@ def load_segmenter(checkpoint: str, backbone: str | None, device: str, precision
     return segmenter
 
 
-def predict_command(checkpoint: Path, images: str, out: Path, backbone: str) -> str:
+def pictures_of(data: str | None, run: Path) -> Path:
+    """What predict can be given after a run on `data`: its images, or the samples of them in the folder `run`."""
+    layout = None if data is None else recognise(data)
+    if data is None or (layout is not None and layout.pictures is None):
+        return run / "samples"
+    return Path(data) if layout is None else layout.pictures
+
+
+def predict_command(checkpoint: Path, images: Path, out: Path, backbone: str) -> str:
     """What to type next. A `module:callable` has to be named again: a checkpoint never imports code by itself."""
-    words = ["python", "-m", "smooseg_fast.predict", "--checkpoint", str(checkpoint), "--images", images, "--out", str(out)]
+    words = ["python", "-m", "smooseg_fast.predict", "--checkpoint", str(checkpoint), "--images", str(images), "--out", str(out)]
     return shlex.join(words + (["--backbone", backbone] if ":" in backbone else []))
 
 

@@ -46,12 +46,12 @@ class TrainConfig:
     preset: str = "folder"
     """Where the other defaults come from: demo, folder, cityscapes, cocostuff27 or potsdam."""
     data: str | None = None
-    """Folder of images in any nesting; or DIR/images and DIR/labels, with train/, val/ or test/ above them."""
+    """Folder of images in any nesting; or DIR/images and DIR/labels, with train/, val/ or test/ above them; or Cityscapes, COCO-Stuff,
+    Potsdam or PASCAL VOC as their owners pack them (python -m smooseg_fast.data check DIR)."""
     out: str | None = None
     """Folder for what the run makes [runs/NAME]. The same command on it resumes an unfinished run."""
     backbone: str = "filterbank"
-    """Frozen features: filterbank (built in), a transformers ViT by hub name or local folder, the .pth of DINO or DINOv2, or
-    module:callable."""
+    """Frozen features: filterbank (built in), a transformers ViT by hub name or folder, a DINO or DINOv2 .pth, or module:callable."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, or auto: a GPU if there is one."""
     precision: str = "auto"

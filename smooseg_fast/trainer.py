@@ -26,6 +26,7 @@ from .errors import UserError, WriteError
 from .extract import open_or_extract
 from .health import closeness, health, warning
 from .host import deterministic, keep_freed_memory
+from .images import whole_patches
 from .loop import Loop
 from .metrics import hungarian
 from .model import Head, Heads
@@ -111,6 +112,8 @@ def learn(
         say(f"{out}: this run is finished, step {checkpoint.step} of {config.steps}; --out another folder to train again")
         return Segmenter(checkpoint, backbone)
 
+    for note in dict.fromkeys((*dataset.notes, *(() if held_out is None else held_out.notes))):
+        say(f"data       {note}")
     every = config.variants()
     many = "" if len(every) == 1 else f", {len(every)} heads at once ({'; '.join(variant.label() for variant in every)})"
     say(f"learning   at most {config.prototypes} groups, {config.init} start, objective by {config.impl} on {device}{many}")
@@ -177,7 +180,7 @@ def resolve(config: TrainConfig, backbone: Backbone, dataset: Dataset, say: Say)
     changes: dict[str, Any] = {}
     for name in ("size", "eval_size"):
         size = getattr(config, name)
-        whole = max(1, round(size / backbone.patch)) * backbone.patch
+        whole = whole_patches(size, backbone.patch)
         if whole != size:
             say(f"{name}: {size} -> {whole} pixels, a multiple of the {backbone.patch}-pixel patch of {backbone.name}")
             changes[name] = whole

@@ -2,8 +2,8 @@
 
 Each moment is tried on an empty cache, with one rerun that is left to end; then all of them in a row on one cache, one run after the other
 on what the one before left. In the end a store must be the undisturbed one's, file by file and byte for byte; exit code 1 where it is not.
-Runs are forks of this process, so that PyTorch is imported once; they say when they start, and moments are shares of the time that an
-undisturbed run takes from there.
+Runs are forks of this process, so that PyTorch is imported once. A moment is a number of shards and a share of the time that one takes,
+so that it comes however busy the machine is.
 """
 
 import os
@@ -25,7 +25,7 @@ from smooseg_fast.backbones.filterbank import Filterbank
 from smooseg_fast.datasets import open_dataset
 from smooseg_fast.extract import open_or_extract
 
-SIZE, ROWS = 64, 24  # pixels of a square, squares of a shard
+SIZE, ROWS = 64, 32  # pixels of a square, squares of a shard
 
 
 def make_pictures(folder, count):
@@ -40,15 +40,11 @@ def make_pictures(folder, count):
 
 
 def start(photos, cache):
-    """-> the number of the process, and the end of a pipe that gets a byte when it begins to extract."""
-    begun, tell = os.pipe()
     child = os.fork()
     if child:
-        os.close(tell)
-        return child, begun
+        return child
     torch.set_num_threads(1)
     store.SHARD_BYTES = ROWS * (SIZE // 8) ** 2 * 104 * 2
-    os.write(tell, b"!")
     open_or_extract(open_dataset(photos, "train"), Filterbank(), size=SIZE, crops="slide", cache=cache, progress=False)
     os._exit(0)
 
@@ -57,16 +53,19 @@ def ended(child):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def run(photos, cache, seconds=None):
-    """-> the exit code and the seconds that it took; killed after `seconds`."""
-    child, begun = start(photos, cache)
-    os.read(begun, 1)
-    os.close(begun)
-    since = time.perf_counter()
-    if seconds is not None:
+def run(photos, cache, shards=None, seconds=0.0):
+    """-> the exit code; killed `seconds` after the cache has as many `shards`."""
+    child = start(photos, cache)
+    if shards is not None:
+        while kept(cache) < shards:
+            time.sleep(0.001)
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
-    return ended(child), time.perf_counter() - since
+    return ended(child)
+
+
+def kept(cache):
+    return sum(path.name.startswith("shard") for path in cache.rglob("*.safetensors"))
 
 
 def content(cache):
@@ -79,24 +78,24 @@ def main(images, kills, seed):
     with tempfile.TemporaryDirectory() as place:
         photos, place = Path(place, "photos"), Path(place)
         make_pictures(photos, images)
-        code, whole = run(photos, place / "undisturbed")
+        began = time.perf_counter()
+        code = run(photos, place / "undisturbed")
+        whole, total = time.perf_counter() - began, kept(place / "undisturbed")
         assert code == 0
         expected = content(place / "undisturbed")
-        print(f"undisturbed {whole:.2f} s, {sum(name.endswith('.safetensors') for name in expected)} shards", flush=True)
-        moments = [rng.uniform(0, 1) for _ in range(kills)]
-        for moment in moments:
-            killed, _ = run(photos, place / "each", moment * whole)
-            kept = len(list((place / "each").rglob("*.safetensors"))) if (place / "each").exists() else 0
-            code, took = run(photos, place / "each")
+        print(f"undisturbed {whole:.2f} s, {total} shards", flush=True)
+        for _ in range(kills):
+            moment = rng.uniform(0, total - 1)
+            killed = run(photos, place / "each", int(moment), moment % 1 * whole / total)
+            left = kept(place / "each")
+            code = run(photos, place / "each")
             same = content(place / "each") == expected
-            print(
-                f"killed at {moment:.2f} ({killed}), {kept} files kept; rerun {code} in {took:.2f} s; {'same' if same else 'OTHER'}",
-                flush=True,
-            )
-            wrong += [moment] * (not same or code != 0)
+            print(f"killed ({killed}) with {left} shards; rerun {code}; {'same' if same else 'OTHER'}", flush=True)
+            wrong += [moment] * (not same or code != 0 or killed != -signal.SIGKILL)
             shutil.rmtree(place / "each")
-        codes = [run(photos, place / "row", moment * 2 * whole / kills)[0] for moment in moments]
-        code, _ = run(photos, place / "row")
+        moments = sorted(rng.uniform(0, total - 1) for _ in range(kills))
+        codes = [run(photos, place / "row", int(moment), moment % 1 * whole / total) for moment in moments]
+        code = run(photos, place / "row")
         same = content(place / "row") == expected
         print(f"in a row {codes}, then {code}; {'same' if same else 'OTHER'}")
         wrong += ["row"] * (not same or code != 0)

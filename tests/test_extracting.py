@@ -141,4 +141,4 @@ def test_killed_at_random_moments():
     script = Path(__file__).with_name("killed_extraction.py")
     done = subprocess.run([sys.executable, script, "40", "2"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("(-9)") == 2
+    assert done.stdout.count("killed (-9)") == 2

@@ -242,8 +242,8 @@ def test_the_store_is_the_same_to_the_byte(pair, photos, tmp_path, settings, row
 
 
 def extract_short(processes, photos, cache, room):
-    """Four squares a shard; memory for `room` squares, but for one process alone where there are several."""
-    before, store.SHARD_BYTES = store.SHARD_BYTES, 4 * 4 * 5 * 2
+    """Seven squares a shard; memory for `room` squares in the last process, and for more in others."""
+    before, store.SHARD_BYTES = store.SHARD_BYTES, 7 * 4 * 5 * 2
     try:
         backbone = Short(room if processes.rank == processes.size - 1 else 100, since=1)
         open_or_extract(open_dataset(photos, "train"), backbone, size=8, crops="slide", cache=cache, batch_size=3, processes=processes)

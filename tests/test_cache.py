@@ -271,7 +271,7 @@ def names(home):
 
 def test_ls_shows_what_there_is(three, photos, capsys):  # noqa: F811
     home, stamps = three[0].parent, [(path / "used").stat().st_mtime for path in three]
-    shards(home)[0].rename(three[0] / "shard-00001.safetensors")  # a hole
+    (three[0] / "shard-00000.safetensors").rename(three[0] / "shard-00001.safetensors")  # a hole
     features = extract(photos, home, size=12)
     assert call("ls", "--cache", home) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from .cachefolder import parse_size
 from .errors import UserError
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
@@ -61,6 +62,10 @@ class TrainConfig:
     """How the objective is computed: auto, triton, torch or dense. Honoured or refused, never swapped."""
     cache: str | None = None
     """Folder of the feature cache [~/.cache/smooseg_fast]."""
+    cache_limit: str | None = None
+    """Room that the cache may take, such as 50GB [all there is]. For it the features of other runs go, the longest unused first. Where
+    those of this run alone take more, training streams: batches come from one part of the images after another, whose features are made
+    anew in every pass."""
 
     size: int = 224
     """Pixels of the short side for training; squares of this side are cut."""
@@ -124,6 +129,11 @@ class TrainConfig:
     """Steps between checkpoints."""
 
     @property
+    def limit(self) -> int | None:
+        """Bytes of the cache."""
+        return None if self.cache_limit is None else parse_size(self.cache_limit, "--cache-limit")
+
+    @property
     def relative(self) -> bool:
         """Whether thresholds are an excess over the measured mean closeness."""
         return self.granularity is not None
@@ -153,6 +163,8 @@ class TrainConfig:
         for name, legal in choices.items():
             if getattr(self, name) not in legal:
                 raise UserError(f"{flag(name)}: {getattr(self, name)!r} is not known; choose one of {', '.join(filter(None, legal))}")
+        if self.cache_limit is not None:
+            parse_size(self.cache_limit, "--cache-limit")
         lowest = dict(
             heads=1,
             size=8,
@@ -200,7 +212,7 @@ class TrainConfig:
 
     def learning(self) -> dict[str, Any]:
         """The values that decide what is learnt: everything but where files go and what the machine does."""
-        skip = ("out", "cache", "device", "precision", "impl", "deterministic", "log", "log_every", "checkpoint_every")
+        skip = ("out", "cache", "cache_limit", "device", "precision", "impl", "deterministic", "log", "log_every", "checkpoint_every")
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in skip}
 
 

@@ -70,7 +70,8 @@ class Loop:
         for held, fresh in zip(self._inputs, inputs):
             held.copy_(fresh, non_blocking=True)
         self._graph.replay()
-        self._ahead = number + 1, self._draw(number + 1)  # on the host, while the device works
+        if self.schedule.ready(number + 1):
+            self._ahead = number + 1, self._draw(number + 1)  # on the host, while the device works
         return self._losses
 
     def _draws(self, number: int) -> Draws:

@@ -60,11 +60,19 @@ class Schedule:
             seed = (seed * 6364136223846793005 + part * 1442695040888963407 + 1) & 0x7FFFFFFFFFFFFFFF
         return torch.Generator().manual_seed(seed ^ (seed >> 29))
 
-    def draws(self, step: int, P: int, D: int, settings: Settings, device: torch.device) -> Draws:
+    def rows_of(self, step: int) -> Tensor:
+        """int64 [B] of the whole batch."""
         epoch, place = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, torch.randperm(self.rows, generator=self.generator(1, epoch))
-        rows = self._order[place * self.batch_size : (place + 1) * self.batch_size]
+        return self._order[place * self.batch_size : (place + 1) * self.batch_size]
+
+    def ready(self, step: int) -> bool:
+        """Whether a step can be drawn at once."""
+        return True
+
+    def draws(self, step: int, P: int, D: int, settings: Settings, device: torch.device) -> Draws:
+        rows = self.rows_of(step)
         B, g = self.batch_size, self.generator(2, step)
         each = B // self.parts
         # the ranks within each part of a permutation are a permutation of that part; with one part they are the permutation itself

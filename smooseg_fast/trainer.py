@@ -36,10 +36,12 @@ from .mosaic import Mosaic
 from .objective import Schedule, Settings
 from .processes import ALONE, Processes
 from .progress import Bar
+from .room import Windows, require_room
 from .runfolder import BOARD, TRAINING, RunFolder
 from .segmenter import Segmenter, pick_device
 from .signals import Interrupted, StopRequest, with_kept
 from .store import FeatureStore
+from .stream import Stream, open_for_training
 from .summary import Summary, Validation
 
 GROUPS_WITHOUT_LABELS = 16
@@ -124,27 +126,41 @@ def learn(
         share = config.batch_size // processes.size
         say(f"processes  {processes.size}, each with {share} squares of every batch; partners are found within those{eager}")
     started = time.perf_counter()
-    options = dict(resample=config.resample, cache=config.cache, progress=progress, processes=processes)
+    found = None if folder is None else folder.state()
+    require_same_state(found, out, processes)  # before it nobody has written into the folder, behind it everybody has read
+    options = dict(resample=config.resample, cache=config.cache, limit=config.limit, progress=progress, processes=processes)
     validation = None
     if held_out is not None:  # first, because labels that do not fit should be known before hours are spent
-        squares = open_or_extract(held_out, backbone, size=config.eval_size, crops="center", **options)
+        central = dict(size=config.eval_size, crops="center", argument="--eval-size", **options)
+        require_room(held_out, backbone, **central)
+        squares = open_or_extract(held_out, backbone, **central)
         labels = evaluation.label_squares(held_out, squares, config.eval_size)
         validation = Validation(held_out, squares, labels, processes)
-    store = open_or_extract(dataset, backbone, size=config.size, crops=config.crops, **options)
+    store, stream = open_for_training(
+        dataset,
+        backbone,
+        batch_size=config.batch_size,
+        data_seed=config.data_seed,
+        in_use=0 if validation is None else validation.store.nbytes,
+        resumed=found is not None,
+        windows=None if found is None or found.windows is None else Windows(*found.windows),
+        say=say,
+        size=config.size,
+        crops=config.crops,
+        **options,
+    )
     if len(store) < 2 * processes.size:
         needed = "pairs of images need 2" if processes.size == 1 else f"{processes.size} processes need 2 each"
         raise UserError(f"--data: {len(store)} square(s) of {config.size} pixels, but {needed}; add images, or --crops slide")
     extracted = time.perf_counter()
     say(
-        f"features   {len(store)} squares of {len(dataset) - len(store.skipped)} images, {store.grid[0]}x{store.grid[1]} patches, "
-        f"{store.D} channels of {backbone.name}, {store.nbytes / 2**20:.0f} MB"
+        f"{'features' if stream is None else 'sample  '}   {len(store)} squares of {len(set(store.names))} images, "
+        f"{store.grid[0]}x{store.grid[1]} patches, {store.D} channels of {backbone.name}, {store.nbytes / 2**20:.0f} MB"
         + (f"; {len(store.skipped)} images could not be used" if store.skipped else "")
         + f"; {extracted - started:.1f} s"
     )
-    found = None if folder is None else folder.state()
-    require_same_state(found, out, processes)  # before it nobody has written into the folder, behind it everybody has read
     folder = folder if processes.first else None
-    run = Run(config, store, backbone.device, validation, folder, say, progress, processes)
+    run = Run(config, store, backbone.device, validation, folder, say, progress, processes, stream)
     try:
         with deterministic(config.deterministic):
             heads = run.learn(found)
@@ -216,12 +232,14 @@ class Run:
         say: Say,
         progress: bool,
         processes: Processes = ALONE,
+        stream: Stream | None = None,
     ):
+        self.stream = stream  # where batches come from, if `store` is only a sample
         self.config, self.store, self.device, self.validation = config, store, device, validation
         self.folder, self.say, self.progress, self.processes = folder, say, progress, processes
         self.variants = config.variants()
         self.records: list[dict[str, Any]] = []
-        self.report: dict[str, Any] = {}
+        self.report: dict[str, Any] = {} if stream is None else {"streamed": dataclasses.asdict(stream.windows)}
         self.board: Board | None = None
         self.alone = processes.size == 1
         self.watch = Watch(self.variants)
@@ -262,7 +280,7 @@ class Run:
                     with stop.at_once() if self.alone else nullcontext():
                         self.log(loop.heads, losses, bar)
                 stopped = self.processes.largest(stop.number or 0)  # by a signal to any of them, and behind the same step
-                late = time.monotonic() - self.written > SAVE_S
+                late = time.monotonic() - self.written > SAVE_S or not loop.schedule.ready(self.done)  # before hours in a backbone
                 if self.checkpoint_is_due() or late or self.drift_stops or stopped:
                     self.write(loop, losses)
                 if stopped:
@@ -291,10 +309,14 @@ class Run:
     def close(self) -> None:
         if self.board is not None:
             self.board.close()
+        if self.stream is not None:
+            self.stream.close(remove=self.done == self.config.steps or self.drift_stops)
 
     def loop(self, heads: Heads) -> Loop:
         config, store = self.config, self.store
-        schedule = Schedule(len(store), config.batch_size, config.data_seed, self.processes.size, self.processes.rank)
+        schedule = self.stream
+        if schedule is None:
+            schedule = Schedule(len(store), config.batch_size, config.data_seed, self.processes.size, self.processes.rank)
         if schedule.batch_size < config.batch_size:
             self.say(f"batch      {schedule.batch_size} squares, as many as there are")
         settings = Settings(
@@ -326,10 +348,11 @@ class Run:
 
     def features(self) -> Tensor | Callable[[Tensor], Tensor]:
         """On a GPU all features, where they take at most 60 % of its free memory, in bf16; else rows through the memory map."""
+        rows = self.store.rows if self.stream is None else self.stream.features
         if self.device.type != "cuda":
-            return self.store.rows
-        if self.store.nbytes > 0.6 * torch.cuda.mem_get_info(self.device)[0]:
-            return functools.partial(self.store.rows, dtype=torch.bfloat16)
+            return rows
+        if self.stream is not None or self.store.nbytes > 0.6 * torch.cuda.mem_get_info(self.device)[0]:
+            return functools.partial(rows, dtype=torch.bfloat16)
         return self.store.load(self.device, torch.bfloat16)
 
     def tell_closeness(self) -> None:
@@ -395,7 +418,8 @@ class Run:
 
     def write(self, loop: Loop, losses: dict[str, Tensor]) -> None:
         if self.folder is not None:
-            state = TrainingState(self.config, self.done, loop.heads, optimizer_tensors(loop.optimizer), losses)
+            windows = None if self.stream is None else dataclasses.astuple(self.stream.windows)
+            state = TrainingState(self.config, self.done, loop.heads, optimizer_tensors(loop.optimizer), losses, windows)
             state.write(self.folder.path / TRAINING)
             self.saved, self.written = self.done, time.monotonic()
 

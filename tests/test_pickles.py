@@ -4,7 +4,6 @@ import argparse
 import collections
 import datetime
 import enum
-import io
 import json
 import os
 import pathlib
@@ -19,7 +18,7 @@ import pytest
 import torch
 
 from smooseg_fast.errors import UserError
-from smooseg_fast.pickles import Global, Inert, is_pickle, plain, read
+from smooseg_fast.pickles import Global, Inert, is_pickle, machine, plain, read
 
 FORMATS = {"zip": True, "legacy": False}
 
@@ -360,7 +359,7 @@ def test_what_is_nested_deep(tmp_path):
     assert read(packed(tmp_path / "objects.pth", inert), "FILE")
 
 
-def test_a_small_file_cannot_fill_the_memory(tmp_path):
+def test_a_small_file_cannot_fill_the_memory(tmp_path, monkeypatch):
     many = b"\x80\x02](" + b"K\x01" * 100_000 + b"eq\x000"
     for kind in (b"list", b"tuple", b"dict"):
         copies = (b"cbuiltins\n" + kind + b"\nh\x00\x85R") * 5_000
@@ -368,7 +367,8 @@ def test_a_small_file_cannot_fill_the_memory(tmp_path):
     error_of(packed(tmp_path / "pairs.pth", many + b"cbuiltins\ndict\n](" + b"h\x00" * 100 + b"e\x85R."), "no pairs")
     text = b"\x80\x02X" + struct.pack("<I", 100_000) + b"x" * 100_000 + b"q\x000X\x06\x00\x00\x00latin1q\x010"
     error_of(packed(tmp_path / "text.pth", text + b"(" + b"c_codecs\nencode\nh\x00h\x01\x86R" * 5_000 + b"l."), "far more memory")
-    error_of(packed(tmp_path / "steps.pth", b"\x80\x02" + b"N0" * 2_100_000 + b"N."), "steps")
+    monkeypatch.setattr(machine, "STEPS", 10_000)
+    error_of(packed(tmp_path / "steps.pth", b"\x80\x02" + b"N0" * 5_000 + b"N."), "steps")
 
 
 def test_zips_that_torch_save_does_not_make(tmp_path):
@@ -419,6 +419,8 @@ def test_only_pickles_and_torchs_zips_are_taken_for_pickles(tmp_path):
     (tmp_path / "b.safetensors").write_bytes(b"PK\x03\x04\0\0\0\0{" + bytes(8))
     (tmp_path / "c.safetensors").write_bytes(b"\x80\x02\0\0\0\0\0\0{" + bytes(8))
     assert not any(is_pickle(tmp_path / name) for name in ("a.safetensors", "b.safetensors", "c.safetensors", "none"))
-    tar = io.BytesIO(bytes(257) + b"ustar" + bytes(300))
-    (tmp_path / "old.pth").write_bytes(tar.getvalue())
+    for value in ({"a": 1}, np.arange(3), 1.0):
+        (tmp_path / "bare.pth").write_bytes(pickle.dumps(value, 2))
+        error_of(tmp_path / "bare.pth", "is a pickle, but none of torch.save")
+    (tmp_path / "old.pth").write_bytes(bytes(257) + b"ustar" + bytes(300))
     error_of(tmp_path / "old.pth", "before 0.2")

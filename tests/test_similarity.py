@@ -85,7 +85,7 @@ def test_across_pairs_are_of_different_squares_drawn_at_random(partners, monkeyp
     pairs = set()
     for features, (own, *others) in asked:
         assert own == "self"
-        rows = [int((f - unit.double()).abs().sum((1, 2)).argmin()) for unit in features]
+        rows = [int((f - F.normalize(each.double(), dim=-1)).abs().sum((1, 2)).argmin()) for each in features]
         for other in others:
             pairs |= {(n, rows[j]) for n, j in zip(rows, other.tolist())}
     assert len(pairs) == 19 * partners

@@ -132,7 +132,7 @@ class Best:
     def add(self, w: Tensor, columns: Tensor) -> None:
         """w [rows,n], -inf for what is no candidate; columns int64 [n]."""
         if self.packed:
-            keys = torch.where(w > -torch.inf, sortable(w + 0.0) << 32 | (0xFFFFFFFF - columns), NOTHING)  # + 0: -0 and 0 are a tie
+            keys = torch.where(w > -torch.inf, sortable(w) << 32 | (0xFFFFFFFF - columns), NOTHING)
             self.keys = torch.cat((self.keys, keys), 1).topk(self.k, sorted=True).values
         else:  # a value and its column do not fit 64 bits
             values, order = torch.cat((self.values, w), 1).sort(dim=1, descending=True, stable=True)

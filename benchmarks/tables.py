@@ -186,11 +186,15 @@ def assign(cells: Cells) -> str:
     return by_implementation(cells, lambda cell: cell.case.startswith("assign"))
 
 
+def pairs(cells: Cells) -> str:
+    return by_implementation(cells, lambda cell: cell.case == "pairs")
+
+
 def memory(cells: Cells) -> str:
     return by_implementation(cells, lambda cell: not cell.case.startswith(("scaling", "ceiling")), "peak_bytes", cases=True)
 
 
-KNOWN = ("objective", "head step", "assign", "memory", "ceiling", "scaling")
+KNOWN = ("objective", "head step", "assign", "pairs", "memory", "ceiling", "scaling")
 
 
 def rest(cells: Cells) -> str:

@@ -31,6 +31,7 @@ from smooseg_fast.host import keep_freed_memory
 # what a dense form may hold in its P x P matrices: without --bench-full about a second a call of two cores, with it most of the memory
 DENSE_BYTES, DENSE_SHARE = 8e8, 0.8
 SECONDS, LEAST, MOST = 1.0, 5, 200
+FUNCTIONS = {"objective": problems.total_of, "pairs": problems.pair_energy_of}  # what torch.compile gets
 SESSION = pytest.StashKey["Session"]()
 
 
@@ -94,9 +95,9 @@ class Bench:
         """Checks, times and records one call of problems.SUBJECTS; `peak` adds its peak memory, from a process of its own."""
         session, problem = self.session, self.sized(problem)
         row = self.row(case or subject, shape, problem, impl, mode, extra)
-        if subject == "objective":
-            self.stop_where_it_must(row, problem)
-            extra = {**extra, "function": problems.function_of(impl, self.device, quick_compile=self.smoke)}
+        if subject in FUNCTIONS:
+            self.stop_where_it_must(row, problem, subject)
+            extra = {**extra, "function": problems.function_of(impl, self.device, quick_compile=self.smoke, of=FUNCTIONS[subject])}
         build = functools.partial(problems.SUBJECTS[subject], problem, impl, mode, problems.DTYPES[session.dtype], self.device, **extra)
         first = build()
         first.check(first.run())
@@ -152,12 +153,12 @@ class Bench:
         self.benchmark.group = f"{case} {shape} {mode}"
         return {"case": case, "shape": shape, "sizes": sizes, "impl": impl, "mode": mode, "dtype": self.session.dtype}
 
-    def stop_where_it_must(self, row: results.Row, problem: floors.Problem) -> None:
+    def stop_where_it_must(self, row: results.Row, problem: floors.Problem, subject: str = "objective") -> None:
         if row["impl"] == "keops" and not keops_form.is_installed():
             self.skip(row, "pykeops is not installed")
         if not row["impl"].startswith("dense"):
             return
-        counted = memory.counted_bytes(problem, "dense", row["mode"], self.session.dtype)
+        counted = memory.counted_bytes(problem, "dense", row["mode"], self.session.dtype, subject)
         reason = f"its P x P matrices take {counted:,} bytes at a time"
         free = memory.available_bytes(self.device)
         if counted > DENSE_SHARE * free:

@@ -21,8 +21,9 @@ for folder in (ROOT / "tests", ROOT / "kernels" / "torch-ext", ROOT):  # what is
         sys.path.insert(0, str(folder))
 
 import floors  # noqa: E402
+import pair_cases  # noqa: E402
 import torch  # noqa: E402
-from floors import Problem  # noqa: E402
+from floors import PairProblem, Problem  # noqa: E402
 from torch import Tensor  # noqa: E402
 from triton_cases import EPS, FP32_EPS, Case, Result, check, evaluate, gradient_term_size, term_size  # noqa: E402
 
@@ -47,6 +48,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 ORACLE_PAIRS = 5_000_000  # heads x images x P x P that the oracle may have, a second or two on a CPU
 STEP_ORACLE_PAIRS = 1 << 25  # of a head step, whose inputs are no copies of smaller ones
 WITHIN, ACROSS = -0.02, 0.5
+SHIFT, CLAMP = 0.2, (0.0, 0.8)  # of an energy of pairs
 UPSTREAM = 1.7
 
 
@@ -59,8 +61,10 @@ def letters(problem: Problem) -> dict[str, int]:
     return {name: value for name, value in asdict(problem).items() if name != "element"}
 
 
-def shrunk(problem: Problem) -> Problem:
+def shrunk(problem: Problem | PairProblem) -> Problem | PairProblem:
     """The same kind of problem at a size that takes no time."""
+    if isinstance(problem, PairProblem):
+        return replace(problem, B=min(problem.B, 2), P=36, D=20, Z=6)
     return replace(problem, B=min(problem.B, 2), P=36, D=20, Z=6, K=min(problem.K, 5), H=min(problem.H, 2))
 
 
@@ -130,18 +134,22 @@ def total_of(form: str, features, codes, student, teacher, partners, thresholds)
     return sk.smooseg_loss(features, codes, student, teacher, partners, thresholds, impl=form).total
 
 
-def function_of(impl: str, device: str, quick_compile: bool = False) -> Callable[..., Tensor]:
-    """`impl` "torch" or "torch + compile", to be called as `total_of` without its first argument."""
+def pair_energy_of(form: str, features_i, codes_i, features_j, codes_j, partner) -> sk.PairEnergy:
+    return sk.pair_energy(features_i, codes_i, features_j, codes_j, SHIFT, partner=partner, clamp=CLAMP, impl=form)
+
+
+def function_of(impl: str, device: str, quick_compile: bool = False, of: Callable | None = None) -> Callable[..., Any]:
+    """`impl` "torch" or "torch + compile", to be called as `of` (`total_of`) without its first argument."""
     form, _, compiled = impl.partition(" + ")
     if form == "keops":
         import keops_form
 
         return keops_form.total
     if not compiled:
-        return functools.partial(total_of, form)
+        return functools.partial(of or total_of, form)
     torch.compiler.reset()  # otherwise a second size gets a program for any size
     options = {"backend": "aot_eager"} if quick_compile else {"mode": "max-autotune-no-cudagraphs"} if device == "cuda" else {}
-    return functools.partial(torch.compile(total_of, dynamic=False, **options), form)
+    return functools.partial(torch.compile(of or total_of, dynamic=False, **options), form)
 
 
 def objective(
@@ -285,4 +293,59 @@ def step_products(problem: Problem, impl: str, mode: str, dtype: torch.dtype, de
     return Subject(run, check_outputs, floors.head_step_floor(problem), floors.head_step_flops(problem))
 
 
-SUBJECTS = {"objective": objective, "head step": head_step, "step products": step_products, "assign": assignment}
+def pairs(
+    problem: PairProblem, impl: str, mode: str, dtype: torch.dtype, device: str, seed: int = 0, function: Callable | None = None
+) -> Subject:
+    """pair_energy with each image's neighbour as its partner, centred and clamped on both sides; gradients to both codes."""
+    inputs, oracle = pair_inputs(problem, dtype, device, seed)
+    backward = mode != "forward"
+    codes = [x.detach().requires_grad_(backward) for x in (inputs.codes_i, inputs.codes_j)]
+    call = function or function_of(impl, device, of=pair_energy_of)
+    upstream = torch.full((), UPSTREAM, device=device)
+
+    def run():
+        if not backward:
+            with torch.no_grad():
+                return (*call(inputs.features_i, codes[0], inputs.features_j, codes[1], inputs.options["partner"]),)
+        out = call(inputs.features_i, codes[0], inputs.features_j, codes[1], inputs.options["partner"])
+        return (out.energy.detach(), out.similarity.detach(), *torch.autograd.grad(out.energy, codes, upstream))
+
+    def check_outputs(outputs):
+        got = pair_cases.Result(dict(zip(("energy", "similarity"), outputs)), dict(zip(("codes_i", "codes_j"), outputs[2:])))
+        pair_cases.compare(got, *oracle(impl), max(FP32_EPS, EPS[dtype]))
+
+    return Subject(run, check_outputs, floors.pairs_floor(problem, backward), floors.pairs_flops(problem, backward))
+
+
+def pair_inputs(problem: PairProblem, dtype: torch.dtype, device: str, seed: int) -> tuple[pair_cases.Pairs, Callable]:
+    """-> inputs, and what gives the truth, the dense (else torch) form in their own dtype and the sizes of terms for an implementation."""
+    B, D, Z, P = problem.B, problem.D, problem.Z, oracle_patches(problem)
+    if device == "meta":
+        rows = [torch.empty(B, problem.P, width, dtype=dtype, device=device) for width in (D, Z, D, Z)]
+        return pair_cases.Pairs(*rows, SHIFT, {"partner": torch.empty(B, dtype=torch.int64, device=device)}), None
+    options = {"partner": torch.arange(B).roll(1).to(device), "clamp": CLAMP}
+    small = pair_cases.make_pairs(B=B, P_i=P, P_j=P, D=D, Z=Z, dtype=dtype, device=device, seed=seed, threshold=SHIFT, **options)
+    generator = torch.Generator().manual_seed(seed)
+    indices = [(torch.randperm(problem.P, generator=generator) % P).to(device) for _ in "ij"]
+    i, j = indices
+    rows = (x[:, index] for x, index in zip(small.tensors, (i, i, j, j)))
+    copies = problem.P / P
+
+    def at_full_size(gradients: dict) -> dict:
+        return {name: gradients[name][:, index] / copies for name, index in zip(("codes_i", "codes_j"), indices)}
+
+    @functools.lru_cache(maxsize=2)
+    def oracle(impl: str):
+        # a form's own rounding would excuse anything that it does
+        same, truth = (
+            pair_cases.evaluate(x, form, (UPSTREAM, 0.0))
+            for x, form in ((small, "torch" if impl == "dense" else "dense"), (small.to(torch.float64), "dense"))
+        )
+        size, gradient_sizes = pair_cases.term_sizes(small)
+        results = (pair_cases.Result(result.values, at_full_size(result.gradients)) for result in (same, truth))
+        return (*results, size, at_full_size(gradient_sizes))
+
+    return pair_cases.Pairs(*rows, SHIFT, options), oracle
+
+
+SUBJECTS = {"pairs": pairs, "objective": objective, "head step": head_step, "step products": step_products, "assign": assignment}

@@ -1,6 +1,6 @@
 """Measurements on disk: one JSON object a line, appended, never rewritten. `machine.describe` says who; the rest of a line is:
 
-    case        what was measured: "objective", "head step", "assign", "extract", "memory objective", "scaling P", "ceiling"
+    case        what was measured: "objective", "head step", "assign", "extract", "pairs", "memory objective", "scaling P", "ceiling"
     shape       name of the sizes ("P784", "H16" in a scaling)
     sizes       {"B": 8, "P": 784, "D": 384, "Z": 64, "K": 27, "T": 2, "H": 1}, and the "pixels" of a side where labels are made;
                 of an extraction the images, their height and width, and the pixels of their squares

@@ -113,7 +113,8 @@ def learn(
 
     every = config.variants()
     many = "" if len(every) == 1 else f", {len(every)} heads at once ({'; '.join(variant.label() for variant in every)})"
-    say(f"learning   at most {config.prototypes} groups, {config.init} start, objective by {config.impl} on {device}{many}")
+    how = f"objective by {config.impl}, projection in {config.precision}"
+    say(f"learning   at most {config.prototypes} groups, {config.init} start, {how} on {device}{many}")
     if processes.size > 1:
         eager = "" if backbone.device.type == "cpu" else "; steps are not replayed from a CUDA graph"
         share = config.batch_size // processes.size
@@ -184,6 +185,8 @@ def resolve(config: TrainConfig, backbone: Backbone, dataset: Dataset, say: Say)
     if config.prototypes is None:
         names = dataset.class_names
         changes["prototypes"] = GROUPS_WITHOUT_LABELS if names is None else len(names)
+    if config.precision == "auto":
+        changes["precision"] = "bf16" if backbone.device.type == "cuda" else "fp32"
     changes["impl"] = usable_impl(config.impl, changes.get("prototypes", config.prototypes), config.code_dim, backbone.device)
     return dataclasses.replace(config, **changes)
 
@@ -320,12 +323,12 @@ class Run:
         return head
 
     def features(self) -> Tensor | Callable[[Tensor], Tensor]:
-        """On a GPU all features, where they take at most 60 % of its free memory, in bf16; else rows through the memory map."""
-        if self.device.type != "cuda":
-            return self.store.rows
-        if self.store.nbytes > 0.6 * torch.cuda.mem_get_info(self.device)[0]:
-            return functools.partial(self.store.rows, dtype=torch.bfloat16)
-        return self.store.load(self.device, torch.bfloat16)
+        """On a GPU all features, where they take at most 60 % of its free memory; else rows through the memory map."""
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self.config.precision]
+        nbytes = len(self.store) * self.store.P * self.store.D * dtype.itemsize
+        if self.device.type != "cuda" or nbytes > 0.6 * torch.cuda.mem_get_info(self.device)[0]:
+            return functools.partial(self.store.rows, dtype=dtype)
+        return self.store.load(self.device, dtype)
 
     def tell_closeness(self) -> None:
         """Of the first granularity or pair of thresholds: the closeness itself is common to all."""

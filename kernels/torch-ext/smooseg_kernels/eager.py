@@ -64,12 +64,16 @@ class LabelMoments(torch.autograd.Function):
     def backward(ctx, d_g, _, d_s, d_data):
         features, codes, teacher, channel_scale, shares, d_student, labels, scaled, inverse = ctx.saved_tensors
         d_student = None if d_data is None else d_student * d_data[:, None, None]
-        if labels is None or d_g is None:
+        if labels is None or (d_g is None and d_s is None):
             return None, None, d_student, *[None] * 6
         H, P, K = len(codes), codes.shape[2], teacher.shape[1]
-        d_g = d_g if channel_scale is None else d_g * channel_scale[:, None, :]
-        d = products(features, d_g.mT).unflatten(-1, (H, K)).permute(2, 0, 1, 3)
-        d = d.mul_(scaled[..., None]).add_(d_s[:, :, None] * (1 / P if shares is None else shares[..., None]))
+        if d_g is None:  # the distance alone has s alone
+            d = torch.zeros_like(labels)
+        else:
+            d_g = d_g if channel_scale is None else d_g * channel_scale[:, None, :]
+            d = products(features, d_g.mT).unflatten(-1, (H, K)).permute(2, 0, 1, 3).mul_(scaled[..., None])
+        if d_s is not None:
+            d.add_(d_s[:, :, None] * (1 / P if shares is None else shares[..., None]))
         # with labels c = softmax / |softmax| both backwards are one, c (d - c (c . d)); where c is peaked the difference cancels, and
         # what rounding leaves of it along c is taken out once more
         for _ in range(2):

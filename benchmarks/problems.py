@@ -227,8 +227,8 @@ def head_step(problem: Problem, impl: str, mode: str, dtype: torch.dtype, device
         dense_fits = problem.B * problem.P**2 <= STEP_ORACLE_PAIRS
         oracle = reference("dense" if dense_fits else "torch", features.double())
         same = reference("torch" if impl == "dense" or not dense_fits else "dense", features)
-        # matrix products are in bf16 on a card; in fp32, weights' gradients are sums over all patches that cancel further than a row's does
-        eps = EPS[torch.bfloat16] if device == "cuda" else 16 * EPS[torch.float32]
+        # 16-bit features make the projection's products bf16; in fp32, weights' gradients sum over all patches, which cancel further
+        eps = EPS[torch.bfloat16] if dtype.itemsize == 2 else 16 * EPS[torch.float32]
         check(got, same, oracle, eps, 1.0 + 2.0 * ACROSS)
 
     return Subject(step, check_outputs, floors.head_step_floor(problem), floors.head_step_flops(problem))
@@ -262,21 +262,24 @@ def assignment(problem: Problem, impl: str, mode: str, dtype: torch.dtype, devic
 
 
 def step_products(problem: Problem, impl: str, mode: str, dtype: torch.dtype, device: str, seed: int = 0) -> Subject:
-    """The matrix products of a head step and nothing else, into memory that is there already: what a step cannot be faster than."""
+    """The matrix products of a head step and nothing else, into memory that is there already: what a step cannot be faster than.
+
+    In `dtype` those of the projection, and on a card those of the objective too, which a CPU has in fp32.
+    """
     B, P, D, Z, K = problem.B, problem.P, problem.D, problem.Z, problem.K
     generator = torch.Generator().manual_seed(seed)
 
-    def matrix(*shape: int) -> Tensor:
+    def matrix(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
-    features, wide, codes = matrix(B, P, D), matrix(B * P, D), matrix(B * P, Z)
-    rows, sides = matrix(B * P, K), matrix(B, P, K + 1)
-    hidden, linear, prototypes, moments = matrix(D, D), matrix(Z, D), matrix(K, Z), matrix(B, K + 1, D)
-    flat = features.flatten(0, 1)
+    inner = torch.float32 if device == "cpu" and dtype.itemsize == 2 else dtype
+    flat, wide, codes, hidden, linear = matrix(B * P, D), matrix(B * P, D), matrix(B * P, Z), matrix(D, D), matrix(Z, D)
+    rows, sides, features, z = (matrix(*shape, dtype=inner) for shape in ((B * P, K), (B, P, K + 1), (B, P, D), (B * P, Z)))
+    prototypes, moments = matrix(K, Z, dtype=inner), matrix(B, K + 1, D, dtype=inner)
     pairs = [
         *((flat, hidden.mT), (flat, linear.mT), (wide, linear.mT)),  # W2 f, W1 f, W3 s
-        *((codes, prototypes.mT), (codes, prototypes.mT), (sides.mT, features)),  # cosines to teacher and student, moments
-        *((features, moments.mT), (rows, prototypes), (rows.mT, codes)),  # back from the moments, to codes and to the student
+        *((z, prototypes.mT), (z, prototypes.mT), (sides.mT, features)),  # cosines to teacher and student, moments
+        *((features, moments.mT), (rows, prototypes), (rows.mT, z)),  # back from the moments, to codes and to the student
         *((codes, linear), (codes.mT, wide), (wide.mT, flat), (codes.mT, flat)),  # through W3, and to W3, W2 and W1
     ]
     outputs = [a @ b for a, b in pairs]

@@ -49,7 +49,7 @@ class EvaluateConfig:
     """Needed where the checkpoint was trained on a module:callable; else the one it names."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps or auto."""
-    precision: str = "auto"
+    backbone_precision: str = "auto"
     """What a ViT backbone computes in: float32, bfloat16, float16, or auto: what the device is fast in."""
     cache: str | None = None
     """Folder of the feature cache [~/.cache/smooseg_fast]."""
@@ -59,7 +59,7 @@ class EvaluateConfig:
 
 def main(args: Sequence[str], processes: Processes = ALONE) -> None:
     config = parse(EvaluateConfig, args, prog="python -m smooseg_fast.evaluate")
-    segmenter = load_segmenter(config.checkpoint, config.backbone, processes.device(pick_device(config.device)), config.precision)
+    segmenter = load_segmenter(config.checkpoint, config.backbone, processes.device(pick_device(config.device)), config.backbone_precision)
     dataset = labelled_images(config.data, segmenter.checkpoint)
     names = dataset.class_names
     settings = segmenter.config if config.preset is None else protocol(config.preset, config.data)

@@ -108,7 +108,7 @@ def learn(
     keep_freed_memory()
     if config.log == "tensorboard":
         require_tensorboard()
-    backbone = load_backbone(config.backbone, device, config.precision)
+    backbone = load_backbone(config.backbone, device, config.backbone_precision)
     wanted, config = config, resolve(config, backbone, dataset if held_out is None else held_out, say)
     folder = None if out is None else RunFolder(out, wanted)
     if folder is not None and folder.finished():
@@ -120,7 +120,8 @@ def learn(
         say(f"data       {note}")
     every = config.variants()
     many = "" if len(every) == 1 else f", {len(every)} heads at once ({'; '.join(variant.label() for variant in every)})"
-    say(f"learning   at most {config.prototypes} groups, {config.init} start, objective by {config.impl} on {device}{many}")
+    how = f"objective by {config.impl}, projection in {config.precision}"
+    say(f"learning   at most {config.prototypes} groups, {config.init} start, {how} on {device}{many}")
     if processes.size > 1:
         eager = "" if backbone.device.type == "cpu" else "; steps are not replayed from a CUDA graph"
         share = config.batch_size // processes.size
@@ -205,6 +206,8 @@ def resolve(config: TrainConfig, backbone: Backbone, dataset: Dataset, say: Say)
     if config.prototypes is None:
         names = dataset.class_names
         changes["prototypes"] = GROUPS_WITHOUT_LABELS if names is None else len(names)
+    if config.precision == "auto":
+        changes["precision"] = "bfloat16" if backbone.device.type == "cuda" else "float32"
     changes["impl"] = usable_impl(config.impl, changes.get("prototypes", config.prototypes), config.code_dim, backbone.device)
     return dataclasses.replace(config, **changes)
 
@@ -347,13 +350,12 @@ class Run:
         return head
 
     def features(self) -> Tensor | Callable[[Tensor], Tensor]:
-        """On a GPU all features, where they take at most 60 % of its free memory, in bf16; else rows through the memory map."""
-        rows = self.store.rows if self.stream is None else self.stream.features
-        if self.device.type != "cuda":
-            return rows
-        if self.stream is not None or self.store.nbytes > 0.6 * torch.cuda.mem_get_info(self.device)[0]:
-            return functools.partial(rows, dtype=torch.bfloat16)
-        return self.store.load(self.device, torch.bfloat16)
+        """On a GPU all features, where they take at most 60 % of its free memory; else rows through the memory map."""
+        dtype, rows = getattr(torch, self.config.precision), self.store.rows if self.stream is None else self.stream.features
+        nbytes = len(self.store) * self.store.P * self.store.D * dtype.itemsize
+        if self.device.type != "cuda" or self.stream is not None or nbytes > 0.6 * torch.cuda.mem_get_info(self.device)[0]:
+            return functools.partial(rows, dtype=dtype)
+        return self.store.load(self.device, dtype)
 
     def tell_closeness(self) -> None:
         """Of the first granularity or pair of thresholds: the closeness itself is common to all."""

@@ -53,7 +53,7 @@ def _only_auto(precision: str, backbone: Backbone) -> Backbone:
     if precision in ("auto", backbone.precision):
         return backbone
     compute_dtype(precision, backbone.device)  # a name that nobody knows is said to be one
-    raise UserError(f"--precision {precision}: {backbone.name} computes in {backbone.precision} and nothing else; leave the flag out")
+    raise UserError(f"--backbone-precision {precision}: {backbone.name} computes in {backbone.precision} alone; leave the flag out")
 
 
 def usable_device(device: str | torch.device) -> torch.device:

@@ -186,6 +186,10 @@ def assign(cells: Cells) -> str:
     return by_implementation(cells, lambda cell: cell.case.startswith("assign"))
 
 
+def pairs(cells: Cells) -> str:
+    return by_implementation(cells, lambda cell: cell.case == "pairs")
+
+
 def memory(cells: Cells) -> str:
     return by_implementation(cells, lambda cell: not cell.case.startswith(("scaling", "ceiling")), "peak_bytes", cases=True)
 
@@ -211,7 +215,7 @@ def extract(cells: Cells) -> str:
     return listing(cells, lambda cell: cell.case == "extract", columns, "images_per_s")
 
 
-KNOWN = ("extract", "objective", "head step", "assign", "memory", "ceiling", "scaling")
+KNOWN = ("extract", "objective", "head step", "assign", "pairs", "memory", "ceiling", "scaling")
 
 
 def rest(cells: Cells) -> str:

@@ -63,9 +63,10 @@ class TrainingState:
     heads: Heads
     optimizer: dict[str, Tensor]
     losses: dict[str, Tensor] = field(default_factory=dict)  # by their names in SmooSegLoss
+    windows: tuple[int, int] | None = None  # how many windows the features are streamed through, and the steps in each
 
     def write(self, path: str | Path) -> Path:
-        header = {"format": FORMAT, "step": self.step, "config": dataclasses.asdict(self.config)}
+        header = {"format": FORMAT, "step": self.step, "config": dataclasses.asdict(self.config), "windows": self.windows}
         tensors = {f"heads.{name}": value for name, value in self.heads.state_dict().items()}
         tensors |= {f"optimizer.{name}": value for name, value in self.optimizer.items()}
         return _write(path, STATE_KEY, header, tensors | {f"losses.{name}": value for name, value in self.losses.items()})
@@ -128,7 +129,8 @@ def _training_state(header: dict[str, Any], tensors: dict[str, Tensor]) -> Train
     heads = Heads([Head(dim, K, Z) for _ in range(len(weights["student"]))])
     heads.load_state_dict(weights)
     parts = (_below(f"{part}.", tensors) for part in ("optimizer", "losses"))
-    return TrainingState(TrainConfig(**header["config"]), header["step"], heads, *parts)
+    windows = header.get("windows")
+    return TrainingState(TrainConfig(**header["config"]), header["step"], heads, *parts, None if windows is None else tuple(windows))
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

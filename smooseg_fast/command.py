@@ -45,6 +45,11 @@ def one_line(page: str) -> str:
     return (message[0] if message else "the arguments could not be read").rstrip(".") + "; --help lists the flags"
 
 
+def printable(text: str) -> str:
+    """As one line that says nothing to the terminal itself: names may come out of anyone's file."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+
+
 def load_segmenter(checkpoint: str, backbone: str | None, device: str, precision: str) -> Segmenter:
     """What a command's flags of these names ask for; a warning on stderr when the backbone is another than that of training."""
     segmenter = Segmenter.load(checkpoint, backbone=backbone, device=device, precision=precision)
@@ -89,7 +94,7 @@ def run(main: Callable[..., None], args: Sequence[str] | None = None, *, togethe
             if processes.last_word():
                 start = "" if processes.first else "\n"  # where the first process may have left a progress bar
                 resume = f"; to resume then: {again}" if isinstance(error, WriteError) else ""
-                print(start + "error: " + " ".join(str(error).split()) + resume, file=sys.stderr)
+                print(start + "error: " + printable(str(error)) + resume, file=sys.stderr)
             return 2
         except KeyboardInterrupt as stop:
             stop = with_kept(stop, "what was finished is kept")

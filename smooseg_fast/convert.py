@@ -14,7 +14,7 @@ from typing import Annotated
 import tyro
 
 from .backbones.base import digest_of
-from .command import parse, predict_command, run
+from .command import parse, predict_command, printable, run
 from .errors import UserError
 from .outfolder import OutFolder
 from .pickles import is_pickle
@@ -53,13 +53,10 @@ def main(args: Sequence[str]) -> None:
     (K, Z), dim = checkpoint.head.teacher.shape, found.architecture.dim
     print(f"found      SmooSeg after {checkpoint.step} steps: K = {K} prototypes of Z = {Z}, on D = {dim} channels of {found.architecture}")
     told = {name: value for name, value in found.settings.items() if any(map(TELLING.fullmatch, re.split(r"[._]", name.lower())))}
-    print("settings   " + (", ".join(f"{name} {value}" for name, value in told.items()) or "none are in the file"))
-    known = (
-        ""
-        if checkpoint.config.preset in DATASETS.values()
-        else " (it names no data set of the paper; --eval-size and --short-side change it)"
-    )
-    print(f"protocol   {checkpoint.config.eval_size} pixels{known}")
+    print("settings   " + (printable(", ".join(f"{name} {value}" for name, value in told.items())) or "none are in the file"))
+    preset = checkpoint.config.preset
+    known = f"the paper's for {preset}" if preset in DATASETS.values() else "the paper's; the file names none of its data sets"
+    print(f"resolution {checkpoint.config.eval_size} pixels ({known})")
 
     content = {"backbone": checkpoint.backbone_digest, "head": digest_of(checkpoint.head.state_dict())}
     OutFolder(out, content, record=RECORD, made=CHECKPOINT).claim()

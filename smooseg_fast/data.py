@@ -14,7 +14,7 @@ import numpy as np
 import tyro
 
 from .command import parse, run
-from .datasets import IGNORE, Dataset, Layout, open_dataset, recognise
+from .datasets import IGNORE, Dataset, Layout, open_dataset, open_splits, recognise
 from .datasets.base import extent
 from .errors import UserError
 from .evaluation import spread
@@ -25,6 +25,7 @@ PROGRAM = "python -m smooseg_fast.data"
 HELP = f"""usage: {PROGRAM} check DIR [--sample N]
 
 check    what DIR was recognised as, what it holds and what is missing; check --help lists its flags"""
+NOT_HELD_OUT = "no images are kept apart: figures would be taken on the images that are learnt from"
 TINY = 16  # pixels: an image is called small below it, about two patches of a backbone
 
 
@@ -87,7 +88,7 @@ def check(config: CheckConfig) -> None:
     if config.sample < 0:
         raise UserError(f"--sample: must be 0 (all) or more, got {config.sample}")
     layout = recognise(config.data)
-    splits, lacking = open_both(config.data)
+    splits, lacking = open_both(config.data, layout)
     folder = "a folder of images" + (" with labels" if any(dataset.labelled for dataset in splits.values()) else "")
     say("data", f"{config.data}: {folder if layout is None else layout.title}")
     found = {}
@@ -105,21 +106,20 @@ def check(config: CheckConfig) -> None:
     say("next", next_command(config.data, layout, splits))
 
 
-def open_both(data: str) -> tuple[dict[str, Dataset], list[str]]:
-    """("train" and "val", as far as they can be opened and differ; why not). UserError of "train" when neither can."""
-    splits, errors = {}, []
-    for split in ("train", "val"):
+def open_both(data: str, layout: Layout | None) -> tuple[dict[str, Dataset], list[str]]:
+    """("train" and "val", where they differ and as far as a run would open them; what it could not do). UserError where none could."""
+    try:
+        train, val = open_splits(data)
+    except UserError as error:
         try:
-            splits[split] = open_dataset(data, split)
-        except UserError as error:
-            errors.append(error)
-    if not splits:
-        raise errors[0]
-    if "train" in splits and "val" in splits and not splits["val"].held_out:
-        del splits["val"]
-        if splits["train"].labelled:
-            errors.append("no images are kept apart: figures would be taken on the images that are learnt from")
-    return splits, [str(error) for error in errors]
+            return {"val": open_dataset(data, "val")}, [str(error)]
+        except UserError:
+            raise error from None
+    if val is None and layout is not None:
+        val = layout.open("val")  # without labels, but there
+    if val is not None and val.held_out:
+        return {"train": train, "val": val}, []
+    return {"train": train}, [NOT_HELD_OUT] if train.labelled else []
 
 
 def inspect(dataset: Dataset, split: str, sample: int) -> Inspection:

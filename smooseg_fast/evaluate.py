@@ -11,6 +11,7 @@ from typing import Annotated
 import tyro
 
 from . import evaluation, pictures
+from .cachefolder import parse_size
 from .checkpoint import Checkpoint
 from .command import load_segmenter, parse, run
 from .config import TrainConfig, preset
@@ -21,6 +22,7 @@ from .files import write_json
 from .images import whole_patches
 from .metrics import hungarian, majority, percent, table
 from .processes import ALONE, Processes
+from .room import require_room
 from .segmenter import pick_device
 from .trainer import demo_datasets
 
@@ -47,15 +49,17 @@ class EvaluateConfig:
     """Needed where the checkpoint was trained on a module:callable; else the one it names."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps or auto."""
-    precision: str = "auto"
+    backbone_precision: str = "auto"
     """What a ViT backbone computes in: float32, bfloat16, float16, or auto: what the device is fast in."""
     cache: str | None = None
     """Folder of the feature cache [~/.cache/smooseg_fast]."""
+    cache_limit: str | None = None
+    """Room that the cache may take, such as 50GB [all there is]; the features of other runs go for it, the longest unused first."""
 
 
 def main(args: Sequence[str], processes: Processes = ALONE) -> None:
     config = parse(EvaluateConfig, args, prog="python -m smooseg_fast.evaluate")
-    segmenter = load_segmenter(config.checkpoint, config.backbone, processes.device(pick_device(config.device)), config.precision)
+    segmenter = load_segmenter(config.checkpoint, config.backbone, processes.device(pick_device(config.device)), config.backbone_precision)
     dataset = labelled_images(config.data, segmenter.checkpoint)
     names = dataset.class_names
     settings = segmenter.config if config.preset is None else protocol(config.preset, config.data)
@@ -67,7 +71,8 @@ def main(args: Sequence[str], processes: Processes = ALONE) -> None:
     for note in dataset.notes:
         print(f"data       {note}")
     options = dict(size=size, crops="center", resample=settings.resample, cache=config.cache, argument="--eval-size")
-    options |= dict(processes=processes)
+    options |= dict(processes=processes, limit=None if config.cache_limit is None else parse_size(config.cache_limit, "--cache-limit"))
+    require_room(dataset, segmenter.backbone, stores=1 + config.mirror, **options)
     store = open_or_extract(dataset, segmenter.backbone, **options)
     mirrored = open_or_extract(dataset, segmenter.backbone, mirror=True, **options) if config.mirror else None
     labels = evaluation.label_squares(dataset, store, size)

@@ -67,8 +67,7 @@ def open_or_extract(
     Raises UserError for wrong settings (naming `argument` where it is the size), when no image can be used, when the cache cannot be
     written, and when the backbone gives nan, infinity or another shape than it promised.
     """
-    batch_size = default_batch(backbone.device) if batch_size is None else batch_size
-    job = Job(dataset, backbone, size, crops, resample, batch_size, mirror, argument, processes)
+    job = job_of(dataset, backbone, size, crops, resample, batch_size, mirror, argument, processes)
     home = CacheFolder(cache, limit)
     folder = home.store(job.key())
     used, opened = folder.use(), (len(dataset), processes, progress)
@@ -115,6 +114,23 @@ def open_or_extract(
         name, reason = features.skipped[0]
         say(f"skipped before: {len(features.skipped)} of {len(dataset)} images, first {name}: {reason}; delete {folder.path} to try again")
     return features
+
+
+def job_of(
+    dataset: Dataset,
+    backbone: Backbone,
+    size: int,
+    crops: Crops = "center",
+    resample: Resample = "nearest",
+    batch_size: int | None = None,
+    mirror: bool = False,
+    argument: str = "--size",
+    processes: Processes = ALONE,
+    **_of_the_cache: object,
+) -> Job:
+    """What `open_or_extract` would do with these arguments."""
+    batch_size = default_batch(backbone.device) if batch_size is None else batch_size
+    return Job(dataset, backbone, size, crops, resample, batch_size, mirror, argument, processes)
 
 
 def _prepare(job: Job, home: CacheFolder, folder: StoreFolder, *, alone: bool) -> None:

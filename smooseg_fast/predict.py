@@ -50,7 +50,7 @@ class PredictConfig:
     """Needed where the checkpoint was trained on a module:callable; else the one it names."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps or auto."""
-    precision: str = "auto"
+    backbone_precision: str = "auto"
     """What a ViT backbone computes in: float32, bfloat16, float16, or auto: what the device is fast in."""
 
 
@@ -112,7 +112,7 @@ class Predictions(OutFolder):
 
 def main(args: Sequence[str]) -> None:
     config = parse(PredictConfig, args, prog="python -m smooseg_fast.predict")
-    segmenter = load_segmenter(config.checkpoint, config.backbone, config.device, config.precision)
+    segmenter = load_segmenter(config.checkpoint, config.backbone, config.device, config.backbone_precision)
     root, out = Path(config.images).expanduser(), Path(config.out).expanduser()
     items = items_below(root, out)
     made = Predictions(out, settings(config, segmenter))

@@ -134,7 +134,7 @@ def as_rgb(image: np.ndarray | str | Path) -> np.ndarray:
 def _beside(checkpoint: Path, name: str) -> str:
     """A backbone of a relative path is looked for beside the checkpoint first, so that the two can be moved together."""
     place = checkpoint.parent / name
-    if (place / "config.json").is_file():
+    if (place / "config.json").is_file() or is_pickle(place):
         return str(place)
     if name.startswith("./") and not Path(name).exists():
         raise UserError(

@@ -79,6 +79,11 @@ class FeatureStore:
         self.nbytes = sum(features.nbytes for features in self._features)
         self._lock = lock
 
+    @property
+    def folder(self) -> Path | None:
+        """Where it lies, if it has a lock."""
+        return None if self._lock is None else self._lock.path.parent
+
     def close(self) -> None:
         """Lets go of the files and the lock; nothing can be read after it."""
         self._features = []

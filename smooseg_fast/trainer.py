@@ -20,11 +20,12 @@ from . import evaluation
 from .backbones import Backbone, load_backbone
 from .board import Board, require_tensorboard
 from .checkpoint import TrainingState, optimizer_tensors, restore_optimizer
+from .closeness import closeness, similarity, warning
 from .config import TrainConfig, preset, with_changes
 from .datasets import ArrayDataset, Dataset, open_splits
 from .errors import UserError, WriteError
 from .extract import open_or_extract
-from .health import closeness, health, warning
+from .health import health
 from .host import deterministic, keep_freed_memory
 from .images import whole_patches
 from .loop import Loop
@@ -35,10 +36,12 @@ from .mosaic import Mosaic
 from .objective import Schedule, Settings
 from .processes import ALONE, Processes
 from .progress import Bar
+from .room import Windows, require_room
 from .runfolder import BOARD, TRAINING, RunFolder
 from .segmenter import Segmenter, pick_device
 from .signals import Interrupted, StopRequest, with_kept
 from .store import FeatureStore
+from .stream import Stream, open_for_training
 from .summary import Summary, Validation
 
 GROUPS_WITHOUT_LABELS = 16
@@ -60,7 +63,8 @@ def fit(
     """Learn to segment `images` without labels.
 
     Args:
-        images: a folder (any nesting, or the labelled layout), one image file, or a sequence of uint8 [H,W,3] arrays.
+        images: a folder (any nesting, the labelled layout, or that of a benchmark's owner), one image file, or a sequence of uint8
+            [H,W,3] arrays.
         out: folder for checkpoint, figures and pictures; nothing is written without it but the feature cache.
         preset_name: where the other settings start from.
         say: what to do with each line about the run; nothing by default.
@@ -104,7 +108,7 @@ def learn(
     keep_freed_memory()
     if config.log == "tensorboard":
         require_tensorboard()
-    backbone = load_backbone(config.backbone, device, config.precision)
+    backbone = load_backbone(config.backbone, device, config.backbone_precision)
     wanted, config = config, resolve(config, backbone, dataset if held_out is None else held_out, say)
     folder = None if out is None else RunFolder(out, wanted)
     if folder is not None and folder.finished():
@@ -116,33 +120,48 @@ def learn(
         say(f"data       {note}")
     every = config.variants()
     many = "" if len(every) == 1 else f", {len(every)} heads at once ({'; '.join(variant.label() for variant in every)})"
-    say(f"learning   at most {config.prototypes} groups, {config.init} start, objective by {config.impl} on {device}{many}")
+    how = f"objective by {config.impl}, projection in {config.precision}"
+    say(f"learning   at most {config.prototypes} groups, {config.init} start, {how} on {device}{many}")
     if processes.size > 1:
         eager = "" if backbone.device.type == "cpu" else "; steps are not replayed from a CUDA graph"
         share = config.batch_size // processes.size
         say(f"processes  {processes.size}, each with {share} squares of every batch; partners are found within those{eager}")
     started = time.perf_counter()
-    options = dict(resample=config.resample, cache=config.cache, progress=progress, processes=processes)
+    found = None if folder is None else folder.state()
+    require_same_state(found, out, processes)  # before it nobody has written into the folder, behind it everybody has read
+    options = dict(resample=config.resample, cache=config.cache, limit=config.limit, progress=progress, processes=processes)
     validation = None
     if held_out is not None:  # first, because labels that do not fit should be known before hours are spent
-        squares = open_or_extract(held_out, backbone, size=config.eval_size, crops="center", **options)
+        central = dict(size=config.eval_size, crops="center", argument="--eval-size", **options)
+        require_room(held_out, backbone, **central)
+        squares = open_or_extract(held_out, backbone, **central)
         labels = evaluation.label_squares(held_out, squares, config.eval_size)
         validation = Validation(held_out, squares, labels, processes)
-    store = open_or_extract(dataset, backbone, size=config.size, crops=config.crops, **options)
+    store, stream = open_for_training(
+        dataset,
+        backbone,
+        batch_size=config.batch_size,
+        data_seed=config.data_seed,
+        in_use=0 if validation is None else validation.store.nbytes,
+        resumed=found is not None,
+        windows=None if found is None or found.windows is None else Windows(*found.windows),
+        say=say,
+        size=config.size,
+        crops=config.crops,
+        **options,
+    )
     if len(store) < 2 * processes.size:
         needed = "pairs of images need 2" if processes.size == 1 else f"{processes.size} processes need 2 each"
         raise UserError(f"--data: {len(store)} square(s) of {config.size} pixels, but {needed}; add images, or --crops slide")
     extracted = time.perf_counter()
     say(
-        f"features   {len(store)} squares of {len(dataset) - len(store.skipped)} images, {store.grid[0]}x{store.grid[1]} patches, "
-        f"{store.D} channels of {backbone.name}, {store.nbytes / 2**20:.0f} MB"
+        f"{'features' if stream is None else 'sample  '}   {len(store)} squares of {len(set(store.names))} images, "
+        f"{store.grid[0]}x{store.grid[1]} patches, {store.D} channels of {backbone.name}, {store.nbytes / 2**20:.0f} MB"
         + (f"; {len(store.skipped)} images could not be used" if store.skipped else "")
         + f"; {extracted - started:.1f} s"
     )
-    found = None if folder is None else folder.state()
-    require_same_state(found, out, processes)  # before it nobody has written into the folder, behind it everybody has read
     folder = folder if processes.first else None
-    run = Run(config, store, backbone.device, validation, folder, say, progress, processes)
+    run = Run(config, store, backbone.device, validation, folder, say, progress, processes, stream)
     try:
         with deterministic(config.deterministic):
             heads = run.learn(found)
@@ -187,6 +206,8 @@ def resolve(config: TrainConfig, backbone: Backbone, dataset: Dataset, say: Say)
     if config.prototypes is None:
         names = dataset.class_names
         changes["prototypes"] = GROUPS_WITHOUT_LABELS if names is None else len(names)
+    if config.precision == "auto":
+        changes["precision"] = "bfloat16" if backbone.device.type == "cuda" else "float32"
     changes["impl"] = usable_impl(config.impl, changes.get("prototypes", config.prototypes), config.code_dim, backbone.device)
     return dataclasses.replace(config, **changes)
 
@@ -214,12 +235,14 @@ class Run:
         say: Say,
         progress: bool,
         processes: Processes = ALONE,
+        stream: Stream | None = None,
     ):
+        self.stream = stream  # where batches come from, if `store` is only a sample
         self.config, self.store, self.device, self.validation = config, store, device, validation
         self.folder, self.say, self.progress, self.processes = folder, say, progress, processes
         self.variants = config.variants()
         self.records: list[dict[str, Any]] = []
-        self.report: dict[str, Any] = {}
+        self.report: dict[str, Any] = {} if stream is None else {"streamed": dataclasses.asdict(stream.windows)}
         self.board: Board | None = None
         self.alone = processes.size == 1
         self.watch = Watch(self.variants)
@@ -260,7 +283,7 @@ class Run:
                     with stop.at_once() if self.alone else nullcontext():
                         self.log(loop.heads, losses, bar)
                 stopped = self.processes.largest(stop.number or 0)  # by a signal to any of them, and behind the same step
-                late = time.monotonic() - self.written > SAVE_S
+                late = time.monotonic() - self.written > SAVE_S or not loop.schedule.ready(self.done)  # before hours in a backbone
                 if self.checkpoint_is_due() or late or self.drift_stops or stopped:
                     self.write(loop, losses)
                 if stopped:
@@ -289,10 +312,14 @@ class Run:
     def close(self) -> None:
         if self.board is not None:
             self.board.close()
+        if self.stream is not None:
+            self.stream.close(remove=self.done == self.config.steps or self.drift_stops)
 
     def loop(self, heads: Heads) -> Loop:
         config, store = self.config, self.store
-        schedule = Schedule(len(store), config.batch_size, config.data_seed, self.processes.size, self.processes.rank)
+        schedule = self.stream
+        if schedule is None:
+            schedule = Schedule(len(store), config.batch_size, config.data_seed, self.processes.size, self.processes.rank)
         if schedule.batch_size < config.batch_size:
             self.say(f"batch      {schedule.batch_size} squares, as many as there are")
         settings = Settings(
@@ -323,23 +350,31 @@ class Run:
         return head
 
     def features(self) -> Tensor | Callable[[Tensor], Tensor]:
-        """On a GPU all features, where they take at most 60 % of its free memory, in bf16; else rows through the memory map."""
-        if self.device.type != "cuda":
-            return self.store.rows
-        if self.store.nbytes > 0.6 * torch.cuda.mem_get_info(self.device)[0]:
-            return functools.partial(self.store.rows, dtype=torch.bfloat16)
-        return self.store.load(self.device, torch.bfloat16)
+        """On a GPU all features, where they take at most 60 % of its free memory; else rows through the memory map."""
+        dtype, rows = getattr(torch, self.config.precision), self.store.rows if self.stream is None else self.stream.features
+        nbytes = len(self.store) * self.store.P * self.store.D * dtype.itemsize
+        if self.device.type != "cuda" or self.stream is not None or nbytes > 0.6 * torch.cuda.mem_get_info(self.device)[0]:
+            return functools.partial(rows, dtype=dtype)
+        return self.store.load(self.device, dtype)
 
     def tell_closeness(self) -> None:
         """Of the first granularity or pair of thresholds: the closeness itself is common to all."""
-        sample = self.store.rows(evaluation.spread(len(self.store), 48))
-        within, across = closeness(sample, self.variants[0].thresholds, self.config.relative)
+        if not self.processes.first:
+            return
+        found = similarity(self.store, self.device, impl=self.config.impl, progress=self.progress)
+        within, across = closeness(found, self.variants[0].thresholds, self.config.relative)
         self.say(f"closeness  within images  {within.line()}")
         self.say(f"           across images  {across.line()}")
+        self.say(f"           {found.line()}")
         problem = warning(within, across)
         if problem:
             self.say(f"warning    {problem}")
-        self.report["closeness"] = {"within": dataclasses.asdict(within), "across": dataclasses.asdict(across)}
+        self.report["closeness"] = {
+            "within": dataclasses.asdict(within) | {"pairs": found.within.pairs},
+            "across": dataclasses.asdict(across) | {"pairs": found.across.pairs},
+            "squares": found.squares,
+            "squares_counted": found.counted,
+        }
 
     def log(self, heads: Heads, losses: dict[str, Tensor], bar: Bar) -> None:
         """One line of metrics for each head, written together; heads in trouble are named. UserError when none is left."""
@@ -385,7 +420,8 @@ class Run:
 
     def write(self, loop: Loop, losses: dict[str, Tensor]) -> None:
         if self.folder is not None:
-            state = TrainingState(self.config, self.done, loop.heads, optimizer_tensors(loop.optimizer), losses)
+            windows = None if self.stream is None else dataclasses.astuple(self.stream.windows)
+            state = TrainingState(self.config, self.done, loop.heads, optimizer_tensors(loop.optimizer), losses, windows)
             state.write(self.folder.path / TRAINING)
             self.saved, self.written = self.done, time.monotonic()
 

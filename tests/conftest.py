@@ -62,3 +62,18 @@ def trained(labelled):
 
     assert run(train.main, ["--data", str(labelled), "--out", "out", *SMALL]) == 0
     return labelled.parent / "out" / "checkpoint.safetensors"
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Memory that kernels are to fill starts as NaN: an element that nothing writes fails loudly."""
+
+    def poison(function):
+        def filled(*args, **kwargs):
+            out = function(*args, **kwargs)
+            return out.fill_(float("nan") if out.is_floating_point() else 12345)
+
+        return filled
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))

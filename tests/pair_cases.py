@@ -86,21 +86,25 @@ def term_sizes(pairs: Pairs) -> tuple[float, dict[str, Tensor]]:
     return force.mean().item(), {name: 2 * size / n for name, size, n in zip(("codes_i", "codes_j"), (share.sum(2), toward_j), lengths)}
 
 
-def check(pairs: Pairs, impl: str, eps: float, oracle: Result | None = None) -> Result:
+def check(pairs: Pairs, impl: str, eps: float) -> Result:
     """Values and gradients of `impl` against float64, within twice the dense form's error and 2 eps of the size of the terms."""
-    got, same = evaluate(pairs, impl), evaluate(pairs, "dense")
-    oracle = oracle or evaluate(pairs.to(torch.float64), "dense")
-    size, gradient_sizes = term_sizes(pairs)
-    wide = torch.promote_types(torch.float32, pairs.codes_i.dtype)
+    got, oracle = evaluate(pairs, impl), evaluate(pairs.to(torch.float64), "dense")
+    for value in got.values.values():
+        assert value.dtype == torch.promote_types(torch.float32, pairs.codes_i.dtype)
+        assert value.shape == ()
+    for name, gradient in got.gradients.items():
+        assert gradient.dtype == getattr(pairs, name).dtype
+    compare(got, evaluate(pairs, "dense"), oracle, *term_sizes(pairs), eps)
+    return got
+
+
+def compare(got: Result, same: Result, oracle: Result, size: float, gradient_sizes: dict[str, Tensor], eps: float) -> None:
+    """What was put out alone: a forward has no gradients."""
     for name, truth in oracle.values.items():
-        assert got.values[name].dtype == wide
-        assert got.values[name].shape == ()
         assert_within_budget(got.values[name], same.values[name], truth, eps, torch.tensor(max(1.0, size)), name)
-    for name, truth in oracle.gradients.items():
-        gradient, what = got.gradients[name], f"gradient of {name}"
-        assert gradient.dtype == pairs.codes_i.dtype
+    for name, gradient in got.gradients.items():
+        truth, what = oracle.gradients[name], f"gradient of {name}"
         rounding = max(eps, torch.finfo(gradient.dtype).eps)
         assert_within_budget(gradient, same.gradients[name], truth, rounding, gradient_sizes[name], what)
         cancelled = gradient_sizes[name].norm().item() / max(truth.norm().item(), 1e-300)
         assert_same_direction(gradient, truth, 4 * rounding * max(1.0, cancelled), what)
-    return got

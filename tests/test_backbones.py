@@ -280,9 +280,9 @@ def test_auto_is_what_the_device_is_fast_in(monkeypatch):
 
 
 def test_a_precision_that_cannot_be(folders):
-    with pytest.raises(UserError, match="--precision double: is not known; choose one of auto, float32, bfloat16, float16"):
+    with pytest.raises(UserError, match="--backbone-precision double: is not known; choose one of auto, float32, bfloat16, float16"):
         load_backbone(str(folders / "vit"), precision="double")
-    with pytest.raises(UserError, match="--precision bfloat16: filterbank computes in float32 and nothing else; leave the flag out"):
+    with pytest.raises(UserError, match="--backbone-precision bfloat16: filterbank computes in float32 alone; leave the flag out"):
         load_backbone("filterbank", precision="bfloat16")
     assert load_backbone("filterbank", precision="float32").precision == "float32"
 

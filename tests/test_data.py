@@ -122,6 +122,18 @@ def test_check_of_what_can_only_be_measured_on_or_only_learnt_from(tmp_path, cap
     assert "note       no images are kept apart: figures would be taken on the images that are learnt from\n" in capsys.readouterr().out
 
 
+def test_check_without_the_labels_or_with_a_list_of_others(tmp_path, capsys):
+    root = make_cocostuff(tmp_path)
+    shutil.rmtree(root / "annotations" / "val2017")
+    assert check(root) == 0
+    out = capsys.readouterr().out
+    assert "val        2 images, held out; all opened, 0 of them with a label" in out
+    assert out.count(f"note       no labels: none of the 2 images of COCO-Stuff val has one in {root}/annotations/val2017\n") == 1
+    (root / "curated/val2017/Coco164kFull_Stuff_Coarse_7.txt").write_text("1\n2\n")
+    assert check(root) == 2
+    assert "none of the 2 images that it lists, such as 1, is there; unpack" in capsys.readouterr().err
+
+
 def test_check_of_folders_that_nobody_owns(folder, labelled, capsys):
     assert check(folder) == 0
     out = capsys.readouterr().out

@@ -3,7 +3,8 @@
 import argparse
 import collections
 import datetime
-import io
+import enum
+import json
 import os
 import pathlib
 import pickle
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from smooseg_fast.errors import UserError
-from smooseg_fast.pickles import Global, Inert, is_pickle, plain, read
+from smooseg_fast.pickles import Global, Inert, is_pickle, machine, plain, read
 
 FORMATS = {"zip": True, "legacy": False}
 
@@ -126,6 +127,40 @@ def test_every_protocol(tmp_path, protocol):
     assert plain(found["c"]) == {"x": 1}
 
 
+class Attributes(dict):
+    """As Lightning's own, of hyper-parameters."""
+
+
+class Sequence(list):
+    pass
+
+
+class Slots:
+    __slots__ = ("a",)
+
+
+class Kind(enum.Enum):
+    ONE = 1
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_objects_of_all_builds_are_inert(tmp_path, protocol):
+    slots = Slots()
+    slots.a = 3
+    value = {"attributes": Attributes(a=1, b=Attributes(c=2)), "list": Sequence([1]), "slots": slots, "kind": Kind.ONE}
+    torch.save(value, tmp_path / "file.pt", pickle_protocol=protocol)
+    found = read(tmp_path / "file.pt", "FILE")
+    assert all(type(item) is Inert for item in found.values())
+    assert plain(found) == {
+        "attributes": {"a": 1, "b": {"c": 2}},
+        "list": [1],
+        "slots": "<test_pickles.Slots>",
+        "kind": "<test_pickles.Kind>",
+    }
+    assert found["slots"].state == (None, {"a": 3})
+    assert found["kind"].args == (1,)
+
+
 def test_other_objects_are_inert_and_their_content_is_kept(tmp_path):
     value = [
         argparse.Namespace(a=1, b=[2]),
@@ -141,6 +176,12 @@ def test_other_objects_are_inert_and_their_content_is_kept(tmp_path):
     assert str(found[5]) in ("posix.system", "nt.system")
     assert plain(found)[:2] == [{"a": 1, "b": [2]}, "/data/x"]
     assert plain(found)[2:5] == ["<datetime.date>", "torch.nn.modules.linear.Linear", "builtins.len"]
+
+
+def test_plain_values_that_have_no_text():
+    long = 10**5000
+    assert plain({long: long, "a": "x" * 10**6, ("b", 1): b"x"}) == {"...": "...", "a": "x" * 2000, "['b', 1]": "<bytes>"}
+    assert json.dumps(plain({long: long, Inert(Global("a", "B")): {1, 2}, (1, 2): [Global("c", "d")]}))
 
 
 def test_plain_values_of_what_has_no_end():
@@ -309,7 +350,7 @@ def test_a_memo_of_any_number_takes_no_memory(tmp_path):
 
 
 def test_what_is_nested_deep(tmp_path):
-    depth = 300_000
+    depth = 100_000
     found = read(packed(tmp_path / "lists.pth", b"\x80\x02" + b"]" * depth + b"a" * (depth - 1) + b"."), "FILE")
     assert str(plain(found)).count("[") < 100
     del found
@@ -318,11 +359,16 @@ def test_what_is_nested_deep(tmp_path):
     assert read(packed(tmp_path / "objects.pth", inert), "FILE")
 
 
-def test_a_small_file_cannot_fill_the_memory(tmp_path):
-    million = b"\x80\x02](" + b"K\x01" * 100_000 + b"eq\x000"
-    copies = million + b"(" + b"cbuiltins\nset\nh\x00\x85R0cbuiltins\nlist\nh\x00\x85R" * 20_000 + b"l."
-    error_of(packed(tmp_path / "copies.pth", copies), "far more memory")
-    error_of(packed(tmp_path / "steps.pth", b"\x80\x02" + b"N0" * 2_100_000 + b"N."), "steps")
+def test_a_small_file_cannot_fill_the_memory(tmp_path, monkeypatch):
+    many = b"\x80\x02](" + b"K\x01" * 100_000 + b"eq\x000"
+    for kind in (b"list", b"tuple", b"dict"):
+        copies = (b"cbuiltins\n" + kind + b"\nh\x00\x85R") * 5_000
+        error_of(packed(tmp_path / f"{kind.decode()}.pth", many + b"(" + copies + b"l."), "far more memory")
+    error_of(packed(tmp_path / "pairs.pth", many + b"cbuiltins\ndict\n](" + b"h\x00" * 100 + b"e\x85R."), "no pairs")
+    text = b"\x80\x02X" + struct.pack("<I", 100_000) + b"x" * 100_000 + b"q\x000X\x06\x00\x00\x00latin1q\x010"
+    error_of(packed(tmp_path / "text.pth", text + b"(" + b"c_codecs\nencode\nh\x00h\x01\x86R" * 5_000 + b"l."), "far more memory")
+    monkeypatch.setattr(machine, "STEPS", 10_000)
+    error_of(packed(tmp_path / "steps.pth", b"\x80\x02" + b"N0" * 5_000 + b"N."), "steps")
 
 
 def test_zips_that_torch_save_does_not_make(tmp_path):
@@ -373,6 +419,8 @@ def test_only_pickles_and_torchs_zips_are_taken_for_pickles(tmp_path):
     (tmp_path / "b.safetensors").write_bytes(b"PK\x03\x04\0\0\0\0{" + bytes(8))
     (tmp_path / "c.safetensors").write_bytes(b"\x80\x02\0\0\0\0\0\0{" + bytes(8))
     assert not any(is_pickle(tmp_path / name) for name in ("a.safetensors", "b.safetensors", "c.safetensors", "none"))
-    tar = io.BytesIO(bytes(257) + b"ustar" + bytes(300))
-    (tmp_path / "old.pth").write_bytes(tar.getvalue())
+    for value in ({"a": 1}, np.arange(3), 1.0):
+        (tmp_path / "bare.pth").write_bytes(pickle.dumps(value, 2))
+        error_of(tmp_path / "bare.pth", "is a pickle, but none of torch.save")
+    (tmp_path / "old.pth").write_bytes(bytes(257) + b"ustar" + bytes(300))
     error_of(tmp_path / "old.pth", "before 0.2")

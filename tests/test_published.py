@@ -1,5 +1,6 @@
 """Published SmooSeg checkpoints: converted, and given to evaluate and predict as they are, against the paper's formula."""
 
+import dataclasses
 import json
 import pickle
 import shutil
@@ -52,18 +53,21 @@ def assert_labels(found, vit, head, image, **options):
     assert margin[differ].max(initial=0) < 1e-4  # where two prototypes are equally near, float32 may choose the other
 
 
-@pytest.mark.parametrize("mirror", [True, False], ids=["mirror", "once"])
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_labels_are_those_of_the_formula(tmp_path, mirror, legacy):
-    path, vit, head = make(tmp_path / "cityscapes.ckpt", legacy=legacy)
-    image = picture(320, 360)
+@pytest.mark.parametrize(
+    ("dataset", "size", "mirror", "legacy"),
+    [("cityscapes", (320, 328), True, False), ("potsdam", (224, 240), False, False), ("potsdam", (224, 224), True, True)],
+    ids=["320", "once", "legacy"],
+)
+def test_labels_are_those_of_the_formula(tmp_path, dataset, size, mirror, legacy):
+    path, vit, head = make(tmp_path / "a.ckpt", {"dataset_name": dataset}, legacy=legacy)
+    image = picture(*size)
     segmenter = smooseg_fast.Segmenter.load(path, device="cpu")
     assert segmenter.same_backbone
     found = segmenter.predict(image, mirror=mirror)
     assert_labels(found, vit, head, image, mirror=mirror)
-    other = labels_by_hand(vit, head, image, mirror=not mirror)[0]
+    other = segmenter.predict(image, mirror=not mirror)
     assert (found != other).mean() > 1e-3  # the mirror matters on this picture
-    assert sorted(item.name for item in tmp_path.iterdir()) == ["cityscapes.ckpt"]  # in memory, nothing written
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["a.ckpt"]  # in memory, nothing written
 
 
 def test_labels_of_a_dinov2_checkpoint(tmp_path):
@@ -99,7 +103,7 @@ def test_convert(tmp_path, capsys):
     assert "smooseg_fast.predict --checkpoint made/checkpoint.safetensors" in printed
     assert "smooseg_fast.evaluate --checkpoint made/checkpoint.safetensors" in printed
 
-    image = picture(320, 328)
+    image = picture(320, 320)
     direct = smooseg_fast.Segmenter.load(path, device="cpu")
     expected = direct.predict(image)
     assert_labels(expected, vit, head, image, mirror=True)
@@ -143,10 +147,10 @@ def test_what_was_loaded_can_be_saved_as_ours(tmp_path):
 
 
 def test_evaluate_and_predict_take_the_file_itself(tmp_path, capsys):
-    path, vit, head = make(tmp_path / "a.ckpt")
+    path, vit, head = make(tmp_path / "a.ckpt", {"dataset_name": "potsdam", "res": 224})
     for kind in ("images", "labels"):
         (tmp_path / "set" / kind).mkdir(parents=True)
-    images = [picture(320, 320, seed) for seed in range(2)]
+    images = [picture(224, 224, seed) for seed in range(2)]
     expected = np.zeros((5, 2), np.int64)
     for number, image in enumerate(images):
         labels = (image[..., 0] > 100).astype(np.uint8)
@@ -276,6 +280,29 @@ def test_convert_of_what_is_no_file_of_torch(tmp_path, capsys):
         path.write_bytes(content[:length])
         assert "a.ckpt: cut short or damaged" in line_of(convert.main, [str(path), "--out", "made"], capsys)
     assert not Path("made").exists()
+
+
+def test_a_weights_file_is_looked_for_beside_the_checkpoint_that_names_it(tmp_path, monkeypatch):
+    path, vit, _ = make(tmp_path / "a.ckpt")
+    torch.save(vit, "vit.pth")
+    checkpoint = dataclasses.replace(read_published(path, "x").checkpoint, backbone_name="vit.pth")
+    checkpoint.write("ours.safetensors")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert smooseg_fast.Segmenter.load(tmp_path / "ours.safetensors", device="cpu").same_backbone
+    (tmp_path / "vit.pth").unlink()
+    with pytest.raises(smooseg_fast.UserError, match=r"--backbone vit.pth: unknown; give .*DINOv2 .pth"):
+        smooseg_fast.Segmenter.load(tmp_path / "ours.safetensors", device="cpu")
+
+
+def test_what_a_file_says_does_not_reach_the_terminal(tmp_path, capsys):
+    value = make_published(make_vit(**VIT), make_head(64), {"dataset_name": "\x1b[31mcityscapes\n\x07"})
+    torch.save(value, "a.ckpt")
+    assert run(convert.main, ["a.ckpt", "--out", "made"]) == 0
+    assert "dataset_name ?[31mcityscapes ?" in capsys.readouterr().out
+    value["state_dict"]["net.model.\x1b]0;x\x07"] = torch.ones(1)
+    torch.save(value, "a.ckpt")
+    assert "?]0;x? has no place" in line_of(convert.main, ["a.ckpt", "--out", "other"], capsys)
 
 
 def test_a_backbone_may_be_that_of_a_checkpoint(tmp_path):

@@ -1,7 +1,7 @@
 """What PyTorch does to a function must not change it: torch.compile(fullgraph=True), torch.export, activation checkpointing, autocast.
 
 Every public function and layer, values and gradients against plain calls. The functions of the objective and the statistics are compiled
-in their own tests, with shapes that change, and so is all of this for pair_energy itself: here is its layer.
+in their own tests, with shapes that change. pair_energy has all of this in its own, for each implementation: here is its layer.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ CALLS = {
 }
 TRITON = ["triton"] if importlib.util.find_spec("triton") else []
 DIFFERENTIABLE = [name for name in CALLS if CALLS[name][1]]
-PAIRS = [(name, impl) for name in CALLS for impl in ["torch", *TRITON] if impl == "torch" or name != "histogram_quantiles"]
+ONE_IMPL = ("CorrelationLoss", "histogram_quantiles")
+PAIRS = [(name, impl) for name in CALLS for impl in ["torch", *TRITON] if impl == "torch" or name not in ONE_IMPL]
 COMPILED_ELSEWHERE = [
     *(("smooseg_loss", "torch"), ("similarity_statistics", "torch"), ("similarity_statistics", "triton")),
     *((name, "triton") for name in ("smooseg_loss", "prototype_probabilities", "prototype_loss")),

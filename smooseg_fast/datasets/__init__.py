@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import UserError
@@ -46,4 +47,6 @@ def open_splits(path: Path | str) -> tuple[Dataset, Dataset | None]:
     if layout is None:
         return open_folder_splits(path)
     train, val = layout.open("train"), layout.open("val")
-    return train, val if val.labelled else None
+    if val.labelled:
+        return train, val
+    return replace(train, notes=tuple(dict.fromkeys((*train.notes, *val.notes)))), None  # why there is nothing to take figures on

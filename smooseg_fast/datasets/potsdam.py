@@ -173,8 +173,8 @@ class MosaicTiles:
 
     def fingerprint(self) -> str:
         mosaics = dict.fromkeys(image for image, _, _, _ in self.tiles)
-        places = hashlib.sha256("\0".join(self.names).encode())
-        return f"{WINDOW}/{SHRINK} {places.hexdigest()} {files_digest((path.name, path) for path in mosaics)}"
+        parts = (f"{WINDOW}/{SHRINK}", *self.names, files_digest((path.name, path) for path in mosaics))
+        return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def tile_name(mosaic: Path, row: int, column: int) -> str:

@@ -75,7 +75,7 @@ def call(name: Global, args: tuple[Any, ...], budget: Budget, *, constructs: boo
 def is_data(name: Global) -> bool:
     """Whether an unknown call only makes an object: of Python's own library those of DATA, of others whatever is named like a class."""
     if name.module.split(".")[0] in sys.stdlib_module_names:
-        return DATA.fullmatch(str(name)) is not None
+        return DATA.fullmatch(f"{name.module}.{name.name}") is not None
     return CLASS.fullmatch(name.name) is not None
 
 
@@ -87,14 +87,15 @@ def constant(name: Global) -> Any:
 def element_type(name: Any) -> torch.dtype:
     if isinstance(name, Global) and name.module in ("torch", "torch.cuda", "torch.storage") and name.name in STORAGES:
         return STORAGES[name.name]
-    raise Refused(f"has numbers of a kind that is not read ({name}); save the weights again as float32 with torch.save")
+    what = name if isinstance(name, Global) else type(name).__name__
+    raise Refused(f"has numbers of a kind that is not read ({what}); save the weights again as float32 with torch.save")
 
 
 # ------------------------------------------------------------------------------------------------------------------ tensors
 
 
 def _naturals(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, (tuple, list)) or not all(type(n) is int and 0 <= n < 2**62 for n in values) or len(values) > 64:
+    if not isinstance(values, (tuple, list)) or len(values) > 64 or not all(type(n) is int and 0 <= n < 2**62 for n in values):
         raise ValueError("a shape that is none")
     return tuple(values)
 
@@ -150,7 +151,8 @@ def _dict(budget: Budget, pairs: Any = ()) -> OrderedDict[Any, Any]:
     if not isinstance(pairs, (list, tuple)):
         raise TypeError("a dict of no pairs")
     budget.spend(128 * len(pairs))
-    pairs = [tuple(pair) for pair in pairs if isinstance(pair, (list, tuple))]
+    if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
+        raise TypeError("a dict of no pairs")
     require_keys([key for key, _ in pairs])
     return OrderedDict(pairs)
 

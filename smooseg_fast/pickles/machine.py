@@ -179,9 +179,7 @@ class Machine:
 
     def _newobj_ex(self, arg: Any) -> None:
         keywords, args, kind = self._stack.pop(), self._stack.pop(), self._stack.pop()
-        if keywords:
-            args = (*args, keywords)
-        self._make(kind, args, constructs=True)
+        self._make(kind, (args, keywords) if keywords else args, constructs=True)
 
     def _make(self, kind: Any, args: Any, *, constructs: bool) -> None:
         if not isinstance(kind, Global) or not isinstance(args, tuple):

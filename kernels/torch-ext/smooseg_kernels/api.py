@@ -215,16 +215,20 @@ def pair_energy(
     checks.float_tensor("features_i", features_i, ("B", "P_i", "D"), constant=True)
     B, P_i, D = features_i.shape
     checks.float_tensor("codes_i", codes_i, (B, P_i, "Z"), features_i)
-    checks.float_tensor("features_j", features_j, ("N" if partner is not None else B, "P_j", D), features_i, constant=True)
+    checks.float_tensor("features_j", features_j, ("N", "P_j", D), features_i, constant=True)
     N, P_j, _ = features_j.shape
+    if partner is None and N != B:
+        raise ValueError(f"partner must say, int64 [{B}], which of the {N} images of features_j each of the {B} of features_i meets")
     checks.float_tensor("codes_j", codes_j, (N, P_j, codes_i.shape[2]), features_i)
     tensors = (features_i, codes_i, features_j, codes_j)
     module = implementation(impl, (1, 1), *tensors, forms=PAIR_IMPLS)
+    if partner is not None:
+        partner = checks.index_vector("partner", partner, B, N, features_i.device, clamp=not getattr(module, "CLAMPS_PARTNERS", False))
     return PairEnergy(
         *module.pair_energy(
             *tensors,
             checks.scalar("threshold", threshold, accumulation_dtype(*tensors), features_i.device),
-            checks.partner_numbers(partner, B, N, features_i.device, clamp=not getattr(module, "CLAMPS_PARTNERS", False)),
+            partner,
             checks.bounds("clamp", clamp),
             bool(hinge),
             bool(center),

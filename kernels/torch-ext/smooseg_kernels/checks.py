@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import numbers
 import os
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ def describe(shape: tuple[int | str, ...]) -> str:
 
 
 def number(name: str, value: float, expected: str = "a number") -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
@@ -112,17 +112,6 @@ def threshold_table(values: Tensor | Sequence[float] | float, T: int, H: int | N
         return table
     expected = f"[{T}]" if H is None else f"[{T}] or [{H}, {T}]"
     raise ValueError(f"thresholds must have shape {expected}, one for each pair set, got {list(table.shape)}")
-
-
-def partner_numbers(partner: Tensor | None, B: int, N: int, device: torch.device, clamp: bool) -> Tensor | None:
-    """int64 [B] numbers of the N images on the j side, clamped (unless kernels do it) where they cannot be looked at."""
-    if partner is None:
-        if B != N:
-            raise ValueError(
-                f"features_i has {B} images and features_j has {N}: say with partner, int64 [{B}], which one each of them meets"
-            )
-        return None
-    return index_vector("partner", partner, B, N, device, clamp)
 
 
 def scalar(name: str, value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -122,5 +122,7 @@ class CorrelationLoss(nn.Module):
 
 
 def patch_rows(planes: Tensor) -> Tensor:
-    """[B,C,h,w] -> [B,h*w,C], a view of contiguous and of channels-last planes."""
-    return planes.flatten(2).mT
+    """[B,C,h,w] -> [B,h*w,C], a view of channels-last planes, and of any on a CPU."""
+    rows = planes.flatten(2).mT
+    # kernels read rows that lie together: one copy here spares one in every pass
+    return rows.contiguous() if planes.is_cuda else rows

@@ -13,7 +13,7 @@ from torch import Tensor
 from .rows import accumulation_dtype, unit_rows
 
 # a block of cosines and what is made of it stay in a CPU's cache; square enough that the matrix product is not bound by memory
-BLOCK_ROWS, BLOCK_COLUMNS = 512, 1024
+BLOCK_ROWS, BLOCK_COLUMNS = 1024, 1024
 # on other devices a block is a launch
 LARGE_ROWS, LARGE_COLUMNS = 4096, 4096
 NOTHING = torch.iinfo(torch.int64).min  # the key of no neighbour
@@ -60,17 +60,19 @@ def counts_and_neighbours(f, u, patch_weight, entry, m, center, bins, limits, k)
     device = f.device
     counts = torch.zeros(bins, dtype=torch.int64, device=device)
     lists = []
+    # where W itself is not asked for, blocks come as places on the histogram's axis, which spares passes over them
+    scale, low = (1.0, 0.0) if k else (bins / (limits[1] - limits[0]), limits[0])
     for n in range(B if bins or k else 0):
         best = [Best(stop - start, k, f) for start, stop in spans(P, rows_of(device))] if k else []
+        rows = f[n] * scale if scale != 1.0 else f[n]
         for j in partners_of(entry, n, B, device):
             other = f.index_select(0, j)[0]  # no copy to the host to find out which
             there = None if patch_weight is None else patch_weight.index_select(0, j)[0] > 0
-            shift = m - f[n] @ u.index_select(0, j)[0] if center else None
+            shift = (m - f[n] @ u.index_select(0, j)[0] if center else torch.zeros_like(f[n, :, 0])) - low
+            shift = shift[:, None] * scale
             for part, (top, bottom) in enumerate(spans(P, rows_of(device))):
                 for left, right in spans(P, columns_of(device)):
-                    w = f[n, top:bottom] @ other[left:right].mT
-                    if shift is not None:
-                        w += shift[top:bottom, None]
+                    w = torch.addmm(shift[top:bottom], rows[top:bottom], other[left:right].mT)
                     seen = None if there is None else there[left:right]
                     if k:
                         columns = torch.arange(left, right, device=device) + j * P
@@ -78,7 +80,7 @@ def counts_and_neighbours(f, u, patch_weight, entry, m, center, bins, limits, k)
                         best[part].add(w.masked_fill(itself if seen is None else itself | ~seen, -torch.inf), columns)
                     if bins:
                         valid = None if seen is None else (patch_weight[n, top:bottom, None] > 0) & seen
-                        counts += counted(w, valid, bins, limits)
+                        counts += counted((w - limits[0]).mul_(bins / (limits[1] - limits[0])) if k else w, valid, bins)
         if k:
             lists.append([torch.cat(parts) for parts in zip(*(each.read() for each in best))])
     if k:
@@ -109,14 +111,13 @@ def spans(size: int, largest: int) -> list[tuple[int, int]]:
     return [(size * part // parts, size * (part + 1) // parts) for part in range(parts)]
 
 
-def counted(w: Tensor, valid: Tensor | None, bins: int, limits: tuple[float, float]) -> Tensor:
-    """int64 [bins] of w, which is overwritten; only of `valid` values."""
-    low, high = limits
-    place = w.sub_(low).mul_(bins / (high - low)).clamp_(0, bins - 1).to(torch.int32)  # cut off is rounded down: nothing is below 0
-    if w.device.type == "cpu" and not torch.compiler.is_compiling() and type(w) is Tensor:
-        return torch.bincount(place.flatten() if valid is None else place[valid], minlength=bins)  # eight times as fast as adding ones
-    ones = torch.ones_like(place, dtype=torch.int64) if valid is None else valid.long()
-    return torch.zeros(bins, dtype=torch.int64, device=w.device).scatter_add_(0, place.long().flatten(), ones.flatten())
+def counted(places: Tensor, valid: Tensor | None, bins: int) -> Tensor:
+    """int64 [bins] of places on the axis of bins, which are overwritten; only of `valid` ones."""
+    bin_ = places.clamp_(0, bins - 1).to(torch.int32)  # cut off is rounded down: nothing is below 0
+    if bin_.device.type == "cpu" and not torch.compiler.is_compiling() and type(bin_) is Tensor:
+        return torch.bincount(bin_.flatten() if valid is None else bin_[valid], minlength=bins)  # eight times as fast as adding ones
+    ones = torch.ones_like(bin_, dtype=torch.int64) if valid is None else valid.long()
+    return torch.zeros(bins, dtype=torch.int64, device=bin_.device).scatter_add_(0, bin_.long().flatten(), ones.flatten())
 
 
 class Best:
@@ -131,7 +132,7 @@ class Best:
     def add(self, w: Tensor, columns: Tensor) -> None:
         """w [rows,n], -inf for what is no candidate; columns int64 [n]."""
         if self.packed:
-            keys = torch.where(w > -torch.inf, sortable(w + 0.0) << 32 | (0xFFFFFFFF - columns), NOTHING)  # + 0: -0 and 0 are a tie
+            keys = torch.where(w > -torch.inf, sortable(w) << 32 | (0xFFFFFFFF - columns), NOTHING)
             self.keys = torch.cat((self.keys, keys), 1).topk(self.k, sorted=True).values
         else:  # a value and its column do not fit 64 bits
             values, order = torch.cat((self.values, w), 1).sort(dim=1, descending=True, stable=True)

@@ -22,7 +22,7 @@ def unit_rows_kernel(
     W: tl.constexpr,
     WP: tl.constexpr,
     SUMS: tl.constexpr,
-    UNIT: tl.constexpr,
+    WRITE: tl.constexpr,  # the unit rows
     BLOCK_P: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
@@ -38,7 +38,7 @@ def unit_rows_kernel(
         tile *= inverse[:, None]
         inside = start + row < last
         tl.store(inverse_ptr + b * P + start + row, inverse, mask=inside)
-        if UNIT:
+        if WRITE:
             out_ptr = unit_ptr + (b * P + start) * WP + row[:, None] * WP + w[None, :]
             tl.store(out_ptr, tile.to(unit_ptr.dtype.element_ty), mask=inside[:, None] & (w < WP)[None, :])
         if SUMS:

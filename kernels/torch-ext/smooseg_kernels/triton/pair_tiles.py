@@ -130,8 +130,7 @@ def pair_tiles_kernel(
 
     mine, mine_codes, gradients = (), (), ()
     for i in tl.static_range(TILES):
-        width: tl.constexpr = D - i * BLOCK_D
-        tile = load_rows(mine_features_ptr + i * BLOCK_D, start, P, stride_mp, width, BLOCK_M, BLOCK_D)
+        tile = load_rows(mine_features_ptr + i * BLOCK_D, start, P, stride_mp, D - i * BLOCK_D, BLOCK_M, BLOCK_D)
         mine = mine + (tile.to(FEATURE),)
     for i in tl.static_range(PIECES):
         if ALL_PIECES:
@@ -144,21 +143,18 @@ def pair_tiles_kernel(
         if TILES > 0:
             closeness = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for i in tl.static_range(TILES):
-                width: tl.constexpr = D - i * BLOCK_D
-                tile = load_rows(other_features_ptr + i * BLOCK_D, first, Q, stride_op, width, BLOCK_N, BLOCK_D).to(FEATURE)
-                closeness = tl.dot(mine[i], tl.trans(tile), closeness, input_precision=PRECISION)
+                theirs = load_rows(other_features_ptr + i * BLOCK_D, first, Q, stride_op, D - i * BLOCK_D, BLOCK_N, BLOCK_D).to(FEATURE)
+                closeness = tl.dot(mine[i], tl.trans(theirs), closeness, input_precision=PRECISION)
         else:
             closeness = streamed_products(
                 mine_features_ptr, other_features_ptr, start, first, P, Q, stride_mp, stride_op, D, BLOCK_M, BLOCK_N, BLOCK_D, FEATURE,
                 PRECISION,
             )  # fmt: skip
         other_codes = ()
-        for i in tl.static_range(PIECES):
-            piece_ptr = other_codes_ptr + first_column + STARTS[i]
-            other_codes = other_codes + (load_rows(piece_ptr, first, Q, ZP, WIDTHS[i], BLOCK_N, WIDTHS[i]),)
         if ALL_PIECES:
             likeness = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for i in tl.static_range(PIECES):
+                other_codes = other_codes + (load_rows(other_codes_ptr + STARTS[i], first, Q, ZP, WIDTHS[i], BLOCK_N, WIDTHS[i]),)
                 likeness = tl.dot(mine_codes[i], tl.trans(other_codes[i]), likeness, input_precision=PRECISION)
         else:
             likeness = streamed_products(
@@ -191,13 +187,17 @@ def pair_tiles_kernel(
             weight = force.to(CODE)
             new_gradients = ()
             for i in tl.static_range(PIECES):
-                new_gradients = new_gradients + (tl.dot(weight, other_codes[i], gradients[i], input_precision=PRECISION),)
+                if ALL_PIECES:
+                    piece = other_codes[i]
+                else:
+                    piece = load_rows(other_codes_ptr + first_column + STARTS[i], first, Q, ZP, WIDTHS[i], BLOCK_N, WIDTHS[i])
+                new_gradients = new_gradients + (tl.dot(weight, piece, gradients[i], input_precision=PRECISION),)
             gradients = new_gradients
 
     if ENERGY:
         tl.store(energy_ptr + n * tl.num_programs(0) + tl.program_id(0), tl.sum(energy, 0) * largest)
     if GRADIENT:
         for i in tl.static_range(PIECES):
-            piece = first_column + STARTS[i] + tl.arange(0, WIDTHS[i])
-            out_ptr = gradient_ptr + (n * P + start) * ZP + row[:, None] * ZP + piece[None, :]
+            columns = first_column + STARTS[i] + tl.arange(0, WIDTHS[i])
+            out_ptr = gradient_ptr + (n * P + start) * ZP + row[:, None] * ZP + columns[None, :]
             tl.store(out_ptr, gradients[i] * largest, mask=inside[:, None])

@@ -17,7 +17,8 @@ from .launch import block_z, config, launch, operand, operator, precision, with_
 from .pair_rows import code_gradient_kernel, finish_pairs_kernel, row_means_kernel, unit_rows_kernel
 from .pair_tiles import pair_tiles_kernel
 
-GRADIENT_COLUMNS = 128  # code channels whose gradient one launch holds in registers
+# code channels whose gradient one launch holds in registers: all, or so many at a time
+GRADIENT_COLUMNS, GRADIENT_SLICE = 128, 64
 ROW_ELEMENTS = 8192  # of a tile of whole rows
 
 
@@ -171,22 +172,22 @@ def measure_rows(rows: Tensor, inverse: Tensor, sums: Tensor | None, unit: Tenso
         W=W,
         WP=W if unit is None else unit.shape[2],
         SUMS=sums is not None,
-        UNIT=unit is not None,
+        WRITE=unit is not None,
         BLOCK_W=width_block(W),
         settings=settings,
     )
 
 
-def tile_settings(features: Tensor, codes: Tensor, programs_of: int) -> tuple[dict[str, int], int]:
-    """-> settings and TILES, the feature tiles that stay on chip. `programs_of` images times rows are to be shared out."""
+def tile_settings(features: Tensor, codes: Tensor, rows: int) -> tuple[dict[str, int], int, bool]:
+    """-> settings; TILES, the feature tiles of a program's rows that stay on chip; whether their codes do. `rows` of all images."""
     like = features if features.dtype == torch.float32 else codes  # fp32 on either side takes the room of fp32
     settings = config("pair_tiles", like)
-    if programs_of < settings.pop("PROGRAMS") * settings["BLOCK_M"]:
+    if rows < settings.pop("PROGRAMS") * settings["BLOCK_M"]:
         settings = config("few_pair_tiles", like)
     settings["BLOCK_D"] = min(settings["BLOCK_D"], width_block(features.shape[2]))
     tiles = -(-features.shape[2] // settings["BLOCK_D"])
     resident = settings.pop("RESIDENT")
-    return settings, tiles if tiles <= resident else 0
+    return settings, tiles if tiles <= resident else 0, resident > 0 and codes.shape[2] <= GRADIENT_COLUMNS
 
 
 def walk_tiles(mine, other, partner, row_means, parts, threshold, low, high, hinge, center, gradient, from_i: bool) -> Tensor:
@@ -197,12 +198,12 @@ def walk_tiles(mine, other, partner, row_means, parts, threshold, low, high, hin
     (mine_features, mine_inverse, mine_unit), (other_features, other_inverse, other_unit) = mine, other
     B, P, Q, ZP = row_means.shape[0], mine_inverse.shape[1], other_inverse.shape[1], mine_unit.shape[2]
     N = other_inverse.shape[0] if from_i else mine_inverse.shape[0]
-    settings, tiles = tile_settings(mine_features, mine_unit, B * P)
+    settings, tiles, whole = tile_settings(mine_features, mine_unit, B * P)
     blocks = triton.cdiv(P, settings["BLOCK_M"])
     energy = mine_inverse.new_empty(B, blocks)
-    whole = ZP <= GRADIENT_COLUMNS
-    for first in range(0, ZP if gradient is not None else 1, GRADIENT_COLUMNS):
-        starts, widths = pieces(min(ZP - first, GRADIENT_COLUMNS)) if whole or gradient is not None else ((), ())
+    step = ZP if ZP <= GRADIENT_COLUMNS else GRADIENT_SLICE
+    for first in range(0, ZP if gradient is not None else 1, step):
+        starts, widths = pieces(min(ZP - first, step)) if whole or gradient is not None else ((), ())
         launch(
             pair_tiles_kernel,
             (blocks, B),

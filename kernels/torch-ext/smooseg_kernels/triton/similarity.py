@@ -310,7 +310,7 @@ def similarity_neighbours_kernel(
                     valid = valid & (tl.load(weight_ptr + other * P + j, mask=j < P, other=0.0) > 0)
                 candidate = valid[None, :] & ((i[:, None] != j[None, :]) | (other != n))
                 index = INDEX_BITS - (other * P + j)
-                keys = (sortable(w + 0.0).to(tl.int64) << 32) | index[None, :]  # + 0: -0 and 0 are a tie
+                keys = (sortable(w).to(tl.int64) << 32) | index[None, :]
                 keys = tl.where(candidate, keys, NOTHING)
                 top, worst = tl.max(keys, 1), tl.min(best, 1)
                 # each turn moves one key a row; after the first blocks hardly any is better than what is kept

@@ -5,8 +5,8 @@
     sizes       {"B": 8, "P": 784, "D": 384, "Z": 64, "K": 27, "T": 2, "H": 1}, and the "pixels" of a side where labels are made;
                 of an extraction the images, their height and width, and the pixels of their squares
     impl        "dense", "torch", "triton", "keops"; with " + compile" where it went through torch.compile; "products alone": the matrix
-                products of a head step and nothing else; of an extraction "extraction", "backbone alone", "decoding, 2 threads"; "dense, own
-                process": in a process that gives freed memory back, as PyTorch comes, where all others keep it
+                products of a head step and nothing else; of an extraction "extraction", "backbone alone", "decoding, 2 threads"; "dense,
+                own process": in a process that gives freed memory back, as PyTorch comes, where all others keep it
     mode        "forward", "forward + backward", "step", "kernel NAME"; from a CUDA graph: "graph" (forward + backward), "captured step"
     dtype       "float32", "bfloat16", "float16"
     n, median_ms, p20_ms, p80_ms              of one call; n calls were timed (each of them `calls` at once)

@@ -90,7 +90,7 @@ def test_labels_of_a_dinov2_checkpoint(tmp_path):
 def test_the_resolution_is_the_papers(tmp_path, settings, size, preset):
     path, *_ = make(tmp_path / "a.ckpt", settings)
     config = read_published(path, "x").checkpoint.config
-    assert (config.eval_size, config.preset, config.resample, config.crops) == (size, preset, "nearest", "center")
+    assert (config.eval_size, config.preset, config.resample) == (size, preset, "nearest")
     assert (config.prototypes, config.code_dim) == (5, 64)
 
 

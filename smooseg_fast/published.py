@@ -33,7 +33,7 @@ class Published:
     """What such a file holds.
 
     Attributes:
-        checkpoint: the head; its config has the paper's protocol of prediction, and no thresholds unless they are known.
+        checkpoint: the head; its config has the paper's protocol of prediction, and no thresholds, which only training needs.
         architecture, vit: of the backbone.
         settings: hyper-parameters by their own names, "a.b" for b below a, ready for JSON.
     """
@@ -67,7 +67,7 @@ def read_published(path: Path, source: str) -> Published:
     checkpoint = Checkpoint(
         config=_config(_setting(settings, "dataset_name", "dataset"), K, Z, str(path)),
         head=head,
-        step=step if type(step) is int and step >= 0 else 0,
+        step=step if type(step) is int and 0 <= step < 2**63 else 0,
         backbone_name=str(path),
         backbone_digest=vit.digest(),
         report={"published": {"file": path.name, "hyper_parameters": settings}},

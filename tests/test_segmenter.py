@@ -137,7 +137,7 @@ def test_damaged_and_foreign_checkpoints(trained, tmp_path, capsys):
     save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
     fails(tmp_path / "other.safetensors", "of another kind")
     torch.save({"a": 1}, tmp_path / "pickle.pt")
-    fails(tmp_path / "pickle.pt", "no safetensors file")
+    fails(tmp_path / "pickle.pt", "no checkpoint of SmooSeg")
     fails(tmp_path / "missing", "no such file")
     fails(tmp_path, "no such file")
 

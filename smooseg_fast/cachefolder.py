@@ -167,7 +167,9 @@ class CacheFolder:
         removed, excess = [], sum(store.nbytes for store in self.stores()) + nbytes - self.limit
         if excess > 0:
             for store in reversed([store for store in self.stores() if store != keep]):
-                label, freed = store.label, store.remove()
+                label, freed = store.label, None
+                with contextlib.suppress(WriteError):  # another user's
+                    freed = store.remove()
                 if freed is not None:
                     removed.append((label, freed))
                     excess -= freed

@@ -53,6 +53,12 @@ def test_one_alone_or_many_together(tmp_path):
     three.release(remove=True)
     assert not path.exists()
     assert one.take()
+    copy = os.dup(one._file)  # in a child that began before it could forget
+    one.release()
+    assert two.take()
+    two.release()
+    os.close(copy)
+    assert one.take()
     del one  # a store that nobody refers to any more is not in use
     assert two.take()
 
@@ -368,7 +374,7 @@ def test_room_is_made_by_removing_the_longest_unused(three, photos, capsys):  # 
     assert features.load().any()
 
 
-def test_what_cannot_be_removed_ends_no_run(three, photos, monkeypatch, capsys):  # noqa: F811
+def test_what_cannot_be_removed_ends_no_run(three, photos, small_shards, monkeypatch, capsys):  # noqa: F811
     plain = Path.unlink
 
     def forbidden(path, **options):
@@ -378,6 +384,7 @@ def test_what_cannot_be_removed_ends_no_run(three, photos, monkeypatch, capsys):
 
     monkeypatch.setattr(Path, "unlink", forbidden)
     assert len(extract(photos, three[0].parent, size=24, limit=1)) == 8
+    assert capsys.readouterr().err.count("above --cache-limit") == 1  # and not for each of four shards
     assert names(three[0].parent) > {three[2].name}
     assert len(names(three[0].parent)) == 2
     assert call("rm", three[2].name, "--cache", three[0].parent) == 2

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
     name="smooseg_fast",
@@ -13,14 +13,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=[
-        "smooseg_fast",
-        "smooseg_fast.backbones",
-        "smooseg_fast.datasets",
-        "smooseg_fast.pickles",
-        "smooseg_kernels",
-        "smooseg_kernels.triton",
-    ],
+    packages=[*find_packages(include=["smooseg_fast", "smooseg_fast.*"]), "smooseg_kernels", "smooseg_kernels.triton"],
     package_dir={"smooseg_kernels": "kernels/torch-ext/smooseg_kernels"},
     package_data={"smooseg_fast": ["py.typed"], "smooseg_kernels": ["py.typed"], "smooseg_kernels.triton": ["configs/*.json"]},
     install_requires=[

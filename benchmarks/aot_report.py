@@ -30,7 +30,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from smooseg_kernels.triton import assignment, code_rows, objective
+from smooseg_kernels.triton import assignment, code_rows, objective, pairs, similarity
 from smooseg_kernels.triton import launch as launching
 
 # target: (backend, architecture, warp size, bytes of shared memory one program may have)
@@ -44,7 +44,7 @@ TARGETS = {
 # registers, shared memory and warps of one multiprocessor: how many programs it holds at once
 MULTIPROCESSORS = {80: (65536, 164 << 10, 64), 86: (65536, 100 << 10, 48), 90: (65536, 228 << 10, 64), 100: (65536, 228 << 10, 64)}
 DISASSEMBLER = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm")
-STORES = ("ST", "RED", "ATOM", "BAR", "UTM", "UBLKCP", "SYNCS")  # what comes first there is read
+STORES = ("ST", "RED.", "REDG", "REDS", "ATOM", "BAR", "UTM", "UBLKCP", "SYNCS")  # what comes first there is read
 MATRIX = r"wgmma\.mma_async|tcgen05\.mma|(?<![\w.])mma\.sync|v_mfma_\w+"
 POINTERS = {
     torch.float32: "*fp32",
@@ -70,7 +70,7 @@ class Recorder:
 def record(target: str, cases: dict) -> list[tuple]:
     """Runs the operators' launchers on tensors without memory, with the configurations of `target`."""
     recorder = Recorder()
-    for module in (objective, code_rows, assignment):
+    for module in (objective, code_rows, assignment, pairs, similarity):
         module.launch = recorder
     launching.family = lambda device: target
     for label, case in cases.items():
@@ -111,9 +111,37 @@ def rows_case(dtype: torch.dtype, B=32, P=784, Z=64, K=27):
     return run
 
 
+def statistics_case(dtype: torch.dtype, entries: tuple[int, ...] = (-1,), full: bool = False, B=32, P=784, D=384):
+    """Means, histogram and 32 neighbours; `full`: centred, weighted and with as many bins and neighbours as there can be."""
+
+    def run():
+        features, partners = torch.empty(B, P, D, dtype=dtype, device="meta"), torch.empty(1, B, dtype=torch.int64, device="meta")
+        weight = torch.empty(B, P, device="meta") if full else None
+        bins, neighbours = (similarity.LARGEST_BINS, similarity.LARGEST_NEIGHBOURS) if full else (512, 32)
+        similarity.similarity_statistics.launcher(features, partners, list(entries), weight, None, True, bins, -1.5, 1.5, neighbours)
+
+    return run
+
+
+def pairs_case(dtype: torch.dtype, points: int = 784, full: bool = False, B=32, D=384, Z=70):
+    """Forward and backward; `full`: a partner index, hinge, and upstream gradients to both outputs."""
+
+    def run():
+        rows = torch.empty(B, points, D, dtype=dtype, device="meta"), torch.empty(B, points, Z, dtype=dtype, device="meta")
+        number = torch.empty((), device="meta")
+        partner = torch.empty(B, dtype=torch.int64, device="meta") if full else None
+        common = (*rows, *rows, number, partner)
+        out = pairs.pair_energy.launcher(*common, 0.0, 0.8, full, True, True)
+        upstream = (number, number if full else None)
+        pairs.pair_energy_backward.launcher(*upstream, *common, list(out[2:]), 0.0, 0.8, full, True, True, True)
+
+    return run
+
+
 def shipped_cases(quick: bool = False) -> dict:
     """`quick`: the launches of a training step alone."""
     cases = {"bf16 H=1": objective_case(torch.bfloat16, 1), "bf16 H=16": objective_case(torch.bfloat16, 16)}
+    cases["bf16 pairs"] = pairs_case(torch.bfloat16)
     if quick:
         return cases
     return cases | {
@@ -122,8 +150,17 @@ def shipped_cases(quick: bool = False) -> dict:
         "bf16 every option": objective_case(torch.bfloat16, 1, (-1, 0, -2), full=True),
         "bf16 every option, H=16": objective_case(torch.bfloat16, 16, (-1, 0, -2), full=True),
         "fp16 every option, H=16": objective_case(torch.float16, 16, (-1, 0, -2), full=True),
+        "bf16 pairs, P=121": pairs_case(torch.bfloat16, 121),
+        "bf16 pairs, options": pairs_case(torch.bfloat16, full=True),
+        "fp32 pairs": pairs_case(torch.float32),
+        "bf16 pairs, D=768": pairs_case(torch.bfloat16, D=768),
+        "bf16 pairs, Z=200": pairs_case(torch.bfloat16, Z=200),
         "bf16 rows": rows_case(torch.bfloat16),
         "fp32 rows": rows_case(torch.float32),
+        "bf16 statistics": statistics_case(torch.bfloat16),
+        "fp32 statistics": statistics_case(torch.float32),
+        "bf16 statistics, every option": statistics_case(torch.bfloat16, (0, -2), full=True),
+        "fp32 statistics, every option": statistics_case(torch.float32, (0, -2), full=True),
     }
 
 
@@ -219,7 +256,9 @@ def report(target: str, cases: dict, verbose: bool = False) -> list[dict]:
             continue
         seen.add(key)
         row = {"target": target, "case": label, "kernel": kernel.__name__.removesuffix("_kernel"), "programs": count(grid)}
-        row["pass"] = "backward" if constants.get("UNIT") is False or "energy_gradient" in kernel.__name__ else "forward"
+        row["pass"] = (
+            "backward" if False in (constants.get("UNIT"), constants.get("FROM_I")) or "_gradient" in kernel.__name__ else "forward"
+        )
         row["dot"] = re.search(r"\bdot\(|cosines\(", kernel.src) is not None
         row["fp32"] = label.startswith("fp32")
         row.update(compile_launch(kernel, args, constants, target))
@@ -280,8 +319,8 @@ def markdown(rows: list[dict]) -> str:
             "# What the Triton kernels compile to",
             "",
             f"Ahead of time with Triton {triton.__version__}, by `benchmarks/aot_report.py --markdown docs/kernels_aot.md`: none of it was",
-            "measured on a card. B=32, P=784, D=384, Z=64, K=27, two pair sets. `resident`: programs that one multiprocessor holds.",
-            "fp32 dots are three tf32 products on NVIDIA cards. Another Triton version gives other register counts.",
+            "measured on a card. B=32, P=784, D=384, Z=64 (70 for `pairs`), K=27, two pair sets. `resident`: programs that one",
+            "multiprocessor holds. fp32 dots are three tf32 products on NVIDIA cards. Another Triton version gives other register counts.",
             "",
             *table,
             "",

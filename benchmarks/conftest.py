@@ -20,6 +20,7 @@ import keops_form
 import machine
 import measure
 import memory
+import own_process
 import problems
 import pytest
 import results
@@ -31,6 +32,7 @@ from smooseg_fast.host import keep_freed_memory
 # what a dense form may hold in its P x P matrices: without --bench-full about a second a call of two cores, with it most of the memory
 DENSE_BYTES, DENSE_SHARE = 8e8, 0.8
 SECONDS, LEAST, MOST = 1.0, 5, 200
+FUNCTIONS = {"objective": problems.total_of, "pairs": problems.pair_energy_of}  # what torch.compile gets
 SESSION = pytest.StashKey["Session"]()
 
 
@@ -57,6 +59,7 @@ class Session:
         self.full, self.smoke = config.getoption("bench_full"), config.getoption("bench_smoke")
         self.path = config.getoption("bench_results") or results.FOLDER / ("gpu.jsonl" if self.device == "cuda" else "cpu.jsonl")
         self.rows: list[results.Row] = []
+        self.reached: dict[str, tuple[float, float]] = {}  # ceilings
         self.start = time.perf_counter()
         if self.device == "cpu":
             keep_freed_memory()  # as training does; else a time depends on what the process has freed before
@@ -65,13 +68,14 @@ class Session:
     def machine(self) -> dict[str, Any]:
         return machine.describe(self.device)
 
-    @functools.cached_property
-    def ceilings(self) -> tuple[float, float]:
-        """Bytes a second and operations a second."""
-        copy, product = measure.ceilings(self.device, problems.DTYPES[self.dtype], tiny=self.smoke)
-        for row in (copy, product):
-            self.add({"dtype": self.dtype, **row})
-        return copy["bytes_per_s"], product["flops_per_s"]
+    def ceilings(self, dtype: str) -> tuple[float, float]:
+        """Bytes a second and operations a second in `dtype`, measured when first asked for."""
+        if dtype not in self.reached:
+            copy, product = measure.ceilings(self.device, problems.DTYPES[dtype], tiny=self.smoke)
+            for row in (copy, product):
+                self.add({"dtype": dtype, **row})
+            self.reached[dtype] = copy["bytes_per_s"], product["flops_per_s"]
+        return self.reached[dtype]
 
     def add(self, row: results.Row) -> None:
         self.rows.append(row)
@@ -86,18 +90,21 @@ class Bench:
         self.session, self.benchmark = session, benchmark
         self.full, self.smoke, self.device = session.full, session.smoke, session.device
 
-    def sized(self, problem: floors.Problem) -> floors.Problem:
+    def sized(self, problem: floors.Problem, dtype: str | None = None) -> floors.Problem:
         problem = problems.shrunk(problem) if self.smoke else problem
-        return problems.of_dtype(problem, problems.DTYPES[self.session.dtype])
+        return problems.of_dtype(problem, problems.DTYPES[dtype or self.session.dtype])
 
-    def time(self, subject, shape, problem, impl, mode, case: str | None = None, peak: bool = False, **extra) -> None:
+    def time(
+        self, subject, shape, problem, impl, mode, case: str | None = None, peak: bool = False, dtype: str | None = None, **extra
+    ) -> None:
         """Checks, times and records one call of problems.SUBJECTS; `peak` adds its peak memory, from a process of its own."""
-        session, problem = self.session, self.sized(problem)
-        row = self.row(case or subject, shape, problem, impl, mode, extra)
-        if subject == "objective":
-            self.stop_where_it_must(row, problem)
-            extra = {**extra, "function": problems.function_of(impl, self.device, quick_compile=self.smoke)}
-        build = functools.partial(problems.SUBJECTS[subject], problem, impl, mode, problems.DTYPES[session.dtype], self.device, **extra)
+        session, dtype = self.session, dtype or self.session.dtype
+        problem = self.sized(problem, dtype)
+        row = self.row(case or subject, shape, problem, impl, mode, extra) | {"dtype": dtype}
+        if subject in FUNCTIONS:
+            self.stop_where_it_must(row, problem, subject)
+            extra = {**extra, "function": problems.function_of(impl, self.device, quick_compile=self.smoke, of=FUNCTIONS[subject])}
+        build = functools.partial(problems.SUBJECTS[subject], problem, impl, mode, problems.DTYPES[dtype], self.device, **extra)
         first = build()
         first.check(first.run())
         runs = [first.run, *(build(seed=i).run for i in range(1, measure.copies_beyond_cache(impl, first.floor_bytes, self.device)))]
@@ -107,15 +114,43 @@ class Bench:
             run()
             first.check(outputs)
         timing = self.repeat(run, len(runs))
-        bytes_per_s, flops_per_s = session.ceilings
+        bytes_per_s, flops_per_s = session.ceilings(dtype)
         floor = floors.floor_ms(first.floor_bytes, first.floor_flops, bytes_per_s, flops_per_s)
         row |= timing
         row |= {"floor_bytes": first.floor_bytes, "floor_flops": first.floor_flops, "floor_ms": floor}
         row["times_floor"] = row["median_ms"] / floor
         if peak and not self.smoke:
             extra.pop("function", None)
-            row["peak_bytes"] = memory.peak_bytes(subject, problem, impl, mode, session.dtype, self.device, **extra)
+            row["peak_bytes"] = memory.peak_bytes(subject, problem, impl, mode, dtype, self.device, **extra)
         self.add(row)
+
+    def time_as_shipped(self, subject, shape, problem, impl, mode, dtype: str) -> None:
+        """The same in a process of its own, whose allocator is as PyTorch comes with it. The line's impl says so."""
+        problem = self.sized(problem, dtype)
+        row = self.row(subject, shape, problem, f"{impl}, own process", mode, {}) | {"dtype": dtype}
+        rounds = 1 if self.smoke else LEAST
+        arguments = (subject, problem, impl, mode, dtype, rounds)
+        row |= measure.percentiles(self.benchmark.pedantic(own_process.times, arguments, rounds=1))
+        self.add(row)
+
+    def alternating(self, case, shape, sizes, runs: dict[str, measure.Run], dtype, rounds: int, between: measure.Run) -> None:
+        """Times every one of `runs` (checked before) in every round, so that a drift of the machine meets all; a line for each.
+
+        `between` follows every run and is not timed.
+        """
+        self.benchmark.group = f"{case} {shape}"
+        times: dict[str, list[float]] = {name: [] for name in runs}
+
+        def once() -> None:
+            for name, run in runs.items():
+                times[name].append(measure.elapsed(run, self.device))
+                between()
+
+        self.benchmark.pedantic(once, rounds=1 if self.smoke else rounds, warmup_rounds=0 if self.smoke else 1)
+        for name, taken in times.items():
+            row = {"case": case, "shape": shape, "sizes": sizes, "impl": name, "mode": "all images", "dtype": dtype}
+            taken = taken if self.smoke else taken[1:]
+            self.add({**row, **measure.percentiles(taken), "images_per_s": 1e3 * sizes["images"] / measure.percentiles(taken)["median_ms"]})
 
     def memory(self, shape: str, problem: floors.Problem, impl: str) -> None:
         """Peak memory of the objective, forward and backward, without a time; the bytes counted from shapes beside it."""
@@ -133,12 +168,12 @@ class Bench:
         self.benchmark.group = f"{case} {shape} {mode}"
         return {"case": case, "shape": shape, "sizes": sizes, "impl": impl, "mode": mode, "dtype": self.session.dtype}
 
-    def stop_where_it_must(self, row: results.Row, problem: floors.Problem) -> None:
+    def stop_where_it_must(self, row: results.Row, problem: floors.Problem, subject: str = "objective") -> None:
         if row["impl"] == "keops" and not keops_form.is_installed():
             self.skip(row, "pykeops is not installed")
         if not row["impl"].startswith("dense"):
             return
-        counted = memory.counted_bytes(problem, "dense", row["mode"], self.session.dtype)
+        counted = memory.counted_bytes(problem, "dense", row["mode"], self.session.dtype, subject)
         reason = f"its P x P matrices take {counted:,} bytes at a time"
         free = memory.available_bytes(self.device)
         if counted > DENSE_SHARE * free:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 from unittest import mock
 
 
@@ -35,6 +36,18 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class PairProblem:
+    """An energy of pairs: [B,P,.] against [B,P,.]."""
+
+    B: int = 32
+    P: int = 784
+    D: int = 384
+    Z: int = 70
+    element: int = 2
+    H: ClassVar[int] = 1
+
+
+@dataclass(frozen=True)
 class Launch:
     name: str
     read: int
@@ -53,6 +66,17 @@ def objective_flops(problem: Problem, backward: bool = True) -> int:
     B, P, D, Z, K, H = problem.B, problem.P, problem.D, problem.Z, problem.K, problem.H
     norms, moments, cosines = 2 * B * P * D, 2 * H * B * P * D * K, 2 * H * B * P * Z * K
     return norms + moments + 2 * cosines + (moments + 2 * cosines if backward else 0)
+
+
+def pairs_floor(problem: PairProblem, backward: bool = True) -> int:
+    """Both sides' features and codes read once a pass; both gradients are written."""
+    rows = 2 * problem.B * problem.P * problem.element
+    return rows * (problem.D + problem.Z) * (2 if backward else 1) + (rows * problem.Z if backward else 0)
+
+
+def pairs_flops(problem: PairProblem, backward: bool = True) -> int:
+    """Products alone: both similarities of every pair once, and a gradient row to each side. A second pass over them is not counted."""
+    return 2 * problem.B * problem.P**2 * (problem.D + (3 if backward else 1) * problem.Z)
 
 
 def head_parameters(problem: Problem) -> int:

@@ -18,14 +18,14 @@ from typing import Any
 import counting
 import problems
 import torch
-from floors import Problem
+from floors import PairProblem, Problem
 
 SECONDS = 300
 # every block past 64 KiB is a mapping of its own, which leaves resident memory when it is freed
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
-def peak_bytes(case: str, problem: Problem, impl: str, mode: str, dtype: str, device: str, **extra: Any) -> int:
+def peak_bytes(case: str, problem: Problem | PairProblem, impl: str, mode: str, dtype: str, device: str, **extra: Any) -> int:
     """Starts this file as a program and reads what it prints. RuntimeError with its last line where it fails."""
     job = {"case": case, "problem": asdict(problem), "impl": impl, "mode": mode, "dtype": dtype, "device": device, "extra": extra}
     environment = {**os.environ, **ALLOCATOR}
@@ -36,9 +36,9 @@ def peak_bytes(case: str, problem: Problem, impl: str, mode: str, dtype: str, de
     return json.loads(done.stdout.strip().splitlines()[-1])["peak_bytes"]
 
 
-def counted_bytes(problem: Problem, impl: str, mode: str, dtype: str) -> int:
+def counted_bytes(problem: Problem | PairProblem, impl: str, mode: str, dtype: str, case: str = "objective") -> int:
     """Bytes of tensors of one forward and backward that live at one time, from shapes alone."""
-    return counting.count(problems.objective(problem, impl, mode, problems.DTYPES[dtype], "meta").run).peak_bytes
+    return counting.count(problems.SUBJECTS[case](problem, impl, mode, problems.DTYPES[dtype], "meta").run).peak_bytes
 
 
 def available_bytes(device: str) -> int:
@@ -80,7 +80,7 @@ def growth(run, device: str) -> int:
 def main() -> int:
     job = json.loads(sys.argv[1])
     build, arguments = problems.SUBJECTS[job["case"]], (job["impl"], job["mode"], problems.DTYPES[job["dtype"]], job["device"])
-    problem, extra = Problem(**job["problem"]), job.get("extra", {})
+    problem, extra = (PairProblem if job["case"] == "pairs" else Problem)(**job["problem"]), job.get("extra", {})
     build(problems.shrunk(problem), *arguments).run()  # libraries loaded, threads started
     subject = build(problem, *arguments, **extra)
     if job["device"] == "cuda" or "compile" in job["impl"]:

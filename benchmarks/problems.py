@@ -21,8 +21,9 @@ for folder in (ROOT / "tests", ROOT / "kernels" / "torch-ext", ROOT):  # what is
         sys.path.insert(0, str(folder))
 
 import floors  # noqa: E402
+import pair_cases  # noqa: E402
 import torch  # noqa: E402
-from floors import Problem  # noqa: E402
+from floors import PairProblem, Problem  # noqa: E402
 from torch import Tensor  # noqa: E402
 from triton_cases import EPS, FP32_EPS, Case, Result, check, evaluate, gradient_term_size, term_size  # noqa: E402
 
@@ -47,6 +48,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 ORACLE_PAIRS = 5_000_000  # heads x images x P x P that the oracle may have, a second or two on a CPU
 STEP_ORACLE_PAIRS = 1 << 25  # of a head step, whose inputs are no copies of smaller ones
 WITHIN, ACROSS = -0.02, 0.5
+SHIFT, CLAMP = 0.2, (0.0, 0.8)  # of an energy of pairs
 UPSTREAM = 1.7
 
 
@@ -59,8 +61,10 @@ def letters(problem: Problem) -> dict[str, int]:
     return {name: value for name, value in asdict(problem).items() if name != "element"}
 
 
-def shrunk(problem: Problem) -> Problem:
+def shrunk(problem: Problem | PairProblem) -> Problem | PairProblem:
     """The same kind of problem at a size that takes no time."""
+    if isinstance(problem, PairProblem):
+        return replace(problem, B=min(problem.B, 2), P=36, D=20, Z=6)
     return replace(problem, B=min(problem.B, 2), P=36, D=20, Z=6, K=min(problem.K, 5), H=min(problem.H, 2))
 
 
@@ -130,18 +134,22 @@ def total_of(form: str, features, codes, student, teacher, partners, thresholds)
     return sk.smooseg_loss(features, codes, student, teacher, partners, thresholds, impl=form).total
 
 
-def function_of(impl: str, device: str, quick_compile: bool = False) -> Callable[..., Tensor]:
-    """`impl` "torch" or "torch + compile", to be called as `total_of` without its first argument."""
+def pair_energy_of(form: str, features_i, codes_i, features_j, codes_j, partner) -> sk.PairEnergy:
+    return sk.pair_energy(features_i, codes_i, features_j, codes_j, SHIFT, partner=partner, clamp=CLAMP, impl=form)
+
+
+def function_of(impl: str, device: str, quick_compile: bool = False, of: Callable | None = None) -> Callable[..., Any]:
+    """`impl` "torch" or "torch + compile", to be called as `of` (`total_of`) without its first argument."""
     form, _, compiled = impl.partition(" + ")
     if form == "keops":
         import keops_form
 
         return keops_form.total
     if not compiled:
-        return functools.partial(total_of, form)
+        return functools.partial(of or total_of, form)
     torch.compiler.reset()  # otherwise a second size gets a program for any size
     options = {"backend": "aot_eager"} if quick_compile else {"mode": "max-autotune-no-cudagraphs"} if device == "cuda" else {}
-    return functools.partial(torch.compile(total_of, dynamic=False, **options), form)
+    return functools.partial(torch.compile(of or total_of, dynamic=False, **options), form)
 
 
 def objective(
@@ -219,8 +227,8 @@ def head_step(problem: Problem, impl: str, mode: str, dtype: torch.dtype, device
         dense_fits = problem.B * problem.P**2 <= STEP_ORACLE_PAIRS
         oracle = reference("dense" if dense_fits else "torch", features.double())
         same = reference("torch" if impl == "dense" or not dense_fits else "dense", features)
-        # matrix products are in bf16 on a card; in fp32, weights' gradients are sums over all patches that cancel further than a row's does
-        eps = EPS[torch.bfloat16] if device == "cuda" else 16 * EPS[torch.float32]
+        # 16-bit features make the projection's products bf16; in fp32, weights' gradients sum over all patches, which cancel further
+        eps = EPS[torch.bfloat16] if dtype.itemsize == 2 else 16 * EPS[torch.float32]
         check(got, same, oracle, eps, 1.0 + 2.0 * ACROSS)
 
     return Subject(step, check_outputs, floors.head_step_floor(problem), floors.head_step_flops(problem))
@@ -254,21 +262,24 @@ def assignment(problem: Problem, impl: str, mode: str, dtype: torch.dtype, devic
 
 
 def step_products(problem: Problem, impl: str, mode: str, dtype: torch.dtype, device: str, seed: int = 0) -> Subject:
-    """The matrix products of a head step and nothing else, into memory that is there already: what a step cannot be faster than."""
+    """The matrix products of a head step and nothing else, into memory that is there already: what a step cannot be faster than.
+
+    In `dtype` those of the projection, and on a card those of the objective too, which a CPU has in fp32.
+    """
     B, P, D, Z, K = problem.B, problem.P, problem.D, problem.Z, problem.K
     generator = torch.Generator().manual_seed(seed)
 
-    def matrix(*shape: int) -> Tensor:
+    def matrix(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
-    features, wide, codes = matrix(B, P, D), matrix(B * P, D), matrix(B * P, Z)
-    rows, sides = matrix(B * P, K), matrix(B, P, K + 1)
-    hidden, linear, prototypes, moments = matrix(D, D), matrix(Z, D), matrix(K, Z), matrix(B, K + 1, D)
-    flat = features.flatten(0, 1)
+    inner = torch.float32 if device == "cpu" and dtype.itemsize == 2 else dtype
+    flat, wide, codes, hidden, linear = matrix(B * P, D), matrix(B * P, D), matrix(B * P, Z), matrix(D, D), matrix(Z, D)
+    rows, sides, features, z = (matrix(*shape, dtype=inner) for shape in ((B * P, K), (B, P, K + 1), (B, P, D), (B * P, Z)))
+    prototypes, moments = matrix(K, Z, dtype=inner), matrix(B, K + 1, D, dtype=inner)
     pairs = [
         *((flat, hidden.mT), (flat, linear.mT), (wide, linear.mT)),  # W2 f, W1 f, W3 s
-        *((codes, prototypes.mT), (codes, prototypes.mT), (sides.mT, features)),  # cosines to teacher and student, moments
-        *((features, moments.mT), (rows, prototypes), (rows.mT, codes)),  # back from the moments, to codes and to the student
+        *((z, prototypes.mT), (z, prototypes.mT), (sides.mT, features)),  # cosines to teacher and student, moments
+        *((features, moments.mT), (rows, prototypes), (rows.mT, z)),  # back from the moments, to codes and to the student
         *((codes, linear), (codes.mT, wide), (wide.mT, flat), (codes.mT, flat)),  # through W3, and to W3, W2 and W1
     ]
     outputs = [a @ b for a, b in pairs]
@@ -285,4 +296,59 @@ def step_products(problem: Problem, impl: str, mode: str, dtype: torch.dtype, de
     return Subject(run, check_outputs, floors.head_step_floor(problem), floors.head_step_flops(problem))
 
 
-SUBJECTS = {"objective": objective, "head step": head_step, "step products": step_products, "assign": assignment}
+def pairs(
+    problem: PairProblem, impl: str, mode: str, dtype: torch.dtype, device: str, seed: int = 0, function: Callable | None = None
+) -> Subject:
+    """pair_energy with each image's neighbour as its partner, centred and clamped on both sides; gradients to both codes."""
+    inputs, oracle = pair_inputs(problem, dtype, device, seed)
+    backward = mode != "forward"
+    codes = [x.detach().requires_grad_(backward) for x in (inputs.codes_i, inputs.codes_j)]
+    call = function or function_of(impl, device, of=pair_energy_of)
+    upstream = torch.full((), UPSTREAM, device=device)
+
+    def run():
+        if not backward:
+            with torch.no_grad():
+                return (*call(inputs.features_i, codes[0], inputs.features_j, codes[1], inputs.options["partner"]),)
+        out = call(inputs.features_i, codes[0], inputs.features_j, codes[1], inputs.options["partner"])
+        return (out.energy.detach(), out.similarity.detach(), *torch.autograd.grad(out.energy, codes, upstream))
+
+    def check_outputs(outputs):
+        got = pair_cases.Result(dict(zip(("energy", "similarity"), outputs)), dict(zip(("codes_i", "codes_j"), outputs[2:])))
+        pair_cases.compare(got, *oracle(impl), max(FP32_EPS, EPS[dtype]))
+
+    return Subject(run, check_outputs, floors.pairs_floor(problem, backward), floors.pairs_flops(problem, backward))
+
+
+def pair_inputs(problem: PairProblem, dtype: torch.dtype, device: str, seed: int) -> tuple[pair_cases.Pairs, Callable]:
+    """-> inputs, and what gives the truth, the dense (else torch) form in their own dtype and the sizes of terms for an implementation."""
+    B, D, Z, P = problem.B, problem.D, problem.Z, oracle_patches(problem)
+    if device == "meta":
+        rows = [torch.empty(B, problem.P, width, dtype=dtype, device=device) for width in (D, Z, D, Z)]
+        return pair_cases.Pairs(*rows, SHIFT, {"partner": torch.empty(B, dtype=torch.int64, device=device)}), None
+    options = {"partner": torch.arange(B).roll(1).to(device), "clamp": CLAMP}
+    small = pair_cases.make_pairs(B=B, P_i=P, P_j=P, D=D, Z=Z, dtype=dtype, device=device, seed=seed, threshold=SHIFT, **options)
+    generator = torch.Generator().manual_seed(seed)
+    indices = [(torch.randperm(problem.P, generator=generator) % P).to(device) for _ in "ij"]
+    i, j = indices
+    rows = (x[:, index] for x, index in zip(small.tensors, (i, i, j, j)))
+    copies = problem.P / P
+
+    def at_full_size(gradients: dict) -> dict:
+        return {name: gradients[name][:, index] / copies for name, index in zip(("codes_i", "codes_j"), indices)}
+
+    @functools.lru_cache(maxsize=2)
+    def oracle(impl: str):
+        # a form's own rounding would excuse anything that it does
+        same, truth = (
+            pair_cases.evaluate(x, form, (UPSTREAM, 0.0))
+            for x, form in ((small, "torch" if impl == "dense" else "dense"), (small.to(torch.float64), "dense"))
+        )
+        size, gradient_sizes = pair_cases.term_sizes(small)
+        results = (pair_cases.Result(result.values, at_full_size(result.gradients)) for result in (same, truth))
+        return (*results, size, at_full_size(gradient_sizes))
+
+    return pair_cases.Pairs(*rows, SHIFT, options), oracle
+
+
+SUBJECTS = {"pairs": pairs, "objective": objective, "head step": head_step, "step products": step_products, "assign": assignment}

@@ -34,7 +34,7 @@ BLOCKS = {
     "measured": goals.measured,
     "goals": goals.goals,
     **{name: getattr(tables, name) for name in ("objective", "memory", "assign", "rest", "ceilings", "floors", "kernels", "scaling")},
-    **{name: getattr(tables, name) for name in ("head_step", "skipped", "repeats", "spread")},
+    **{name: getattr(tables, name) for name in ("head_step", "extract", "pairs", "skipped", "repeats", "spread")},
 }
 
 

@@ -1,16 +1,19 @@
 """Measurements on disk: one JSON object a line, appended, never rewritten. `machine.describe` says who; the rest of a line is:
 
-    case        what was measured: "objective", "head step", "assign", "memory objective", "scaling P", "ceiling"
+    case        what was measured: "objective", "head step", "assign", "extract", "pairs", "memory objective", "scaling P", "ceiling"
     shape       name of the sizes ("P784", "H16" in a scaling)
-    sizes       {"B": 8, "P": 784, "D": 384, "Z": 64, "K": 27, "T": 2, "H": 1}, and the "pixels" of a side where labels are made
+    sizes       {"B": 8, "P": 784, "D": 384, "Z": 64, "K": 27, "T": 2, "H": 1}, and the "pixels" of a side where labels are made;
+                of an extraction the images, their height and width, and the pixels of their squares
     impl        "dense", "torch", "triton", "keops"; with " + compile" where it went through torch.compile; "products alone": the matrix
-                products of a head step and nothing else
+                products of a head step and nothing else; of an extraction "extraction", "backbone alone", "decoding, 2 threads"; "dense, own
+                process": in a process that gives freed memory back, as PyTorch comes, where all others keep it
     mode        "forward", "forward + backward", "step", "kernel NAME"; from a CUDA graph: "graph" (forward + backward), "captured step"
     dtype       "float32", "bfloat16", "float16"
     n, median_ms, p20_ms, p80_ms              of one call; n calls were timed (each of them `calls` at once)
     mean_us                                   of one kernel in one call, from a profiler
     floor_bytes, floor_flops, floor_ms        what must move and be computed, counted; the time of the slower at the run's own ceilings
     times_floor                               median_ms / floor_ms
+    images_per_s                              by the median
     peak_bytes                                memory beyond inputs at its highest, measured in a process of its own
     counted_bytes                             of tensors alive at one time, from shapes: beside peak_bytes, or where nothing could run
     bytes_per_s, flops_per_s                  of a ceiling

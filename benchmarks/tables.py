@@ -186,11 +186,36 @@ def assign(cells: Cells) -> str:
     return by_implementation(cells, lambda cell: cell.case.startswith("assign"))
 
 
+def pairs(cells: Cells) -> str:
+    return by_implementation(cells, lambda cell: cell.case == "pairs")
+
+
 def memory(cells: Cells) -> str:
     return by_implementation(cells, lambda cell: not cell.case.startswith(("scaling", "ceiling")), "peak_bytes", cases=True)
 
 
-KNOWN = ("objective", "head step", "assign", "memory", "ceiling", "scaling")
+ALONE = "backbone alone"
+
+
+def extract(cells: Cells) -> str:
+    """From files to a store, and its parts alone; what a row has beyond the backbone is of one run."""
+
+    def beyond(cell: Cell, row: results.Row) -> str:
+        found = ratio(cells[cell], cells.get(cell._replace(impl=ALONE))) if cell.impl == "extraction" else None
+        return "" if found is None else f"{100 * (found - 1):.1f} %" if found < 2 else times(found)
+
+    columns = {
+        "backbone": lambda cell, row: " ".join((cell.shape, cell.dtype)),
+        "what": lambda cell, row: cell.impl,
+        "images": lambda cell, row: "{images} of {width}x{height}, squares of {pixels}".format(**row["sizes"]),
+        "ms an image": lambda cell, row: milliseconds(row["median_ms"] / row["sizes"]["images"]),
+        "images/s": lambda cell, row: f"{row['images_per_s']:.0f}" if row["images_per_s"] >= 100 else f"{row['images_per_s']:#.3g}",
+        "beyond the backbone": beyond,
+    }
+    return listing(cells, lambda cell: cell.case == "extract", columns, "images_per_s")
+
+
+KNOWN = ("extract", "objective", "head step", "assign", "pairs", "memory", "ceiling", "scaling")
 
 
 def rest(cells: Cells) -> str:

@@ -36,6 +36,14 @@ SPACES = {
     },
     "pair_sums": {"BLOCK_D": (16, 32, 64, 128), "num_warps": (2, 4, 8), "num_stages": (1,)},
     "energy_gradient": {"HEADS": (1, 2, 4), "BLOCK_P": (32, 64, 128), "BLOCK_D": (32, 64, 128), **WARPS},
+    "pair_tiles": {
+        "RESIDENT": (0, 1, 4, 6),
+        "BLOCK_M": (64, 128),
+        "BLOCK_N": (16, 32, 64, 128),
+        "BLOCK_D": (64, 128),
+        "num_warps": (4, 8),
+        "num_stages": (1, 2, 3, 4),
+    },
     "row_norms": {"BLOCK_P": (4, 8, 16, 32), "BLOCK_D": (128, 512), "num_warps": (4, 8), "num_stages": (1, 2)},
 }
 

@@ -79,7 +79,7 @@ class Batches:
                 )
             if self.mirror:
                 features = features.unflatten(1, grid).flip(2).flatten(1, 2)
-            extremes = torch.stack(features.aminmax())  # nan where any is
+            extremes = torch.stack([features.amin(), features.amax()])  # nan where any is
         with self.tally.timed("copy"):
             return self._fetched(features, extremes, names)
 

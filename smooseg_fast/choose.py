@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .checkpoint import Checkpoint, read_checkpoint
-from .command import parse, predict_command, run
+from .command import parse, pictures_of, predict_command, run
 from .errors import UserError
 from .files import write_atomic
 from .runfolder import CHECKPOINT, HEADS, REPORT
@@ -48,7 +48,7 @@ def main(args: Sequence[str]) -> None:
         raise UserError(f"{wanted}: no such head; there are {', '.join(file.stem for file in files)}")
     write_atomic(out / CHECKPOINT, file.read_bytes())
     print(f"{out / CHECKPOINT} is now {file.stem}; the others stay in {out / HEADS}")
-    images = found.config.data or str(out / "samples")
+    images = pictures_of(found.config.data, out)
     print("next       " + predict_command(out / CHECKPOINT, images, out / f"predictions_{file.stem}", found.backbone_name))
 
 

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import tyro
 
+from .datasets import recognise
 from .errors import UserError, WriteError
 from .processes import PATIENCE, Processes, joined
 from .segmenter import Segmenter
@@ -44,6 +45,11 @@ def one_line(page: str) -> str:
     return (message[0] if message else "the arguments could not be read").rstrip(".") + "; --help lists the flags"
 
 
+def printable(text: str) -> str:
+    """As one line that says nothing to the terminal itself: names may come out of anyone's file."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+
+
 def load_segmenter(checkpoint: str, backbone: str | None, device: str, precision: str) -> Segmenter:
     """What a command's flags of these names ask for; a warning on stderr when the backbone is another than that of training."""
     segmenter = Segmenter.load(checkpoint, backbone=backbone, device=device, precision=precision)
@@ -53,9 +59,17 @@ def load_segmenter(checkpoint: str, backbone: str | None, device: str, precision
     return segmenter
 
 
-def predict_command(checkpoint: Path, images: str, out: Path, backbone: str) -> str:
+def pictures_of(data: str | None, run: Path) -> Path:
+    """What predict can be given after a run on `data`: its images, or the samples of them in the folder `run`."""
+    layout = None if data is None else recognise(data)
+    if data is None or (layout is not None and layout.pictures is None):
+        return run / "samples"
+    return Path(data) if layout is None else layout.pictures
+
+
+def predict_command(checkpoint: Path, images: Path, out: Path, backbone: str) -> str:
     """What to type next. A `module:callable` has to be named again: a checkpoint never imports code by itself."""
-    words = ["python", "-m", "smooseg_fast.predict", "--checkpoint", str(checkpoint), "--images", images, "--out", str(out)]
+    words = ["python", "-m", "smooseg_fast.predict", "--checkpoint", str(checkpoint), "--images", str(images), "--out", str(out)]
     return shlex.join(words + (["--backbone", backbone] if ":" in backbone else []))
 
 
@@ -80,7 +94,7 @@ def run(main: Callable[..., None], args: Sequence[str] | None = None, *, togethe
             if processes.last_word():
                 start = "" if processes.first else "\n"  # where the first process may have left a progress bar
                 resume = f"; to resume then: {again}" if isinstance(error, WriteError) else ""
-                print(start + "error: " + " ".join(str(error).split()) + resume, file=sys.stderr)
+                print(start + "error: " + printable(str(error)) + resume, file=sys.stderr)
             return 2
         except KeyboardInterrupt as stop:
             stop = with_kept(stop, "what was finished is kept")

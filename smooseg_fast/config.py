@@ -10,8 +10,9 @@ from typing import Any
 from .cachefolder import parse_size
 from .errors import UserError
 
-PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 IMPLS = ("auto", "triton", "torch", "dense")
+PRECISIONS = ("auto", "float32", "bfloat16")
+BACKBONE_PRECISIONS = (*PRECISIONS, "float16")
 INITS = ("random", "pca-kmeans")
 CROPS = ("center", "slide", "five")
 RESAMPLES = ("nearest", "bilinear")
@@ -47,19 +48,22 @@ class TrainConfig:
     preset: str = "folder"
     """Where the other defaults come from: demo, folder, cityscapes, cocostuff27 or potsdam."""
     data: str | None = None
-    """Folder of images in any nesting; or DIR/images and DIR/labels, with train/, val/ or test/ above them."""
+    """Folder of images in any nesting; or DIR/images and DIR/labels, with train/, val/ or test/ above them; or Cityscapes, COCO-Stuff,
+    Potsdam or PASCAL VOC as their owners pack them (python -m smooseg_fast.data check DIR)."""
     out: str | None = None
     """Folder for what the run makes [runs/NAME]. The same command on it resumes an unfinished run."""
     backbone: str = "filterbank"
-    """Frozen features: filterbank (built in), a transformers ViT by hub name or local folder, the .pth of DINO or DINOv2, or
-    module:callable."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, mps, or auto: a GPU if there is one."""
-    precision: str = "auto"
+    """Frozen features: filterbank (built in), a transformers ViT by hub name or folder, a DINO or DINOv2 .pth, or module:callable."""
+    backbone_precision: str = "auto"
     """What a ViT backbone computes in: float32, bfloat16, float16, or auto: half precision on a GPU and on a CPU with matrix units (AMX,
     a third of the time there), else float32."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps, or auto: a GPU if there is one."""
     impl: str = "auto"
     """How the objective is computed: auto, triton, torch or dense. Honoured or refused, never swapped."""
+    precision: str = "auto"
+    """Of the projection's matrix products: float32, bfloat16 (weights, sums and the objective stay in float32), or auto: bfloat16 on a GPU,
+    else float32. On CPUs with AMX bfloat16 takes half the time."""
     cache: str | None = None
     """Folder of the feature cache [~/.cache/smooseg_fast]."""
     cache_limit: str | None = None
@@ -159,7 +163,8 @@ class TrainConfig:
 
     def check(self) -> None:
         """UserError for the first value that cannot be; names the flag, the value and the legal ones."""
-        choices = dict(precision=PRECISIONS, impl=IMPLS, init=INITS, crops=CROPS, resample=RESAMPLES, log=LOGS, on_drift=ON_DRIFT)
+        choices = dict(impl=IMPLS, precision=PRECISIONS, backbone_precision=BACKBONE_PRECISIONS, init=INITS, crops=CROPS)
+        choices |= dict(resample=RESAMPLES, log=LOGS, on_drift=ON_DRIFT)
         for name, legal in choices.items():
             if getattr(self, name) not in legal:
                 raise UserError(f"{flag(name)}: {getattr(self, name)!r} is not known; choose one of {', '.join(filter(None, legal))}")
@@ -212,7 +217,8 @@ class TrainConfig:
 
     def learning(self) -> dict[str, Any]:
         """The values that decide what is learnt: everything but where files go and what the machine does."""
-        skip = ("out", "cache", "cache_limit", "device", "precision", "impl", "deterministic", "log", "log_every", "checkpoint_every")
+        files = ("out", "cache", "cache_limit", "log", "log_every", "checkpoint_every")
+        skip = (*files, "device", "backbone_precision", "precision", "impl", "deterministic")
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in skip}
 
 

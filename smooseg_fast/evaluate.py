@@ -14,10 +14,12 @@ from . import evaluation, pictures
 from .cachefolder import parse_size
 from .checkpoint import Checkpoint
 from .command import load_segmenter, parse, run
-from .datasets import Dataset, open_dataset
+from .config import TrainConfig, preset
+from .datasets import Dataset, open_dataset, recognise
 from .errors import UserError
 from .extract import open_or_extract
 from .files import write_json
+from .images import whole_patches
 from .metrics import hungarian, majority, percent, table
 from .processes import ALONE, Processes
 from .room import require_room
@@ -30,20 +32,24 @@ class EvaluateConfig:
     """Accuracy and mIoU of a checkpoint on labelled images: every labelled pixel of every image counts."""
 
     checkpoint: str
-    """The checkpoint.safetensors that training wrote."""
+    """The checkpoint.safetensors that training wrote, or a published SmooSeg .ckpt."""
     data: str | None = None
-    """DIR with images/ and labels/, or val/ (else test/) above them; without it, the demo's held-out images."""
+    """DIR with images/ and labels/, or val/ (else test/) above them; or Cityscapes, COCO-Stuff, Potsdam or PASCAL VOC as their owners pack
+    them; without it, the demo's held-out images."""
+    preset: str | None = None
+    """cityscapes, cocostuff27 or potsdam: the paper's protocol for that dataset, whatever the checkpoint was trained with: central
+    squares of 320 pixels (potsdam 224), nearest neighbour, mirror averaging, all images [the checkpoint's sizes]."""
     out: str | None = None
     """Folder for scores.json, confusion.png [evaluation beside the checkpoint]."""
     mirror: Annotated[bool, tyro.conf.FlagCreatePairsOff] = True
     """Average the codes of an image with those of its mirror image, as the paper does; --no-mirror takes half the time."""
     eval_size: int | None = None
-    """Pixels of the short side [the checkpoint's]."""
+    """Pixels of the short side [the preset's, else the checkpoint's]."""
     backbone: str | None = None
     """Needed where the checkpoint was trained on a module:callable; else the one it names."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps or auto."""
-    precision: str = "auto"
+    backbone_precision: str = "auto"
     """What a ViT backbone computes in: float32, bfloat16, float16, or auto: what the device is fast in."""
     cache: str | None = None
     """Folder of the feature cache [~/.cache/smooseg_fast]."""
@@ -53,11 +59,18 @@ class EvaluateConfig:
 
 def main(args: Sequence[str], processes: Processes = ALONE) -> None:
     config = parse(EvaluateConfig, args, prog="python -m smooseg_fast.evaluate")
-    segmenter = load_segmenter(config.checkpoint, config.backbone, processes.device(pick_device(config.device)), config.precision)
+    segmenter = load_segmenter(config.checkpoint, config.backbone, processes.device(pick_device(config.device)), config.backbone_precision)
     dataset = labelled_images(config.data, segmenter.checkpoint)
     names = dataset.class_names
-    size = segmenter.config.eval_size if config.eval_size is None else config.eval_size
-    options = dict(size=size, crops="center", resample=segmenter.config.resample, cache=config.cache, argument="--eval-size")
+    settings = segmenter.config if config.preset is None else protocol(config.preset, config.data)
+    size = config.eval_size
+    if size is None:
+        size = whole_patches(settings.eval_size, segmenter.backbone.patch)
+        if size != settings.eval_size:
+            print(f"eval_size: {settings.eval_size} -> {size} pixels, a multiple of the {segmenter.backbone.patch}-pixel patch")
+    for note in dataset.notes:
+        print(f"data       {note}")
+    options = dict(size=size, crops="center", resample=settings.resample, cache=config.cache, argument="--eval-size")
     options |= dict(processes=processes, limit=None if config.cache_limit is None else parse_size(config.cache_limit, "--cache-limit"))
     require_room(dataset, segmenter.backbone, stores=1 + config.mirror, **options)
     store = open_or_extract(dataset, segmenter.backbone, **options)
@@ -74,6 +87,7 @@ def main(args: Sequence[str], processes: Processes = ALONE) -> None:
         "checkpoint": config.checkpoint,
         "data": dataset.name,
         "held_out": dataset.held_out,
+        "preset": config.preset,
         "images": len(store),
         "skipped": store.skipped,
         "size": size,
@@ -104,8 +118,18 @@ def labelled_images(data: str | None, checkpoint: Checkpoint) -> Dataset:
         return demo_datasets()[1]
     dataset = open_dataset(data, "val")
     if not dataset.labelled:
-        raise UserError(f"--data {data}: has no labels; evaluation needs DIR/images and DIR/labels, smooseg_fast.predict needs none")
+        why = "".join(f" ({note})" for note in dataset.notes)
+        raise UserError(f"--data {data}: has no labels{why}; evaluation needs DIR/images and DIR/labels, smooseg_fast.predict needs none")
     return dataset
+
+
+def protocol(name: str, data: str | None) -> TrainConfig:
+    """The preset `name`. UserError when `data` is recognised as the dataset of another."""
+    settings = preset(name)
+    layout = None if data is None else recognise(data)
+    if layout is not None and layout.preset != name:
+        raise UserError(f"--preset {name}: but {data} is {layout.title}; give --preset {layout.preset}")
+    return settings
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def open_or_extract(
         if features is None:
             used.release()
     if progress and job.tally.squares:
-        for line in job.tally.lines(job.how()):
+        for line in job.tally.lines(job.behind(shards).how()):
             say(line)
     if fresh is None and features.skipped:
         name, reason = features.skipped[0]

@@ -1,10 +1,10 @@
-"""Label-free figures: how alike patches are before training, and what the labels of a trained head look like."""
+"""Label-free figures: what the labels of a trained head look like."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -14,58 +14,6 @@ from torch import Tensor
 import smooseg_kernels as sk
 
 from .model import Heads
-
-QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
-
-
-@dataclass(frozen=True)
-class Closeness:
-    """Closeness W of a sample of patch pairs of one kind, and what a threshold b makes of it."""
-
-    mean: float
-    std: float
-    quantiles: tuple[float, ...]  # at QUANTILES
-    threshold: float  # b, absolute
-
-    @property
-    def force(self) -> float:
-        """mean(W) - b: above 0 the average pair is pulled together, below 0 pushed apart."""
-        return self.mean - self.threshold
-
-    def line(self) -> str:
-        spread = "  ".join(f"{100 * q:g} % {value:+.3f}" for q, value in zip(QUANTILES, self.quantiles))
-        return f"mean {self.mean:+.3f}  std {self.std:.3f}  [{spread}]  threshold {self.threshold:+.3f}  net force {self.force:+.3f}"
-
-
-def closeness(features: Tensor, thresholds: Sequence[float], relative: bool) -> tuple[Closeness, Closeness]:
-    """(within, across) from a sample of features [B,P,D], B >= 2: each image with itself and with one half the sample away.
-
-    Neighbours in a folder are often neighbours in time. At most 256 patches of each image are looked at.
-    """
-    f = unit_rows(features[:, :: -(-features.shape[1] // 256)])
-    return tuple(_closeness(f, partner, b, relative) for partner, b in zip((f, f.roll(len(f) // 2, 0)), thresholds))
-
-
-def _closeness(f: Tensor, partner: Tensor, threshold: float, relative: bool) -> Closeness:
-    cosines = f @ partner.mT
-    mean = float(cosines.double().mean())
-    w = (cosines - cosines.mean(2, keepdim=True) + mean).flatten()
-    ordered = w.sort().values
-    quantiles = tuple(float(ordered[min(len(ordered) - 1, int(q * len(ordered)))]) for q in QUANTILES)
-    return Closeness(mean, float(w.std()), quantiles, threshold + mean if relative else threshold)
-
-
-def warning(within: Closeness, across: Closeness) -> str | None:
-    """Why labels may turn into kinds of images, or None."""
-    if within.force * across.force >= 0:
-        return None
-    tendency = "pull an image's patches together and push different images apart: labels may turn into kinds of images in a long run"
-    if within.force < 0:
-        tendency = "push an image's patches apart and pull different images together"
-    return (
-        f"net forces differ in sign (within {within.force:+.3f}, across {across.force:+.3f}): on average they {tendency}; "
-        "--granularity has no such tendency"
-    )
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ FIVE_RATIO = 0.5  # of the image's height and width: the size of each of five cr
 Resample = Literal["nearest", "bilinear"]
 
 _FILTERS = {"nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR}
+_EXTRA_SAMPLES = 338  # the TIFF tag that says what channels beyond the colours are
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -84,7 +85,7 @@ def visible_files(folder: Path, argument: str) -> list[Path]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         files += [Path(parent, name) for name in names if not name.startswith(".")]
-    return sorted(files, key=lambda file: file.relative_to(folder).as_posix())
+    return sorted(files, key=Path.as_posix)  # all begin alike
 
 
 def read_image(path: Path | str) -> np.ndarray:
@@ -114,6 +115,22 @@ def read_label(path: Path | str) -> np.ndarray:
         return np.array(_upright(image), dtype=np.uint8)
 
 
+def read_strips(path: Path | str, rows: int) -> Iterator[np.ndarray]:
+    """An 8-bit colour image from top to bottom in strips, uint8 [at most `rows`,W,3]: the first three channels as they are, because in
+    satellite images the fourth is infrared and not transparency. ImageError for other images; only the decoded image and a strip are in
+    memory.
+    """
+    with _opened(path) as image:
+        if image.mode not in ("RGB", "RGBA", "RGBX", "P"):
+            raise ImageError(path, f"an image of mode {image.mode}, not of 8-bit colours")
+        if image.format == "TIFF" and image.mode == "RGBA" and image.tag_v2.get(_EXTRA_SAMPLES) == (1,):  # decoding would divide by it
+            raise ImageError(path, "calls its fourth channel transparency that is multiplied in", "export it with three channels")
+        image.load()
+        for top in range(0, image.height, rows):
+            strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+            yield np.asarray(strip.convert("RGB") if strip.mode == "P" else strip)[..., :3]
+
+
 def image_size(path: Path | str) -> tuple[int, int]:
     """(height, width) that `read_image` would return, from the file's header; ImageError when there is none.
 
@@ -136,6 +153,11 @@ def require_patch(image: np.ndarray, patch: int, path: Path | str) -> None:
     height, width = image.shape[:2]
     if min(height, width) < patch:
         raise ImageError(path, f"{width} x {height} pixels, less than one patch of the backbone ({patch} pixels)", "take it out")
+
+
+def whole_patches(size: int, patch: int) -> int:
+    """The multiple of `patch`, at least one of it, that is nearest to `size` pixels."""
+    return max(1, round(size / patch)) * patch
 
 
 def resize_short_side(image: np.ndarray, size: int, resample: Resample = "nearest") -> np.ndarray:

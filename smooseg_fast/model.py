@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .kmeans import principal_directions, spherical_kmeans
+
+BLOCK = 1 << 21  # bytes: half of two cores' caches
 
 
 def codes_of(features: Tensor, projection: nn.Module, linear_mask: Tensor | None = None, hidden_mask: Tensor | None = None) -> Tensor:
@@ -20,7 +22,7 @@ def codes_of(features: Tensor, projection: nn.Module, linear_mask: Tensor | None
     linear, hidden, outer = projection.linear, projection.hidden, projection.outer
     if features.device.type == "cpu" and not torch.compiler.is_compiling():
         weights = (linear.weight, linear.bias + outer.bias, hidden.weight, hidden.bias, outer.weight)
-        return ImageByImage.apply(features, linear_mask, hidden_mask, *weights, torch.is_grad_enabled())
+        return InBlocks.apply(features, linear_mask, hidden_mask, *weights, torch.is_grad_enabled())
     (B, P), (H, Z) = features.shape[:2], linear.bias.shape
     if linear_mask is None:
         straight = features @ linear.weight.flatten(0, 1).mT
@@ -33,21 +35,26 @@ def codes_of(features: Tensor, projection: nn.Module, linear_mask: Tensor | None
     return codes.view(H, B, P, Z)
 
 
-class ImageByImage(torch.autograd.Function):
-    """`codes_of` for a CPU, whose cost beside its matrix products is memory: what one image needs between them stays in the cache.
+class InBlocks(torch.autograd.Function):
+    """`codes_of` for a CPU, whose cost beside its matrix products is memory: what a few images need between them stays in the cache.
 
-    Only what W2 gives is kept for the backward; masked features and SiLU are made again there. Gradients go to the weights alone.
+    Products are of the features' dtype, their sums over blocks of the weights'. Only what W2 gives is kept for the backward; masked
+    features and SiLU are made again there. Gradients go to the weights alone.
     """
 
     @staticmethod
     def forward(ctx, features, linear_mask, hidden_mask, linear, bias, hidden, hidden_bias, outer, keep):
-        (B, P, D), (H, Z, _) = features.shape, outer.shape
-        linear_t, hidden_t, outer_t = linear.flatten(0, 1).mT, hidden.flatten(0, 1).mT, outer.mT
-        before, codes = features.new_empty(B if keep else 1, P, H * D), features.new_empty(H, B, P, Z)
-        for n in range(B):
-            straight = torch.mm(features[n], linear_t if linear_mask is None else linear_t * linear_mask[n, :, None])
-            curved = F.silu(torch.addmm(hidden_bias.flatten(), _times(features, hidden_mask, n), hidden_t, out=before[n if keep else 0]))
-            codes[:, n] = torch.baddbmm(_by_head(straight, H), _by_head(curved, H), outer_t).add_(bias[:, None])
+        (B, P, D), (H, Z, _), dtype = features.shape, outer.shape, features.dtype
+        linear_weight, hidden_t, outer_t = linear.flatten(0, 1).to(dtype), hidden.flatten(0, 1).to(dtype).mT, outer.to(dtype).mT
+        bias, hidden_bias = bias[:, None].to(dtype), hidden_bias.flatten().to(dtype)
+        step = images_a_block(features, H)
+        before, codes = features.new_empty(B if keep else step, P, H * D), features.new_empty(H, B, P, Z)
+        for block in blocks(B, step):
+            f = features[block]
+            straight = f @ (linear_weight if linear_mask is None else linear_weight * linear_mask[block, None].to(dtype)).mT
+            place = before[block if keep else slice(len(f))].flatten(0, 1)
+            curved = F.silu(torch.addmm(hidden_bias, _times(f, hidden_mask, block), hidden_t, out=place))
+            codes[:, block] = torch.baddbmm(_by_head(straight, H), _by_head(curved, H), outer_t).add_(bias).unflatten(1, f.shape[:2])
         if keep:
             ctx.save_for_backward(features, linear_mask, hidden_mask, before, outer)
         return codes
@@ -56,32 +63,52 @@ class ImageByImage(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_codes):
         features, linear_mask, hidden_mask, before, outer = ctx.saved_tensors
-        (B, P, D), (H, Z, _) = features.shape, outer.shape
-        d_linear, d_hidden = features.new_zeros(H * Z, D), features.new_zeros(H * D, D)
-        d_outer, d_hidden_bias = torch.zeros_like(outer), features.new_zeros(H * D)
-        for n in range(B):
-            d = d_codes[:, n]
-            d_side = d.transpose(0, 1).reshape(P, H * Z).mT
+        (B, _, D), (H, Z, _), dtype = features.shape, outer.shape, features.dtype
+        weight = outer.to(dtype)
+        d_linear, d_hidden = outer.new_zeros(H * Z, D), outer.new_zeros(H * D, D)
+        d_outer, d_hidden_bias = torch.zeros_like(outer), outer.new_zeros(H * D)
+        for block in blocks(B, images_a_block(features, H)):
+            f, d = features[block], d_codes[:, block].flatten(1, 2)
+            d_side = d.transpose(0, 1).reshape(*f.shape[:2], H * Z).mT
             if linear_mask is None:
-                d_linear.addmm_(d_side, features[n])
+                d_linear += (d_side @ f).sum(0)
             else:
-                d_linear.addcmul_(torch.mm(d_side, features[n]), linear_mask[n])
-            d_outer.baddbmm_(d.mT, _by_head(F.silu(before[n]), H))
-            d_curved = torch.bmm(d, outer).transpose(0, 1).reshape(P, H * D)
-            d_before = torch.ops.aten.silu_backward(d_curved, before[n])
-            d_hidden.addmm_(d_before.mT, _times(features, hidden_mask, n))
+                d_linear += ((d_side @ f) * linear_mask[block, None]).sum(0)
+            rows = before[block].flatten(0, 1)
+            d_outer += d.mT @ _by_head(F.silu(rows), H)
+            d_curved = torch.bmm(d, weight).transpose(0, 1).reshape(rows.shape)
+            d_before = torch.ops.aten.silu_backward.grad_input(d_curved, rows, grad_input=d_curved)
+            _add_product(d_hidden, d_before.mT, _times(f, hidden_mask, block))
             d_hidden_bias += d_before.sum(0)
-        d_bias = d_codes.sum((1, 2))
+        d_bias = d_codes.sum((1, 2), dtype=outer.dtype)
         return None, None, None, d_linear.view(H, Z, D), d_bias, d_hidden.view(H, D, D), d_hidden_bias.view(H, D), d_outer, None
 
 
-def _times(features: Tensor, mask: Tensor | None, n: int) -> Tensor:
-    return features[n] if mask is None else features[n] * mask[n]
+def images_a_block(features: Tensor, H: int) -> int:
+    """So many that a hidden layer of H heads is about BLOCK bytes; at least one."""
+    return max(1, BLOCK // (H * features[0].nbytes))
+
+
+def blocks(B: int, step: int) -> Iterator[slice]:
+    return (slice(n, min(n + step, B)) for n in range(0, B, step))
+
+
+def _times(f: Tensor, mask: Tensor | None, block: slice) -> Tensor:
+    """[b,P,D] times mask [B,D] -> [b*P,D]."""
+    return (f if mask is None else f * mask[block, None].to(f.dtype)).flatten(0, 1)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, rounded to the total's dtype alone where the operands have it too."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
 
 
 def _by_head(rows: Tensor, H: int) -> Tensor:
-    """[P,H*N] -> [H,P,N]."""
-    return rows.view(len(rows), H, -1).transpose(0, 1)
+    """[...,H*N] -> [H,rows,N]."""
+    return rows.reshape(-1, H, rows.shape[-1] // H).transpose(0, 1)
 
 
 class Projection(nn.Module):

@@ -102,7 +102,7 @@ def train_step(
 ) -> sk.SmooSegLoss:
     """One iteration: losses with the teacher as it stands, then the teacher's update, then the optimiser's.
 
-    features [B,P,D]: fp32 on a CPU, of any float type on a GPU, where matrix products are in bf16.
+    features [B,P,D]: of 16 bits where the projection's matrix products shall be in bf16 (on a CPU they are bf16), else like the heads.
     thresholds [H,T]: every head has its own; batches, partners, masks and patches are common to them.
     processes: each has an equal part of the batch; losses and gradients are those of the whole, and heads stay equal on all.
     -> the losses, [H] or [H,T], as device tensors: the loop, not the step, decides when to read them.
@@ -111,7 +111,8 @@ def train_step(
         features = features.gather(1, draws.patches[..., None].expand(-1, -1, features.shape[-1]))
     masks = None if draws.masks is None else draws.masks.to(torch.promote_types(features.dtype, torch.float32))
     closeness_mask, linear_mask, hidden_mask = (None, None, None) if masks is None else masks.unbind(0)
-    with torch.autocast(features.device.type, torch.bfloat16, enabled=features.device.type == "cuda"):
+    narrow = features.dtype.itemsize == 2 and features.device.type != "cpu"  # there the projection casts its weights itself
+    with torch.autocast(features.device.type, torch.bfloat16, enabled=narrow):
         codes = heads.codes(features, linear_mask, hidden_mask)
     loss = sk.smooseg_loss(
         features,

@@ -19,7 +19,7 @@ from .errors import UserError
 from .files import write_atomic
 from .metrics import Scores, percent
 
-_INK, _GREY, _RULE, _PAPER, _WELL, _MARK = "#1d2126", "#69717b", "#d9dde1", "#ffffff", "#eef0f2", "#e5480c"
+INK, GREY, RULE, PAPER, WELL, MARK = "#1d2126", "#69717b", "#d9dde1", "#ffffff", "#eef0f2", "#e5480c"
 
 # Hand-picked, then moved apart: the closest two differ by 0.11 in OKLab, and by 0.06 as protanopia and deuteranopia see them.
 _HAND_PICKED = (
@@ -34,7 +34,7 @@ _LMS_TO_LAB = np.array(
     [[0.2104542553, 0.7936177850, -0.0040720468], [1.9779984951, -2.4285922050, 0.4505937099], [0.0259040371, 0.7827717662, -0.8086757660]]
 )
 _LIGHTNESS, _CHROMA = (0.66, 0.46, 0.83, 0.56, 0.36, 0.75), (0.17, 0.12, 0.10, 0.15)
-_BLUES = ("#f6f8fa", "#d3e3f0", "#92bfdd", "#3f86bd", "#0f4c86", "#082c56")  # 0 to 100 % in the confusion picture
+BLUES = ("#f6f8fa", "#d3e3f0", "#92bfdd", "#3f86bd", "#0f4c86", "#082c56")  # 0 to 100 % in the confusion picture
 # for what DejaVu Sans lacks (Chinese, Japanese, Korean): the usual fonts of Linux, macOS and Windows
 _WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "DroidSansFallbackFull.ttf", "Arial Unicode.ttf", "msyh.ttc", "malgun.ttf")
 
@@ -115,24 +115,24 @@ def contact_sheet(
     top = margin + (round(48 * unit) if title else 0)
     grid_top = top + (swatches.height + gap if swatches else 0) + (line if column_titles else 0)
     row_height = cell[1] + (line if row_titles else 0) + gap
-    sheet = Image.new("RGB", (width, grid_top + row_height * len(rows) - gap + margin), _PAPER)
+    sheet = Image.new("RGB", (width, grid_top + row_height * len(rows) - gap + margin), PAPER)
     draw = ImageDraw.Draw(sheet)
-    _write(draw, (margin, margin), title, round(28 * unit), _INK, bold=True, room=width - 2 * margin, anchor="la")
+    _write(draw, (margin, margin), title, round(28 * unit), INK, bold=True, room=width - 2 * margin, anchor="la")
     if swatches:
         sheet.paste(swatches, (margin, top))
     for c, text in enumerate(column_titles[:columns]):
         at = (margin + c * (cell_width + gap), grid_top - line // 2 - gap // 4)
-        _write(draw, at, text, small, _INK, bold=True, room=cell_width)
+        _write(draw, at, text, small, INK, bold=True, room=cell_width)
     for r, row in enumerate(rows):
         y = grid_top + r * row_height
         for c in range(columns):
             x = margin + c * (cell_width + gap)
-            draw.rectangle((x, y, x + cell[0] - 1, y + cell[1] - 1), fill=_WELL)
+            draw.rectangle((x, y, x + cell[0] - 1, y + cell[1] - 1), fill=WELL)
             if c < len(row) and row[c] is not None:
                 thumbnail = _fit(row[c], cell)
                 sheet.paste(thumbnail, (x + (cell[0] - thumbnail.width) // 2, y + (cell[1] - thumbnail.height) // 2))
         if r < len(row_titles):
-            _write(draw, (margin, y + cell[1] + line // 2), row_titles[r], small, _GREY, room=width - 2 * margin)
+            _write(draw, (margin, y + cell[1] + line // 2), row_titles[r], small, GREY, room=width - 2 * margin)
     return sheet
 
 
@@ -158,35 +158,35 @@ def confusion_picture(confusion: np.ndarray, scores: Scores, class_names: Sequen
     left = margin + min(max(_length(name, text) for name in names), 240) + 14
     right = left + side * clusters + apart
     width = max(right + 140, left + 500) + margin
-    picture = Image.new("RGB", (width, head + side * classes + 76), _PAPER)
+    picture = Image.new("RGB", (width, head + side * classes + 76), PAPER)
     draw = ImageDraw.Draw(picture)
-    _write(draw, (margin, margin), f"{scores.matching.capitalize()} matching", 22, _INK, bold=True)
+    _write(draw, (margin, margin), f"{scores.matching.capitalize()} matching", 22, INK, bold=True)
     summary = f"accuracy {percent(scores.accuracy)} %,  mean IoU {percent(scores.miou)} %,  {scores.pixels:,} labelled pixels"
-    _write(draw, (margin, margin + 30), summary, 15, _GREY)
+    _write(draw, (margin, margin + 30), summary, 15, GREY)
     for x, label, anchor in ((left - 14, "class", "rm"), (right + 70, "share", "rm"), (right + 140, "IoU", "rm")):
-        _write(draw, (x, head - 14), label, text, _GREY, anchor=anchor)
+        _write(draw, (x, head - 14), label, text, GREY, anchor=anchor)
     stride = math.ceil((_length(str(clusters - 1), size) + 4) / side)  # number every column where there is room
     xs = [left + side * i + (apart if i >= matched else 0) for i in range(clusters)]
-    _write(draw, (left, head - 36), "clusters", text, _GREY)
+    _write(draw, (left, head - 36), "clusters", text, GREY)
     if apart:
-        _write(draw, (xs[matched], head - 36), "no class", text, _GREY)
+        _write(draw, (xs[matched], head - 36), "no class", text, GREY)
     for i, (x, k) in enumerate(zip(xs, order)):
         if i % stride == 0:
-            _write(draw, (x + side / 2, head - 14), str(k), size, _INK, anchor="mm")
+            _write(draw, (x + side / 2, head - 14), str(k), size, INK, anchor="mm")
     for c, name in enumerate(names):
         y = head + side * c
         middle = y + side / 2
-        _write(draw, (left - 14, middle), name, text, _INK if pixels[c] else _GREY, room=240, anchor="rm")
+        _write(draw, (left - 14, middle), name, text, INK if pixels[c] else GREY, room=240, anchor="rm")
         share = percent(pixels[c] / pixels.sum()) if pixels[c] else "-"
-        _write(draw, (right + 70, middle), share, text, _GREY, anchor="rm")
-        _write(draw, (right + 140, middle), percent(scores.iou[c]), text, _INK, bold=True, anchor="rm")
+        _write(draw, (right + 70, middle), share, text, GREY, anchor="rm")
+        _write(draw, (right + 140, middle), percent(scores.iou[c]), text, INK, bold=True, anchor="rm")
         for x, k in zip(xs, order):
             box = (x, y, x + side - 2, y + side - 2)
-            draw.rectangle(box, fill=_shade(shares[c, k]) if pixels[c] else _PAPER)
+            draw.rectangle(box, fill=_shade(shares[c, k]) if pixels[c] else PAPER)
             if scores.mapping[k] == c and pixels[c]:
-                draw.rectangle(box, outline=_MARK, width=2)
+                draw.rectangle(box, outline=MARK, width=2)
             if side >= 22 and shares[c, k] >= 0.005:
-                ink = _PAPER if shares[c, k] > 0.5 else _INK
+                ink = PAPER if shares[c, k] > 0.5 else INK
                 _write(draw, (x + side / 2 - 1, middle - 1), f"{100 * shares[c, k]:.0f}", size, ink, anchor="mm")
     _confusion_key(draw, (left, head + side * classes + 34))
     return picture
@@ -198,16 +198,13 @@ def curves_picture(records: Sequence[Mapping[str, Any]], panels: Mapping[str, Se
     Only finite numbers that are in the records are drawn; a key without any is left out, and so is a panel without keys. Each curve is
     named at its end. Without anything to draw the picture says so.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     curves = {name: {key: points for key in keys if (points := _points(records, key))} for name, keys in panels.items()}
     curves = {name: found for name, found in curves.items() if found}
     columns = min(3, math.ceil(math.sqrt(len(curves)))) or 1
     rows = math.ceil(len(curves) / columns) or 1
-    head = 70 if title else 16
-    figure = Figure(figsize=(5.6 * columns, 3.2 * rows), dpi=100, facecolor=_PAPER, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = Figure(figsize=(5.6 * columns, 3.2 * rows), dpi=100, facecolor=PAPER, layout="constrained")
     steps = [x for found in curves.values() for points in found.values() for x, _ in points]
     for i, (name, found) in enumerate(curves.items()):
         axes = figure.add_subplot(rows, columns, i + 1)
@@ -215,16 +212,7 @@ def curves_picture(records: Sequence[Mapping[str, Any]], panels: Mapping[str, Se
         edge = max(0.02 * (max(steps) - min(steps)), 0.5)
         axes.set_xlim(min(steps) - edge, max(steps) + edge)  # the same in all, so that equal steps stand below each other
         axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.12)
-    canvas.draw()
-    plot = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
-    picture = Image.new("RGB", (plot.width, plot.height + head), _PAPER)
-    picture.paste(plot, (0, head))
-    draw = ImageDraw.Draw(picture)
-    _write(draw, (16, 24), title, 22, _INK, bold=True, room=plot.width - 32, anchor="la")
-    if not curves:
-        _write(draw, (picture.width / 2, picture.height / 2), "nothing recorded yet", 15, _GREY, anchor="mm")
-    return picture
+    return under_title(figure, title, "" if curves else "nothing recorded yet")
 
 
 def save(path: str | Path, image: Image.Image | np.ndarray) -> Path:
@@ -365,13 +353,13 @@ def _legend(legend: Sequence[tuple[Sequence[int], str]], width: int, size: int) 
     column = min(swatch + longest + 4 * pad, width // columns)
     lines = math.ceil(len(legend) / columns)
     columns = math.ceil(len(legend) / lines)  # lines of about one length
-    picture = Image.new("RGB", (width, line * lines), _PAPER)
+    picture = Image.new("RGB", (width, line * lines), PAPER)
     draw = ImageDraw.Draw(picture)
     for i, (colour, text) in enumerate(legend):
         x, y = i % columns * column, i // columns * line + line // 2
         box = (x, y - swatch // 2, x + swatch - 1, y - swatch // 2 + swatch - 1)
         draw.rounded_rectangle(box, radius=swatch // 5, fill=tuple(int(v) for v in colour))
-        _write(draw, (x + swatch + pad, y), text, size, _INK, room=column - swatch - 3 * pad)
+        _write(draw, (x + swatch + pad, y), text, size, INK, room=column - swatch - 3 * pad)
     return picture
 
 
@@ -387,7 +375,7 @@ def _fit(image: np.ndarray, cell: tuple[int, int]) -> Image.Image:
 
 def _shade(share: float) -> tuple[int, int, int]:
     """The colour of a share 0..1 on the confusion picture's scale."""
-    stops = np.array([[int(stop[i : i + 2], 16) for i in (1, 3, 5)] for stop in _BLUES])
+    stops = np.array([[int(stop[i : i + 2], 16) for i in (1, 3, 5)] for stop in BLUES])
     at = np.linspace(0, 1, len(stops))
     return tuple(round(np.interp(share, at, channel)) for channel in stops.T)
 
@@ -397,10 +385,10 @@ def _confusion_key(draw: ImageDraw.ImageDraw, at: tuple[int, int]) -> None:
     for i in range(120):
         draw.line((x + i, y - 6, x + i, y + 6), fill=_shade(i / 119))
     note = "0 to 100 % of the class's pixels"
-    _write(draw, (x + 132, y), note, 13, _GREY)
+    _write(draw, (x + 132, y), note, 13, GREY)
     x += 132 + _length(note, 13) + 28
-    draw.rectangle((x, y - 7, x + 14, y + 7), outline=_MARK, width=2)
-    _write(draw, (x + 24, y), "counted as right", 13, _GREY)
+    draw.rectangle((x, y - 7, x + 14, y + 7), outline=MARK, width=2)
+    _write(draw, (x + 24, y), "counted as right", 13, GREY)
 
 
 def _points(records: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
@@ -419,23 +407,46 @@ def _panel(axes: Any, name: str, curves: Mapping[str, list[tuple[float, float]]]
     colours = dict(zip([key for key in curves if key in named], legible))
     for key, points in curves.items():
         steps, values = zip(*points)
-        style = {"color": colours.get(key, _RULE), "zorder": 2 if key in named else 1.5}
+        style = {"color": colours.get(key, RULE), "zorder": 2 if key in named else 1.5}
         axes.plot(steps, values, linewidth=1.6, marker="o" if len(points) < 15 else None, markersize=3.5, **style)
     ends = [(curves[key][-1][1], key, colours[key]) for key in named]
     if others:
-        ends.append((curves[others[len(others) // 2]][-1][1], f"{len(others)} more", _GREY))
-    axes.set_title(name, loc="left", fontsize=11, fontweight="bold", color=_INK, parse_math=False)
-    axes.set_xlabel("step", fontsize=9, color=_GREY)
-    axes.tick_params(colors=_GREY, labelsize=9, length=0)
-    axes.set_facecolor(_PAPER)
-    axes.grid(axis="y", color=_RULE, linewidth=0.8)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(_RULE)
+        ends.append((curves[others[len(others) // 2]][-1][1], f"{len(others)} more", GREY))
+    axes.set_xlabel("step", fontsize=9, color=GREY)
+    axes.grid(axis="y", color=RULE, linewidth=0.8)
+    plain_axes(axes, name)
     low, high = axes.get_ylim()
     ends.sort(key=lambda end: end[0])
     heights = _spread([(value - low) / (high - low) for value, _, _ in ends], 0.075)
     for height, (_, key, colour) in zip(heights, ends):
         axes.text(1.02, height, key, transform=axes.transAxes, color=colour, fontsize=9, va="center", parse_math=False)
+
+
+def plain_axes(axes: Any, name: str) -> None:
+    """A matplotlib `axes` without ink that says nothing."""
+    axes.set_title(name, loc="left", fontsize=11, fontweight="bold", color=INK, parse_math=False)
+    axes.tick_params(colors=GREY, labelsize=9, length=0)
+    axes.set_facecolor(PAPER)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(RULE)
+
+
+def under_title(figure: Any, title: str, message: str = "") -> Image.Image:
+    """A matplotlib `figure` as a picture below its title, or a message in its middle."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    head = 70 if title else 16
+    canvas = FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.12)
+    canvas.draw()
+    plot = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
+    picture = Image.new("RGB", (plot.width, plot.height + head), PAPER)
+    picture.paste(plot, (0, head))
+    draw = ImageDraw.Draw(picture)
+    _write(draw, (16, 24), title, 22, INK, bold=True, room=plot.width - 32, anchor="la")
+    if message:
+        _write(draw, (picture.width / 2, picture.height / 2), message, 15, GREY, anchor="mm")
+    return picture
 
 
 def _spread(heights: Sequence[float], gap: float) -> list[float]:

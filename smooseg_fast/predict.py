@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from . import pictures
 from .command import load_segmenter, parse, run
+from .datasets import recognise
 from .errors import UserError
 from .evaluation import spread
 from .files import write_json
@@ -36,7 +37,7 @@ class PredictConfig:
     """Segment images of any size with a checkpoint. The same command on the same --out goes on where it was stopped."""
 
     checkpoint: str
-    """The checkpoint.safetensors that training wrote."""
+    """The checkpoint.safetensors that training wrote, or a published SmooSeg .ckpt."""
     images: str
     """An image, or a folder of images in any nesting."""
     out: str
@@ -49,7 +50,7 @@ class PredictConfig:
     """Needed where the checkpoint was trained on a module:callable; else the one it names."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps or auto."""
-    precision: str = "auto"
+    backbone_precision: str = "auto"
     """What a ViT backbone computes in: float32, bfloat16, float16, or auto: what the device is fast in."""
 
 
@@ -111,7 +112,7 @@ class Predictions(OutFolder):
 
 def main(args: Sequence[str]) -> None:
     config = parse(PredictConfig, args, prog="python -m smooseg_fast.predict")
-    segmenter = load_segmenter(config.checkpoint, config.backbone, config.device, config.precision)
+    segmenter = load_segmenter(config.checkpoint, config.backbone, config.device, config.backbone_precision)
     root, out = Path(config.images).expanduser(), Path(config.out).expanduser()
     items = items_below(root, out)
     made = Predictions(out, settings(config, segmenter))
@@ -208,6 +209,10 @@ def draw_sheet(path: Path, done: Sequence[Item], made: Predictions, segmenter: S
 
 def items_below(root: Path, out: Path) -> list[Item]:
     """The images at or below `root`, without the masks of a labelled layout and without what lies in `out`. UserError when none is left."""
+    layout = recognise(root)
+    if layout is not None:  # its label files are images too
+        advice = "the pictures alone" if layout.pictures is None else str(layout.pictures)
+        raise UserError(f"--images {root}: is {layout.title}, which holds more than pictures; give {advice}")
     found = find_images(root, "--images")
     top = root if root.is_dir() else root.parent
     real, ours = top.resolve(), [out.resolve() / name for name in (MASKS, OVERLAYS, SHEET)]

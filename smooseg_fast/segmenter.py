@@ -11,13 +11,15 @@ from torch import Tensor
 
 import smooseg_kernels as sk
 
-from .backbones import Backbone, load_backbone
+from .backbones import Backbone, build_vit, load_backbone
 from .backbones.base import digest_of
 from .checkpoint import Checkpoint, read_checkpoint
 from .config import TrainConfig
 from .errors import UserError
 from .images import read_image, require_patch
 from .model import Head
+from .pickles import is_pickle
+from .published import read_published
 from .tiles import code_map
 
 
@@ -35,18 +37,24 @@ class Segmenter:
 
     @classmethod
     def load(cls, path: str | Path, *, backbone: str | None = None, device: str = "auto", precision: str = "auto") -> Segmenter:
-        """Read a checkpoint; nothing in it is executed. UserError for a damaged or foreign file.
+        """Read a checkpoint, or a published SmooSeg .ckpt; nothing in it is executed. UserError for a damaged or foreign file.
 
         `backbone` is needed where the checkpoint was trained on a `module:callable`, and may name a local copy of a hub model.
         `precision`: what a ViT backbone computes in, as of `backbones.load_backbone`.
         """
+        path, device = Path(path).expanduser(), pick_device(device)
+        if is_pickle(path):
+            published = read_published(path, f"--checkpoint {path}")
+            if backbone is None:
+                return cls(published.checkpoint, build_vit(str(path), published.vit, device, precision))
+            return cls(published.checkpoint, load_backbone(backbone, device, precision))
         checkpoint = read_checkpoint(path)
         if backbone is None and ":" in checkpoint.backbone_name:
             raise UserError(
                 f"--backbone: missing; {path} was trained on {checkpoint.backbone_name}, and a checkpoint never imports code by itself: "
                 f"add --backbone {checkpoint.backbone_name}"
             )
-        return cls(checkpoint, load_backbone(backbone or checkpoint.backbone_name, pick_device(device), precision))
+        return cls(checkpoint, load_backbone(backbone or _beside(path, checkpoint.backbone_name), device, precision))
 
     def save(self, path: str | Path) -> Path:
         return self.checkpoint.write(path)
@@ -121,6 +129,19 @@ def as_rgb(image: np.ndarray | str | Path) -> np.ndarray:
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
         raise UserError(f"image: must be uint8 [H,W,3] RGB or [H,W] grey, or a path; got {image.dtype} {list(image.shape)}")
     return np.repeat(image[..., None], 3, 2) if image.ndim == 2 else image
+
+
+def _beside(checkpoint: Path, name: str) -> str:
+    """A backbone of a relative path is looked for beside the checkpoint first, so that the two can be moved together."""
+    place = checkpoint.parent / name
+    if (place / "config.json").is_file() or is_pickle(place):
+        return str(place)
+    if name.startswith("./") and not Path(name).exists():
+        raise UserError(
+            f"--backbone: missing; {checkpoint} names {name}, and no such folder is beside it: give that folder, wherever it is now, "
+            "or the file that it was made of"
+        )
+    return name
 
 
 def pick_device(name: str) -> str:

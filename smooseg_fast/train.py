@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import shlex
 import sys
@@ -10,9 +11,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .command import parse, predict_command, run
+from .command import parse, pictures_of, predict_command, run
 from .config import TrainConfig, flag, preset, with_changes
+from .datasets import Dataset, recognise
 from .errors import UserError
+from .images import ImageError
 from .pictures import save
 from .processes import ALONE, Processes
 from .runfolder import CHECKPOINT, LADDER, RunFolder
@@ -26,20 +29,35 @@ def main(args: Sequence[str], processes: Processes = ALONE) -> None:
     out = Path(config.out) if config.out else free_folder(config)
     train, held_out = datasets_of(config)
     print(f"smooseg_fast: preset {config.preset}, {train.name} ({len(train)} images), backbone {config.backbone}")
+    for line in recognised(config):
+        say(line)
     segmenter = learn(config, train, held_out, out=out, progress=True, say=say, processes=processes)
     if not processes.first:
         return
-    images = config.data
-    if images is None:  # the demo's images are made up: a few are written down, so that the next command works as it stands
-        images = str(out / "samples")
-        for index in range(SAMPLES):
-            save(Path(images) / Path(held_out.names[index]).name, held_out.image(index))
+    images = pictures_of(config.data, out)
+    if images == out / "samples":  # the demo's are made up, tiles lie in no image file: a few are written down for the next command
+        write_samples(train if held_out is None else held_out, images)
     if config.granularity is not None and len(config.granularity) > 1:
         now = segmenter.config.granularity[0]
         another = next(value for value in reversed(config.granularity) if value != now)
         other = ["python", "-m", "smooseg_fast.choose", "--run", str(out), "--granularity", f"{another:g}"]
         print(f"choose     look at {out / LADDER}; {now:g} predicts, and another would by: {shlex.join(other)}")
     print("next       " + predict_command(out / CHECKPOINT, images, out / "predictions", config.backbone))
+
+
+def write_samples(dataset: Dataset, folder: Path) -> None:
+    for index in range(min(SAMPLES, len(dataset))):
+        with contextlib.suppress(ImageError):  # was skipped and said before
+            save(folder / Path(dataset.names[index].replace("/", "_")).with_suffix(".png"), dataset.image(index))
+
+
+def recognised(config: TrainConfig) -> list[str]:
+    """What is said of data in the layout of its owner: another preset may be the one of the paper."""
+    layout = None if config.data is None else recognise(config.data)
+    if layout is None:
+        return []
+    fits = layout.preset in (config.preset, "folder")
+    return [f"data       {layout.title}" + ("" if fits else f"; the paper's settings for it are --preset {layout.preset}")]
 
 
 def say(line: str) -> None:

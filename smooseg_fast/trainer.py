@@ -20,12 +20,14 @@ from . import evaluation
 from .backbones import Backbone, load_backbone
 from .board import Board, require_tensorboard
 from .checkpoint import TrainingState, optimizer_tensors, restore_optimizer
+from .closeness import closeness, similarity, warning
 from .config import TrainConfig, preset, with_changes
 from .datasets import ArrayDataset, Dataset, open_splits
 from .errors import UserError, WriteError
 from .extract import open_or_extract
-from .health import closeness, health, warning
+from .health import health
 from .host import deterministic, keep_freed_memory
+from .images import whole_patches
 from .loop import Loop
 from .metrics import hungarian
 from .model import Head, Heads
@@ -61,7 +63,8 @@ def fit(
     """Learn to segment `images` without labels.
 
     Args:
-        images: a folder (any nesting, or the labelled layout), one image file, or a sequence of uint8 [H,W,3] arrays.
+        images: a folder (any nesting, the labelled layout, or that of a benchmark's owner), one image file, or a sequence of uint8
+            [H,W,3] arrays.
         out: folder for checkpoint, figures and pictures; nothing is written without it but the feature cache.
         preset_name: where the other settings start from.
         say: what to do with each line about the run; nothing by default.
@@ -105,7 +108,7 @@ def learn(
     keep_freed_memory()
     if config.log == "tensorboard":
         require_tensorboard()
-    backbone = load_backbone(config.backbone, device, config.precision)
+    backbone = load_backbone(config.backbone, device, config.backbone_precision)
     wanted, config = config, resolve(config, backbone, dataset if held_out is None else held_out, say)
     folder = None if out is None else RunFolder(out, wanted)
     if folder is not None and folder.finished():
@@ -113,9 +116,12 @@ def learn(
         say(f"{out}: this run is finished, step {checkpoint.step} of {config.steps}; --out another folder to train again")
         return Segmenter(checkpoint, backbone)
 
+    for note in dict.fromkeys((*dataset.notes, *(() if held_out is None else held_out.notes))):
+        say(f"data       {note}")
     every = config.variants()
     many = "" if len(every) == 1 else f", {len(every)} heads at once ({'; '.join(variant.label() for variant in every)})"
-    say(f"learning   at most {config.prototypes} groups, {config.init} start, objective by {config.impl} on {device}{many}")
+    how = f"objective by {config.impl}, projection in {config.precision}"
+    say(f"learning   at most {config.prototypes} groups, {config.init} start, {how} on {device}{many}")
     if processes.size > 1:
         eager = "" if backbone.device.type == "cpu" else "; steps are not replayed from a CUDA graph"
         share = config.batch_size // processes.size
@@ -193,13 +199,15 @@ def resolve(config: TrainConfig, backbone: Backbone, dataset: Dataset, say: Say)
     changes: dict[str, Any] = {}
     for name in ("size", "eval_size"):
         size = getattr(config, name)
-        whole = max(1, round(size / backbone.patch)) * backbone.patch
+        whole = whole_patches(size, backbone.patch)
         if whole != size:
             say(f"{name}: {size} -> {whole} pixels, a multiple of the {backbone.patch}-pixel patch of {backbone.name}")
             changes[name] = whole
     if config.prototypes is None:
         names = dataset.class_names
         changes["prototypes"] = GROUPS_WITHOUT_LABELS if names is None else len(names)
+    if config.precision == "auto":
+        changes["precision"] = "bfloat16" if backbone.device.type == "cuda" else "float32"
     changes["impl"] = usable_impl(config.impl, changes.get("prototypes", config.prototypes), config.code_dim, backbone.device)
     return dataclasses.replace(config, **changes)
 
@@ -342,24 +350,31 @@ class Run:
         return head
 
     def features(self) -> Tensor | Callable[[Tensor], Tensor]:
-        """On a GPU all features, where they take at most 60 % of its free memory, in bf16; else rows through the memory map."""
-        rows = self.store.rows if self.stream is None else self.stream.features
-        if self.device.type != "cuda":
-            return rows
-        if self.stream is not None or self.store.nbytes > 0.6 * torch.cuda.mem_get_info(self.device)[0]:
-            return functools.partial(rows, dtype=torch.bfloat16)
-        return self.store.load(self.device, torch.bfloat16)
+        """On a GPU all features, where they take at most 60 % of its free memory; else rows through the memory map."""
+        dtype, rows = getattr(torch, self.config.precision), self.store.rows if self.stream is None else self.stream.features
+        nbytes = len(self.store) * self.store.P * self.store.D * dtype.itemsize
+        if self.device.type != "cuda" or self.stream is not None or nbytes > 0.6 * torch.cuda.mem_get_info(self.device)[0]:
+            return functools.partial(rows, dtype=dtype)
+        return self.store.load(self.device, dtype)
 
     def tell_closeness(self) -> None:
         """Of the first granularity or pair of thresholds: the closeness itself is common to all."""
-        sample = self.store.rows(evaluation.spread(len(self.store), 48))
-        within, across = closeness(sample, self.variants[0].thresholds, self.config.relative)
+        if not self.processes.first:
+            return
+        found = similarity(self.store, self.device, impl=self.config.impl, progress=self.progress)
+        within, across = closeness(found, self.variants[0].thresholds, self.config.relative)
         self.say(f"closeness  within images  {within.line()}")
         self.say(f"           across images  {across.line()}")
+        self.say(f"           {found.line()}")
         problem = warning(within, across)
         if problem:
             self.say(f"warning    {problem}")
-        self.report["closeness"] = {"within": dataclasses.asdict(within), "across": dataclasses.asdict(across)}
+        self.report["closeness"] = {
+            "within": dataclasses.asdict(within) | {"pairs": found.within.pairs},
+            "across": dataclasses.asdict(across) | {"pairs": found.across.pairs},
+            "squares": found.squares,
+            "squares_counted": found.counted,
+        }
 
     def log(self, heads: Heads, losses: dict[str, Tensor], bar: Bar) -> None:
         """One line of metrics for each head, written together; heads in trouble are named. UserError when none is left."""

@@ -23,6 +23,12 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device"))
 
 
+@pytest.fixture(autouse=True)
+def same_on_every_cpu(monkeypatch):
+    """With matrix units a vision transformer would compute in bfloat16."""
+    monkeypatch.setattr("smooseg_fast.backbones.precision.has_matrix_units", lambda: False)
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -56,3 +62,18 @@ def trained(labelled):
 
     assert run(train.main, ["--data", str(labelled), "--out", "out", *SMALL]) == 0
     return labelled.parent / "out" / "checkpoint.safetensors"
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Memory that kernels are to fill starts as NaN: an element that nothing writes fails loudly."""
+
+    def poison(function):
+        def filled(*args, **kwargs):
+            out = function(*args, **kwargs)
+            return out.fill_(float("nan") if out.is_floating_point() else 12345)
+
+        return filled
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smooseg_fast.backbones import load_backbone, vit
+from smooseg_fast.backbones import load_backbone, precision
 from smooseg_fast.backbones.base import Backbone, digest_of
+from smooseg_fast.backbones.precision import compute_dtype
 from smooseg_fast.errors import UserError
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -257,15 +258,33 @@ def test_images_are_normalised_as_the_folder_says(folder):
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_half_precision_keeps_the_features(folders, kind, monkeypatch):
+def test_half_precision_keeps_the_features(folders, kind):
     images = make_images(112, 224)
-    exact = load_backbone(str(folders / kind))(images)[0]
-    monkeypatch.setattr(vit, "compute_dtype", lambda device: torch.bfloat16)
-    backbone = load_backbone(str(folders / kind))
+    exact = load_backbone(str(folders / kind), precision="float32")
+    backbone = load_backbone(str(folders / kind), precision="bfloat16")
+    assert (exact.precision, backbone.precision) == ("float32", "bfloat16")
+    assert exact.digest == backbone.digest
     assert all(buffer.dtype != torch.bfloat16 for buffer in backbone.model.buffers())
     features = backbone(images)[0]
     assert features.dtype == torch.bfloat16
-    assert F.cosine_similarity(features.float(), exact, dim=-1).min() > 0.99
+    assert F.cosine_similarity(features.float(), exact(images)[0], dim=-1).min() > 0.99
+
+
+def test_auto_is_what_the_device_is_fast_in(monkeypatch):
+    cpu = torch.device("cpu")
+    assert compute_dtype("auto", cpu) == torch.float32
+    monkeypatch.setattr(precision, "has_matrix_units", lambda: True)
+    assert compute_dtype("auto", cpu) == torch.bfloat16
+    assert compute_dtype("float32", cpu) == torch.float32
+    assert compute_dtype("auto", torch.device("mps")) == torch.float16
+
+
+def test_a_precision_that_cannot_be(folders):
+    with pytest.raises(UserError, match="--backbone-precision double: is not known; choose one of auto, float32, bfloat16, float16"):
+        load_backbone(str(folders / "vit"), precision="double")
+    with pytest.raises(UserError, match="--backbone-precision bfloat16: filterbank computes in float32 alone; leave the flag out"):
+        load_backbone("filterbank", precision="bfloat16")
+    assert load_backbone("filterbank", precision="float32").precision == "float32"
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ import problems
 import pytest
 import summary
 import torch
-from floors import Problem
+from floors import PairProblem, Problem
 
 SIZE = problems.of_dtype(Problem(B=2, P=24, D=20, Z=6, K=5), torch.float32)
 MODE = "forward + backward"
@@ -64,6 +64,35 @@ def test_a_wrong_answer_is_refused(wrong, repeated, monkeypatch):
         monkeypatch.setattr(problems, "ORACLE_PAIRS", 2 * 8**2)
     with pytest.raises(AssertionError):
         passes("torch", function=wrong)
+
+
+PAIRS = problems.of_dtype(PairProblem(B=2, P=24, D=20, Z=6), torch.float32)
+
+
+def pairs_pass(impl, mode=MODE, function=None) -> None:
+    subject = problems.pairs(PAIRS, impl, mode, torch.float32, "cpu", function=function)
+    subject.check(subject.run())
+
+
+def stretched(*inputs):
+    return problems.sk.PairEnergy(*((1 + 1e-4) * value for value in problems.pair_energy_of("torch", *inputs)))
+
+
+def one_sided(features_i, codes_i, features_j, codes_j, partner):
+    out = problems.pair_energy_of("torch", features_i, codes_i, features_j, codes_j.detach(), partner)
+    return problems.sk.PairEnergy(out.energy + 0 * codes_j.sum(), out.similarity)
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+def test_energies_of_pairs(repeated, monkeypatch):
+    if repeated:
+        monkeypatch.setattr(problems, "ORACLE_PAIRS", 2 * 8**2)
+    for impl in ("dense", "torch"):
+        pairs_pass(impl)
+        pairs_pass(impl, "forward")
+    for wrong in (stretched, one_sided):
+        with pytest.raises(AssertionError):
+            pairs_pass("torch", function=wrong)
 
 
 def test_a_wrong_step_and_wrong_labels_are_refused(monkeypatch):

@@ -1,13 +1,13 @@
 """k-means, the model, what a step draws, label-free figures: each against values worked out by hand."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from smooseg_fast.health import closeness, entropy, health, warning
+from smooseg_fast import model
+from smooseg_fast.health import entropy, health
 from smooseg_fast.kmeans import principal_directions, spherical_kmeans
 from smooseg_fast.loop import Loop, _copies, _put_back
 from smooseg_fast.model import Head, Heads
@@ -51,15 +51,15 @@ def test_principal_directions_keep_inner_products_best():
 
 
 @pytest.mark.parametrize("masks", [True, False])
-@pytest.mark.parametrize("image_by_image", [True, False])
-def test_projection_is_the_formula(masks, image_by_image, monkeypatch):
+@pytest.mark.parametrize("in_blocks", [True, False])
+def test_projection_is_the_formula(masks, in_blocks, monkeypatch):
     """In the form for a CPU and in that for a card, values and gradients, for each of three heads."""
     torch.manual_seed(0)
     single = [Head(6, 3, 4, seed).double() for seed in range(3)]
     heads, features = Heads(single), torch.randn(2, 5, 6, dtype=torch.float64)
     m1, m2 = (torch.rand(2, 2, 6, dtype=torch.float64) > 0.3).double() * 1.25 if masks else (None, None)
     upstream = torch.randn(3, 2, 5, 4, dtype=torch.float64)
-    if not image_by_image:
+    if not in_blocks:
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     got = heads.codes(features, m1, m2)
     (got * upstream).sum().backward()
@@ -76,6 +76,48 @@ def test_projection_is_the_formula(masks, image_by_image, monkeypatch):
         torch.testing.assert_close(head.projection(features), heads.codes(features)[h])
         with torch.no_grad():
             torch.testing.assert_close(heads.codes(features, m1, m2)[h], expected)
+
+
+def test_projection_in_bf16():
+    """Features of bf16 make the products so: codes bf16, gradients in the weights' own dtype and as near as one rounding each."""
+    heads, features = Heads([Head(24, 3, 8, seed) for seed in range(2)]), torch.randn(5, 40, 24).bfloat16()
+    m1, m2 = ((torch.rand(5, 24) > 0.2).float() * 1.25 for _ in "12")
+    upstream, found = torch.randn(2, 5, 40, 8), {}
+    for dtype in (torch.bfloat16, torch.float32):
+        heads.zero_grad()
+        codes = heads.codes(features.to(dtype), m1, m2)
+        assert codes.dtype == dtype
+        (codes.float() * upstream).sum().backward()
+        found[dtype] = [codes.float().detach(), *(p.grad for p in heads.projection.parameters())]
+    for narrow, wide in zip(*found.values()):
+        assert narrow.dtype == torch.float32
+        assert 0 < (narrow - wide).norm() < 0.01 * wide.norm()
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_the_size_of_a_block_changes_nothing(masks, monkeypatch):
+    heads, features = Heads([Head(6, 3, 4, seed) for seed in range(2)]).double(), torch.randn(5, 7, 6, dtype=torch.float64)
+    m1, m2 = torch.rand(2, 5, 6, dtype=torch.float64) if masks else (None, None)
+    found = []
+    for images in (1, 2, 5):  # 2 leaves a last block of one
+        monkeypatch.setattr(model, "BLOCK", images * 2 * features[0].nbytes)
+        heads.zero_grad()
+        codes = heads.codes(features, m1, m2)
+        codes.square().sum().backward()
+        found.append([codes.detach(), *(p.grad for p in heads.projection.parameters())])
+        with torch.no_grad():
+            torch.testing.assert_close(heads.codes(features, m1, m2), codes)
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(found[0], found[2])
+
+
+@pytest.mark.parametrize(("stored", "codes"), [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)], ids=str)
+def test_resident_features_decide_the_products(stored, codes, monkeypatch):
+    heads, seen = Heads([Head(6, 3, 4)]), []
+    monkeypatch.setattr(Heads, "codes", lambda self, f, *masks: seen.append(f.dtype) or model.codes_of(f, self.projection, *masks))
+    settings, features = Settings(relative=True), torch.randn(4, 9, 6).to(stored)
+    Loop(heads, features, (9, 6), Schedule(4, 2, 0), torch.zeros(1, 2), settings, 1e-3, 1e-3).step(0)
+    assert seen == [codes]
 
 
 def test_starts():
@@ -154,24 +196,6 @@ def test_health_by_hand():
     assert both[0].agreement == 0.0
     assert both[1].agreement == 1.0
     assert float(entropy(torch.tensor([1.0, 0.0]))) == 0.0
-
-
-def test_closeness_and_its_warning():
-    g = torch.Generator().manual_seed(0)
-    f = torch.randn(4, 50, 8, generator=g) + 1
-    within, across = closeness(f, (-0.02, 0.5), relative=False)
-    unit = F.normalize(f, dim=-1)
-    s = unit @ unit.mT
-    w = s - s.mean(2, keepdim=True) + s.mean()
-    assert within.mean == pytest.approx(float(s.mean()), abs=1e-6)
-    assert within.std == pytest.approx(float(w.std()), abs=1e-5)
-    assert within.quantiles[2] == pytest.approx(float(w.median()), abs=1e-3)
-    assert within.force == pytest.approx(within.mean + 0.02)
-    assert across.mean == pytest.approx(float((unit @ unit.roll(2, 0).mT).mean()), abs=1e-6)
-    assert "net forces differ in sign" in warning(within, replace(across, threshold=5.0))
-    relative = closeness(f, (0.06, 0.06), relative=True)
-    assert [c.force for c in relative] == pytest.approx([-0.06, -0.06])
-    assert warning(*relative) is None
 
 
 def test_one_of_many_heads():

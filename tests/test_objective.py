@@ -232,6 +232,36 @@ def test_gradient_cuts():
     assert not sk.smooseg_loss(x.features, codes.detach(), student.detach(), *x[3:6]).total.requires_grad
 
 
+@pytest.mark.parametrize("H", [None, 3])
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("output", ["total", "energy", "distance", "data"])
+def test_each_output_alone_has_its_gradient(output, center, H):
+    x = make_inputs(T=5, H=H, channel_scale=torch.rand(3, 70, dtype=torch.float64), center=center)
+    found = []
+    for impl in ("torch", "dense"):
+        codes, student = x.codes.detach().requires_grad_(), x.student.detach().requires_grad_()
+        value = getattr(sk.smooseg_loss(x.features, codes, student, *x[3:6], impl=impl, **x.options), output)
+        weight = torch.linspace(0.5, 2.0, value.numel(), dtype=torch.float64).view(value.shape)
+        found.append(torch.autograd.grad(value, (codes, student), weight, allow_unused=True))
+    for got, truth in zip(*found):
+        assert (got is None) == (truth is None)
+        if got is not None:
+            torch.testing.assert_close(got, truth, rtol=1e-9, atol=1e-13)
+
+
+def test_the_written_gradient_is_that_of_the_form_that_traces():
+    """torch.func takes the plain form; autocast changes neither; a second derivative is refused, not wrong."""
+    x = make_inputs(H=3, dtype=torch.float32, patch_weight=torch.rand(3, 17))
+    whole = lambda z: sk.smooseg_loss(x.features, z, *x[2:6], **x.options).total.sum()  # noqa: E731
+    codes = x.codes.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        total = whole(codes)
+    (gradient,) = torch.autograd.grad(total, codes, create_graph=True)
+    torch.testing.assert_close(gradient, torch.func.grad(whole)(x.codes.detach()), rtol=1e-4, atol=1e-7)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
 def test_reruns_are_bit_equal():
     x = make_inputs(P=97, dtype=torch.float32)
     a, b = value_and_grad(x, "torch"), value_and_grad(x, "torch")

@@ -58,9 +58,9 @@ def test_features_are_those_of_the_arithmetic_written_out(tmp_path, family, lega
         assert deviation(features, expected) <= 2 * deviation(same_precision, expected) + 1e-6, size
 
 
-@pytest.mark.parametrize("side", [224, 320])
-def test_a_vit_s8_at_the_papers_sizes(tmp_path, side):
-    weights = make_vit(384, 12, 8, 224, scale=0.05)
+@pytest.mark.parametrize(("side", "depth"), [(224, 12), (320, 3)])
+def test_a_vit_s8_at_the_papers_sizes(tmp_path, side, depth):
+    weights = make_vit(384, depth, 8, 224, scale=0.05)
     backbone = load_backbone(save(tmp_path / "dino_deitsmall8_pretrain.pth", weights))
     images = make_images(side, side, batch=1)
     features, grid = backbone(images)

@@ -181,7 +181,7 @@ def test_sheet_cells_are_equal_and_images_keep_their_shape():
     sheet = contact_sheet(rows, width=1000)
     assert sheet.mode == "RGB"
     assert sheet.width == 1000
-    reds, blues, wells = boxes(sheet, red), boxes(sheet, blue), boxes(sheet, rgb(pictures._WELL))
+    reds, blues, wells = boxes(sheet, red), boxes(sheet, blue), boxes(sheet, rgb(pictures.WELL))
     assert len({box[2:] for box in reds}) == 1  # 4:3 is the median shape: these fill their cells, whatever their size
     assert reds[0][3] / reds[0][2] == pytest.approx(4 / 3, rel=0.01)
     assert blues[0][3] / blues[0][2] == pytest.approx(8, rel=0.05)
@@ -277,7 +277,7 @@ def test_long_text_loses_its_middle():
 
 
 def outlined(picture):
-    return len(boxes(picture, rgb(pictures._MARK))) - 1  # one is the key's
+    return len(boxes(picture, rgb(pictures.MARK))) - 1  # one is the key's
 
 
 @pytest.mark.parametrize(("K", "C"), [(1, 3), (3, 3), (3, 1), (27, 27), (64, 27), (5, 40), (150, 2)])
@@ -296,7 +296,7 @@ def test_confusion_picture_outlines_what_counts_as_right(K, C):
 def test_confusion_picture_colours_cells_by_share():
     counts = np.array([[10, 40], [30, 0]])  # cluster 1 is class 0 (75 %), cluster 0 is class 1 (100 %)
     picture = confusion_picture(counts, hungarian(counts), ["sky", "road"])
-    first, second = sorted(boxes(picture, rgb(pictures._MARK)))[:2]
+    first, second = sorted(boxes(picture, rgb(pictures.MARK)))[:2]
     pixels = np.asarray(picture)
     inside = [tuple(pixels[box[0] + 4, box[1] + 4]) for box in (first, second)]
     assert inside == [pictures._shade(0.75), pictures._shade(1.0)]
@@ -306,7 +306,7 @@ def test_confusion_picture_colours_cells_by_share():
 
 
 def test_shade_darkens_from_end_to_end():
-    assert (pictures._shade(0), pictures._shade(1)) == (rgb(pictures._BLUES[0]), rgb(pictures._BLUES[-1]))
+    assert (pictures._shade(0), pictures._shade(1)) == (rgb(pictures.BLUES[0]), rgb(pictures.BLUES[-1]))
     luminance = [sum(pictures._shade(share)) for share in np.linspace(0, 1, 50)]
     assert (np.diff(luminance) < 0).all()
 
@@ -347,7 +347,7 @@ def test_curves_at_the_edges():
     many = {f"share {k}": k / 30 for k in range(30)}
     records = [{"step": i, **many} for i in range(3)]
     crowd = np.asarray(curves_picture(records, {"shares": list(many)}))
-    assert (crowd == rgb(pictures._RULE)).all(-1).sum() > 1000  # the curves beyond the named ones are grey
+    assert (crowd == rgb(pictures.RULE)).all(-1).sum() > 1000  # the curves beyond the named ones are grey
 
 
 def test_spread_keeps_order_and_distance():

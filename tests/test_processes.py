@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from test_extracting import Short
 from test_store import FakeBackbone
 from test_trainer import SMALL, call, files
 
@@ -31,6 +32,7 @@ from smooseg_fast.model import Head, Heads
 from smooseg_fast.objective import Schedule, Settings
 from smooseg_fast.processes import ALONE, Processes, joined
 from smooseg_fast.signals import Interrupted
+from smooseg_fast.store import read_shard
 from smooseg_fast.trainer import require_same_state, require_shares
 
 CPU = torch.device("cpu")
@@ -237,6 +239,23 @@ def test_the_store_is_the_same_to_the_byte(pair, photos, tmp_path, settings, row
     again = pair(extract, photos, tmp_path / "two", shard_bytes, settings)
     assert files(tmp_path / "one") == files(tmp_path / "two")
     assert sum(found[0] for found in again) <= calls
+
+
+def extract_short(processes, photos, cache, room):
+    """Seven squares a shard; memory for `room` squares in the last process, and for more in others."""
+    before, store.SHARD_BYTES = store.SHARD_BYTES, 7 * 4 * 5 * 2
+    try:
+        backbone = Short(room if processes.rank == processes.size - 1 else 100, since=1)
+        open_or_extract(open_dataset(photos, "train"), backbone, size=8, crops="slide", cache=cache, batch_size=3, processes=processes)
+    finally:
+        store.SHARD_BYTES = before
+
+
+def test_a_batch_that_does_not_fit_into_one_is_halved_for_all(pair, photos, tmp_path):
+    extract_short(ALONE, photos, tmp_path / "one", 2)
+    pair(extract_short, photos, tmp_path / "two", 2)
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    assert {read_shard(path).contents.batch for path in (tmp_path / "two").rglob("shard*")} == {1}
 
 
 # what is refused, and who says so

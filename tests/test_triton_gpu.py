@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from smooseg_kernels import assign, smooseg_loss
+from smooseg_kernels import assign, layers, smooseg_loss
 
 pytest.importorskip("triton")
 from triton_cases import check_against_dense, evaluate, make_case
@@ -62,6 +62,34 @@ def test_graph_capture_and_bit_equal_reruns(H):
             tensor.detach().fill_(float("nan"))
         graph.replay()
         assert all(torch.equal(a, b) for a, b in zip(captured, eager))
+
+
+def test_a_captured_layer_draws_new_partners_each_time():
+    """Nothing in it waits for the device or comes from the host."""
+    features = torch.randn(16, 384, 14, 14, device="cuda", dtype=torch.bfloat16)
+    probs = torch.randn(16, 27, 14, 14, device="cuda").softmax(1).requires_grad_()
+    layer = layers.SmoothnessLoss(within=-0.02, across=0.5)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        layer(features, probs)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            layer(features, probs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        terms = layer(features, probs)
+        (gradient,) = torch.autograd.grad(terms.energy_within + terms.energy_across, probs)
+    seen = []
+    for _ in range(5):
+        graph.replay()
+        seen.append((terms.energy_within.item(), terms.energy_across.item()))
+    assert len({within for within, _ in seen}) == 1
+    assert len({across for _, across in seen}) > 1
+    assert gradient.isfinite().all()
 
 
 def test_no_wait_for_the_device():

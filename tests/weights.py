@@ -1,6 +1,9 @@
 """Networks with the names of DINO's and DINOv2's own files, their arithmetic written out, and the checkpoints of SmooSeg around them."""
 
 import math
+import sys
+import types
+import typing
 from collections import OrderedDict
 
 import torch
@@ -88,3 +91,87 @@ def features_by_hand(weights, images):
             y = linear(F.gelu(linear(y, f"{block}.mlp.fc1")), f"{block}.mlp.fc2")
         x = x + scaled(y, f"{block}.ls2.gamma")
     return norm(x, "norm")[:, -h * w :]
+
+
+def labels_by_hand(weights, head, image, *, mirror):
+    """The paper's formula in float64 -> (labels [H,W], how far the best cosine is ahead [H,W]) of a uint8 [H,W,3] image, not resized."""
+    weights = {name: value.double() for name, value in weights.items()}
+    W1, b1, W2, b2, W3, b3, teacher = (head[name].double() for name in ("W1", "b1", "W2", "b2", "W3", "b3", "teacher"))
+
+    def codes(pixels):
+        f = features_by_hand(weights, pixels)[0]
+        hidden = f @ W2.T + b2
+        z = f @ W1.T + b1 + (hidden / (1 + (-hidden).exp())) @ W3.T + b3
+        patch = weights["patch_embed.proj.weight"].shape[-1]
+        return z.unflatten(0, (pixels.shape[-2] // patch, -1)).permute(2, 0, 1)
+
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
+    z = codes(pixels)
+    if mirror:
+        z = (z + codes(pixels.flip(-1)).flip(-1)) / 2
+    z = F.interpolate(z[None], size=image.shape[:2], mode="bilinear", align_corners=False)[0]
+    cosines = torch.einsum("zhw,kz->khw", z / z.norm(dim=0), teacher / teacher.norm(dim=1, keepdim=True))
+    best = cosines.topk(2, dim=0).values
+    return cosines.argmax(0).numpy(), (best[0] - best[1]).numpy()
+
+
+def make_head(dim, prototypes=5, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = dict(
+        W1=(64, dim), b1=(64,), W2=(dim, dim), b2=(dim,), W3=(64, dim), b3=(64,), student=(prototypes, 64), teacher=(prototypes, 64)
+    )
+    return {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in shapes.items()}
+
+
+def make_published(vit, head, settings=None):
+    """What Lightning saves of the paper's model, by the published names."""
+    state = OrderedDict({f"net.model.{name}": value for name, value in vit.items()})
+    for theirs, (weight, bias) in {"1.0": ("W1", "b1"), "2.0": ("W2", "b2"), "2.2": ("W3", "b3")}.items():
+        state[f"projection.cluster{theirs}.weight"] = head[weight][:, :, None, None]
+        state[f"projection.cluster{theirs}.bias"] = head[bias]
+    state |= {"prediction.local_clusters": head["student"], "prediction.global_clusters": head["teacher"]}
+    state["linear_probe.weight"] = torch.ones(27, 64, 1, 1)  # and what else such models carry along
+    return {
+        "epoch": 2,
+        "global_step": 3000,
+        "pytorch-lightning_version": "1.8.1",
+        "state_dict": state,
+        "loops": {"fit_loop": {"state_dict": {}}},
+        "callbacks": {"ModelCheckpoint{'monitor': 'test/cluster/mIoU'}": {"best_model_score": torch.tensor(0.5), "dirpath": "/x"}},
+        "optimizer_states": [{"state": {0: {"step": 3, "exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]}],
+        "lr_schedulers": [],
+        "hparams_name": "cfg",
+        "hyper_parameters": {} if settings is None else settings,
+    }
+
+
+def save_with_omegaconf(path, vit, head, settings, *, legacy=False):
+    """A checkpoint whose hyper-parameters are a pickled omegaconf tree, from classes of its names that are gone afterwards."""
+    names = {"omegaconf.dictconfig": "DictConfig", "omegaconf.listconfig": "ListConfig", "omegaconf.nodes": "AnyNode"}
+    names |= {"omegaconf.base": "ContainerMetadata"}
+    modules = {"omegaconf": types.ModuleType("omegaconf"), **{name: types.ModuleType(name) for name in names}}
+    for module, name in names.items():
+        kind = type(name, (), {"__module__": module, "__init__": lambda self, **state: self.__dict__.update(state)})
+        setattr(modules[module], name, kind)
+    before = {name: sys.modules.get(name) for name in modules}
+    sys.modules.update(modules)
+
+    def tree(value, parent=None):
+        described = {"ref_type": typing.Any, "object_type": dict, "optional": True, "flags": {"struct": True}, "key": None}
+        metadata = modules["omegaconf.base"].ContainerMetadata(**described)
+        kind = "dict" if isinstance(value, dict) else "list" if isinstance(value, list) else None
+        if kind is None:
+            return modules["omegaconf.nodes"].AnyNode(_metadata=metadata, _parent=parent, _val=value)
+        found = getattr(modules[f"omegaconf.{kind}config"], f"{kind.title()}Config")(_metadata=metadata, _parent=parent)
+        items = {name: tree(item, found) for name, item in value.items()} if kind == "dict" else [tree(item, found) for item in value]
+        found._content = items
+        return found
+
+    try:
+        torch.save(make_published(vit, head, tree(settings)), path, _use_new_zipfile_serialization=not legacy)
+    finally:
+        for name, module in before.items():
+            sys.modules.pop(name)
+            if module is not None:
+                sys.modules[name] = module
+    return path

@@ -45,14 +45,15 @@ def load_backbone(spec: str, device: str | torch.device = "cpu", precision: str 
         return _only_auto(precision, CustomBackbone(spec, device))
     if re.fullmatch(r"\w[\w.-]*/[\w.-]+", spec):
         return build_vit(spec, None, device, precision)
-    missing = "there is no such folder" if "/" in spec else "unknown"
+    missing = "there is no such folder or file" if "/" in spec else "unknown"
     raise UserError(f"--backbone {spec}: {missing}; give {ACCEPTED}")
 
 
 def _only_auto(precision: str, backbone: Backbone) -> Backbone:
     if precision in ("auto", backbone.precision):
         return backbone
-    raise UserError(f"--precision {precision}: {backbone.name} computes in {backbone.precision} and nothing else; leave the flag out")
+    compute_dtype(precision, backbone.device)  # a name that nobody knows is said to be one
+    raise UserError(f"--backbone-precision {precision}: {backbone.name} computes in {backbone.precision} alone; leave the flag out")
 
 
 def usable_device(device: str | torch.device) -> torch.device:

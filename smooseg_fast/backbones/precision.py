@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..config import PRECISIONS
+from ..config import BACKBONE_PRECISIONS
 from ..errors import UserError
 
 
@@ -12,8 +12,8 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     """The dtype that `precision` names. "auto": on a GPU bfloat16 where it is native, else float16; on a CPU with bfloat16 matrix units
     (Intel AMX) bfloat16, which takes a third of the time there; else float32.
     """
-    if precision not in PRECISIONS:
-        raise UserError(f"--precision {precision}: is not known; choose one of {', '.join(PRECISIONS)}")
+    if precision not in BACKBONE_PRECISIONS:
+        raise UserError(f"--backbone-precision {precision}: is not known; choose one of {', '.join(BACKBONE_PRECISIONS)}")
     if precision != "auto":
         return getattr(torch, precision)
     if device.type == "cpu":

@@ -139,13 +139,15 @@ class Layout:
     """A dataset as its owner lays it out on disk.
 
     title: what was recognised, for people. preset: the settings that go with it. parts: the owner's splits that are there, and how each
-    is listed; those called "train" and "val" are learnt from and measured on, others only counted.
+    is listed; those called "train" and "val" are learnt from and measured on, others only counted. pictures: a folder of nothing but
+    images to be segmented, None where there are no files of that kind.
     """
 
     title: str
     preset: str
     root: Path
     parts: Mapping[str, Callable[[], Dataset]]
+    pictures: Path | None
 
     def open(self, split: Split) -> Dataset:
         """Without "val" the images of "train", which are then not held out. UserError without "train" where it is asked for."""
@@ -168,13 +170,17 @@ def numbered_files(
     label_name: Callable[[str], str],
     held_out: bool,
     where: str,
+    present: list[Path] | None = None,
     notes: Iterable[str] = (),
     kind: type[NumberedFiles] = NumberedFiles,
 ) -> NumberedFiles:
     """Images below `top` with their labels: those of `labels` whose stem is `label_name` of the image's.
 
-    where: where labels were looked for, said in the notes when some or all are missing. UserError when there is no image.
+    present: all images on disk, where `images` is a choice of them. where: where labels were looked for, said in the notes when some or
+    all are missing or belong to no image. UserError when there is no image.
     """
+    if not images:
+        raise UserError(f"--data {top}: no images in it; unpack the images of {name} there")
     by_stem = {label.stem: label for label in labels}
     found = [by_stem.get(label_name(image.stem)) for image in images]
     missing = [image.name for image, label in zip(images, found) if label is None]
@@ -183,6 +189,10 @@ def numbered_files(
         notes.append(f"no labels: none of the {len(images)} images of {name} has one in {where}")
     elif missing:
         notes.append(f"{len(missing)} of {len(images)} images of {name} have no label in {where}, first {missing[0]}")
+    owned = {label_name(image.stem) for image in (images if present is None else present)}
+    stray = [label for label in labels if label.stem not in owned]
+    if stray:
+        notes.append(f"{len(stray)} labels in {where} belong to no image, first {stray[0].name}")
     names = tuple(image.relative_to(top).as_posix() for image in images)
     return kind(
         name=name,
@@ -223,7 +233,7 @@ def pick(listed: list[str], files: list[Path], path: Path) -> tuple[list[Path], 
     found = [by_stem[entry] for entry in listed if entry in by_stem]
     lost = [entry for entry in listed if entry not in by_stem]
     if not found:
-        example = f", such as {lost[0]}" if lost else ""
+        example = f", such as {lost[0]}," if lost else ""
         raise UserError(f"{path}: none of the {len(listed)} images that it lists{example} is there; unpack the images beside it")
     return found, [f"{len(lost)} of {len(listed)} images listed in {path} are not there, first {lost[0]}"] if lost else []
 

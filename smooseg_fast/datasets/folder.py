@@ -79,7 +79,7 @@ def open_folder(path: Path | str, split: Split) -> ImageFolder:
 
     images = find_images(base / "images")
     names = _relative(images, base / "images")
-    labels = _match_labels(base, names)
+    labels, notes = _match_labels(base, names)
     classes = [file for file in (base / "classes.txt", home / "classes.txt") if file.is_file()]
     splits = [home / other for other in SPLITS if home != base and _has_labels(home / other)]
     label_folders = tuple(folder / "labels" for folder in splits or [base])
@@ -89,6 +89,7 @@ def open_folder(path: Path | str, split: Split) -> ImageFolder:
         images=tuple(images),
         labels=labels,
         held_out=held_out,
+        notes=notes,
         classes_file=classes[0] if classes else None,
         label_folders=label_folders,
     )
@@ -127,7 +128,8 @@ def _relative(files: list[Path], top: Path) -> tuple[str, ...]:
     return tuple(file.relative_to(top).as_posix() for file in files)
 
 
-def _match_labels(base: Path, names: tuple[str, ...]) -> tuple[Path | None, ...]:
+def _match_labels(base: Path, names: tuple[str, ...]) -> tuple[tuple[Path | None, ...], tuple[str, ...]]:
+    """The label of each image, and notes on images without a label and labels without an image."""
     folder = base / "labels"
     masks = [file for file in visible_files(folder, "--data") if file.suffix.lower() == ".png"]
     by_stem = {file.relative_to(folder).with_suffix("").as_posix(): file for file in masks}
@@ -141,7 +143,11 @@ def _match_labels(base: Path, names: tuple[str, ...]) -> tuple[Path | None, ...]
     if not any(labels):
         stem = next(iter(owner))
         raise UserError(f"{folder}: no label belongs to any image; for {names[0]} it would be {stem}.png, and {len(masks)} .png are there")
-    return labels
+    without = [name for name, label in zip(names, labels) if label is None]
+    stray = [mask for stem, mask in by_stem.items() if stem not in owner]
+    notes = [f"{len(without)} of {len(names)} images have no label in {folder}, first {without[0]}"] if without else []
+    notes += [f"{len(stray)} labels in {folder} belong to no image, first {stray[0].relative_to(folder)}"] if stray else []
+    return labels, tuple(notes)
 
 
 def _read_classes(path: Path) -> tuple[str, ...]:

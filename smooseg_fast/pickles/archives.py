@@ -97,9 +97,9 @@ class _ZipStorages:
         """uint8, checked against the record's checksum."""
         info = self._records.get(self._folder + name)
         if info is None:
-            raise Refused(f"damaged: there is no {name} in it; {AGAIN}")
+            raise Refused(f"damaged: there is no {name[:120]} in it; {AGAIN}")
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.file_size > self._left:
-            raise Refused(f"damaged or packed anew: its {name} is not stored as torch.save does; {AGAIN}")
+            raise Refused(f"damaged or packed anew: its {name[:120]} is not stored as torch.save does; {AGAIN}")
         self._left -= info.file_size
         content = torch.empty(info.file_size, dtype=torch.uint8)
         view, done = memoryview(content.numpy()), 0
@@ -108,7 +108,7 @@ class _ZipStorages:
                 view[done : done + len(piece)] = piece
                 done += len(piece)
         if done != info.file_size:
-            raise Refused(f"cut short: {done} of {info.file_size} bytes of {name} are there; {AGAIN}")
+            raise Refused(f"cut short: {done} of {info.file_size} bytes of {name[:120]} are there; {AGAIN}")
         return content
 
 
@@ -121,7 +121,8 @@ def _read_legacy(file: BinaryIO) -> Any:
         size = len(content)
         storages = _LegacyStorages(size)
         budget = Budget(4 * size + (1 << 20))
-        if Machine(_no_storage, budget).run(content) != MAGIC:
+        magic = Machine(_no_storage, budget).run(content)
+        if type(magic) is not int or magic != MAGIC:
             raise Refused("is a pickle, but none of torch.save; give a file of weights")
         Machine(_no_storage, budget).run(content)  # 1001
         machine = Machine(_no_storage, budget).run(content)
@@ -162,12 +163,12 @@ class _LegacyStorages:
             itemsize, storage = self._storages[key]
             length = content.read(8)
             if len(length) < 8 or int.from_bytes(length, "little") * itemsize != len(storage):
-                raise Refused(f"cut short or damaged at storage {key}; {AGAIN}")
+                raise Refused(f"cut short or damaged at storage {key[:120]}; {AGAIN}")
             view, done = memoryview(storage.numpy()), 0
             while done < len(storage):
                 piece = content.read(min(PIECE, len(storage) - done))
                 if not piece:
-                    raise Refused(f"cut short: {done} of {len(storage)} bytes of storage {key} are there; {AGAIN}")
+                    raise Refused(f"cut short: {done} of {len(storage)} bytes of storage {key[:120]} are there; {AGAIN}")
                 view[done : done + len(piece)] = piece
                 done += len(piece)
 

@@ -38,7 +38,7 @@ DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).valu
 DATA = re.compile(
     r"(pathlib|decimal|fractions|uuid|typing|collections|enum)\.[A-Z]\w*|collections\.deque"
     r"|datetime\.(date|datetime|time|timedelta|timezone)|argparse\.Namespace|types\.SimpleNamespace|functools\.partial|operator\.getitem"
-    r"|(copyreg|copy_reg)\._reconstructor|(builtins|__builtin__)\.(object|slice|range|xrange)"
+    r"|copyreg\._reconstructor|builtins\.(object|slice|range)"
 )
 CLASS = re.compile(r"_*[A-Z]\w*(\._*[A-Z]\w*)*")
 
@@ -59,7 +59,7 @@ def call(name: Global, args: tuple[Any, ...], budget: Budget, *, constructs: boo
     """What `name(*args)` stands for. constructs: the file makes an object without calling anything, so `name` is a class."""
     admitted = ADMITTED.get((name.module, name.name))
     if admitted is None:
-        if constructs or is_data(name):
+        if is_data(name) or (constructs and CLASS.fullmatch(name.name)):
             return Inert(name, args)
         raise Refused(
             f"asks for a call of {name}, which weights have no need of; nothing was run: get the file from where it was published, "
@@ -74,8 +74,9 @@ def call(name: Global, args: tuple[Any, ...], budget: Budget, *, constructs: boo
 
 def is_data(name: Global) -> bool:
     """Whether an unknown call only makes an object: of Python's own library those of DATA, of others whatever is named like a class."""
-    ours = name.module.split(".")[0] in sys.stdlib_module_names
-    return (DATA.fullmatch(str(name)) if ours or name.module in ("__builtin__", "copy_reg") else CLASS.fullmatch(name.name)) is not None
+    if name.module.split(".")[0] in sys.stdlib_module_names:
+        return DATA.fullmatch(f"{name.module}.{name.name}") is not None
+    return CLASS.fullmatch(name.name) is not None
 
 
 def constant(name: Global) -> Any:
@@ -86,14 +87,15 @@ def constant(name: Global) -> Any:
 def element_type(name: Any) -> torch.dtype:
     if isinstance(name, Global) and name.module in ("torch", "torch.cuda", "torch.storage") and name.name in STORAGES:
         return STORAGES[name.name]
-    raise Refused(f"has numbers of a kind that is not read ({name}); save the weights again as float32 with torch.save")
+    what = name if isinstance(name, Global) else type(name).__name__
+    raise Refused(f"has numbers of a kind that is not read ({what}); save the weights again as float32 with torch.save")
 
 
 # ------------------------------------------------------------------------------------------------------------------ tensors
 
 
 def _naturals(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, (tuple, list)) or not all(type(n) is int and 0 <= n < 2**62 for n in values) or len(values) > 64:
+    if not isinstance(values, (tuple, list)) or len(values) > 64 or not all(type(n) is int and 0 <= n < 2**62 for n in values):
         raise ValueError("a shape that is none")
     return tuple(values)
 
@@ -149,7 +151,8 @@ def _dict(budget: Budget, pairs: Any = ()) -> OrderedDict[Any, Any]:
     if not isinstance(pairs, (list, tuple)):
         raise TypeError("a dict of no pairs")
     budget.spend(128 * len(pairs))
-    pairs = [tuple(pair) for pair in pairs if isinstance(pair, (list, tuple))]
+    if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
+        raise TypeError("a dict of no pairs")
     require_keys([key for key, _ in pairs])
     return OrderedDict(pairs)
 
@@ -264,11 +267,12 @@ ADMITTED: dict[tuple[str, str], Callable[..., Any]] = {
     ("collections", "Counter"): _dict,
     ("collections", "defaultdict"): _defaultdict,
     ("_codecs", "encode"): _bytes,
+    ("builtins", "bytearray"): _bytearray,
+    ("builtins", "complex"): _complex,
+    ("builtins", "dict"): _dict,
+    **{("builtins", kind.__name__): _copied(kind) for kind in (list, tuple, set, frozenset)},
     ("numpy", "dtype"): _numpy_type,
     **{(f"{top}.multiarray", "scalar"): _numpy_scalar for top in _NUMPY},
     **{(f"{top}.multiarray", "_reconstruct"): _numpy_empty for top in _NUMPY},
     **{(f"{top}.numeric", "_frombuffer"): _numpy_array for top in _NUMPY},
 }
-for _builtins in ("builtins", "__builtin__"):
-    ADMITTED |= {(_builtins, kind.__name__): _copied(kind) for kind in (set, frozenset, list, tuple)}
-    ADMITTED |= {(_builtins, "dict"): _dict, (_builtins, "bytearray"): _bytearray, (_builtins, "complex"): _complex}

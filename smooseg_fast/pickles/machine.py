@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickletools
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # Python 2's names of the library, which pickles below protocol 3 have
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
@@ -152,7 +153,7 @@ class Machine:
     # --------------------------------------------------------------------------------------------------------------- objects
 
     def _global(self, arg: str) -> None:
-        self._stack.append(constant(Global(*arg.split(" ", 1))))
+        self._stack.append(constant(_named(arg)))
 
     def _stack_global(self, arg: Any) -> None:
         name, module = self._stack.pop(), self._stack.pop()
@@ -166,7 +167,7 @@ class Machine:
 
     def _inst(self, arg: str) -> None:
         args = self._marked()
-        self._make(Global(*arg.split(" ", 1)), tuple(args), constructs=False)
+        self._make(_named(arg), tuple(args), constructs=False)
 
     def _obj(self, arg: Any) -> None:
         kind, *args = self._marked()
@@ -178,9 +179,7 @@ class Machine:
 
     def _newobj_ex(self, arg: Any) -> None:
         keywords, args, kind = self._stack.pop(), self._stack.pop(), self._stack.pop()
-        if keywords:
-            args = (*args, keywords)
-        self._make(kind, args, constructs=True)
+        self._make(kind, (args, keywords) if keywords else args, constructs=True)
 
     def _make(self, kind: Any, args: Any, *, constructs: bool) -> None:
         if not isinstance(kind, Global) or not isinstance(args, tuple):
@@ -206,6 +205,12 @@ class Machine:
 
     def _persistent(self, arg: Any) -> None:
         self._stack.append(self._load(self._stack.pop()))
+
+
+def _named(text: str) -> Global:
+    module, name = text.split(" ", 1)
+    module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+    return Global(module, name)
 
 
 ACTIONS: dict[str, Callable[[Machine, Any], None]] = {

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NODES, DEPTH = 20_000, 64  # of what `plain` makes: a small file can refer to one list very often
+NODES, DEPTH, LENGTH = 20_000, 64, 2_000  # of what `plain` makes: a small file can refer to one list very often
 
 
 class Refused(Exception):
@@ -24,7 +24,7 @@ class Global:
     name: str
 
     def __str__(self) -> str:
-        return f"{self.module}.{self.name}"
+        return f"{self.module}.{self.name}"[:120]
 
 
 @dataclass(eq=False, slots=True)
@@ -59,10 +59,14 @@ def plain(value: Any) -> Any:
             return "..."
         if isinstance(value, np.generic):  # before float, of which float64 is a kind
             return value.item()
-        if value is None or isinstance(value, (bool, int, float, str)):
+        if isinstance(value, str):
+            return value[:LENGTH]
+        if isinstance(value, int) and value.bit_length() > 1000:
+            return "..."  # Python writes no such number as text
+        if value is None or isinstance(value, (bool, int, float)):
             return value
         if isinstance(value, dict):
-            return {str(key): walk(item, depth + 1) for key, item in value.items() if left > 0}
+            return {str(walk(key, DEPTH - 1)): walk(item, depth + 1) for key, item in value.items() if left > 0}
         if isinstance(value, (list, tuple, set, frozenset)):
             return [walk(item, depth + 1) for item in value if left > 0]
         if isinstance(value, (Tensor, np.ndarray)):
@@ -84,7 +88,7 @@ def content(value: Inert) -> Any:
     if value.kind.module.split(".")[0] == "pathlib" and all(isinstance(part, str) for part in value.args):
         return "/".join(value.args).replace("//", "/")
     if value.items:
-        return {str(key): item for key, item in value.items}
+        return dict(value.items)
     if value.elements:
         return value.elements
     if isinstance(state, dict) and state and not any(str(name).startswith("_") for name in state):  # argparse.Namespace and its like

@@ -1,4 +1,4 @@
-"""The SmooSeg objective and its parts, exact and in time linear in the number of patches.
+"""The SmooSeg objective and its parts, exact and in time linear in the number of patches, and energies of patch pairs that need tiles.
 
 Needs torch alone, and Triton on a GPU. Every function validates its arguments and takes `impl`: "dense" (the formulas as written, any
 dtype, the oracle), "torch" (sums over patches instead of a patch-by-patch matrix, everywhere), "triton" (the same in fused kernels) or
@@ -6,16 +6,25 @@ dtype, the oracle), "torch" (sums over patches instead of a patch-by-patch matri
 heads. Mathematics: Lan et al., NeurIPS 2023, arXiv 2310.17874.
 """
 
-from .api import assign, prototype_loss, prototype_probabilities, resolve_impl, smooseg_loss, smoothness_energy
-from .types import SmooSegLoss, SmoothnessTerms
+from . import layers
+from .api import assign, pair_energy, prototype_loss, prototype_probabilities, resolve_impl, smooseg_loss, smoothness_energy
+from .similarity import histogram_quantiles, similarity_statistics
+from .types import PairEnergy, SimilarityStatistics, SmooSegLoss, SmoothnessLossTerms, SmoothnessTerms
 
 __all__ = [
+    "PairEnergy",
+    "SimilarityStatistics",
     "SmooSegLoss",
+    "SmoothnessLossTerms",
     "SmoothnessTerms",
     "assign",
+    "histogram_quantiles",
+    "layers",
+    "pair_energy",
     "prototype_loss",
     "prototype_probabilities",
     "resolve_impl",
+    "similarity_statistics",
     "smooseg_loss",
     "smoothness_energy",
 ]

@@ -9,11 +9,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import checks, dense, moments
+from . import checks, dense, moments, tiles
+from .precision import outside_autocast
 from .rows import accumulation_dtype
-from .types import SmooSegLoss, SmoothnessTerms
+from .types import PairEnergy, SmooSegLoss, SmoothnessTerms
 
 IMPLS = {"dense": dense, "torch": moments}
+PAIR_IMPLS = {"dense": dense, "torch": tiles}  # of energies that do not factor
 
 
 def resolve_impl(impl: str, prototypes: tuple[int, int], *tensors: Tensor) -> str:
@@ -28,11 +30,11 @@ def resolve_impl(impl: str, prototypes: tuple[int, int], *tensors: Tensor) -> st
     return impl
 
 
-def implementation(impl: str, prototypes: tuple[int, int], *tensors: Tensor) -> ModuleType:
+def implementation(impl: str, prototypes: tuple[int, int], *tensors: Tensor, forms: dict[str, ModuleType] = IMPLS) -> ModuleType:
     """An explicit choice is honoured or raises, never swapped; `tensors` are checked inputs."""
     impl = resolve_impl(impl, prototypes, *tensors)
-    if impl in IMPLS:
-        return IMPLS[impl]
+    if impl in forms:
+        return forms[impl]
     if not has_triton():
         raise RuntimeError('impl="triton" needs Triton, which is not installed: pip install triton, or use impl="torch" (or "auto")')
     if any(t.dtype == torch.float64 for t in tensors):
@@ -59,6 +61,7 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@outside_autocast
 def smooseg_loss(
     features: Tensor,
     codes: Tensor,
@@ -124,6 +127,7 @@ def smooseg_loss(
     return SmooSegLoss(total, energy, data, distance, mean)
 
 
+@outside_autocast
 def smoothness_energy(
     features: Tensor,
     probs: Tensor,
@@ -170,6 +174,69 @@ def energy_arguments(module, features, rows, partners, thresholds, H, relative, 
     }
 
 
+@outside_autocast
+def pair_energy(
+    features_i: Tensor,
+    codes_i: Tensor,
+    features_j: Tensor,
+    codes_j: Tensor,
+    threshold: float | Tensor,
+    *,
+    partner: Tensor | None = None,
+    clamp: tuple[float | None, float | None] = (None, None),
+    hinge: bool = False,
+    center: bool = True,
+    impl: str = "auto",
+) -> PairEnergy:
+    """The correlation energy of two sets of patches with a clamp on the codes' similarity, as STEGO, DepthG and EAGLE train on.
+
+    energy = mean over (image, i, j) of -clamp(cos(c_i, c_j), low, high) * V_ij with V = W - b, or max(W - b, 0) with `hinge`; closeness
+    W_ij = S_ij - mean_j S_ij + mean(S) of S_ij = cos(f_i, f_j), the last mean over all pairs of all images, or W = S without `center`.
+    Hamilton et al., ICLR 2022, arXiv 2203.08414: there b is the shift, and the clamp (0, None), or (0, 0.8) where it is stabilised.
+
+    Args:
+        features_i: [B,P_i,D] frozen patch features, any length; features_j: [N,P_j,D]. Constants.
+        codes_i: [B,P_i,Z] and codes_j: [N,P_j,Z], any length. Both get gradients; at a bound of the clamp the gradient passes, beyond it
+            does not, as torch.clamp has it.
+        threshold: b, a finite number or a tensor of shape [] (which a captured graph reads anew each time). A constant.
+        partner: int64 [B], the image of the j side that each image of the i side meets; repeats are welcome. None: the one of the same
+            number (N = B). Checked on a CPU; on a GPU one out of range is taken as the nearest image, unless SMOOSEG_CHECK_INDICES=1.
+        clamp: (low, high), low <= high, each a number or None for no bound.
+        impl: "auto", "triton", "torch" or "dense". "dense" writes [B,P_i,P_j] matrices; "torch" works in blocks of bounded size, and in
+            time linear in P without clamp and hinge; "triton" keeps blocks in registers.
+
+    Returns:
+        PairEnergy, fp32 (fp64 for fp64 inputs). fp16 codes need loss scaling: their gradients underflow.
+        Gradients of gradients: of "dense" alone.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what was expected.
+    """
+    checks.float_tensor("features_i", features_i, ("B", "P_i", "D"), constant=True)
+    B, P_i, D = features_i.shape
+    checks.float_tensor("codes_i", codes_i, (B, P_i, "Z"), features_i)
+    checks.float_tensor("features_j", features_j, ("N", "P_j", D), features_i, constant=True)
+    N, P_j, _ = features_j.shape
+    if partner is None and N != B:
+        raise ValueError(f"partner must say, int64 [{B}], which of the {N} images of features_j each of the {B} of features_i meets")
+    checks.float_tensor("codes_j", codes_j, (N, P_j, codes_i.shape[2]), features_i)
+    tensors = (features_i, codes_i, features_j, codes_j)
+    module = implementation(impl, (1, 1), *tensors, forms=PAIR_IMPLS)
+    if partner is not None:
+        partner = checks.index_vector("partner", partner, B, N, features_i.device, clamp=not getattr(module, "CLAMPS_PARTNERS", False))
+    return PairEnergy(
+        *module.pair_energy(
+            *tensors,
+            checks.scalar("threshold", threshold, accumulation_dtype(*tensors), features_i.device),
+            partner,
+            checks.bounds("clamp", clamp),
+            bool(hinge),
+            bool(center),
+        )
+    )
+
+
+@outside_autocast
 def prototype_probabilities(codes: Tensor, prototypes: Tensor, *, temperature: float = 0.1, impl: str = "auto") -> Tensor:
     """softmax_k(cos(code, prototype_k) / temperature): [B,P,Z], [K,Z] -> [B,P,K], fp32 (fp64 for fp64). Gradients to both."""
     checks.float_tensor("codes", codes, ("B", "P", "Z"))
@@ -178,6 +245,7 @@ def prototype_probabilities(codes: Tensor, prototypes: Tensor, *, temperature: f
     return module.probabilities(codes[None], prototypes[None], checks.temperature(temperature)).squeeze(0)
 
 
+@outside_autocast
 def prototype_loss(codes: Tensor, student: Tensor, teacher: Tensor, *, patch_weight: Tensor | None = None, impl: str = "auto") -> Tensor:
     """The data term: mean cross-entropy of cos(stopgrad(code), student) against argmax cos(code, teacher), no temperature.
 
@@ -191,6 +259,7 @@ def prototype_loss(codes: Tensor, student: Tensor, teacher: Tensor, *, patch_wei
     return module.data_term(codes[None], student[None], teacher[None], weight).squeeze(0)
 
 
+@outside_autocast
 def assign(
     codes: Tensor,
     prototypes: Tensor,

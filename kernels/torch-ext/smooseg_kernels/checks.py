@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -40,6 +41,14 @@ def describe(shape: tuple[int | str, ...]) -> str:
     return "[" + ", ".join(str(size) for size in shape) + "]"
 
 
+def number(name: str, value: float, expected: str = "a number") -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)
+
+
 def temperature(value: float) -> float:
     value = float(value)
     if not 0 < value < math.inf:
@@ -68,18 +77,25 @@ def partner_entry(name: str, entry: str | Tensor, B: int, device: torch.device, 
         return entry
     if not isinstance(entry, Tensor):
         raise TypeError(f'{name} must be "self", "all" or an int64 tensor [{B}], got {type(entry).__name__}')
-    if entry.dtype != torch.int64:
-        raise TypeError(f"{name} must be int64, got {entry.dtype}")
-    if tuple(entry.shape) != (B,):
-        raise ValueError(f"{name} must have shape [{B}], got {list(entry.shape)}")
-    if entry.device != device:
-        raise ValueError(f"{name} is on {entry.device}, but the other inputs are on {device}: move it there")
-    if is_inspectable(entry):
-        low, high = int(entry.min()), int(entry.max())
-        if low < 0 or high >= B:
-            raise ValueError(f"{name} must hold image numbers 0 to {B - 1}, got {low} to {high}")
-        return entry
-    return entry.clamp(0, B - 1) if clamp else entry
+    return index_vector(name, entry, B, B, device, clamp)
+
+
+def index_vector(name: str, numbers: Tensor, B: int, N: int, device: torch.device, clamp: bool) -> Tensor:
+    """int64 [B], each 0 to N - 1."""
+    if not isinstance(numbers, Tensor):
+        raise TypeError(f"{name} must be an int64 tensor [{B}], got {type(numbers).__name__}")
+    if numbers.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {numbers.dtype}")
+    if tuple(numbers.shape) != (B,):
+        raise ValueError(f"{name} must have shape [{B}], got {list(numbers.shape)}")
+    if numbers.device != device:
+        raise ValueError(f"{name} is on {numbers.device}, but the other inputs are on {device}: move it there")
+    if is_inspectable(numbers):
+        low, high = int(numbers.min()), int(numbers.max())
+        if low < 0 or high >= N:
+            raise ValueError(f"{name} must hold image numbers 0 to {N - 1}, got {low} to {high}")
+        return numbers
+    return numbers.clamp(0, N - 1) if clamp else numbers
 
 
 def threshold_table(values: Tensor | Sequence[float] | float, T: int, H: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -98,6 +114,31 @@ def threshold_table(values: Tensor | Sequence[float] | float, T: int, H: int | N
     raise ValueError(f"thresholds must have shape {expected}, one for each pair set, got {list(table.shape)}")
 
 
+def scalar(name: str, value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """-> a 0-dim tensor: what came as one is read when it is used, so a captured graph may be given another value."""
+    if isinstance(value, Tensor):
+        if value.dim() != 0:
+            raise ValueError(f"{name} must be a number or a tensor of shape [], got shape {list(value.shape)}")
+        if value.requires_grad:
+            raise ValueError(f"{name} is a constant of this function and gets no gradient: pass {name}.detach()")
+        return value.to(device=device, dtype=dtype)
+    return torch.full((), number(name, value, "a number or a 0-dim tensor"), dtype=dtype, device=device)
+
+
+def bounds(name: str, pair: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """(low, high), each a number or None for no bound."""
+    if isinstance(pair, (str, Tensor)) or not isinstance(pair, Sequence) or len(pair) != 2:
+        raise TypeError(f"{name} must be a pair (low, high), each a number or None, got {pair!r}")
+    if any(isinstance(side, bool) or not isinstance(side, (int, float, type(None))) for side in pair):
+        raise TypeError(f"{name} must be a pair (low, high), each a number or None, got {tuple(pair)}")
+    low, high = (None if side is None else float(side) for side in pair)
+    if any(side is not None and math.isnan(side) for side in (low, high)):
+        raise ValueError(f"{name} must not hold NaN, got {(low, high)}")
+    if low is not None and high is not None and low > high:
+        raise ValueError(f"{name} must be (low, high) with low <= high, got {(low, high)}")
+    return low, high
+
+
 def optional_constant(name: str, tensor: Tensor | None, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor | None:
     if tensor is None:
         return None
@@ -110,6 +151,14 @@ def weights(tensor: Tensor | None, shape: tuple[int, int], like: Tensor, dtype: 
     if tensor is not None and is_inspectable(tensor) and not bool((tensor >= 0).all()):
         raise ValueError(f"patch_weight must be 0 or more everywhere, got {float(tensor.min())}")
     return tensor
+
+
+def count(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{name} must be 0 or more, got {value}")
+    return value
 
 
 def size_pair(name: str, pair: Sequence[int] | None) -> tuple[int, int] | None:

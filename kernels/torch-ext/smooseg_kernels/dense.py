@@ -62,6 +62,59 @@ def mean_weights(w_i: Tensor, w_j: Tensor) -> Tensor:
     return torch.where(total > 0, pairs / torch.where(total > 0, total, 1.0), 0.0)
 
 
+def pair_energy(features_i, codes_i, features_j, codes_j, threshold, partner, clamp, hinge, center):
+    """[B,P_i,.] against [N,P_j,.], partner int64 [B] or None -> energy [], similarity []."""
+    dtype = accumulation_dtype(features_i, codes_i, features_j, codes_j)
+    f_i, c_i, f_j, c_j = (unit_rows(rows.to(dtype)) for rows in (features_i, codes_i, features_j, codes_j))
+    if partner is not None:
+        f_j, c_j = f_j[partner], c_j[partner]
+    closeness, likeness = f_i @ f_j.mT, c_i @ c_j.mT  # [B,P_i,P_j]
+    if center:
+        closeness = closeness - closeness.mean(2, keepdim=True) + closeness.mean()
+    force = closeness - threshold
+    if hinge:
+        force = force.clamp(min=0.0)
+    clamped = likeness if clamp == (None, None) else likeness.clamp(*clamp)
+    return -(clamped * force).mean(), likeness.mean()
+
+
+def similarity_statistics(features, partners, patch_weight, mean, center, bins, limits, neighbours):
+    """-> mean [T], row_mean [T,B,P], histogram int64 [T,bins], neighbour_values and neighbour_indices [T,B,P,k]."""
+    dtype = accumulation_dtype(features)
+    B, P, _ = features.shape
+    f = unit_rows(features.to(dtype))
+    w = torch.ones(B, P, dtype=dtype, device=f.device) if patch_weight is None else patch_weight
+    here = (w > 0)[:, :, None]
+    flat = torch.arange(B * P, device=f.device).view(B, P)
+    found = []
+    for t, entry in enumerate(partners):
+        sides = partner_vectors(entry, B, f.device)
+        closeness, pair_weights = [f @ f[j].mT for j in sides], [mean_weights(w, w[j]) for j in sides]
+        images = sum((pw.sum((1, 2)) > 0).sum() for pw in pair_weights).clamp(min=1)
+        m = sum((pw * s).sum() for pw, s in zip(pair_weights, closeness)) / images if mean is None else mean[t]
+        tiny = torch.finfo(dtype).tiny
+        rows = [((s * w[j][:, None]).sum(2) / w[j].sum(1, keepdim=True).clamp(min=tiny)) for j, s in zip(sides, closeness)]
+        partners_here = sum((w[j].sum(1) > 0).to(dtype) for j in sides).clamp(min=1)
+        counts = torch.zeros(bins, dtype=torch.int64, device=f.device)
+        table = torch.full((B, P, B * P if neighbours else 0), -torch.inf, dtype=dtype, device=f.device)
+        for j, s, r in zip(sides, closeness, rows):
+            closer = s - r[:, :, None] + m if center else s
+            there = (w[j] > 0)[:, None, :].expand(s.shape)
+            if bins:
+                place = ((closer - limits[0]) * (bins / (limits[1] - limits[0]))).floor().clamp(0, bins - 1).long()
+                counts.scatter_add_(0, place.flatten(), (here & there).long().flatten())
+            if neighbours:
+                other = flat[j][:, None, :].expand(s.shape)
+                itself = other == flat[:, :, None]  # a patch is no neighbour of its own
+                table.scatter_(2, other, torch.where(there & ~itself, closer, -torch.inf))
+        best = table.sort(dim=2, descending=True, stable=True)
+        values, indices = best.values[:, :, :neighbours], best.indices[:, :, :neighbours]
+        missing = neighbours - values.shape[2]
+        values, indices = F.pad(values, (0, missing), value=-torch.inf), F.pad(indices, (0, missing), value=-1)
+        found.append((m, sum(rows) / partners_here[:, None], counts, values, torch.where(values > -torch.inf, indices, -1)))
+    return tuple(torch.stack(parts) for parts in zip(*found))
+
+
 def cosines(codes: Tensor, prototypes: Tensor) -> Tensor:
     """[H,B,P,Z], [H,K,Z] -> [H,B,P,K]."""
     dtype = accumulation_dtype(codes, prototypes)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import eager
 from .rows import accumulation_dtype, inverse_norms, invert_norms, unit_rows
 
 # upsampled scores are made in strips of rows so that a large image never needs [K,H,W] floats at once
@@ -44,9 +45,8 @@ def moments(features, labels, channel_scale, patch_weight, feature_norms) -> Mom
     if patch_weight is None:
         scaled, present, s = inverse / P, torch.ones_like(inverse[:, 0]), labels.mean(2)
     else:
-        total = patch_weight.sum(1, keepdim=True)
-        weight = torch.where(total > 0, patch_weight / torch.where(total > 0, total, 1.0), 0.0)
-        scaled, present, s = weight * inverse, (total[:, 0] > 0).to(f.dtype), torch.einsum("bp,hbpk->hbk", weight, labels)
+        shares, present = image_shares(patch_weight)
+        scaled, s = shares * inverse, torch.einsum("bp,hbpk->hbk", shares, labels)
     # the features are read as they are: their norms and weights ride on the label rows, which are smaller by D / K,
     # and u is one more label whose probability is 1 everywhere
     sides = torch.cat(((labels * scaled[None, :, :, None]).permute(1, 2, 0, 3).flatten(2), scaled[..., None]), -1)
@@ -54,6 +54,13 @@ def moments(features, labels, channel_scale, patch_weight, feature_norms) -> Mom
     if channel_scale is not None:
         sums = sums * channel_scale[:, None, :]
     return Moments(sums[:, :-1].unflatten(1, (H, K)).transpose(0, 1), sums[:, -1], s, present)
+
+
+def image_shares(patch_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """[B,P] -> [B,P] that add up to 1 over an image, or are 0 where it has no weight; [B] 1 where it has any."""
+    total = patch_weight.sum(1, keepdim=True)
+    shares = torch.where(total > 0, patch_weight / torch.where(total > 0, total, 1.0), 0.0)
+    return shares, (total[:, 0] > 0).to(patch_weight.dtype)
 
 
 def scaled_norms(f: Tensor, channel_scale: Tensor) -> Tensor:
@@ -66,12 +73,11 @@ def scaled_norms(f: Tensor, channel_scale: Tensor) -> Tensor:
 def smoothness(features, probs, partners, thresholds, relative, center, channel_scale, patch_weight, feature_norms, mean):
     """-> energy [H,T], distance [H,T], mean [T]."""
     labels = unit_rows(probs.to(accumulation_dtype(features, probs)))
-    return energies(features, labels, partners, thresholds, relative, center, channel_scale, patch_weight, feature_norms, mean)
+    return energies(moments(features, labels, channel_scale, patch_weight, feature_norms), partners, thresholds, relative, center, mean)
 
 
-def energies(features, labels, partners, thresholds, relative, center, channel_scale, patch_weight, feature_norms, mean):
-    """The same of unit label rows."""
-    m = moments(features, labels, channel_scale, patch_weight, feature_norms)
+def energies(m: Moments, partners, thresholds, relative, center, mean):
+    """-> energy [H,T], distance [H,T], mean [T]."""
     sums = [pair_sums(m, entry, center) for entry in partners]
     pairs, likeness, agreement, inner = (torch.stack(parts, -1) for parts in zip(*sums))  # [T], [T], [H,T], [H,T]
     count = pairs.clamp(min=1.0)
@@ -144,16 +150,36 @@ def loss(
     features, codes, student, teacher, partners, thresholds, temperature, relative, center, channel_scale, patch_weight, feature_norms, mean
 ):
     """-> total [H], energy [H,T], data [H], distance [H,T], mean [T]."""
+    rows = row_work_eager if eager.serves(features, codes, student, teacher) else row_work
+    m, data = rows(features, codes, student, teacher, temperature, channel_scale, patch_weight, feature_norms)
+    energy, distance, mean = energies(m, partners, thresholds, relative, center, mean)
+    return energy.sum(1) + data, energy, data, distance, mean
+
+
+def row_work(features, codes, student, teacher, temperature, channel_scale, patch_weight, feature_norms) -> tuple[Moments, Tensor]:
+    """-> the moments and the data term [H]."""
     codes = codes.to(accumulation_dtype(features, codes, student, teacher))
     inverse = inverse_norms(codes)
     toward_teacher = raw_cosines(codes, teacher, inverse)
     # sqrt(softmax(2 x)) would be unit rows at once, but where the softmax is peaked its gradient is ten times less exact
     labels = unit_rows(torch.softmax(toward_teacher / temperature, -1))
-    energy, distance, mean = energies(
-        features, labels, partners, thresholds, relative, center, channel_scale, patch_weight, feature_norms, mean
-    )
     data = cross_entropy(raw_cosines(codes.detach(), student, inverse.detach()), nearest(toward_teacher), patch_weight)
-    return energy.sum(1) + data, energy, data, distance, mean
+    return moments(features, labels, channel_scale, patch_weight, feature_norms), data
+
+
+def row_work_eager(features, codes, student, teacher, temperature, channel_scale, patch_weight, feature_norms) -> tuple[Moments, Tensor]:
+    """The same, with the gradient written out."""
+    dtype = accumulation_dtype(features, codes, student, teacher)
+    shares = data_shares = None
+    present = torch.ones(len(features), dtype=dtype)
+    if patch_weight is not None:
+        shares, present = image_shares(patch_weight)
+        data_shares = patch_weight / patch_weight.sum().clamp(min=torch.finfo(dtype).tiny)
+    prototypes = (unit_rows(rows.to(dtype)) for rows in (student, teacher))
+    constants = (temperature, channel_scale, shares, data_shares, feature_norms)
+    with torch.autocast("cpu", enabled=False):  # products are of the accumulation dtype
+        g, u, s, data = eager.LabelMoments.apply(features, codes, *prototypes, *constants)
+    return Moments(g.unflatten(1, student.shape[:2]).transpose(0, 1), u, s, present), data
 
 
 def assign(codes: Tensor, prototypes: Tensor, grid: tuple[int, int] | None, size: tuple[int, int] | None) -> Tensor:

@@ -23,3 +23,29 @@ class SmooSegLoss(NamedTuple):
     data: Tensor  # [] cross-entropy of the student against the teacher's labels
     distance: Tensor  # [T]
     mean: Tensor  # [T]
+
+
+class PairEnergy(NamedTuple):
+    """A clamped energy of patch pairs, fp32 (fp64 for fp64 inputs)."""
+
+    energy: Tensor  # [] mean over (image, i, j) of -clamp(cos(c_i, c_j)) * V_ij
+    similarity: Tensor  # [] mean of cos(c_i, c_j), before the clamp
+
+
+class SmoothnessLossTerms(NamedTuple):
+    """What `layers.SmoothnessLoss` returns: scalars, fp32 (fp64 for fp64 inputs), all with gradients to the label distributions."""
+
+    energy_within: Tensor  # [] of the pairs inside an image
+    distance_within: Tensor  # [] mean label distance of those pairs, 1 - cos(p_i, p_j)
+    energy_across: Tensor  # [] of the pairs with another image
+    distance_across: Tensor  # []
+
+
+class SimilarityStatistics(NamedTuple):
+    """What is known of the closeness W of T pair sets, fp32 (fp64 for fp64 inputs)."""
+
+    mean: Tensor  # [T] mean closeness M of each pair set: measured, or the one that was given
+    row_mean: Tensor  # [T,B,P] each patch's mean cosine to its partner's patches; with "all" the mean over its partners
+    histogram: Tensor  # int64 [T,bins] pairs whose W lies in each bin, lower edge included; those beyond the limits in the end bins
+    neighbour_values: Tensor  # [T,B,P,k] the largest W of each patch, descending; -inf where there are fewer than k
+    neighbour_indices: Tensor  # int64 [T,B,P,k] image * P + patch of each, a row of features.flatten(0, 1); -1 where there is none

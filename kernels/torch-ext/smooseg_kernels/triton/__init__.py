@@ -8,11 +8,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import assignment, code_rows, objective
+from . import assignment, code_rows, objective, pairs, similarity
 from .launch import INTERPRETED, fits, require_interpreter
 from .pair_sums import ALL, SELF
 
-__all__ = ["INTERPRETED", "assign", "assign_counted", "data_term", "fits", "loss", "probabilities", "require_interpreter", "smoothness"]
+__all__ = [
+    "INTERPRETED",
+    "assign",
+    "assign_counted",
+    "data_term",
+    "fits",
+    "loss",
+    "pair_energy",
+    "probabilities",
+    "require_interpreter",
+    "similarity_statistics",
+    "smoothness",
+    "statistics_excess",
+]
 
 # kernels clamp partner numbers themselves, and spare a launch
 CLAMPS_PARTNERS = True
@@ -86,6 +99,17 @@ def loss(
     )
 
 
+def similarity_statistics(features, partners, patch_weight, mean, center, bins, limits, neighbours):
+    """-> mean [T], row_mean [T,B,P], histogram int64 [T,bins], neighbour_values and neighbour_indices [T,B,P,k]."""
+    table, entries = pair_table(partners)
+    return similarity.similarity_statistics(features, table, entries, patch_weight, mean, center, bins, *limits, neighbours)
+
+
+def statistics_excess(bins: int, neighbours: int) -> str | None:
+    """Why these kernels do not serve such a request, or None."""
+    return similarity.excess(bins, neighbours)
+
+
 def probabilities(codes: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
     return code_rows.probabilities(codes, prototypes, temperature)
 
@@ -93,6 +117,15 @@ def probabilities(codes: Tensor, prototypes: Tensor, temperature: float) -> Tens
 def data_term(codes: Tensor, student: Tensor, teacher: Tensor, patch_weight: Tensor | None) -> Tensor:
     """-> [H]."""
     return code_rows.data_term(codes.detach(), student, teacher, patch_weight, wants_gradient(student))[0]
+
+
+def pair_energy(features_i, codes_i, features_j, codes_j, threshold, partner, clamp, hinge, center):
+    """-> energy [], similarity []."""
+    dtype = torch.promote_types(features_i.dtype, features_j.dtype)  # one matrix product takes both
+    features_i, features_j = features_i.to(dtype), features_j.to(dtype)
+    return pairs.pair_energy(features_i, codes_i, features_j, codes_j, threshold, partner, *clamp, hinge, center, wants_gradient(codes_i))[
+        :2
+    ]
 
 
 def assign(codes: Tensor, prototypes: Tensor, grid: tuple[int, int] | None, size: tuple[int, int] | None) -> Tensor:

@@ -1,0 +1,128 @@
+"""The energies as modules without state, for training loops whose tensors are images: NCHW in, scalars out, nothing to train or save."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import checks
+from .api import pair_energy, smoothness_energy
+from .rows import accumulation_dtype
+from .types import PairEnergy, SmoothnessLossTerms
+
+__all__ = ["CorrelationLoss", "SmoothnessLoss", "draw_partners"]
+
+
+def draw_partners(B: int, *, device: torch.device | str | None = None, generator: torch.Generator | None = None) -> Tensor:
+    """int64 [B]: another image of the batch for each one. A random permutation in which an image that drew itself takes the next number
+    modulo B, so two images can have the same partner (Lan et al. 2023, arXiv 2310.17874).
+
+    B is at least 2. Draws where the generator is, which has to be on `device`; never waits for a GPU, and can be captured in a CUDA graph.
+    """
+    if B < 2:
+        raise ValueError(f"B must be at least 2, as every image needs another one as its partner, got {B}")
+    here = torch.arange(B, device=device)
+    # sorted random numbers: a permutation made on the device itself
+    partners = torch.rand(B, device=device, generator=generator).argsort()
+    return torch.where(partners == here, (partners + 1) % B, partners)
+
+
+class SmoothnessLoss(nn.Module):
+    """SmooSeg's smoothness energies within every image and across to another one: `smooseg_kernels.smoothness_energy` for NCHW tensors.
+
+    E = mean over (image, i, j) of (W_ij - b) (1 - cos(p_i, p_j)); cost and memory are linear in h * w. The energy to minimise is the sum
+    of the two that come back.
+
+    Args:
+        within: threshold b of the pairs inside an image; patches more alike than b are pulled together, the others pushed apart.
+        across: threshold of the pairs with another image of the batch.
+        center: W_ij = cos(f_i, f_j) less its mean over j, plus the mean over all pairs; else W_ij = cos(f_i, f_j).
+        relative: thresholds are an excess over the measured mean closeness.
+        impl: "auto", "triton", "torch" or "dense".
+    """
+
+    def __init__(self, within: float, across: float, center: bool = True, *, relative: bool = False, impl: str = "auto"):
+        super().__init__()
+        self.within, self.across = checks.number("within", within), checks.number("across", across)
+        self.center, self.relative, self.impl = bool(center), bool(relative), impl
+
+    def forward(self, features: Tensor, probs: Tensor, partners: Tensor | str | None = None) -> SmoothnessLossTerms:
+        """features [B,D,h,w], frozen (no gradient); probs [B,K,h,w], label distributions or rows of any positive length, gets gradients.
+
+        partners: int64 [B], the other image of each one, or "all" for every ordered pair of different images; None draws them with
+        `draw_partners` from torch's global generator. B >= 2.
+        """
+        checks.float_tensor("features", features, ("B", "D", "h", "w"), constant=True)
+        B, _, h, w = features.shape
+        checks.float_tensor("probs", probs, (B, "K", h, w), features)
+        if B < 2:
+            raise ValueError("features holds 1 image, but the energy across images needs a batch of at least 2")
+        if partners is None:
+            partners = draw_partners(B, device=features.device)
+        partners = checks.partner_entry("partners", partners, B, features.device, clamp=False)
+        # made on the device: a copy from the host would wait for it, and could not be captured
+        thresholds = torch.linspace(self.within, self.across, 2, dtype=accumulation_dtype(features, probs), device=features.device)
+        terms = smoothness_energy(
+            patch_rows(features),
+            patch_rows(probs),
+            ["self", partners],
+            thresholds,
+            relative=self.relative,
+            center=self.center,
+            impl=self.impl,
+        )
+        (energy_within, energy_across), (distance_within, distance_across) = terms.energy.unbind(), terms.distance.unbind()
+        return SmoothnessLossTerms(energy_within, distance_within, energy_across, distance_across)
+
+
+class CorrelationLoss(nn.Module):
+    """The clamped correlation energy of two batches of feature maps and their codes: `smooseg_kernels.pair_energy` for NCHW tensors.
+
+    energy = mean over (image, i, j) of -clamp(cos(c_i, c_j), low, high) * (W_ij - b), as in STEGO (Hamilton et al., ICLR 2022, arXiv
+    2203.08414), whose intra, nearest-neighbour and random terms are three of these with shifts of their own.
+
+    Args:
+        threshold: b, a finite number: pairs of patches more alike than b are pulled together, the others pushed apart.
+        clamp: (low, high) of the codes' similarity, each a number or None for no bound; (0, None) is STEGO's.
+        center: W_ij = cos(f_i, f_j) less its mean over j, plus the mean over all pairs; else W_ij = cos(f_i, f_j).
+        hinge: max(W_ij - b, 0) in place of W_ij - b.
+        impl: "auto", "triton", "torch" or "dense".
+    """
+
+    def __init__(
+        self,
+        threshold: float,
+        clamp: tuple[float | None, float | None] = (None, None),
+        center: bool = True,
+        *,
+        hinge: bool = False,
+        impl: str = "auto",
+    ):
+        super().__init__()
+        self.threshold, self.clamp = checks.number("threshold", threshold), checks.bounds("clamp", clamp)
+        self.center, self.hinge, self.impl = bool(center), bool(hinge), impl
+
+    def forward(self, features_1: Tensor, features_2: Tensor, codes_1: Tensor, codes_2: Tensor) -> PairEnergy:
+        """-> (energy, mean similarity of the codes before the clamp).
+
+        features_1 [B,D,h,w] and features_2 [B,D,h',w'], frozen (no gradient), image n against image n; codes_1 [B,Z,h,w] and codes_2
+        [B,Z,h',w'] both get gradients. The two sides may have grids of different sizes.
+        """
+        checks.float_tensor("features_1", features_1, ("B", "D", "h", "w"), constant=True)
+        B, D, h, w = features_1.shape
+        checks.float_tensor("codes_1", codes_1, (B, "Z", h, w), features_1)
+        checks.float_tensor("features_2", features_2, (B, D, "h'", "w'"), features_1, constant=True)
+        checks.float_tensor("codes_2", codes_2, (B, codes_1.shape[1], *features_2.shape[2:]), features_1)
+        # one tensor on both sides stays one: its unit rows are then made once
+        f, c = patch_rows(features_1), patch_rows(codes_1)
+        f_2 = f if features_2 is features_1 else patch_rows(features_2)
+        c_2 = c if codes_2 is codes_1 else patch_rows(codes_2)
+        options = {"clamp": self.clamp, "hinge": self.hinge, "center": self.center, "impl": self.impl}
+        return pair_energy(f, c, f_2, c_2, self.threshold, **options)
+
+
+def patch_rows(planes: Tensor) -> Tensor:
+    """[B,C,h,w] -> [B,h*w,C], a view of channels-last planes, and of any on a CPU."""
+    rows = planes.flatten(2).mT
+    # kernels read rows that lie together: one copy here spares one in every pass
+    return rows.contiguous() if planes.is_cuda else rows

@@ -1,0 +1,203 @@
+"""Blocks of patch pairs: both similarities of every pair in registers, from which row sums and gradient rows leave.
+
+One program holds a block of rows of one image ("mine") and walks over all patches of the image that it meets ("other"). The i side is mine
+in the forward pass, the j side in the backward: each gradient row has one writer. Codes come as unit rows, features as they are with one
+over their lengths beside them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .labels import load_rows
+from .pair_sums import add_up
+
+
+@triton.jit
+def met_image(partner_ptr, n, N, HAS_PARTNER: tl.constexpr):
+    """Clamped: an index that is out of range must not read out of bounds, and a check would wait for the GPU."""
+    j = n
+    if HAS_PARTNER:
+        j = tl.minimum(tl.maximum(tl.load(partner_ptr + n), 0), N - 1)
+    return j
+
+
+@triton.jit
+def streamed_products(
+    mine_ptr,
+    other_ptr,
+    mine_start,
+    other_start,
+    P,
+    Q,
+    stride_m,
+    stride_o,
+    width: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """[BLOCK_M, BLOCK_N] inner products of rows that are too wide to stay on chip."""
+    products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    row, other, w = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_W)
+    mine_ptr += tl.cast(mine_start, tl.int64) * stride_m
+    other_ptr += tl.cast(other_start, tl.int64) * stride_o
+    for first in range(0, width, BLOCK_W):
+        inside = (first + w < width)[None, :]
+        a = tl.load(mine_ptr + row[:, None] * stride_m + first + w[None, :], mask=(mine_start + row < P)[:, None] & inside, other=0.0)
+        b = tl.load(other_ptr + other[:, None] * stride_o + first + w[None, :], mask=(other_start + other < Q)[:, None] & inside, other=0.0)
+        products = tl.dot(a.to(OPERAND), tl.trans(b.to(OPERAND)), products, input_precision=PRECISION)
+    return products
+
+
+@triton.jit
+def pair_tiles_kernel(
+    mine_features_ptr,  # [B or N,P,D]
+    mine_inverse_ptr,  # [B or N,P] fp32: 1 / |f|
+    mine_codes_ptr,  # [B or N,P,ZP] unit rows
+    other_features_ptr,  # [N or B,Q,D]
+    other_inverse_ptr,  # [N or B,Q] fp32
+    other_codes_ptr,  # [N or B,Q,ZP]
+    partner_ptr,  # [B] int64
+    row_means_ptr,  # [B,P_i] fp32: mean_j S_ij
+    mean_parts_ptr,  # [parts] fp32: they add up to the sum of all row means
+    threshold_ptr,  # [] fp32
+    energy_ptr,  # [B,blocks] fp32 out: the sum of V clamp(c.c') over a block of rows
+    gradient_ptr,  # [B,P,ZP] fp32 out: sum over the other side of V c', where the clamp passes a gradient; B counts images of the i side
+    N,
+    P,
+    Q,
+    parts,
+    row_mean_count,  # how many row means there are
+    low,
+    high,
+    first_column,
+    stride_mb,
+    stride_mp,
+    stride_ob,
+    stride_op,
+    D: tl.constexpr,
+    ZP: tl.constexpr,
+    STARTS: tl.constexpr,  # the code columns in pieces whose widths are powers of two,
+    WIDTHS: tl.constexpr,  # from first_column on: those whose gradient is wanted
+    PIECES: tl.constexpr,
+    ALL_PIECES: tl.constexpr,  # they are all columns there are; else codes are streamed
+    FROM_I: tl.constexpr,  # mine is the i side
+    HAS_PARTNER: tl.constexpr,
+    CENTER: tl.constexpr,
+    HINGE: tl.constexpr,
+    HAS_LOW: tl.constexpr,
+    HAS_HIGH: tl.constexpr,
+    ENERGY: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    TILES: tl.constexpr,  # feature tiles of my rows that stay on chip; 0: both sides are streamed
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Z: tl.constexpr,
+    FEATURE: tl.constexpr,  # what the matrix unit takes of features and of codes
+    CODE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    n, start = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK_M
+    j = met_image(partner_ptr, n, N, HAS_PARTNER)
+    if FROM_I:
+        me, it = n, j
+    else:
+        me, it = j, n
+    mine_features_ptr += me * stride_mb
+    other_features_ptr += it * stride_ob
+    mine_codes_ptr += me * P * ZP
+    other_codes_ptr += it * Q * ZP
+    row, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    inside = start + row < P
+
+    shift = -tl.load(threshold_ptr)
+    if CENTER:
+        shift += add_up(mean_parts_ptr, parts) / row_mean_count
+    # forces stay within a 16-bit range for any threshold
+    largest = tl.maximum(1.0, tl.abs(shift))
+    mine_scale = tl.load(mine_inverse_ptr + me * P + start + row, mask=inside, other=0.0) / largest
+    mine_bias = tl.zeros((BLOCK_M,), tl.float32)
+    if FROM_I:
+        mine_bias += shift
+        if CENTER:
+            mine_bias -= tl.load(row_means_ptr + n * P + start + row, mask=inside, other=0.0)
+        mine_bias = tl.where(inside, mine_bias / largest, 0.0)
+
+    mine, mine_codes, gradients = (), (), ()
+    for i in tl.static_range(TILES):
+        tile = load_rows(mine_features_ptr + i * BLOCK_D, start, P, stride_mp, D - i * BLOCK_D, BLOCK_M, BLOCK_D)
+        mine = mine + (tile.to(FEATURE),)
+    for i in tl.static_range(PIECES):
+        if ALL_PIECES:
+            mine_codes = mine_codes + (load_rows(mine_codes_ptr + STARTS[i], start, P, ZP, WIDTHS[i], BLOCK_M, WIDTHS[i]),)
+        gradients = gradients + (tl.zeros((BLOCK_M, WIDTHS[i]), tl.float32),)
+    energy = tl.zeros((BLOCK_M,), tl.float32)
+
+    for first in range(0, Q, BLOCK_N):
+        here = first + column < Q
+        if TILES > 0:
+            closeness = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for i in tl.static_range(TILES):
+                theirs = load_rows(other_features_ptr + i * BLOCK_D, first, Q, stride_op, D - i * BLOCK_D, BLOCK_N, BLOCK_D).to(FEATURE)
+                closeness = tl.dot(mine[i], tl.trans(theirs), closeness, input_precision=PRECISION)
+        else:
+            closeness = streamed_products(
+                mine_features_ptr, other_features_ptr, start, first, P, Q, stride_mp, stride_op, D, BLOCK_M, BLOCK_N, BLOCK_D, FEATURE,
+                PRECISION,
+            )  # fmt: skip
+        other_codes = ()
+        if ALL_PIECES:
+            likeness = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for i in tl.static_range(PIECES):
+                other_codes = other_codes + (load_rows(other_codes_ptr + STARTS[i], first, Q, ZP, WIDTHS[i], BLOCK_N, WIDTHS[i]),)
+                likeness = tl.dot(mine_codes[i], tl.trans(other_codes[i]), likeness, input_precision=PRECISION)
+        else:
+            likeness = streamed_products(
+                mine_codes_ptr, other_codes_ptr, start, first, P, Q, ZP, ZP, ZP, BLOCK_M, BLOCK_N, BLOCK_Z, CODE, PRECISION
+            )
+
+        scale = tl.load(other_inverse_ptr + it * Q + first + column, mask=here, other=0.0)
+        force = closeness * scale[None, :] * mine_scale[:, None]
+        if FROM_I:
+            # a padded column still carries my bias
+            force = tl.where(here[None, :], force + mine_bias[:, None], 0.0)
+        else:
+            bias = tl.zeros((BLOCK_N,), tl.float32) + shift
+            if CENTER:
+                bias -= tl.load(row_means_ptr + n * Q + first + column, mask=here, other=0.0)
+            force += tl.where(here, bias / largest, 0.0)[None, :]
+            # and so does a padded row theirs, but nothing of it is kept
+        if HINGE:
+            force = tl.maximum(force, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        clamped = likeness
+        if HAS_LOW:
+            clamped = tl.maximum(clamped, low, propagate_nan=tl.PropagateNan.ALL)
+        if HAS_HIGH:
+            clamped = tl.minimum(clamped, high, propagate_nan=tl.PropagateNan.ALL)
+        if ENERGY:
+            energy += tl.sum(force * clamped, 1)
+        if GRADIENT:
+            if HAS_LOW or HAS_HIGH:
+                force = tl.where(clamped == likeness, force, 0.0)  # between the bounds, or at one
+            weight = force.to(CODE)
+            new_gradients = ()
+            for i in tl.static_range(PIECES):
+                if ALL_PIECES:
+                    piece = other_codes[i]
+                else:
+                    piece = load_rows(other_codes_ptr + first_column + STARTS[i], first, Q, ZP, WIDTHS[i], BLOCK_N, WIDTHS[i])
+                new_gradients = new_gradients + (tl.dot(weight, piece, gradients[i], input_precision=PRECISION),)
+            gradients = new_gradients
+
+    if ENERGY:
+        tl.store(energy_ptr + n * tl.num_programs(0) + tl.program_id(0), tl.sum(energy, 0) * largest)
+    if GRADIENT:
+        for i in tl.static_range(PIECES):
+            columns = first_column + STARTS[i] + tl.arange(0, WIDTHS[i])
+            out_ptr = gradient_ptr + (n * P + start) * ZP + row[:, None] * ZP + columns[None, :]
+            tl.store(out_ptr, gradients[i] * largest, mask=inside[:, None])

@@ -1,0 +1,71 @@
+"""`python -m smooseg_fast.convert`: a published checkpoint of SmooSeg as one of ours."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from .backbones.base import digest_of
+from .command import parse, predict_command, printable, run
+from .errors import UserError
+from .outfolder import OutFolder
+from .pickles import is_pickle
+from .published import DATASETS, read_published
+from .runfolder import CHECKPOINT
+
+RECORD, BACKBONE = "convert.json", "backbone"
+# words of the names of hyper-parameters that say what was trained, and how
+TELLING = re.compile(
+    r"(dataset|arch|patch|feat|res|resolution|crop|thresholds?|shift|b1|b2|batch|steps|lr|classes|alpha|momentum|tau|seed)"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """Write a published SmooSeg checkpoint as checkpoint.safetensors, with its backbone beside it. Nothing in the file is executed.
+
+    Not needed for prediction: --checkpoint takes the .ckpt too.
+    """
+
+    file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
+    """The .ckpt."""
+    out: str
+    """Folder for checkpoint.safetensors and backbone/ (a transformers folder); it can be moved as a whole."""
+
+
+def main(args: Sequence[str]) -> None:
+    config = parse(ConvertConfig, args, prog="python -m smooseg_fast.convert")
+    path, out = Path(config.file).expanduser(), Path(config.out).expanduser()
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a published .ckpt")
+    if not is_pickle(path):
+        raise UserError(f"{path}: is no file of torch.save; give a published .ckpt")
+    found = read_published(path, str(path))
+    checkpoint = dataclasses.replace(found.checkpoint, backbone_name=f"./{BACKBONE}")
+    (K, Z), dim = checkpoint.head.teacher.shape, found.architecture.dim
+    print(f"found      SmooSeg after {checkpoint.step} steps: K = {K} prototypes of Z = {Z}, on D = {dim} channels of {found.architecture}")
+    told = {name: value for name, value in found.settings.items() if any(map(TELLING.fullmatch, re.split(r"[._]", name.lower())))}
+    print("settings   " + (printable(", ".join(f"{name} {value}" for name, value in told.items())) or "none are in the file"))
+    preset = checkpoint.config.preset
+    known = f"the paper's for {preset}" if preset in DATASETS.values() else "the paper's; the file names none of its data sets"
+    print(f"resolution {checkpoint.config.eval_size} pixels ({known})")
+
+    content = {"backbone": checkpoint.backbone_digest, "head": digest_of(checkpoint.head.state_dict())}
+    OutFolder(out, content, record=RECORD, made=CHECKPOINT).claim()
+    found.vit.write(out / BACKBONE)
+    made = checkpoint.write(out / CHECKPOINT)
+    print(f"written    {made}, and its backbone {out / BACKBONE}; move them together")
+    print("next       " + predict_command(made, "IMAGES", out / "predictions", checkpoint.backbone_name))
+    print("           " + shlex.join(["python", "-m", "smooseg_fast.evaluate", "--checkpoint", str(made), "--data", "DIR"]))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,110 @@
+"""Inputs, values with gradients, and the error budget that tests and benchmarks of `pair_energy` share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from objective_inputs import assert_same_direction, assert_within_budget
+from torch import Tensor
+
+import smooseg_kernels as sk
+
+UPSTREAM = (1.7, -0.6)  # gradients that arrive at energy and similarity
+
+
+@dataclass
+class Pairs:
+    features_i: Tensor
+    codes_i: Tensor
+    features_j: Tensor
+    codes_j: Tensor
+    threshold: float | Tensor = 0.1
+    options: dict = field(default_factory=dict)
+
+    def to(self, dtype: torch.dtype) -> Pairs:
+        tensors = (x.detach().to(dtype) for x in self.tensors)
+        return Pairs(*tensors, self.threshold, self.options)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.features_i, self.codes_i, self.features_j, self.codes_j
+
+    def with_options(self, **options) -> Pairs:
+        return replace(self, options={**self.options, **options})
+
+
+def make_pairs(B=3, N=None, P_i=17, P_j=97, D=70, Z=9, dtype=torch.float64, device="cpu", seed=0, threshold=0.1, **options) -> Pairs:
+    """Clustered features with a common mean, codes that lean on their cluster: similarities on both sides of every bound.
+
+    With N the j side has that many images, and `partner` repeats some of them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    centres, meanings = noise(5, D), noise(5, Z)
+
+    def side(images, P):
+        group = torch.randint(0, 5, (images, P), generator=generator)
+        return centres[group] + 0.6 * noise(images, P, D) + 0.5, 2.0 * meanings[group] + noise(images, P, Z)
+
+    tensors = [x.to(device, dtype) for x in (*side(B, P_i), *side(N or B, P_j))]
+    if N is not None:
+        options["partner"] = torch.randint(0, N, (B,), generator=generator).to(device)
+    return Pairs(*tensors, threshold, options)
+
+
+@dataclass
+class Result:
+    values: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+
+
+def evaluate(pairs: Pairs, impl: str, upstream: tuple[float, float] = UPSTREAM, **extra) -> Result:
+    codes = [x.detach().requires_grad_() for x in (pairs.codes_i, pairs.codes_j)]
+    out = sk.pair_energy(pairs.features_i, codes[0], pairs.features_j, codes[1], pairs.threshold, impl=impl, **pairs.options, **extra)
+    gradients = torch.autograd.grad([*out], codes, [torch.full_like(value, g) for value, g in zip(out, upstream)])
+    return Result({name: value.detach() for name, value in out._asdict().items()}, dict(zip(("codes_i", "codes_j"), gradients)))
+
+
+def term_sizes(pairs: Pairs) -> tuple[float, dict[str, Tensor]]:
+    """The mean magnitude of the energy's terms, none cancelling another; and of a code's gradient, the same as a norm [.., P]."""
+    f_i, _, f_j, c_j = (F.normalize(x.double(), dim=-1) for x in pairs.tensors)
+    partner = pairs.options.get("partner")
+    partner = torch.arange(len(f_i), device=f_i.device) if partner is None else partner
+    closeness = (f_i @ f_j[partner].mT).abs()
+    force = closeness + abs(float(pairs.threshold))
+    if pairs.options.get("center", True):
+        force = force + closeness.mean(2, keepdim=True) + closeness.mean()
+    energy, similarity = (abs(g) for g in UPSTREAM)
+    share = (energy * force + similarity) / force.numel()
+    toward_j = torch.zeros(c_j.shape[:2], dtype=torch.float64, device=f_i.device).index_add_(0, partner, share.sum(1))
+    lengths = (x.double().norm(dim=-1).clamp(min=1e-3) for x in (pairs.codes_i, pairs.codes_j))
+    return force.mean().item(), {name: 2 * size / n for name, size, n in zip(("codes_i", "codes_j"), (share.sum(2), toward_j), lengths)}
+
+
+def check(pairs: Pairs, impl: str, eps: float) -> Result:
+    """Values and gradients of `impl` against float64, within twice the dense form's error and 2 eps of the size of the terms."""
+    got, oracle = evaluate(pairs, impl), evaluate(pairs.to(torch.float64), "dense")
+    for value in got.values.values():
+        assert value.dtype == torch.promote_types(torch.float32, pairs.codes_i.dtype)
+        assert value.shape == ()
+    for name, gradient in got.gradients.items():
+        assert gradient.dtype == getattr(pairs, name).dtype
+    compare(got, evaluate(pairs, "dense"), oracle, *term_sizes(pairs), eps)
+    return got
+
+
+def compare(got: Result, same: Result, oracle: Result, size: float, gradient_sizes: dict[str, Tensor], eps: float) -> None:
+    """What was put out alone: a forward has no gradients."""
+    for name, truth in oracle.values.items():
+        assert_within_budget(got.values[name], same.values[name], truth, eps, torch.tensor(max(1.0, size)), name)
+    for name, gradient in got.gradients.items():
+        truth, what = oracle.gradients[name], f"gradient of {name}"
+        rounding = max(eps, torch.finfo(gradient.dtype).eps)
+        assert_within_budget(gradient, same.gradients[name], truth, rounding, gradient_sizes[name], what)
+        cancelled = gradient_sizes[name].norm().item() / max(truth.norm().item(), 1e-300)
+        assert_same_direction(gradient, truth, 4 * rounding * max(1.0, cancelled), what)

@@ -1,0 +1,258 @@
+"""`python -m smooseg_fast.data check`, and the paper's protocol on data in its owner's layout."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from owners import MAKERS, make_cityscapes, make_cocostuff, make_potsdam_tiles, save
+from PIL import Image
+from test_trainer import SMALL
+
+import smooseg_fast
+from smooseg_fast import choose, data, evaluate, predict, train
+from smooseg_fast.command import run
+from smooseg_fast.config import PRESETS
+from smooseg_fast.datasets import open_dataset
+from smooseg_fast.images import cut_squares, whole_patches
+
+
+def check(*args):
+    return run(data.main, ["check", *map(str, args)])
+
+
+# check
+
+NEXT = {
+    "cityscapes": "--preset cityscapes ",
+    "cocostuff": "--preset cocostuff27 ",
+    "potsdam_tiles": "--preset potsdam ",
+    "potsdam_mosaics": "--preset potsdam ",
+    "voc": "",
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_check_says_what_there_is_and_what_to_type(name, tmp_path, capsys):
+    root = MAKERS[name](tmp_path / "my data")
+    assert check(root) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"data       {root}: ")
+    assert any(line.startswith("train ") for line in lines)
+    assert any(line.startswith("val ") and ", held out;" in line for line in lines)
+    assert lines[-1] == f"next       python -m smooseg_fast.train {NEXT[name]}--data '{root}'"
+
+
+def test_check_of_cityscapes(tmp_path, capsys):
+    root = make_cityscapes(tmp_path)
+    assert check(root) == 0
+    out = capsys.readouterr().out
+    assert "train      4 images; all opened, 4 of them with a label; 96 x 48 pixels\n" in out
+    assert "val        4 images, held out; all opened" in out
+    assert "also       test: 2 images, not used\n" in out
+    assert "also       train_extra: 2 images, not used\n" in out
+    table = {line.split("%")[0][11:].rsplit(None, 1)[0].strip(): line for line in out.splitlines() if "%" in line}
+    shares = []
+    for split in ("train", "val"):
+        labels = np.stack([open_dataset(root, split).label(index) for index in range(4)])
+        shares.append(100 * (labels == 4).sum() / (labels < 255).sum())
+        assert f"{100 * (labels == 255).mean():8.2f}%" in table["not labelled"]
+    assert table["4 building"].endswith("".join(f"{share:8.2f}%" for share in shares))
+    assert "note       25 classes have no pixel in any label: sidewalk, parking," in out
+
+
+def test_check_opens_a_sample_and_says_so(tmp_path, capsys):
+    root = make_potsdam_tiles(tmp_path)
+    assert check(root, "--sample", 3) == 0
+    out = capsys.readouterr().out
+    assert "train      6 images; 3 opened, 3 of them with a label; 40 x 40 pixels\n" in out
+    assert "in 3 labels of train and 2 labels of val (a sample)" in out
+    assert check(root, "--sample", 0) == 0
+    assert "(a sample)" not in capsys.readouterr().out
+    assert check(root, "--sample", -1) == 2
+    assert capsys.readouterr().err == "error: --sample: must be 0 (all) or more, got -1\n"
+
+
+def test_check_warns_of_what_a_run_would_skip(tmp_path, capsys):
+    root = make_cocostuff(tmp_path)
+    (root / "images/train2017/000000000101.jpg").write_bytes(b"damaged")
+    save(root / "images/train2017/000000000102.jpg", np.zeros((9, 60, 3), np.uint8))
+    (root / "annotations/train2017/000000000103.png").unlink()
+    assert check(root) == 0
+    out = capsys.readouterr().out
+    assert "96 x 48 pixels in 2 of them; from 60 x 9 to 96 x 48\n" in out
+    assert "warning    1 of the 4 images of train that were opened cannot be used, first " in out
+    assert "000000000101.jpg: not an image of a kind that can be read, or damaged from the start" in out
+    assert "(a run skips them)" in out
+    assert "warning    1 of the 4 labels of train that were opened cannot be used, first " in out  # of the small image
+    assert "(a run does not read them)" in out
+    assert "warning    1 images of train have a side below 16 pixels, first 000000000102.jpg" in out
+    assert "note       1 of 4 images of COCO-Stuff train have no label in " in out
+
+
+def test_check_ends_with_2_where_a_run_would_stop(tmp_path, capsys):
+    root = make_cocostuff(tmp_path / "coco")
+    save(root / "annotations/val2017/000000000200.png", np.full((48, 96), 200, np.uint8))
+    assert check(root) == 2
+    out, err = capsys.readouterr()
+    assert "next " not in out
+    assert err.splitlines()[-1].startswith("error: 1 of the 2 labels of val that were opened cannot be used, first ")
+    assert "the number 200 in 4608 pixels" in err
+    for path in (root / "images/train2017").iterdir():
+        path.write_bytes(b"damaged")
+    assert check(root) == 2
+    assert "error: 4 of the 4 images of train that were opened cannot be used, first " in capsys.readouterr().err
+    assert check(tmp_path / "nowhere") == 2
+    assert "no such file or folder" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert check(tmp_path / "empty") == 2
+    assert "no images in it" in capsys.readouterr().err
+
+
+def test_check_of_what_can_only_be_measured_on_or_only_learnt_from(tmp_path, capsys):
+    root = make_cityscapes(tmp_path / "city")
+    (root / "leftImg8bit" / "train").rename(tmp_path / "train")
+    assert check(root) == 0
+    out = capsys.readouterr().out
+    assert "has val and test and train_extra but no images of train; add them" in out
+    assert out.endswith(f"next       python -m smooseg_fast.evaluate --preset cityscapes --checkpoint FILE --data {root}\n")
+    (tmp_path / "train").rename(root / "leftImg8bit" / "train")
+    shutil.rmtree(root / "leftImg8bit" / "val")
+    assert check(root) == 0
+    assert "note       no images are kept apart: figures would be taken on the images that are learnt from\n" in capsys.readouterr().out
+
+
+def test_check_without_the_labels_or_with_a_list_of_others(tmp_path, capsys):
+    root = make_cocostuff(tmp_path)
+    shutil.rmtree(root / "annotations" / "val2017")
+    assert check(root) == 0
+    out = capsys.readouterr().out
+    assert "val        2 images, held out; all opened, 0 of them with a label" in out
+    assert out.count(f"note       no labels: none of the 2 images of COCO-Stuff val has one in {root}/annotations/val2017\n") == 1
+    (root / "curated/val2017/Coco164kFull_Stuff_Coarse_7.txt").write_text("1\n2\n")
+    assert check(root) == 2
+    assert "none of the 2 images that it lists, such as 1, is there; unpack" in capsys.readouterr().err
+
+
+def test_check_of_folders_that_nobody_owns(folder, labelled, capsys):
+    assert check(folder) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(
+        f"data       {folder}: a folder of images\ntrain      6 images; all opened, 0 of them with a label; 96 x 72 pixels\n"
+    )
+    assert out.endswith(f"next       python -m smooseg_fast.train --data {folder}\n")
+    (labelled / "train" / "labels" / "1.png").rename(labelled / "train" / "labels" / "one.png")
+    assert check(labelled) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"data       {labelled}: a folder of images with labels\n")
+    assert f"note       1 of 5 images have no label in {labelled}/train/labels, first 1.png\n" in out
+    assert f"note       1 labels in {labelled}/train/labels belong to no image, first one.png\n" in out
+
+
+def test_the_data_command_without_a_command(capsys):
+    assert run(data.main, []) == 0
+    assert capsys.readouterr().out.startswith("usage: python -m smooseg_fast.data check DIR")
+    assert run(data.main, ["cheek", "x"]) == 2
+    assert capsys.readouterr().err == "error: cheek: no such command; it is python -m smooseg_fast.data check DIR\n"
+    assert run(data.main, ["check"]) == 2
+
+
+# the paper's protocol
+
+
+@pytest.fixture
+def city(tmp_path, monkeypatch, capsys):
+    """Cityscapes, and in out/ a run of two steps on it with a small size, with what it printed."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    root = make_cityscapes(tmp_path / "cityscapes")
+    assert run(train.main, ["--data", str(root), "--out", "out", *SMALL, "--steps", "2", "--crops", "five", "--granularity", "0.06"]) == 0
+    (tmp_path / "out" / "printed.txt").write_text(capsys.readouterr().out)
+    return root
+
+
+def test_training_and_the_protocol_on_cityscapes(city, capsys):
+    printed = open("out/printed.txt").read()
+    assert "\ndata       Cityscapes (leftImg8bit and gtFine labelIds, 27 classes); the paper's settings for it are --pre" in printed
+    assert f"predict --checkpoint out/checkpoint.safetensors --images {city}/leftImg8bit/val --out" in printed.splitlines()[-1]
+    assert "features   20 squares of 4 images" in printed
+    assert "learning   at most 27 groups" in printed
+    assert run(evaluate.main, ["--preset", "cityscapes", "--checkpoint", "out/checkpoint.safetensors", "--data", str(city)]) == 0
+    printed = capsys.readouterr().out
+    assert "4 images of Cityscapes val" in printed
+    assert "320 px, mirror averaged; 27 groups, 27 classes" in printed
+    scores = json.load(open("out/evaluation/scores.json"))
+    assert (scores["preset"], scores["size"], scores["mirror"], scores["images"], scores["held_out"]) == ("cityscapes", 320, True, 4, True)
+    val = open_dataset(city, "val")
+    truth = np.stack([cut_squares(val.label(index), 320, "center")[0][1] for index in range(4)])
+    confusion = np.array(scores["confusion"])
+    assert confusion.shape == (27, 27)
+    np.testing.assert_array_equal(confusion.sum(0), np.bincount(truth[truth < 255], minlength=27))
+
+
+def test_the_protocol_gives_the_labels_of_the_mirror_averaged_square(city):
+    """Against images segmented one at a time."""
+    checkpoint = "out/checkpoint.safetensors"
+    assert run(evaluate.main, ["--preset", "cityscapes", "--checkpoint", checkpoint, "--data", str(city), "--eval-size", "64"]) == 0
+    counts = np.array(json.load(open("out/evaluation/scores.json"))["confusion"])
+    expected, val = np.zeros_like(counts), open_dataset(city, "val")
+    segmenter = smooseg_fast.Segmenter.load(checkpoint, device="cpu")
+    for index in range(4):
+        square, truth = (cut_squares(pixels, 64, "center")[0][1] for pixels in (val.image(index), val.label(index)))
+        guess = segmenter.predict(square, mirror=True, short_side=64)
+        np.add.at(expected, (guess[truth < 255], truth[truth < 255]), 1)
+    # the store keeps features in fp16: a pixel on a border may fall to the other side
+    assert np.abs(counts - expected).sum() <= 0.01 * expected.sum()
+
+
+def test_the_protocol_of_another_dataset_is_refused(city, tmp_path, capsys):
+    args = ["--checkpoint", "out/checkpoint.safetensors", "--data"]
+    tiles = make_potsdam_tiles(tmp_path / "tiles")
+    assert run(evaluate.main, ["--preset", "cityscapes", *args, str(tiles)]) == 2
+    assert capsys.readouterr().err.endswith(
+        f"error: --preset cityscapes: but {tiles} is Potsdam-3 (prepared .mat tiles, 3 classes); give --preset potsdam\n"
+    )
+    assert run(evaluate.main, ["--preset", "city", *args, str(city)]) == 2
+    assert "error: --preset: 'city' is not known; choose one of" in capsys.readouterr().err
+    shutil.rmtree(tiles / "gt")
+    assert run(evaluate.main, ["--preset", "potsdam", *args, str(tiles)]) == 2
+    assert f"has no labels (no labels: none of the 2 images of Potsdam-3 val has one in {tiles}/gt); evaluation" in capsys.readouterr().err
+
+
+def test_tiles_that_predict_cannot_open_leave_samples(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    tiles = make_potsdam_tiles(tmp_path / "tiles")
+    assert run(train.main, ["--data", str(tiles), "--out", "out", *SMALL, "--steps", "1"]) == 0
+    assert (
+        "next       python -m smooseg_fast.predict --checkpoint out/checkpoint.safetensors --images out/samples" in capsys.readouterr().out
+    )
+    np.testing.assert_array_equal(np.asarray(Image.open("out/samples/7.png")), open_dataset(tiles, "val").image(1))
+    assert run(choose.main, ["--run", "out", "--granularity", "0"]) == 0
+    assert "--images out/samples" in capsys.readouterr().out
+
+
+def test_predict_asks_for_the_pictures_of_a_layout(city, capsys):
+    assert run(predict.main, ["--checkpoint", "out/checkpoint.safetensors", "--images", str(city), "--out", "made"]) == 2
+    assert f"--images {city}: is Cityscapes (leftImg8bit and gtFine labelIds, 27 classes), which holds more than" in (
+        err := capsys.readouterr().err
+    )
+    assert err.endswith(f"; give {city}/leftImg8bit/val\n")
+
+
+def test_sizes_of_the_protocol():
+    assert [PRESETS[name].eval_size for name in ("cityscapes", "cocostuff27", "potsdam")] == [320, 320, 224]
+    assert [PRESETS[name].crops for name in ("cityscapes", "cocostuff27", "potsdam")] == ["five", "five", "center"]
+    assert [whole_patches(320, patch) for patch in (8, 16, 14, 1000)] == [320, 320, 322, 1000]
+
+
+def test_what_is_missing_is_said_by_a_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    root = make_cocostuff(tmp_path / "coco", curated=False)
+    (root / "annotations/val2017/000000000201.png").unlink()
+    assert run(train.main, ["--data", str(root), "--out", "out", *SMALL, "--steps", "1", "--granularity", "0.06"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("data       no curated list (") == 2
+    assert "data       1 of 3 images of COCO-Stuff val have no label in" in printed
+    assert Image.open("out/groups.png").width > 100

@@ -1,0 +1,144 @@
+"""How features are made: batches that do not fit, where the time goes, and runs that are killed."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_store import SLIDE, FakeBackbone, extract, photos, shards, small_shards  # noqa: F401
+
+from smooseg_fast import reading
+from smooseg_fast.backbones.filterbank import Filterbank
+from smooseg_fast.datasets import open_dataset
+from smooseg_fast.errors import UserError
+from smooseg_fast.extract import open_or_extract
+from smooseg_fast.images import cut_squares, read_image
+from smooseg_fast.store import read_shard, to_storage
+from smooseg_fast.tally import Tally
+
+# batches that do not fit
+
+
+class Short(FakeBackbone):
+    """From its call number `since` on, more than `room` squares do not fit."""
+
+    def __init__(self, room, since=1, interrupt_at=-1):
+        super().__init__(interrupt_at)
+        self.room, self.since = room, since
+
+    def __call__(self, images):
+        if self.calls + 1 >= self.since and len(images) > self.room:
+            self.calls += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return super().__call__(images)
+
+
+def batches(cache):
+    return [read_shard(path).contents.batch for path in shards(cache)]
+
+
+def test_a_batch_that_does_not_fit_is_halved_until_it_does(photos, tmp_path, capsys):  # noqa: F811
+    features = extract(photos, tmp_path / "short", Short(room=3), batch_size=8)
+    assert batches(tmp_path / "short") == [2]
+    assert features.rows(range(8))[:, 0, 3].tolist() == [2] * 8  # the size of the batch that a row was in
+    said = capsys.readouterr().err
+    assert "batch      4 squares: more do not fit into the memory of cpu" in said
+    assert "batch      2 squares" in said
+    whole = extract(photos, tmp_path / "whole", batch_size=8)
+    assert torch.equal(whole.load()[..., :3], features.load()[..., :3])
+
+
+def test_a_rerun_keeps_to_the_batches_that_fitted(photos, tmp_path, small_shards):  # noqa: F811
+    """Memory is short from the second shard on, and plenty again after the interruption."""
+    extract(photos, tmp_path / "undisturbed", Short(room=2, since=3), batch_size=4, **SLIDE)
+    assert batches(tmp_path / "undisturbed") == [4, 4] + [2] * 7
+    with pytest.raises(KeyboardInterrupt):
+        extract(photos, tmp_path / "cache", Short(room=2, since=3, interrupt_at=9), batch_size=4, **SLIDE)
+    assert 2 < len(shards(tmp_path / "cache")) < 9
+    extract(photos, tmp_path / "cache", FakeBackbone(), batch_size=4, **SLIDE)
+    found, wanted = (shards(tmp_path / name) for name in ("cache", "undisturbed"))
+    assert [path.read_bytes() for path in found] == [path.read_bytes() for path in wanted]
+
+
+def test_where_not_even_one_square_fits(photos, tmp_path):  # noqa: F811
+    with pytest.raises(UserError, match="--size 8: a single square does not fit into the memory of cpu; take a smaller size"):
+        extract(photos, tmp_path, Short(room=0))
+
+
+def test_other_errors_of_a_backbone_come_through(photos, tmp_path):  # noqa: F811
+    class Broken(FakeBackbone):
+        def __call__(self, images):
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        extract(photos, tmp_path, Broken())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("mirror", [False, True])
+def test_on_a_card_rows_are_those_of_the_backbone_called_by_hand(photos, tmp_path, mirror):  # noqa: F811
+    """Many batches in flight one after another, with copies beside them."""
+    for number in range(40):
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (64, 96, 3), dtype=np.uint8)).save(photos / f"more{number}.png")
+    backbone, data = Filterbank("cuda"), open_dataset(photos, "train")
+    found = open_or_extract(data, backbone, size=64, crops="slide", cache=tmp_path, batch_size=7, mirror=mirror, progress=False)
+    squares = [square for name in dict.fromkeys(found.names) for _, square in cut_squares(read_image(photos / name), 64, "slide")]
+    images = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
+    rows = torch.cat([backbone(part.flip(3) if mirror else part)[0].cpu() for part in images.split(7)])
+    rows = rows.unflatten(1, (8, 8)).flip(2).flatten(1, 2) if mirror else rows
+    assert torch.equal(found.load(), to_storage(rows))
+
+
+# where the time goes
+
+
+def test_reading_is_told_from_decoding(tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    before = reading.spent()
+    read_image(tmp_path / "a.png")
+    after = reading.spent()
+    assert after.clock > before.clock
+    with reading.opened(tmp_path / "a.png") as file:
+        assert file.read() == (tmp_path / "a.png").read_bytes()
+    assert reading.spent().clock > after.clock
+
+
+def test_shares_of_the_time():
+    tally = Tally()
+    for stage, seconds in dict(whole=10, backbone=8, copy=0.5, write=0.5, read=1, decode=5, resize=2).items():
+        tally.add(stage, seconds)
+    tally.squares, tally.images, tally.threads = 200, 50, 4
+    shares = tally.shares()
+    assert [round(shares[name], 3) for name in ("backbone", "copy", "write", "waiting")] == [0.8, 0.05, 0.05, 0.1]
+    assert [round(shares[name], 3) for name in ("read", "decode", "resize")] == [0.025, 0.125, 0.05]
+    assert tally.lines("16 squares a batch") == [
+        "extracted  200 squares of 50 images in 10.0 s: 20.0 squares/s, 5.0 images/s, 16 squares a batch",
+        "time       backbone 80.0 %, copy 5.0 %, write 5.0 %, waiting for images 10.0 %; beside it, of 4 threads: read 2.5 %, "
+        "decode 12.5 %, resize 5.0 %",
+    ]
+
+
+def test_an_extraction_tells_its_pace_and_a_reader_none(photos, tmp_path, capsys):  # noqa: F811
+    extract(photos, tmp_path)
+    said = capsys.readouterr().err
+    assert re.search(r"^extracted  8 squares of 10 images in [\d.]+ s: .* images/s, 3 squares a batch, fake in float32 on cpu$", said, re.M)
+    shares = [float(share) for share in re.findall(r"([\d.]+) %", re.search(r"^time .*$", said, re.M)[0])]
+    assert sum(shares[:4]) == pytest.approx(100, abs=0.3)
+    extract(photos, tmp_path)
+    assert "extracted" not in capsys.readouterr().err
+
+
+# SIGKILL
+
+
+def test_killed_at_random_moments():
+    """killed_extraction.py says what it does; with 500 images and 10 moments it takes a minute."""
+    script = Path(__file__).with_name("killed_extraction.py")
+    done = subprocess.run([sys.executable, script, "40", "2"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("killed (-9)") == 2

@@ -143,6 +143,7 @@ class CacheFolder:
 
     def __init__(self, path: Path | str | None = None, limit: int | None = None):
         self.path, self.limit = default_cache() if path is None else Path(path).expanduser(), limit
+        self._passed = False
 
     def store(self, key: str) -> StoreFolder:
         return StoreFolder(self.path / key)
@@ -160,20 +161,25 @@ class CacheFolder:
     def make_room(self, nbytes: int, keep: StoreFolder) -> tuple[list[tuple[str, int]], int]:
         """Before `nbytes` more are written into `keep`: removes other stores, the longest unused first, none that is in use.
 
-        -> what was removed, with the bytes it freed; and by how many bytes the limit is passed all the same, where nothing more can go.
+        -> what was removed, with the bytes it freed; and by how many bytes the limit is passed all the same, the first time that it is.
         """
         if self.limit is None:
             return [], 0
         removed, excess = [], sum(store.nbytes for store in self.stores()) + nbytes - self.limit
         if excess > 0:
             for store in reversed([store for store in self.stores() if store != keep]):
-                label, freed = store.label, store.remove()
+                label, freed = store.label, None
+                with contextlib.suppress(WriteError):  # another user's
+                    freed = store.remove()
                 if freed is not None:
                     removed.append((label, freed))
                     excess -= freed
                 if excess <= 0:
                     break
-        return removed, max(0, excess)
+        if excess <= 0 or self._passed:
+            return removed, 0
+        self._passed = True
+        return removed, excess
 
 
 def default_cache() -> Path:

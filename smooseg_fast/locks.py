@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import weakref
@@ -56,15 +57,17 @@ class Lock:
         if self._close is None:
             return
         if remove:
-            self.path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.path.unlink(missing_ok=True)
         fcntl.flock(self._file, fcntl.LOCK_UN)
         self._forget()
 
     def sign(self) -> None:
         """Write into the file who holds it."""
         if self.real:
-            os.ftruncate(self._file, 0)
-            os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+            with contextlib.suppress(OSError):  # another user's, who left it here
+                os.ftruncate(self._file, 0)
+                os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
 
     def signature(self) -> str:
         """Who holds it, in words."""
@@ -96,8 +99,11 @@ def _open(path: Path) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except PermissionError:  # another user's: enough to hold it, if not to sign
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except PermissionError as error:  # another user's: enough to hold it, if not to sign
+        try:
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:  # and it will not come by trying again
+            raise error from None
 
 
 def _is_at(file: int, path: Path) -> bool:

@@ -42,13 +42,13 @@ class Windows:
 
 
 def expected(dataset: Dataset, backbone: Backbone, **options: Any) -> Expected:
-    """options: of `open_or_extract`, which would make these features. The images that are counted are decoded, or in part not even that."""
+    """options: of `open_or_extract`, which would make these features. Of several processes all get what the first finds."""
     job = job_of(dataset, backbone, **options)
     N = len(dataset)
     there = CacheFolder(options.get("cache")).store(job.key()).images() == N
     counted = [] if there else [job.decode(k * N // min(COUNTED, N)) for k in range(min(COUNTED, N))]
     squares = sum(0 if isinstance(found, ImageError) else len(found) for found in counted) / max(1, len(counted))
-    return Expected(N, squares, 2 * job.grid[0] * job.grid[1] * backbone.dim, there)
+    return job.processes.all(Expected(N, squares, 2 * job.grid[0] * job.grid[1] * backbone.dim, there))[0]
 
 
 def require_room(dataset: Dataset, backbone: Backbone, *, stores: int = 1, **options: Any) -> None:

@@ -53,6 +53,12 @@ def test_one_alone_or_many_together(tmp_path):
     three.release(remove=True)
     assert not path.exists()
     assert one.take()
+    copy = os.dup(one._file)  # in a child that began before it could forget
+    one.release()
+    assert two.take()
+    two.release()
+    os.close(copy)
+    assert one.take()
     del one  # a store that nobody refers to any more is not in use
     assert two.take()
 
@@ -110,18 +116,26 @@ def test_where_there_are_no_locks_everybody_goes_on(photos, tmp_path, monkeypatc
     assert not shards(tmp_path / "cache")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_cache_that_may_only_be_read(photos, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("used", [True, False])
+def test_a_cache_that_may_only_be_read(photos, tmp_path, monkeypatch, used):  # noqa: F811
     extract(photos, tmp_path / "cache")
-    (folder,) = (tmp_path / "cache").iterdir()
-    try:
-        os.chmod(folder / "used", 0o444)
-        os.chmod(folder, 0o555)
-        backbone = FakeBackbone()
-        assert len(extract(photos, tmp_path / "cache", backbone)) == 8
-        assert backbone.calls == 0
-    finally:
-        os.chmod(folder, 0o755)
+    (path,) = (tmp_path / "cache").glob("*/used")
+    if not used:
+        path.unlink()
+    plain = os.open
+
+    def forbidden(name, flags, *mode):
+        if flags & (os.O_CREAT | os.O_RDWR):
+            raise PermissionError(13, "Permission denied")
+        return plain(name, flags, *mode)
+
+    monkeypatch.setattr(locks.os, "open", forbidden)  # and not by permissions, which root does not need
+    backbone = FakeBackbone()
+    features = extract(photos, tmp_path / "cache", backbone)
+    assert len(features) == 8
+    assert backbone.calls == 0
+    assert features._lock.real == used  # a file that may only be read can be locked
+    assert (CacheFolder(tmp_path / "cache").stores()[0].remove() is None) == used
 
 
 # two runs at once
@@ -358,6 +372,23 @@ def test_room_is_made_by_removing_the_longest_unused(three, photos, capsys):  # 
     assert len(names(home)) == 2
     assert re.search(r"warning: .* is [\d.]+ kB above --cache-limit 0\.0 kB, and all else in it is in use", capsys.readouterr().err)
     assert features.load().any()
+
+
+def test_what_cannot_be_removed_ends_no_run(three, photos, small_shards, monkeypatch, capsys):  # noqa: F811
+    plain = Path.unlink
+
+    def forbidden(path, **options):
+        if path.parent == three[2]:
+            raise PermissionError(13, "Permission denied")
+        plain(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", forbidden)
+    assert len(extract(photos, three[0].parent, size=24, limit=1)) == 8
+    assert capsys.readouterr().err.count("above --cache-limit") == 1  # and not for each of four shards
+    assert names(three[0].parent) > {three[2].name}
+    assert len(names(three[0].parent)) == 2
+    assert call("rm", three[2].name, "--cache", three[0].parent) == 2
+    assert f"error: {three[2]}: cannot be removed (Permission denied); remove it as the user who owns it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -131,13 +131,16 @@ def similarity(
     seed: int = 0,
     progress: bool = True,
 ) -> Similarity:
-    """W over a store of at least 2 squares, from one pass over it. Nothing hides channels here, as masks do in training.
+    """W over a store of at least 2 squares, from one pass over it.
+
+    Of the features as they are: in training a mask hides a share p of each square's channels, which leaves M within as it is and brings M
+    across to about 1 - p of it.
 
     M is exact: sums of unit rows give the mean of all P^2 pairs of every square with itself (within), and of every two different squares
     (across), N (N - 1) P^2 pairs, in time O(N P D). The histograms are of whole squares drawn at random, each with itself and with
-    `partners` others drawn at random; of all squares where no more than `largest` pairs of patches of a kind come of it, by default what
-    WORK allows, and of two at least. Rows short of 1e-10 have cosine 0 to all, themselves too. Depends on `seed` and the store alone, on
-    one machine.
+    `partners` others drawn at random (fewer in a small store); of all squares where no more than `largest` pairs of patches of a kind
+    come of it, by default what WORK allows, and of two at least. Rows short of 1e-10 have cosine 0 to all, themselves too. Depends on
+    `seed` and the store alone, on one machine.
     """
     if device.type != "cuda":  # others lack some of the integer types that counting takes
         device = torch.device("cpu")
@@ -147,6 +150,7 @@ def similarity(
     counted = min(N, max(2, largest // (P * P * partners)))
     order = torch.randperm(N, generator=torch.Generator().manual_seed(seed))
     drawn = [part.tolist() for part in order[:counted].tensor_split(-(-counted // BATCH))]  # of two squares at least: nobody is left alone
+    partners = min(partners, min(map(len, drawn)) - 1)
     rest = [part.tolist() for part in order[counted:].sort().values.split(BATCH)]
     sums, squares, counts = torch.zeros(D, dtype=torch.float64), 0.0, torch.zeros(2, BINS, dtype=torch.int64)
     with Bar(total=N, desc="closeness", unit="square", disable=not progress or store.nbytes < SLOW_BYTES) as bar:
@@ -159,7 +163,6 @@ def similarity(
                 counts += histograms(f, partners, impl)
             bar.update(len(rows))
     within, across = squares / N, float(sums.square().sum() - squares) / (N * (N - 1))
-    partners = min(partners, min(map(len, drawn)) - 1)
     return Similarity(N, counted, partners, Spread(within, counts[0]), Spread(across, counts[1]))
 
 
@@ -171,9 +174,8 @@ def mean_unit_rows(f: Tensor) -> Tensor:
 
 def histograms(f: Tensor, partners: int, impl: str) -> Tensor:
     """int64 [2,BINS] of W - M within the features [B,P,D] of squares in random order, and of each with the `partners` next ones."""
-    B = len(f)
-    here = torch.arange(B, device=f.device)
-    others = [here.roll(-step) for step in range(1, min(partners, B - 1) + 1)]
+    here = torch.arange(len(f), device=f.device)
+    others = [here.roll(-step) for step in range(1, partners + 1)]
     zero = torch.zeros(1 + len(others), device=f.device)
     found = sk.similarity_statistics(f, ["self", *others], bins=BINS, limits=(-REACH, REACH), mean=zero, impl=impl).histogram.cpu()
     return torch.stack((found[0], found[1:].sum(0)))

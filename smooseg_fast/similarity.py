@@ -24,7 +24,7 @@ from .files import write_json
 from .histograms import Histogram, histograms_picture
 from .pictures import save
 from .segmenter import pick_device
-from .trainer import datasets_of, usable_impl
+from .trainer import datasets_of
 
 SHARES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 PICTURE, RECORD = "similarity.png", "similarity.json"
@@ -86,8 +86,7 @@ def main(args: Sequence[str]) -> None:
     store = open_or_extract(dataset, backbone, **options)
     if len(store) < 2:
         raise UserError(f"--data: {len(store)} square of {config.size} pixels, but pairs of images need 2; add images, or --crops slide")
-    impl = usable_impl("auto", 1, 1, backbone.device)
-    found = similarity(store, backbone.device, largest=asked.pairs, partners=asked.partners, impl=impl)
+    found = similarity(store, backbone.device, largest=asked.pairs, partners=asked.partners)
     rows = [(variant, closeness(found, variant.thresholds, config.relative)) for variant in config.variants()]
     print(table(found))
     print(found.line())
@@ -128,8 +127,10 @@ def configure(asked: SimilarityConfig) -> TrainConfig:
 
 
 def whole_patches(config: TrainConfig, patch: int) -> TrainConfig:
-    """A size that nobody named is brought to whole patches, as training does."""
+    """Its size brought to whole patches of the backbone, as training does."""
     whole = max(1, round(config.size / patch)) * patch
+    if whole != config.size:
+        print(f"size: {config.size} -> {whole} pixels, a multiple of the backbone's {patch}-pixel patch")
     return dataclasses.replace(config, size=whole)
 
 

@@ -265,6 +265,8 @@ def test_quantiles_of_a_histogram():
     assert (got.diff(dim=1) >= 0).all()
     assert sk.histogram_quantiles(torch.tensor([0, 4, 0, 0]), [0.0, 0.25, 1.0], (0.0, 4.0)).tolist() == [1.125, 1.125, 1.875]
     assert sk.histogram_quantiles(torch.tensor([3, 0, 7]), [0.3, 0.31], (0.0, 3.0)).tolist() == pytest.approx([5 / 6, 2 + 1 / 14])
+    assert 0.07 * 100 > 7  # by rounding: still the seventh of 100
+    assert sk.histogram_quantiles(torch.tensor([7, 93]), [0.07], (0.0, 2.0)) < 1
     assert sk.histogram_quantiles(torch.zeros(3, dtype=torch.int64), [0.5]).isnan().all()
 
 

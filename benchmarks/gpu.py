@@ -1,4 +1,4 @@
-"""The one command for a machine with a GPU: runs the GPU tests, then times the objective and the assignment, under nine minutes.
+"""The one command for a machine with a GPU: runs the GPU tests, then times objective, assignment and energies of pairs, under nine minutes.
 
     python benchmarks/gpu.py                   # from a bare checkout: needs torch, Triton and pytest, no network, nothing installed
     python benchmarks/gpu.py --smoke           # the same on a CPU, in Triton's interpreter, at tiny sizes; its times mean nothing
@@ -32,7 +32,7 @@ import measure  # noqa: E402
 import problems  # noqa: E402
 import summary  # noqa: E402
 import torch  # noqa: E402
-from problems import ROOT, Problem, Subject  # noqa: E402
+from problems import ROOT, PairProblem, Problem, Subject  # noqa: E402
 from results import FOLDER, append  # noqa: E402
 
 DEVICE = "cpu" if SMOKE else "cuda"
@@ -41,6 +41,10 @@ SIZES = {"B": 2, "P": 20, "D": 20, "K": 5, "Z": 6} if SMOKE else {}
 HEADS = (1, 2) if SMOKE else (1, 16)
 STEP_HEADS = 2 if SMOKE else 64
 PIXELS = 20 if SMOKE else 320
+PAIRS = {
+    name: PairProblem(B=2, P=20, D=20, Z=6) if SMOKE else size
+    for name, size in {"stego_b32": PairProblem(P=121), "all_784": PairProblem()}.items()
+}
 TOTAL_SECONDS, TEST_SECONDS, COMPILE_SECONDS = 530, 260, 110
 
 
@@ -81,7 +85,10 @@ class Results:
 def run_tests() -> bool:
     """All tests of the Triton kernels where pytest can spread them over processes (they mostly compile), else those that need the GPU."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short"]
-    files = [str(ROOT / "tests" / f"test_{name}.py") for name in ("triton_gpu", "triton_objective", "triton_rows", "trainer_gpu")]
+    files = [
+        str(ROOT / "tests" / f"test_{name}.py")
+        for name in ("triton_gpu", "triton_objective", "triton_rows", "triton_pair_energy", "triton_pair_energy_gpu", "trainer_gpu")
+    ]
     if importlib.util.find_spec("xdist") and not SMOKE:
         command += ["-n", "12", *files]
     else:
@@ -114,8 +121,29 @@ def subjects_beyond_the_cache(H: int, impl: str) -> list[Subject]:
 def time_objective(results: Results, H: int, impl: str, failures: list[str]) -> None:
     size = problem(H)
     row = {"case": "objective", "shape": shape(H), "sizes": problems.letters(size), "impl": impl}
+    time_subjects(results, lambda: subjects_beyond_the_cache(H, impl), row, failures)
+
+
+def pair_subjects(size: PairProblem, impl: str) -> list[Subject]:
+    """The energy of pairs on as many inputs as the cache cannot hold; the first has passed its check."""
+    copies = 2 if SMOKE else measure.copies_beyond_cache(impl, floors.pairs_floor(size), DEVICE)
+    function = problems.function_of(impl, DEVICE, quick_compile=SMOKE, of=problems.pair_energy_of)
+    build = functools.partial(problems.pairs, size, impl, "forward + backward", problems.DTYPES[DTYPE], DEVICE)
+    subjects = [build(seed=i, function=function) for i in range(copies)]
+    subjects[0].check(subjects[0].run())
+    return subjects
+
+
+def time_pairs(results: Results, name: str, impl: str, failures: list[str]) -> None:
+    size = PAIRS[name]
+    row = {"case": "pairs", "shape": name, "sizes": problems.letters(size), "impl": impl}
+    time_subjects(results, lambda: pair_subjects(size, impl), row, failures)
+
+
+def time_subjects(results: Results, build: Callable[[], list[Subject]], row: dict, failures: list[str]) -> None:
+    """Forward and backward, one by one and from a CUDA graph; of our kernels each alone too."""
     try:
-        subjects = subjects_beyond_the_cache(H, impl)
+        subjects = build()
         runs = [subject.run for subject in subjects]
         results.add_timing(subjects[0], measure.in_turn(runs), len(runs), **row, mode="forward + backward")
         if SMOKE:
@@ -124,11 +152,11 @@ def time_objective(results: Results, H: int, impl: str, failures: list[str]) -> 
         replay()
         subjects[0].check(outputs)
         results.add_timing(subjects[0], replay, len(runs), **row, mode="graph")
-        if impl == "triton":
+        if row["impl"] == "triton":
             for kernel, microseconds in kernel_times(replay, len(runs)).items():
                 results.add(**row, mode=f"kernel {kernel}", mean_us=microseconds)
     except Exception as error:  # a failed check, a failed compilation: no number, and the run fails at its end
-        failures.append(f"objective {shape(H)} {impl}: {type(error).__name__}: {str(error)[:500]}")
+        failures.append(f"{row['case']} {row['shape']} {row['impl']}: {type(error).__name__}: {str(error)[:500]}")
         print("FAILED", failures[-1], flush=True)
     finally:
         if not SMOKE:
@@ -207,6 +235,9 @@ def main() -> int:
         for impl in ("triton", "torch", "dense"):
             time_objective(results, H, impl, failures)
     time_assignment(results, failures)
+    for name in PAIRS:
+        for impl in ("triton", "torch", "dense"):
+            time_pairs(results, name, impl, failures)
     for H, impl in ((1, "triton"), (1, "torch"), (1, "dense"), (STEP_HEADS, "triton")):
         time_step(results, H, impl, failures)
     for H in () if args.no_compile else HEADS:
@@ -217,6 +248,12 @@ def main() -> int:
         signal.signal(signal.SIGALRM, raise_timeout)
         signal.alarm(int(min(left, COMPILE_SECONDS)))
         time_objective(results, H, "torch + compile", failures)
+        signal.alarm(0)
+    left = TOTAL_SECONDS - (time.perf_counter() - start)
+    if not args.no_compile and left > COMPILE_SECONDS / 2:
+        signal.signal(signal.SIGALRM, raise_timeout)
+        signal.alarm(int(min(left, COMPILE_SECONDS)))
+        time_pairs(results, "all_784", "dense + compile", failures)
         signal.alarm(0)
     print(*summary.table(results.rows), sep="\n")
     for failure in failures:

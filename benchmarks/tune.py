@@ -2,6 +2,7 @@
 
     python benchmarks/tune.py                                   # every kernel of the objective, H=1 and H=16, a minute each
     python benchmarks/tune.py --kernel energy_gradient --heads 16 --seconds 120
+    python benchmarks/tune.py --kernel pair_tiles --heads 1      # of energies of pairs, at all 784 patches
 
 Each setting must pass the error budget first; it is the whole forward and backward that is timed, under a CUDA graph, since one kernel's
 blocks change what the next finds in the cache.
@@ -59,7 +60,10 @@ def settings_of(kernel: str, heads: int, default: dict) -> list[dict]:
 
 
 def rank(kernel: str, heads: int, seconds: float) -> list[tuple[float, dict]]:
-    subjects = gpu.subjects_beyond_the_cache(heads, "triton")
+    if kernel == "pair_tiles":
+        subjects = gpu.pair_subjects(gpu.PAIRS["all_784"], "triton")
+    else:
+        subjects = gpu.subjects_beyond_the_cache(heads, "triton")
     ranking, stop = [], time.perf_counter() + seconds
     launch.OVERRIDES.clear()
     default = launch.config(kernel, torch.empty(0, dtype=torch.bfloat16, device=gpu.DEVICE), heads)

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from .rows import accumulation_dtype, unit_rows
 
 # pairs in one block: a few matrices of this many numbers live at a time, on a CPU in its cache
-CPU_PAIRS, GPU_PAIRS = 1 << 20, 1 << 25
+CPU_PAIRS, GPU_PAIRS = 1 << 20, 1 << 24
 
 
 def pair_energy(features_i, codes_i, features_j, codes_j, threshold, partner, clamp, hinge, center):

@@ -244,7 +244,7 @@ def walk_tiles(mine, other, partner, row_means, parts, threshold, low, high, hin
             ENERGY=from_i and first == 0,
             GRADIENT=gradient is not None,
             TILES=tiles,
-            BLOCK_Z=min(64, width_block(ZP)),
+            BLOCK_Z=min(32, width_block(ZP)),
             FEATURE=operand(mine_features.dtype),
             CODE=operand(mine_unit.dtype),
             PRECISION=precision(mine_features.device),

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import tyro
@@ -89,8 +90,7 @@ def check(config: CheckConfig) -> None:
         raise UserError(f"--sample: must be 0 (all) or more, got {config.sample}")
     layout = recognise(config.data)
     splits, lacking = open_both(config.data, layout)
-    folder = "a folder of images" + (" with labels" if any(dataset.labelled for dataset in splits.values()) else "")
-    say("data", f"{config.data}: {folder if layout is None else layout.title}")
+    say("data", f"{config.data}: {what(config.data, splits) if layout is None else layout.title}")
     found = {}
     for split, dataset in splits.items():
         found[split] = inspect(dataset, split, config.sample)
@@ -104,6 +104,13 @@ def check(config: CheckConfig) -> None:
     if problems:
         raise UserError("; ".join(problems))
     say("next", next_command(config.data, layout, splits))
+
+
+def what(data: str, splits: dict[str, Dataset]) -> str:
+    """A folder or file that no owner lays out."""
+    if Path(data).expanduser().is_file():
+        return "an image"
+    return "a folder of images" + (" with labels" if any(dataset.labelled for dataset in splits.values()) else "")
 
 
 def open_both(data: str, layout: Layout | None) -> tuple[dict[str, Dataset], list[str]]:

@@ -141,6 +141,8 @@ def test_check_of_folders_that_nobody_owns(folder, labelled, capsys):
         f"data       {folder}: a folder of images\ntrain      6 images; all opened, 0 of them with a label; 96 x 72 pixels\n"
     )
     assert out.endswith(f"next       python -m smooseg_fast.train --data {folder}\n")
+    assert check(folder / "0.png") == 0
+    assert capsys.readouterr().out.startswith(f"data       {folder}/0.png: an image\ntrain      1 images; all opened")
     (labelled / "train" / "labels" / "1.png").rename(labelled / "train" / "labels" / "one.png")
     assert check(labelled) == 0
     out = capsys.readouterr().out

@@ -57,7 +57,7 @@ class TrainConfig:
     """How the objective is computed: auto, triton, torch or dense. Honoured or refused, never swapped."""
     precision: str = "auto"
     """Of the projection's matrix products: fp32, bf16 (weights, sums and the objective stay in fp32), or auto: bf16 on a GPU, else fp32.
-    On CPUs with AMX bf16 takes half the time."""
+    On a CPU with AMX a step in bf16 takes about 0.6 of the time of one in fp32 (at 384 channels and 784 patches)."""
     cache: str | None = None
     """Folder of the feature cache [~/.cache/smooseg_fast]."""
 

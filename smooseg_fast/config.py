@@ -63,7 +63,7 @@ class TrainConfig:
     """How the objective is computed: auto, triton, torch or dense. Honoured or refused, never swapped."""
     precision: str = "auto"
     """Of the projection's matrix products: float32, bfloat16 (weights, sums and the objective stay in float32), or auto: bfloat16 on a GPU,
-    else float32. On CPUs with AMX bfloat16 takes half the time."""
+    else float32. On a CPU with AMX a step in bfloat16 takes about 0.6 of the time of one in float32 (384 channels, 784 patches)."""
     cache: str | None = None
     """Folder of the feature cache [~/.cache/smooseg_fast]."""
     cache_limit: str | None = None

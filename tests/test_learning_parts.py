@@ -1,6 +1,8 @@
 """k-means, the model, what a step draws, label-free figures: each against values worked out by hand."""
 
 import math
+from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -118,6 +120,25 @@ def test_resident_features_decide_the_products(stored, codes, monkeypatch):
     settings, features = Settings(relative=True), torch.randn(4, 9, 6).to(stored)
     Loop(heads, features, (9, 6), Schedule(4, 2, 0), torch.zeros(1, 2), settings, 1e-3, 1e-3).step(0)
     assert seen == [codes]
+
+
+def test_steps_in_bf16_go_on_bit_equal_from_a_copy():
+    features = torch.randn(6, 50, 24).bfloat16()
+
+    def loop(heads):
+        return Loop(heads, features, (50, 24), Schedule(6, 3, 0), torch.tensor([[0.0, 0.1]]), Settings(relative=True), 1e-2, 1e-2)
+
+    whole = loop(Heads([Head(24, 3, 8)]))
+    for step in range(2):
+        whole.step(step)
+    rest = loop(Heads([whole.heads[0]]))
+    rest.optimizer.load_state_dict(deepcopy(whole.optimizer.state_dict()))
+    for step in range(2, 4):
+        ends = whole.step(step).total, rest.step(step).total
+    assert torch.equal(*ends)
+    for name, value in whole.heads.state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, rest.heads.state_dict()[name]), name
 
 
 def test_starts():

@@ -54,8 +54,8 @@ def main(args: Sequence[str]) -> None:
     print(f"found      SmooSeg after {checkpoint.step} steps: K = {K} prototypes of Z = {Z}, on D = {dim} channels of {found.architecture}")
     told = {name: value for name, value in found.settings.items() if any(map(TELLING.fullmatch, re.split(r"[._]", name.lower())))}
     print("settings   " + (printable(", ".join(f"{name} {value}" for name, value in told.items())) or "none are in the file"))
-    preset = checkpoint.config.preset
-    known = f"the paper's for {preset}" if preset in DATASETS.values() else "the paper's; the file names none of its data sets"
+    preset = checkpoint.config.preset if checkpoint.config.preset in DATASETS.values() else None
+    known = "the paper's; the file names none of its data sets" if preset is None else f"the paper's for {preset}"
     print(f"resolution {checkpoint.config.eval_size} pixels ({known})")
 
     content = {"backbone": checkpoint.backbone_digest, "head": digest_of(checkpoint.head.state_dict())}
@@ -64,7 +64,8 @@ def main(args: Sequence[str]) -> None:
     made = checkpoint.write(out / CHECKPOINT)
     print(f"written    {made}, and its backbone {out / BACKBONE}; move them together")
     print("next       " + predict_command(made, "IMAGES", out / "predictions", checkpoint.backbone_name))
-    print("           " + shlex.join(["python", "-m", "smooseg_fast.evaluate", "--checkpoint", str(made), "--data", "DIR"]))
+    protocol = [] if preset is None else ["--preset", preset]
+    print("           " + shlex.join(["python", "-m", "smooseg_fast.evaluate", *protocol, "--checkpoint", str(made), "--data", "DIR"]))
 
 
 if __name__ == "__main__":

@@ -244,6 +244,9 @@ def test_features_of_an_older_version_are_named_and_made_anew(photos, tmp_path, 
             patch.setattr(module, "FORMAT", store.FORMAT - 1)
         extract(photos, home)
     (old,) = home.iterdir()
+    (shard,) = shards(home)
+    shard.write_bytes(b"of another kind")
+    (old / "used").unlink()  # what is older yet has none
     capsys.readouterr()
     extract(photos, home, size=12)
     assert "another version" not in capsys.readouterr().err  # of other squares
@@ -257,7 +260,8 @@ def test_features_of_an_older_version_are_named_and_made_anew(photos, tmp_path, 
     assert re.search(rf"^{old.name[:8]} .* of another version$", capsys.readouterr().out, re.MULTILINE)
     assert call("verify", "--cache", home) == 0
     assert f"of another version, and left out: {old.name[:8]}; " in capsys.readouterr().out
-    assert shards(home)
+    assert shard.exists()
+    assert not (old / "used").exists()  # to look is not to use
 
 
 # ls, rm

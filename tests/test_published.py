@@ -101,7 +101,7 @@ def test_convert(tmp_path, capsys):
     for words in ("K = 5", "D = 64", "DINO ViT-64/8", "after 3000 steps", "dataset_name cityscapes", "res 224", "320 pixels"):
         assert words in printed
     assert "smooseg_fast.predict --checkpoint made/checkpoint.safetensors" in printed
-    assert "smooseg_fast.evaluate --checkpoint made/checkpoint.safetensors" in printed
+    assert "smooseg_fast.evaluate --preset cityscapes --checkpoint made/checkpoint.safetensors" in printed
 
     image = picture(320, 320)
     direct = smooseg_fast.Segmenter.load(path, device="cpu")

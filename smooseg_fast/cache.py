@@ -10,11 +10,11 @@ from typing import Annotated
 
 import tyro
 
-from .cachefolder import CacheFolder, StoreFolder, readable
 from .command import parse, run
 from .errors import UserError
+from .features.cachefolder import CacheFolder, StoreFolder, readable
+from .features.store import DamagedShard, read_shard, require_sound
 from .progress import Bar
-from .store import DamagedShard, read_shard, require_sound
 
 DAY_S = 86_400.0
 

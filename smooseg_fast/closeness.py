@@ -11,8 +11,8 @@ from torch import Tensor
 import smooseg_kernels as sk
 
 from .evaluation import BATCH
+from .features.store import FeatureStore
 from .progress import Bar
-from .store import FeatureStore
 
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
 BINS, REACH = 1500, 1.5  # bins 0.002 wide, over W - M from -REACH to REACH

@@ -7,8 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from .cachefolder import parse_size
 from .errors import UserError
+from .features.cachefolder import parse_size
 
 IMPLS = ("auto", "triton", "torch", "dense")
 PRECISIONS = ("auto", "float32", "bfloat16")

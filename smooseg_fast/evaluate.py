@@ -11,18 +11,18 @@ from typing import Annotated
 import tyro
 
 from . import evaluation, pictures
-from .cachefolder import parse_size
 from .checkpoint import Checkpoint
 from .command import load_segmenter, parse, run
 from .config import TrainConfig, preset
 from .datasets import Dataset, open_dataset, recognise
 from .errors import UserError
-from .extract import open_or_extract
+from .features.cachefolder import parse_size
+from .features.extract import open_or_extract
+from .features.room import require_room
 from .files import write_json
 from .images import whole_patches
 from .metrics import hungarian, majority, percent, table
 from .processes import ALONE, Processes
-from .room import require_room
 from .segmenter import pick_device
 from .trainer import demo_datasets
 

@@ -12,11 +12,11 @@ import smooseg_kernels as sk
 
 from .datasets import Dataset
 from .errors import UserError
+from .features.store import FeatureStore
 from .images import cut_squares
 from .model import Head
 from .processes import ALONE, Processes
 from .segmenter import project
-from .store import FeatureStore
 
 BATCH = 16
 

@@ -19,7 +19,7 @@ from .closeness import BINS, Closeness, Similarity, closeness, similarity, warni
 from .command import parse, run
 from .config import TrainConfig, Variant, preset, with_changes
 from .errors import UserError
-from .extract import open_or_extract
+from .features.extract import open_or_extract
 from .files import write_json
 from .histograms import Histogram, histograms_picture
 from .pictures import save

@@ -20,6 +20,7 @@ from .checkpoint import Checkpoint
 from .config import TrainConfig, Variant
 from .datasets import Dataset
 from .errors import WriteError
+from .features.store import FeatureStore
 from .files import write_json
 from .health import Health, health
 from .images import ImageError
@@ -31,7 +32,6 @@ from .processes import ALONE, Processes
 from .runfolder import CHECKPOINT, CURVES, GROUPS, LADDER, METRICS, REPORT, RunFolder, head_file
 from .segmenter import Segmenter
 from .sheet import NAMED, groups_sheet, thumbnails
-from .store import FeatureStore
 
 LADDER_IMAGES = 6
 PANELS = {

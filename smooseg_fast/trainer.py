@@ -24,7 +24,10 @@ from .closeness import closeness, similarity, warning
 from .config import TrainConfig, preset, with_changes
 from .datasets import ArrayDataset, Dataset, open_splits
 from .errors import UserError, WriteError
-from .extract import open_or_extract
+from .features.extract import open_or_extract
+from .features.room import Windows, require_room
+from .features.store import FeatureStore
+from .features.stream import Stream, open_for_training
 from .health import health
 from .host import deterministic, keep_freed_memory
 from .images import whole_patches
@@ -36,12 +39,9 @@ from .mosaic import Mosaic
 from .objective import Schedule, Settings
 from .processes import ALONE, Processes
 from .progress import Bar
-from .room import Windows, require_room
 from .runfolder import BOARD, TRAINING, RunFolder
 from .segmenter import Segmenter, pick_device
 from .signals import Interrupted, StopRequest, with_kept
-from .store import FeatureStore
-from .stream import Stream, open_for_training
 from .summary import Summary, Validation
 
 GROUPS_WITHOUT_LABELS = 16

@@ -9,7 +9,7 @@ import sys
 
 from test_store import SLIDE, FakeBackbone, extract, small
 
-from smooseg_fast import turns
+from smooseg_fast.features import turns
 
 
 class Waiting(FakeBackbone):

@@ -20,10 +20,10 @@ import torch
 from PIL import Image
 from textures import draw
 
-from smooseg_fast import store
 from smooseg_fast.backbones.filterbank import Filterbank
 from smooseg_fast.datasets import open_dataset
-from smooseg_fast.extract import open_or_extract
+from smooseg_fast.features import store
+from smooseg_fast.features.extract import open_or_extract
 
 SIZE, ROWS = 64, 32  # pixels of a square, squares of a shard
 

@@ -14,11 +14,12 @@ import pytest
 from test_store import LAST_CALL, SLIDE, FakeBackbone, extract, photos, shards, small_shards, undisturbed  # noqa: F401
 
 import smooseg_fast
-from smooseg_fast import cache, cachefolder, locks, store, turns
-from smooseg_fast.cachefolder import CacheFolder, parse_size
+from smooseg_fast import cache
 from smooseg_fast.command import run
 from smooseg_fast.errors import UserError
-from smooseg_fast.locks import Lock
+from smooseg_fast.features import cachefolder, locks, store, turns
+from smooseg_fast.features.cachefolder import CacheFolder, parse_size
+from smooseg_fast.features.locks import Lock
 
 pytestmark = pytest.mark.skipif(locks.fcntl is None, reason="needs locks on files")
 HERE = Path(__file__).parent

@@ -15,10 +15,10 @@ from smooseg_fast import reading
 from smooseg_fast.backbones.filterbank import Filterbank
 from smooseg_fast.datasets import open_dataset
 from smooseg_fast.errors import UserError
-from smooseg_fast.extract import open_or_extract
+from smooseg_fast.features.extract import open_or_extract
+from smooseg_fast.features.store import read_shard, to_storage
+from smooseg_fast.features.tally import Tally
 from smooseg_fast.images import cut_squares, read_image
-from smooseg_fast.store import read_shard, to_storage
-from smooseg_fast.tally import Tally
 
 # batches that do not fit
 

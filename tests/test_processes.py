@@ -20,19 +20,20 @@ from test_extracting import Short
 from test_store import FakeBackbone
 from test_trainer import SMALL, call, files
 
-from smooseg_fast import command, loop, predict, store, trainer
+from smooseg_fast import command, loop, predict, trainer
 from smooseg_fast.checkpoint import read_checkpoint, read_training_state
 from smooseg_fast.datasets import open_dataset
 from smooseg_fast.errors import UserError
 from smooseg_fast.evaluation import confusion_of
-from smooseg_fast.extract import open_or_extract
+from smooseg_fast.features import store
+from smooseg_fast.features.extract import open_or_extract
+from smooseg_fast.features.store import read_shard
 from smooseg_fast.images import ImageError
 from smooseg_fast.loop import Loop
 from smooseg_fast.model import Head, Heads
 from smooseg_fast.objective import Schedule, Settings
 from smooseg_fast.processes import ALONE, Processes, joined
 from smooseg_fast.signals import Interrupted
-from smooseg_fast.store import read_shard
 from smooseg_fast.trainer import require_same_state, require_shares
 
 CPU = torch.device("cpu")

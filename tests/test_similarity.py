@@ -16,8 +16,8 @@ from smooseg_fast import closeness as measured
 from smooseg_fast import histograms, similarity, train
 from smooseg_fast.closeness import BINS, REACH, Closeness, Spread, closeness, warning
 from smooseg_fast.command import run
+from smooseg_fast.features.store import Contents, FeatureStore, Shard
 from smooseg_fast.histograms import Histogram, histograms_picture
-from smooseg_fast.store import Contents, FeatureStore, Shard
 
 CPU = torch.device("cpu")
 BIN = 2 * REACH / BINS

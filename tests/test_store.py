@@ -11,15 +11,15 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from smooseg_fast import store
-from smooseg_fast.cachefolder import default_cache
 from smooseg_fast.datasets import open_dataset
 from smooseg_fast.errors import UserError, WriteError
-from smooseg_fast.extract import open_or_extract
+from smooseg_fast.features import store
+from smooseg_fast.features.cachefolder import default_cache
+from smooseg_fast.features.extract import open_or_extract
+from smooseg_fast.features.store import Contents, DamagedShard, FeatureStore, read_shard, require_sound, to_storage, write_shard
 from smooseg_fast.files import write_atomic
 from smooseg_fast.images import cut_squares
 from smooseg_fast.signals import Interrupted
-from smooseg_fast.store import Contents, DamagedShard, FeatureStore, read_shard, require_sound, to_storage, write_shard
 
 PATCH, SIZE, P, D = 4, 8, 4, 5
 

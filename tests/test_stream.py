@@ -15,17 +15,18 @@ from test_store import SIZE, FakeBackbone
 from test_trainer import SMALL, call, files
 
 import smooseg_fast
-from smooseg_fast import evaluate, stream, train, trainer
-from smooseg_fast import extract as extracting
-from smooseg_fast.cachefolder import CacheFolder
+from smooseg_fast import evaluate, train, trainer
 from smooseg_fast.checkpoint import read_training_state
 from smooseg_fast.command import run
 from smooseg_fast.datasets import ArrayDataset
 from smooseg_fast.errors import UserError, WriteError
+from smooseg_fast.features import extract as extracting
+from smooseg_fast.features import stream
+from smooseg_fast.features.cachefolder import CacheFolder
+from smooseg_fast.features.room import Expected, Windows, sampled, windows_of
+from smooseg_fast.features.stream import open_for_training
 from smooseg_fast.objective import Settings
 from smooseg_fast.processes import ALONE
-from smooseg_fast.room import Expected, Windows, sampled, windows_of
-from smooseg_fast.stream import open_for_training
 
 SQUARE = 4 * 5 * 2  # bytes of a square of the fake backbone
 

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .files import write_atomic
+from ..files import write_atomic
 from .locks import Lock
 
 FORMAT = 2  # changes when shards written before can no longer be used

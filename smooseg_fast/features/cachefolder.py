@@ -17,8 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError, WriteError
-from .files import LEFTOVER, write_json
+from ..errors import UserError, WriteError
+from ..files import LEFTOVER, write_json
 from .locks import Lock
 from .store import FORMAT, SHARDS, DamagedShard, read_shard, shard_path
 

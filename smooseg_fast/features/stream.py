@@ -20,18 +20,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..datasets import Dataset
+from ..errors import UserError
+from ..objective import Schedule
+from ..processes import ALONE, Processes
+from ..signals import Interrupted
 from .cachefolder import StoreFolder, readable
-from .datasets import Dataset
-from .errors import UserError
 from .extract import open_or_extract
-from .objective import Schedule
-from .processes import ALONE, Processes
 from .room import Expected, Windows, expected, sampled, windows_of
-from .signals import Interrupted
 from .store import FeatureStore
 
 if TYPE_CHECKING:
-    from .backbones.base import Backbone
+    from ..backbones.base import Backbone
 
 Say = Callable[[str], None]
 

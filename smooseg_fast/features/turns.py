@@ -9,9 +9,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ..processes import Processes
+from ..progress import Bar
 from .cachefolder import StoreFolder
-from .processes import Processes
-from .progress import Bar
 from .store import DamagedShard, Shard, require_sound
 
 CHECKED_BYTES = 256 * 2**20  # a store up to this size has every byte looked at when it is opened, which takes a fifth of a second

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..host import keep_freed_memory
+from ..images import ImageError
+from ..progress import Bar
 from .batches import Batches, Flight, TooLarge
-from .host import keep_freed_memory
-from .images import ImageError
-from .progress import Bar
 from .store import Contents
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .backbones.base import Backbone
-from .errors import UserError
+from ..backbones.base import Backbone
+from ..errors import UserError
 from .tally import Tally
 
 CPU_BATCH, CARD_BATCH = 16, 64  # squares: a CPU is as fast with any number from 4 on, a card needs many

@@ -6,14 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..datasets import Dataset
+from ..errors import UserError
+from ..images import ImageError
 from .cachefolder import CacheFolder, readable
-from .datasets import Dataset
-from .errors import UserError
 from .extract import job_of
-from .images import ImageError
 
 if TYPE_CHECKING:
-    from .backbones.base import Backbone
+    from ..backbones.base import Backbone
 
 COUNTED = 128  # images whose squares are counted, for the number in the others
 MARGIN = 1.05  # for the others having more squares, and for headers

@@ -13,22 +13,23 @@ from typing import TYPE_CHECKING, get_args
 import numpy as np
 from torch import Tensor
 
-from . import reading, store
+from .. import reading
+from ..datasets import Dataset
+from ..errors import UserError
+from ..files import sweep
+from ..images import Crops, ImageError, Resample, cut_squares, require_patch
+from ..processes import ALONE, Processes
+from ..signals import with_kept
+from . import store
 from .batches import default_batch
 from .cachefolder import CacheFolder, StoreFolder, readable
-from .datasets import Dataset
-from .errors import UserError
-from .files import sweep
-from .images import Crops, ImageError, Resample, cut_squares, require_patch
-from .processes import ALONE, Processes
 from .produce import produce, say
-from .signals import with_kept
 from .store import Contents, DamagedShard, FeatureStore, Shard, read_shard, shard_path, write_shard
 from .tally import Tally
 from .turns import Checking, Turn
 
 if TYPE_CHECKING:
-    from .backbones.base import Backbone
+    from ..backbones.base import Backbone
 
 
 SWEEP_S = 3600.0  # a half written shard of this age is nobody's, also where there are no locks

@@ -13,7 +13,7 @@ from pair_cases import check, evaluate, make_pairs
 import smooseg_kernels as sk
 from smooseg_kernels import tiles
 
-CLAMPS = [(None, None), (0.0, None), (None, 0.3), (0.0, 0.8)]
+CLAMPS = [(None, None), (0.0, None), (None, -0.1), (0.2, 0.8)]
 OPTIONS = [dict(clamp=c, hinge=h, center=m) for c, h, m in itertools.product(CLAMPS, (False, True), (False, True))]
 SHAPES = [
     dict(B=3, N=4, P_i=17, P_j=97, D=70, Z=9),

@@ -164,14 +164,14 @@ def pair_tiles_kernel(
         scale = tl.load(other_inverse_ptr + it * Q + first + column, mask=here, other=0.0)
         force = closeness * scale[None, :] * mine_scale[:, None]
         if FROM_I:
-            # a padded column still carries my bias
-            force = tl.where(here[None, :], force + mine_bias[:, None], 0.0)
+            force += mine_bias[:, None]
+            if HAS_LOW or HAS_HIGH:  # a padded column still carries my bias, and its cosine of 0 may be clamped to another number
+                force = tl.where(here[None, :], force, 0.0)
         else:
             bias = tl.zeros((BLOCK_N,), tl.float32) + shift
             if CENTER:
                 bias -= tl.load(row_means_ptr + n * Q + first + column, mask=here, other=0.0)
-            force += tl.where(here, bias / largest, 0.0)[None, :]
-            # and so does a padded row theirs, but nothing of it is kept
+            force += (bias / largest)[None, :]
         if HINGE:
             force = tl.maximum(force, 0.0, propagate_nan=tl.PropagateNan.ALL)
         clamped = likeness

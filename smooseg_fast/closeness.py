@@ -19,6 +19,8 @@ BINS, REACH = 1500, 1.5  # bins 0.002 wide, over W - M from -REACH to REACH
 # multiplications that the histogram of each kind may take where nobody asked for more: about a third of a second of one thread
 WORK = 2e10
 BESIDE_PRODUCT = 150  # what counting a pair takes beside its product, in the same unit
+BESIDE_SQUARE = 1e7  # and what a square takes beside its pairs, in calls: of tiny squares there may be many
+PATCHES = BATCH * 784  # looked at together; by squares alone, 10,000 tiny ones would take seconds of calls
 SLOW_BYTES = 2**30  # of features, from which on the pass over them has a progress line
 
 
@@ -146,12 +148,13 @@ def similarity(
         device = torch.device("cpu")
     N, P, D = len(store), store.P, store.D
     if largest is None:
-        largest = int(WORK / (D + BESIDE_PRODUCT))
+        largest = int(WORK / (D + BESIDE_PRODUCT + BESIDE_SQUARE / (P * P)))
     counted = min(N, max(2, largest // (P * P * partners)))
     order = torch.randperm(N, generator=torch.Generator().manual_seed(seed))
-    drawn = [part.tolist() for part in order[:counted].tensor_split(-(-counted // BATCH))]  # of two squares at least: nobody is left alone
+    each = max(BATCH, PATCHES // P)
+    drawn = [part.tolist() for part in order[:counted].tensor_split(-(-counted // each))]  # of two squares at least: nobody is left alone
     partners = min(partners, min(map(len, drawn)) - 1)
-    rest = [part.tolist() for part in order[counted:].sort().values.split(BATCH)]
+    rest = [part.tolist() for part in order[counted:].sort().values.split(each)]
     sums, squares, counts = torch.zeros(D, dtype=torch.float64), 0.0, torch.zeros(2, BINS, dtype=torch.int64)
     with Bar(total=N, desc="closeness", unit="square", disable=not progress or store.nbytes < SLOW_BYTES) as bar:
         for number, rows in enumerate(drawn + rest):

@@ -344,9 +344,10 @@ def pair_inputs(problem: PairProblem, dtype: torch.dtype, device: str, seed: int
             pair_cases.evaluate(x, form, (UPSTREAM, 0.0))
             for x, form in ((small, "torch" if impl == "dense" else "dense"), (small.to(torch.float64), "dense"))
         )
-        size, gradient_sizes = pair_cases.term_sizes(small)
+        sizes = pair_cases.sizes_of(small, max(FP32_EPS, EPS[dtype]))
+        sizes = pair_cases.Sizes(sizes.energy, at_full_size(sizes.gradients), at_full_size(sizes.undecided))
         results = (pair_cases.Result(result.values, at_full_size(result.gradients)) for result in (same, truth))
-        return (*results, size, at_full_size(gradient_sizes))
+        return (*results, sizes)
 
     return pair_cases.Pairs(*rows, SHIFT, options), oracle
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .rows import accumulation_dtype, unit_rows
 
@@ -59,8 +58,10 @@ class TiledEnergy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_total):
+        # once_differentiable would let a constant d_total through, and what is missing would be taken for zero
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError('pair_energy: impl="torch" has no gradient of its gradient; use impl="dense" where create_graph=True is needed')
         d_i, d_j = (None if d is None else d_total * d for d in ctx.saved_tensors)
         return d_i, d_j, None, None, None, None, None, None
 

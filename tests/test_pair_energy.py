@@ -273,3 +273,10 @@ def test_wrong_arguments_are_named(message):
     x = dict(features_i=torch.zeros(2, 3, 4), codes_i=torch.zeros(2, 3, 5), features_j=torch.zeros(2, 3, 4), codes_j=torch.zeros(2, 3, 5))
     with pytest.raises((ValueError, TypeError), match=message):
         sk.pair_energy(**{**x, "threshold": 0.1, **WRONG[message]})
+
+
+def test_a_gradient_of_the_gradient_is_refused_where_blocks_are_gone():
+    f, c = torch.randn(2, 5, 4), torch.randn(2, 5, 3, requires_grad=True)
+    energy = sk.pair_energy(f, c, f, c, 0.1, clamp=(0.0, None), impl="torch").energy
+    with pytest.raises(RuntimeError, match='use impl="dense"'):
+        torch.autograd.grad(energy, c, create_graph=True)

@@ -85,7 +85,9 @@ def assert_equal(got, expected):
     assert len(got) == len(expected)
     for a, b in zip(got, expected):
         assert a.dtype == b.dtype
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+        # what is traced may sum in another order than eager CPU code: 2.5 eps of the largest were seen
+        scale = float(b.abs().max()) if b.numel() else 0.0
+        torch.testing.assert_close(a, b, rtol=0.0, atol=8 * torch.finfo(torch.float32).eps * scale)
 
 
 @pytest.mark.parametrize(("name", "impl"), [pair for pair in PAIRS if pair not in COMPILED_ELSEWHERE])

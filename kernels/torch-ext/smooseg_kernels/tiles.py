@@ -61,7 +61,9 @@ class TiledEnergy(torch.autograd.Function):
     def backward(ctx, d_total):
         # once_differentiable would let a constant d_total through, and what is missing would be taken for zero
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError('pair_energy: impl="torch" has no gradient of its gradient; use impl="dense" where create_graph=True is needed')
+            raise RuntimeError(
+                'pair_energy: impl="torch" has no gradient of its gradient; use impl="dense" where create_graph=True is needed'
+            )
         d_i, d_j = (None if d is None else d_total * d for d in ctx.saved_tensors)
         return d_i, d_j, None, None, None, None, None, None
 

@@ -160,13 +160,13 @@ def _stored(job: Job, path: Path, position: tuple[int, int]) -> Shard:
     return shard
 
 
-def _keep(path: Path, contents: Contents, features: Tensor | None, home: CacheFolder, processes: Processes) -> None:
+def _keep(path: Path, contents: Contents, parts: list[Tensor], home: CacheFolder, processes: Processes) -> None:
     if contents.start == (0, 0) and not contents.names:  # not written: next time the files may be readable
         (name, reason), count = contents.skipped[0], len(contents.skipped)
         raise UserError(f"--data: none of the {count} images can be used (first: {name}: {reason}); give images that open")
     if processes.first:
-        _make_room(home, StoreFolder(path.parent), 2 * features.numel())
-        write_shard(path, contents, features)
+        _make_room(home, StoreFolder(path.parent), 2 * sum(part.numel() for part in parts))
+        write_shard(path, contents, *parts)
     processes.wait()
 
 

@@ -54,7 +54,7 @@ class _Skip:
 _Decoded = tuple[int, "list[tuple[tuple[int, int], np.ndarray]] | ImageError"]  # an image's number and its squares with their places
 
 
-def produce(job: Job, start: tuple[int, int], progress: bool) -> Iterator[tuple[Contents, Tensor | None]]:
+def produce(job: Job, start: tuple[int, int], progress: bool) -> Iterator[tuple[Contents, list[Tensor]]]:
     """Shard after shard, from the position `start` to the end of the dataset; the features for the first process alone."""
     keep_freed_memory()
     bar = Bar(total=len(job.dataset), initial=start[0], desc="extract", unit="image", disable=not progress)
@@ -87,7 +87,7 @@ def produce(job: Job, start: tuple[int, int], progress: bool) -> Iterator[tuple[
 
 def _next_shard(
     job: Job, batches: Batches, squares: Iterator[_Square | _Skip], start: tuple[int, int], bar: Bar
-) -> tuple[Contents, Tensor | None]:
+) -> tuple[Contents, list[Tensor]]:
     """Batches end with their shard, so that one made after an interruption sees the same batches and is the same to the byte."""
     end, names, crops, skipped, waiting = start, [], [], [], []
     rounds = _Rounds(job, batches)
@@ -134,15 +134,15 @@ class _Rounds:
         while len(self._started) > 1:  # one stays in flight while the next is put together
             self._landed.append(self.batches.land(self._started.popleft()))
 
-    def features(self) -> Tensor | None:
-        """[rows,P,D] of the shard for the first process, in the order of the squares."""
+    def features(self) -> list[Tensor]:
+        """Parts [n,P,D] of the shard in the order of the squares, for the first process; at least one, and none for the others."""
         self._landed += [self.batches.land(flight) for flight in self._started]
         rounds = itertools.zip_longest(*self.job.processes.to_first(self._landed))
         if not self.job.processes.first:
-            return None
+            return []
         parts = [part for batches in rounds for part in batches if part is not None]
         h, w = self.job.grid
-        return torch.cat(parts) if parts else torch.empty(0, h * w, self.job.backbone.dim)
+        return parts or [torch.empty(0, h * w, self.job.backbone.dim)]
 
 
 def _squares(job: Job, start: tuple[int, int]) -> Iterator[_Square | _Skip]:

@@ -118,9 +118,9 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.safetensors"
 
 
-def write_shard(path: Path, contents: Contents, features: Tensor) -> None:
-    """Whole or not at all. `features` [rows,P,D], finite, any float type; kept as fp16 unless that loses its range (`to_storage`)."""
-    features = to_storage(features)
+def write_shard(path: Path, contents: Contents, *parts: Tensor) -> None:
+    """Whole or not at all. `parts` [n,P,D] one behind the other, finite, any float type; kept as `to_storage` has it."""
+    features = to_storage(*parts)
     guarded = {**asdict(contents), "dtype": _DTYPES[features.dtype], "shape": list(features.shape), "crc": _crc(features)}
     text = json.dumps(guarded, separators=(",", ":"))
     # bytes, not save_file: that makes a file only its owner can read, and reports a full disk as an error of its own kind
@@ -172,14 +172,18 @@ def require_sound(path: Path, shard: Shard) -> None:
         raise DamagedShard("its features have changed since they were written")
 
 
-def to_storage(features: Tensor) -> Tensor:
-    """Finite `features` as fp16, or as bf16 where the largest magnitude is beyond fp16's range or below its normal numbers."""
+def to_storage(*parts: Tensor) -> Tensor:
+    """Finite `parts` [n,...] as one, in fp16, or in bf16 where the largest magnitude is beyond fp16's range or below its normal numbers."""
     half = torch.finfo(torch.float16)
-    largest = max(abs(float(end)) for end in features.aminmax()) if features.numel() else 0.0
-    if largest > half.max or 0 < largest < half.tiny:
-        limit = torch.finfo(torch.bfloat16).max  # the last fp32 numbers before infinity would round up to it
-        return features.clamp(-limit, limit).to(torch.bfloat16).contiguous()
-    return features.to(torch.float16).contiguous()
+    largest = max((abs(float(end)) for part in parts if part.numel() for end in part.aminmax()), default=0.0)
+    wide = largest > half.max or 0 < largest < half.tiny
+    limit = torch.finfo(torch.bfloat16).max  # the last fp32 numbers before infinity would round up to it
+    out = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:], dtype=torch.bfloat16 if wide else torch.float16)
+    start = 0
+    for part in parts:  # each straight to its place: all of them in their own type would be as much again or twice
+        out[start : start + len(part)] = part.clamp(-limit, limit) if wide else part
+        start += len(part)
+    return out
 
 
 def _crc(features: Tensor) -> int:

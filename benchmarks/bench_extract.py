@@ -11,15 +11,17 @@ DTYPES = ["float32", "bfloat16"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def bench_extraction_with_a_vit(dtype, bench, tmp_path):
-    """Alternating, since the difference is small."""
-    photos = extraction.Photos(32)
+@pytest.mark.parametrize(("crops", "images"), [("center", 32), ("slide", 6)])
+def bench_extraction_with_a_vit(crops, images, dtype, bench, tmp_path):
+    """Alternating, since the difference is small. A photo has one square in the center, and five that slide."""
+    photos = extraction.Photos(images)
     photos = photos.shrunk() if bench.smoke else photos
     backbone = extraction.random_vit(tmp_path / "vit", bench.device, dtype, bench.smoke)
-    work = extraction.Extraction(tmp_path, photos, backbone)
+    work = extraction.Extraction(tmp_path, photos, backbone, crops)
     work.check()
     runs = {"backbone alone": work.backbone_alone, "extraction": work.whole}
-    bench.alternating("extract", "vit_s8", vars(photos), runs, dtype, rounds=5, between=work.tidy)
+    shape = "vit_s8" if crops == "center" else f"vit_s8_{crops}"
+    bench.alternating("extract", shape, vars(photos), runs, dtype, rounds=5, between=work.tidy)
 
 
 def bench_extraction_with_a_trivial_backbone(bench, tmp_path):

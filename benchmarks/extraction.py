@@ -20,7 +20,7 @@ from smooseg_fast.backbones import Backbone, load_backbone
 from smooseg_fast.datasets import open_dataset
 from smooseg_fast.features.extract import open_or_extract
 from smooseg_fast.features.store import to_storage
-from smooseg_fast.images import cut_squares, read_image
+from smooseg_fast.images import Crops, cut_squares, read_image
 
 BATCH = 16
 
@@ -65,13 +65,13 @@ def random_vit(folder: Path, device: str, dtype: str, tiny: bool) -> Backbone:
 class Extraction:
     """Runs over the same photos: each takes all of them once."""
 
-    def __init__(self, place: Path, photos: Photos, backbone: Backbone):
-        self.place, self.photos, self.backbone = place, photos, backbone
+    def __init__(self, place: Path, photos: Photos, backbone: Backbone, crops: Crops = "center"):
+        self.place, self.photos, self.backbone, self.crops = place, photos, backbone, crops
         self.folder = place / f"{photos.images} photos"
         if not self.folder.exists():
             make_photos(self.folder, photos.images, photos.height, photos.width)
         self.dataset = open_dataset(self.folder, "train")
-        squares = np.stack([first_square(path, photos.pixels) for path in self.dataset.images])
+        squares = np.stack([square for path in self.dataset.images for _, square in cut_squares(read_image(path), photos.pixels, crops)])
         batches = torch.from_numpy(squares).permute(0, 3, 1, 2).split(BATCH)
         self.batches = [batch.contiguous().to(backbone.device) for batch in batches]
         self.caches = iter(range(10**9))
@@ -86,7 +86,7 @@ class Extraction:
     def whole(self) -> Tensor:
         """Into a cache of its own."""
         cache = self.place / f"cache {next(self.caches)}"
-        options = dict(size=self.photos.pixels, crops="center", batch_size=BATCH, progress=False)
+        options = dict(size=self.photos.pixels, crops=self.crops, batch_size=BATCH, progress=False)
         return open_or_extract(self.dataset, self.backbone, cache=cache, **options).load()
 
     def check(self) -> None:

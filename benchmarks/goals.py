@@ -79,16 +79,19 @@ def goal(label: str, value: float | None, limit: float, text: Callable[[float], 
 def extraction(cells: Cells) -> list[list[str]]:
     """Of 1024 x 512 JPEGs on a CPU."""
     wanted = dict(device="cpu", case="extract", width=1024, height=512, pixels=224)
-    over = ratio(cells, dict(wanted, shape="vit_s8", dtype="float32"), "extraction", tables.ALONE)
     rows = [
         newest(runs, "images_per_s")
         for cell, runs in chosen(cells, dict(wanted, shape="mean_colours")).items()
         if cell.impl == "extraction"
     ]
     rate = next((row["images_per_s"] for row in rows if row), None)
-    more = "CPU, extraction with ViT-S/8, 224 px, fp32: at most 3 % more than the backbone alone"
+    body = []
+    for shape, squares in (("vit_s8_slide", "sliding squares"), ("vit_s8", "one square a photo")):
+        over = ratio(cells, dict(wanted, shape=shape, dtype="float32"), "extraction", tables.ALONE)
+        more = f"CPU, extraction with ViT-S/8, 224 px, fp32, {squares}: at most 3 % more than the backbone alone"
+        body.append(goal(more, over, 1.03, lambda value: f"{100 * (value - 1):.1f} %", below=True))
     return [
-        goal(more, over, 1.03, lambda value: f"{100 * (value - 1):.1f} %", below=True),
+        *body,
         goal("CPU, extraction with a trivial backbone: 150 images/s", rate, 150, lambda value: f"{value:.0f}", below=False),
     ]
 

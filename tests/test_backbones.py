@@ -13,6 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from weights import error_of
 
 from smooseg_fast.backbones import load_backbone, precision
 from smooseg_fast.backbones.base import Backbone, digest_of
@@ -66,18 +67,6 @@ def make_images(height: int, width: int, batch: int = 2) -> Tensor:
 
 def normalised(images: Tensor, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)) -> Tensor:
     return (images / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-
-
-def error_of(spec: str, *words: str) -> str:
-    """The one line that loading `spec` ends in, which names it and holds every one of `words`."""
-    with pytest.raises(UserError) as caught:
-        load_backbone(spec)
-    line = str(caught.value)
-    assert line.startswith(f"--backbone {spec}: ")
-    assert "\n" not in line
-    for word in words:
-        assert word in line
-    return line
 
 
 # ------------------------------------------------------------------------------------------------------------------------ base

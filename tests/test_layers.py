@@ -74,7 +74,7 @@ def assert_same_losses(layers, written_out, dtype, tolerance):
     torch.testing.assert_close(got_weights, weights, rtol=0, atol=tolerance)
 
 
-# off by at most 2e-16 and 2e-7 when measured
+# off by at most 2.3e-16 and 1.2e-7 when measured
 EXACT = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6)], ids=str)
 
 

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from weights import features_by_hand, make_vit
+from weights import error_of, features_by_hand, make_vit
 
 from smooseg_fast.backbones import load_backbone
 from smooseg_fast.backbones.original import read_original
-from smooseg_fast.errors import UserError
 
 FAMILIES = {
     "dino": dict(),
@@ -25,16 +24,6 @@ def make_images(height, width, batch=2):
 def save(path, value, *, legacy=False):
     torch.save(value, path, _use_new_zipfile_serialization=not legacy)
     return str(path)
-
-
-def error_of(spec, *words):
-    with pytest.raises(UserError) as caught:
-        load_backbone(spec)
-    line = str(caught.value)
-    assert line.startswith(f"--backbone {spec}: ")
-    assert "\n" not in line
-    for word in words:
-        assert word in line
 
 
 def deviation(found, expected):

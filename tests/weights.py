@@ -6,8 +6,12 @@ import types
 import typing
 from collections import OrderedDict
 
+import pytest
 import torch
 from torch.nn import functional as F
+
+from smooseg_fast.backbones import load_backbone
+from smooseg_fast.errors import UserError
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
@@ -175,3 +179,15 @@ def save_with_omegaconf(path, vit, head, settings, *, legacy=False):
             if module is not None:
                 sys.modules[name] = module
     return path
+
+
+def error_of(spec: str, *words: str) -> str:
+    """The one line that loading `spec` ends in, which names it and holds every one of `words`."""
+    with pytest.raises(UserError) as caught:
+        load_backbone(spec)
+    line = str(caught.value)
+    assert line.startswith(f"--backbone {spec}: ")
+    assert "\n" not in line
+    for word in words:
+        assert word in line
+    return line

@@ -61,7 +61,7 @@ def usable_device(device: str | torch.device) -> torch.device:
     try:
         device = torch.device(device)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: "Torch not compiled with CUDA enabled"
+    except (RuntimeError, AssertionError) as error:  # AssertionError: "Torch not compiled with CUDA enabled"
         raise UserError(f"--device {device}: cannot be used here ({reason(error)}); --device cpu always can") from error
     return device
 

@@ -75,7 +75,8 @@ def _read_zip(file: BinaryIO, size: int) -> Any:
                 raise Refused("has its numbers in the byte order of another kind of machine; save it again on a little-endian one")
             content = io.BytesIO(reader.record("data.pkl").numpy().tobytes())
             return Machine(reader.load, Budget(4 * size + (1 << 20))).run(content)
-    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, NotImplementedError, ValueError, LookupError) as error:
+    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError, LookupError) as error:
+        # a RuntimeError also for encryption, and as NotImplementedError for a compression that zipfile does not know
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise Refused(f"cut short or damaged ({reason}); {AGAIN}") from error
 

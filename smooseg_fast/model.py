@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .kmeans import principal_directions, spherical_kmeans
 
-BLOCK = 1 << 21  # bytes: half of two cores' caches
+BLOCK = 1 << 23  # bytes: with 2 MB, which two cores' caches hold, the starts of many operations cost more than the memory saves
 
 
 def codes_of(features: Tensor, projection: nn.Module, linear_mask: Tensor | None = None, hidden_mask: Tensor | None = None) -> Tensor:
@@ -39,7 +39,7 @@ class InBlocks(torch.autograd.Function):
     """`codes_of` for a CPU, whose cost beside its matrix products is memory: what a few images need between them stays in the cache.
 
     Products are of the features' dtype, their sums over blocks of the weights'. Only what W2 gives is kept for the backward; masked
-    features and SiLU are made again there. Gradients go to the weights alone.
+    features and SiLU are made again there, in memory that all blocks share. Gradients go to the weights alone.
     """
 
     @staticmethod
@@ -49,11 +49,14 @@ class InBlocks(torch.autograd.Function):
         bias, hidden_bias = bias[:, None].to(dtype), hidden_bias.flatten().to(dtype)
         step = images_a_block(features, H)
         before, codes = features.new_empty(B if keep else step, P, H * D), features.new_empty(H, B, P, Z)
+        scratch = features.new_empty(step * P, H * D)
         for block in blocks(B, step):
             f = features[block]
             straight = f @ (linear_weight if linear_mask is None else linear_weight * linear_mask[block, None].to(dtype)).mT
             place = before[block if keep else slice(len(f))].flatten(0, 1)
-            curved = F.silu(torch.addmm(hidden_bias, _times(f, hidden_mask, block), hidden_t, out=place))
+            # the bias behind the product: with it, `place` would be written first and read again
+            torch.mm(_times(f, hidden_mask, block, scratch), hidden_t, out=place).add_(hidden_bias)
+            curved = torch.ops.aten.silu.out(place, out=scratch[: len(place)])
             codes[:, block] = torch.baddbmm(_by_head(straight, H), _by_head(curved, H), outer_t).add_(bias).unflatten(1, f.shape[:2])
         if keep:
             ctx.save_for_backward(features, linear_mask, hidden_mask, before, outer)
@@ -63,11 +66,13 @@ class InBlocks(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_codes):
         features, linear_mask, hidden_mask, before, outer = ctx.saved_tensors
-        (B, _, D), (H, Z, _), dtype = features.shape, outer.shape, features.dtype
+        (B, P, D), (H, Z, _), dtype = features.shape, outer.shape, features.dtype
         weight = outer.to(dtype)
         d_linear, d_hidden = outer.new_zeros(H * Z, D), outer.new_zeros(H * D, D)
         d_outer, d_hidden_bias = torch.zeros_like(outer), outer.new_zeros(H * D)
-        for block in blocks(B, images_a_block(features, H)):
+        step = images_a_block(features, H)
+        scratch, masked = features.new_empty(step * P, H * D), features.new_empty(step, P, D)
+        for block in blocks(B, step):
             f, d = features[block], d_codes[:, block].flatten(1, 2)
             d_side = d.transpose(0, 1).reshape(*f.shape[:2], H * Z).mT
             if linear_mask is None:
@@ -75,10 +80,12 @@ class InBlocks(torch.autograd.Function):
             else:
                 d_linear += ((d_side @ f) * linear_mask[block, None]).sum(0)
             rows = before[block].flatten(0, 1)
-            d_outer += d.mT @ _by_head(F.silu(rows), H)
-            d_curved = torch.bmm(d, weight).transpose(0, 1).reshape(rows.shape)
-            d_before = torch.ops.aten.silu_backward.grad_input(d_curved, rows, grad_input=d_curved)
-            _add_product(d_hidden, d_before.mT, _times(f, hidden_mask, block))
+            curved = torch.ops.aten.silu.out(rows, out=scratch[: len(rows)])
+            d_outer += d.mT @ _by_head(curved, H)
+            for d_head, weight_head, place in zip(d, weight, _by_head(curved, H)):
+                torch.mm(d_head, weight_head, out=place)
+            d_before = torch.ops.aten.silu_backward.grad_input(curved, rows, grad_input=curved)
+            _add_product(d_hidden, d_before.mT, _times(f, hidden_mask, block, masked))
             d_hidden_bias += d_before.sum(0)
         d_bias = d_codes.sum((1, 2), dtype=outer.dtype)
         return None, None, None, d_linear.view(H, Z, D), d_bias, d_hidden.view(H, D, D), d_hidden_bias.view(H, D), d_outer, None
@@ -93,9 +100,11 @@ def blocks(B: int, step: int) -> Iterator[slice]:
     return (slice(n, min(n + step, B)) for n in range(0, B, step))
 
 
-def _times(f: Tensor, mask: Tensor | None, block: slice) -> Tensor:
-    """[b,P,D] times mask [B,D] -> [b*P,D]."""
-    return (f if mask is None else f * mask[block, None].to(f.dtype)).flatten(0, 1)
+def _times(f: Tensor, mask: Tensor | None, block: slice, memory: Tensor) -> Tensor:
+    """[b,P,D] times mask [B,D], at the start of `memory` -> [b*P,D]."""
+    if mask is not None:
+        f = torch.mul(f, mask[block, None].to(f.dtype), out=memory.view(-1)[: f.numel()].view(f.shape))
+    return f.flatten(0, 1)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

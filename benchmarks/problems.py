@@ -195,43 +195,56 @@ def without_memory(problem: Problem, dtype: torch.dtype) -> Case:
 
 
 def head_step(problem: Problem, impl: str, mode: str, dtype: torch.dtype, device: str, seed: int = 0) -> Subject:
-    """A whole iteration on cached features: draws, projection, objective, gradients, teacher, Adam. Only the first run can be checked."""
+    """A whole iteration on cached features: draws, projection, objective, gradients, teacher, Adam. Only the first run can be checked.
+
+    As in training, the features are resident on a card, and on a CPU rows of a store in fp16.
+    """
     from smooseg_fast.loop import Loop
     from smooseg_fast.model import Head, Heads
     from smooseg_fast.objective import Schedule, Settings
 
     features = make_inputs(problem, dtype, device, seed).case.features
+    rows_in = features.to if device == "cuda" else stored(features)
     thresholds = torch.tensor([[WITHIN, ACROSS]] * problem.H)
 
-    def make(form: str, features: Tensor, capture: bool = False):
+    def make(form: str, dtype: torch.dtype, capture: bool = False):
         """-> the step, and its parameters by name, from the same start every time."""
-        wide = features.dtype == torch.float64
+        wide = dtype == torch.float64
         heads = Heads([Head(problem.D, problem.K, problem.Z, seed) for seed in range(problem.H)])
         heads = heads.to(device, torch.float64 if wide else torch.float32)
         settings, steps = Settings(relative=False, impl=form), iter(range(10**9))
         sizes, schedule = (problem.P, problem.D), Schedule(problem.B, problem.B, 0)
-        loop = Loop(heads, features, sizes, schedule, thresholds, settings, 1e-4, 5e-4, capture)
+        loop = Loop(heads, rows_in(dtype), sizes, schedule, thresholds, settings, 1e-4, 5e-4, capture)
         return lambda: loop.step(next(steps)), dict(heads.named_parameters())
 
     def result(loss: sk.SmooSegLoss, parameters: dict) -> Result:
         return Result({"total": loss.total}, {name: parameter.grad for name, parameter in parameters.items()})
 
-    def reference(form: str, features: Tensor) -> Result:
-        step, parameters = make(form, features)
+    def reference(form: str, dtype: torch.dtype) -> Result:
+        step, parameters = make(form, dtype)
         return result(step(), parameters)
 
-    step, parameters = make(impl, features, capture=mode == "captured step")
+    step, parameters = make(impl, dtype, capture=mode == "captured step")
 
     def check_outputs(loss):
         got = result(loss, parameters)
         dense_fits = problem.B * problem.P**2 <= STEP_ORACLE_PAIRS
-        oracle = reference("dense" if dense_fits else "torch", features.double())
-        same = reference("torch" if impl == "dense" or not dense_fits else "dense", features)
+        oracle = reference("dense" if dense_fits else "torch", torch.float64)
+        same = reference("torch" if impl == "dense" or not dense_fits else "dense", dtype)
         # 16-bit features make the projection's products bf16; in fp32, weights' gradients sum over all patches, which cancel further
         eps = EPS[torch.bfloat16] if dtype.itemsize == 2 else 16 * EPS[torch.float32]
         check(got, same, oracle, eps, 1.0 + 2.0 * ACROSS)
 
     return Subject(step, check_outputs, floors.head_step_floor(problem), floors.head_step_flops(problem))
+
+
+def stored(features: Tensor) -> Callable[[torch.dtype], Callable[[Tensor], Tensor]]:
+    """Features [N,P,D] as a store keeps them -> what gives rows of them in a dtype."""
+    from smooseg_fast.features.store import Contents, FeatureStore, Shard, to_storage
+
+    N, P, _ = features.shape
+    store = FeatureStore([Shard(Contents((0, 0), (N, 0), (1, P), ("",) * N, ((0, 0),) * N, ()), to_storage(features), 0)])
+    return lambda dtype: functools.partial(store.rows, dtype=dtype)
 
 
 def assignment(problem: Problem, impl: str, mode: str, dtype: torch.dtype, device: str, seed: int = 0, pixels: int = 320) -> Subject:

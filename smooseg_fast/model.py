@@ -46,7 +46,7 @@ class InBlocks(torch.autograd.Function):
     def forward(ctx, features, linear_mask, hidden_mask, linear, bias, hidden, hidden_bias, outer, keep):
         (B, P, D), (H, Z, _), dtype = features.shape, outer.shape, features.dtype
         linear_weight, hidden_t, outer_t = linear.flatten(0, 1).to(dtype), hidden.flatten(0, 1).to(dtype).mT, outer.to(dtype).mT
-        bias, hidden_bias = bias[:, None].to(dtype), hidden_bias.flatten().to(dtype)
+        bias, hidden_bias = bias.to(dtype), hidden_bias.flatten().to(dtype)
         step = images_a_block(features, H)
         before, codes = features.new_empty(B if keep else step, P, H * D), features.new_empty(H, B, P, Z)
         scratch = features.new_empty(step * P, H * D)
@@ -57,7 +57,8 @@ class InBlocks(torch.autograd.Function):
             # the bias behind the product: with it, `place` would be written first and read again
             torch.mm(_times(f, hidden_mask, block, scratch), hidden_t, out=place).add_(hidden_bias)
             curved = torch.ops.aten.silu.out(place, out=scratch[: len(place)])
-            codes[:, block] = torch.baddbmm(_by_head(straight, H), _by_head(curved, H), outer_t).add_(bias).unflatten(1, f.shape[:2])
+            for out, b, w, rows, wide in zip(codes[:, block], bias, outer_t, _by_head(straight, H), _by_head(curved, H)):
+                torch.addmm(rows, wide, w, out=out.flatten(0, 1)).add_(b)
         if keep:
             ctx.save_for_backward(features, linear_mask, hidden_mask, before, outer)
         return codes

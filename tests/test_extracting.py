@@ -64,6 +64,14 @@ def test_a_rerun_keeps_to_the_batches_that_fitted(photos, tmp_path, small_shards
     assert [path.read_bytes() for path in found] == [path.read_bytes() for path in wanted]
 
 
+def test_an_image_that_cannot_be_read_is_named_once_however_often_batches_are_halved(photos, tmp_path, capsys):  # noqa: F811
+    (photos / "0.png").write_bytes(b"no image")
+    features = extract(photos, tmp_path / "cache", Short(room=1), batch_size=8, **SLIDE)
+    said = capsys.readouterr().err
+    assert said.count("do not fit into the memory") == 3
+    assert [said.count(f"skipped: {photos / name}") for name, _ in features.skipped] == [1, 1, 1]
+
+
 def test_where_not_even_one_square_fits(photos, tmp_path):  # noqa: F811
     with pytest.raises(UserError, match="--size 8: a single square does not fit into the memory of cpu; take a smaller size"):
         extract(photos, tmp_path, Short(room=0))

@@ -14,7 +14,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..ahead import ahead
 from ..host import keep_freed_memory
 from ..images import ImageError
 from ..progress import Bar
@@ -59,7 +59,8 @@ def produce(job: Job, start: tuple[int, int], progress: bool) -> Iterator[tuple[
     keep_freed_memory()
     bar = Bar(total=len(job.dataset), initial=start[0], desc="extract", unit="image", disable=not progress)
     batches = Batches(job.backbone, job.grid, job.mirror, job.tally)
-    squares = _squares(job, start)
+    named: set[str] = set()  # what was said to be skipped, which a shard that is begun anew does not say again
+    squares = _squares(job, start, named)
     began = time.perf_counter()
     try:
         with bar:
@@ -71,7 +72,7 @@ def produce(job: Job, start: tuple[int, int], progress: bool) -> Iterator[tuple[
                 if made is None:  # the whole shard anew, so that one that is made after an interruption has the same batches
                     squares.close()
                     job = job.halved()
-                    squares = _squares(job, start)
+                    squares = _squares(job, start, named)
                     say(f"batch      {job.batch_size} squares: more do not fit into the memory of {job.backbone.device}")
                     continue
                 job.tally.squares += len(made[0].names)
@@ -145,13 +146,15 @@ class _Rounds:
         return parts or [torch.empty(0, h * w, self.job.backbone.dim)]
 
 
-def _squares(job: Job, start: tuple[int, int]) -> Iterator[_Square | _Skip]:
-    """Every square from the position `start` on, in order; images that cannot be used are said and come as a _Skip."""
+def _squares(job: Job, start: tuple[int, int], named: set[str]) -> Iterator[_Square | _Skip]:
+    """Every square from the position `start` on, in order; images that cannot be used come as a _Skip, and are said unless `named`."""
     first, done = start
     for index, squares in _decoded(job, first):
         name, after = job.dataset.names[index], (index + 1, 0)
         if isinstance(squares, ImageError):
-            say(f"skipped: {squares}")
+            if name not in named:
+                named.add(name)
+                say(f"skipped: {squares}")
             yield _Skip(name, squares.reason, after)
             continue
         for number in range(done if index == first else 0, len(squares)):
@@ -176,18 +179,7 @@ def _decoded(job: Job, first: int) -> Iterator[_Decoded]:
 def _decoded_ahead(job: Job, images: Iterable[int]) -> Iterator[_Decoded]:
     """In order, decoded ahead of the reader by about a batch."""
     threads = job.tally.threads = min(THREADS, os.cpu_count() or 1)
-    ahead: deque[tuple[int, Future]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for index in images:
-                ahead.append((index, pool.submit(job.decode, index)))
-                if len(ahead) == threads + job.batch_size:
-                    number, future = ahead.popleft()
-                    yield number, future.result()
-            for number, future in ahead:
-                yield number, future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)  # a reader that stops early must not wait for images nobody wants
+    return ahead(lambda index: (index, job.decode(index)), images, threads=threads, waiting=threads + job.batch_size)
 
 
 def say(line: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from contextlib import closing
 
 import numpy as np
 import torch
@@ -10,55 +12,87 @@ from torch import Tensor
 
 import smooseg_kernels as sk
 
-from .datasets import Dataset
+from .ahead import ahead
+from .datasets import IGNORE, Dataset
 from .errors import UserError
 from .features.store import FeatureStore
 from .images import cut_squares
 from .model import Head
 from .processes import ALONE, Processes
+from .progress import Bar
 from .segmenter import project
 
 BATCH = 16
+KEPT = 64 * 2**20  # bytes of label squares that a process keeps: 650 of 320 pixels
+THREADS = 4  # that read labels, at most, each a batch
+SILENT_S = 2.0  # that it may take before it is shown
 
 
-def label_squares(dataset: Dataset, store: FeatureStore, size: int) -> np.ndarray:
-    """uint8 [N,size,size]: the label of each row of a store of central squares, 255 where nobody labelled.
+class LabelSquares:
+    """The labels of the rows of a store of central squares: all looked at once, and read again whenever they are counted.
 
-    UserError when a label does not fit its image, or no image of the set has one.
+    KEPT bytes of them stay in memory, which is all of most sets; the others only pass through it, however many there are.
+
+    Args:
+        size: S, the side of a square.
+        processes: each looks at the batches alone that it will count.
+        progress: whether a first look that takes long is shown.
+
+    Raises:
+        UserError: when a label does not fit its image, or no image of the set has one.
     """
-    places = {name: index for index, name in enumerate(dataset.names)}
-    labels = np.full((len(store), size, size), 255, np.uint8)
-    found = 0
-    for row, name in enumerate(store.names):
-        label = dataset.label(places[name])
-        if label is not None:
-            labels[row] = cut_squares(label, size, "center")[0][1]
-            found += 1
-    if not found:
-        raise UserError(f"--data: none of the {len(store)} images of {dataset.name} has a label")
-    return labels
+
+    def __init__(self, dataset: Dataset, store: FeatureStore, size: int, processes: Processes = ALONE, progress: bool = True):
+        self.dataset, self.size, self.processes = dataset, size, processes
+        places = {name: index for index, name in enumerate(dataset.names)}
+        self._images = [places[name] for name in store.names]
+        self._kept: dict[int, np.ndarray] = {}
+        found, room = 0, KEPT // (BATCH * size**2)
+        with Bar(total=len(store), desc="labels", unit="label", disable=not progress, delay=SILENT_S) as bar:
+            for start, squares, labelled in self._read():
+                found += labelled
+                if len(self._kept) < room:
+                    self._kept[start] = squares
+                bar.update(min(processes.size * BATCH, len(store) - bar.n))
+        if not processes.sum(torch.tensor(found)):
+            raise UserError(f"--data: none of the {len(store)} images of {dataset.name} has a label")
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(rows int64 [n], their labels uint8 [n,S,S], 255 where nobody labelled) of every batch of this process."""
+        for start, squares, _ in self._read():
+            yield torch.arange(start, start + len(squares)), torch.from_numpy(squares)
+
+    def _read(self) -> Iterator[tuple[int, np.ndarray, int]]:
+        starts = range(self.processes.rank * BATCH, len(self._images), self.processes.size * BATCH)
+        threads = min(THREADS, os.cpu_count() or 1)
+        return ahead(self._batch, starts, threads=threads, waiting=threads)
+
+    def _batch(self, start: int) -> tuple[int, np.ndarray, int]:
+        """(start, uint8 [n,S,S] of that row and those behind it, how many of them have a label)"""
+        if start in self._kept:
+            return start, self._kept[start], 0
+        labels = [self.dataset.label(index) for index in self._images[start : start + BATCH]]
+        squares = np.full((len(labels), self.size, self.size), IGNORE, np.uint8)
+        for square, label in zip(squares, labels):
+            if label is not None:
+                square[:] = cut_squares(label, self.size, "center")[0][1]
+        return start, squares, sum(label is not None for label in labels)
 
 
 def confusion_of(
-    codes: Callable[[Tensor], Tensor],
-    rows: int,
-    prototypes: Tensor,
-    grid: tuple[int, int],
-    labels: np.ndarray,
-    classes: int,
-    processes: Processes = ALONE,
+    codes: Callable[[Tensor], Tensor], prototypes: Tensor, grid: tuple[int, int], labels: LabelSquares, classes: int
 ) -> np.ndarray:
     """int64 [K,classes] over all labelled pixels. `codes` gives [n,P,Z] of the rows numbered by an int64 [n].
 
     Several processes count every so many batches each, and all get the sum, which is that of one process to the last pixel.
     """
     counts = torch.zeros(len(prototypes), classes, dtype=torch.int64)
-    for start in range(processes.rank * BATCH, rows, processes.size * BATCH):
-        index = torch.arange(start, min(start + BATCH, rows))
-        truth = torch.from_numpy(labels[start : start + BATCH]).to(prototypes.device)
-        _, part = sk.assign(codes(index), prototypes, grid=grid, size=truth.shape[1:], labels=truth, classes=classes)
-        counts += part.cpu()
-    return processes.sum(counts).numpy()
+    with closing(labels.batches()) as batches:
+        for rows, squares in batches:
+            truth = squares.to(prototypes.device)
+            _, part = sk.assign(codes(rows), prototypes, grid=grid, size=truth.shape[1:], labels=truth, classes=classes)
+            counts += part.cpu()
+    return labels.processes.sum(counts).numpy()
 
 
 def head_codes(head: Head, store: FeatureStore, mirrored: FeatureStore | None = None) -> Callable[[Tensor], Tensor]:

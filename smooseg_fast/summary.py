@@ -56,7 +56,7 @@ class Validation:
 
     dataset: Dataset
     store: FeatureStore
-    labels: np.ndarray  # uint8 [N,S,S]
+    labels: evaluation.LabelSquares
     processes: Processes = ALONE
 
     def confusion(self, head: Head) -> np.ndarray:
@@ -69,7 +69,7 @@ class Validation:
 
     def _count(self, codes: Callable[[Tensor], Tensor], prototypes: Tensor) -> np.ndarray:
         classes = len(self.dataset.class_names)
-        return evaluation.confusion_of(codes, len(self.store), prototypes, self.store.grid, self.labels, classes, self.processes)
+        return evaluation.confusion_of(codes, prototypes, self.store.grid, self.labels, classes)
 
 
 @dataclass

@@ -135,7 +135,7 @@ def learn(
         central = dict(size=config.eval_size, crops="center", argument="--eval-size", **options)
         require_room(held_out, backbone, **central)
         squares = open_or_extract(held_out, backbone, **central)
-        labels = evaluation.label_squares(held_out, squares, config.eval_size)
+        labels = evaluation.LabelSquares(held_out, squares, config.eval_size, processes, progress)
         validation = Validation(held_out, squares, labels, processes)
     store, stream = open_for_training(
         dataset,

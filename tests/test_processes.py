@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from test_evaluation import made_up_labels
 from test_extracting import Short
 from test_store import FakeBackbone
 from test_trainer import SMALL, call, files
@@ -24,7 +25,7 @@ from smooseg_fast import command, loop, predict, trainer
 from smooseg_fast.checkpoint import read_checkpoint, read_training_state
 from smooseg_fast.datasets import open_dataset
 from smooseg_fast.errors import UserError
-from smooseg_fast.evaluation import confusion_of
+from smooseg_fast.evaluation import LabelSquares, confusion_of
 from smooseg_fast.features import store
 from smooseg_fast.features.extract import open_or_extract
 from smooseg_fast.features.store import read_shard
@@ -178,11 +179,22 @@ def test_exchanges(pair):
     }
 
 
+@pytest.mark.parametrize("alone", [0, 16])  # the one label of all belongs to the first process, or to the second
+def test_one_label_is_enough_wherever_it_is(pair, alone):
+    assert [found.sum() for found in pair(count_one, alone)] == [400, 400]
+
+
+def count_one(processes, alone):
+    made = made_up_labels(20, 20, classes=1, only=(alone,))
+    codes = torch.ones(20, 16, 6)
+    return confusion_of(lambda index: codes[index], torch.ones(1, 6), (4, 4), LabelSquares(made, made, 20, processes), 1)
+
+
 def confusion(processes):
     g = torch.Generator().manual_seed(0)
     codes, prototypes = torch.randn(50, 16, 6, generator=g), torch.randn(5, 6, generator=g)
-    labels = torch.randint(0, 4, (50, 20, 20), generator=g, dtype=torch.uint8).numpy()
-    return confusion_of(lambda index: codes[index], 50, prototypes, (4, 4), labels, 3, processes)
+    made = made_up_labels(50, 20)
+    return confusion_of(lambda index: codes[index], prototypes, (4, 4), LabelSquares(made, made, 20, processes), 3)
 
 
 def test_confusion_counts_sum_exactly(pair):

@@ -1,0 +1,79 @@
+"""Labels against codes: what is counted, and how much memory it takes."""
+
+import tracemalloc
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from smooseg_fast import evaluation
+from smooseg_fast.errors import UserError
+from smooseg_fast.evaluation import BATCH, LabelSquares, confusion_of
+
+
+def made_up_labels(count, size, classes=4, only=None):
+    """A dataset of random labels that are made whenever they are asked for, and a store of its images at once; reads are noted."""
+    reads = []
+
+    def label(index):
+        reads.append(index)
+        if only is not None and index not in only:
+            return None
+        return np.random.default_rng(index).integers(0, classes, (size, size), dtype=np.uint8)
+
+    class Made(SimpleNamespace):
+        def __len__(self):
+            return count
+
+    return Made(name="made", names=tuple(map(str, range(count))), label=label, reads=reads)
+
+
+def counted(labels, K=5):
+    g = torch.Generator().manual_seed(0)
+    codes, prototypes = torch.randn(len(labels.dataset), 16, 6, generator=g), torch.randn(K, 6, generator=g)
+    return confusion_of(lambda rows: codes[rows], prototypes, (4, 4), labels, 3)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, 100], ids="{} batches kept".format)
+def test_counts_do_not_depend_on_what_is_kept(kept, monkeypatch):
+    count, size = 3 * BATCH + 5, 20
+    monkeypatch.setattr(evaluation, "KEPT", kept * BATCH * size**2)
+    made = made_up_labels(count, size)
+    labels = LabelSquares(made, made, size)
+    assert sorted(made.reads) == list(range(count))
+    squares = torch.cat([squares for _, squares in labels.batches()])
+    assert torch.cat([rows for rows, _ in labels.batches()]).tolist() == list(range(count))
+    np.testing.assert_array_equal(squares, np.stack([made.label(index) for index in range(count)]))
+    first, made.reads[:] = counted(labels), []
+    np.testing.assert_array_equal(counted(labels), first)
+    assert first.sum() == (squares < 3).sum()
+    assert sorted(made.reads) == list(range(count))[kept * BATCH :]  # what is kept is not read again
+
+
+def test_memory_does_not_grow_with_the_set(monkeypatch):
+    size, threads = 64, 2
+    monkeypatch.setattr(evaluation, "KEPT", BATCH * size**2)
+    monkeypatch.setattr(evaluation, "THREADS", threads)
+    peaks = []
+    for batches in (6, 30):
+        made = made_up_labels(batches * BATCH, size)
+        codes = torch.ones(1, 1, 2).expand(BATCH, -1, -1)
+        tracemalloc.start()
+        try:
+            confusion_of(lambda rows, codes=codes: codes, torch.ones(1, 2), (1, 1), LabelSquares(made, made, size), 4)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    batch = BATCH * size**2
+    assert batch < min(peaks)
+    assert max(peaks) < (1 + threads + 4) * batch  # of 30: those kept, those ahead, and the one at hand with its copies
+
+
+def test_where_nobody_labelled(monkeypatch):
+    made = made_up_labels(20, 8, only=())
+    with pytest.raises(UserError, match="--data: none of the 20 images of made has a label"):
+        LabelSquares(made, made, 8)
+    labels = LabelSquares(*[made_up_labels(20, 8, only=(3,))] * 2, 8)
+    squares = torch.cat([squares for _, squares in labels.batches()])
+    assert (squares != 255).flatten(1).any(1).nonzero().flatten().tolist() == [3]

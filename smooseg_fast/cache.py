@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
 
-from .command import parse, run
+from .command import parse, printable, run
 from .errors import UserError
 from .features.cachefolder import CacheFolder, StoreFolder, readable
 from .features.store import DamagedShard, read_shard, require_sound
 from .progress import Bar
 
 DAY_S = 86_400.0
+SETTINGS = ("dataset", "backbone", "size", "crops", "images")
+# columns that are shown only where rows would be equal without, and the settings in them
+DETAILS = {"precision": "precision", "resample": "resample", "batch": "batch_size", "weights": "digest", "files": "fingerprint"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class List:
-    """What is in the cache, the last used first."""
+    """What is in the cache, the last used first. Where rows would look alike, further columns tell what differs: precision, resample and
+    batch (squares that the backbone took at once), and digests of the backbone's weights and of the image files."""
 
     cache: str | None = None
     """Folder of the feature cache [~/.cache/smooseg_fast]."""
@@ -69,35 +74,51 @@ def show(home: CacheFolder, command: List) -> None:
     if not stores:
         print(f"{home.path}: no features in it")
         return
-    head = ("key", "dataset", "backbone", "size", "crops", "images", "GB", "last used", "state")
-    rows = [head, *(row(store) for store in stores)]
-    widths = [max(len(line[column]) for line in rows) for column in range(len(head))]
-    right = {head.index(name) for name in ("size", "images", "GB")}
-    for line in rows:
+    rows = [Row(store) for store in stores]
+    shown = telling(rows)
+    table = [("key", *SETTINGS, *shown, "GB", "last used", "state"), *(row.cells(shown) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    right = {table[0].index(name) for name in ("size", "images", "GB")}
+    for line in table:
         cells = (cell.rjust(width) if column in right else cell.ljust(width) for column, (cell, width) in enumerate(zip(line, widths)))
         print("  ".join(cells).rstrip())
     print(f"\n{readable(sum(store.nbytes for store in stores))} in {home.path}")
     print("to free some: python -m smooseg_fast.cache rm KEY, or rm --older DAYS")
 
 
-def row(store: StoreFolder) -> tuple[str, ...]:
-    meta, images = store.meta, store.images() if store.readable else 0
-    crops = f"{meta.get('crops', '?')}{', mirrored' if meta.get('mirror') else ''}"
-    whole = meta.get("images")
-    state = "complete" if images == whole else f"partial, {100 * images // whole} %" if whole else "partial"
+class Row:
+    """A line of the table."""
+
+    def __init__(self, store: StoreFolder):
+        self.store, meta = store, store.meta
+        known = {name: printable(str(meta.get(name, "?"))) for name in (*SETTINGS, *DETAILS.values())}
+        known["crops"] += ", mirrored" if meta.get("mirror") else ""
+        self.settings = tuple(known[name] for name in SETTINGS)
+        self.details = {name: known[setting][:8] for name, setting in DETAILS.items()}
+
+    def cells(self, shown: Sequence[str]) -> tuple[str, ...]:
+        last = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.store.last_used))
+        size = f"{self.store.nbytes / 1e9:.2f}"
+        return (self.store.key[:8], *self.settings, *(self.details[name] for name in shown), size, last, state(self.store))
+
+
+def state(store: StoreFolder) -> str:
+    there, whole = store.images() if store.readable else 0, store.meta.get("images")
     if not store.readable:
-        state = "of another version"
-    return (
-        store.key[:8],
-        str(meta.get("dataset", "?")),
-        str(meta.get("backbone", "?")),
-        str(meta.get("size", "?")),
-        crops,
-        str(whole or "?"),
-        f"{store.nbytes / 1e9:.2f}",
-        time.strftime("%Y-%m-%d %H:%M", time.localtime(store.last_used)),
-        state + (", in use" if store.in_use else ""),
-    )
+        words = "of another version"
+    elif there == whole:
+        words = "complete"
+    else:
+        words = f"partial, {100 * there // whole} %" if isinstance(whole, int) and whole > 0 else "partial"
+    return words + (", in use" if store.in_use else "")
+
+
+def telling(rows: Sequence[Row]) -> list[str]:
+    """The details in which rows of equal settings differ."""
+    alike: defaultdict[tuple[str, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        alike[row.settings].append(row)
+    return [name for name in DETAILS if any(len({row.details[name] for row in group}) > 1 for group in alike.values())]
 
 
 def remove(home: CacheFolder, command: Remove) -> None:

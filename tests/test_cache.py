@@ -309,6 +309,57 @@ def test_ls_shows_what_there_is(three, photos, capsys):  # noqa: F811
     assert "no features in it" in capsys.readouterr().out
 
 
+def column(out, name):
+    """What stands below a word of the first line, by key."""
+    head, *lines = out.split("\n\n")[0].splitlines()
+    place = head.index(name)
+    return {line.split()[0]: line[place:].split()[0] for line in lines}
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "changes"),
+    [
+        ("precision", ["float32", "bfloat16"], {}),
+        ("weights", ["f00d", "beef"], {}),
+        ("resample", ["nearest", "bilinear"], {"resample": "bilinear"}),
+        ("batch", ["3", "2"], {"batch_size": 2}),
+        ("files", None, {}),
+    ],
+)
+def test_ls_tells_what_differs_between_rows_of_equal_settings(photos, tmp_path, capsys, name, values, changes):  # noqa: F811
+    home, backbone, found = tmp_path / "cache", FakeBackbone(), []
+    extract(photos, home, size=12)  # nothing to be told apart from
+    assert call("ls", "--cache", home) == 0
+    assert capsys.readouterr().out.splitlines()[0].endswith(" state")
+    for turn in (0, 1):
+        if turn:
+            backbone.precision = "bfloat16" if name == "precision" else backbone.precision
+            backbone.digest = "beef" if name == "weights" else backbone.digest
+        if turn and name == "files":
+            os.utime(photos / "0.png", times=(1, 1))
+        before = set(home.iterdir())
+        extract(photos, home, backbone, **(changes if turn else {}))
+        found += [path.name[:8] for path in set(home.iterdir()) - before]
+    capsys.readouterr()
+    assert call("ls", "--cache", home) == 0
+    out = capsys.readouterr().out
+    told = column(out, name)
+    assert len(found) == len(told) - 1 == 2
+    assert told[found[0]] != told[found[1]]
+    if values:
+        assert [told[key] for key in found] == values
+        assert {"precision", "weights", "resample", "batch", "files"} & set(out.splitlines()[0].split()) == {name}
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"images": "ten", "size": [1], "dataset": "a\\u001b[31m\\nb", "format": 2}'])
+def test_ls_of_a_store_whose_description_is_not_ours(three, capsys, content):
+    (three[1] / "meta.json").write_text(content)
+    assert call("ls", "--cache", three[0].parent) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert len([line for line in out.splitlines() if line.startswith(tuple(path.name[:8] for path in three))]) == 3
+
+
 def test_rm_by_key_by_age_and_everything(three, capsys):
     home = three[0].parent
     assert call("rm", three[1].name[:6].upper(), "--cache", home) == 0

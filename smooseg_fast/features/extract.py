@@ -139,7 +139,7 @@ def _prepare(job: Job, home: CacheFolder, folder: StoreFolder, *, alone: bool) -
     sweep(folder.path, older=0.0 if alone else SWEEP_S)
     meta = job.describe()
     if not folder.meta:
-        alike = [name for name in meta if name not in ("format", "grid", "channels")]
+        alike = [name for name in meta if name not in ("format", "fingerprint", "grid", "channels")]
         for other in home.stores():
             if not other.readable and all(other.meta.get(name) == meta[name] for name in alike):
                 say(
@@ -214,9 +214,13 @@ class Job:
     def rows_per_shard(self) -> int:
         return max(1, store.SHARD_BYTES // (2 * self.grid[0] * self.grid[1] * self.backbone.dim))
 
+    @cached_property
+    def fingerprint(self) -> str:
+        return self.dataset.fingerprint()
+
     def key(self) -> str:
         """What the features depend on, hashed; on precision and batch size they do in their last bits."""
-        parts = [store.FORMAT, self.dataset.fingerprint(), self.backbone.digest, self.size, self.crops, self.resample, self.mirror]
+        parts = [store.FORMAT, self.fingerprint, self.backbone.digest, self.size, self.crops, self.resample, self.mirror]
         parts += [self.backbone.precision, self.batch_size]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
@@ -232,8 +236,8 @@ class Job:
         """For people who find the folder, and `python -m smooseg_fast.cache ls`."""
         made = dict(format=store.FORMAT, dataset=self.dataset.name, images=len(self.dataset), backbone=self.backbone.name)
         settings = dict(size=self.size, crops=self.crops, resample=self.resample, mirror=self.mirror, batch_size=self.batch_size)
-        numbers = dict(digest=self.backbone.digest, precision=self.backbone.precision)
-        return {**made, **numbers, **settings, "grid": self.grid, "channels": self.backbone.dim}
+        digests = dict(fingerprint=self.fingerprint, digest=self.backbone.digest, precision=self.backbone.precision)
+        return {**made, **digests, **settings, "grid": self.grid, "channels": self.backbone.dim}
 
     def how(self) -> str:
         """The batch and what works on it, in words."""

@@ -194,6 +194,15 @@ def test_images_that_cannot_be_read_are_named_skipped_and_counted(photos, tmp_pa
     assert str(shards(tmp_path)[0].parent) in err
 
 
+def test_a_link_that_leads_nowhere_is_skipped_until_it_does(photos, tmp_path, capsys):
+    (photos / "3.png").rename(tmp_path / "away.png")
+    (photos / "3.png").symlink_to(tmp_path / "later.png")
+    assert [name for name, _ in extract(photos, tmp_path / "cache").skipped] == ["3.png", "4.png", "9.png"]
+    assert f"skipped: {photos / '3.png'}: cannot be decoded (No such file or directory)" in capsys.readouterr().err
+    (tmp_path / "away.png").rename(tmp_path / "later.png")
+    assert [name for name, _ in extract(photos, tmp_path / "cache").skipped] == ["4.png", "9.png"]
+
+
 def test_an_image_smaller_than_a_patch_is_skipped(photos, tmp_path, capsys):
     Image.new("RGB", (50, PATCH - 1)).save(photos / "3.png")
     Image.new("RGB", (PATCH, PATCH)).save(photos / "8.png")

@@ -83,7 +83,7 @@ class Files:
         return image_size(self.images[index])
 
     def fingerprint(self) -> str:
-        """Of names, file sizes and modification times, in order; the folder may be moved. UserError when a file is gone."""
+        """Of names, file sizes and modification times, in order; the folder may be moved."""
         return files_digest(zip(self.names, self.images))
 
 
@@ -239,13 +239,15 @@ def pick(listed: list[str], files: list[Path], path: Path) -> tuple[list[Path], 
 
 
 def files_digest(files: Iterable[tuple[str, Path]]) -> str:
+    """A file that is gone, as where a link leads nowhere, counts as such: a run skips it like others that cannot be read."""
     digest = hashlib.sha256()
     for name, path in files:
         try:
             status = path.stat()
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read any more ({error.strerror}); start again with the files in place") from error
-        digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
+            state = f"{status.st_size}\0{status.st_mtime_ns}"
+        except OSError:
+            state = "gone"
+        digest.update(f"{name}\0{state}\0".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 

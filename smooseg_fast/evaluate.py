@@ -75,6 +75,8 @@ def main(args: Sequence[str], processes: Processes = ALONE) -> None:
     require_room(dataset, segmenter.backbone, stores=1 + config.mirror, **options)
     store = open_or_extract(dataset, segmenter.backbone, **options)
     mirrored = open_or_extract(dataset, segmenter.backbone, mirror=True, **options) if config.mirror else None
+    if mirrored is not None:
+        evaluation.require_same_rows(store, mirrored)
     labels = evaluation.LabelSquares(dataset, store, size, processes)
     codes = evaluation.head_codes(segmenter.head, store, mirrored)
     counts = evaluation.confusion_of(codes, segmenter.head.teacher, store.grid, labels, len(names))

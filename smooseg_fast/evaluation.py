@@ -39,7 +39,7 @@ class LabelSquares:
         progress: whether a first look that takes long is shown.
 
     Raises:
-        UserError: when a label does not fit its image, or no image of the set has one.
+        UserError: when a label does not fit its image, or no pixel of any square is labelled.
     """
 
     def __init__(self, dataset: Dataset, store: FeatureStore, size: int, processes: Processes = ALONE, progress: bool = True):
@@ -47,15 +47,21 @@ class LabelSquares:
         places = {name: index for index, name in enumerate(dataset.names)}
         self._images = [places[name] for name in store.names]
         self._kept: dict[int, np.ndarray] = {}
-        found, room = 0, KEPT // (BATCH * size**2)
+        found, room = torch.zeros(2, dtype=torch.int64), KEPT // (BATCH * size**2)
         with Bar(total=len(store), desc="labels", unit="label", disable=not progress, delay=SILENT_S) as bar:
             for start, squares, labelled in self._read():
-                found += labelled
+                found += torch.tensor([labelled, np.count_nonzero(squares != IGNORE)])
                 if len(self._kept) < room:
                     self._kept[start] = squares
                 bar.update(min(processes.size * BATCH, len(store) - bar.n))
-        if not processes.sum(torch.tensor(found)):
+        labels, pixels = processes.sum(found).tolist()
+        if not labels:
             raise UserError(f"--data: none of the {len(store)} images of {dataset.name} has a label")
+        if not pixels:
+            raise UserError(
+                f"--data: every pixel in the central squares of all {labels} labels of {dataset.name} is {IGNORE} (ignore), and nothing "
+                "can be measured; write class numbers from 0 into the labels"
+            )
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(rows int64 [n], their labels uint8 [n,S,S], 255 where nobody labelled) of every batch of this process."""
@@ -104,6 +110,17 @@ def head_codes(head: Head, store: FeatureStore, mirrored: FeatureStore | None = 
         return found if mirrored is None else (found + project(head, mirrored.rows(index).to(device))) / 2
 
     return codes
+
+
+def require_same_rows(store: FeatureStore, mirrored: FeatureStore) -> None:
+    """UserError unless both hold the same images: one that could not be read at a time is missing for good from what was made then."""
+    if store.names == mirrored.names:
+        return
+    odd = sorted(set(store.names) ^ set(mirrored.names))[0]
+    raise UserError(
+        f"{odd}: could not be read when one of the features in {store.folder} and their mirror images in {mirrored.folder} was made, and "
+        "could for the other; remove both folders, and start again"
+    )
 
 
 def batches(store: FeatureStore, device: torch.device, limit: int | None = None) -> Iterator[Tensor]:

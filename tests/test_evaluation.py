@@ -1,5 +1,7 @@
 """Labels against codes: what is counted, and how much memory it takes."""
 
+import re
+import shutil
 import tracemalloc
 from types import SimpleNamespace
 
@@ -7,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from smooseg_fast import evaluation
+from smooseg_fast import evaluate, evaluation, images
+from smooseg_fast.command import run
+from smooseg_fast.datasets import base
 from smooseg_fast.errors import UserError
 from smooseg_fast.evaluation import BATCH, LabelSquares, confusion_of
 
@@ -70,10 +74,34 @@ def test_memory_does_not_grow_with_the_set(monkeypatch):
     assert max(peaks) < (1 + threads + 4) * batch  # of 30: those kept, those ahead, and the one at hand with its copies
 
 
-def test_where_nobody_labelled(monkeypatch):
+def test_where_nobody_labelled():
     made = made_up_labels(20, 8, only=())
     with pytest.raises(UserError, match="--data: none of the 20 images of made has a label"):
+        LabelSquares(made, made, 8)
+    made.label = lambda index: np.full((9, 8), 255, np.uint8)
+    with pytest.raises(UserError, match="--data: every pixel in the central squares of all 20 labels of made is 255"):
         LabelSquares(made, made, 8)
     labels = LabelSquares(*[made_up_labels(20, 8, only=(3,))] * 2, 8)
     squares = torch.cat([squares for _, squares in labels.batches()])
     assert (squares != 255).flatten(1).any(1).nonzero().flatten().tolist() == [3]
+
+
+def test_features_and_their_mirror_images_of_other_images_are_refused(trained, labelled, monkeypatch, capsys):
+    """As where memory was short, or the network down, while one of them was made."""
+    args, plain = ["--checkpoint", str(trained), "--data", str(labelled)], images.read_image
+
+    def torn(path):
+        if path.name == "5.png":
+            raise images.ImageError(path, "does not fit into memory")
+        return plain(path)
+
+    assert run(evaluate.main, [*args, "--no-mirror", "--eval-size", "56"]) == 0
+    monkeypatch.setattr(base, "read_image", torn)
+    assert run(evaluate.main, [*args, "--eval-size", "56"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: 5.png: could not be read when one of the features in ")
+    folders = re.search(r"in (\S+) and their mirror images in (\S+) was made, and could for the other; remove both", error).groups()
+    monkeypatch.setattr(base, "read_image", plain)
+    for folder in folders:
+        shutil.rmtree(folder)
+    assert run(evaluate.main, [*args, "--eval-size", "56"]) == 0

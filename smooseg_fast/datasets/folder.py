@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..images import find_images, read_label, visible_files
+from ..progress import Bar
 from .base import IGNORE, Files, Split
 
 SPLITS = ("train", "val", "test")
@@ -164,7 +165,7 @@ def _read_classes(path: Path) -> tuple[str, ...]:
 def _count_classes(folders: tuple[Path, ...]) -> tuple[str, ...]:
     masks = [file for folder in folders for file in visible_files(folder, "--data") if file.suffix.lower() == ".png"]
     seen = np.zeros(IGNORE + 1, bool)
-    for mask in tqdm(masks, desc="counting classes", unit="label", file=sys.stderr):
+    for mask in Bar(iterable=masks, desc="counting classes", unit="label"):
         seen[read_label(mask)] = True
     numbers = np.flatnonzero(seen[:IGNORE])
     if not numbers.size:

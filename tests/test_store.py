@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from smooseg_fast.datasets import open_dataset
 from smooseg_fast.errors import UserError, WriteError
+from smooseg_fast.features import extract as extraction
 from smooseg_fast.features import store
 from smooseg_fast.features.cachefolder import default_cache
 from smooseg_fast.features.extract import open_or_extract
@@ -210,6 +211,25 @@ def test_an_image_smaller_than_a_patch_is_skipped(photos, tmp_path, capsys):
     assert ("3.png", "50 x 3 pixels, less than one patch of the backbone (4 pixels)") in features.skipped
     assert "8.png" in features.names
     assert "skipped: 3.png: 50 x 3 pixels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("why", ["memory", "pixels"])
+def test_a_strip_too_long_for_the_memory_is_skipped(photos, tmp_path, monkeypatch, why):
+    """With the short side at 8 pixels, 5.png (12 x 40) has 208, and 6.png no more than any other square."""
+    plain = extraction.cut_squares
+
+    def short(image, *settings):
+        if image.shape[:2] == (12, 40):
+            raise MemoryError
+        return plain(image, *settings)
+
+    if why == "memory":
+        monkeypatch.setattr(extraction, "cut_squares", short)
+    else:
+        monkeypatch.setattr(extraction, "MAX_PIXELS", 212)
+    names = dict(extract(photos, tmp_path).skipped)
+    assert names.pop("5.png") == "40 x 12 pixels, too many for the memory with 8 on the short side"
+    assert list(names) == ["4.png", "9.png"]
 
 
 def test_when_no_image_can_be_used_it_is_an_error_each_time(tmp_path):

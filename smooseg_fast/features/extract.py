@@ -17,7 +17,7 @@ from .. import reading
 from ..datasets import Dataset
 from ..errors import UserError
 from ..files import sweep
-from ..images import Crops, ImageError, Resample, cut_squares, require_patch
+from ..images import MAX_PIXELS, Crops, ImageError, Resample, cut_squares, require_patch
 from ..processes import ALONE, Processes
 from ..signals import with_kept
 from . import store
@@ -271,6 +271,22 @@ class Job:
             decoded, spent = time.thread_time(), reading.spent()
             self.tally.add("read", spent.clock - before.clock)
             self.tally.add("decode", decoded - start - (spent.processor - before.processor))
-        squares = cut_squares(image, self.size, self.crops, self.resample)
+        try:
+            squares = self._cut(image, self.dataset.names[index])
+        except ImageError as error:
+            return error
         self.tally.add("resize", time.thread_time() - decoded)
         return squares
+
+    def _cut(self, image: np.ndarray, name: str) -> list[tuple[tuple[int, int], np.ndarray]]:
+        """ImageError for a strip so long that with its short side at `size` pixels it would be larger than any image may be."""
+        height, width = image.shape[:2]
+        fits = height * width * self.size**2 <= MAX_PIXELS * min(height, width) ** 2
+        try:
+            if fits:
+                return cut_squares(image, self.size, self.crops, self.resample)
+        except MemoryError:
+            pass
+        raise ImageError(
+            name, f"{width} x {height} pixels, too many for the memory with {self.size} on the short side", "cut it into tiles"
+        )

@@ -25,6 +25,7 @@ from .model import Head, Heads
 
 T = TypeVar("T")
 KEY, STATE_KEY, FORMAT = "smooseg_fast.checkpoint", "smooseg_fast.training", 1
+GROUPS = 255  # the most that an 8-bit mask holds
 
 
 @dataclass
@@ -102,25 +103,44 @@ def _read(path: Path, key: str, usual: str, build: Callable[[dict[str, Any], dic
         return build(header, tensors)
     except (SafetensorError, OSError) as error:
         raise UserError(f"--checkpoint {path}: cut short, damaged or no safetensors file ({error}); copy it again or train anew") from error
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError, UserError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"--checkpoint {path}: written by another version ({reason}); train anew with this one") from error
+        raise UserError(f"--checkpoint {path}: damaged, or written by another version ({reason}); copy it again or train anew") from error
 
 
 def _checkpoint(header: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoint:
-    weights = _below("head.", tensors)
-    head = Head(weights["projection.linear.weight"].shape[1], *weights["student"].shape)
-    head.load_state_dict(weights)
-    names = header["class_names"]
+    step, backbone, names, report = (header[name] for name in ("step", "backbone", "class_names", "report"))
+    texts = [backbone["name"], backbone["digest"], *([] if names is None else names)]
+    if type(step) is not int or not isinstance(report, dict) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("its header holds values of the wrong kind")
+    config = TrainConfig(**header["config"])
+    config.check_values()
     return Checkpoint(
-        config=TrainConfig(**header["config"]),
-        head=head,
-        step=header["step"],
-        backbone_name=header["backbone"]["name"],
-        backbone_digest=header["backbone"]["digest"],
+        config=config,
+        head=_head(_below("head.", tensors)),
+        step=step,
+        backbone_name=backbone["name"],
+        backbone_digest=backbone["digest"],
         class_names=None if names is None else tuple(names),
-        report=header["report"],
+        report=report,
     )
+
+
+def _head(weights: dict[str, Tensor]) -> Head:
+    (K, Z), (_, D) = weights["student"].shape, weights["projection.linear.weight"].shape
+    if not 1 <= K <= GROUPS:
+        raise ValueError(f"{K} prototypes, where 1 to {GROUPS} can be")
+    with torch.device("meta"):  # shapes alone: a small file may claim a network that no memory holds
+        wanted = Head(D, K, Z).state_dict()
+    for name, like in wanted.items():
+        value = weights[name]
+        if value.shape != like.shape or not value.is_floating_point():
+            raise ValueError(f"{name} is {value.dtype} {list(value.shape)} and not numbers {list(like.shape)}")
+        if not value.float().isfinite().all():
+            raise ValueError(f"{name} has numbers that are not finite")
+    head = Head(D, K, Z)
+    head.load_state_dict(weights)
+    return head
 
 
 def _training_state(header: dict[str, Any], tensors: dict[str, Tensor]) -> TrainingState:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from numbers import Integral, Real
+from typing import Any, get_args, get_type_hints
 
 from .errors import UserError
 from .features.cachefolder import parse_size
@@ -18,6 +21,8 @@ CROPS = ("center", "slide", "five")
 RESAMPLES = ("nearest", "bilinear")
 LOGS = (None, "tensorboard")
 ON_DRIFT = ("warn", "stop")
+LARGEST = 1 << 16  # pixels of a side
+KINDS = {str: (str, "text"), int: (Integral, "a whole number"), float: (Real, "a number"), bool: (bool, "True or False")}
 
 
 @dataclass(frozen=True)
@@ -163,6 +168,15 @@ class TrainConfig:
 
     def check(self) -> None:
         """UserError for the first value that cannot be; names the flag, the value and the legal ones."""
+        self.check_values()
+        self._check_thresholds()
+
+    def check_values(self) -> None:
+        """The part of `check` that looks at each value alone, and not at whether there are thresholds to train with."""
+        for name, (kind, words, optional) in _kinds().items():
+            value = getattr(self, name)
+            if not (value is None and optional) and (not isinstance(value, kind) or (kind is not bool and isinstance(value, bool))):
+                raise UserError(f"{flag(name)}: must be {words}, got {value!r:.80}")
         choices = dict(impl=IMPLS, precision=PRECISIONS, backbone_precision=BACKBONE_PRECISIONS, init=INITS, crops=CROPS)
         choices |= dict(resample=RESAMPLES, log=LOGS, on_drift=ON_DRIFT)
         for name, legal in choices.items():
@@ -188,6 +202,9 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise UserError(f"{flag(name)}: must be at least {low}, got {value}")
+        for name in ("size", "eval_size"):
+            if getattr(self, name) > LARGEST:
+                raise UserError(f"{flag(name)}: must be at most {LARGEST:,} pixels, got {getattr(self, name)}")
         if self.prototypes is not None and self.prototypes > 255:
             raise UserError(f"--prototypes: must be at most 255, the most that an 8-bit mask can hold, got {self.prototypes}")
         for name, low, high in (
@@ -200,6 +217,8 @@ class TrainConfig:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise UserError(f"{flag(name)}: must be between {low:g} and {high:g}, got {value}")
+
+    def _check_thresholds(self) -> None:
         if (self.threshold_within is None) != (self.threshold_across is None):
             missing = "threshold_within" if self.threshold_within is None else "threshold_across"
             raise UserError(f"{flag(missing)}: missing; absolute thresholds are given as a pair")
@@ -220,6 +239,17 @@ class TrainConfig:
         files = ("out", "cache", "cache_limit", "log", "log_every", "checkpoint_every")
         skip = (*files, "device", "backbone_precision", "precision", "impl", "deterministic")
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in skip}
+
+
+@cache
+def _kinds() -> dict[str, tuple[type, str, bool]]:
+    """The fields of one value, each with its kind, the words for it, and whether it may be None."""
+    found = {}
+    for name, hint in get_type_hints(TrainConfig).items():
+        parts = get_args(hint) or (hint,)
+        if parts[0] in KINDS:
+            found[name] = (*KINDS[parts[0]], type(None) in parts)
+    return found
 
 
 def flag(name: str) -> str:
@@ -267,6 +297,7 @@ def with_changes(base: TrainConfig, **changes: Any) -> TrainConfig:
     unknown = set(changes) - {field.name for field in dataclasses.fields(TrainConfig)}
     if unknown:
         raise UserError(f"{sorted(unknown)[0]}: is not a setting; known are {', '.join(f.name for f in dataclasses.fields(TrainConfig))}")
+    changes = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in changes.items()}
     named_thresholds = changes.get("threshold_within") is not None or changes.get("threshold_across") is not None
     if named_thresholds and "granularity" not in changes:
         changes["granularity"] = None

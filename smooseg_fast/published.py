@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .backbones.original import Architecture, vit_files
 from .backbones.vitfiles import VitFiles
-from .checkpoint import Checkpoint
+from .checkpoint import GROUPS, Checkpoint
 from .config import PRESETS, TrainConfig
 from .errors import UserError
 from .model import Head
@@ -25,7 +25,6 @@ BACKBONE = "net.model."
 LAYERS = {"projection.cluster1.0": "linear", "projection.cluster2.0": "hidden", "projection.cluster2.2": "outer"}
 STUDENT, TEACHER = "prediction.local_clusters", "prediction.global_clusters"
 DATASETS = {"cityscapes": "cityscapes", "coco": "cocostuff27", "potsdam": "potsdam"}  # a word of theirs -> our preset
-GROUPS = 255  # the most that an 8-bit mask holds
 
 
 @dataclass(frozen=True)

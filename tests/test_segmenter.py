@@ -142,9 +142,67 @@ def test_damaged_and_foreign_checkpoints(trained, tmp_path, capsys):
     fails(tmp_path, "no such file")
 
 
+def parts_of(path):
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()[KEY]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [
+        (("backbone", "name"), None, "of the wrong kind"),
+        (("backbone", "digest"), 7, "of the wrong kind"),
+        (("report",), [], "of the wrong kind"),
+        (("step",), "x", "of the wrong kind"),
+        (("class_names",), [1, 2], "of the wrong kind"),
+        (("config", "eval_size"), None, "--eval-size: must be a whole number, got None"),
+        (("config", "eval_size"), 1 << 70, "--eval-size: must be at most 65,536 pixels"),
+        (("config", "resample"), 7, "--resample: must be text, got 7"),
+        (("config", "lr"), True, "--lr: must be a number, got True"),
+        (("config", "code_dim"), [], "--code-dim: must be a whole number"),
+    ],
+)
+def test_checkpoints_with_another_header(trained, tmp_path, capsys, place, value, words):
+    header, tensors = parts_of(trained)
+    holder = header
+    for name in place[:-1]:
+        holder = holder[name]
+    holder[place[-1]] = value
+    refused_by_predict(save_changed(tmp_path, header, tensors), words, tmp_path, capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("student", lambda t: t[:0], "0 prototypes, where 1 to 255 can be"),
+        ("student", lambda t: t.flatten(), "damaged, or written by another version"),
+        ("teacher", lambda t: t[:, :1], "teacher is torch.float32"),
+        ("teacher", lambda t: t * float("nan"), "teacher has numbers that are not finite"),
+        ("projection.hidden.bias", lambda t: t.long(), "projection.hidden.bias is torch.int64"),
+        ("projection.linear.weight", lambda t: t[0, 0], "damaged, or written by another version"),
+        ("projection.linear.weight", lambda t: torch.zeros(len(t), 1 << 18), "hidden.weight is torch.float32"),  # W2 would take 275 GB
+    ],
+)
+def test_checkpoints_with_other_weights(trained, tmp_path, capsys, name, change, words):
+    header, tensors = parts_of(trained)
+    tensors[f"head.{name}"] = change(tensors[f"head.{name}"]).contiguous()
+    refused_by_predict(save_changed(tmp_path, header, tensors), words, tmp_path, capsys)
+
+
+def save_changed(folder, header, tensors):
+    save_file(tensors, folder / "changed.safetensors", {KEY: json.dumps(header)})
+    return folder / "changed.safetensors"
+
+
+def refused_by_predict(path, words, folder, capsys):
+    assert run(predict.main, ["--checkpoint", str(path), "--images", str(folder / "set" / "val" / "images"), "--out", "made"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"error: --checkpoint {path}: ")
+    assert words in line
+
+
 def test_a_checkpoint_that_still_notes_the_patch_loads(trained, tmp_path):
-    with safe_open(trained, "pt") as file:
-        header, tensors = json.loads(file.metadata()[KEY]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    header, tensors = parts_of(trained)
     assert set(header["backbone"]) == {"name", "digest"}
     header["backbone"]["patch"] = 8
     save_file(tensors, tmp_path / "old.safetensors", {KEY: json.dumps(header)})

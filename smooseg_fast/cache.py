@@ -36,12 +36,12 @@ class List:
 class Remove:
     """Remove features at once, without asking; none that a run is using. They can be made again from their images."""
 
-    keys: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Of what to remove, as `ls` shows them; their first letters are enough."""
+    keys: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[KEY ...]", help_behavior_hint="")] = ()
+    """Keys of what to remove, as `ls` shows them; their first letters are enough."""
     all: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Everything."""
+    """Remove everything."""
     older: float | None = None
-    """What was not used for this many days."""
+    """Remove what was not used for this many days."""
     cache: str | None = None
     """Folder of the feature cache [~/.cache/smooseg_fast]."""
 
@@ -50,8 +50,8 @@ class Remove:
 class Verify:
     """Read every byte and compare checksums. A damaged file is named and removed: the next run that needs it makes it again."""
 
-    keys: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Of what to look at [everything]."""
+    keys: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[KEY ...]", help_behavior_hint="")] = ()
+    """Keys of what to look at [everything]."""
     cache: str | None = None
     """Folder of the feature cache [~/.cache/smooseg_fast]."""
 

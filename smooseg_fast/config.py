@@ -114,7 +114,7 @@ class TrainConfig:
     teacher_decay: float = 0.998
     """How slowly the teacher's prototypes follow the student's."""
     code_dim: int = 64
-    """Length of a code."""
+    """Channels of a code: what the projection makes of a patch's features."""
     init: str = "pca-kmeans"
     """Where learning starts: pca-kmeans (the features' leading singular vectors, and k-means; steadier) or random (as in the paper)."""
     heads: int = 1

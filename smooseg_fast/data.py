@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import tyro
@@ -34,7 +35,7 @@ TINY = 16  # pixels: an image is called small below it, about two patches of a b
 class CheckConfig:
     """Say what a folder holds and what is missing. Exit code 0 when it can be learnt from or measured on, 2 when not."""
 
-    data: tyro.conf.Positional[str]
+    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")]
     """The folder that --data of train and evaluate would be given."""
     sample: int = 200
     """Images of each split that are opened with their labels, evenly spaced; 0 opens all."""

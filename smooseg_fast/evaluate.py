@@ -41,8 +41,8 @@ class EvaluateConfig:
     squares of 320 pixels (potsdam 224), nearest neighbour, mirror averaging, all images [the checkpoint's sizes]."""
     out: str | None = None
     """Folder for scores.json, confusion.png [evaluation beside the checkpoint]."""
-    mirror: Annotated[bool, tyro.conf.FlagCreatePairsOff] = True
-    """Average the codes of an image with those of its mirror image, as the paper does; --no-mirror takes half the time."""
+    mirror: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")] = True
+    """Take each image once, which halves the time, instead of averaging its codes with those of its mirror image as the paper does."""
     eval_size: int | None = None
     """Pixels of the short side [the preset's, else the checkpoint's]."""
     backbone: str | None = None

@@ -42,8 +42,8 @@ class PredictConfig:
     """An image, or a folder of images in any nesting."""
     out: str
     """Folder for masks/ (8-bit palette PNG of the image's own size), overlays/, shares.json, sheet.jpg, all of one checkpoint."""
-    mirror: Annotated[bool, tyro.conf.FlagCreatePairsOff] = True
-    """Average the codes of an image with those of its mirror image, as the paper does; --no-mirror takes half the time."""
+    mirror: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")] = True
+    """Take each image once, which halves the time, instead of averaging its codes with those of its mirror image as the paper does."""
     short_side: int | None = None
     """Pixels that an image's short side is brought to before features are taken [the checkpoint's]; larger sees finer detail."""
     backbone: str | None = None

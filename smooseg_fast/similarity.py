@@ -45,11 +45,11 @@ class SimilarityConfig:
     preset: str | None = None
     """What the settings below are where nothing else says so [folder with --data, demo without]."""
     backbone: str | None = None
-    """Frozen features: filterbank, a transformers ViT by hub name or local folder, or module:callable."""
+    """Frozen features: filterbank, a transformers ViT by hub name or folder, a DINO or DINOv2 .pth, or module:callable."""
     size: int | None = None
     """Pixels of the short side; squares of this side are cut."""
     crops: str | None = None
-    """slide: squares along the long side. center: the middle square alone."""
+    """slide: squares along the long side. center: the middle square alone. five: the corners and the centre at half height and width."""
     resample: str | None = None
     """nearest or bilinear."""
     granularity: tuple[float, ...] | None = None

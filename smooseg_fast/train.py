@@ -37,12 +37,15 @@ def main(args: Sequence[str], processes: Processes = ALONE) -> None:
     images = pictures_of(config.data, out)
     if images == out / "samples":  # the demo's are made up, tiles lie in no image file: a few are written down for the next command
         write_samples(train if held_out is None else held_out, images)
+    variant = segmenter.config.variants()[0]
+    # of a finished run, where `choose` may have taken another head: its predictions have nothing to do with the first one's
+    predictions = out / ("predictions" if variant == config.variants()[0] else f"predictions_{variant.name}")
     if config.granularity is not None and len(config.granularity) > 1:
         now = segmenter.config.granularity[0]
         another = next(value for value in reversed(config.granularity) if value != now)
         other = ["python", "-m", "smooseg_fast.choose", "--run", str(out), "--granularity", f"{another:g}"]
         print(f"choose     look at {out / LADDER}; {now:g} predicts, and another would by: {shlex.join(other)}")
-    print("next       " + predict_command(out / CHECKPOINT, images, out / "predictions", config.backbone))
+    print("next       " + predict_command(out / CHECKPOINT, images, predictions, config.backbone))
 
 
 def write_samples(dataset: Dataset, folder: Path) -> None:

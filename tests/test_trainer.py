@@ -443,7 +443,9 @@ def test_choose_makes_another_head_the_default(folder, capsys):
     )
     assert read_checkpoint("out/checkpoint.safetensors").config.granularity == (-0.05,)
     assert call("--data", folder, "--out", "out", *SMALL, "--granularity", "0.1", "-0.05", "--prototypes", "4") == 0
-    assert "-0.05 predicts, and another would by: python -m smooseg_fast.choose --run out --granularity 0.1" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "-0.05 predicts, and another would by: python -m smooseg_fast.choose --run out --granularity 0.1" in printed
+    assert printed.strip().endswith("--out out/predictions_granularity_-0.05_seed_0")  # out/predictions may be the first head's
     for args, message in (
         (["--run", "out"], "--granularity or --seed: missing; the heads are granularity_-0.05_seed_0, granularity_0.1_seed_0"),
         (["--run", "out", "--granularity", "7"], "--granularity 7 with seed 0: no such head"),

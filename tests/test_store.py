@@ -550,3 +550,13 @@ def test_a_disk_that_cannot_be_read_is_damage(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "open", torn, raising=False)
     with pytest.raises(DamagedShard, match=r"cannot be read \(Input/output error\)"):
         require_sound(path, shard)
+
+
+def test_a_lock_in_a_folder_that_can_never_be_made_is_not_waited_for(tmp_path, monkeypatch):
+    from smooseg_fast.features import locks
+
+    def gone(path):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(locks, "_open", gone)  # as below /proc, or a mount that is not there
+    assert locks.Lock(tmp_path / "none" / "lock").take()

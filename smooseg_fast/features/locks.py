@@ -27,10 +27,14 @@ class Lock:
 
     def take(self, *, shared: bool = False) -> bool:
         """Without waiting: whether it is given. Many can hold it `shared`, or one alone. Makes the file, and the folder it is in."""
+        missing = 0
         while True:
             try:
                 file = _open(self.path)
-            except FileNotFoundError:  # the folder was taken away behind our back
+            except FileNotFoundError:  # the folder was taken away behind our back, or can never be made
+                missing += 1
+                if missing == 100:
+                    return True
                 continue
             except OSError:
                 return True

@@ -146,6 +146,19 @@ def test_ties_and_empty_clusters_of_majority():
     assert majority(np.array([[3, 3], [0, 0], [1, 2]])).mapping == (0, -1, 1)
 
 
+def test_one_pixel_of_one_cluster_and_one_class():
+    scores = hungarian(confusion(np.zeros(1, int), np.zeros(1, int), 1, 1))
+    assert (scores.mapping, scores.accuracy, scores.miou) == ((0,), 1.0, 1.0)
+    assert scores.as_dict(["sky"])["clusters"] == [{"cluster": 0, "class": "sky"}]
+    assert table({"x": scores}, ["sky"]).splitlines()[2].split() == ["sky", "100.0", "100.0"]
+
+
+def test_a_combining_mark_takes_no_column():
+    lines = table({"x": majority(np.eye(2, dtype=int))}, ["stre\u0301et", "street"]).splitlines()  # é as two characters
+    assert len(lines[2]) == len(lines[3]) + 1
+
+
+@pytest.mark.filterwarnings("error")
 def test_nothing_labelled():
     for scores in (hungarian(np.zeros((2, 3), int)), majority(np.zeros((2, 3), int))):
         assert scores.pixels == 0

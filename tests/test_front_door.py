@@ -61,10 +61,10 @@ def test_all_needs_two_images():
 
 
 def test_import_needs_torch_alone():
-    """In a process where Triton, NumPy and SciPy cannot be imported."""
+    """In a process where Triton, NumPy, SciPy and the trainer cannot be imported."""
     code = (
         "import sys\n"
-        "for name in ('triton', 'numpy', 'scipy'):\n    sys.modules[name] = None\n"
+        "for name in ('triton', 'numpy', 'scipy', 'smooseg_fast'):\n    sys.modules[name] = None\n"
         "import torch, smooseg_kernels as sk\n"
         "out = sk.smooseg_loss(torch.rand(2, 3, 4), torch.rand(2, 3, 5), torch.rand(2, 5), torch.rand(2, 5), ['self', 'all'], [0.0, 0.5])\n"
         "print(float(out.total))\n"

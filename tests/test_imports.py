@@ -1,4 +1,6 @@
-"""What importing a part costs: the step core runs on a bare machine with torch alone, learning without the command line's parser."""
+"""What importing a part costs: the step core runs on a bare machine with torch alone, learning without the command line's parser.
+
+smooseg_kernels by itself: test_front_door.py."""
 
 import subprocess
 import sys
@@ -9,7 +11,6 @@ CASES = {
     "smooseg_fast": ("torch", "numpy", "tyro", "transformers", "matplotlib", "triton"),
     "smooseg_fast.objective": ("numpy", "scipy", "PIL", "tyro", "transformers", "matplotlib", "triton", "safetensors", "tqdm"),
     "smooseg_fast.trainer": ("tyro", "transformers", "matplotlib.pyplot", "triton"),
-    "smooseg_kernels": ("numpy", "scipy", "triton", "smooseg_fast"),
 }
 
 

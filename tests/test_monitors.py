@@ -9,7 +9,7 @@ from test_trainer import FIRST, SMALL, call, metrics
 from smooseg_fast import loop, monitors
 from smooseg_fast.checkpoint import read_checkpoint
 from smooseg_fast.config import TrainConfig
-from smooseg_fast.health import Moments, health, unit_rows
+from smooseg_fast.health import Health, Moments, health, unit_rows
 from smooseg_fast.model import Head, Heads
 from smooseg_fast.monitors import Watch, drifts
 
@@ -205,3 +205,15 @@ def test_a_broken_head_is_left_out_also_after_a_resume(folder, capsys, monkeypat
     assert "warning    step 2: the losses of granularity 0.1, seed 0 are no numbers any more" in capsys.readouterr().out
     report = json.load(open("out/report.json"))
     assert (report["default"], report["broken"]) == ("granularity_0.2_seed_0", ["granularity_0.1_seed_0"])
+
+
+def test_a_rise_of_few_hundredths_is_no_drift():
+    """From .12 the least rise decides, not the ratio nor the floor."""
+    assert not drifts([0.12] * 3 + [0.158] * 3)
+    assert drifts([0.12] * 3 + [0.165] * 3)
+
+
+def test_of_the_shares_the_largest_is_told():
+    figures = Health((0.1, 0.7, 0.2), *[0.5] * 7).figures()
+    assert figures["largest_share"] == 0.7
+    assert "shares" not in figures

@@ -310,3 +310,26 @@ def test_fullgraph_compile_and_fake_tensors(impl):
     with mode:
         out = sk.smooseg_loss(*fake, partners, [0.1, 0.2, 0.3], impl=impl)
         assert out.energy.shape == (2, 3)
+
+
+@pytest.mark.parametrize("name", ["channel_scale", "patch_weight", "feature_norms"])
+def test_smoothness_alone_takes_the_options_as_the_oracle_does(name):
+    """The form that traces: `smooseg_loss` on a CPU has another."""
+    g = torch.Generator().manual_seed(0)
+    features, probs = (torch.rand(*shape, generator=g, dtype=torch.float64) for shape in ((3, 17, 20), (3, 17, 5)))
+    options = {name: torch.rand(*((3, 20) if name == "channel_scale" else (3, 17)), generator=g, dtype=torch.float64) + 0.5}
+    results = []
+    for impl in ("torch", "dense"):
+        rows = probs.clone().requires_grad_()
+        out = sk.smoothness_energy(features, rows, ["self", torch.tensor([1, 1, 0]), "all"], [0.1, -0.2, 0.3], impl=impl, **options)
+        results.append((*out, *torch.autograd.grad((out.energy * torch.tensor([1.7, -0.3, 0.5])).sum() + out.distance.sum(), rows)))
+    for got, want in zip(*results):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+def test_the_data_term_of_patches_without_weight_is_zero():
+    codes, rows = torch.rand(2, 5, 4), torch.rand(3, 4, requires_grad=True)
+    for impl in ("torch", "dense"):
+        loss = sk.prototype_loss(codes, rows, rows.detach(), patch_weight=torch.zeros(2, 5), impl=impl)
+        assert loss == 0
+        assert not torch.autograd.grad(loss, rows)[0].any()

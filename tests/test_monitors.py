@@ -127,6 +127,9 @@ def test_every_trouble_is_named_once():
         watch.see(record)
     assert watch.all_drifted  # of those that are left
     assert not watch.all_broken
+    watch.broken |= watch.drifted
+    assert watch.all_broken
+    assert not watch.all_drifted  # nothing is left
 
 
 # in a run

@@ -80,7 +80,11 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 def read_training_state(path: str | Path) -> TrainingState:
     """UserError in one line for a missing, damaged or foreign file."""
-    return _read(Path(path), STATE_KEY, "training.safetensors", _training_state)
+    try:
+        return _read(Path(path), STATE_KEY, "training.safetensors", _training_state)
+    except UserError as error:  # nobody names the file: it lies in --out
+        what = str(error).removeprefix("--checkpoint ").rpartition(";")[0]
+        raise UserError(f"{what}; take it away to train from the first step, or give another --out") from error
 
 
 def _write(path: str | Path, key: str, header: dict[str, Any], tensors: dict[str, Tensor]) -> Path:

@@ -41,7 +41,7 @@ def main(args: Sequence[str]) -> None:
     seed = now.config.seed if config.seed is None else config.seed
     for file in files:
         found = read_checkpoint(file)
-        if (granularity_of(found), found.config.seed) == (granularity, seed):
+        if (named(granularity_of(found)), found.config.seed) == (named(granularity), seed):
             break
     else:
         wanted = f"--seed {seed}" if granularity is None else f"--granularity {granularity:g} with seed {seed}"
@@ -54,6 +54,11 @@ def main(args: Sequence[str]) -> None:
 
 def granularity_of(checkpoint: Checkpoint) -> float | None:
     return None if checkpoint.config.granularity is None else checkpoint.config.granularity[0]
+
+
+def named(granularity: float | None) -> str | None:
+    """As files and lines name it, which is what a user types."""
+    return None if granularity is None else f"{granularity + 0.0:g}"
 
 
 if __name__ == "__main__":

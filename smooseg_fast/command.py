@@ -78,7 +78,18 @@ def run(main: Callable[..., None], args: Sequence[str] | None = None, *, togethe
 
     together: `main` takes the processes as its second argument; else torchrun is refused.
     """
-    args = sys.argv[1:] if args is None else args
+    try:
+        try:
+            return _run(main, sys.argv[1:] if args is None else args, together)
+        finally:
+            sys.stdout.flush()  # at Python's own end nobody could catch that it fails
+    except BrokenPipeError:  # who read stdout has gone, as `head` does: no news for the user
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13  # as of a command that SIGPIPE ends
+
+
+def _run(main: Callable[..., None], args: Sequence[str], together: bool) -> int:
     with joined() as processes, terminable() if processes.size == 1 else contextlib.nullcontext():
         again = shlex.join([*starter(processes), "-m", sys.modules[main.__module__].__spec__.name, *args])
         try:

@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass
 from functools import cache
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from .errors import UserError
@@ -150,7 +151,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.granularity is not None:  # a number is a list of one
             values = [self.granularity] if isinstance(self.granularity, (int, float)) else self.granularity
-            object.__setattr__(self, "granularity", tuple(float(value) for value in values))
+            object.__setattr__(self, "granularity", tuple(float(value) + 0.0 for value in values))  # -0.0 is 0.0
+        for name in ("data", "out"):  # one name for one folder, however it is typed
+            value = getattr(self, name)
+            if value:
+                object.__setattr__(self, name, str(Path(value).expanduser()))
 
     def variants(self) -> tuple[Variant, ...]:
         """The heads that are learnt side by side: every granularity (or the one pair of thresholds) with every seed."""
@@ -228,8 +233,14 @@ class TrainConfig:
             raise UserError(
                 "--granularity: takes the place of the thresholds; leave out either it or --threshold-within and --threshold-across"
             )
-        if self.granularity is not None and len(set(self.granularity)) < max(1, len(self.granularity)):
+        if self.granularity is not None and len({f"{value:g}" for value in self.granularity}) < max(1, len(self.granularity)):
             raise UserError(f"--granularity: give one or more different numbers, got {' '.join(map(str, self.granularity)) or 'none'}")
+        for name in ("data", "out", "cache"):
+            if getattr(self, name) == "":
+                raise UserError(f"{flag(name)}: is empty; give a folder, or leave it out")
+        for name, last in (("seed", self.seed + self.heads - 1), ("data_seed", self.data_seed)):
+            if last >= 2**63:
+                raise UserError(f"{flag(name)}: must be below 2^63, got {last}")
         for variant in self.variants():
             if not all(math.isfinite(b) for b in variant.thresholds):
                 raise UserError(f"--granularity or thresholds: must be finite, got {variant.thresholds}")

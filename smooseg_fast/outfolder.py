@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError, WriteError
+from .features.locks import Lock
 from .files import finite, sweep, write_atomic, write_json
+
+LOCK = ".lock"
 
 
 class OutFolder:
@@ -27,6 +32,10 @@ class OutFolder:
 
     def __init__(self, path: Path, settings: dict[str, Any], *, record: str, made: str, below: Sequence[str] = ()):
         self.path, self.settings, self._record, self._below = path, finite(settings), record, below
+        try:
+            (path / record).exists()
+        except OSError as error:  # a folder on the way that this user may not enter
+            raise UserError(f"--out {path}: cannot be read ({error.strerror}); give another folder") from error
         if path.exists() and not path.is_dir():
             raise UserError(f"--out {path}: is a file; give a folder")
         if (path / record).exists():
@@ -39,6 +48,30 @@ class OutFolder:
                     )
         elif (path / made).exists():
             raise UserError(f"--out {path}: holds {made} but no {record}; give another folder")
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within it no other process has the folder. UserError where one has it already, or where nothing can be written into it.
+
+        Makes the folder; behind it, it is gone again if nothing was left in it.
+        """
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        lock = Lock(self.path / LOCK)
+        try:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=self.path).close()
+            except OSError as error:
+                raise UserError(f"--out {self.path}: cannot be written ({error.strerror}); give another folder") from error
+            if not lock.take():
+                raise UserError(f"--out {self.path}: {lock.signature()} is at work there; wait until it ends, or give another folder")
+            lock.sign()
+            yield
+        finally:
+            lock.release(remove=True)
+            for folder in made:
+                with suppress(OSError):
+                    folder.rmdir()
 
     def claim(self) -> None:
         """From here on the folder is this run's. Called late: a run that fails before it makes anything leaves nothing behind.
@@ -69,7 +102,11 @@ class Journal:
     def read(self) -> list[dict[str, Any]]:
         """The records, without what a stop or a full disk left half written."""
         records = []
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else ():
+        try:
+            text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror}); change its permissions, or take it away") from error
+        for line in text.splitlines():
             try:
                 record = json.loads(line)
             except ValueError:

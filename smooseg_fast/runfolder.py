@@ -20,7 +20,7 @@ class RunFolder(OutFolder):
     def __init__(self, path: Path, config: TrainConfig):
         super().__init__(path, config.learning(), record=RUN, made=CHECKPOINT, below=(HEADS,))
         self.metrics = Journal(path / METRICS)
-        self._heads = len(config.variants())
+        self._heads = {variant.name for variant in config.variants()}
         self.pictures = (GROUPS, CURVES, LADDER) if config.granularity is not None and len(config.granularity) > 1 else (GROUPS, CURVES)
 
     def state(self) -> TrainingState | None:
@@ -41,9 +41,9 @@ class RunFolder(OutFolder):
         So do the lines of `step` itself unless every head has its own: they can be made again.
         """
         self.claim()
-        found = self.metrics.read()
-        whole = sum(record.get("step") == step for record in found) == self._heads
-        records = [record for record in found if record.get("step", 0) < step + whole]
+        found = [record for record in self.metrics.read() if record.get("head") in self._heads and type(record.get("step")) is int]
+        whole = sum(record["step"] == step for record in found) == len(self._heads)
+        records = [record for record in found if record["step"] < step + whole]
         self.metrics.rewrite(records)
         return records
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,8 @@ class Validation:
 class Summary:
     """The end of a run on `dataset`, whose features are in `store`.
 
-    step: how many were taken. broken: variants whose figures stopped being numbers; they are named and left out. report: what is known of
-    the run so far.
+    step: how many were taken. broken: variants whose figures stopped being numbers; they are named and left out. counts: confusion counts
+    of heads that have been taken already, as they are now. report: what is known of the run so far.
     """
 
     config: TrainConfig
@@ -90,6 +90,7 @@ class Summary:
     broken: frozenset[Variant]
     folder: RunFolder | None
     records: Sequence[dict[str, Any]]
+    counts: Mapping[Variant, np.ndarray]
     report: dict[str, Any]
     say: Say
 
@@ -168,7 +169,7 @@ class Summary:
         baseline = validation.kmeans(spherical_kmeans(rows, self.heads.student.shape[1], starts=10).centres)
         scores: dict[float | None, list[Scores]] = {}
         for variant, place in self.whole.items():
-            counts = validation.confusion(self.heads[place])
+            counts = self.counts[variant] if variant in self.counts else validation.confusion(self.heads[place])
             scores.setdefault(variant.granularity, []).append(hungarian(counts))
             self.report["heads"][variant.name]["scores"] = {
                 "held_out": validation.dataset.held_out,

@@ -8,8 +8,9 @@ import sys
 import pytest
 from test_trainer import SMALL, call
 
-from smooseg_fast import loop, progress, trainer
+from smooseg_fast import loop, progress
 from smooseg_fast.progress import Bar
+from smooseg_fast.steps import live
 
 RECORD = {"energy_within": -0.0123, "energy_across": -0.0344, "data": 2.718, "perplexity": 11.2}
 
@@ -21,7 +22,7 @@ class Terminal(io.StringIO):
 
 def test_the_line_has_everything_in_100_columns():
     line = Bar.format_meter(
-        n=2700, total=3000, elapsed=5400, ncols=100, prefix="train", unit="step", rate=11.53, postfix=trainer.live(RECORD, 11.53, 32)
+        n=2700, total=3000, elapsed=5400, ncols=100, prefix="train", unit="step", rate=11.53, postfix=live(RECORD, 11.53, 32)
     )
     assert len(line) <= 100
     for part in ("90%", "2700/3000", "1:30:00", "11.53step/s", "369 img/s", "E -.012/-.034/2.72", "11.2 labels]"):

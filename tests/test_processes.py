@@ -21,7 +21,7 @@ from test_extracting import Short
 from test_store import FakeBackbone
 from test_trainer import SMALL, call, files
 
-from smooseg_fast import command, loop, predict, trainer
+from smooseg_fast import command, loop, predict, steps
 from smooseg_fast.checkpoint import read_checkpoint, read_training_state
 from smooseg_fast.datasets import open_dataset
 from smooseg_fast.errors import UserError
@@ -358,7 +358,7 @@ def test_a_run_of_two(labelled, monkeypatch, capsys):
     running = torchrun(*args, "--cache", "two")
     out, err = running.communicate(timeout=100)
     assert running.returncode == 0, err
-    monkeypatch.setattr(trainer, "Schedule", lambda *args: Schedule(*args[:3], parts=2))
+    monkeypatch.setattr(steps, "Schedule", lambda *args: Schedule(*args[:3], parts=2))
     Path("out").rename("together")
     assert call(*args, "--cache", "one") == 0
     expected = capsys.readouterr().out.splitlines()

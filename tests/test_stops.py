@@ -18,7 +18,7 @@ from textures import make_photos
 
 import smooseg_fast
 from smooseg_fast import files as written
-from smooseg_fast import loop, model, outfolder, signals, summary, trainer
+from smooseg_fast import loop, model, outfolder, signals, steps, summary
 from smooseg_fast.backbones.filterbank import Filterbank
 from smooseg_fast.checkpoint import read_training_state
 from smooseg_fast.errors import WriteError
@@ -51,8 +51,8 @@ PLACES = {
     "features": (Filterbank, "extract", 1, None),
     "start": (model, "spherical_kmeans", 1, 0),
     "step": (loop, "train_step", 5, 5),
-    "line of metrics": (trainer, "health", 2, 4),
-    "state": (trainer.TrainingState, "write", 1, 4),
+    "line of metrics": (steps, "health", 2, 4),
+    "state": (steps.TrainingState, "write", 1, 4),
     "figures": (summary, "health", 1, 6),
     "pictures": (summary.Summary, "groups_picture", 1, 6),
 }

@@ -15,7 +15,7 @@ from test_store import SIZE, FakeBackbone
 from test_trainer import SMALL, call, files
 
 import smooseg_fast
-from smooseg_fast import evaluate, train, trainer
+from smooseg_fast import evaluate, train
 from smooseg_fast.checkpoint import read_training_state
 from smooseg_fast.command import run
 from smooseg_fast.datasets import ArrayDataset
@@ -25,6 +25,7 @@ from smooseg_fast.features import stream
 from smooseg_fast.features.cachefolder import CacheFolder
 from smooseg_fast.features.room import Expected, Windows, sampled, windows_of
 from smooseg_fast.features.stream import open_for_training
+from smooseg_fast.loop import Loop
 from smooseg_fast.objective import Settings
 from smooseg_fast.processes import ALONE
 
@@ -291,7 +292,7 @@ def test_figures_need_all_their_features(labelled, trained, capsys):
 
 def test_a_step_whose_window_is_not_there_is_not_drawn_ahead(monkeypatch):
     """The last step of a run must not make features that nobody needs."""
-    loop = trainer.Loop.__new__(trainer.Loop)
+    loop = Loop.__new__(Loop)
     asked = []
 
     class Never:

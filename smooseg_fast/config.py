@@ -154,8 +154,8 @@ class TrainConfig:
             object.__setattr__(self, "granularity", tuple(float(value) + 0.0 for value in values))  # -0.0 is 0.0
         for name in ("data", "out"):  # one name for one folder, however it is typed
             value = getattr(self, name)
-            if value:
-                object.__setattr__(self, name, str(Path(value).expanduser()))
+            if isinstance(value, str) and value:
+                object.__setattr__(self, name, str(Path(os.path.expanduser(value))))
 
     def variants(self) -> tuple[Variant, ...]:
         """The heads that are learnt side by side: every granularity (or the one pair of thresholds) with every seed."""

@@ -30,10 +30,12 @@ def drifts(information: Sequence[float]) -> bool:
 class Watch:
     """Follows the records of a run's heads, and names each trouble of each head once.
 
-    All that it knows comes from the records, so that a resumed run knows what the stopped one knew.
+    All that it knows comes from the records, so that a resumed run knows what the stopped one knew. With one group asked for, one label
+    in use is no trouble.
     """
 
-    def __init__(self, variants: Iterable[Variant]):
+    def __init__(self, variants: Iterable[Variant], groups: int | None = None):
+        self._groups = groups
         self._labels = {variant.name: variant.label() for variant in variants}
         self._information: dict[str, list[float]] = {name: [] for name in self._labels}
         self.broken: set[str] = set()  # names of heads whose losses are no numbers any more
@@ -49,7 +51,7 @@ class Watch:
         if total is None or not math.isfinite(total):
             self.broken.add(name)
             return f"step {step}: the losses of {label} are no numbers any more; it is left out at the end"
-        if record["perplexity"] < COLLAPSED and name not in self.collapsed:
+        if record["perplexity"] < COLLAPSED and self._groups != 1 and name not in self.collapsed:
             self.collapsed.add(name)
             return f"step {step}: {label} has collapsed, {collapse(record['perplexity'])}"
         past = self._information[name]

@@ -64,7 +64,7 @@ class Run:
         self.report: dict[str, Any] = {} if stream is None else {"streamed": dataclasses.asdict(stream.windows)}
         self.board: Board | None = None
         self.alone = processes.size == 1
-        self.watch = Watch(self.variants)
+        self.watch = Watch(self.variants, config.prototypes)
         self.drift_stops = False  # whether --on-drift asks for an end here
         self.done = 0  # steps
         self.counted = 0  # step whose confusion counts are in `counts`

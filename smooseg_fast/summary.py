@@ -157,7 +157,7 @@ class Summary:
                 f"{state.explained_variance:.3f} = {state.modularity_x_explained:.4f}"
             )
         for variant in self.whole:
-            if states[variant].perplexity < COLLAPSED:
+            if states[variant].perplexity < COLLAPSED and K > 1:
                 self.say(f"warning    {variant.label()} has collapsed, {collapse(states[variant].perplexity)}")
 
     def tell_scores(self) -> None:

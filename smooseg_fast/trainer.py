@@ -143,7 +143,10 @@ def tell_plan(config: TrainConfig, backbone: Backbone, device: str, say: Say, pr
     every = config.variants()
     many = "" if len(every) == 1 else f", {len(every)} heads at once ({'; '.join(variant.label() for variant in every)})"
     how = f"objective by {config.impl}, projection in {config.precision}"
-    say(f"learning   at most {config.prototypes} groups, {config.init} start, {how} on {device}{many}")
+    groups = "1 group" if config.prototypes == 1 else f"{config.prototypes} groups"
+    say(f"learning   at most {groups}, {config.init} start, {how} on {device}{many}")
+    if config.prototypes == 1:
+        say("warning    every pixel will be of the one group; ask for more with --prototypes")
     if processes.size > 1:
         eager = "" if backbone.device.type == "cpu" else "; steps are not replayed from a CUDA graph"
         share = config.batch_size // processes.size

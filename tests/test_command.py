@@ -1,9 +1,14 @@
 """What every command line does with an error and with Ctrl-C."""
 
+import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+import smooseg_fast
 from smooseg_fast.command import run
 from smooseg_fast.errors import UserError, WriteError
 from smooseg_fast.signals import Interrupted
@@ -45,6 +50,23 @@ def test_sigterm_anywhere_is_said_like_ctrl_c(capsys):
 def test_a_full_disk_says_what_resumes(capsys):
     assert run(raises(WriteError("a.png: cannot be written (full); free some space")), ["--out", "my runs"]) == 2
     assert capsys.readouterr() == ("", f"error: a.png: cannot be written (full); free some space; to resume then: {AGAIN}\n")
+
+
+def test_a_reader_that_has_gone_is_no_news():
+    """As of `... --help | head -1`: what is printed behind it, and what Python flushes at its end, goes nowhere."""
+    paths = [str(Path(smooseg_fast.__file__).parents[1]), *sys.path]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "smooseg_fast.choose", "--help"],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        timeout=100,
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_other_errors_are_ours_and_keep_their_traceback():

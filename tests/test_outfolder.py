@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -74,6 +75,22 @@ def test_numbers_that_json_lacks_become_null(tmp_path):
 def test_a_journal_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(UserError, match=r"nowhere/j\.jsonl: cannot be written"):
         Journal(tmp_path / "nowhere" / "j.jsonl").append({})
+
+
+def test_a_journal_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"cannot be read \(Is a directory\); change its permissions"):
+        Journal(tmp_path).read()
+
+
+def test_a_folder_that_cannot_be_looked_into_is_named(tmp_path, monkeypatch):
+    """As one below a folder that is another user's alone."""
+
+    def stat(self, **options):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "stat", stat)
+    with pytest.raises(UserError, match=r"^--out .*out: cannot be read \(Permission denied\); give another folder$"):
+        open_folder(tmp_path / "out")
 
 
 def test_json_holds_names_that_are_no_text(tmp_path):

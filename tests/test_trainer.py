@@ -18,11 +18,12 @@ from PIL import Image
 from textures import draw
 
 import smooseg_fast
-from smooseg_fast import choose, loop, summary, train
+from smooseg_fast import choose, loop, steps, summary, train, trainer
 from smooseg_fast.checkpoint import read_checkpoint, read_training_state
 from smooseg_fast.command import run
 from smooseg_fast.datasets import ImageFolder
 from smooseg_fast.errors import UserError
+from smooseg_fast.features.locks import Lock
 from smooseg_fast.images import ImageError
 
 EVERYTHING = {"checkpoint.safetensors", "training.safetensors", "heads", "metrics.jsonl", "run.json", "report.json"}
@@ -313,6 +314,10 @@ BAD = [
     (["--prototypes", "300"], "--prototypes: must be at most 255"),
     (["--nonsense", "1"], "--nonsense"),
     (["--dropout", "1"], "--dropout: must be between 0 and 0.99"),
+    (["--seed", str(2**63)], "--seed: must be below 2^63, got 9223372036854775808"),
+    (["--granularity", "0.1", "0.10000001"], "--granularity: give one or more different numbers"),
+    (["--data", ""], "--data: is empty; give a folder, or leave it out"),
+    (["--cache", ""], "--cache: is empty"),
 ]
 
 
@@ -358,6 +363,104 @@ def test_an_output_folder_of_another_run(folder, capsys):
     assert call("--data", folder, "--out", "out", *SMALL, "--seed", "3") == 2
     assert "--out out: holds another run (seed is 0 there and 3 here)" in capsys.readouterr().err
     assert before == files("out")
+
+
+def test_one_folder_is_one_run_however_it_is_typed(folder, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    for data, out in (("photos", "made"), ("photos/", "~/made"), ("./photos", "made/"), ("photos", "./made")):
+        assert call("--data", data, "--out", out, *SMALL) == 0
+    said = capsys.readouterr().out
+    assert said.count("made: this run is finished") == 3
+    assert "~" not in said  # no shell would replace it in what is quoted
+    assert not Path("~").exists()
+
+
+def test_a_folder_that_another_process_has(folder, capsys):
+    """And the run that is refused takes nothing of it away."""
+    Path("out").mkdir()
+    lock = Lock(Path("out/.lock"))
+    assert lock.take()
+    lock.sign()
+    assert call("--data", folder, "--out", "out", *SMALL) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"error: --out out: process {os.getpid()} on ")
+    assert line.endswith(" is at work there; wait until it ends, or give another folder")
+    assert {path.name for path in Path("out").iterdir()} == {".lock"}
+    lock.release()
+    assert call("--data", folder, "--out", "out", *SMALL) == 0
+    assert {path.name for path in Path("out").iterdir()} == EVERYTHING
+
+
+def test_an_output_folder_that_cannot_be_written_is_known_before_features_are_taken(folder, capsys):
+    assert call("--data", folder, "--out", folder / "0.png" / "out", *SMALL) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line == f"error: --out {folder}/0.png/out: cannot be written (Not a directory); give another folder"
+
+
+def test_a_run_that_fails_leaves_no_folder(folder, monkeypatch):
+    monkeypatch.setattr(trainer, "open_features", lambda *_: (_ for _ in ()).throw(UserError("no")))
+    assert call("--data", folder, "--out", "a/b/c", *SMALL) == 2
+    assert not Path("a").exists()
+
+
+def test_a_state_that_is_damaged(folder, monkeypatch, capsys):
+    assert call("--data", folder, "--out", "out", *SMALL) == 0
+    Path("out/report.json").unlink()
+    Path("out/training.safetensors").write_text("junk")
+    assert call("--data", folder, "--out", "out", *SMALL) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: out/training.safetensors: cut short, damaged or no safetensors file")
+    assert error.endswith("; take it away to train from the first step, or give another --out")
+    Path("out/training.safetensors").unlink()
+    assert call("--data", folder, "--out", "out", *SMALL) == 0
+
+
+def test_lines_of_metrics_that_are_none_of_the_run_go(folder):
+    assert call("--data", folder, "--out", "out", *SMALL) == 0
+    before = files("out")
+    Path("out/report.json").unlink()
+    with open("out/metrics.jsonl", "a") as file:
+        file.write('{"step": 2}\n{"step": "x", "head": "' + FIRST + '"}\n{"step": 1, "head": "mine"}\n')
+    assert call("--data", folder, "--out", "out", *SMALL) == 0
+    assert files("out") == before
+
+
+def test_scores_of_the_last_step_are_counted_once(labelled, monkeypatch):
+    confusion, seen = summary.Validation.confusion, []
+    monkeypatch.setattr(summary.Validation, "confusion", lambda self, head: seen.append(1) or confusion(self, head))
+    args = ["--data", labelled, *SMALL, "--granularity", "0.1", "0.2"]
+    assert call(*args, "--out", "a") == 0
+    assert len(seen) == 2
+    made = json.load(open("a/report.json"))
+    for head, found in made["heads"].items():
+        assert found["scores"]["hungarian"]["miou"] == metrics("a", head)[-1]["miou"]
+    Path("a/report.json").unlink()  # made again, from the saved state: counted again
+    assert call(*args, "--out", "a") == 0
+    assert len(seen) == 4
+    assert json.load(open("a/report.json")) == made
+    # figures of an earlier step are not those of the end
+    monkeypatch.setattr(steps.Run, "checkpoint_is_due", lambda self: self.done == 2)
+    assert call(*args, "--out", "b") == 0
+    assert len(seen) == 8
+    assert json.load(open("b/report.json")) == made
+
+
+def test_one_group_is_said_once_and_is_no_collapse(folder, capsys):
+    assert call("--data", folder, "--out", "out", *SMALL, "--prototypes", "1") == 0
+    said = capsys.readouterr().out
+    assert "at most 1 group," in said
+    assert [line for line in said.splitlines() if line.startswith("warning")] == [
+        "warning    every pixel will be of the one group; ask for more with --prototypes"
+    ]
+
+
+@pytest.mark.parametrize(("crops", "more"), [("slide", "add images"), ("center", "add images, or --crops slide")])
+def test_one_square_is_too_few(tmp_path, monkeypatch, capsys, crops, more):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(draw(0, 72, 72)[0]).save("one.png")
+    assert call("--data", "one.png", "--out", "out", "--cache", "cache", *SMALL, "--crops", crops) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error == f"error: --data: 1 square(s) of 64 pixels, but pairs of images need 2; {more}"
 
 
 def test_images_smaller_than_a_patch(tmp_path, monkeypatch, capsys):
@@ -427,6 +530,13 @@ def test_choose_makes_another_head_the_default(folder, capsys):
     ):
         assert run(choose.main, args) == 2
         assert message in capsys.readouterr().err
+
+
+def test_choose_takes_the_number_that_was_shown(folder, capsys):
+    assert call("--data", folder, "--out", "out", *SMALL, "--granularity", "0.06", "0.1234567", "-0.0", "--prototypes", "4") == 0
+    for typed, stem in (("0.123457", "granularity_0.123457_seed_0"), ("0", "granularity_0_seed_0")):
+        assert run(choose.main, ["--run", "out", "--granularity", typed]) == 0
+        assert f"is now {stem}" in capsys.readouterr().out
 
 
 def test_heads_whose_losses_are_no_numbers_are_named_and_left_out(folder, capsys, monkeypatch):

@@ -59,7 +59,7 @@ def main(args: Sequence[str]) -> None:
     print(f"resolution {checkpoint.config.eval_size} pixels ({known})")
 
     content = {"backbone": checkpoint.backbone_digest, "head": digest_of(checkpoint.head.state_dict())}
-    OutFolder(out, content, record=RECORD, made=CHECKPOINT).claim()
+    OutFolder(out, content, record=RECORD, made=(CHECKPOINT,)).claim()
     found.vit.write(out / BACKBONE)
     made = checkpoint.write(out / CHECKPOINT)
     print(f"written    {made}, and its backbone {out / BACKBONE}; move them together")

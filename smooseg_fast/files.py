@@ -23,7 +23,8 @@ def write_atomic(path: str | Path, content: bytes | str | Callable[[Path], None]
     is full or the folder cannot be written; whatever stood at `path` before is then still whole.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    # file systems take names of 255 bytes: the temporary must not be longer than what it stands for may be
+    temporary = path.with_name(f".{path.stem[:40]}.{os.getpid()}.part{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if callable(content):

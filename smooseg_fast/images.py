@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -17,6 +17,13 @@ from . import reading
 from .errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
+# pictures that a command leaves beside each of these files; where that lies among the photos, they are none of them
+MADE = {
+    "metrics.jsonl": ("groups.png", "curves.png", "ladder.png", "samples"),
+    "predict.json": ("masks", "overlays", "sheet.jpg"),
+    "scores.json": ("confusion.png",),
+    "similarity.json": ("similarity.png",),
+}
 MAX_PIXELS = 2**30  # 32,768 pixels square: beyond this a header is more likely damaged than true
 
 Crops = Literal["center", "slide", "five"]
@@ -51,7 +58,8 @@ class ImageError(UserError):
 def find_images(path: Path | str, argument: str = "--data") -> list[Path]:
     """Every image in `path`, a file or a folder in any nesting, sorted by relative path.
 
-    Known by suffix (SUFFIXES, in upper or lower case). Hidden files and folders are left out; links to folders are followed.
+    Known by suffix (SUFFIXES, in upper or lower case). Hidden files and folders are left out, and so is what commands made (MADE);
+    links to folders are followed.
     Raises UserError naming `argument` when there is no such path, when a folder cannot be read, and when it holds no image.
     """
     path = Path(path).expanduser()
@@ -66,12 +74,14 @@ def find_images(path: Path | str, argument: str = "--data") -> list[Path]:
     if not images:
         others = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in Counter(f.suffix for f in files).most_common(5))
         found = f"only other files ({others})" if files else "no files"
+        ours = [name for name in sorted(_made_beside(os.listdir(path))) if (path / name).exists()]
+        found += f", beside what a command made of others ({', '.join(ours)})" if ours else ""
         raise UserError(f"{argument} {path}: no images in it; looked in all folders below for {_listed(SUFFIXES)} and found {found}")
     return images
 
 
 def visible_files(folder: Path, argument: str) -> list[Path]:
-    """All files below `folder` that are not hidden, sorted by relative path; UserError naming a folder that cannot be read."""
+    """All files below `folder` that are neither hidden nor MADE, sorted by relative path; UserError naming a folder that cannot be read."""
 
     def unreadable(error: OSError) -> None:
         raise UserError(f"{argument} {error.filename}: cannot be read ({error.strerror}); change its permissions") from error
@@ -83,9 +93,15 @@ def visible_files(folder: Path, argument: str) -> list[Path]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files += [Path(parent, name) for name in names if not name.startswith(".")]
+        made = _made_beside(names)
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in made)
+        files += [Path(parent, name) for name in names if not name.startswith(".") and name not in made]
     return sorted(files, key=Path.as_posix)  # all begin alike
+
+
+def _made_beside(names: Iterable[str]) -> set[str]:
+    """Names of what commands made in a folder that holds files of these `names`."""
+    return {made for record in MADE.keys() & set(names) for made in MADE[record]}
 
 
 def read_image(path: Path | str) -> np.ndarray:
@@ -99,7 +115,7 @@ def read_image(path: Path | str) -> np.ndarray:
     with _opened(path) as image:
         source = image.format
         image.load()
-        return _to_rgb(_upright(image), source)
+        return as_rgb(_upright(image), source)
 
 
 def read_label(path: Path | str) -> np.ndarray:
@@ -275,7 +291,8 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _to_rgb(image: Image.Image, source: str | None) -> np.ndarray:
+def as_rgb(image: Image.Image, source: str | None) -> np.ndarray:
+    """uint8 [H,W,3] of a Pillow image of any mode, as of `read_image` but as it lies. source: the format of the file it came from."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         # some releases of Pillow open a 16-bit PNG in mode I
         sixteen = image.mode.startswith("I;16") or (image.mode == "I" and source == "PNG")

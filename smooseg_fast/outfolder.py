@@ -23,14 +23,14 @@ class OutFolder:
         path: of --out; need not exist.
         settings: what decides the content, ready for JSON.
         record: name of the file that holds them.
-        made: name of a file or folder that is another's when it stands there without the record.
+        made: names of files and folders in it that are another's when one stands there without the record.
         below: names of the folders in it that are written into.
 
     Raises:
         UserError: when the folder is another's.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], *, record: str, made: str, below: Sequence[str] = ()):
+    def __init__(self, path: Path, settings: dict[str, Any], *, record: str, made: Sequence[str], below: Sequence[str] = ()):
         self.path, self.settings, self._record, self._below = path, finite(settings), record, below
         try:
             (path / record).exists()
@@ -46,8 +46,8 @@ class OutFolder:
                         f"--out {path}: holds another run ({name} is {there.get(name)!r} there and {value!r} here); "
                         "give another folder, or the same settings to resume"
                     )
-        elif (path / made).exists():
-            raise UserError(f"--out {path}: holds {made} but no {record}; give another folder")
+        elif there := [name for name in made if (path / name).exists()]:
+            raise UserError(f"--out {path}: holds {there[0]} but no {record}; give another folder")
 
     @contextmanager
     def held(self) -> Iterator[None]:

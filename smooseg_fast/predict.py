@@ -80,7 +80,7 @@ class Predictions(OutFolder):
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]):
-        super().__init__(path, settings, record=RUN, made=MASKS, below=(MASKS, OVERLAYS))
+        super().__init__(path, settings, record=RUN, made=(MASKS, OVERLAYS, SHARES, SHEET), below=(MASKS, OVERLAYS))
         self._journal = Journal(path / DONE)
         self._done = {record.get("stem"): record for record in self._journal.read()}
         self._claimed = False
@@ -114,7 +114,7 @@ def main(args: Sequence[str]) -> None:
     config = parse(PredictConfig, args, prog="python -m smooseg_fast.predict")
     segmenter = load_segmenter(config.checkpoint, config.backbone, config.device, config.backbone_precision)
     root, out = Path(config.images).expanduser(), Path(config.out).expanduser()
-    items = items_below(root, out)
+    items = items_below(root)
     made = Predictions(out, settings(config, segmenter))
     shares = {item.name: found for item in items if (found := made.shares(item)) is not None}
     if shares:
@@ -207,21 +207,19 @@ def draw_sheet(path: Path, done: Sequence[Item], made: Predictions, segmenter: S
     pictures.save(path, groups_sheet(shown(), pictures.palette(segmenter.groups), shares, title))
 
 
-def items_below(root: Path, out: Path) -> list[Item]:
-    """The images at or below `root`, without the masks of a labelled layout and without what lies in `out`. UserError when none is left."""
+def items_below(root: Path) -> list[Item]:
+    """The images at or below `root`, without the masks of a labelled layout. UserError when none is left."""
     layout = recognise(root)
     if layout is not None:  # its label files are images too
         advice = "the pictures alone" if layout.pictures is None else str(layout.pictures)
         raise UserError(f"--images {root}: is {layout.title}, which holds more than pictures; give {advice}")
     found = find_images(root, "--images")
     top = root if root.is_dir() else root.parent
-    real, ours = top.resolve(), [out.resolve() / name for name in (MASKS, OVERLAYS, SHEET)]
     names = [file.relative_to(top) for file in found if not is_label(file, root)]
-    names = [name for name in names if not any((real / name).is_relative_to(path) for path in ours)]
     if not names:
         raise UserError(
-            f"--images {root}: all {len(found)} image files in it are masks, below a labels/ that stands beside an images/, "
-            "or of an earlier prediction; give the folder that holds the pictures"
+            f"--images {root}: all {len(found)} image files in it are masks, below a labels/ that stands beside an images/; "
+            "give the folder that holds the pictures"
         )
     return [Item(top / name, name.as_posix(), stem) for name, stem in zip(names, output_stems(names))]
 
@@ -233,11 +231,12 @@ def is_label(file: Path, root: Path) -> bool:
 
 
 def output_stems(files: Sequence[Path]) -> list[str]:
-    """Names without suffix for what is written, no two alike; a.jpg and a.png beside each other keep theirs."""
-    whole = {file.as_posix() for file in files}
-    stems = Counter(file.with_suffix("").as_posix() for file in files)
-    free = {stem for stem, count in stems.items() if count == 1 and stem not in whole}
-    return [stem if (stem := file.with_suffix("").as_posix()) in free else file.as_posix() for file in files]
+    """Names without suffix for what is written, no two alike, also where capitals make no difference; a.jpg and a.png keep theirs."""
+    whole = {file.as_posix().casefold() for file in files}
+    stems = [file.with_suffix("").as_posix() for file in files]
+    count = Counter(stem.casefold() for stem in stems)
+    taken = whole | {stem for stem in count if count[stem] > 1}
+    return [file.as_posix() if stem.casefold() in taken else stem for file, stem in zip(files, stems)]
 
 
 if __name__ == "__main__":

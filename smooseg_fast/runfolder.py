@@ -18,7 +18,7 @@ class RunFolder(OutFolder):
     """The folder of one run: its settings, heads, state and metrics. UserError when it holds another run."""
 
     def __init__(self, path: Path, config: TrainConfig):
-        super().__init__(path, config.learning(), record=RUN, made=CHECKPOINT, below=(HEADS,))
+        super().__init__(path, config.learning(), record=RUN, made=(CHECKPOINT,), below=(HEADS,))
         self.metrics = Journal(path / METRICS)
         self._heads = {variant.name for variant in config.variants()}
         self.pictures = (GROUPS, CURVES, LADDER) if config.granularity is not None and len(config.granularity) > 1 else (GROUPS, CURVES)

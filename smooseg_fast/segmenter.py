@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 import smooseg_kernels as sk
@@ -16,7 +17,7 @@ from .backbones.base import digest_of
 from .checkpoint import Checkpoint, read_checkpoint
 from .config import TrainConfig
 from .errors import UserError
-from .images import read_image, require_patch
+from .images import as_rgb, read_image, require_patch
 from .model import Head
 from .pickles import is_pickle
 from .published import read_published
@@ -79,8 +80,8 @@ class Segmenter:
         return digest_of(self.head.state_dict(), self.config.resample)
 
     @torch.no_grad()
-    def predict(self, image: np.ndarray | str | Path, *, mirror: bool = True, short_side: int | None = None) -> np.ndarray:
-        """int64 [H,W] labels of an image: uint8 [H,W,3] RGB, uint8 [H,W] grey, or a path.
+    def predict(self, image: np.ndarray | Image.Image | str | Path, *, mirror: bool = True, short_side: int | None = None) -> np.ndarray:
+        """int64 [H,W] labels of an image: uint8 [H,W,3] RGB, uint8 [H,W] grey, a Pillow image as it lies, or a path (upright, by EXIF).
 
         mirror: average the codes with those of the mirrored image, as the paper does (twice the time). short_side: pixels that the
         short side is brought to before features are taken, at least one patch; the evaluation size of training by default. Larger
@@ -96,13 +97,13 @@ class Segmenter:
         labels = sk.assign(found.codes.flatten(0, 1)[None], self.head.teacher, grid=found.codes.shape[:2], size=found.size)
         return labels[0, :H, :W].cpu().numpy()
 
-    def pixels(self, image: np.ndarray | str | Path) -> np.ndarray:
+    def pixels(self, image: np.ndarray | Image.Image | str | Path) -> np.ndarray:
         """uint8 [H,W,3] of what `predict` takes.
 
         ImageError, which is a UserError, for a file that cannot be decoded and for an image smaller than one patch of the backbone;
         UserError for other arrays.
         """
-        pixels = as_rgb(image)
+        pixels = rgb_of(image)
         require_patch(pixels, self.backbone.patch, image if isinstance(image, (str, Path)) else "image")
         return pixels
 
@@ -122,12 +123,15 @@ def project(head: Head, features: Tensor) -> Tensor:
     return head.projection(features.to(head.student.dtype))
 
 
-def as_rgb(image: np.ndarray | str | Path) -> np.ndarray:
+def rgb_of(image: np.ndarray | Image.Image | str | Path) -> np.ndarray:
     if isinstance(image, (str, Path)):
         return read_image(image)
-    image = np.asarray(image)
+    if isinstance(image, Image.Image):  # as an array, one with a palette would be the numbers of its colours
+        return as_rgb(image, image.format)
+    given, image = image, np.asarray(image)
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
-        raise UserError(f"image: must be uint8 [H,W,3] RGB or [H,W] grey, or a path; got {image.dtype} {list(image.shape)}")
+        what = type(given).__name__ if image.dtype == object or not image.ndim else f"{image.dtype} {list(image.shape)}"
+        raise UserError(f"image: must be uint8 [H,W,3] RGB or [H,W] grey, a Pillow image, or a path; got {what}")
     return np.repeat(image[..., None], 3, 2) if image.ndim == 2 else image
 
 

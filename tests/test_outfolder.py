@@ -12,7 +12,7 @@ from smooseg_fast.outfolder import Journal, OutFolder
 
 
 def open_folder(path, **settings):
-    return OutFolder(path, {"a": 1, "b": float("nan"), **settings}, record="r.json", made="things")
+    return OutFolder(path, {"a": 1, "b": float("nan"), **settings}, record="r.json", made=("things", "stuff"))
 
 
 def test_a_folder_takes_the_same_settings_again_and_no_others(tmp_path):
@@ -34,9 +34,10 @@ def test_folders_of_others_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--out .*file: is a file; give a folder"):
         open_folder(tmp_path / "file")
-    (tmp_path / "things").mkdir()
-    with pytest.raises(UserError, match=r"holds things but no r\.json; give another folder"):
-        open_folder(tmp_path)
+    for name in ("stuff", "things"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(UserError, match=rf"holds {name} but no r\.json; give another folder"):
+            open_folder(tmp_path)
     for content in ("{", "[]", '"a"'):
         (tmp_path / "r.json").write_text(content)
         with pytest.raises(UserError, match=r"its r\.json cannot be read .*; give another folder"):

@@ -13,8 +13,9 @@ from test_trainer import SMALL
 from textures import draw
 
 import smooseg_fast
-from smooseg_fast import predict, train
+from smooseg_fast import evaluate, predict, similarity, train
 from smooseg_fast.command import run
+from smooseg_fast.images import find_images
 from smooseg_fast.segmenter import Segmenter
 
 
@@ -212,12 +213,14 @@ def test_a_folder_is_of_one_backbone(labelled, photos, tmp_path, monkeypatch, ca
     assert "holds another run (backbone is" in capsys.readouterr().err
 
 
-def test_masks_of_others_are_not_written_over(trained, photos, capsys):
-    Path("made/masks").mkdir(parents=True)
-    Path("made/masks/0.png").write_bytes(b"drawn by hand")
+@pytest.mark.parametrize("theirs", ["masks/0.png", "overlays/0.jpg", "sheet.jpg", "shares.json"])
+def test_files_of_others_are_not_written_over(trained, photos, capsys, theirs):
+    Path("made", theirs).parent.mkdir(parents=True)
+    Path("made", theirs).write_bytes(b"drawn by hand")
     assert call(trained, photos, "made") == 2
-    assert "error: --out made: holds masks but no predict.json; give another folder" in capsys.readouterr().err
-    assert content("made") == {"masks/0.png": b"drawn by hand"}
+    name = theirs.split("/")[0]
+    assert f"error: --out made: holds {name} but no predict.json; give another folder" in capsys.readouterr().err
+    assert content("made") == {theirs: b"drawn by hand"}
 
 
 def test_an_image_that_changed_is_done_again(trained, photos, segmented):
@@ -312,6 +315,15 @@ def test_no_two_images_share_a_mask():
     names = ["a.jpg", "a.png", "a.jpg.png", "b.jpg", "b.jpg.tif", "c/a.jpg", "d.png"]
     stems = predict.output_stems([Path(name) for name in names])
     assert stems == ["a.jpg", "a.png", "a.jpg.png", "b", "b.jpg.tif", "c/a", "d"]
+    # to the file systems of macOS and Windows IMG.png and img.png are one name
+    assert predict.output_stems([Path("IMG.JPG"), Path("img.png"), Path("x.jpg")]) == ["IMG.JPG", "img.png", "x"]
+
+
+def test_names_as_long_as_a_file_system_takes(trained, photos):
+    for name in ("x" * 251, "\u5199" * 83 + "xx"):
+        shutil.copy(photos / "0.png", photos / f"{name}.png")
+    assert call(trained, photos, "made") == 0
+    assert len(json.load(open("made/shares.json"))["images"]) == 7
 
 
 @pytest.mark.parametrize("out", ["mine/predicted", "mine", "link/made"])
@@ -324,6 +336,24 @@ def test_what_was_made_among_the_images_is_not_taken_for_images(trained, photos,
     shutil.move("mine/0.png", photos / "sub" / "0.png")  # other pictures beside what was made are images as ever
     assert call(trained, "mine", out) == 0
     assert len(segmented) == 6
+
+
+def test_what_any_command_made_among_the_images_is_not_taken_for_images(trained, photos, labelled, monkeypatch, capsys):
+    """A run, two predictions, an evaluation and a look at closeness inside the folder of photos, as from a shell that stands there."""
+    mine = find_images(photos)
+    monkeypatch.chdir(photos)
+    assert run(train.main, ["--data", ".", *SMALL, "--granularity", "0", "0.1"]) == 0
+    checkpoint = "runs/mine/checkpoint.safetensors"
+    assert call(checkpoint, ".", "coarse") == 0
+    assert call(checkpoint, ".", "fine", "--no-mirror") == 0
+    assert run(evaluate.main, ["--checkpoint", checkpoint, "--data", str(labelled)]) == 0
+    assert run(similarity.main, ["--checkpoint", checkpoint, "--data", "."]) == 0
+    pictures = [file for file in photos.rglob("*") if file.suffix in (".png", ".jpg")]
+    assert len(pictures) == 6 + 3 + 2 * (5 + 5 + 1) + 2
+    assert find_images(photos) == mine
+    capsys.readouterr()
+    assert call(checkpoint, "coarse", "again") == 2
+    assert "found only other files (2 .json, 1 .jsonl), beside what a command made of others (masks, over" in capsys.readouterr().err
 
 
 def test_images_of_two_commands_in_one_folder(trained, photos, segmented):

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from test_trainer import SMALL
 from textures import draw
 
 import smooseg_fast
-from smooseg_fast import evaluate, predict, train, trainer
+from smooseg_fast import evaluate, images, predict, train, trainer
 from smooseg_fast.checkpoint import KEY, read_checkpoint
 from smooseg_fast.command import run
 from smooseg_fast.mosaic import Mosaic
@@ -71,6 +72,38 @@ def test_any_size(trained, shape):
     assert labels.shape == shape
     assert labels.min() >= 0
     assert labels.max() < segmenter.groups
+
+
+def test_a_pillow_image_is_the_picture_that_it_shows(trained, tmp_path):
+    segmenter = smooseg_fast.Segmenter.load(trained, device="cpu")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned, for whoever asks
+    Image.fromarray(draw(0, 64, 96)[0]).save(tmp_path / "x.png", exif=exif)
+    colours, turned = Image.open(tmp_path / "x.png"), segmenter.predict(tmp_path / "x.png")
+    assert turned.shape == (96, 64)
+    assert (segmenter.predict(colours) == segmenter.predict(np.array(colours))).all()
+    assert segmenter.predict(colours).shape == (64, 96)
+    for other in (colours.convert("CMYK"), colours.convert("RGBA"), colours.convert("1"), colours.convert("L").convert("I")):
+        assert (segmenter.predict(other) == segmenter.predict(images.as_rgb(other, None))).all()
+    reduced = colours.quantize(200)
+    assert (segmenter.predict(reduced) == segmenter.predict(np.array(reduced.convert("RGB")))).all()
+
+
+@pytest.mark.parametrize(
+    ("image", "got"),
+    [
+        (np.zeros((64, 64, 4), np.uint8), r"uint8 \[64, 64, 4\]"),
+        (np.zeros((64, 64, 3)), r"float64 \[64, 64, 3\]"),
+        (None, "NoneType"),
+        (5, "int"),
+        ([Path("a.png")], "list"),
+        ([[1, 2]], r"int64 \[1, 2\]"),
+    ],
+)
+def test_what_is_no_image_is_named(trained, image, got):
+    segmenter = smooseg_fast.Segmenter.load(trained, device="cpu")
+    with pytest.raises(smooseg_fast.UserError, match=rf"^image: must be uint8 \[H,W,3\] RGB or .*, a Pillow image, or a path; got {got}$"):
+        segmenter.predict(image)
 
 
 @pytest.mark.parametrize("shape", [(7, 200), (200, 7), (1, 1), (0, 50)])

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from . import evaluation, pictures
+from . import charts, evaluation, pictures
 from .checkpoint import Checkpoint
 from .command import load_segmenter, parse, run
 from .config import TrainConfig, preset
@@ -98,7 +98,7 @@ def main(args: Sequence[str], processes: Processes = ALONE) -> None:
         "confusion": counts.tolist(),
     }
     write_json(out / "scores.json", summary)
-    pictures.save(out / "confusion.png", pictures.confusion_picture(counts, matched["hungarian"], names))
+    pictures.save(out / "confusion.png", charts.confusion_picture(counts, matched["hungarian"], names))
     print(table(matched, names))
     print(
         f"\n{len(store)} images of {dataset.name}, {matched['hungarian'].pixels:,} labelled pixels at {size} px, "

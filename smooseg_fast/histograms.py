@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .pictures import BLUES, GREY, INK, MARK, PAPER, plain_axes, under_title
+from .charts import BLUES, MARK, plain_axes, under_title
+from .pictures import GREY, INK, PAPER
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from PIL.Image import Image
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from . import evaluation, pictures
+from . import charts, evaluation, pictures
 from .backbones import Backbone
 from .backbones.base import reason
 from .checkpoint import Checkpoint
@@ -207,7 +207,7 @@ class Summary:
     def curves_picture(self) -> Image:
         """Of the default head."""
         records = [record for record in self.records if record["head"] == self.default.name]
-        return pictures.curves_picture(records, PANELS, str(self.folder.path))
+        return charts.curves_picture(records, PANELS, str(self.folder.path))
 
     def shown(self, count: int) -> Iterator[tuple[str, np.ndarray]]:
         """Names and pixels of images evenly spaced over those whose features could be taken."""

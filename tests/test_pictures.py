@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import struct
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 from scipy import ndimage
 
-from smooseg_fast import pictures
+from smooseg_fast import lettering, pictures
 from smooseg_fast.errors import UserError
-from smooseg_fast.metrics import hungarian, majority
-from smooseg_fast.pictures import confusion_picture, contact_sheet, curves_picture, overlay, palette, save, write_mask
+from smooseg_fast.pictures import contact_sheet, overlay, palette, save, write_mask
 from smooseg_fast.sheet import groups_sheet, thumbnails
 
 # linear RGB as seen without the long- and without the medium-wave cones (Machado et al. 2009, severity 1)
@@ -40,16 +37,16 @@ def closest(colours, seen=None):
     encoded = (lambda v: np.where(v <= 0.0031308, 12.92 * v, 1.055 * v ** (1 / 2.4) - 0.055))(
         (linear if seen is None else linear @ seen.T).clip(0, 1)
     )
-    lab = pictures._to_oklab(255 * encoded)
+    lab = pictures.to_oklab(255 * encoded)
     distance = np.linalg.norm(lab[:, None] - lab[None], axis=-1)
     return distance[np.triu_indices(len(colours), 1)].min()
 
 
 def test_oklab_against_published_values():
-    np.testing.assert_allclose(pictures._to_oklab(np.array([255, 0, 0])), [0.62796, 0.22486, 0.12585], atol=1e-4)
-    np.testing.assert_allclose(pictures._to_oklab(np.array([255, 255, 255])), [1, 0, 0], atol=1e-4)
+    np.testing.assert_allclose(pictures.to_oklab(np.array([255, 0, 0])), [0.62796, 0.22486, 0.12585], atol=1e-4)
+    np.testing.assert_allclose(pictures.to_oklab(np.array([255, 255, 255])), [1, 0, 0], atol=1e-4)
     for colour in palette(30)[::7]:
-        assert (pictures._from_oklab(*pictures._to_oklab(colour)) == colour).all()
+        assert (pictures._from_oklab(*pictures.to_oklab(colour)) == colour).all()
 
 
 def test_palette_is_distinct_and_does_not_move():
@@ -266,98 +263,14 @@ def test_sheet_refuses():
 
 def test_long_text_loses_its_middle():
     text = "folder/" + "x" * 200 + "/IMG_0001.jpg"
-    short = pictures._shorten(text, 15, False, 200)
+    short = lettering.shorten(text, 15, False, 200)
     head, tail = short.split("…")
     assert text.startswith(head)
     assert text.endswith(tail)
     assert 0 <= len(head) - len(tail) <= 1
-    assert 180 < pictures._length(short, 15) <= 200
-    assert pictures._shorten("fits", 15, False, 200) == "fits"
-    assert pictures._shorten(text, 15, False, 1) == "…"
-
-
-def outlined(picture):
-    return len(boxes(picture, rgb(pictures.MARK))) - 1  # one is the key's
-
-
-@pytest.mark.parametrize(("K", "C"), [(1, 3), (3, 3), (3, 1), (27, 27), (64, 27), (5, 40), (150, 2)])
-def test_confusion_picture_outlines_what_counts_as_right(K, C):
-    rng = np.random.default_rng(0)
-    counts = rng.integers(1, 40, (K, C))
-    counts[np.arange(min(K, C)), rng.permutation(C)[: min(K, C)]] += 1000
-    for scores in (hungarian(counts), majority(counts)):
-        picture = confusion_picture(counts, scores, [NASTY_NAMES[c % 6] for c in range(C)])
-        assert outlined(picture) == sum(c >= 0 for c in scores.mapping)
-        pixels = np.asarray(picture)
-        assert (pixels[:, -20:] == 255).all()
-        assert (pixels[:, :20] == 255).all()
-
-
-def test_confusion_picture_colours_cells_by_share():
-    counts = np.array([[10, 40], [30, 0]])  # cluster 1 is class 0 (75 %), cluster 0 is class 1 (100 %)
-    picture = confusion_picture(counts, hungarian(counts), ["sky", "road"])
-    first, second = sorted(boxes(picture, rgb(pictures.MARK)))[:2]
-    pixels = np.asarray(picture)
-    inside = [tuple(pixels[box[0] + 4, box[1] + 4]) for box in (first, second)]
-    assert inside == [pictures._shade(0.75), pictures._shade(1.0)]
-    assert tuple(pixels[first[0] + 4, second[1] + 4]) == pictures._shade(0.25)  # a row is a class
-    assert tuple(pixels[second[0] + 4, first[1] + 4]) == pictures._shade(0.0)
-    assert second[1] > first[1]  # the columns follow the classes
-
-
-def test_shade_darkens_from_end_to_end():
-    assert (pictures._shade(0), pictures._shade(1)) == (rgb(pictures.BLUES[0]), rgb(pictures.BLUES[-1]))
-    luminance = [sum(pictures._shade(share)) for share in np.linspace(0, 1, 50)]
-    assert (np.diff(luminance) < 0).all()
-
-
-def test_confusion_picture_of_absent_classes_and_nothing():
-    counts = np.array([[5, 0], [3, 0]])
-    assert outlined(confusion_picture(counts, hungarian(counts))) == 1
-    empty = np.zeros((2, 3), int)
-    assert outlined(confusion_picture(empty, hungarian(empty))) == 0
-    with pytest.raises(ValueError, match="do not fit"):
-        confusion_picture(empty, hungarian(counts))
-    with pytest.raises(ValueError, match="do not fit"):
-        confusion_picture(counts, hungarian(counts), ["one"])
-
-
-def test_points_skip_what_is_no_number():
-    nan, inf = float("nan"), float("inf")
-    records = [{"step": i, "loss": v} for i, v in enumerate([1.0, nan, None, inf, "x", [1.0], 2])]
-    assert pictures._points([{"loss": 5.0}, {"step": 9}, *records], "loss") == [(0, 1.0), (6, 2)]
-
-
-def test_curves_draw_only_what_was_recorded():
-    records = [{"step": i, "loss": 1 / (i + 1), "gone": None, "share": 0.5} for i in range(30)]
-    one = curves_picture(records, {"loss": ["loss", "never"]})
-    assert one.size == curves_picture(records, {"loss": ["loss"], "empty": ["gone", "never"]}).size
-    assert np.array_equal(one, curves_picture(records, {"loss": ["loss"], "empty": ["gone"]}))  # nothing of the absent keys
-    two = curves_picture(records, {"loss": ["loss"], "shares": ["share"]})
-    assert two.width == 2 * one.width
-    assert (np.asarray(one) == palette(1)[0]).all(-1).sum() > 100  # the curve itself
-    assert curves_picture(records, {"loss": ["loss"]}, "title").height > one.height
-
-
-def test_curves_at_the_edges():
-    blank = curves_picture([], {"loss": ["loss"]}, "nothing")
-    assert (np.asarray(blank) != 255).any()
-    single = curves_picture([{"step": 7, "loss": 0.0}], {"a $x_": ["loss"]}, NASTY_NAMES[2])
-    assert (np.asarray(single) == palette(1)[0]).all(-1).any()
-    many = {f"share {k}": k / 30 for k in range(30)}
-    records = [{"step": i, **many} for i in range(3)]
-    crowd = np.asarray(curves_picture(records, {"shares": list(many)}))
-    assert (crowd == rgb(pictures.RULE)).all(-1).sum() > 1000  # the curves beyond the named ones are grey
-
-
-def test_spread_keeps_order_and_distance():
-    assert pictures._spread([0.1, 0.5, 0.9], 0.1) == [0.1, 0.5, 0.9]
-    for heights in ([0.5] * 5, [0.97, 0.98, 0.99], [0.0] * 40):
-        placed = pictures._spread(heights, 0.1)
-        gaps = np.diff(placed)
-        assert (gaps >= min(0.1, 1 / (len(heights) - 1)) - 1e-9).all()
-        assert placed[0] >= -1e-9
-        assert placed[-1] <= 1 + 1e-9
+    assert 180 < lettering.length(short, 15) <= 200
+    assert lettering.shorten("fits", 15, False, 200) == "fits"
+    assert lettering.shorten(text, 15, False, 1) == "…"
 
 
 def test_save_by_suffix(tmp_path):
@@ -372,12 +285,3 @@ def test_save_by_suffix(tmp_path):
         with pytest.raises(UserError, match=f"{name}: pictures are written as .png"):
             save(tmp_path / name, image)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.PNG", "grey.jpg", "sub"]
-
-
-def test_matplotlib_comes_late_and_without_pyplot():
-    code = (
-        "import sys, numpy as np; from smooseg_fast import pictures as p\n"
-        "i = np.zeros((4, 4, 3), np.uint8); p.overlay(i, i[..., 0], p.palette(30)); assert 'matplotlib' not in sys.modules\n"
-        "p.curves_picture([{'step': 1, 'a': 1.0}], {'a': ['a']}); assert 'matplotlib.pyplot' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,0 +1,79 @@
+"""Text in pictures: one line of any language, as long as there is room."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from pathlib import Path
+
+from PIL import ImageDraw, ImageFont
+
+# for what DejaVu Sans lacks (Chinese, Japanese, Korean): the usual fonts of Linux, macOS and Windows
+_WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "DroidSansFallbackFull.ttf", "Arial Unicode.ttf", "msyh.ttc", "malgun.ttf")
+
+
+def length(text: str, size: int, bold: bool = False) -> int:
+    """Pixels that `text` takes."""
+    text = _clean(text)
+    return math.ceil(_font(text, size, bold).getlength(text))
+
+
+def shorten(text: str, size: int, bold: bool, room: float) -> str:
+    """`text`, or its two ends around an ellipsis: the ends of a path say most."""
+    if length(text, size, bold) <= room:
+        return text
+    fits, longer = 0, len(text)
+    while longer - fits > 1:
+        keep = (fits + longer) // 2
+        shorter = text[: keep - keep // 2] + "…" + text[len(text) - keep // 2 :]
+        fits, longer = (keep, longer) if length(shorter, size, bold) <= room else (fits, keep)
+    return text[: fits - fits // 2] + "…" + text[len(text) - fits // 2 :]
+
+
+def write(
+    draw: ImageDraw.ImageDraw,
+    at: tuple[float, float],
+    text: str,
+    size: int,
+    ink: str,
+    *,
+    bold: bool = False,
+    room: float = math.inf,
+    anchor: str = "lm",
+) -> None:
+    """`text` on `draw` with its `anchor` (as Pillow names them) at `at`; what is wider than `room` pixels loses its middle."""
+    text = _clean(shorten(text, size, bold, room))
+    draw.text(at, text, fill=ink, font=_font(text, size, bold), anchor=anchor)
+
+
+def _clean(text: str) -> str:
+    """One printable line: file names can hold line breaks and bytes that are no text."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in text)
+
+
+@lru_cache(maxsize=2)
+def _dejavu(bold: bool) -> tuple[str, frozenset[int]]:
+    """The font that comes with matplotlib, and the characters it has: Latin, Greek, Cyrillic, Arabic, Hebrew and most signs."""
+    import matplotlib
+    from matplotlib.ft2font import FT2Font
+
+    path = str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"))
+    return path, frozenset(FT2Font(path).get_charmap())
+
+
+@lru_cache(maxsize=1)
+def _wide_font() -> str | None:
+    for name in _WIDE_FONTS:
+        try:
+            return str(ImageFont.truetype(name, 12).path)
+        except OSError:
+            continue
+    return None
+
+
+_truetype = lru_cache(maxsize=32)(ImageFont.truetype)
+
+
+def _font(text: str, size: int, bold: bool) -> ImageFont.FreeTypeFont:
+    path, known = _dejavu(bold)
+    return _truetype(path if known.issuperset(map(ord, text)) else _wide_font() or path, size)

@@ -1,0 +1,106 @@
+"""What charts show: outlined cells, shares as colours, curves of what was recorded alone."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from test_pictures import NASTY_NAMES, boxes, rgb
+
+from smooseg_fast import charts
+from smooseg_fast.charts import confusion_picture, curves_picture
+from smooseg_fast.metrics import hungarian, majority
+from smooseg_fast.pictures import palette
+
+
+def outlined(picture):
+    return len(boxes(picture, rgb(charts.MARK))) - 1  # one is the key's
+
+
+@pytest.mark.parametrize(("K", "C"), [(1, 3), (3, 3), (3, 1), (27, 27), (64, 27), (5, 40), (150, 2)])
+def test_confusion_picture_outlines_what_counts_as_right(K, C):
+    rng = np.random.default_rng(0)
+    counts = rng.integers(1, 40, (K, C))
+    counts[np.arange(min(K, C)), rng.permutation(C)[: min(K, C)]] += 1000
+    for scores in (hungarian(counts), majority(counts)):
+        picture = confusion_picture(counts, scores, [NASTY_NAMES[c % 6] for c in range(C)])
+        assert outlined(picture) == sum(c >= 0 for c in scores.mapping)
+        pixels = np.asarray(picture)
+        assert (pixels[:, -20:] == 255).all()
+        assert (pixels[:, :20] == 255).all()
+
+
+def test_confusion_picture_colours_cells_by_share():
+    counts = np.array([[10, 40], [30, 0]])  # cluster 1 is class 0 (75 %), cluster 0 is class 1 (100 %)
+    picture = confusion_picture(counts, hungarian(counts), ["sky", "road"])
+    first, second = sorted(boxes(picture, rgb(charts.MARK)))[:2]
+    pixels = np.asarray(picture)
+    inside = [tuple(pixels[box[0] + 4, box[1] + 4]) for box in (first, second)]
+    assert inside == [charts._shade(0.75), charts._shade(1.0)]
+    assert tuple(pixels[first[0] + 4, second[1] + 4]) == charts._shade(0.25)  # a row is a class
+    assert tuple(pixels[second[0] + 4, first[1] + 4]) == charts._shade(0.0)
+    assert second[1] > first[1]  # the columns follow the classes
+
+
+def test_shade_darkens_from_end_to_end():
+    assert (charts._shade(0), charts._shade(1)) == (rgb(charts.BLUES[0]), rgb(charts.BLUES[-1]))
+    luminance = [sum(charts._shade(share)) for share in np.linspace(0, 1, 50)]
+    assert (np.diff(luminance) < 0).all()
+
+
+def test_confusion_picture_of_absent_classes_and_nothing():
+    counts = np.array([[5, 0], [3, 0]])
+    assert outlined(confusion_picture(counts, hungarian(counts))) == 1
+    empty = np.zeros((2, 3), int)
+    assert outlined(confusion_picture(empty, hungarian(empty))) == 0
+    with pytest.raises(ValueError, match="do not fit"):
+        confusion_picture(empty, hungarian(counts))
+    with pytest.raises(ValueError, match="do not fit"):
+        confusion_picture(counts, hungarian(counts), ["one"])
+
+
+def test_points_skip_what_is_no_number():
+    nan, inf = float("nan"), float("inf")
+    records = [{"step": i, "loss": v} for i, v in enumerate([1.0, nan, None, inf, "x", [1.0], 2])]
+    assert charts._points([{"loss": 5.0}, {"step": 9}, *records], "loss") == [(0, 1.0), (6, 2)]
+
+
+def test_curves_draw_only_what_was_recorded():
+    records = [{"step": i, "loss": 1 / (i + 1), "gone": None, "share": 0.5} for i in range(30)]
+    one = curves_picture(records, {"loss": ["loss", "never"]})
+    assert one.size == curves_picture(records, {"loss": ["loss"], "empty": ["gone", "never"]}).size
+    assert np.array_equal(one, curves_picture(records, {"loss": ["loss"], "empty": ["gone"]}))  # nothing of the absent keys
+    two = curves_picture(records, {"loss": ["loss"], "shares": ["share"]})
+    assert two.width == 2 * one.width
+    assert (np.asarray(one) == palette(1)[0]).all(-1).sum() > 100  # the curve itself
+    assert curves_picture(records, {"loss": ["loss"]}, "title").height > one.height
+
+
+def test_curves_at_the_edges():
+    blank = curves_picture([], {"loss": ["loss"]}, "nothing")
+    assert (np.asarray(blank) != 255).any()
+    single = curves_picture([{"step": 7, "loss": 0.0}], {"a $x_": ["loss"]}, NASTY_NAMES[2])
+    assert (np.asarray(single) == palette(1)[0]).all(-1).any()
+    many = {f"share {k}": k / 30 for k in range(30)}
+    records = [{"step": i, **many} for i in range(3)]
+    crowd = np.asarray(curves_picture(records, {"shares": list(many)}))
+    assert (crowd == rgb(charts.RULE)).all(-1).sum() > 1000  # the curves beyond the named ones are grey
+
+
+def test_spread_keeps_order_and_distance():
+    assert charts._spread([0.1, 0.5, 0.9], 0.1) == [0.1, 0.5, 0.9]
+    for heights in ([0.5] * 5, [0.97, 0.98, 0.99], [0.0] * 40):
+        placed = charts._spread(heights, 0.1)
+        gaps = np.diff(placed)
+        assert (gaps >= min(0.1, 1 / (len(heights) - 1)) - 1e-9).all()
+        assert placed[0] >= -1e-9
+        assert placed[-1] <= 1 + 1e-9
+
+
+def test_matplotlib_comes_late_and_without_pyplot():
+    code = (
+        "import sys, numpy as np; from smooseg_fast import charts as c, pictures as p\n"
+        "i = np.zeros((4, 4, 3), np.uint8); p.overlay(i, i[..., 0], p.palette(30)); assert 'matplotlib' not in sys.modules\n"
+        "c.curves_picture([{'step': 1, 'a': 1.0}], {'a': ['a']}); assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -14,7 +14,7 @@ import tyro
 from tqdm import tqdm
 
 from . import pictures
-from .command import load_segmenter, parse, run
+from .command import load_segmenter, parse, printable, run
 from .datasets import recognise
 from .errors import UserError
 from .evaluation import spread
@@ -176,7 +176,7 @@ def segment(
                 labels = segmenter.predict(image, mirror=config.mirror, short_side=config.short_side).astype(np.uint8)
             except ImageError as error:
                 skipped[item.name] = error.reason
-                tqdm.write(f"skipped: {error}", file=sys.stderr)
+                tqdm.write(printable(f"skipped: {item.file}: {error.reason}; {error.advice}"), file=sys.stderr)
             else:
                 shares[item.name] = made.write(item, stamp, image, labels, colours)
             bar.update()

@@ -17,7 +17,7 @@ from .backbones.base import digest_of
 from .checkpoint import Checkpoint, read_checkpoint
 from .config import TrainConfig
 from .errors import UserError
-from .images import as_rgb, read_image, require_patch
+from .images import ImageError, as_rgb, read_image, require_patch
 from .model import Head
 from .pickles import is_pickle
 from .published import read_published
@@ -92,7 +92,11 @@ class Segmenter:
         patch = self.backbone.patch
         if side < patch:
             raise UserError(f"--short-side: must be at least one patch, {patch} pixels, got {side}")
-        found = code_map(pixels, self.codes, patch, short_side=side, resample=self.config.resample, mirror=mirror)
+        try:
+            found = code_map(pixels, self.codes, patch, short_side=side, resample=self.config.resample, mirror=mirror)
+        except MemoryError as error:
+            reason = f"does not fit into memory with its short side at {side} pixels"
+            raise ImageError(_name(image), reason, "give a smaller --short-side, or cut it into tiles") from error
         H, W = pixels.shape[:2]
         labels = sk.assign(found.codes.flatten(0, 1)[None], self.head.teacher, grid=found.codes.shape[:2], size=found.size)
         return labels[0, :H, :W].cpu().numpy()
@@ -104,7 +108,7 @@ class Segmenter:
         UserError for other arrays.
         """
         pixels = rgb_of(image)
-        require_patch(pixels, self.backbone.patch, image if isinstance(image, (str, Path)) else "image")
+        require_patch(pixels, self.backbone.patch, _name(image))
         return pixels
 
     def codes(self, images: Tensor) -> Tensor:
@@ -133,6 +137,11 @@ def rgb_of(image: np.ndarray | Image.Image | str | Path) -> np.ndarray:
         what = type(given).__name__ if image.dtype == object or not image.ndim else f"{image.dtype} {list(image.shape)}"
         raise UserError(f"image: must be uint8 [H,W,3] RGB or [H,W] grey, a Pillow image, or a path; got {what}")
     return np.repeat(image[..., None], 3, 2) if image.ndim == 2 else image
+
+
+def _name(image: np.ndarray | Image.Image | str | Path) -> str | Path:
+    """What an error calls an image."""
+    return image if isinstance(image, (str, Path)) else "image"
 
 
 def _beside(checkpoint: Path, name: str) -> str:

@@ -13,7 +13,7 @@ from test_trainer import SMALL
 from textures import draw
 
 import smooseg_fast
-from smooseg_fast import evaluate, predict, similarity, train
+from smooseg_fast import evaluate, predict, segmenter, similarity, train
 from smooseg_fast.command import run
 from smooseg_fast.images import find_images
 from smooseg_fast.segmenter import Segmenter
@@ -317,6 +317,22 @@ def test_no_two_images_share_a_mask():
     assert stems == ["a.jpg", "a.png", "a.jpg.png", "b", "b.jpg.tif", "c/a", "d"]
     # to the file systems of macOS and Windows IMG.png and img.png are one name
     assert predict.output_stems([Path("IMG.JPG"), Path("img.png"), Path("x.jpg")]) == ["IMG.JPG", "img.png", "x"]
+
+
+def test_what_does_not_fit_into_memory_is_skipped_and_said_in_one_line(trained, photos, monkeypatch, capsys):
+    shutil.move(photos / "3.png", photos / "new\nline\x1b[2J.png")
+    plain = segmenter.code_map
+
+    def full(image, *args, **options):
+        monkeypatch.setattr(segmenter, "code_map", plain)
+        raise MemoryError
+
+    monkeypatch.setattr(segmenter, "code_map", full)
+    assert call(trained, photos, "made") == 0
+    assert len(json.load(open("made/shares.json"))["images"]) == 4
+    small, broken = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped: ")]
+    assert small.startswith(f"skipped: {photos / '0.png'}: does not fit into memory with its short side at 64 pixels; give a smaller")
+    assert "new line?[2J.png: not an image of a kind that can be read" in broken
 
 
 def test_names_as_long_as_a_file_system_takes(trained, photos):

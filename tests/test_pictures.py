@@ -222,7 +222,7 @@ def test_groups_sheet_shows_every_image_its_overlay_and_its_groups(count, across
     assert [len(row) for row in rows] == [3 * across] * (count // across) + [3] * (count % across)
     assert columns == ["image", "groups over it", "groups"] * across
     assert "   |   ".join(names) == "   |   ".join(f"{i}.png" for i in range(count))
-    assert [text for _, text in legend] == ["0  50 %", "1  50 %"]  # the third is too small to be named
+    assert [text for _, text in legend] == ["0: 50 %", "1: 50 %"]  # the third is too small to be named
     image, over, flat = rows[0][:3]
     assert (image == red).all()
     assert (over == overlay(red, labels, palette(3))).all()

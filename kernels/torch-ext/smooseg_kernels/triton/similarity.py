@@ -114,38 +114,6 @@ def partner_range(partner_ptr, n, B, ENTRY: tl.constexpr):
 
 
 @triton.jit
-def closeness_block(
-    features_i_ptr,
-    features_j_ptr,
-    norms_j_ptr,
-    inverse_i,
-    shift,
-    start_i,
-    start_j,
-    P,
-    stride_fp,
-    D: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    FEATURE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """W of two images' patches from start_i and start_j on, [BLOCK_I, BLOCK_J] fp32.
-
-    The norms divide the products: features are read as they are.
-    """
-    products = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
-    for first in range(0, D, BLOCK_D):
-        f_i = feature_block(features_i_ptr, start_i, first, P, stride_fp, D, BLOCK_I, BLOCK_D).to(FEATURE)
-        f_j = feature_block(features_j_ptr, start_j, first, P, stride_fp, D, BLOCK_J, BLOCK_D).to(FEATURE)
-        products = tl.dot(f_i, tl.trans(f_j), products, input_precision=PRECISION)
-    j = start_j + tl.arange(0, BLOCK_J)
-    inverse_j = invert(tl.load(norms_j_ptr + j, mask=j < P, other=0.0))
-    return products * inverse_i[:, None] * inverse_j[None, :] + shift[:, None]
-
-
-@triton.jit
 def row_shift(
     features_ptr,
     inverse,
@@ -167,76 +135,10 @@ def row_shift(
 
 
 @triton.jit
-def similarity_histogram_kernel(
-    features_ptr,  # [B,P,D]
-    norms_ptr,  # [B,P] fp32
-    u_ptr,  # [B,D] fp32: mean unit rows
-    weight_ptr,  # [B,P] fp32
-    partner_ptr,  # [B] int64
-    mean_ptr,  # [] fp32: M of this pair set
-    counts_ptr,  # [BINS] int64 in and out
-    B,
-    P,
-    low,
-    scale,  # bins / (high - low)
-    stride_fb,
-    stride_fp,
-    D: tl.constexpr,
-    ENTRY: tl.constexpr,
-    BINS: tl.constexpr,
-    CENTER: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    BLOCK_BINS: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    FEATURE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    n = tl.program_id(1).to(tl.int64)
-    start_i = tl.program_id(0) * BLOCK_I
-    i, column = start_i + tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_J)
-    here_ptr = features_ptr + n * stride_fb
-    inverse = invert(tl.load(norms_ptr + n * P + i, mask=i < P, other=0.0))
-    counted = i < P
-    if HAS_WEIGHT:
-        counted = counted & (tl.load(weight_ptr + n * P + i, mask=i < P, other=0.0) > 0)
-    mean = tl.load(mean_ptr)
-    counts = tl.zeros((BLOCK_BINS,), tl.int64)
-    first, end = partner_range(partner_ptr, n, B, ENTRY)
-    for image in range(first, end):
-        if (ENTRY != OTHERS) | (image != n):
-            other = tl.cast(image, tl.int64)
-            shift = row_shift(here_ptr, inverse, u_ptr + other * D, mean, start_i, P, stride_fp, D, CENTER, BLOCK_I, BLOCK_D)
-            for start in range(0, P, BLOCK_J):
-                j = start + column
-                there_ptr = features_ptr + other * stride_fb
-                w = closeness_block(
-                    here_ptr,
-                    there_ptr,
-                    norms_ptr + other * P,
-                    inverse,
-                    shift,
-                    start_i,
-                    start,
-                    P,
-                    stride_fp,
-                    D,
-                    BLOCK_I,
-                    BLOCK_J,
-                    BLOCK_D,
-                    FEATURE,
-                    PRECISION,
-                )
-                valid = j < P
-                if HAS_WEIGHT:
-                    valid = valid & (tl.load(weight_ptr + other * P + j, mask=j < P, other=0.0) > 0)
-                place = tl.minimum(tl.maximum((w - low) * scale, 0.0), BINS - 1).to(tl.int32)
-                size: tl.constexpr = BLOCK_I * BLOCK_J
-                both = tl.reshape(counted[:, None] & valid[None, :], (size,))
-                counts += tl.histogram(tl.reshape(place, (size,)), BLOCK_BINS, mask=both).to(tl.int64)
-    bins = tl.arange(0, BLOCK_BINS)
-    tl.atomic_add(counts_ptr + bins, counts, mask=(bins < BINS) & (counts > 0), sem="relaxed")
+def counted_places(w, low, scale, both, BINS: tl.constexpr, BLOCK_BINS: tl.constexpr, SIZE: tl.constexpr):
+    """The histogram of a block, of the pairs in `both`; what lies beyond the limits goes to the end bins."""
+    place = tl.minimum(tl.maximum((w - low) * scale, 0.0), BINS - 1).to(tl.int32)
+    return tl.histogram(tl.reshape(place, (SIZE,)), BLOCK_BINS, mask=tl.reshape(both, (SIZE,))).to(tl.int64)
 
 
 @triton.jit
@@ -247,24 +149,42 @@ def sortable(values):
 
 
 @triton.jit
-def similarity_neighbours_kernel(
+def kept_keys(best, keys):
+    """The largest keys of each row of both, in as many places as `best` has."""
+    top, worst = tl.max(keys, 1), tl.min(best, 1)
+    # each turn moves one key a row; after the first blocks hardly any is better than what is kept
+    while tl.max((top > worst).to(tl.int32), 0) > 0:
+        better = (top > worst)[:, None]
+        best = tl.where(better & (best == worst[:, None]), top[:, None], best)
+        keys = tl.where(keys == top[:, None], NOTHING, keys)
+        top, worst = tl.max(keys, 1), tl.min(best, 1)
+    return best
+
+
+@triton.jit
+def similarity_blocks_kernel(
     features_ptr,  # [B,P,D]
     norms_ptr,  # [B,P] fp32
     u_ptr,  # [B,D] fp32: mean unit rows
     weight_ptr,  # [B,P] fp32
     partner_ptr,  # [B] int64
-    mean_ptr,  # [] fp32
-    values_ptr,  # [B,P,K] fp32 out
-    indices_ptr,  # [B,P,K] int64 out: image * P + patch
+    mean_ptr,  # [] fp32: M of this pair set
+    counts_ptr,  # [BINS] int64 in and out, with BINS
+    values_ptr,  # [B,P,K] fp32 out, with K
+    indices_ptr,  # [B,P,K] int64 out, with K: image * P + patch
     B,
     P,
+    low,
+    scale,  # bins / (high - low)
     stride_fb,
     stride_fp,
     D: tl.constexpr,
-    K: tl.constexpr,
+    BINS: tl.constexpr,  # of the histogram, or 0
+    K: tl.constexpr,  # neighbours, or 0; one of the two at a time
     ENTRY: tl.constexpr,
     CENTER: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
+    BLOCK_BINS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
@@ -278,56 +198,54 @@ def similarity_neighbours_kernel(
     here_ptr = features_ptr + n * stride_fb
     inverse = invert(tl.load(norms_ptr + n * P + i, mask=i < P, other=0.0))
     mean = tl.load(mean_ptr)
-    # empty places differ, so that no two keys of a row are alike
-    best = tl.full((BLOCK_I, BLOCK_K), NOTHING, tl.int64) + tl.arange(0, BLOCK_K)[None, :].to(tl.int64)
+    if BINS > 0:
+        counted = i < P
+        if HAS_WEIGHT:
+            counted = counted & (tl.load(weight_ptr + n * P + i, mask=i < P, other=0.0) > 0)
+        counts = tl.zeros((BLOCK_BINS,), tl.int64)
+    else:
+        # empty places differ, so that no two keys of a row are alike
+        best = tl.full((BLOCK_I, BLOCK_K), NOTHING, tl.int64) + tl.arange(0, BLOCK_K)[None, :].to(tl.int64)
     first, end = partner_range(partner_ptr, n, B, ENTRY)
     for image in range(first, end):
         if (ENTRY != OTHERS) | (image != n):
             other = tl.cast(image, tl.int64)
+            there_ptr = features_ptr + other * stride_fb
             shift = row_shift(here_ptr, inverse, u_ptr + other * D, mean, start_i, P, stride_fp, D, CENTER, BLOCK_I, BLOCK_D)
             for start in range(0, P, BLOCK_J):
                 j = start + column
-                there_ptr = features_ptr + other * stride_fb
-                w = closeness_block(
-                    here_ptr,
-                    there_ptr,
-                    norms_ptr + other * P,
-                    inverse,
-                    shift,
-                    start_i,
-                    start,
-                    P,
-                    stride_fp,
-                    D,
-                    BLOCK_I,
-                    BLOCK_J,
-                    BLOCK_D,
-                    FEATURE,
-                    PRECISION,
-                )
+                # the norms divide the products: features are read as they are
+                products = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
+                for channel in range(0, D, BLOCK_D):
+                    f_i = feature_block(here_ptr, start_i, channel, P, stride_fp, D, BLOCK_I, BLOCK_D).to(FEATURE)
+                    f_j = feature_block(there_ptr, start, channel, P, stride_fp, D, BLOCK_J, BLOCK_D).to(FEATURE)
+                    products = tl.dot(f_i, tl.trans(f_j), products, input_precision=PRECISION)
+                inverse_j = invert(tl.load(norms_ptr + other * P + j, mask=j < P, other=0.0))
+                w = products * inverse[:, None] * inverse_j[None, :] + shift[:, None]
                 valid = j < P
                 if HAS_WEIGHT:
                     valid = valid & (tl.load(weight_ptr + other * P + j, mask=j < P, other=0.0) > 0)
-                candidate = valid[None, :] & ((i[:, None] != j[None, :]) | (other != n))
-                index = INDEX_BITS - (other * P + j)
-                keys = (sortable(w).to(tl.int64) << 32) | index[None, :]
-                keys = tl.where(candidate, keys, NOTHING)
-                top, worst = tl.max(keys, 1), tl.min(best, 1)
-                # each turn moves one key a row; after the first blocks hardly any is better than what is kept
-                while tl.max((top > worst).to(tl.int32), 0) > 0:
-                    better = (top > worst)[:, None]
-                    best = tl.where(better & (best == worst[:, None]), top[:, None], best)
-                    keys = tl.where(keys == top[:, None], NOTHING, keys)
-                    top, worst = tl.max(keys, 1), tl.min(best, 1)
-    for k in range(0, K):
-        key = tl.max(best, 1)
-        best = tl.where(best == key[:, None], NOTHING, best)
-        none = key < NOTHING + BLOCK_K
-        order = (key >> 32).to(tl.int32)
-        value = tl.where(none, float("-inf"), (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True))
-        out = (n * P + i) * K + k
-        tl.store(values_ptr + out, value, mask=i < P)
-        tl.store(indices_ptr + out, tl.where(none, -1, INDEX_BITS - (key & INDEX_BITS)), mask=i < P)
+                if BINS > 0:
+                    both = counted[:, None] & valid[None, :]
+                    counts += counted_places(w, low, scale, both, BINS, BLOCK_BINS, BLOCK_I * BLOCK_J)
+                else:
+                    candidate = valid[None, :] & ((i[:, None] != j[None, :]) | (other != n))
+                    index = INDEX_BITS - (other * P + j)
+                    keys = (sortable(w).to(tl.int64) << 32) | index[None, :]
+                    best = kept_keys(best, tl.where(candidate, keys, NOTHING))
+    if BINS > 0:
+        bins = tl.arange(0, BLOCK_BINS)
+        tl.atomic_add(counts_ptr + bins, counts, mask=(bins < BINS) & (counts > 0), sem="relaxed")
+    else:
+        for k in range(0, K):
+            key = tl.max(best, 1)
+            best = tl.where(best == key[:, None], NOTHING, best)
+            none = key < NOTHING + BLOCK_K
+            order = (key >> 32).to(tl.int32)
+            value = tl.where(none, float("-inf"), (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True))
+            out = (n * P + i) * K + k
+            tl.store(values_ptr + out, value, mask=i < P)
+            tl.store(indices_ptr + out, tl.where(none, -1, INDEX_BITS - (key & INDEX_BITS)), mask=i < P)
 
 
 def excess(bins: int, neighbours: int) -> str | None:
@@ -384,46 +302,38 @@ def similarity_statistics(
             histogram.zero_()
         for t, entry in enumerate(entries):
             table = features if entry in (SELF, ALL) else partners[entry].contiguous()
-            common = (features, norms, u, norms if weight is None else weight, table, mean[t : t + 1])
-            constants = dict(
-                D=D,
-                ENTRY=min(entry, TABLE),
-                CENTER=center,
-                HAS_WEIGHT=weight is not None,
-                FEATURE=operand(features.dtype),
-                PRECISION=precision(features.device),
-            )
-            if bins:
-                settings = config("similarity_histogram", features)
+            # one launch for each: together they would hold more in registers than there are
+            for name, counted, kept in (("similarity_histogram", bins, 0), ("similarity_neighbours", 0, neighbours)):
+                if not counted and not kept:
+                    continue
+                settings = config(name, features)
                 launch(
-                    similarity_histogram_kernel,
+                    similarity_blocks_kernel,
                     (triton.cdiv(P, settings["BLOCK_I"]), B),
-                    *common,
+                    features,
+                    norms,
+                    u,
+                    norms if weight is None else weight,
+                    table,
+                    mean[t : t + 1],
                     histogram[t],
+                    values[t],
+                    indices[t],
                     B,
                     P,
                     low,
                     bins / (high - low),
                     *features.stride()[:2],
-                    BINS=bins,
-                    BLOCK_BINS=max(16, triton.next_power_of_2(bins)),
-                    **constants,
-                    settings=settings,
-                )
-            if neighbours:
-                settings = config("similarity_neighbours", features)
-                launch(
-                    similarity_neighbours_kernel,
-                    (triton.cdiv(P, settings["BLOCK_I"]), B),
-                    *common,
-                    values[t],
-                    indices[t],
-                    B,
-                    P,
-                    *features.stride()[:2],
-                    K=neighbours,
-                    BLOCK_K=triton.next_power_of_2(neighbours),
-                    **constants,
+                    D=D,
+                    BINS=counted,
+                    K=kept,
+                    ENTRY=min(entry, TABLE),
+                    CENTER=center,
+                    HAS_WEIGHT=weight is not None,
+                    BLOCK_BINS=max(16, triton.next_power_of_2(counted)),
+                    BLOCK_K=triton.next_power_of_2(max(kept, 1)),
+                    FEATURE=operand(features.dtype),
+                    PRECISION=precision(features.device),
                     settings=settings,
                 )
     return mean, row_mean, histogram, values, indices

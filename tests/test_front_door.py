@@ -41,7 +41,7 @@ BAD = [
     (dict(thresholds=ones(2, requires_grad=True)), ValueError, "thresholds is a constant"),
     (dict(temperature=0.0), ValueError, "temperature must be a finite number above 0, got 0.0"),
     (dict(channel_scale=ones(3, 69)), ValueError, r"channel_scale must have shape \[3, 70\]"),
-    (dict(patch_weight=-ones(3, 17)), ValueError, "patch_weight must be 0 or more everywhere, got -1.0"),
+    (dict(patch_weight=-ones(3, 17)), ValueError, "patch_weight must be 0 or more everywhere and finite, got -1.0 to -1.0"),
     (dict(feature_norms=ones(3, 17), channel_scale=ones(3, 70)), ValueError, "feature_norms cannot be used with channel_scale"),
     (dict(mean=ones(3)), ValueError, r"mean must have shape \[2\]"),
     (dict(impl="cuda"), ValueError, 'impl must be "auto", "triton", "torch" or "dense", got \'cuda\''),
@@ -89,3 +89,40 @@ ASSIGN_BAD = [
 def test_errors_of_assign(changes, error, message):
     with pytest.raises(error, match=message):
         sk.assign(torch.ones(1, 6, 4), torch.ones(2, 4), **changes)
+
+
+CONSTANT = torch.tensor(0.1, requires_grad=True)
+CONSTANTS = [
+    (dict(thresholds=[CONSTANT, 0.2]), ValueError, "thresholds is a constant"),
+    (dict(thresholds="ab"), TypeError, r"thresholds must be numbers, \[2\], got 'ab'"),
+    (dict(thresholds=[0.1, None]), TypeError, "thresholds must be numbers"),
+    (dict(temperature=CONSTANT), TypeError, "temperature must be a number above 0, a constant of this function, got Tensor"),
+    (dict(temperature="0.1"), TypeError, "temperature must be a number"),
+    (dict(patch_weight=torch.full((3, 17), torch.inf)), ValueError, "patch_weight must be 0 or more everywhere and finite, got inf"),
+    (dict(codes=ones(0, 3, 17, 8), student=ones(0, 5, 8), teacher=ones(0, 5, 8)), ValueError, r"codes must have shape \[H, 3, 17, Z\]"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), CONSTANTS, ids=[m[:40] for _, _, m in CONSTANTS])
+def test_what_would_be_lost_without_a_word_is_an_error(changes, error, message):
+    """A number in a list or a scalar tensor loses its gradient as it becomes a number."""
+    with pytest.raises(error, match=message):
+        call(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), [(dict(grid=3, size=(2, 2)), "grid must be two"), (dict(labels=1, classes="x"), "classes")]
+)
+def test_assign_names_what_is_no_number(changes, message):
+    if "labels" in changes:
+        changes = {**changes, "labels": torch.zeros(1, 6, dtype=torch.int64)}
+    with pytest.raises((TypeError, ValueError), match=message):
+        sk.assign(ones(1, 6, 4), ones(2, 4), **changes)
+
+
+@pytest.mark.parametrize("impl", ["torch", "dense"])
+def test_statistics_of_what_is_not_finite_name_the_features(impl):
+    features = ones(2, 3, 4)
+    features[0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="features must be finite"):
+        sk.similarity_statistics(features, ["self"], impl=impl)

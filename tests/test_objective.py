@@ -256,10 +256,83 @@ def test_the_written_gradient_is_that_of_the_form_that_traces():
     codes = x.codes.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         total = whole(codes)
-    (gradient,) = torch.autograd.grad(total, codes, create_graph=True)
+    (gradient,) = torch.autograd.grad(total, codes, retain_graph=True)
     torch.testing.assert_close(gradient, torch.func.grad(whole)(x.codes.detach()), rtol=1e-4, atol=1e-7)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.square().sum().backward()
+    with pytest.raises(RuntimeError, match='smooseg_loss: impl="torch" has no gradient of its gradient'):
+        torch.autograd.grad(total, codes, create_graph=True)
+
+
+def test_a_second_derivative_of_the_data_term_is_refused():
+    """Its upstream gradient is a constant; what is missing would be taken for zero."""
+    x = make_inputs()
+    student = x.student.requires_grad_()
+    loss = sk.smooseg_loss(x.features, x.codes, student, *x[3:6]).data
+    with pytest.raises(RuntimeError, match="no gradient of its gradient"):
+        torch.autograd.grad(loss, student, create_graph=True)
+
+
+@pytest.mark.parametrize("impl", ["torch", "dense"])
+def test_prototypes_alone_in_float64(impl):
+    """Weights, thresholds and all sums then are too."""
+    x = make_inputs(patch_weight=torch.rand(3, 17, dtype=torch.float64)).to(torch.float32)
+    x = x._replace(student=x.student.double(), teacher=x.teacher.double())
+    got, truth = value_and_grad(x, impl), value_and_grad(x.to(torch.float64), "dense")
+    for name, value in truth.values.items():
+        torch.testing.assert_close(got.values[name], value, rtol=0, atol=1e-12)
+    loss = sk.prototype_loss(x.codes, x.student.float(), x.teacher, patch_weight=x.options["patch_weight"], impl=impl)
+    torch.testing.assert_close(
+        loss, sk.prototype_loss(x.codes.double(), x.student.float(), x.teacher, patch_weight=x.options["patch_weight"])
+    )
+
+
+@pytest.mark.parametrize("impl", ["torch", "dense"])
+@pytest.mark.parametrize("size", [1e-25, 1e20])
+def test_weights_of_any_size(impl, size):
+    """Their products leave fp32's range, their shares do not."""
+    x = make_inputs(T=3, dtype=torch.float32)
+    weight = torch.rand(3, 17, generator=torch.Generator().manual_seed(2))
+    got, truth = (sk.smooseg_loss(*x[:6], patch_weight=weight * factor, impl=impl) for factor in (size, 1.0))
+    torch.testing.assert_close(tuple(got), tuple(truth))
+
+
+@pytest.mark.parametrize("impl", ["torch", "dense"])
+def test_the_measured_mean_keeps_no_graph(impl):
+    """It is logged; a graph behind it would keep every step's arrays."""
+    x = make_inputs()
+    codes = x.codes.requires_grad_()
+    assert not sk.smooseg_loss(x.features, codes, *x[2:6], impl=impl).mean.requires_grad
+    assert not sk.smoothness_energy(x.features, codes, *x[4:6], impl=impl).mean.requires_grad
+
+
+def test_another_default_device():
+    """What is made on the way is made where the inputs are."""
+    x = make_inputs(dtype=torch.float32, channel_scale=torch.rand(3, 70))
+    x = x._replace(features=x.features.half())
+    truth = value_and_grad(x, "torch")
+    torch.set_default_device("meta")
+    try:
+        codes = x.codes.detach().requires_grad_()
+        total = sk.smooseg_loss(x.features, codes, *x[2:6], impl="torch", **x.options).total
+        total.backward()
+        weighted = torch.ones(3, 17, device="cpu")
+        sk.smooseg_loss(x.features.float(), codes, *x[2:6], patch_weight=weighted, impl="torch")
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(total.detach(), truth.values["total"])
+    assert codes.grad.device.type == "cpu"
+
+
+@pytest.mark.parametrize("impl", ["torch", "dense"])
+def test_vmap_over_partners_and_weights(impl):
+    """What is batched cannot be looked at, so partners are clamped there."""
+    x = make_inputs(T=1, dtype=torch.float32)
+    partners, weights = torch.tensor([[1, 2, 0], [0, 0, 1]]), torch.rand(2, 3, 17, generator=torch.Generator().manual_seed(0))
+
+    def total(j, w):
+        return sk.smooseg_loss(*x[:4], ["self", j], [0.1, 0.3], patch_weight=w, impl=impl).total
+
+    expected = torch.stack([total(j, w) for j, w in zip(partners, weights)])
+    torch.testing.assert_close(torch.func.vmap(total)(partners, weights), expected)
 
 
 def test_reruns_are_bit_equal():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import checks, dense, moments, tiles
+from .derivatives import refuse_forward_mode
 from .precision import outside_autocast
 from .rows import accumulation_dtype
 from .types import PairEnergy, SmooSegLoss, SmoothnessTerms
@@ -45,6 +46,7 @@ def implementation(impl: str, prototypes: tuple[int, int], *tensors: Tensor, for
         raise ValueError(f'impl="triton" keeps K = {prototypes[0]} prototypes on chip at most while K * Z is about 8000: use impl="torch"')
     if tensors[0].device.type == "cpu":
         fused.require_interpreter()
+    refuse_forward_mode(*tensors)
     return fused
 
 
@@ -113,12 +115,22 @@ def smooseg_loss(
     B, P, _ = features.shape
     H = codes.shape[0] if isinstance(codes, Tensor) and codes.dim() == 4 else None
     heads = () if H is None else (H,)
-    checks.float_tensor("codes", codes, (*heads, B, P, "Z"), features)
+    checks.float_tensor("codes", codes, (*("H" for _ in heads), B, P, "Z"), features)
     checks.float_tensor("student", student, (*heads, "K", codes.shape[-1]), features)
     checks.float_tensor("teacher", teacher, tuple(student.shape), features, constant=True)
     module = implementation(impl, tuple(student.shape[-2:]), features, codes, student, teacher)
     pair_sets, options = energy_arguments(
-        module, features, codes, partners, thresholds, H, relative, center, channel_scale, patch_weight, feature_norms, mean
+        module,
+        (features, codes, student, teacher),
+        partners,
+        thresholds,
+        H,
+        relative,
+        center,
+        channel_scale,
+        patch_weight,
+        feature_norms,
+        mean,
     )
     canonical = (codes, student, teacher) if H is not None else (codes[None], student[None], teacher[None])
     *outputs, mean = module.loss(features, *canonical, pair_sets, temperature=checks.temperature(temperature), **options)
@@ -150,16 +162,17 @@ def smoothness_energy(
     checks.float_tensor("probs", probs, (*features.shape[:2], "K"), features)
     module = implementation(impl, (probs.shape[-1], 1), features, probs)
     pair_sets, options = energy_arguments(
-        module, features, probs, partners, thresholds, None, relative, center, channel_scale, patch_weight, feature_norms, mean
+        module, (features, probs), partners, thresholds, None, relative, center, channel_scale, patch_weight, feature_norms, mean
     )
     energy, distance, mean = module.smoothness(features, probs[None], pair_sets, **options)
     return SmoothnessTerms(energy.squeeze(0), distance.squeeze(0), mean)
 
 
-def energy_arguments(module, features, rows, partners, thresholds, H, relative, center, channel_scale, patch_weight, feature_norms, mean):
+def energy_arguments(module, tensors, partners, thresholds, H, relative, center, channel_scale, patch_weight, feature_norms, mean):
     """The arguments that both energies share -> pair sets and keyword arguments, checked, constants in the accumulation dtype."""
+    features = tensors[0]
     B, P, D = features.shape
-    dtype = accumulation_dtype(features, rows)
+    dtype = accumulation_dtype(*tensors)
     pair_sets = checks.pair_sets(partners, B, features.device, clamp=not getattr(module, "CLAMPS_PARTNERS", False))
     if channel_scale is not None and feature_norms is not None:
         raise ValueError("feature_norms cannot be used with channel_scale, which changes the norms: leave one of them out")
@@ -254,7 +267,7 @@ def prototype_loss(codes: Tensor, student: Tensor, teacher: Tensor, *, patch_wei
     checks.float_tensor("codes", codes, ("B", "P", "Z"))
     checks.float_tensor("student", student, ("K", codes.shape[-1]), codes)
     checks.float_tensor("teacher", teacher, tuple(student.shape), codes, constant=True)
-    weight = checks.weights(patch_weight, tuple(codes.shape[:2]), codes, accumulation_dtype(codes, student))
+    weight = checks.weights(patch_weight, tuple(codes.shape[:2]), codes, accumulation_dtype(codes, student, teacher))
     module = implementation(impl, tuple(student.shape), codes, student, teacher)
     return module.data_term(codes[None], student[None], teacher[None], weight).squeeze(0)
 
@@ -300,13 +313,14 @@ def assign(
         raise TypeError(f"labels must be an integer tensor {list(expected)}, got {getattr(labels, 'dtype', type(labels).__name__)}")
     if tuple(labels.shape) != expected or labels.device != codes.device:
         raise ValueError(f"labels must have shape {list(expected)} on {codes.device}, got {list(labels.shape)} on {labels.device}")
-    if int(classes) < 1:
+    classes = checks.count("classes", classes)
+    if classes < 1:
         raise ValueError(f"classes must be at least 1, got {classes}")
     with torch.no_grad():
         if hasattr(module, "assign_counted"):  # counts in the same kernel
-            return module.assign_counted(codes, prototypes, grid, size, labels, int(classes))
+            return module.assign_counted(codes, prototypes, grid, size, labels, classes)
         assigned = module.assign(codes, prototypes, grid, size)
-        return assigned, confusion_counts(assigned, labels, prototypes.shape[0], int(classes))
+        return assigned, confusion_counts(assigned, labels, prototypes.shape[0], classes)
 
 
 def confusion_counts(assigned: Tensor, labels: Tensor, K: int, classes: int) -> Tensor:

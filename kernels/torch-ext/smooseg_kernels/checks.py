@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 def is_inspectable(tensor: Tensor) -> bool:
     """Whether values may be looked at: real CPU tensors, or any real tensor under SMOOSEG_CHECK_INDICES=1 (a sync on a GPU)."""
     real = type(tensor) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling() and tensor.device.type != "meta"
+    real = real and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     return real and (tensor.device.type == "cpu" or os.environ.get("SMOOSEG_CHECK_INDICES") == "1")
 
 
@@ -50,8 +51,8 @@ def number(name: str, value: float, expected: str = "a number") -> float:
 
 
 def temperature(value: float) -> float:
-    value = float(value)
-    if not 0 < value < math.inf:
+    value = number("temperature", value, "a number above 0, a constant of this function")
+    if value <= 0:
         raise ValueError(f"temperature must be a finite number above 0, got {value}")
     return value
 
@@ -105,13 +106,21 @@ def threshold_table(values: Tensor | Sequence[float] | float, T: int, H: int | N
             raise ValueError("thresholds is a constant of this function and gets no gradient: pass thresholds.detach()")
         table = values.to(device=device, dtype=dtype)
     else:
-        table = torch.tensor(values, dtype=dtype, device=device)
+        if isinstance(values, Sequence) and any(isinstance(value, Tensor) and value.requires_grad for value in values):
+            raise ValueError("thresholds is a constant of this function and gets no gradient: detach what it holds")
+        try:
+            table = torch.tensor(values, dtype=dtype, device=device)
+        except (TypeError, ValueError):
+            raise TypeError(f"thresholds must be numbers, {describe_thresholds(T, H)}, got {values!r}") from None
     if tuple(table.shape) == (T,):
         return table[None].expand(H or 1, T)
     if H is not None and tuple(table.shape) == (H, T):
         return table
-    expected = f"[{T}]" if H is None else f"[{T}] or [{H}, {T}]"
-    raise ValueError(f"thresholds must have shape {expected}, one for each pair set, got {list(table.shape)}")
+    raise ValueError(f"thresholds must have shape {describe_thresholds(T, H)}, one for each pair set, got {list(table.shape)}")
+
+
+def describe_thresholds(T: int, H: int | None) -> str:
+    return f"[{T}]" if H is None else f"[{T}] or [{H}, {T}]"
 
 
 def scalar(name: str, value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -148,22 +157,23 @@ def optional_constant(name: str, tensor: Tensor | None, shape: tuple[int, ...], 
 
 def weights(tensor: Tensor | None, shape: tuple[int, int], like: Tensor, dtype: torch.dtype) -> Tensor | None:
     tensor = optional_constant("patch_weight", tensor, shape, like, dtype)
-    if tensor is not None and is_inspectable(tensor) and not bool((tensor >= 0).all()):
-        raise ValueError(f"patch_weight must be 0 or more everywhere, got {float(tensor.min())}")
+    if tensor is not None and is_inspectable(tensor) and not bool(((tensor >= 0) & (tensor < math.inf)).all()):
+        low, high = tensor.aminmax()
+        raise ValueError(f"patch_weight must be 0 or more everywhere and finite, got {float(low)} to {float(high)}")
     return tensor
 
 
 def count(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     if value < 0:
         raise ValueError(f"{name} must be 0 or more, got {value}")
-    return value
+    return int(value)
 
 
 def size_pair(name: str, pair: Sequence[int] | None) -> tuple[int, int] | None:
     if pair is None:
         return None
-    if len(pair) != 2 or any(int(side) < 1 for side in pair):
-        raise ValueError(f"{name} must be two positive integers (rows, columns), got {tuple(pair)}")
+    if not isinstance(pair, Sequence) or len(pair) != 2 or any(not isinstance(side, (Integral, torch.SymInt)) or side < 1 for side in pair):
+        raise ValueError(f"{name} must be two positive integers (rows, columns), got {pair!r}")
     return int(pair[0]), int(pair[1])

@@ -36,8 +36,7 @@ def smoothness(features, probs, partners, thresholds, relative, center, channel_
         bias = thresholds[:, t] + (m if relative else 0.0)
         energy, distance = 0.0, 0.0
         for j, s, pw in zip(sides, closeness, pair_weights):
-            row_weight = w[j] / w[j].sum(1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
-            closer = s - (s * row_weight[:, None, :]).sum(2, keepdim=True) + m if center else s
+            closer = s - (s * shares(w[j])[:, None, :]).sum(2, keepdim=True) + m if center else s
             d = 1.0 - c @ c[:, j].mT  # [H,B,P,P]
             energy = energy + (pw * (closer - bias[:, None, None, None]) * d).sum((1, 2, 3)) / images
             distance = distance + (pw * d).sum((1, 2, 3)) / images
@@ -57,9 +56,12 @@ def partner_vectors(entry: str | Tensor, B: int, device: torch.device) -> list[T
 
 def mean_weights(w_i: Tensor, w_j: Tensor) -> Tensor:
     """[B,P], [B,P] -> [B,P,P] weights of one image's pairs that add up to 1, or to 0 where an image has no weight."""
-    pairs = w_i[:, :, None] * w_j[:, None, :]
-    total = pairs.sum((1, 2), keepdim=True)
-    return torch.where(total > 0, pairs / torch.where(total > 0, total, 1.0), 0.0)
+    return shares(w_i)[:, :, None] * shares(w_j)[:, None, :]
+
+
+def shares(w: Tensor) -> Tensor:
+    """[B,P] weights -> the same with a sum of 1 over an image, or 0. Products of two raw weights could leave the dtype's range."""
+    return w / w.sum(1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
 
 
 def pair_energy(features_i, codes_i, features_j, codes_j, threshold, partner, clamp, hinge, center):
@@ -92,8 +94,7 @@ def similarity_statistics(features, partners, patch_weight, mean, center, bins, 
         closeness, pair_weights = [f @ f[j].mT for j in sides], [mean_weights(w, w[j]) for j in sides]
         images = sum((pw.sum((1, 2)) > 0).sum() for pw in pair_weights).clamp(min=1)
         m = sum((pw * s).sum() for pw, s in zip(pair_weights, closeness)) / images if mean is None else mean[t]
-        tiny = torch.finfo(dtype).tiny
-        rows = [((s * w[j][:, None]).sum(2) / w[j].sum(1, keepdim=True).clamp(min=tiny)) for j, s in zip(sides, closeness)]
+        rows = [(s * shares(w[j])[:, None]).sum(2) for j, s in zip(sides, closeness)]
         partners_here = sum((w[j].sum(1) > 0).to(dtype) for j in sides).clamp(min=1)
         counts = torch.zeros(bins, dtype=torch.int64, device=f.device)
         table = torch.full((B, P, B * P if neighbours else 0), -torch.inf, dtype=dtype, device=f.device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .derivatives import refuse_second
 from .rows import inverse_norms, invert_norms
 
 BLOCK = 1 << 19  # elements of features that are scaled or converted at a time: 2 MB
@@ -60,8 +61,8 @@ class LabelMoments(torch.autograd.Function):
         return g, u, s, data
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, d_g, _, d_s, d_data):
+        refuse_second("smooseg_loss", "torch")
         features, codes, teacher, channel_scale, shares, d_student, labels, scaled, inverse = ctx.saved_tensors
         d_student = None if d_data is None else d_student * d_data[:, None, None]
         if labels is None or (d_g is None and d_s is None):
@@ -125,7 +126,7 @@ def products(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype == b.dtype:
         return torch.bmm(a, b)
     dtype, step = torch.promote_types(a.dtype, b.dtype), images_a_block(a if a.dtype.itemsize < b.dtype.itemsize else b)
-    out = torch.empty(len(a), a.shape[1], b.shape[2], dtype=dtype)
+    out = a.new_empty(len(a), a.shape[1], b.shape[2], dtype=dtype)  # where the inputs are, whatever the default device
     for n in range(0, len(a), step):
         torch.bmm(a[n : n + step].to(dtype), b[n : n + step].to(dtype), out=out[n : n + step])
     return out

@@ -53,7 +53,7 @@ def moments(features, labels, channel_scale, patch_weight, feature_norms) -> Mom
     sums = sides.mT @ f  # [B,H*K+1,D]
     if channel_scale is not None:
         sums = sums * channel_scale[:, None, :]
-    return Moments(sums[:, :-1].unflatten(1, (H, K)).transpose(0, 1), sums[:, -1], s, present)
+    return Moments(sums[:, :-1].unflatten(1, (H, K)).transpose(0, 1), sums[:, -1].detach(), s, present)
 
 
 def image_shares(patch_weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,7 +171,7 @@ def row_work_eager(features, codes, student, teacher, temperature, channel_scale
     """The same, with the gradient written out."""
     dtype = accumulation_dtype(features, codes, student, teacher)
     shares = data_shares = None
-    present = torch.ones(len(features), dtype=dtype)
+    present = features.new_ones(len(features), dtype=dtype)
     if patch_weight is not None:
         shares, present = image_shares(patch_weight)
         data_shares = patch_weight / patch_weight.sum().clamp(min=torch.finfo(dtype).tiny)

@@ -64,6 +64,8 @@ def similarity_statistics(
     pair_sets = checks.pair_sets(partners, B, features.device)
     weight = checks.weights(patch_weight, (B, P), features, dtype)
     mean = checks.optional_constant("mean", mean, (len(pair_sets),), features, dtype)
+    if (bins or neighbours) and checks.is_inspectable(features) and not bool(features.isfinite().all()):
+        raise ValueError("features must be finite where pairs are counted or compared, got NaN or infinity")
     module = form(impl, features, bins, neighbours)
     with torch.no_grad():
         return SimilarityStatistics(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .derivatives import refuse_second
 from .rows import accumulation_dtype, unit_rows
 
 # pairs in one block: a few matrices of this many numbers live at a time, on a CPU in its cache
@@ -59,11 +60,7 @@ class TiledEnergy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_total):
-        # once_differentiable would let a constant d_total through, and what is missing would be taken for zero
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                'pair_energy: impl="torch" has no gradient of its gradient; use impl="dense" where create_graph=True is needed'
-            )
+        refuse_second("pair_energy", "torch")
         d_i, d_j = (None if d is None else d_total * d for d in ctx.saved_tensors)
         return d_i, d_j, None, None, None, None, None, None
 

@@ -49,7 +49,8 @@ def scores_kernel(
         scores = tl.dot(codes, tl.trans(low), scores)
     inside = start + row < P
     if ASSIGN:
-        best = tl.argmax(tl.where(k[None, :] < K, scores, float("-inf")), 1)
+        # of NaN alone argmax may name a padded column, which would be counted beyond the counts
+        best = tl.minimum(tl.argmax(tl.where(k[None, :] < K, scores, float("-inf")), 1), K - 1)
         tl.store(assigned_ptr + b * P + start + row, best.to(tl.int64), mask=inside)
         if CLASSES > 0:
             label = tl.load(labels_ptr + b * P + start + row, mask=inside, other=-1).to(tl.int64)

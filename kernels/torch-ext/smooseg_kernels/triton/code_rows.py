@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..derivatives import refuse_second
 from .labels import (
     codes_backward,
     cosines,
@@ -324,6 +325,7 @@ def setup_data_term(ctx, inputs, output):
 
 
 def backward_data_term(ctx, d_loss, _):
+    refuse_second("prototype_loss", "triton")
     (unit,) = ctx.saved_tensors
     return None, (d_loss[:, None, None] * unit).to(ctx.dtype), None, None, None
 

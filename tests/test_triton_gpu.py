@@ -184,3 +184,13 @@ def test_assignment_at_real_sizes(dtype, size):
     inside = (labels >= 0) & (labels < 27)
     again = torch.bincount(got[inside] * 27 + labels[inside], minlength=27 * 27).view(27, 27)
     assert torch.equal(counts, again)
+
+
+def test_labels_of_nan_codes_stay_within_the_prototypes():
+    """The interpreter's argmax does not show it; a label beyond K would be counted beyond the counts."""
+    codes = torch.full((2, 100, 64), torch.nan, device="cuda")
+    labels = torch.zeros(2, 100, dtype=torch.int64, device="cuda")
+    assigned, counts = assign(codes, torch.randn(5, 64, device="cuda"), labels=labels, classes=3, impl="triton")
+    assert int(assigned.min()) >= 0
+    assert int(assigned.max()) < 5
+    assert int(counts.sum()) == 200

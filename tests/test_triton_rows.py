@@ -184,3 +184,14 @@ def test_compiles_whole():
     inputs = [case.codes.requires_grad_(), case.student.requires_grad_()]
     for a, b in zip(*(torch.autograd.grad(f(*inputs), inputs) for f in (compiled, rows))):
         assert torch.equal(a, b)
+
+
+def test_derivatives_that_operators_lack_are_refused():
+    """A second derivative of the data term came out as 0, and tangents were dropped."""
+    generator = torch.Generator().manual_seed(0)
+    codes, student = (torch.randn(*shape, generator=generator).to(DEVICE) for shape in ((1, 5, 4), (3, 4)))
+    loss = prototype_loss(codes, student.requires_grad_(), student.detach(), impl="triton")
+    with pytest.raises(RuntimeError, match='prototype_loss: impl="triton" has no gradient of its gradient'):
+        torch.autograd.grad(loss, student, create_graph=True)
+    with pytest.raises(RuntimeError, match="no forward-mode derivatives"):
+        torch.func.jacfwd(lambda z: prototype_probabilities(z, student.detach(), impl="triton"))(codes)

@@ -88,7 +88,7 @@ def smooseg_loss(
     cross-entropy of cos(stopgrad(code), student) against argmax cos(code, teacher). Lan et al. 2023, arXiv 2310.17874.
 
     Args:
-        features: [B,P,D] frozen patch features, any length.
+        features: [B,P,D] frozen patch features, of lengths to 1e19; a row shorter than 1e-10 has cosine 0 to all.
         codes: [B,P,Z], or [H,B,P,Z] for H heads on the same features. Gets gradients, through the energies only.
         student: [K,Z] or [H,K,Z], any length. Gets gradients, through the data term only.
         teacher: like student, a constant.
@@ -96,7 +96,7 @@ def smooseg_loss(
             pair of different images, B >= 2). Numbers are checked on a CPU; on a GPU, where looking would wait for the device, one out of
             range is taken as the nearest image, unless the environment has SMOOSEG_CHECK_INDICES=1 (which checks patch_weight too).
         thresholds: [T], or [H,T] with heads. Patches more alike than b are pulled together, the others pushed apart.
-        temperature: above 0.
+        temperature: a finite number above 0, a constant.
         relative: thresholds are an excess over the measured mean closeness, b = M + threshold.
         channel_scale: [B,D] multiplies an image's features on whichever side it stands (dropout masks), without a copy that stays.
         patch_weight: [B,P] >= 0. Means over i, j are weighted by w_i w'_j, the data term by w_i; an image without weight is left out.

@@ -45,7 +45,7 @@ def describe(shape: tuple[int | str, ...]) -> str:
 def number(name: str, value: float, expected: str = "a number") -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # traced with dynamic shapes a number is a symbol, which math.isfinite does not take
         raise ValueError(f"{name} must be finite, got {value}")
     return float(value)
 

@@ -43,7 +43,7 @@ TARGETS = {
 }
 # registers, shared memory and warps of one multiprocessor: how many programs it holds at once
 MULTIPROCESSORS = {80: (65536, 164 << 10, 64), 86: (65536, 100 << 10, 48), 90: (65536, 228 << 10, 64), 100: (65536, 228 << 10, 64)}
-DISASSEMBLER = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm")
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 STORES = ("ST", "RED.", "REDG", "REDS", "ATOM", "BAR", "UTM", "UBLKCP", "SYNCS")  # what comes first there is read
 MATRIX = r"wgmma\.mma_async|tcgen05\.mma|(?<![\w.])mma\.sync|v_mfma_\w+"
 POINTERS = {
@@ -79,8 +79,8 @@ def record(target: str, cases: dict) -> list[tuple]:
     return recorder.launches
 
 
-def objective_case(dtype: torch.dtype, H: int, entries: tuple[int, ...] = (-1, 0), full: bool = False, B=32, P=784, D=384, Z=64, K=27):
-    """Forward and backward; `full`: every option, and upstream gradients to every output."""
+def objective_case(dtype: torch.dtype, H: int, entries=(-1, 0), full: bool = False, scaled: bool = False, B=32, P=784, D=384, Z=64, K=27):
+    """Forward and backward; `scaled`: channel masks, as training with dropout has them; `full`: every option, every upstream gradient."""
 
     def tensor(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -90,7 +90,7 @@ def objective_case(dtype: torch.dtype, H: int, entries: tuple[int, ...] = (-1, 0
         features, codes = tensor(B, P, D, dtype=dtype), tensor(H, B, P, Z, dtype=dtype)
         student, teacher = tensor(H, K, Z), tensor(H, K, Z)
         partners, thresholds = tensor(1, B, dtype=torch.int64), tensor(H, T)
-        scale, weight = (tensor(B, D), tensor(B, P)) if full else (None, None)
+        scale, weight = tensor(B, D) if full or scaled else None, tensor(B, P) if full else None
         common = (features, codes, student, teacher, partners, entries, thresholds, scale, weight)
         out = objective.objective.launcher(*common, None, None, 0.1, full, True, True, True)
         upstream = [x if full or i == 0 else None for i, x in enumerate(out[:4])]
@@ -140,11 +140,16 @@ def pairs_case(dtype: torch.dtype, points: int = 784, full: bool = False, B=32, 
 
 def shipped_cases(quick: bool = False) -> dict:
     """`quick`: the launches of a training step alone."""
-    cases = {"bf16 H=1": objective_case(torch.bfloat16, 1), "bf16 H=16": objective_case(torch.bfloat16, 16)}
+    cases = {
+        "bf16 dropout": objective_case(torch.bfloat16, 1, scaled=True),
+        "bf16 dropout, H=16": objective_case(torch.bfloat16, 16, scaled=True),
+    }
     cases["bf16 pairs"] = pairs_case(torch.bfloat16)
     if quick:
         return cases
     return cases | {
+        "bf16 H=1": objective_case(torch.bfloat16, 1),
+        "bf16 H=16": objective_case(torch.bfloat16, 16),
         "fp16 H=1": objective_case(torch.float16, 1),
         "fp32 H=1": objective_case(torch.float32, 1),
         "bf16 every option": objective_case(torch.bfloat16, 1, (-1, 0, -2), full=True),
@@ -199,7 +204,7 @@ def compile_launch(kernel, args, constants, target: str) -> dict:
         row["matrix"] = sorted(set(re.findall(MATRIX, text)))
         return row
     row["matrix"] = sorted(set(re.findall(MATRIX, compiled.asm["ptx"])))
-    row["registers"], row["spills"] = assemble(compiled.asm["ptx"], architecture)
+    row["registers"], row["spills"] = resources(compiled.asm["cubin"])
     if any(name.startswith(("wgmma", "tcgen05")) for name in row["matrix"]):  # the others' operands have no addresses
         row["unset"] = unset_registers(compiled.asm["cubin"])
     registers, shared, warps = MULTIPROCESSORS[architecture]
@@ -208,18 +213,14 @@ def compile_launch(kernel, args, constants, target: str) -> dict:
     return row
 
 
-def assemble(ptx: str, architecture: int) -> tuple[int, int]:
-    """Registers and bytes of spill stores, which only the assembler's verbose log names."""
-    from triton.backends.nvidia.compiler import get_ptxas
-
-    name = re.search(r"^\.target\s+(\w+)", ptx, re.M)[1]
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers, and bytes of stack, which is where registers spill to, of the very binary that Triton's options made."""
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        command = [get_ptxas(architecture).path, "-v", f"--gpu-name={name}", str(source), "-o", str(source.with_suffix(".o"))]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    spills = re.search(r"(\d+) bytes spill stores", log)
-    return int(re.search(r"Used (\d+) registers", log)[1]), int(spills[1]) if spills else 0
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(cubin)
+        text = subprocess.run([str(TOOLS / "cuobjdump"), "-res-usage", str(binary)], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
+    return int(registers), int(stack)
 
 
 def unset_registers(cubin: bytes) -> list[str]:
@@ -233,7 +234,7 @@ def unset_registers(cubin: bytes) -> list[str]:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(cubin)
         # without its analysis of jumps, which names their targets and takes a quarter of the time
-        text = subprocess.run([DISASSEMBLER, "-c", "-ndf", str(binary)], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run([str(TOOLS / "nvdisasm"), "-c", "-ndf", str(binary)], capture_output=True, text=True, check=True).stdout
     read, written = set(), set()
     for code in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", text):
         code = re.sub(r"^@!?U?P\w+\s+|gdesc\[UR\d+\]", "", code)

@@ -18,14 +18,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .config import TrainConfig
+from .config import GROUPS, TrainConfig
 from .errors import UserError
 from .files import finite, write_atomic
 from .model import Head, Heads
 
 T = TypeVar("T")
 KEY, STATE_KEY, FORMAT = "smooseg_fast.checkpoint", "smooseg_fast.training", 1
-GROUPS = 255  # the most that an 8-bit mask holds
 
 
 @dataclass

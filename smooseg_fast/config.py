@@ -23,6 +23,7 @@ RESAMPLES = ("nearest", "bilinear")
 LOGS = (None, "tensorboard")
 ON_DRIFT = ("warn", "stop")
 LARGEST = 1 << 16  # pixels of a side
+GROUPS = 255  # the most that an 8-bit mask holds
 KINDS = {str: (str, "text"), int: (Integral, "a whole number"), float: (Real, "a number"), bool: (bool, "True or False")}
 
 
@@ -175,6 +176,9 @@ class TrainConfig:
         """UserError for the first value that cannot be; names the flag, the value and the legal ones."""
         self.check_values()
         self._check_thresholds()
+        for name in ("data", "out", "cache"):
+            if getattr(self, name) == "":
+                raise UserError(f"{flag(name)}: is empty; give a folder, or leave it out")
 
     def check_values(self) -> None:
         """The part of `check` that looks at each value alone, and not at whether there are thresholds to train with."""
@@ -210,8 +214,13 @@ class TrainConfig:
         for name in ("size", "eval_size"):
             if getattr(self, name) > LARGEST:
                 raise UserError(f"{flag(name)}: must be at most {LARGEST:,} pixels, got {getattr(self, name)}")
-        if self.prototypes is not None and self.prototypes > 255:
-            raise UserError(f"--prototypes: must be at most 255, the most that an 8-bit mask can hold, got {self.prototypes}")
+        for name, last in (("seed", self.seed + self.heads - 1), ("data_seed", self.data_seed)):
+            if last >= 2**63:
+                raise UserError(f"{flag(name)}: must be below 2^63, got {last}")
+        if self.prototypes is not None and self.prototypes > GROUPS:
+            raise UserError(f"--prototypes: must be at most {GROUPS}, the most that an 8-bit mask can hold, got {self.prototypes}")
+        if self.granularity is not None and len({f"{value:g}" for value in self.granularity}) < max(1, len(self.granularity)):
+            raise UserError(f"--granularity: give one or more different numbers, got {' '.join(map(str, self.granularity)) or 'none'}")
         for name, low, high in (
             ("temperature", 1e-6, 1e6),
             ("lr", 0, 1e3),
@@ -233,14 +242,6 @@ class TrainConfig:
             raise UserError(
                 "--granularity: takes the place of the thresholds; leave out either it or --threshold-within and --threshold-across"
             )
-        if self.granularity is not None and len({f"{value:g}" for value in self.granularity}) < max(1, len(self.granularity)):
-            raise UserError(f"--granularity: give one or more different numbers, got {' '.join(map(str, self.granularity)) or 'none'}")
-        for name in ("data", "out", "cache"):
-            if getattr(self, name) == "":
-                raise UserError(f"{flag(name)}: is empty; give a folder, or leave it out")
-        for name, last in (("seed", self.seed + self.heads - 1), ("data_seed", self.data_seed)):
-            if last >= 2**63:
-                raise UserError(f"{flag(name)}: must be below 2^63, got {last}")
         for variant in self.variants():
             if not all(math.isfinite(b) for b in variant.thresholds):
                 raise UserError(f"--granularity or thresholds: must be finite, got {variant.thresholds}")

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .backbones.original import Architecture, vit_files
 from .backbones.vitfiles import VitFiles
-from .checkpoint import GROUPS, Checkpoint
-from .config import PRESETS, TrainConfig
+from .checkpoint import Checkpoint
+from .config import GROUPS, PRESETS, TrainConfig
 from .errors import UserError
 from .model import Head
 from .pickles import plain, read

@@ -118,20 +118,9 @@ def smooseg_loss(
     checks.float_tensor("codes", codes, (*("H" for _ in heads), B, P, "Z"), features)
     checks.float_tensor("student", student, (*heads, "K", codes.shape[-1]), features)
     checks.float_tensor("teacher", teacher, tuple(student.shape), features, constant=True)
-    module = implementation(impl, tuple(student.shape[-2:]), features, codes, student, teacher)
-    pair_sets, options = energy_arguments(
-        module,
-        (features, codes, student, teacher),
-        partners,
-        thresholds,
-        H,
-        relative,
-        center,
-        channel_scale,
-        patch_weight,
-        feature_norms,
-        mean,
-    )
+    tensors, constants = (features, codes, student, teacher), (channel_scale, patch_weight, feature_norms, mean)
+    module = implementation(impl, tuple(student.shape[-2:]), *tensors)
+    pair_sets, options = energy_arguments(module, tensors, partners, thresholds, H, relative, center, *constants)
     canonical = (codes, student, teacher) if H is not None else (codes[None], student[None], teacher[None])
     *outputs, mean = module.loss(features, *canonical, pair_sets, temperature=checks.temperature(temperature), **options)
     # squeezed, not indexed: the gradient of an index is a copy into zeros

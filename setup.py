@@ -21,7 +21,11 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["smooseg_fast", "smooseg_fast.*"]), "smooseg_kernels", "smooseg_kernels.triton"],
     package_dir={"smooseg_kernels": "kernels/torch-ext/smooseg_kernels"},
-    package_data={"smooseg_fast": ["py.typed"], "smooseg_kernels": ["py.typed"], "smooseg_kernels.triton": ["configs/*.json"]},
+    package_data={
+        "smooseg_fast": ["py.typed"],
+        "smooseg_kernels": ["py.typed"],
+        "smooseg_kernels.triton": ["configs/*.json"],
+    },
     install_requires=[
         "torch>=2.11",
         "numpy>=1.26",

@@ -42,7 +42,12 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64, 65_536),
 }
 # registers, shared memory and warps of one multiprocessor: how many programs it holds at once
-MULTIPROCESSORS = {80: (65536, 164 << 10, 64), 86: (65536, 100 << 10, 48), 90: (65536, 228 << 10, 64), 100: (65536, 228 << 10, 64)}
+MULTIPROCESSORS = {
+    80: (65536, 164 << 10, 64),
+    86: (65536, 100 << 10, 48),
+    90: (65536, 228 << 10, 64),
+    100: (65536, 228 << 10, 64),
+}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 STORES = ("ST", "RED.", "REDG", "REDS", "ATOM", "BAR", "UTM", "UBLKCP", "SYNCS")  # what comes first there is read
 MATRIX = r"wgmma\.mma_async|tcgen05\.mma|(?<![\w.])mma\.sync|v_mfma_\w+"
@@ -79,7 +84,18 @@ def record(target: str, cases: dict) -> list[tuple]:
     return recorder.launches
 
 
-def objective_case(dtype: torch.dtype, H: int, entries=(-1, 0), full: bool = False, scaled: bool = False, B=32, P=784, D=384, Z=64, K=27):
+def objective_case(
+    dtype: torch.dtype,
+    H: int,
+    entries=(-1, 0),
+    full: bool = False,
+    scaled: bool = False,
+    B=32,
+    P=784,
+    D=384,
+    Z=64,
+    K=27,
+):
     """Forward and backward; `scaled`: channel masks, as training with dropout has them; `full`: every option, every upstream gradient."""
 
     def tensor(*shape, dtype=torch.float32):
@@ -115,10 +131,15 @@ def statistics_case(dtype: torch.dtype, entries: tuple[int, ...] = (-1,), full: 
     """Means, histogram and 32 neighbours; `full`: centred, weighted and with as many bins and neighbours as there can be."""
 
     def run():
-        features, partners = torch.empty(B, P, D, dtype=dtype, device="meta"), torch.empty(1, B, dtype=torch.int64, device="meta")
+        features, partners = (
+            torch.empty(B, P, D, dtype=dtype, device="meta"),
+            torch.empty(1, B, dtype=torch.int64, device="meta"),
+        )
         weight = torch.empty(B, P, device="meta") if full else None
         bins, neighbours = (similarity.LARGEST_BINS, similarity.LARGEST_NEIGHBOURS) if full else (512, 32)
-        similarity.similarity_statistics.launcher(features, partners, list(entries), weight, None, True, bins, -1.5, 1.5, neighbours)
+        similarity.similarity_statistics.launcher(
+            features, partners, list(entries), weight, None, True, bins, -1.5, 1.5, neighbours
+        )
 
     return run
 
@@ -127,7 +148,10 @@ def pairs_case(dtype: torch.dtype, points: int = 784, full: bool = False, B=32, 
     """Forward and backward; `full`: a partner index, hinge, and upstream gradients to both outputs."""
 
     def run():
-        rows = torch.empty(B, points, D, dtype=dtype, device="meta"), torch.empty(B, points, Z, dtype=dtype, device="meta")
+        rows = (
+            torch.empty(B, points, D, dtype=dtype, device="meta"),
+            torch.empty(B, points, Z, dtype=dtype, device="meta"),
+        )
         number = torch.empty((), device="meta")
         partner = torch.empty(B, dtype=torch.int64, device="meta") if full else None
         common = (*rows, *rows, number, partner)
@@ -195,7 +219,9 @@ def compile_launch(kernel, args, constants, target: str) -> dict:
     types, attributes, fixed = signature(kernel, args, constants)
     source = ASTSource(fn=kernel, signature=types, constexprs=fixed, attrs=attributes)
     with contextlib.redirect_stdout(io.StringIO()):  # an assembler's error comes with the whole program
-        compiled = triton.compile(source, target=GPUTarget(backend, architecture, warp), options={**options, "enable_fp_fusion": True})
+        compiled = triton.compile(
+            source, target=GPUTarget(backend, architecture, warp), options={**options, "enable_fp_fusion": True}
+        )
     row = {"warps": compiled.metadata.num_warps, "shared": compiled.metadata.shared, "shared_limit": shared_limit}
     if backend == "hip":
         text = compiled.asm["amdgcn"]
@@ -209,7 +235,9 @@ def compile_launch(kernel, args, constants, target: str) -> dict:
         row["unset"] = unset_registers(compiled.asm["cubin"])
     registers, shared, warps = MULTIPROCESSORS[architecture]
     per_warp = -(-row["registers"] * 32 // 256) * 256  # registers are handed out in lots of 256 a warp
-    row["resident"] = min(registers // per_warp // row["warps"], shared // (row["shared"] + 1024), warps // row["warps"])
+    row["resident"] = min(
+        registers // per_warp // row["warps"], shared // (row["shared"] + 1024), warps // row["warps"]
+    )
     return row
 
 
@@ -218,7 +246,9 @@ def resources(cubin: bytes) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(cubin)
-        text = subprocess.run([str(TOOLS / "cuobjdump"), "-res-usage", str(binary)], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [str(TOOLS / "cuobjdump"), "-res-usage", str(binary)], capture_output=True, text=True, check=True
+        ).stdout
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
     return int(registers), int(stack)
 
@@ -234,7 +264,9 @@ def unset_registers(cubin: bytes) -> list[str]:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(cubin)
         # without its analysis of jumps, which names their targets and takes a quarter of the time
-        text = subprocess.run([str(TOOLS / "nvdisasm"), "-c", "-ndf", str(binary)], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [str(TOOLS / "nvdisasm"), "-c", "-ndf", str(binary)], capture_output=True, text=True, check=True
+        ).stdout
     read, written = set(), set()
     for code in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", text):
         code = re.sub(r"^@!?U?P\w+\s+|gdesc\[UR\d+\]", "", code)
@@ -244,7 +276,12 @@ def unset_registers(cubin: bytes) -> list[str]:
             target, *rest = rest
         if re.fullmatch(r"UR\d+", target) and not operation.startswith(STORES):
             first = int(target[2:])
-            written.update(range(first, first + (4 if ".128" in operation else 2 if ".64" in operation or ".WIDE" in operation else 1)))
+            written.update(
+                range(
+                    first,
+                    first + (4 if ".128" in operation else 2 if ".64" in operation or ".WIDE" in operation else 1),
+                )
+            )
         else:
             rest = [target, *rest]
         read.update(int(n) for x in rest for n in re.findall(r"\bUR(\d+)\b", x))
@@ -258,9 +295,16 @@ def report(target: str, cases: dict, verbose: bool = False) -> list[dict]:
         if key in seen:
             continue
         seen.add(key)
-        row = {"target": target, "case": label, "kernel": kernel.__name__.removesuffix("_kernel"), "programs": count(grid)}
+        row = {
+            "target": target,
+            "case": label,
+            "kernel": kernel.__name__.removesuffix("_kernel"),
+            "programs": count(grid),
+        }
         row["pass"] = (
-            "backward" if False in (constants.get("UNIT"), constants.get("FROM_I")) or "_gradient" in kernel.__name__ else "forward"
+            "backward"
+            if False in (constants.get("UNIT"), constants.get("FROM_I")) or "_gradient" in kernel.__name__
+            else "forward"
         )
         row["dot"] = re.search(r"\bdot\(|cosines\(", kernel.src) is not None
         row["fp32"] = label.startswith("fp32")
@@ -315,7 +359,10 @@ def markdown(rows: list[dict]) -> str:
         "matrix unit",
     ]
     names = ("target", "case", "kernel", "pass", "programs", "warps", "registers", "spills", "shared")
-    body = [[*(row[name] for name in names), row.get("resident", ""), ", ".join(f"`{m}`" for m in row["matrix"])] for row in rows]
+    body = [
+        [*(row[name] for name in names), row.get("resident", ""), ", ".join(f"`{m}`" for m in row["matrix"])]
+        for row in rows
+    ]
     table = ["| " + " | ".join(map(str, cells)) + " |" for cells in (head, ["---"] * len(head), *body)]
     return "\n".join(
         [

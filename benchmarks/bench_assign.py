@@ -8,7 +8,11 @@ from floors import Problem
 GPU = torch.cuda.is_available()
 IMPLS = ["dense", "torch", *(["triton"] if GPU else [])]
 # S/8 at 320 px; a CPU takes fewer pictures at a time, as its evaluation does
-SHAPES = {"eval320": problems.TRAINED["eval320"]} if GPU else {"eval320_b4": Problem(B=4, P=1600), "eval320": problems.TRAINED["eval320"]}
+SHAPES = (
+    {"eval320": problems.TRAINED["eval320"]}
+    if GPU
+    else {"eval320_b4": Problem(B=4, P=1600), "eval320": problems.TRAINED["eval320"]}
+)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -32,7 +32,11 @@ def bench_extraction_with_a_trivial_backbone(bench, tmp_path):
     workers = os.cpu_count() or 1
     decoding = extraction.Decoding(work, workers)
     with ExitStack() as stack:
-        runs = {"backbone alone": work.backbone_alone, "extraction": work.whole, "decoding, 1 thread": decoding.one_thread}
+        runs = {
+            "backbone alone": work.backbone_alone,
+            "extraction": work.whole,
+            "decoding, 1 thread": decoding.one_thread,
+        }
         for name, kind in extraction.POOLS.items():
             executor, run = decoding.pool(kind)
             stack.enter_context(executor)

@@ -8,7 +8,9 @@ GPU = torch.cuda.is_available()
 SHAPES = {**problems.SMALL, **problems.TRAINED}
 IMPLS = ["dense", "torch", *(["triton"] if GPU else [])]
 GRADIENT = "graph" if GPU else "forward + backward"
-COMPILED = ("cityscapes_s8", "heads16") if GPU else tuple(problems.SMALL)  # in the default run: each takes seconds to compile, or minutes
+COMPILED = (
+    ("cityscapes_s8", "heads16") if GPU else tuple(problems.SMALL)
+)  # in the default run: each takes seconds to compile, or minutes
 
 
 @pytest.mark.parametrize("impl", IMPLS)

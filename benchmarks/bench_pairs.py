@@ -7,7 +7,12 @@ from floors import PairProblem
 GPU = torch.cuda.is_available()
 # the dense form has several matrices of pairs: on a CPU fewer pictures, on a card what 24 GB hold
 SHAPES = (
-    {"stego_b32": PairProblem(P=121), "all_784": PairProblem(), "all_1600": PairProblem(P=1600), "all_4096": PairProblem(B=8, P=4096)}
+    {
+        "stego_b32": PairProblem(P=121),
+        "all_784": PairProblem(),
+        "all_1600": PairProblem(P=1600),
+        "all_4096": PairProblem(B=8, P=4096),
+    }
     if GPU
     else {
         "stego_b32": PairProblem(P=121),

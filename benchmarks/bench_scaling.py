@@ -24,4 +24,12 @@ def bench_scaling(letter, size, impl, bench):
         pytest.skip("one size in smoke form")
     bench.unless_full(size not in DEFAULT[letter])
     problem = replace(BASE[letter], **{letter: size})
-    bench.time("objective", f"{letter}{size}", problem, impl, "forward + backward", case=f"scaling {letter}", peak=letter == "P")
+    bench.time(
+        "objective",
+        f"{letter}{size}",
+        problem,
+        impl,
+        "forward + backward",
+        case=f"scaling {letter}",
+        peak=letter == "P",
+    )

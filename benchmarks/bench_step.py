@@ -14,7 +14,9 @@ DTYPES = ["bfloat16"] if CARD else ["float32", "bfloat16"]
 SHAPES = {**problems.STEPS, "cityscapes_s8": problems.TRAINED["cityscapes_s8"]}
 
 
-@pytest.mark.parametrize(("impl", "mode"), [*RUNS, ("products alone", "step")])  # one behind the other: a machine drifts
+@pytest.mark.parametrize(
+    ("impl", "mode"), [*RUNS, ("products alone", "step")]
+)  # one behind the other: a machine drifts
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def bench_head_step(shape, dtype, impl, mode, bench):

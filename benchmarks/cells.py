@@ -77,4 +77,6 @@ def together(one: Runs, other: Runs, figure: str) -> tuple[Row, Row] | None:
 
 
 def threads_text(machine: str | None, threads: int | None) -> str:
-    return (machine or "unknown machine") + ("" if threads is None else f", {threads} thread{'s' if threads > 1 else ''}")
+    return (machine or "unknown machine") + (
+        "" if threads is None else f", {threads} thread{'s' if threads > 1 else ''}"
+    )

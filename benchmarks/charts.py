@@ -49,7 +49,9 @@ class Chart:
     def svg(self, theme: str) -> str:
         import matplotlib
 
-        with matplotlib.rc_context({"svg.hashsalt": "smooseg_fast", "svg.fonttype": "path", "font.family": "DejaVu Sans"}):
+        with matplotlib.rc_context(
+            {"svg.hashsalt": "smooseg_fast", "svg.fonttype": "path", "font.family": "DejaVu Sans"}
+        ):
             file = io.StringIO()
             metadata = {"Date": None, "Creator": None, "Description": f"digest {self.digest}"}
             self.draw(theme).savefig(file, format="svg", transparent=True, metadata=metadata)
@@ -101,7 +103,14 @@ def objective_rows(cells: Cells) -> list[list[Any]]:
             if run == best[0]
         }
         who = threads_text(best[1].machine, best[1].threads)
-        rows.append([label if not label.startswith("the same") else "objective, 16 heads at once", who, best[2].get("floor_ms"), points])
+        rows.append(
+            [
+                label if not label.startswith("the same") else "objective, 16 heads at once",
+                who,
+                best[2].get("floor_ms"),
+                points,
+            ]
+        )
     return rows
 
 
@@ -119,11 +128,15 @@ def draw_objective(rows: list[list[Any]], theme: str) -> Any:
         for impl, (low, median, high) in points.items():
             style = style_of(impl, theme)
             axes.plot([low, high], [y, y], color=style["color"], linewidth=2)
-            axes.plot([median], [y], linestyle="none", **{name: value for name, value in style.items() if name != "linestyle"})
+            axes.plot(
+                [median], [y], linestyle="none", **{name: value for name, value in style.items() if name != "linestyle"}
+            )
             side = dict(xytext=(0, -8), va="top") if "compile" in impl else dict(xytext=(0, 7), va="bottom")
             place = dict(xy=(median, y), textcoords="offset points", ha="center", **side)
             axes.annotate(tables.milliseconds(median), **place, color=style["color"], fontsize=9)
-        beside = dict(xy=(0, y), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", va="center")
+        beside = dict(
+            xy=(0, y), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", va="center"
+        )
         axes.annotate(label, xytext=(-8, 5), **beside, color=ink["ink"], fontsize=9)
         axes.annotate(who, xytext=(-8, -7), **beside, color=ink["grey"], fontsize=8)
     axes.set_xscale("log")
@@ -184,15 +197,24 @@ def draw_panel(axes: Any, panel: dict[str, Any], kind: str, theme: str) -> None:
     low, high = axes.get_ylim()
     if high < 30 * low:  # too little for two labels
         axes.set_ylim(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high)))
-    notes = [note for name, stop in panel["stops"].items() if name in curves for note in stop_note(name, stop, panel["letter"])]
+    notes = [
+        note
+        for name, stop in panel["stops"].items()
+        if name in curves
+        for note in stop_note(name, stop, panel["letter"])
+    ]
     for line, (name, text) in enumerate(reversed(notes)):
         place = dict(xy=(0, 1), xycoords="axes fraction", xytext=(0, 5 + 11 * line), textcoords="offset points")
         axes.annotate(text, **place, fontsize=8, color=style_of(name, theme)["color"], parse_math=False)
     for name in panel["stops"].keys() & curves.keys():
-        axes.plot(*curves[name][-1], marker="x", markersize=10, markeredgewidth=2.2, color=style_of(name, theme)["color"])
+        axes.plot(
+            *curves[name][-1], marker="x", markersize=10, markeredgewidth=2.2, color=style_of(name, theme)["color"]
+        )
     title = f"{'milliseconds' if kind == 'time' else 'MB beyond the inputs'} against {panel['letter']}"
     axes.set_title(title, loc="left", fontsize=10, color=ink["ink"], fontweight="bold", pad=6 + 11 * len(notes))
-    axes.set_xlabel(NAMES[panel["letter"]] + (f"   ({panel['fixed']})" if panel["fixed"] else ""), fontsize=9, color=ink["grey"])
+    axes.set_xlabel(
+        NAMES[panel["letter"]] + (f"   ({panel['fixed']})" if panel["fixed"] else ""), fontsize=9, color=ink["grey"]
+    )
 
 
 def stop_note(name: str, stop: list[Any], letter: str) -> list[tuple[str, str]]:
@@ -234,7 +256,16 @@ def legend(figure: Any, names: list[str], theme: str, title: str = "", floor: bo
     handles = [Line2D([], [], label=name, **style_of(name, theme)) for name in names]
     if floor:
         handles.append(
-            Line2D([], [], label="counted floor", color=ink["ink"], marker="|", markersize=12, markeredgewidth=2, linestyle="none")
+            Line2D(
+                [],
+                [],
+                label="counted floor",
+                color=ink["ink"],
+                marker="|",
+                markersize=12,
+                markeredgewidth=2,
+                linestyle="none",
+            )
         )
     made = figure.legend(
         handles=handles,

@@ -90,7 +90,9 @@ def sides(rows: Iterable[results.Row], *, any_machine: bool = False) -> dict[cel
         if timed:
             timed = [row for row in timed if row.get("commit") == timed[-1].get("commit")]
             medians = tuple(row["median_ms"] for row in timed)
-            half_widths = tuple((row.get("p80_ms", m) - row.get("p20_ms", m)) / (2 * m) for row, m in zip(timed, medians))
+            half_widths = tuple(
+                (row.get("p80_ms", m) - row.get("p20_ms", m)) / (2 * m) for row, m in zip(timed, medians)
+            )
             found[cell._replace(machine=None, threads=None) if any_machine else cell] = Side(medians, half_widths)
     return found
 
@@ -101,12 +103,15 @@ def run_spreads(a: dict[cells.Cell, Side], b: dict[cells.Cell, Side]) -> dict[ce
     for cell in a.keys() & b.keys():
         logs = [[math.log(median) for median in side[cell].medians] for side in (a, b)]
         freedom[cell] = sum(len(values) - 1 for values in logs)
-        own[cell] = sum((value - statistics.fmean(values)) ** 2 for values in logs for value in values) / max(freedom[cell], 1)
+        own[cell] = sum((value - statistics.fmean(values)) ** 2 for values in logs for value in values) / max(
+            freedom[cell], 1
+        )
     # the median of a chi-square over its mean, nearly: the typical cell, blind to a few wild ones
     unbiased = [own[cell] / (1 - 2 / (9 * degrees)) ** 3 for cell, degrees in freedom.items() if degrees]
     typical = statistics.median(unbiased) if unbiased else ASSUMED_RUN_SPREAD**2
     return {
-        cell: math.sqrt((TYPICAL_WEIGHT * typical + degrees * own[cell]) / (TYPICAL_WEIGHT + degrees)) for cell, degrees in freedom.items()
+        cell: math.sqrt((TYPICAL_WEIGHT * typical + degrees * own[cell]) / (TYPICAL_WEIGHT + degrees))
+        for cell, degrees in freedom.items()
     }
 
 
@@ -124,7 +129,9 @@ def compare(a: dict[cells.Cell, Side], b: dict[cells.Cell, Side], threshold: flo
 
 def name(cell: cells.Cell) -> str:
     sizes = " ".join(f"{letter}{value}" for letter, value in cell.sizes)
-    return " ".join(part for part in (cell.device, cell.case, cell.shape, sizes, cell.impl, cell.mode, cell.dtype) if part)
+    return " ".join(
+        part for part in (cell.device, cell.case, cell.shape, sizes, cell.impl, cell.mode, cell.dtype) if part
+    )
 
 
 def table(changes: list[Change]) -> list[str]:
@@ -138,7 +145,9 @@ def table(changes: list[Change]) -> list[str]:
     return lines
 
 
-def report(a: dict[cells.Cell, Side], b: dict[cells.Cell, Side], threshold: float, everything: bool) -> tuple[list[str], int]:
+def report(
+    a: dict[cells.Cell, Side], b: dict[cells.Cell, Side], threshold: float, everything: bool
+) -> tuple[list[str], int]:
     """Lines to print and the exit status. Refused when the sides have no cell in common."""
     changes = compare(a, b, threshold)
     if not changes:
@@ -152,11 +161,18 @@ def report(a: dict[cells.Cell, Side], b: dict[cells.Cell, Side], threshold: floa
     for change in ceilings:
         if change.beyond:
             word = "slower" if change.beyond > 0 else "faster"
-            lines.append(f"the machine itself moved: {name(change.cell)} is {change.ratio:.2f} times as long ({word}); measure again")
+            lines.append(
+                f"the machine itself moved: {name(change.cell)} is {change.ratio:.2f} times as long ({word}); measure again"
+            )
     blind = sum(change.noise > 1 + BLIND for change in ours)
     if blind:
-        lines.append(f"too noisy to see {100 * BLIND:.0f} %: {blind} cells; more --rounds or a quieter machine would tell")
-    alone = [f"{sum(cell not in other for cell in side)} on {which} alone" for which, side, other in (("A", a, b), ("B", b, a))]
+        lines.append(
+            f"too noisy to see {100 * BLIND:.0f} %: {blind} cells; more --rounds or a quieter machine would tell"
+        )
+    alone = [
+        f"{sum(cell not in other for cell in side)} on {which} alone"
+        for which, side, other in (("A", a, b), ("B", b, a))
+    ]
     if set(a) != set(b):
         lines.append("cells " + ", ".join(alone))
     return lines, int(slower > 0)
@@ -275,7 +291,9 @@ def run(args: argparse.Namespace, scratch: Path) -> int:
     a, b = (read(file) for file in files)
     if not args.across_machines:
         refuse_other_machines(a, b)
-    lines, status = report(*(sides(rows, any_machine=args.across_machines) for rows in (a, b)), args.threshold, args.all)
+    lines, status = report(
+        *(sides(rows, any_machine=args.across_machines) for rows in (a, b)), args.threshold, args.all
+    )
     print("\n".join(lines + other_versions(a, b)))
     return status
 
@@ -285,9 +303,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("a", metavar="A", help="results file, commit or branch")
     parser.add_argument("b", metavar="B")
-    parser.add_argument("--threshold", type=float, default=0.05, help="relative change below which nothing is said (0.05)")
+    parser.add_argument(
+        "--threshold", type=float, default=0.05, help="relative change below which nothing is said (0.05)"
+    )
     parser.add_argument("--rounds", type=int, default=2, help="runs of each commit (2)")
-    parser.add_argument("--out", type=Path, help="folder that keeps the lines measured for commits, A.jsonl and B.jsonl")
+    parser.add_argument(
+        "--out", type=Path, help="folder that keeps the lines measured for commits, A.jsonl and B.jsonl"
+    )
     parser.add_argument("--across-machines", action="store_true")
     parser.add_argument("--all", action="store_true", help="print the cells within noise, too")
     args = parser.parse_args(arguments[:at])

@@ -38,9 +38,18 @@ SESSION = pytest.StashKey["Session"]()
 
 def pytest_addoption(parser):
     group = parser.getgroup("smooseg benchmarks")
-    group.addoption("--bench-full", action="store_true", help="the cases too that take a CPU longer than the default ten minutes")
-    group.addoption("--bench-smoke", action="store_true", help="tiny sizes, once each, checked as always; no line is written")
-    group.addoption("--bench-results", type=Path, metavar="FILE", help="default: benchmarks/results/cpu.jsonl, or gpu.jsonl with a card")
+    group.addoption(
+        "--bench-full", action="store_true", help="the cases too that take a CPU longer than the default ten minutes"
+    )
+    group.addoption(
+        "--bench-smoke", action="store_true", help="tiny sizes, once each, checked as always; no line is written"
+    )
+    group.addoption(
+        "--bench-results",
+        type=Path,
+        metavar="FILE",
+        help="default: benchmarks/results/cpu.jsonl, or gpu.jsonl with a card",
+    )
 
 
 def pytest_collection_modifyitems(config, items):
@@ -57,7 +66,9 @@ class Session:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.dtype = "bfloat16" if self.device == "cuda" else "float32"
         self.full, self.smoke = config.getoption("bench_full"), config.getoption("bench_smoke")
-        self.path = config.getoption("bench_results") or results.FOLDER / ("gpu.jsonl" if self.device == "cuda" else "cpu.jsonl")
+        self.path = config.getoption("bench_results") or results.FOLDER / (
+            "gpu.jsonl" if self.device == "cuda" else "cpu.jsonl"
+        )
         self.rows: list[results.Row] = []
         self.reached: dict[str, tuple[float, float]] = {}  # ceilings
         self.start = time.perf_counter()
@@ -95,7 +106,16 @@ class Bench:
         return problems.of_dtype(problem, problems.DTYPES[dtype or self.session.dtype])
 
     def time(
-        self, subject, shape, problem, impl, mode, case: str | None = None, peak: bool = False, dtype: str | None = None, **extra
+        self,
+        subject,
+        shape,
+        problem,
+        impl,
+        mode,
+        case: str | None = None,
+        peak: bool = False,
+        dtype: str | None = None,
+        **extra,
     ) -> None:
         """Checks, times and records one call of problems.SUBJECTS; `peak` adds its peak memory, from a process of its own."""
         session, dtype = self.session, dtype or self.session.dtype
@@ -103,11 +123,19 @@ class Bench:
         row = self.row(case or subject, shape, problem, impl, mode, extra) | {"dtype": dtype}
         if subject in FUNCTIONS:
             self.stop_where_it_must(row, problem, subject)
-            extra = {**extra, "function": problems.function_of(impl, self.device, quick_compile=self.smoke, of=FUNCTIONS[subject])}
-        build = functools.partial(problems.SUBJECTS[subject], problem, impl, mode, problems.DTYPES[dtype], self.device, **extra)
+            extra = {
+                **extra,
+                "function": problems.function_of(impl, self.device, quick_compile=self.smoke, of=FUNCTIONS[subject]),
+            }
+        build = functools.partial(
+            problems.SUBJECTS[subject], problem, impl, mode, problems.DTYPES[dtype], self.device, **extra
+        )
         first = build()
         first.check(first.run())
-        runs = [first.run, *(build(seed=i).run for i in range(1, measure.copies_beyond_cache(impl, first.floor_bytes, self.device)))]
+        runs = [
+            first.run,
+            *(build(seed=i).run for i in range(1, measure.copies_beyond_cache(impl, first.floor_bytes, self.device))),
+        ]
         run = measure.in_turn(runs)
         if mode == "graph":
             run, outputs = measure.captured(runs)
@@ -133,7 +161,9 @@ class Bench:
         row |= measure.percentiles(self.benchmark.pedantic(own_process.times, arguments, rounds=1))
         self.add(row)
 
-    def alternating(self, case, shape, sizes, runs: dict[str, measure.Run], dtype, rounds: int, between: measure.Run) -> None:
+    def alternating(
+        self, case, shape, sizes, runs: dict[str, measure.Run], dtype, rounds: int, between: measure.Run
+    ) -> None:
         """Times every one of `runs` (checked before) in every round, so that a drift of the machine meets all; a line for each.
 
         `between` follows every run and is not timed.
@@ -150,7 +180,13 @@ class Bench:
         for name, taken in times.items():
             row = {"case": case, "shape": shape, "sizes": sizes, "impl": name, "mode": "all images", "dtype": dtype}
             taken = taken if self.smoke else taken[1:]
-            self.add({**row, **measure.percentiles(taken), "images_per_s": 1e3 * sizes["images"] / measure.percentiles(taken)["median_ms"]})
+            self.add(
+                {
+                    **row,
+                    **measure.percentiles(taken),
+                    "images_per_s": 1e3 * sizes["images"] / measure.percentiles(taken)["median_ms"],
+                }
+            )
 
     def memory(self, shape: str, problem: floors.Problem, impl: str) -> None:
         """Peak memory of the objective, forward and backward, without a time; the bytes counted from shapes beside it."""

@@ -71,7 +71,13 @@ class Extraction:
         if not self.folder.exists():
             make_photos(self.folder, photos.images, photos.height, photos.width)
         self.dataset = open_dataset(self.folder, "train")
-        squares = np.stack([square for path in self.dataset.images for _, square in cut_squares(read_image(path), photos.pixels, crops)])
+        squares = np.stack(
+            [
+                square
+                for path in self.dataset.images
+                for _, square in cut_squares(read_image(path), photos.pixels, crops)
+            ]
+        )
         batches = torch.from_numpy(squares).permute(0, 3, 1, 2).split(BATCH)
         self.batches = [batch.contiguous().to(backbone.device) for batch in batches]
         self.caches = iter(range(10**9))

@@ -36,7 +36,10 @@ def measured(cells: Cells) -> str:
     """The README's table."""
     rows = {label: chosen(cells, wanted) for label, wanted in ROWS.items()}
     best = {
-        (label, cell.impl): row for label, group in rows.items() for cell, runs in group.items() if (row := tables.shown(runs, "median_ms"))
+        (label, cell.impl): row
+        for label, group in rows.items()
+        for cell, runs in group.items()
+        if (row := tables.shown(runs, "median_ms"))
     }
     notes = tables.Notes(row for row in best.values() if "median_ms" in row)
     body = []
@@ -92,7 +95,13 @@ def extraction(cells: Cells) -> list[list[str]]:
         body.append(goal(more, over, 1.03, lambda value: f"{100 * (value - 1):.1f} %", below=True))
     return [
         *body,
-        goal("CPU, extraction with a trivial backbone: 150 images/s", rate, 150, lambda value: f"{value:.0f}", below=False),
+        goal(
+            "CPU, extraction with a trivial backbone: 150 images/s",
+            rate,
+            150,
+            lambda value: f"{value:.0f}",
+            below=False,
+        ),
     ]
 
 
@@ -106,7 +115,11 @@ def pair_goals(cells: Cells) -> list[list[str]]:
         goal(f"{name} 8× faster than dense", ratio(cells, gpu, "dense", "triton"), 8, tables.times, below=False),
         goal(f"{name} 2× faster than dense + compile", compiled, 2, tables.times, below=False),
         goal(
-            f"{name} at 40 % of the measured matrix rate (2.5× its floor)", times_floor(cells, gpu, "triton"), 2.5, tables.times, below=True
+            f"{name} at 40 % of the measured matrix rate (2.5× its floor)",
+            times_floor(cells, gpu, "triton"),
+            2.5,
+            tables.times,
+            below=True,
         ),
         goal(
             "CPU, energy of pairs, B = 8, P = 784: torch as fast as dense",
@@ -124,28 +137,71 @@ def goals(cells: Cells) -> str:
     body = []
     for heads, wanted in (("1 head", one), ("16 heads", many)):
         name = f"GPU, {heads}: triton"
-        body.append(goal(f"{name} within 2× of its floor", times_floor(cells, wanted, "triton"), 2, tables.times, below=True))
-        body.append(goal(f"{name} 20× faster than dense", ratio(cells, wanted, "dense", "triton"), 20, tables.times, below=False))
+        body.append(
+            goal(f"{name} within 2× of its floor", times_floor(cells, wanted, "triton"), 2, tables.times, below=True)
+        )
+        body.append(
+            goal(
+                f"{name} 20× faster than dense", ratio(cells, wanted, "dense", "triton"), 20, tables.times, below=False
+            )
+        )
         faster = ratio(cells, wanted, "torch + compile", "triton")
         body.append(goal(f"{name} faster than torch + compile", faster, 1, tables.times, below=False))
     body.append(
-        goal("GPU: training step within 0.3 ms", median(cells, step, "triton"), 0.3, lambda ms: f"{tables.milliseconds(ms)} ms", below=True)
+        goal(
+            "GPU: training step within 0.3 ms",
+            median(cells, step, "triton"),
+            0.3,
+            lambda ms: f"{tables.milliseconds(ms)} ms",
+            below=True,
+        )
     )
-    body.append(goal("GPU: training step 8× faster than dense", ratio(cells, step, "dense", "triton"), 8, tables.times, below=False))
     body.append(
-        goal("CPU, B = 8, P = 784: torch 9× faster than dense", ratio(cells, small, "dense", "torch"), 9, tables.times, below=False)
+        goal(
+            "GPU: training step 8× faster than dense",
+            ratio(cells, step, "dense", "triton"),
+            8,
+            tables.times,
+            below=False,
+        )
     )
     body.append(
-        goal("CPU, B = 4, P = 1600: torch 22× faster than dense", ratio(cells, large, "dense", "torch"), 22, tables.times, below=False)
+        goal(
+            "CPU, B = 8, P = 784: torch 9× faster than dense",
+            ratio(cells, small, "dense", "torch"),
+            9,
+            tables.times,
+            below=False,
+        )
+    )
+    body.append(
+        goal(
+            "CPU, B = 4, P = 1600: torch 22× faster than dense",
+            ratio(cells, large, "dense", "torch"),
+            22,
+            tables.times,
+            below=False,
+        )
     )
     for dtype, name in (("float32", "fp32"), ("bfloat16", "bf16 projection")):
         whole = dict(CPU, dtype=dtype, case="head step", B=32, P=784, H=1)
         name = f"CPU, training step, B = 32, P = 784, {name}"
-        for dense, which in (("dense, own process", "as PyTorch comes"), ("dense", "with freed memory kept, as ours has it")):
+        for dense, which in (
+            ("dense, own process", "as PyTorch comes"),
+            ("dense", "with freed memory kept, as ours has it"),
+        ):
             found = ratio(cells, whole, dense, "torch")
             body.append(goal(f"{name}: 8× faster than dense {which}", found, 8, tables.times, below=False))
         alone = ratio(cells, whole, "torch", "products alone")
-        body.append(goal(f"{name}: within 1.5× of its matrix products alone", alone, 1.5, lambda value: f"{value:.2f}×", below=True))
+        body.append(
+            goal(
+                f"{name}: within 1.5× of its matrix products alone",
+                alone,
+                1.5,
+                lambda value: f"{value:.2f}×",
+                below=True,
+            )
+        )
     body += extraction(cells)
     body += pair_goals(cells)
     for sweep in sweeps.sweeps(cells):

@@ -60,7 +60,11 @@ class Results:
     """Measurements, written as they come: a run that is cut off keeps what it has."""
 
     def __init__(self, folder: Path) -> None:
-        self.path, self.rows, self.machine = folder / ("smoke.jsonl" if SMOKE else "gpu.jsonl"), [], machine.describe(DEVICE)
+        self.path, self.rows, self.machine = (
+            folder / ("smoke.jsonl" if SMOKE else "gpu.jsonl"),
+            [],
+            machine.describe(DEVICE),
+        )
         self.bytes_per_s = self.flops_per_s = 0.0
 
     def add(self, **row) -> None:
@@ -87,7 +91,14 @@ def run_tests() -> bool:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short"]
     files = [
         str(ROOT / "tests" / f"test_{name}.py")
-        for name in ("triton_gpu", "triton_objective", "triton_rows", "triton_pair_energy", "triton_pair_energy_gpu", "trainer_gpu")
+        for name in (
+            "triton_gpu",
+            "triton_objective",
+            "triton_rows",
+            "triton_pair_energy",
+            "triton_pair_energy_gpu",
+            "trainer_gpu",
+        )
     ]
     if importlib.util.find_spec("xdist") and not SMOKE:
         command += ["-n", "12", *files]
@@ -171,15 +182,26 @@ def kernel_times(run: Callable[[], None], calls: int) -> dict[str, float]:
         for _ in range(10):
             run()
         torch.cuda.synchronize()
-    return {event.key[:60]: event.device_time_total / 10 / calls for event in profiled.key_averages() if event.device_time_total > 0}
+    return {
+        event.key[:60]: event.device_time_total / 10 / calls
+        for event in profiled.key_averages()
+        if event.device_time_total > 0
+    }
 
 
 def time_assignment(results: Results, failures: list[str]) -> None:
     size = problems.of_dtype(Problem(**{**SIZES, "P": 16}) if SMOKE else Problem(), problems.DTYPES[DTYPE])
     for impl in ("triton", "torch"):
-        row = {"case": "assign", "shape": "cityscapes_s8", "sizes": problems.letters(size) | {"pixels": PIXELS}, "impl": impl}
+        row = {
+            "case": "assign",
+            "shape": "cityscapes_s8",
+            "sizes": problems.letters(size) | {"pixels": PIXELS},
+            "impl": impl,
+        }
         try:
-            build = functools.partial(problems.assignment, size, impl, "forward", problems.DTYPES[DTYPE], DEVICE, pixels=PIXELS)
+            build = functools.partial(
+                problems.assignment, size, impl, "forward", problems.DTYPES[DTYPE], DEVICE, pixels=PIXELS
+            )
             subjects = [build(seed=i) for i in range(2 if SMOKE else 3)]
             subjects[0].check(subjects[0].run())
             runs = [subject.run for subject in subjects]
@@ -220,7 +242,9 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--out", type=Path, default=FOLDER)
     parser.add_argument("--no-tests", action="store_true", help="timings alone")
-    parser.add_argument("--no-compile", action="store_true", help="without the compiled torch form, which takes minutes")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="without the compiled torch form, which takes minutes"
+    )
     args = parser.parse_args()
     if not SMOKE and not torch.cuda.is_available():
         print("no GPU here: run on a machine with one, or with --smoke", file=sys.stderr)

@@ -15,11 +15,16 @@ def is_installed() -> bool:
     return importlib.util.find_spec("pykeops") is not None
 
 
-def total(features: Tensor, codes: Tensor, student: Tensor, teacher: Tensor, partners: list, thresholds: Tensor) -> Tensor:
+def total(
+    features: Tensor, codes: Tensor, student: Tensor, teacher: Tensor, partners: list, thresholds: Tensor
+) -> Tensor:
     """The objective without a head axis, fp32 or fp64."""
     probs = dense.probabilities(codes[None], teacher[None], 0.1)[0]
     f, c, here = unit_rows(features), unit_rows(probs), torch.arange(len(features), device=features.device)
-    energies = (pair_set(f, c, here if isinstance(entry, str) else entry, threshold) for entry, threshold in zip(partners, thresholds))
+    energies = (
+        pair_set(f, c, here if isinstance(entry, str) else entry, threshold)
+        for entry, threshold in zip(partners, thresholds)
+    )
     return sum(energies) + dense.data_term(codes[None], student[None], teacher[None], None)[0]
 
 

@@ -61,7 +61,9 @@ def ask(*command: str) -> str | None:
 
 def version(package: str) -> str | None:
     try:
-        return torch.__version__ if package == "torch" else metadata.version(package)  # the build, too, which the metadata leaves out
+        return (
+            torch.__version__ if package == "torch" else metadata.version(package)
+        )  # the build, too, which the metadata leaves out
     except metadata.PackageNotFoundError:
         return None
 

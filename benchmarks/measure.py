@@ -41,7 +41,9 @@ def percentiles(times: list[float], calls: int = 1) -> dict[str, Any]:
     return {"n": len(times), "calls": calls, "median_ms": median, "p20_ms": p20, "p80_ms": p80}
 
 
-def timed(run: Run, device: str, calls: int = 1, seconds: float = 1.5, warm: int = 3, most: int = 200) -> dict[str, Any]:
+def timed(
+    run: Run, device: str, calls: int = 1, seconds: float = 1.5, warm: int = 3, most: int = 200
+) -> dict[str, Any]:
     """Percentiles of the time of one of the `calls` that `run` makes."""
     for _ in range(warm):
         run()
@@ -104,5 +106,11 @@ def ceilings(device: str, dtype: torch.dtype, tiny: bool = False) -> list[dict[s
     product = timed(lambda: a @ b, device, **pace)
     return [
         {"case": "ceiling", "impl": "copy", "mode": "eager", "bytes_per_s": 2 * size / copy["p20_ms"] * 1e3, **copy},
-        {"case": "ceiling", "impl": "matmul", "mode": "eager", "flops_per_s": 2 * n**3 / product["p20_ms"] * 1e3, **product},
+        {
+            "case": "ceiling",
+            "impl": "matmul",
+            "mode": "eager",
+            "flops_per_s": 2 * n**3 / product["p20_ms"] * 1e3,
+            **product,
+        },
     ]

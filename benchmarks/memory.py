@@ -25,14 +25,26 @@ SECONDS = 300
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
-def peak_bytes(case: str, problem: Problem | PairProblem, impl: str, mode: str, dtype: str, device: str, **extra: Any) -> int:
+def peak_bytes(
+    case: str, problem: Problem | PairProblem, impl: str, mode: str, dtype: str, device: str, **extra: Any
+) -> int:
     """Starts this file as a program and reads what it prints. RuntimeError with its last line where it fails."""
-    job = {"case": case, "problem": asdict(problem), "impl": impl, "mode": mode, "dtype": dtype, "device": device, "extra": extra}
+    job = {
+        "case": case,
+        "problem": asdict(problem),
+        "impl": impl,
+        "mode": mode,
+        "dtype": dtype,
+        "device": device,
+        "extra": extra,
+    }
     environment = {**os.environ, **ALLOCATOR}
     command = [sys.executable, str(Path(__file__).resolve()), json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment)
     if done.returncode:
-        raise RuntimeError(f"no peak of {impl} at {problem}: {(done.stderr.strip().splitlines() or [f'status {done.returncode}'])[-1]}")
+        raise RuntimeError(
+            f"no peak of {impl} at {problem}: {(done.stderr.strip().splitlines() or [f'status {done.returncode}'])[-1]}"
+        )
     return json.loads(done.stdout.strip().splitlines()[-1])["peak_bytes"]
 
 
@@ -79,7 +91,10 @@ def growth(run, device: str) -> int:
 
 def main() -> int:
     job = json.loads(sys.argv[1])
-    build, arguments = problems.SUBJECTS[job["case"]], (job["impl"], job["mode"], problems.DTYPES[job["dtype"]], job["device"])
+    build, arguments = (
+        problems.SUBJECTS[job["case"]],
+        (job["impl"], job["mode"], problems.DTYPES[job["dtype"]], job["device"]),
+    )
     problem, extra = (PairProblem if job["case"] == "pairs" else Problem)(**job["problem"]), job.get("extra", {})
     build(problems.shrunk(problem), *arguments).run()  # libraries loaded, threads started
     subject = build(problem, *arguments, **extra)

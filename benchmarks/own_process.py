@@ -26,7 +26,9 @@ WARM = 2
 def times(case: str, problem: Problem, impl: str, mode: str, dtype: str, rounds: int) -> list[float]:
     """Starts this file as a program; -> milliseconds of each call. RuntimeError with its last line where it fails."""
     job = {"case": case, "problem": asdict(problem), "impl": impl, "mode": mode, "dtype": dtype, "rounds": rounds}
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_") and name != "GLIBC_TUNABLES"}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("MALLOC_") and name != "GLIBC_TUNABLES"
+    }
     command = [sys.executable, str(Path(__file__).resolve()), json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment)
     if done.returncode:

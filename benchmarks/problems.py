@@ -95,7 +95,11 @@ def make_inputs(problem: Problem, dtype: torch.dtype, device: str, seed: int = 0
     partners = ["self", *(torch.arange(B).roll(shift).to(device) for shift in range(1, problem.T))]
     thresholds = torch.tensor([WITHIN] + [ACROSS] * (problem.T - 1)).to(device)
     small = Case(features, codes, student, teacher, partners, thresholds)
-    full = Case(features[:, index], codes[..., index, :], student, teacher, partners, thresholds) if P < problem.P else small
+    full = (
+        Case(features[:, index], codes[..., index, :], student, teacher, partners, thresholds)
+        if P < problem.P
+        else small
+    )
     return Inputs(full, small, index)
 
 
@@ -112,7 +116,10 @@ def truth(problem: Problem, dtype: torch.dtype, device: str, same: str) -> tuple
     copies = problem.P / inputs.small.codes.shape[-2]
 
     def at_full_size(result: Result) -> Result:
-        gradients = {"codes": result.gradients["codes"][..., inputs.index, :] / copies, "student": result.gradients["student"]}
+        gradients = {
+            "codes": result.gradients["codes"][..., inputs.index, :] / copies,
+            "student": result.gradients["student"],
+        }
         return Result({"total": result.values["total"]}, gradients)
 
     oracle = at_full_size(evaluate(inputs.small.to(torch.float64), "dense"))
@@ -148,12 +155,24 @@ def function_of(impl: str, device: str, quick_compile: bool = False, of: Callabl
     if not compiled:
         return functools.partial(of or total_of, form)
     torch.compiler.reset()  # otherwise a second size gets a program for any size
-    options = {"backend": "aot_eager"} if quick_compile else {"mode": "max-autotune-no-cudagraphs"} if device == "cuda" else {}
+    options = (
+        {"backend": "aot_eager"}
+        if quick_compile
+        else {"mode": "max-autotune-no-cudagraphs"}
+        if device == "cuda"
+        else {}
+    )
     return functools.partial(torch.compile(of or total_of, dynamic=False, **options), form)
 
 
 def objective(
-    problem: Problem, impl: str, mode: str, dtype: torch.dtype, device: str, seed: int = 0, function: Callable | None = None
+    problem: Problem,
+    impl: str,
+    mode: str,
+    dtype: torch.dtype,
+    device: str,
+    seed: int = 0,
+    function: Callable | None = None,
 ) -> Subject:
     """smooseg_loss, and in every `mode` but "forward" the gradients to codes and student for an upstream gradient that is given.
 
@@ -163,7 +182,9 @@ def objective(
     backward = mode != "forward"
     codes, student = case.codes.requires_grad_(backward), case.student.clone().requires_grad_(backward)
     upstream = torch.full(codes.shape[:-3], UPSTREAM, device=device)
-    call = functools.partial(function or function_of(impl, device), case.features, codes, student, case.teacher, case.partners)
+    call = functools.partial(
+        function or function_of(impl, device), case.features, codes, student, case.teacher, case.partners
+    )
 
     def run():
         if not backward:
@@ -180,7 +201,9 @@ def objective(
         got = Result({"total": outputs[0]}, dict(zip(("codes", "student"), outputs[1:])))
         check(got, same, oracle, max(FP32_EPS, EPS[dtype]), size, gradient_size)
 
-    return Subject(run, check_outputs, floors.objective_floor(problem, backward), floors.objective_flops(problem, backward))
+    return Subject(
+        run, check_outputs, floors.objective_floor(problem, backward), floors.objective_flops(problem, backward)
+    )
 
 
 def without_memory(problem: Problem, dtype: torch.dtype) -> Case:
@@ -243,17 +266,21 @@ def stored(features: Tensor) -> Callable[[torch.dtype], Callable[[Tensor], Tenso
     from smooseg_fast.features.store import Contents, FeatureStore, Shard, to_storage
 
     N, P, _ = features.shape
-    store = FeatureStore([Shard(Contents((0, 0), (N, 0), (1, P), ("",) * N, ((0, 0),) * N, ()), to_storage(features), 0)])
+    store = FeatureStore(
+        [Shard(Contents((0, 0), (N, 0), (1, P), ("",) * N, ((0, 0),) * N, ()), to_storage(features), 0)]
+    )
     return lambda dtype: functools.partial(store.rows, dtype=dtype)
 
 
-def assignment(problem: Problem, impl: str, mode: str, dtype: torch.dtype, device: str, seed: int = 0, pixels: int = 320) -> Subject:
+def assignment(
+    problem: Problem, impl: str, mode: str, dtype: torch.dtype, device: str, seed: int = 0, pixels: int = 320
+) -> Subject:
     """Labels at `pixels` x `pixels` from a square grid of patches, and the counts against labels to compare with."""
     side = math.isqrt(problem.P)
     case = make_inputs(replace(problem, D=1), dtype, device, seed).case
-    labels = torch.randint(0, problem.K, (problem.B, pixels, pixels), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)).to(
-        device
-    )
+    labels = torch.randint(
+        0, problem.K, (problem.B, pixels, pixels), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    ).to(device)
     sizes = {"grid": (side, side), "size": (pixels, pixels), "labels": labels, "classes": problem.K}
 
     def run():
@@ -267,7 +294,9 @@ def assignment(problem: Problem, impl: str, mode: str, dtype: torch.dtype, devic
             wrong = (assigned[n : n + 1] != want).float().mean().item()
             assert wrong < 1e-4, f"{wrong:.2%} of the pixels of picture {n} differ from float64"
         cells = (assigned * problem.K + labels).flatten()
-        assert torch.equal(counts, torch.bincount(cells, minlength=problem.K**2).view(problem.K, problem.K)), "wrong counts"
+        assert torch.equal(counts, torch.bincount(cells, minlength=problem.K**2).view(problem.K, problem.K)), (
+            "wrong counts"
+        )
 
     sides = (problem.Z, problem.K, pixels, pixels)
     floor_bytes = floors.assignment_floor(problem.B, problem.P, problem.Z, pixels, pixels, problem.element, 1)
@@ -287,12 +316,18 @@ def step_products(problem: Problem, impl: str, mode: str, dtype: torch.dtype, de
 
     inner = torch.float32 if device == "cpu" and dtype.itemsize == 2 else dtype
     flat, wide, codes, hidden, linear = matrix(B * P, D), matrix(B * P, D), matrix(B * P, Z), matrix(D, D), matrix(Z, D)
-    rows, sides, features, z = (matrix(*shape, dtype=inner) for shape in ((B * P, K), (B, P, K + 1), (B, P, D), (B * P, Z)))
+    rows, sides, features, z = (
+        matrix(*shape, dtype=inner) for shape in ((B * P, K), (B, P, K + 1), (B, P, D), (B * P, Z))
+    )
     prototypes, moments = matrix(K, Z, dtype=inner), matrix(B, K + 1, D, dtype=inner)
     pairs = [
         *((flat, hidden.mT), (flat, linear.mT), (wide, linear.mT)),  # W2 f, W1 f, W3 s
         *((z, prototypes.mT), (z, prototypes.mT), (sides.mT, features)),  # cosines to teacher and student, moments
-        *((features, moments.mT), (rows, prototypes), (rows.mT, z)),  # back from the moments, to codes and to the student
+        *(
+            (features, moments.mT),
+            (rows, prototypes),
+            (rows.mT, z),
+        ),  # back from the moments, to codes and to the student
         *((codes, linear), (codes.mT, wide), (wide.mT, flat), (codes.mT, flat)),  # through W3, and to W3, W2 and W1
     ]
     outputs = [a @ b for a, b in pairs]
@@ -310,7 +345,13 @@ def step_products(problem: Problem, impl: str, mode: str, dtype: torch.dtype, de
 
 
 def pairs(
-    problem: PairProblem, impl: str, mode: str, dtype: torch.dtype, device: str, seed: int = 0, function: Callable | None = None
+    problem: PairProblem,
+    impl: str,
+    mode: str,
+    dtype: torch.dtype,
+    device: str,
+    seed: int = 0,
+    function: Callable | None = None,
 ) -> Subject:
     """pair_energy with each image's neighbour as its partner, centred and clamped on both sides; gradients to both codes."""
     inputs, oracle = pair_inputs(problem, dtype, device, seed)
@@ -327,7 +368,9 @@ def pairs(
         return (out.energy.detach(), out.similarity.detach(), *torch.autograd.grad(out.energy, codes, upstream))
 
     def check_outputs(outputs):
-        got = pair_cases.Result(dict(zip(("energy", "similarity"), outputs)), dict(zip(("codes_i", "codes_j"), outputs[2:])))
+        got = pair_cases.Result(
+            dict(zip(("energy", "similarity"), outputs)), dict(zip(("codes_i", "codes_j"), outputs[2:]))
+        )
         pair_cases.compare(got, *oracle(impl), max(FP32_EPS, EPS[dtype]))
 
     return Subject(run, check_outputs, floors.pairs_floor(problem, backward), floors.pairs_flops(problem, backward))
@@ -340,7 +383,9 @@ def pair_inputs(problem: PairProblem, dtype: torch.dtype, device: str, seed: int
         rows = [torch.empty(B, problem.P, width, dtype=dtype, device=device) for width in (D, Z, D, Z)]
         return pair_cases.Pairs(*rows, SHIFT, {"partner": torch.empty(B, dtype=torch.int64, device=device)}), None
     options = {"partner": torch.arange(B).roll(1).to(device), "clamp": CLAMP}
-    small = pair_cases.make_pairs(B=B, P_i=P, P_j=P, D=D, Z=Z, dtype=dtype, device=device, seed=seed, threshold=SHIFT, **options)
+    small = pair_cases.make_pairs(
+        B=B, P_i=P, P_j=P, D=D, Z=Z, dtype=dtype, device=device, seed=seed, threshold=SHIFT, **options
+    )
     generator = torch.Generator().manual_seed(seed)
     indices = [(torch.randperm(problem.P, generator=generator) % P).to(device) for _ in "ij"]
     i, j = indices
@@ -365,4 +410,10 @@ def pair_inputs(problem: PairProblem, dtype: torch.dtype, device: str, seed: int
     return pair_cases.Pairs(*rows, SHIFT, options), oracle
 
 
-SUBJECTS = {"pairs": pairs, "objective": objective, "head step": head_step, "step products": step_products, "assign": assignment}
+SUBJECTS = {
+    "pairs": pairs,
+    "objective": objective,
+    "head step": head_step,
+    "step products": step_products,
+    "assign": assignment,
+}

@@ -33,7 +33,10 @@ BLOCK = re.compile(r"(<!-- report: (?P<name>[^>]*?) -->\n).*?(<!-- end report --
 BLOCKS = {
     "measured": goals.measured,
     "goals": goals.goals,
-    **{name: getattr(tables, name) for name in ("objective", "memory", "assign", "rest", "ceilings", "floors", "kernels", "scaling")},
+    **{
+        name: getattr(tables, name)
+        for name in ("objective", "memory", "assign", "rest", "ceilings", "floors", "kernels", "scaling")
+    },
     **{name: getattr(tables, name) for name in ("head_step", "extract", "pairs", "skipped", "repeats", "spread")},
 }
 
@@ -82,9 +85,15 @@ def pages(root: Path, found: tables.Cells, drawn: dict[str, charts.Chart]) -> tu
     return texts, names
 
 
-def pictures(root: Path, drawn: dict[str, charts.Chart]) -> tuple[dict[Path, tuple[charts.Chart, str]], list[Path], list[str]]:
+def pictures(
+    root: Path, drawn: dict[str, charts.Chart]
+) -> tuple[dict[Path, tuple[charts.Chart, str]], list[Path], list[str]]:
     """What to draw, what to remove, and the names of both."""
-    wanted = {root / PICTURES / f"{stem}-{theme}.svg": (chart, theme) for stem, chart in drawn.items() for theme in charts.THEMES}
+    wanted = {
+        root / PICTURES / f"{stem}-{theme}.svg": (chart, theme)
+        for stem, chart in drawn.items()
+        for theme in charts.THEMES
+    }
     stale = {
         path: what
         for path, what in wanted.items()
@@ -102,7 +111,10 @@ def run(files: list[Path], root: Path, check: bool) -> int:
     names += more
     if not check:
         write(texts, stale, unwanted)
-    print("\n".join(f"{'would change' if check else 'wrote'} {name}" for name in names) or "everything says what the files say")
+    print(
+        "\n".join(f"{'would change' if check else 'wrote'} {name}" for name in names)
+        or "everything says what the files say"
+    )
     return int(check and bool(names))
 
 

@@ -33,11 +33,17 @@ def slopes(rows: list[Row]) -> Iterator[str]:
         letter = row["case"].removeprefix("scaling ")
         for quantity in ("median_ms", "peak_bytes"):
             if letter != row["case"] and quantity in row:
-                series.setdefault((letter, row["impl"], row["mode"], quantity), []).append((row["sizes"][letter], row[quantity]))
+                series.setdefault((letter, row["impl"], row["mode"], quantity), []).append(
+                    (row["sizes"][letter], row[quantity])
+                )
     for (letter, impl, mode, quantity), points in series.items():
         low, high = STATED.get(letter, (0, math.inf))
         parts = [points, [point for point in points if low <= point[0] <= high]]
-        fits = [f"{slope(part):.2f} from {part[0][0]} to {part[-1][0]}" for part in dict.fromkeys(map(tuple, parts)) if len(part) > 1]
+        fits = [
+            f"{slope(part):.2f} from {part[0][0]} to {part[-1][0]}"
+            for part in dict.fromkeys(map(tuple, parts))
+            if len(part) > 1
+        ]
         if fits:
             what = "time" if quantity == "median_ms" else "peak memory"
             yield f"{impl}, {mode}: {what} grows with {letter} to the power {', '.join(fits)}"

@@ -26,7 +26,10 @@ class Sweep:
     def stopped(self, name: str) -> tuple[int, str] | None:
         """The first value beyond all that have a number, and why it has none; None where the curve does not stop."""
         last = max((at for at, _ in self.points(name, "median_ms")), default=0)
-        return next(((at, row["skipped"]) for at, row in sorted(self.lines[name].items()) if at > last and "skipped" in row), None)
+        return next(
+            ((at, row["skipped"]) for at, row in sorted(self.lines[name].items()) if at > last and "skipped" in row),
+            None,
+        )
 
     def rows(self) -> list[Row]:
         return [row for line in self.lines.values() for row in line.values()]

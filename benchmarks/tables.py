@@ -44,7 +44,9 @@ def sizes(cell: Cell) -> str:
 def figure(name: str, row: results.Row) -> str:
     if name == "peak_bytes":
         return size(row[name])
-    floor = row.get("times_floor") or (row["floor_ms"] and row["median_ms"] / row["floor_ms"] if "floor_ms" in row else None)
+    floor = row.get("times_floor") or (
+        row["floor_ms"] and row["median_ms"] / row["floor_ms"] if "floor_ms" in row else None
+    )
     return milliseconds(row["median_ms"]) + (f" ({times(floor)})" if floor else "")
 
 
@@ -87,7 +89,9 @@ class Notes:
 def short(reason: str) -> str:
     """Bytes written out to the last digit as GB or MB."""
     return re.sub(
-        r"\b\d{1,3}(?:,\d{3}){2,}\b(?: bytes)?", lambda found: size(float(found[0].removesuffix(" bytes").replace(",", ""))), reason
+        r"\b\d{1,3}(?:,\d{3}){2,}\b(?: bytes)?",
+        lambda found: size(float(found[0].removesuffix(" bytes").replace(",", ""))),
+        reason,
     )
 
 
@@ -98,7 +102,9 @@ def escaped(text: str) -> str:
 def run_text(rows: list[results.Row]) -> str:
     """One run: when, which code, where, with what, and how many calls."""
     row = rows[0]
-    dirty = {True: " with uncommitted changes", False: "", None: " (uncommitted changes, if any, not recorded)"}[row.get("dirty")]
+    dirty = {True: " with uncommitted changes", False: "", None: " (uncommitted changes, if any, not recorded)"}[
+        row.get("dirty")
+    ]
     date = f"{row.get('date', '')[:16].replace('T', ' ')} UTC"
     who = threads_text(row.get("machine"), row.get("threads"))
     calls = [row["n"] for row in rows if "n" in row]
@@ -151,7 +157,13 @@ def by_implementation(cells: Cells, keep: Keep, name: str = "median_ms", *, case
             entries = []
             for impl in columns:
                 row = chosen.get(key._replace(impl=impl))
-                entries.append("" if row is None else figure(name, row) + notes.mark(row) if name in row else notes.reason(row["skipped"]))
+                entries.append(
+                    ""
+                    if row is None
+                    else figure(name, row) + notes.mark(row)
+                    if name in row
+                    else notes.reason(row["skipped"])
+                )
             body.append(
                 [
                     *[key.case] * cases,
@@ -169,7 +181,9 @@ def by_implementation(cells: Cells, keep: Keep, name: str = "median_ms", *, case
 
 def gain(cells: Cells, key: Cell, name: str = "median_ms") -> str:
     """Dense over the better of ours, in one run; which one is said."""
-    found = [(ratio(cells.get(key._replace(impl="dense")), cells.get(key._replace(impl=impl)), name), impl) for impl in FAST]
+    found = [
+        (ratio(cells.get(key._replace(impl="dense")), cells.get(key._replace(impl=impl)), name), impl) for impl in FAST
+    ]
     found = [(value, impl) for value, impl in found if value]
     return f"{times(max(found)[0])} ({max(found)[1]})" if found else ""
 
@@ -191,7 +205,9 @@ def pairs(cells: Cells) -> str:
 
 
 def memory(cells: Cells) -> str:
-    return by_implementation(cells, lambda cell: not cell.case.startswith(("scaling", "ceiling")), "peak_bytes", cases=True)
+    return by_implementation(
+        cells, lambda cell: not cell.case.startswith(("scaling", "ceiling")), "peak_bytes", cases=True
+    )
 
 
 ALONE = "backbone alone"
@@ -209,7 +225,9 @@ def extract(cells: Cells) -> str:
         "what": lambda cell, row: cell.impl,
         "images": lambda cell, row: "{images} of {width}x{height}, squares of {pixels}".format(**row["sizes"]),
         "ms an image": lambda cell, row: milliseconds(row["median_ms"] / row["sizes"]["images"]),
-        "images/s": lambda cell, row: f"{row['images_per_s']:.0f}" if row["images_per_s"] >= 100 else f"{row['images_per_s']:#.3g}",
+        "images/s": lambda cell, row: (
+            f"{row['images_per_s']:.0f}" if row["images_per_s"] >= 100 else f"{row['images_per_s']:#.3g}"
+        ),
         "beyond the backbone": beyond,
     }
     return listing(cells, lambda cell: cell.case == "extract", columns, "images_per_s")
@@ -221,7 +239,12 @@ KNOWN = ("extract", "objective", "head step", "assign", "pairs", "memory", "ceil
 def rest(cells: Cells) -> str:
     """What no other block shows, by case."""
     cases = sorted({cell.case for cell in cells if not cell.case.startswith(KNOWN)})
-    return "\n\n".join(f"{case}:\n\n{by_implementation(cells, lambda cell, case=case: cell.case == case)}" for case in cases) or NOTHING
+    return (
+        "\n\n".join(
+            f"{case}:\n\n{by_implementation(cells, lambda cell, case=case: cell.case == case)}" for case in cases
+        )
+        or NOTHING
+    )
 
 
 def listing(cells: Cells, keep: Keep, columns: dict[str, Callable[[Cell, results.Row], str]], *names: str) -> str:
@@ -253,7 +276,9 @@ def spread(cells: Cells) -> str:
         **WHAT,
         "median ms": lambda cell, row: milliseconds(row["median_ms"]),
         "p20 to p80 ms": lambda cell, row: f"{milliseconds(row['p20_ms'])} to {milliseconds(row['p80_ms'])}",
-        "half of it over the median": lambda cell, row: f"{50 * (row['p80_ms'] - row['p20_ms']) / row['median_ms']:.1f} %",
+        "half of it over the median": lambda cell, row: (
+            f"{50 * (row['p80_ms'] - row['p20_ms']) / row['median_ms']:.1f} %"
+        ),
         "n": lambda cell, row: str(row.get("n", "")),
     }
     listed = listing(cells, lambda cell: True, columns, "median_ms", "p20_ms", "p80_ms")
@@ -283,14 +308,18 @@ def floors(cells: Cells) -> str:
     """Counted bytes and operations; equal for all implementations, so one row a problem."""
     columns = {name: column for name, column in WHAT.items() if name != "implementation"} | {
         "bytes": lambda cell, row: size(row["floor_bytes"]),
-        "operations": lambda cell, row: f"{row['floor_flops'] / 1e9:#.3g} GFLOP".replace(". ", " ") if "floor_flops" in row else "",
+        "operations": lambda cell, row: (
+            f"{row['floor_flops'] / 1e9:#.3g} GFLOP".replace(". ", " ") if "floor_flops" in row else ""
+        ),
         "floor ms": lambda cell, row: milliseconds(row["floor_ms"]),
     }
     problems: Cells = {}
     for cell, runs in cells.items():
         if newest(runs, "floor_bytes", "floor_ms") and not cell.case.startswith("scaling"):
             problem = cell._replace(impl="")
-            problems[problem] = dict(sorted({**problems.get(problem, {}), **runs}.items(), key=lambda item: item[1].get("date", "")))
+            problems[problem] = dict(
+                sorted({**problems.get(problem, {}), **runs}.items(), key=lambda item: item[1].get("date", ""))
+            )
     return listing(problems, lambda cell: True, columns, "floor_bytes", "floor_ms")
 
 
@@ -335,7 +364,14 @@ def slopes(sweep: sweeps.Sweep, name: str) -> list[list[str]]:
         found = [sweeps.slope(inside), sweeps.slope(heavy)]
         fits = ["" if value is None else f"{value:.2f}" for value in found]
         lines.append(
-            [sweep.letter, name, f"{low} to {high}", str(len(inside)), *fits, f"{stop[0]}: {escaped(short(stop[1]))}" if stop else ""]
+            [
+                sweep.letter,
+                name,
+                f"{low} to {high}",
+                str(len(inside)),
+                *fits,
+                f"{stop[0]}: {escaped(short(stop[1]))}" if stop else "",
+            ]
         )
     return lines or [[sweep.letter, name, "", "0", "", "", f"{stop[0]}: {escaped(short(stop[1]))}" if stop else ""]]
 
@@ -347,7 +383,9 @@ def skipped(cells: Cells) -> str:
         last = newest(runs, "skipped")
         if last and not any(newest(runs, name) for name in ("median_ms", "peak_bytes", "mean_us")):
             rows.append([threads_text(cell.machine, cell.threads), compare.name(cell), escaped(short(last["skipped"]))])
-    return table(["machine", "cell", "why"], sorted(rows)) if rows else "No results file says that anything was left out."
+    return (
+        table(["machine", "cell", "why"], sorted(rows)) if rows else "No results file says that anything was left out."
+    )
 
 
 def repeats(cells: Cells) -> str:
@@ -356,7 +394,11 @@ def repeats(cells: Cells) -> str:
     for place, group in places(cells, lambda cell: cell.case != "ceiling").items():
         a, b = {}, {}
         for cell, runs in group.items():
-            timed = [row for row in runs.values() if "median_ms" in row and row.get("commit") == list(runs.values())[-1].get("commit")]
+            timed = [
+                row
+                for row in runs.values()
+                if "median_ms" in row and row.get("commit") == list(runs.values())[-1].get("commit")
+            ]
             if len(timed) > 1:
                 a[cell], b[cell] = (next(iter(compare.sides([row]).values())) for row in timed[-2:])
         if changes := compare.compare(a, b):

@@ -90,8 +90,12 @@ def lay_out(folder: Path) -> list[Path]:
     general, module = config["general"], config["general"]["name"].replace("-", "_")
     files = sources(module, config["torch-noarch"]["pyext"])
     build = folder / "build"
-    if build.exists() and not (build.is_dir() and all((entry / "metadata.json").is_file() for entry in build.iterdir())):
-        raise FileExistsError(f"{build} holds something else than a build of kernels: move it away, or name another folder with --out")
+    if build.exists() and not (
+        build.is_dir() and all((entry / "metadata.json").is_file() for entry in build.iterdir())
+    ):
+        raise FileExistsError(
+            f"{build} holds something else than a build of kernels: move it away, or name another folder with --out"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".build-", dir=folder) as scratch:
         for backend in general["backends"]:

@@ -20,7 +20,13 @@ from .progress import Bar
 DAY_S = 86_400.0
 SETTINGS = ("dataset", "backbone", "size", "crops", "images")
 # columns that are shown only where rows would be equal without, and the settings in them
-DETAILS = {"precision": "precision", "resample": "resample", "batch": "batch_size", "weights": "digest", "files": "fingerprint"}
+DETAILS = {
+    "precision": "precision",
+    "resample": "resample",
+    "batch": "batch_size",
+    "weights": "digest",
+    "files": "fingerprint",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +42,9 @@ class List:
 class Remove:
     """Remove features at once, without asking; none that a run is using. They can be made again from their images."""
 
-    keys: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[KEY ...]", help_behavior_hint="")] = ()
+    keys: Annotated[
+        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[KEY ...]", help_behavior_hint="")
+    ] = ()
     """Keys of what to remove, as `ls` shows them; their first letters are enough."""
     all: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Remove everything."""
@@ -50,7 +58,9 @@ class Remove:
 class Verify:
     """Read every byte and compare checksums. A damaged file is named and removed: the next run that needs it makes it again."""
 
-    keys: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[KEY ...]", help_behavior_hint="")] = ()
+    keys: Annotated[
+        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[KEY ...]", help_behavior_hint="")
+    ] = ()
     """Keys of what to look at [everything]."""
     cache: str | None = None
     """Folder of the feature cache [~/.cache/smooseg_fast]."""
@@ -80,7 +90,10 @@ def show(home: CacheFolder, command: List) -> None:
     widths = [max(map(len, column)) for column in zip(*table)]
     right = {table[0].index(name) for name in ("size", "images", "GB")}
     for line in table:
-        cells = (cell.rjust(width) if column in right else cell.ljust(width) for column, (cell, width) in enumerate(zip(line, widths)))
+        cells = (
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths))
+        )
         print("  ".join(cells).rstrip())
     print(f"\n{readable(sum(store.nbytes for store in stores))} in {home.path}")
     print("to free some: python -m smooseg_fast.cache rm KEY, or rm --older DAYS")
@@ -99,7 +112,14 @@ class Row:
     def cells(self, shown: Sequence[str]) -> tuple[str, ...]:
         last = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.store.last_used))
         size = f"{self.store.nbytes / 1e9:.2f}"
-        return (self.store.key[:8], *self.settings, *(self.details[name] for name in shown), size, last, state(self.store))
+        return (
+            self.store.key[:8],
+            *self.settings,
+            *(self.details[name] for name in shown),
+            size,
+            last,
+            state(self.store),
+        )
 
 
 def state(store: StoreFolder) -> str:
@@ -148,7 +168,9 @@ def verify(home: CacheFolder, command: Verify) -> None:
     stores = named(home, command.keys) if command.keys else home.stores()
     others = [store.key[:8] for store in stores if not store.readable]
     if others:
-        print(f"of another version, and left out: {', '.join(others)}; to free them: python -m smooseg_fast.cache rm {' '.join(others)}")
+        print(
+            f"of another version, and left out: {', '.join(others)}; to free them: python -m smooseg_fast.cache rm {' '.join(others)}"
+        )
     stores = [store for store in stores if store.readable]
     paths = [path for store in stores for path in store.shards()]
     damaged = []
@@ -178,8 +200,14 @@ def named(home: CacheFolder, keys: Sequence[str]) -> list[StoreFolder]:
     for key in keys:
         fits = [store for store in stores if store.key.startswith(key.lower())]
         if len(fits) != 1 or not key:
-            which = f"stands for {len(fits)} stores ({', '.join(store.key[:8] for store in fits)})" if fits else "no store has this key"
-            raise UserError(f"{key or 'an empty key'}: {which}; python -m smooseg_fast.cache ls shows the keys in {home.path}")
+            which = (
+                f"stands for {len(fits)} stores ({', '.join(store.key[:8] for store in fits)})"
+                if fits
+                else "no store has this key"
+            )
+            raise UserError(
+                f"{key or 'an empty key'}: {which}; python -m smooseg_fast.cache ls shows the keys in {home.path}"
+            )
         found[fits[0].key] = fits[0]
     return list(found.values())
 

@@ -26,10 +26,14 @@ def confusion_picture(confusion: np.ndarray, scores: Scores, class_names: Sequen
     clusters, classes = confusion.shape
     names = [str(c) for c in range(classes)] if class_names is None else list(class_names)
     if (clusters, classes) != (len(scores.mapping), len(scores.iou)) or len(names) != classes:
-        raise ValueError(f"confusion {confusion.shape}, {len(scores.mapping)} mapped clusters and {len(names)} class names do not fit")
+        raise ValueError(
+            f"confusion {confusion.shape}, {len(scores.mapping)} mapped clusters and {len(names)} class names do not fit"
+        )
     pixels = confusion.sum(0)
     shares = confusion.T / np.maximum(pixels, 1)[:, None]  # [C, K]
-    order = sorted(range(clusters), key=lambda k: (scores.mapping[k] % (classes + 1), -confusion[k].sum(), k))  # -1 goes last
+    order = sorted(
+        range(clusters), key=lambda k: (scores.mapping[k] % (classes + 1), -confusion[k].sum(), k)
+    )  # -1 goes last
     side = int(np.clip(1500 / max(clusters, classes), 12, 44))
     size = int(np.clip(0.42 * side, 9, 15))
     text = min(max(size, 13), side - 1)
@@ -42,7 +46,9 @@ def confusion_picture(confusion: np.ndarray, scores: Scores, class_names: Sequen
     picture = Image.new("RGB", (width, head + side * classes + 76), PAPER)
     draw = ImageDraw.Draw(picture)
     write(draw, (margin, margin), f"{scores.matching.capitalize()} matching", 22, INK, bold=True)
-    summary = f"accuracy {percent(scores.accuracy)} %,  mean IoU {percent(scores.miou)} %,  {scores.pixels:,} labelled pixels"
+    summary = (
+        f"accuracy {percent(scores.accuracy)} %,  mean IoU {percent(scores.miou)} %,  {scores.pixels:,} labelled pixels"
+    )
     write(draw, (margin, margin + 30), summary, 15, GREY)
     for x, label, anchor in ((left - 14, "class", "rm"), (right + 70, "share", "rm"), (right + 140, "IoU", "rm")):
         write(draw, (x, head - 14), label, text, GREY, anchor=anchor)
@@ -73,7 +79,9 @@ def confusion_picture(confusion: np.ndarray, scores: Scores, class_names: Sequen
     return picture
 
 
-def curves_picture(records: Sequence[Mapping[str, Any]], panels: Mapping[str, Sequence[str]], title: str = "") -> Image.Image:
+def curves_picture(
+    records: Sequence[Mapping[str, Any]], panels: Mapping[str, Sequence[str]], title: str = ""
+) -> Image.Image:
     """Training curves: one small panel for each entry of `panels` (panel title -> keys), the records' "step" on x.
 
     Only finite numbers that are in the records are drawn; a key without any is left out, and so is a panel without keys. Each curve is
@@ -91,7 +99,9 @@ def curves_picture(records: Sequence[Mapping[str, Any]], panels: Mapping[str, Se
         axes = figure.add_subplot(rows, columns, i + 1)
         _panel(axes, name, found)
         edge = max(0.02 * (max(steps) - min(steps)), 0.5)
-        axes.set_xlim(min(steps) - edge, max(steps) + edge)  # the same in all, so that equal steps stand below each other
+        axes.set_xlim(
+            min(steps) - edge, max(steps) + edge
+        )  # the same in all, so that equal steps stand below each other
         axes.xaxis.get_major_locator().set_params(integer=True)
     return under_title(figure, title, "" if curves else "nothing recorded yet")
 

@@ -66,10 +66,17 @@ class TrainingState:
     windows: tuple[int, int] | None = None  # how many windows the features are streamed through, and the steps in each
 
     def write(self, path: str | Path) -> Path:
-        header = {"format": FORMAT, "step": self.step, "config": dataclasses.asdict(self.config), "windows": self.windows}
+        header = {
+            "format": FORMAT,
+            "step": self.step,
+            "config": dataclasses.asdict(self.config),
+            "windows": self.windows,
+        }
         tensors = {f"heads.{name}": value for name, value in self.heads.state_dict().items()}
         tensors |= {f"optimizer.{name}": value for name, value in self.optimizer.items()}
-        return _write(path, STATE_KEY, header, tensors | {f"losses.{name}": value for name, value in self.losses.items()})
+        return _write(
+            path, STATE_KEY, header, tensors | {f"losses.{name}": value for name, value in self.losses.items()}
+        )
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -98,17 +105,32 @@ def _read(path: Path, key: str, usual: str, build: Callable[[dict[str, Any], dic
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get(key)
             if header is None:
-                raise UserError(f"--checkpoint {path}: a safetensors file of another kind; give a {usual} that training wrote")
+                raise UserError(
+                    f"--checkpoint {path}: a safetensors file of another kind; give a {usual} that training wrote"
+                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file is no dict)
         header = json.loads(header)
         if header["format"] != FORMAT:
             raise ValueError(f"format {header['format']}, this version reads {FORMAT}")
         return build(header, tensors)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"--checkpoint {path}: cut short, damaged or no safetensors file ({error}); copy it again or train anew") from error
-    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError, UserError) as error:
+        raise UserError(
+            f"--checkpoint {path}: cut short, damaged or no safetensors file ({error}); copy it again or train anew"
+        ) from error
+    except (
+        KeyError,
+        IndexError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        AttributeError,
+        OverflowError,
+        UserError,
+    ) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"--checkpoint {path}: damaged, or written by another version ({reason}); copy it again or train anew") from error
+        raise UserError(
+            f"--checkpoint {path}: damaged, or written by another version ({reason}); copy it again or train anew"
+        ) from error
 
 
 def _checkpoint(header: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoint:
@@ -153,7 +175,9 @@ def _training_state(header: dict[str, Any], tensors: dict[str, Tensor]) -> Train
     heads.load_state_dict(weights)
     parts = (_below(f"{part}.", tensors) for part in ("optimizer", "losses"))
     windows = header.get("windows")
-    return TrainingState(TrainConfig(**header["config"]), header["step"], heads, *parts, None if windows is None else tuple(windows))
+    return TrainingState(
+        TrainConfig(**header["config"]), header["step"], heads, *parts, None if windows is None else tuple(windows)
+    )
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -163,7 +187,9 @@ def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def optimizer_tensors(optimizer: torch.optim.Adam) -> dict[str, Tensor]:
     """Adam's state as flat names: the parameter's place and the moment."""
     states = optimizer.state_dict()["state"]
-    return {f"{place}.{name}": torch.as_tensor(value) for place, state in states.items() for name, value in state.items()}
+    return {
+        f"{place}.{name}": torch.as_tensor(value) for place, state in states.items() for name, value in state.items()
+    }
 
 
 def restore_optimizer(optimizer: torch.optim.Adam, tensors: dict[str, Tensor]) -> None:

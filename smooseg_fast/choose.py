@@ -33,7 +33,9 @@ def main(args: Sequence[str]) -> None:
         raise UserError(f"--run {out}: holds no finished run; give the --out folder of training")
     files = sorted((out / HEADS).glob("*.safetensors"))
     if not files:
-        raise UserError(f"--run {out}: has one head only; train with several values of --granularity or with --heads to have a choice")
+        raise UserError(
+            f"--run {out}: has one head only; train with several values of --granularity or with --heads to have a choice"
+        )
     if config.granularity is None and config.seed is None:
         raise UserError(f"--granularity or --seed: missing; the heads are {', '.join(file.stem for file in files)}")
     now = read_checkpoint(out / CHECKPOINT)
@@ -49,7 +51,9 @@ def main(args: Sequence[str]) -> None:
     write_atomic(out / CHECKPOINT, file.read_bytes())
     print(f"{out / CHECKPOINT} is now {file.stem}; the others stay in {out / HEADS}")
     images = pictures_of(found.config.data, out)
-    print("next       " + predict_command(out / CHECKPOINT, images, out / f"predictions_{file.stem}", found.backbone_name))
+    print(
+        "next       " + predict_command(out / CHECKPOINT, images, out / f"predictions_{file.stem}", found.backbone_name)
+    )
 
 
 def granularity_of(checkpoint: Checkpoint) -> float | None:

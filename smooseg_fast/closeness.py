@@ -28,7 +28,9 @@ SLOW_BYTES = 2**30  # of features, from which on the pass over them has a progre
 class Spread:
     """The distribution of W = cos - its mean over j + M over pairs of patches of one kind: within squares, or across them."""
 
-    mean: float  # M over every pair of the whole store, and so the mean of any histogram of W, whichever squares it is of
+    mean: (
+        float  # M over every pair of the whole store, and so the mean of any histogram of W, whichever squares it is of
+    )
     counts: Tensor  # int64 [BINS] of W - M between -REACH and REACH
 
     @property
@@ -152,7 +154,9 @@ def similarity(
     counted = min(N, max(2, largest // (P * P * partners)))
     order = torch.randperm(N, generator=torch.Generator().manual_seed(seed))
     each = max(BATCH, PATCHES // P)
-    drawn = [part.tolist() for part in order[:counted].tensor_split(-(-counted // each))]  # of two squares at least: nobody is left alone
+    drawn = [
+        part.tolist() for part in order[:counted].tensor_split(-(-counted // each))
+    ]  # of two squares at least: nobody is left alone
     partners = min(partners, min(map(len, drawn)) - 1)
     rest = [part.tolist() for part in order[counted:].sort().values.split(each)]
     sums, squares, counts = torch.zeros(D, dtype=torch.float64), 0.0, torch.zeros(2, BINS, dtype=torch.int64)
@@ -180,5 +184,7 @@ def histograms(f: Tensor, partners: int, impl: str) -> Tensor:
     here = torch.arange(len(f), device=f.device)
     others = [here.roll(-step) for step in range(1, partners + 1)]
     zero = torch.zeros(1 + len(others), device=f.device)
-    found = sk.similarity_statistics(f, ["self", *others], bins=BINS, limits=(-REACH, REACH), mean=zero, impl=impl).histogram.cpu()
+    found = sk.similarity_statistics(
+        f, ["self", *others], bins=BINS, limits=(-REACH, REACH), mean=zero, impl=impl
+    ).histogram.cpu()
     return torch.stack((found[0], found[1:].sum(0)))

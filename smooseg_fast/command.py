@@ -55,7 +55,10 @@ def load_segmenter(checkpoint: str, backbone: str | None, device: str, precision
     segmenter = Segmenter.load(checkpoint, backbone=backbone, device=device, precision=precision)
     if not segmenter.same_backbone:
         name = segmenter.backbone.name
-        print(f"warning: {name} is not, weight for weight, the backbone of training; groups may have shifted", file=sys.stderr)
+        print(
+            f"warning: {name} is not, weight for weight, the backbone of training; groups may have shifted",
+            file=sys.stderr,
+        )
     return segmenter
 
 
@@ -69,7 +72,17 @@ def pictures_of(data: str | None, run: Path) -> Path:
 
 def predict_command(checkpoint: Path, images: Path, out: Path, backbone: str) -> str:
     """What to type next. A `module:callable` has to be named again: a checkpoint never imports code by itself."""
-    words = ["python", "-m", "smooseg_fast.predict", "--checkpoint", str(checkpoint), "--images", str(images), "--out", str(out)]
+    words = [
+        "python",
+        "-m",
+        "smooseg_fast.predict",
+        "--checkpoint",
+        str(checkpoint),
+        "--images",
+        str(images),
+        "--out",
+        str(out),
+    ]
     return shlex.join(words + (["--backbone", backbone] if ":" in backbone else []))
 
 
@@ -97,7 +110,9 @@ def _run(main: Callable[..., None], args: Sequence[str], together: bool) -> int:
                 if together:
                     main(args, processes)
                 elif processes.size > 1:
-                    raise UserError(f"torchrun: this command runs in one process, not {processes.size}; start it with python -m")
+                    raise UserError(
+                        f"torchrun: this command runs in one process, not {processes.size}; start it with python -m"
+                    )
                 else:
                     main(args)
                 processes.wait()  # the first may still be writing

@@ -24,7 +24,12 @@ LOGS = (None, "tensorboard")
 ON_DRIFT = ("warn", "stop")
 LARGEST = 1 << 16  # pixels of a side
 GROUPS = 255  # the most that an 8-bit mask holds
-KINDS = {str: (str, "text"), int: (Integral, "a whole number"), float: (Real, "a number"), bool: (bool, "True or False")}
+KINDS = {
+    str: (str, "text"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    bool: (bool, "True or False"),
+}
 
 
 @dataclass(frozen=True)
@@ -160,7 +165,11 @@ class TrainConfig:
 
     def variants(self) -> tuple[Variant, ...]:
         """The heads that are learnt side by side: every granularity (or the one pair of thresholds) with every seed."""
-        pairs = [(self.threshold_within, self.threshold_across)] if self.granularity is None else [(g, g) for g in self.granularity]
+        pairs = (
+            [(self.threshold_within, self.threshold_across)]
+            if self.granularity is None
+            else [(g, g) for g in self.granularity]
+        )
         return tuple(
             Variant(seed, pair, None if self.granularity is None else pair[0])
             for pair in pairs
@@ -184,13 +193,19 @@ class TrainConfig:
         """The part of `check` that looks at each value alone, and not at whether there are thresholds to train with."""
         for name, (kind, words, optional) in _kinds().items():
             value = getattr(self, name)
-            if not (value is None and optional) and (not isinstance(value, kind) or (kind is not bool and isinstance(value, bool))):
+            if not (value is None and optional) and (
+                not isinstance(value, kind) or (kind is not bool and isinstance(value, bool))
+            ):
                 raise UserError(f"{flag(name)}: must be {words}, got {value!r:.80}")
-        choices = dict(impl=IMPLS, precision=PRECISIONS, backbone_precision=BACKBONE_PRECISIONS, init=INITS, crops=CROPS)
+        choices = dict(
+            impl=IMPLS, precision=PRECISIONS, backbone_precision=BACKBONE_PRECISIONS, init=INITS, crops=CROPS
+        )
         choices |= dict(resample=RESAMPLES, log=LOGS, on_drift=ON_DRIFT)
         for name, legal in choices.items():
             if getattr(self, name) not in legal:
-                raise UserError(f"{flag(name)}: {getattr(self, name)!r} is not known; choose one of {', '.join(filter(None, legal))}")
+                raise UserError(
+                    f"{flag(name)}: {getattr(self, name)!r} is not known; choose one of {', '.join(filter(None, legal))}"
+                )
         if self.cache_limit is not None:
             parse_size(self.cache_limit, "--cache-limit")
         lowest = dict(
@@ -218,9 +233,15 @@ class TrainConfig:
             if last >= 2**63:
                 raise UserError(f"{flag(name)}: must be below 2^63, got {last}")
         if self.prototypes is not None and self.prototypes > GROUPS:
-            raise UserError(f"--prototypes: must be at most {GROUPS}, the most that an 8-bit mask can hold, got {self.prototypes}")
-        if self.granularity is not None and len({f"{value:g}" for value in self.granularity}) < max(1, len(self.granularity)):
-            raise UserError(f"--granularity: give one or more different numbers, got {' '.join(map(str, self.granularity)) or 'none'}")
+            raise UserError(
+                f"--prototypes: must be at most {GROUPS}, the most that an 8-bit mask can hold, got {self.prototypes}"
+            )
+        if self.granularity is not None and len({f"{value:g}" for value in self.granularity}) < max(
+            1, len(self.granularity)
+        ):
+            raise UserError(
+                f"--granularity: give one or more different numbers, got {' '.join(map(str, self.granularity)) or 'none'}"
+            )
         for name, low, high in (
             ("temperature", 1e-6, 1e6),
             ("lr", 0, 1e3),
@@ -283,7 +304,9 @@ PRESETS: dict[str, TrainConfig] = {
     # a hand-made backbone on made-up textures: many equal classes, so finer than photos, and more to learn, so longer and faster
     "demo": TrainConfig(preset="demo", granularity=(0.2,), lr=3e-4, steps=600, patches=196, eval_size=224),
     "folder": TrainConfig(),
-    "cityscapes": TrainConfig(preset="cityscapes", threshold_within=-0.02, threshold_across=0.5, prototypes=27, **_PAPER),
+    "cityscapes": TrainConfig(
+        preset="cityscapes", threshold_within=-0.02, threshold_across=0.5, prototypes=27, **_PAPER
+    ),
     "cocostuff27": TrainConfig(
         preset="cocostuff27", threshold_within=-0.02, threshold_across=0.48, prototypes=27, **{**_PAPER, "steps": 8000}
     ),
@@ -308,7 +331,9 @@ def with_changes(base: TrainConfig, **changes: Any) -> TrainConfig:
     """`base` with changes; thresholds that are named switch the granularity off, and the other way round."""
     unknown = set(changes) - {field.name for field in dataclasses.fields(TrainConfig)}
     if unknown:
-        raise UserError(f"{sorted(unknown)[0]}: is not a setting; known are {', '.join(f.name for f in dataclasses.fields(TrainConfig))}")
+        raise UserError(
+            f"{sorted(unknown)[0]}: is not a setting; known are {', '.join(f.name for f in dataclasses.fields(TrainConfig))}"
+        )
     changes = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in changes.items()}
     named_thresholds = changes.get("threshold_within") is not None or changes.get("threshold_across") is not None
     if named_thresholds and "granularity" not in changes:

@@ -51,9 +51,18 @@ def main(args: Sequence[str]) -> None:
     found = read_published(path, str(path))
     checkpoint = dataclasses.replace(found.checkpoint, backbone_name=f"./{BACKBONE}")
     (K, Z), dim = checkpoint.head.teacher.shape, found.architecture.dim
-    print(f"found      SmooSeg after {checkpoint.step} steps: K = {K} prototypes of Z = {Z}, on D = {dim} channels of {found.architecture}")
-    told = {name: value for name, value in found.settings.items() if any(map(TELLING.fullmatch, re.split(r"[._]", name.lower())))}
-    print("settings   " + (printable(", ".join(f"{name} {value}" for name, value in told.items())) or "none are in the file"))
+    print(
+        f"found      SmooSeg after {checkpoint.step} steps: K = {K} prototypes of Z = {Z}, on D = {dim} channels of {found.architecture}"
+    )
+    told = {
+        name: value
+        for name, value in found.settings.items()
+        if any(map(TELLING.fullmatch, re.split(r"[._]", name.lower())))
+    }
+    print(
+        "settings   "
+        + (printable(", ".join(f"{name} {value}" for name, value in told.items())) or "none are in the file")
+    )
     preset = checkpoint.config.preset if checkpoint.config.preset in DATASETS.values() else None
     known = "the paper's; the file names none of its data sets" if preset is None else f"the paper's for {preset}"
     print(f"resolution {checkpoint.config.eval_size} pixels ({known})")
@@ -65,7 +74,10 @@ def main(args: Sequence[str]) -> None:
     print(f"written    {made}, and its backbone {out / BACKBONE}; move them together")
     print("next       " + predict_command(made, "IMAGES", out / "predictions", checkpoint.backbone_name))
     protocol = [] if preset is None else ["--preset", preset]
-    print("           " + shlex.join(["python", "-m", "smooseg_fast.evaluate", *protocol, "--checkpoint", str(made), "--data", "DIR"]))
+    print(
+        "           "
+        + shlex.join(["python", "-m", "smooseg_fast.evaluate", *protocol, "--checkpoint", str(made), "--data", "DIR"])
+    )
 
 
 if __name__ == "__main__":

@@ -101,7 +101,9 @@ def check(config: CheckConfig) -> None:
     tell_classes(found)
     for note in dict.fromkeys([*lacking, *(note for dataset in splits.values() for note in dataset.notes)]):
         say("note", note)
-    problems = [problem for split, inspection in found.items() for problem in judge(split, inspection, measured="val" in splits)]
+    problems = [
+        problem for split, inspection in found.items() for problem in judge(split, inspection, measured="val" in splits)
+    ]
     if problems:
         raise UserError("; ".join(problems))
     say("next", next_command(config.data, layout, splits))
@@ -162,7 +164,9 @@ def look(dataset: Dataset, index: int) -> tuple[tuple[int, int] | str, np.ndarra
 def describe(inspection: Inspection) -> str:
     dataset = inspection.dataset
     parts = [f"{len(dataset)} images" + (", held out" if dataset.held_out else "")]
-    parts.append(f"{'all' if inspection.opened == len(dataset) else inspection.opened} opened, {inspection.labels} of them with a label")
+    parts.append(
+        f"{'all' if inspection.opened == len(dataset) else inspection.opened} opened, {inspection.labels} of them with a label"
+    )
     if inspection.sizes:
         (common, count), *_ = inspection.sizes.most_common(1)
         least, most = (extent(pick(inspection.sizes, key=lambda size: size[0] * size[1])) for pick in (min, max))
@@ -190,17 +194,25 @@ def tell_classes(found: dict[str, Inspection]) -> None:
     names = next(iter(labelled.values())).dataset.class_names
     where = " and ".join(f"{each.labels} labels of {split}" for split, each in labelled.items())
     whole = all(each.opened == len(each.dataset) for each in labelled.values())
-    say("classes", f"{len(names)}; share of the labelled pixels in {'all ' if whole else ''}{where}{'' if whole else ' (a sample)'}")
+    say(
+        "classes",
+        f"{len(names)}; share of the labelled pixels in {'all ' if whole else ''}{where}{'' if whole else ' (a sample)'}",
+    )
     shares = {split: inspection.shares() for split, inspection in labelled.items()}
     width = max(map(len, (*names, "not labelled")))
     say("", f"{'':4}{'':{width}}" + "".join(f"{split:>9}" for split in labelled))
     for number, name in enumerate(names):
         say("", f"{number:3} {name:{width}}" + "".join(f"{100 * shares[split][number]:8.2f}%" for split in labelled))
     ignored = (each.counts[IGNORE] / each.counts.sum() for each in labelled.values())
-    say("", f"{'':4}{'not labelled':{width}}" + "".join(f"{100 * share:8.2f}%" for share in ignored) + "  of all pixels")
+    say(
+        "", f"{'':4}{'not labelled':{width}}" + "".join(f"{100 * share:8.2f}%" for share in ignored) + "  of all pixels"
+    )
     unseen = [name for number, name in enumerate(names) if all(not share[number] > 0 for share in shares.values())]
     if unseen:
-        say("note", f"{len(unseen)} classes have no pixel in {'any label' if whole else 'the labels opened'}: {', '.join(unseen)}")
+        say(
+            "note",
+            f"{len(unseen)} classes have no pixel in {'any label' if whole else 'the labels opened'}: {', '.join(unseen)}",
+        )
 
 
 def judge(split: str, inspection: Inspection, measured: bool) -> list[str]:
@@ -216,7 +228,10 @@ def judge(split: str, inspection: Inspection, measured: bool) -> list[str]:
         else:
             say("warning", f"{line} ({'a run skips them' if what == 'images' else 'a run does not read them'})")
     if inspection.small:
-        say("warning", f"{len(inspection.small)} images of {split} have a side below {TINY} pixels, first {inspection.small[0]}")
+        say(
+            "warning",
+            f"{len(inspection.small)} images of {split} have a side below {TINY} pixels, first {inspection.small[0]}",
+        )
     return problems
 
 

@@ -59,7 +59,9 @@ class EvaluateConfig:
 
 def main(args: Sequence[str], processes: Processes = ALONE) -> None:
     config = parse(EvaluateConfig, args, prog="python -m smooseg_fast.evaluate")
-    segmenter = load_segmenter(config.checkpoint, config.backbone, processes.device(pick_device(config.device)), config.backbone_precision)
+    segmenter = load_segmenter(
+        config.checkpoint, config.backbone, processes.device(pick_device(config.device)), config.backbone_precision
+    )
     dataset = labelled_images(config.data, segmenter.checkpoint)
     names = dataset.class_names
     settings = segmenter.config if config.preset is None else protocol(config.preset, config.data)
@@ -67,11 +69,16 @@ def main(args: Sequence[str], processes: Processes = ALONE) -> None:
     if size is None:
         size = whole_patches(settings.eval_size, segmenter.backbone.patch)
         if size != settings.eval_size:
-            print(f"eval_size: {settings.eval_size} -> {size} pixels, a multiple of the {segmenter.backbone.patch}-pixel patch")
+            print(
+                f"eval_size: {settings.eval_size} -> {size} pixels, a multiple of the {segmenter.backbone.patch}-pixel patch"
+            )
     for note in dataset.notes:
         print(f"data       {note}")
     options = dict(size=size, crops="center", resample=settings.resample, cache=config.cache, argument="--eval-size")
-    options |= dict(processes=processes, limit=None if config.cache_limit is None else parse_size(config.cache_limit, "--cache-limit"))
+    options |= dict(
+        processes=processes,
+        limit=None if config.cache_limit is None else parse_size(config.cache_limit, "--cache-limit"),
+    )
     require_room(dataset, segmenter.backbone, stores=1 + config.mirror, **options)
     store = open_or_extract(dataset, segmenter.backbone, **options)
     mirrored = open_or_extract(dataset, segmenter.backbone, mirror=True, **options) if config.mirror else None
@@ -105,8 +112,12 @@ def main(args: Sequence[str], processes: Processes = ALONE) -> None:
         f"{'mirror averaged' if config.mirror else 'no mirror'}; {segmenter.groups} groups, {len(names)} classes"
         + (f"; {len(store.skipped)} images could not be used" if store.skipped else "")
     )
-    print("both mappings from groups to classes are chosen by these labels: hungarian one to one (the field's), majority many to one")
-    print(f"accuracy {percent(matched['hungarian'].accuracy)} %  mIoU {percent(matched['hungarian'].miou)} %  (hungarian)")
+    print(
+        "both mappings from groups to classes are chosen by these labels: hungarian one to one (the field's), majority many to one"
+    )
+    print(
+        f"accuracy {percent(matched['hungarian'].accuracy)} %  mIoU {percent(matched['hungarian'].miou)} %  (hungarian)"
+    )
     print(f"saved {out / 'scores.json'}, {out / 'confusion.png'}")
 
 
@@ -116,12 +127,16 @@ def labelled_images(data: str | None, checkpoint: Checkpoint) -> Dataset:
         config = checkpoint.config
         # arrays given to `fit` have no folder either, but they have no classes
         if config.preset != "demo" or config.data is not None or checkpoint.class_names is None:
-            raise UserError("--data: missing; the checkpoint is not of the demo: give a folder with images/ and labels/")
+            raise UserError(
+                "--data: missing; the checkpoint is not of the demo: give a folder with images/ and labels/"
+            )
         return demo_datasets()[1]
     dataset = open_dataset(data, "val")
     if not dataset.labelled:
         why = "".join(f" ({note})" for note in dataset.notes)
-        raise UserError(f"--data {data}: has no labels{why}; evaluation needs DIR/images and DIR/labels, smooseg_fast.predict needs none")
+        raise UserError(
+            f"--data {data}: has no labels{why}; evaluation needs DIR/images and DIR/labels, smooseg_fast.predict needs none"
+        )
     return dataset
 
 

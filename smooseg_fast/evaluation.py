@@ -42,7 +42,9 @@ class LabelSquares:
         UserError: when a label does not fit its image, or no pixel of any square is labelled.
     """
 
-    def __init__(self, dataset: Dataset, store: FeatureStore, size: int, processes: Processes = ALONE, progress: bool = True):
+    def __init__(
+        self, dataset: Dataset, store: FeatureStore, size: int, processes: Processes = ALONE, progress: bool = True
+    ):
         self.dataset, self.size, self.processes = dataset, size, processes
         places = {name: index for index, name in enumerate(dataset.names)}
         self._images = [places[name] for name in store.names]

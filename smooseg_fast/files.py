@@ -35,7 +35,9 @@ def write_atomic(path: str | Path, content: bytes | str | Callable[[Path], None]
             os.fsync(handle.fileno())  # else a power cut may leave the new name on an empty file
         os.replace(temporary, path)
     except OSError as error:
-        raise WriteError(f"{path}: cannot be written ({error.strerror or error}); free some space or choose another folder") from error
+        raise WriteError(
+            f"{path}: cannot be written ({error.strerror or error}); free some space or choose another folder"
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

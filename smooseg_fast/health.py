@@ -23,7 +23,9 @@ class Health:
     shares: tuple[float, ...]  # [K] of all patches
     perplexity: float  # exp(H(label)), the effective number of labels in use: 1 to K
     labels_per_image: float  # mean over images of exp(H(label | image))
-    image_information: float  # I(image; label) / H(label): 0 when every image has the same mix, 1 when a label tells the image
+    image_information: (
+        float  # I(image; label) / H(label): 0 when every image has the same mix, 1 when a label tells the image
+    )
     agreement: float  # share of patches that teacher and student label alike
     modularity: float  # of the closeness graph, see `Moments.modularity`
     explained_variance: float  # of the frozen features, see `Moments.explained_variance`
@@ -48,7 +50,9 @@ class Moments:
 
     def add(self, unit: Tensor, labels: Tensor) -> None:
         """unit [N,D] rows of length 1 or 0, labels int64 [N] of them."""
-        member = F.one_hot(labels, len(self.counts)).to(unit.dtype)  # [N,K]; products of matrices rerun bit for bit, atomic sums do not
+        member = F.one_hot(labels, len(self.counts)).to(
+            unit.dtype
+        )  # [N,K]; products of matrices rerun bit for bit, atomic sums do not
         self.sums += (member.mT @ unit).cpu()
         self.counts += member.sum(0, dtype=torch.float64).cpu()
         self.squares += (member.mT @ unit.square().sum(1)).cpu()

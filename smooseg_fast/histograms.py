@@ -46,7 +46,9 @@ def histograms_picture(panels: Mapping[str, Histogram], title: str = "", note: s
     axes[0].set_xlim(min(ends) - edge, max(ends) + edge)
     for axis, (name, panel) in zip(axes, panels.items()):
         _histogram_panel(axis, name, panel)
-    axes[-1].set_xlabel("W, closeness of two patches" + (f"; {note}" if note else ""), fontsize=9, color=GREY, parse_math=False)
+    axes[-1].set_xlabel(
+        "W, closeness of two patches" + (f"; {note}" if note else ""), fontsize=9, color=GREY, parse_math=False
+    )
     return under_title(figure, title)
 
 
@@ -60,7 +62,9 @@ def _histogram_panel(axes: Any, name: str, panel: Histogram) -> None:
     whole = len(shares) // together * together
     bars = shares[:whole].reshape(-1, together).sum(1)
     axes.stairs(bars, edges[: whole + 1 : together], fill=True, color=BLUES[2], linewidth=0)
-    marks = sorted([(x, label, MARK) for label, x in panel.marks.items()] + [(panel.mean, f"mean {panel.mean:+.3f}", INK)])
+    marks = sorted(
+        [(x, label, MARK) for label, x in panel.marks.items()] + [(panel.mean, f"mean {panel.mean:+.3f}", INK)]
+    )
     row_height = 0.2 / axes.figure.get_figheight() * len(axes.figure.axes) * 1.25
     axes.set_ylim(0, bars.max() / (1 - row_height * len(marks)))  # the names stand above the bars, one to a row
     right = panel.mean < (low + high) / 2

@@ -21,7 +21,9 @@ def keep_freed_memory() -> None:
     glibc maps and unmaps blocks beyond 32 MB, and every page of a new map costs a fault: a step of 32 squares on 2 cores took 189 ms, and
     137 without. Only glibc, and only where the user has not set its limits in the environment; harmless elsewhere.
     """
-    if platform.libc_ver()[0] != "glibc" or any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
+    if platform.libc_ver()[0] != "glibc" or any(
+        name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ
+    ):
         return
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_THRESHOLD, LARGEST)

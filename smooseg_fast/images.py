@@ -46,7 +46,12 @@ _UPRIGHT = {
 class ImageError(UserError):
     """One image that cannot be used: `path`, the `reason`, and a message that adds what to do. A run may skip the image."""
 
-    def __init__(self, path: Path | str, reason: str, advice: str = "copy it again, export it as 8-bit PNG or JPEG, or take it out"):
+    def __init__(
+        self,
+        path: Path | str,
+        reason: str,
+        advice: str = "copy it again, export it as 8-bit PNG or JPEG, or take it out",
+    ):
         super().__init__(f"{path}: {reason}; {advice}")
         self.path = Path(path)
         self.reason, self.advice = reason, advice
@@ -65,18 +70,24 @@ def find_images(path: Path | str, argument: str = "--data") -> list[Path]:
     path = Path(path).expanduser()
     if path.is_file():
         if path.suffix.lower() not in SUFFIXES:
-            raise UserError(f"{argument} {path}: not an image by its suffix; give a folder, or a file that ends in {_listed(SUFFIXES)}")
+            raise UserError(
+                f"{argument} {path}: not an image by its suffix; give a folder, or a file that ends in {_listed(SUFFIXES)}"
+            )
         return [path]
     if not path.is_dir():
         raise UserError(f"{argument} {path}: no such file or folder; give a folder of images ({_listed(SUFFIXES)})")
     files = visible_files(path, argument)
     images = [file for file in files if file.suffix.lower() in SUFFIXES]
     if not images:
-        others = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in Counter(f.suffix for f in files).most_common(5))
+        others = ", ".join(
+            f"{count} {suffix or 'without suffix'}" for suffix, count in Counter(f.suffix for f in files).most_common(5)
+        )
         found = f"only other files ({others})" if files else "no files"
         ours = [name for name in sorted(_made_beside(os.listdir(path))) if (path / name).exists()]
         found += f", beside what a command made of others ({', '.join(ours)})" if ours else ""
-        raise UserError(f"{argument} {path}: no images in it; looked in all folders below for {_listed(SUFFIXES)} and found {found}")
+        raise UserError(
+            f"{argument} {path}: no images in it; looked in all folders below for {_listed(SUFFIXES)} and found {found}"
+        )
     return images
 
 
@@ -84,7 +95,9 @@ def visible_files(folder: Path, argument: str) -> list[Path]:
     """All files below `folder` that are neither hidden nor MADE, sorted by relative path; UserError naming a folder that cannot be read."""
 
     def unreadable(error: OSError) -> None:
-        raise UserError(f"{argument} {error.filename}: cannot be read ({error.strerror}); change its permissions") from error
+        raise UserError(
+            f"{argument} {error.filename}: cannot be read ({error.strerror}); change its permissions"
+        ) from error
 
     files, seen = [], set()
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=unreadable):
@@ -139,8 +152,12 @@ def read_strips(path: Path | str, rows: int) -> Iterator[np.ndarray]:
     with _opened(path) as image:
         if image.mode not in ("RGB", "RGBA", "RGBX", "P"):
             raise ImageError(path, f"an image of mode {image.mode}, not of 8-bit colours")
-        if image.format == "TIFF" and image.mode == "RGBA" and image.tag_v2.get(_EXTRA_SAMPLES) == (1,):  # decoding would divide by it
-            raise ImageError(path, "calls its fourth channel transparency that is multiplied in", "export it with three channels")
+        if (
+            image.format == "TIFF" and image.mode == "RGBA" and image.tag_v2.get(_EXTRA_SAMPLES) == (1,)
+        ):  # decoding would divide by it
+            raise ImageError(
+                path, "calls its fourth channel transparency that is multiplied in", "export it with three channels"
+            )
         image.load()
         for top in range(0, image.height, rows):
             strip = image.crop((0, top, image.width, min(top + rows, image.height)))
@@ -168,7 +185,9 @@ def require_patch(image: np.ndarray, patch: int, path: Path | str) -> None:
     """
     height, width = image.shape[:2]
     if min(height, width) < patch:
-        raise ImageError(path, f"{width} x {height} pixels, less than one patch of the backbone ({patch} pixels)", "take it out")
+        raise ImageError(
+            path, f"{width} x {height} pixels, less than one patch of the backbone ({patch} pixels)", "take it out"
+        )
 
 
 def whole_patches(size: int, patch: int) -> int:
@@ -211,10 +230,14 @@ def five_windows(height: int, width: int) -> list[tuple[int, int, int, int]]:
     centre, each FIVE_RATIO of the height and of the width, rounded down, at least a pixel."""
     h, w = max(1, int(height * FIVE_RATIO)), max(1, int(width * FIVE_RATIO))
     bottom, right = height - h, width - w
-    return [(top, left, h, w) for top, left in ((0, 0), (0, right), (bottom, 0), (bottom, right), (bottom // 2, right // 2))]
+    return [
+        (top, left, h, w) for top, left in ((0, 0), (0, right), (bottom, 0), (bottom, right), (bottom // 2, right // 2))
+    ]
 
 
-def cut_squares(image: np.ndarray, size: int, crops: Crops, resample: Resample = "nearest") -> list[tuple[tuple[int, int], np.ndarray]]:
+def cut_squares(
+    image: np.ndarray, size: int, crops: Crops, resample: Resample = "nearest"
+) -> list[tuple[tuple[int, int], np.ndarray]]:
     """The squares [size,size,3] (of a label [size,size]) that training or evaluation sees of an image, each with its place.
 
     "center" and "slide": the image's short side is brought to `size`, then squares are cut at `square_offsets` of the result. "five":
@@ -264,7 +287,9 @@ def _opened(path: Path | str) -> Iterator[Image.Image]:
     try:
         with _pixel_limit.lifted(), reading.opened(path) as file, Image.open(file) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise ImageError(path, f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,} in all", "cut it into tiles")
+                raise ImageError(
+                    path, f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,} in all", "cut it into tiles"
+                )
             yield image
     except ImageError:
         raise

@@ -17,7 +17,10 @@ class Clusters(NamedTuple):
 def spherical_kmeans(rows: Tensor, K: int, *, starts: int, seed: int = 0, iterations: int = 50) -> Clusters:
     """The best of `starts` runs by inertia. rows [N,D] of any length, K <= N; k-means++ starts; deterministic for a seed on one device."""
     rows = F.normalize(rows.float(), dim=-1)
-    runs = (lloyd(rows, plus_plus(rows, K, torch.Generator().manual_seed(seed * 1009 + start)), iterations) for start in range(starts))
+    runs = (
+        lloyd(rows, plus_plus(rows, K, torch.Generator().manual_seed(seed * 1009 + start)), iterations)
+        for start in range(starts)
+    )
     return min(runs, key=lambda clusters: clusters.inertia)
 
 

@@ -9,7 +9,14 @@ from pathlib import Path
 from PIL import ImageDraw, ImageFont
 
 # for what DejaVu Sans lacks (Chinese, Japanese, Korean): the usual fonts of Linux, macOS and Windows
-_WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "DroidSansFallbackFull.ttf", "Arial Unicode.ttf", "msyh.ttc", "malgun.ttf")
+_WIDE_FONTS = (
+    "NotoSansCJK-Regular.ttc",
+    "wqy-microhei.ttc",
+    "DroidSansFallbackFull.ttf",
+    "Arial Unicode.ttf",
+    "msyh.ttc",
+    "malgun.ttf",
+)
 
 
 def length(text: str, size: int, bold: bool = False) -> int:

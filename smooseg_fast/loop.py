@@ -51,7 +51,9 @@ class Loop:
         self.optimizer = make_optimizer(heads, lr, lr_prototypes)
         self.not_captured: str | None = None  # why steps run one by one though a capture was asked for
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._inputs: list[Tensor] = []  # what a replay reads: the draws, and the batch where the features are not on the device
+        self._inputs: list[
+            Tensor
+        ] = []  # what a replay reads: the draws, and the batch where the features are not on the device
         self._losses: sk.SmooSegLoss | None = None
         self._ahead: tuple[int, Draws] | None = None
 
@@ -78,7 +80,9 @@ class Loop:
         return self._ahead[1] if self._ahead is not None and self._ahead[0] == number else self._draw(number)
 
     def _draw(self, number: int) -> Draws:
-        return self.schedule.draws(number, *self.sizes, self.settings, torch.device("cpu") if self.capture else self.device)
+        return self.schedule.draws(
+            number, *self.sizes, self.settings, torch.device("cpu") if self.capture else self.device
+        )
 
     def _batch(self, draws: Draws) -> Tensor:
         if isinstance(self.features, Tensor):

@@ -112,8 +112,14 @@ def table(scores_by_name: Mapping[str, Scores], class_names: Sequence[str] | Non
         raise ValueError("scores of different numbers of classes cannot share a table")
     shares = [pixels / max(scores[0].pixels, 1) or float("nan") for pixels in scores[0].class_pixels]
     head = ["class", "share", *scores_by_name]
-    classes = [[name, *map(percent, (share, *(s.iou[c] for s in scores)))] for c, (name, share) in enumerate(zip(names, shares))]
-    means = [["mean IoU", "", *(percent(s.miou) for s in scores)], ["accuracy", "", *(percent(s.accuracy) for s in scores)]]
+    classes = [
+        [name, *map(percent, (share, *(s.iou[c] for s in scores)))]
+        for c, (name, share) in enumerate(zip(names, shares))
+    ]
+    means = [
+        ["mean IoU", "", *(percent(s.miou) for s in scores)],
+        ["accuracy", "", *(percent(s.accuracy) for s in scores)],
+    ]
     widths = [max(map(_width, column)) for column in zip(head, *classes, *means)]
     rule = ["-" * width for width in widths]
     return "\n".join(_line(row, widths) for row in (head, rule, *classes, rule, *means))

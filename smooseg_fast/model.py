@@ -10,10 +10,14 @@ from torch import Tensor, nn
 
 from .kmeans import principal_directions, spherical_kmeans
 
-BLOCK = 1 << 23  # bytes: with 2 MB, which two cores' caches hold, the starts of many operations cost more than the memory saves
+BLOCK = (
+    1 << 23
+)  # bytes: with 2 MB, which two cores' caches hold, the starts of many operations cost more than the memory saves
 
 
-def codes_of(features: Tensor, projection: nn.Module, linear_mask: Tensor | None = None, hidden_mask: Tensor | None = None) -> Tensor:
+def codes_of(
+    features: Tensor, projection: nn.Module, linear_mask: Tensor | None = None, hidden_mask: Tensor | None = None
+) -> Tensor:
     """W1 (f * m1) + b1 + W3 SiLU(W2 (f * m2) + b2) + b3 for H heads at once. Lan et al. 2023, section 3.2.
 
     features [B,P,D] and masks [B,D] are common to the heads; `projection` has linear, hidden and outer with weights [H,.,D] and biases
@@ -45,19 +49,27 @@ class InBlocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features, linear_mask, hidden_mask, linear, bias, hidden, hidden_bias, outer, keep):
         (B, P, D), (H, Z, _), dtype = features.shape, outer.shape, features.dtype
-        linear_weight, hidden_t, outer_t = linear.flatten(0, 1).to(dtype), hidden.flatten(0, 1).to(dtype).mT, outer.to(dtype).mT
+        linear_weight, hidden_t, outer_t = (
+            linear.flatten(0, 1).to(dtype),
+            hidden.flatten(0, 1).to(dtype).mT,
+            outer.to(dtype).mT,
+        )
         bias, hidden_bias = bias.to(dtype), hidden_bias.flatten().to(dtype)
         step = images_a_block(features, H)
         before, codes = features.new_empty(B if keep else step, P, H * D), features.new_empty(H, B, P, Z)
         scratch = features.new_empty(step * P, H * D)
         for block in blocks(B, step):
             f = features[block]
-            straight = f @ (linear_weight if linear_mask is None else linear_weight * linear_mask[block, None].to(dtype)).mT
+            straight = (
+                f @ (linear_weight if linear_mask is None else linear_weight * linear_mask[block, None].to(dtype)).mT
+            )
             place = before[block if keep else slice(len(f))].flatten(0, 1)
             # the bias behind the product: with it, `place` would be written first and read again
             torch.mm(_times(f, hidden_mask, block, scratch), hidden_t, out=place).add_(hidden_bias)
             curved = torch.ops.aten.silu.out(place, out=scratch[: len(place)])
-            for out, b, w, rows, wide in zip(codes[:, block], bias, outer_t, _by_head(straight, H), _by_head(curved, H)):
+            for out, b, w, rows, wide in zip(
+                codes[:, block], bias, outer_t, _by_head(straight, H), _by_head(curved, H)
+            ):
                 torch.addmm(rows, wide, w, out=out.flatten(0, 1)).add_(b)
         if keep:
             ctx.save_for_backward(features, linear_mask, hidden_mask, before, outer)
@@ -89,7 +101,17 @@ class InBlocks(torch.autograd.Function):
             _add_product(d_hidden, d_before.mT, _times(f, hidden_mask, block, masked))
             d_hidden_bias += d_before.sum(0)
         d_bias = d_codes.sum((1, 2), dtype=outer.dtype)
-        return None, None, None, d_linear.view(H, Z, D), d_bias, d_hidden.view(H, D, D), d_hidden_bias.view(H, D), d_outer, None
+        return (
+            None,
+            None,
+            None,
+            d_linear.view(H, Z, D),
+            d_bias,
+            d_hidden.view(H, D, D),
+            d_hidden_bias.view(H, D),
+            d_outer,
+            None,
+        )
 
 
 def images_a_block(features: Tensor, H: int) -> int:
@@ -158,7 +180,9 @@ class Head(nn.Module):
         self.projection.linear.bias.zero_()
         self.projection.outer.weight.zero_()
         self.projection.outer.bias.zero_()
-        centres = spherical_kmeans(rows.float() @ directions.T.to(rows.device), len(self.student), starts=4, seed=seed).centres
+        centres = spherical_kmeans(
+            rows.float() @ directions.T.to(rows.device), len(self.student), starts=4, seed=seed
+        ).centres
         self.student.copy_(centres)
         self.teacher.copy_(centres)
 

@@ -75,4 +75,6 @@ class Watch:
 
 
 def collapse(perplexity: float) -> str:
-    return f"one label is in use (perplexity {perplexity:.2f}); a higher --granularity, or higher thresholds, split groups"
+    return (
+        f"one label is in use (perplexity {perplexity:.2f}); a higher --granularity, or higher thresholds, split groups"
+    )

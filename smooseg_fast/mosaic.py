@@ -50,7 +50,9 @@ class Mosaic:
     held_out = True
     notes = ()
 
-    def __init__(self, split: Literal["train", "val"] = "train", count: int = 128, size: int = UNITS, seed: int = 0) -> None:
+    def __init__(
+        self, split: Literal["train", "val"] = "train", count: int = 128, size: int = UNITS, seed: int = 0
+    ) -> None:
         if split not in SPLITS:
             raise UserError(f"mosaic split {split!r}: choose one of {', '.join(SPLITS)}")
         for argument, value, lowest in (("count", count, 1), ("size", size, 16), ("seed", seed, 0)):
@@ -75,7 +77,9 @@ class Mosaic:
         return Scene(self._generator(index), self.size).label
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(f"mosaic {VERSION} {self.split} {self.count} {self.size} {self.seed}".encode()).hexdigest()
+        return hashlib.sha256(
+            f"mosaic {VERSION} {self.split} {self.count} {self.size} {self.seed}".encode()
+        ).hexdigest()
 
     def _generator(self, index: int) -> Generator:
         if not 0 <= index < self.count:
@@ -97,8 +101,12 @@ class Scene:
         # by sorting, because numpy may change how it shuffles
         present = [kind[place] for place in np.argsort(rng.random(len(kind)), kind="stable")[: rng.integers(4, 6)]]
         sites = int(rng.integers(5, 9))
-        self.materials = [present[number] if number < len(present) else present[rng.integers(len(present))] for number in range(sites)]
-        x, y = (place + sum(height * smooth_field(rng, size, knots) for knots, height in WARP) for place in (self.x, self.y))
+        self.materials = [
+            present[number] if number < len(present) else present[rng.integers(len(present))] for number in range(sites)
+        ]
+        x, y = (
+            place + sum(height * smooth_field(rng, size, knots) for knots, height in WARP) for place in (self.x, self.y)
+        )
         nearest, second = np.full((2, size, size), np.inf, np.float32)
         self.region = np.zeros((size, size), np.uint8)
         for number, (site_x, site_y) in enumerate(rng.random((sites, 2), dtype=np.float32) * UNITS):
@@ -116,11 +124,17 @@ class Scene:
         canvas = np.empty((self.label.size, 3), np.float32)
         for region, number in enumerate(self.materials):
             inside = np.flatnonzero(self.region == region)
-            look, angle, (du, dv) = looks[number], rng.uniform(0, 2 * np.pi), rng.uniform(100, 200, 2).astype(np.float32)
+            look, angle, (du, dv) = (
+                looks[number],
+                rng.uniform(0, 2 * np.pi),
+                rng.uniform(100, 200, 2).astype(np.float32),
+            )
             c, s = np.float32(np.cos(angle) / look.period), np.float32(np.sin(angle) / look.period)
             x, y = self.x.ravel()[inside], self.y.ravel()[inside]
             mix, relief = MATERIALS[number].texture(rng, c * x + s * y + du, c * y - s * x + dv)
-            canvas[inside] = (look.dark + np.clip(mix, 0, 1)[:, None] * (look.light - look.dark)) * (relief * relief)[:, None]
+            canvas[inside] = (look.dark + np.clip(mix, 0, 1)[:, None] * (look.light - look.dark)) * (relief * relief)[
+                :, None
+            ]
         return canvas.reshape(*self.label.shape, 3) * (1 - 0.6 * self.seam)[:, :, None]
 
 
@@ -316,7 +330,9 @@ MATERIALS = (
     Material("gravel", gravel, 10, (76, 62, 92), (186, 168, 204)),
 )
 # A kind of scene does without two of the materials.
-KINDS = tuple(tuple(number for number in range(len(MATERIALS)) if number not in pair) for pair in ((0, 5), (1, 7), (2, 4), (3, 6)))
+KINDS = tuple(
+    tuple(number for number in range(len(MATERIALS)) if number not in pair) for pair in ((0, 5), (1, 7), (2, 4), (3, 6))
+)
 WARP = ((3, 26.0), (9, 9.0), (26, 2.5))  # (knots, height in units) of the bumps that bend the borders of regions
 
 
@@ -332,6 +348,8 @@ class Look:
     def of(cls, material: Material, rng: Generator, distance: float) -> Look:
         dark, light = (np.array(colour, np.float32) / 255 for colour in (material.dark, material.light))
         half = (light - dark) / 2 * np.float32(rng.uniform(0.7, 1.1))
-        middle = (dark + light) / 2 + 0.04 * rng.standard_normal(3, np.float32) + np.float32(0.05 * rng.standard_normal())
+        middle = (
+            (dark + light) / 2 + 0.04 * rng.standard_normal(3, np.float32) + np.float32(0.05 * rng.standard_normal())
+        )
         period = material.period * distance * 2 ** rng.uniform(-0.1, 0.1)
         return cls(period, *(np.clip(shown, 0.02, 1) ** 2 for shown in (middle - half, middle + half)))

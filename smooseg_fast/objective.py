@@ -111,7 +111,9 @@ def train_step(
         features = features.gather(1, draws.patches[..., None].expand(-1, -1, features.shape[-1]))
     masks = None if draws.masks is None else draws.masks.to(torch.promote_types(features.dtype, torch.float32))
     closeness_mask, linear_mask, hidden_mask = (None, None, None) if masks is None else masks.unbind(0)
-    narrow = features.dtype.itemsize == 2 and features.device.type != "cpu"  # there the projection casts its weights itself
+    narrow = (
+        features.dtype.itemsize == 2 and features.device.type != "cpu"
+    )  # there the projection casts its weights itself
     with torch.autocast(features.device.type, torch.bfloat16, enabled=narrow):
         codes = heads.codes(features, linear_mask, hidden_mask)
     loss = sk.smooseg_loss(

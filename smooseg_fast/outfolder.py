@@ -30,7 +30,9 @@ class OutFolder:
         UserError: when the folder is another's.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], *, record: str, made: Sequence[str], below: Sequence[str] = ()):
+    def __init__(
+        self, path: Path, settings: dict[str, Any], *, record: str, made: Sequence[str], below: Sequence[str] = ()
+    ):
         self.path, self.settings, self._record, self._below = path, finite(settings), record, below
         try:
             (path / record).exists()
@@ -62,9 +64,13 @@ class OutFolder:
                 self.path.mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=self.path).close()
             except OSError as error:
-                raise UserError(f"--out {self.path}: cannot be written ({error.strerror}); give another folder") from error
+                raise UserError(
+                    f"--out {self.path}: cannot be written ({error.strerror}); give another folder"
+                ) from error
             if not lock.take():
-                raise UserError(f"--out {self.path}: {lock.signature()} is at work there; wait until it ends, or give another folder")
+                raise UserError(
+                    f"--out {self.path}: {lock.signature()} is at work there; wait until it ends, or give another folder"
+                )
             lock.sign()
             yield
         finally:
@@ -89,7 +95,9 @@ class OutFolder:
             if not isinstance(there, dict):
                 raise ValueError("not a JSON object")
         except (OSError, ValueError) as error:
-            raise UserError(f"--out {self.path}: its {self._record} cannot be read ({error}); give another folder") from error
+            raise UserError(
+                f"--out {self.path}: its {self._record} cannot be read ({error}); give another folder"
+            ) from error
         return there
 
 
@@ -105,7 +113,9 @@ class Journal:
         try:
             text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be read ({error.strerror}); change its permissions, or take it away") from error
+            raise UserError(
+                f"{self.path}: cannot be read ({error.strerror}); change its permissions, or take it away"
+            ) from error
         for line in text.splitlines():
             try:
                 record = json.loads(line)

@@ -27,10 +27,18 @@ _HAND_PICKED = (
 )
 # OKLab (Ottosson 2020): linear RGB to cone responses; their cube roots to lightness and two opponent axes
 _RGB_TO_LMS = np.array(
-    [[0.4122214708, 0.5363325363, 0.0514459929], [0.2119034982, 0.6806995451, 0.1073969566], [0.0883024619, 0.2817188376, 0.6299787005]]
+    [
+        [0.4122214708, 0.5363325363, 0.0514459929],
+        [0.2119034982, 0.6806995451, 0.1073969566],
+        [0.0883024619, 0.2817188376, 0.6299787005],
+    ]
 )
 _LMS_TO_LAB = np.array(
-    [[0.2104542553, 0.7936177850, -0.0040720468], [1.9779984951, -2.4285922050, 0.4505937099], [0.0259040371, 0.7827717662, -0.8086757660]]
+    [
+        [0.2104542553, 0.7936177850, -0.0040720468],
+        [1.9779984951, -2.4285922050, 0.4505937099],
+        [0.0259040371, 0.7827717662, -0.8086757660],
+    ]
 )
 _LIGHTNESS, _CHROMA = (0.66, 0.46, 0.83, 0.56, 0.36, 0.75), (0.17, 0.12, 0.10, 0.15)
 
@@ -78,7 +86,9 @@ def overlay(image: np.ndarray, labels: np.ndarray, colours: np.ndarray, alpha: f
     line = max(1, round(min(labels.shape) / 350)) if alpha < 1 else 0
     border = (ndimage.maximum_filter(labels, line + 1) != ndimage.minimum_filter(labels, line + 1)).view(np.uint8)
     blend = np.empty_like(image)
-    for rows in (slice(top, top + 512) for top in range(0, len(image), 512)):  # bands: a 10,000 pixel scan would take gigabytes at once
+    for rows in (
+        slice(top, top + 512) for top in range(0, len(image), 512)
+    ):  # bands: a 10,000 pixel scan would take gigabytes at once
         weight = weights[border[rows], labels[rows]][..., None]
         blend[rows] = (image[rows] * (256 - weight) + lookup[border[rows], labels[rows]] * weight + 128) >> 8
     return blend
@@ -179,7 +189,9 @@ def _from_oklab(lightness: float, a: float, b: float) -> np.ndarray:
             break
         a, b = 0.9 * a, 0.9 * b
     linear = linear.clip(0, 1)
-    return np.rint(255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)).astype(np.uint8)
+    return np.rint(255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)).astype(
+        np.uint8
+    )
 
 
 def _checked_labels(labels: np.ndarray) -> np.ndarray:
@@ -200,7 +212,9 @@ def _legend(legend: Sequence[tuple[Sequence[int], str]], width: int, size: int) 
         return None
     swatch, pad, line = round(1.1 * size), round(0.5 * size), round(1.8 * size)
     longest = max(length(text, size) for _, text in legend)
-    columns = max(width // (swatch + min(longest, width // 5) + 4 * pad), 1)  # one endless name must not make a column of them all
+    columns = max(
+        width // (swatch + min(longest, width // 5) + 4 * pad), 1
+    )  # one endless name must not make a column of them all
     column = min(swatch + longest + 4 * pad, width // columns)
     lines = math.ceil(len(legend) / columns)
     columns = math.ceil(len(legend) / lines)  # lines of about one length
@@ -219,6 +233,8 @@ def _fit(image: np.ndarray, cell: tuple[int, int]) -> Image.Image:
     height, width = image.shape[:2]
     scale = min(cell[0] / width, cell[1] / height)
     size = [max(round(scale * side), 1) for side in (width, height)]
-    size = [whole if whole - side == 1 else side for side, whole in zip(size, cell)]  # no sliver of background from rounding
+    size = [
+        whole if whole - side == 1 else side for side, whole in zip(size, cell)
+    ]  # no sliver of background from rounding
     filters = Image.Resampling.HAMMING, Image.Resampling.BILINEAR, Image.Resampling.NEAREST
     return Image.fromarray(image).convert("RGB").resize(size, filters[(scale > 1) + (scale > 3)])

@@ -27,7 +27,14 @@ from .sheet import Shown, groups_sheet
 from .signals import Interrupted, StopRequest
 
 SHEET_IMAGES = 24
-RUN, DONE, MASKS, OVERLAYS, SHARES, SHEET = "predict.json", "done.jsonl", "masks", "overlays", "shares.json", "sheet.jpg"
+RUN, DONE, MASKS, OVERLAYS, SHARES, SHEET = (
+    "predict.json",
+    "done.jsonl",
+    "masks",
+    "overlays",
+    "shares.json",
+    "sheet.jpg",
+)
 
 Shares = dict[str, float]  # group -> share of an image's pixels
 
@@ -97,7 +104,9 @@ class Predictions(OutFolder):
         whole = record.get("stamp") == item.stamp() and self.mask(item).is_file() and self.overlay(item).is_file()
         return record.get("shares") if whole else None
 
-    def write(self, item: Item, stamp: list[str | int] | None, image: np.ndarray, labels: np.ndarray, colours: np.ndarray) -> Shares:
+    def write(
+        self, item: Item, stamp: list[str | int] | None, image: np.ndarray, labels: np.ndarray, colours: np.ndarray
+    ) -> Shares:
         """`image` uint8 [H,W,3] with labels uint8 [H,W] is done; `stamp` is from before it was read."""
         if not self._claimed:
             self.claim()
@@ -125,7 +134,9 @@ def main(args: Sequence[str]) -> None:
         if stopped is not None:
             raise Interrupted(stopped, "no image was done yet")
         name, reason = next(iter(skipped.items()))
-        raise UserError(f"--images {root}: none of the {len(items)} images can be used (first: {name}: {reason}); give images that open")
+        raise UserError(
+            f"--images {root}: none of the {len(items)} images can be used (first: {name}: {reason}); give images that open"
+        )
 
     done = [item for item in items if item.name in shares]
     images = {item.name: shares[item.name] for item in done}

@@ -48,10 +48,14 @@ class Processes:
         if self.size == 1 or name == "cpu":
             return name
         if name != "cuda":
-            raise UserError(f"--device {name}: cannot serve {self.size} processes; give cuda, where each has its own card, or cpu")
+            raise UserError(
+                f"--device {name}: cannot serve {self.size} processes; give cuda, where each has its own card, or cpu"
+            )
         cards = torch.cuda.device_count()
         if self.local_rank >= cards:
-            raise UserError(f"--device cuda: {cards} cards, and each process needs one; start as many, or give --device cpu")
+            raise UserError(
+                f"--device cuda: {cards} cards, and each process needs one; start as many, or give --device cpu"
+            )
         torch.cuda.set_device(self.local_rank)
         return f"cuda:{self.local_rank}"
 
@@ -65,7 +69,9 @@ class Processes:
         with self._exchange():
             dist.all_reduce(flat)
         flat /= self.size
-        return [part.view(tensor.shape) for part, tensor in zip(flat.split([tensor.numel() for tensor in tensors]), tensors)]
+        return [
+            part.view(tensor.shape) for part, tensor in zip(flat.split([tensor.numel() for tensor in tensors]), tensors)
+        ]
 
     def sum(self, counts: Tensor) -> Tensor:
         """Of integers, and so exact."""

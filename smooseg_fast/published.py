@@ -53,15 +53,23 @@ def read_published(path: Path, source: str) -> Published:
             "training; weights of a backbone alone go with --backbone"
         )
     head = _head(table, source)
-    below = {name.removeprefix(BACKBONE): item for name, item in table.items() if isinstance(name, str) and name.startswith(BACKBONE)}
+    below = {
+        name.removeprefix(BACKBONE): item
+        for name, item in table.items()
+        if isinstance(name, str) and name.startswith(BACKBONE)
+    }
     architecture, vit = vit_files(below, source)
     (K, Z), dim = head.teacher.shape, head.projection.linear.in_features
     if architecture.dim != dim:
-        raise UserError(f"{source}: its projection takes {dim} channels, its backbone gives {architecture.dim}; download it again")
+        raise UserError(
+            f"{source}: its projection takes {dim} channels, its backbone gives {architecture.dim}; download it again"
+        )
     settings = _flat(plain(value.get("hyper_parameters")))
     features = _setting(settings, "dino_feat_type")
     if features not in (None, "feat"):
-        raise UserError(f"{source}: was trained on {features!r} of the backbone, not on its last tokens (feat), which alone are read here")
+        raise UserError(
+            f"{source}: was trained on {features!r} of the backbone, not on its last tokens (feat), which alone are read here"
+        )
     step = value.get("global_step")
     checkpoint = Checkpoint(
         config=_config(_setting(settings, "dataset_name", "dataset"), K, Z, str(path)),
@@ -79,9 +87,15 @@ def _head(table: dict[str, Any], source: str) -> Head:
         """In float32; None in `shape` is any number."""
         value = table.get(name)
         if not isinstance(value, Tensor) or not value.is_floating_point():
-            raise UserError(f"{source}: no checkpoint of SmooSeg: its {name} is {'missing' if value is None else 'no tensor'}")
+            raise UserError(
+                f"{source}: no checkpoint of SmooSeg: its {name} is {'missing' if value is None else 'no tensor'}"
+            )
         value = value.flatten(1) if value.ndim == 4 and value.shape[2:] == (1, 1) else value
-        fits = value.ndim == len(shape) and all(want in (None, n) for want, n in zip(shape, value.shape)) and 0 not in value.shape
+        fits = (
+            value.ndim == len(shape)
+            and all(want in (None, n) for want, n in zip(shape, value.shape))
+            and 0 not in value.shape
+        )
         if not fits or not value.isfinite().all():
             what = "finite" if fits else " x ".join("any" if n is None else str(n) for n in shape)
             raise UserError(f"{source}: its {name} is {list(value.shape)} and not {what}; download it again")
@@ -91,7 +105,9 @@ def _head(table: dict[str, Any], source: str) -> Head:
     K, Z = teacher.shape
     dim = tensor("projection.cluster1.0.weight", Z, None).shape[1]
     if K > GROUPS:
-        raise UserError(f"{source}: has {K} prototypes; at most {GROUPS}, the most that an 8-bit mask can hold, are read")
+        raise UserError(
+            f"{source}: has {K} prototypes; at most {GROUPS}, the most that an 8-bit mask can hold, are read"
+        )
     rows = {"linear": Z, "hidden": dim, "outer": Z}
     state = {"student": tensor(STUDENT, K, Z), "teacher": teacher}
     for theirs, ours in LAYERS.items():

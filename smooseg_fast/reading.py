@@ -37,7 +37,9 @@ def _noted() -> Iterator[None]:
         yield
     finally:
         before = spent()
-        _here.spent = Spent(before.clock + time.perf_counter() - clock, before.processor + time.thread_time() - processor)
+        _here.spent = Spent(
+            before.clock + time.perf_counter() - clock, before.processor + time.thread_time() - processor
+        )
 
 
 class _Timed(io.FileIO):

@@ -21,7 +21,11 @@ class RunFolder(OutFolder):
         super().__init__(path, config.learning(), record=RUN, made=(CHECKPOINT,), below=(HEADS,))
         self.metrics = Journal(path / METRICS)
         self._heads = {variant.name for variant in config.variants()}
-        self.pictures = (GROUPS, CURVES, LADDER) if config.granularity is not None and len(config.granularity) > 1 else (GROUPS, CURVES)
+        self.pictures = (
+            (GROUPS, CURVES, LADDER)
+            if config.granularity is not None and len(config.granularity) > 1
+            else (GROUPS, CURVES)
+        )
 
     def state(self) -> TrainingState | None:
         """What an earlier process of this run saved last."""
@@ -41,7 +45,11 @@ class RunFolder(OutFolder):
         So do the lines of `step` itself unless every head has its own: they can be made again.
         """
         self.claim()
-        found = [record for record in self.metrics.read() if record.get("head") in self._heads and type(record.get("step")) is int]
+        found = [
+            record
+            for record in self.metrics.read()
+            if record.get("head") in self._heads and type(record.get("step")) is int
+        ]
         whole = sum(record["step"] == step for record in found) == len(self._heads)
         records = [record for record in found if record["step"] < step + whole]
         self.metrics.rewrite(records)

@@ -37,7 +37,9 @@ class Segmenter:
         self.head = checkpoint.head.to(backbone.device).eval()
 
     @classmethod
-    def load(cls, path: str | Path, *, backbone: str | None = None, device: str = "auto", precision: str = "auto") -> Segmenter:
+    def load(
+        cls, path: str | Path, *, backbone: str | None = None, device: str = "auto", precision: str = "auto"
+    ) -> Segmenter:
         """Read a checkpoint, or a published SmooSeg .ckpt; nothing in it is executed. UserError for a damaged or foreign file.
 
         `backbone` is needed where the checkpoint was trained on a `module:callable`, and may name a local copy of a hub model.
@@ -80,7 +82,9 @@ class Segmenter:
         return digest_of(self.head.state_dict(), self.config.resample)
 
     @torch.no_grad()
-    def predict(self, image: np.ndarray | Image.Image | str | Path, *, mirror: bool = True, short_side: int | None = None) -> np.ndarray:
+    def predict(
+        self, image: np.ndarray | Image.Image | str | Path, *, mirror: bool = True, short_side: int | None = None
+    ) -> np.ndarray:
         """int64 [H,W] labels of an image: uint8 [H,W,3] RGB, uint8 [H,W] grey, a Pillow image as it lies, or a path (upright, by EXIF).
 
         mirror: average the codes with those of the mirrored image, as the paper does (twice the time). short_side: pixels that the
@@ -98,7 +102,9 @@ class Segmenter:
             reason = f"does not fit into memory with its short side at {side} pixels"
             raise ImageError(_name(image), reason, "give a smaller --short-side, or cut it into tiles") from error
         H, W = pixels.shape[:2]
-        labels = sk.assign(found.codes.flatten(0, 1)[None], self.head.teacher, grid=found.codes.shape[:2], size=found.size)
+        labels = sk.assign(
+            found.codes.flatten(0, 1)[None], self.head.teacher, grid=found.codes.shape[:2], size=found.size
+        )
         return labels[0, :H, :W].cpu().numpy()
 
     def pixels(self, image: np.ndarray | Image.Image | str | Path) -> np.ndarray:
@@ -118,7 +124,12 @@ class Segmenter:
 
     def describe(self) -> dict[str, Any]:
         """What it is, ready for JSON."""
-        return {"backbone": self.checkpoint.backbone_name, "step": self.checkpoint.step, "groups": self.groups, **self.checkpoint.report}
+        return {
+            "backbone": self.checkpoint.backbone_name,
+            "step": self.checkpoint.step,
+            "groups": self.groups,
+            **self.checkpoint.report,
+        }
 
 
 @torch.no_grad()

@@ -24,7 +24,9 @@ def groups_sheet(shown: Iterable[Shown], colours: np.ndarray, shares: Mapping[in
     """
     cells = [(name, *thumbnails(image, labels, colours)) for name, image, labels in shown]
     if not cells:
-        raise UserError("the sheet has no images to show: those meant for it can no longer be read; put them back and try again")
+        raise UserError(
+            "the sheet has no images to show: those meant for it can no longer be read; put them back and try again"
+        )
     across = 2 if len(cells) > 3 else 1
     rows = [cells[start : start + across] for start in range(0, len(cells), across)]
     legend = [(tuple(colours[k]), f"{k}: {100 * share:.0f} %") for k, share in shares.items() if share >= NAMED]

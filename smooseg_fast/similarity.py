@@ -81,11 +81,15 @@ def main(args: Sequence[str]) -> None:
     backbone = load_backbone(config.backbone, pick_device(asked.device))
     config = whole_patches(config, backbone.patch)
     dataset, _ = datasets_of(config)
-    print(f"smooseg_fast: {dataset.name} ({len(dataset)} images), backbone {config.backbone}, {config.size} px, crops {config.crops}")
+    print(
+        f"smooseg_fast: {dataset.name} ({len(dataset)} images), backbone {config.backbone}, {config.size} px, crops {config.crops}"
+    )
     options = dict(size=config.size, crops=config.crops, resample=config.resample, cache=asked.cache)
     store = open_or_extract(dataset, backbone, **options)
     if len(store) < 2:
-        raise UserError(f"--data: {len(store)} square of {config.size} pixels, but pairs of images need 2; add images, or --crops slide")
+        raise UserError(
+            f"--data: {len(store)} square of {config.size} pixels, but pairs of images need 2; add images, or --crops slide"
+        )
     found = similarity(store, backbone.device, largest=asked.pairs, partners=asked.partners)
     rows = [(variant, closeness(found, variant.thresholds, config.relative)) for variant in config.variants()]
     print(table(found))
@@ -96,7 +100,11 @@ def main(args: Sequence[str]) -> None:
     if trouble:
         print(f"warning    {trouble}")
     out = folder(asked, config)
-    about = {"data": dataset.name, "backbone": backbone.name, **{name: getattr(config, name) for name in ("size", "crops", "resample")}}
+    about = {
+        "data": dataset.name,
+        "backbone": backbone.name,
+        **{name: getattr(config, name) for name in ("size", "crops", "resample")},
+    }
     save(out / PICTURE, picture(found, rows, f"Closeness of patches: {dataset.name}, {backbone.name}"))
     write_json(out / RECORD, record(found, rows) | about | {"skipped": store.skipped})
     print(f"saved      {out / PICTURE}, {out / RECORD}")
@@ -122,7 +130,9 @@ def configure(asked: SimilarityConfig) -> TrainConfig:
     else:
         base, data = preset(asked.preset or ("folder" if asked.data else "demo")), asked.data
         if data is None and base.preset != "demo":
-            raise UserError(f"--data: missing; preset {base.preset} needs a folder of images (the demo is --preset demo)")
+            raise UserError(
+                f"--data: missing; preset {base.preset} needs a folder of images (the demo is --preset demo)"
+            )
     return with_changes(base, data=data, **named)
 
 
@@ -145,7 +155,12 @@ def folder(asked: SimilarityConfig, config: TrainConfig) -> Path:
 def table(found: Similarity) -> str:
     head = ["", "mean", "std", *(f"{100 * q:g} %" for q in SHARES)]
     body = [
-        [f"{name} images", f"{kind.mean:+.3f}", f"{kind.std:.3f}", *(f"{value:+.3f}" for value in kind.quantiles(SHARES))]
+        [
+            f"{name} images",
+            f"{kind.mean:+.3f}",
+            f"{kind.std:.3f}",
+            *(f"{value:+.3f}" for value in kind.quantiles(SHARES)),
+        ]
         for name, kind in (("within", found.within), ("across", found.across))
     ]
     return aligned([head, *body])
@@ -159,7 +174,12 @@ def thresholds_table(rows: Sequence[tuple[Variant, tuple[Closeness, Closeness]]]
 
 
 def cells(kind: Closeness) -> list[str]:
-    return [f"{kind.threshold:+.3f}", f"{100 * kind.pulled:.1f} %", f"{100 * (1 - kind.pulled):.1f} %", f"{kind.force:+.3f}"]
+    return [
+        f"{kind.threshold:+.3f}",
+        f"{100 * kind.pulled:.1f} %",
+        f"{100 * (1 - kind.pulled):.1f} %",
+        f"{kind.force:+.3f}",
+    ]
 
 
 def name_of(variant: Variant) -> str:
@@ -168,18 +188,27 @@ def name_of(variant: Variant) -> str:
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]).rstrip()
+        for row in rows
+    )
 
 
 def picture(found: Similarity, rows: Sequence[tuple[Variant, tuple[Closeness, Closeness]]], title: str) -> Image:
     panels = {}
     for place, (name, kind) in enumerate((("within images", found.within), ("across images", found.across))):
         marks = {
-            f"{name_of(variant)}: {kinds[place].threshold:+.3f} pulls {100 * kinds[place].pulled:.0f} %": kinds[place].threshold
+            f"{name_of(variant)}: {kinds[place].threshold:+.3f} pulls {100 * kinds[place].pulled:.0f} %": kinds[
+                place
+            ].threshold
             for variant, kinds in rows
         }
-        panels[f"{name}: {kind.pairs / 1e6:.3g} million pairs"] = Histogram(edges_of(kind), kind.counts.tolist(), kind.mean, marks)
-    return histograms_picture(panels, title, "pairs right of a threshold are pulled together, those left of it pushed apart")
+        panels[f"{name}: {kind.pairs / 1e6:.3g} million pairs"] = Histogram(
+            edges_of(kind), kind.counts.tolist(), kind.mean, marks
+        )
+    return histograms_picture(
+        panels, title, "pairs right of a threshold are pulled together, those left of it pushed apart"
+    )
 
 
 def edges_of(kind: Any) -> list[float]:
@@ -200,7 +229,10 @@ def record(found: Similarity, rows: Sequence[tuple[Variant, tuple[Closeness, Clo
     }
     thresholds = [
         {"name": name_of(variant)}
-        | {name: {"threshold": kind.threshold, "pulled": kind.pulled, "net_force": kind.force} for name, kind in zip(kinds, both)}
+        | {
+            name: {"threshold": kind.threshold, "pulled": kind.pulled, "net_force": kind.force}
+            for name, kind in zip(kinds, both)
+        }
         for variant, both in rows
     ]
     counted = {"squares": found.squares, "squares_counted": found.counted, "partners": found.partners}
@@ -218,7 +250,10 @@ def next_command(asked: SimilarityConfig, config: TrainConfig) -> str:
     for name in LEARNING:
         value = getattr(config, name)
         if value is not None and value != getattr(base, name):
-            words += [f"--{name.replace('_', '-')}", *([f"{v:g}" for v in value] if isinstance(value, tuple) else [f"{value}"])]
+            words += [
+                f"--{name.replace('_', '-')}",
+                *([f"{v:g}" for v in value] if isinstance(value, tuple) else [f"{value}"]),
+            ]
     if asked.cache is not None:
         words += ["--cache", asked.cache]
     return shlex.join(words)

@@ -91,20 +91,31 @@ class Run:
         self.tell_troubles(self.records)
         bar = Bar(total=config.steps, initial=first, desc="train", unit="step", disable=not self.progress)
         with closing(self), bar, StopRequest() as stop:
-            if found is not None and found.losses and self.log_is_due() and not any(r["step"] == first for r in self.records):
+            if (
+                found is not None
+                and found.losses
+                and self.log_is_due()
+                and not any(r["step"] == first for r in self.records)
+            ):
                 self.log(loop.heads, found.losses, bar)
             while self.done < config.steps and not self.drift_stops:
                 losses = loop.step(self.done)._asdict()
                 self.done += 1
                 if self.done == first + 1 and loop.not_captured is not None:
-                    self.say(f"warning    steps are not replayed from a CUDA graph, but run one by one: {loop.not_captured}")
+                    self.say(
+                        f"warning    steps are not replayed from a CUDA graph, but run one by one: {loop.not_captured}"
+                    )
                 bar.update()
                 if self.log_is_due() and not (self.alone and stop.number):
                     # what a signal cuts short here is made again from the saved losses; several processes exchange counts and end it
                     with stop.at_once() if self.alone else nullcontext():
                         self.log(loop.heads, losses, bar)
-                stopped = self.processes.largest(stop.number or 0)  # by a signal to any of them, and behind the same step
-                late = time.monotonic() - self.written > SAVE_S or not loop.schedule.ready(self.done)  # before hours in a backbone
+                stopped = self.processes.largest(
+                    stop.number or 0
+                )  # by a signal to any of them, and behind the same step
+                late = time.monotonic() - self.written > SAVE_S or not loop.schedule.ready(
+                    self.done
+                )  # before hours in a backbone
                 if self.checkpoint_is_due() or late or self.drift_stops or stopped:
                     self.write(loop, losses)
                 if stopped:
@@ -140,7 +151,9 @@ class Run:
         config, store = self.config, self.store
         schedule = self.stream
         if schedule is None:
-            schedule = Schedule(len(store), config.batch_size, config.data_seed, self.processes.size, self.processes.rank)
+            schedule = Schedule(
+                len(store), config.batch_size, config.data_seed, self.processes.size, self.processes.rank
+            )
         if schedule.batch_size < config.batch_size:
             self.say(f"batch      {schedule.batch_size} squares, as many as there are")
         settings = Settings(
@@ -166,15 +179,24 @@ class Run:
         if config.init == "pca-kmeans":
             rows = evaluation.sample_patches(self.store, seed).to(self.device)
             if len(rows) < config.prototypes:
-                raise UserError(f"--prototypes: {config.prototypes} groups cannot start from {len(rows)} patches; ask for fewer")
+                raise UserError(
+                    f"--prototypes: {config.prototypes} groups cannot start from {len(rows)} patches; ask for fewer"
+                )
             head.start_from_features(rows, seed)
         return head
 
     def features(self) -> Tensor | Callable[[Tensor], Tensor]:
         """On a GPU all features, where they take at most 60 % of its free memory; else rows through the memory map."""
-        dtype, rows = getattr(torch, self.config.precision), self.store.rows if self.stream is None else self.stream.features
+        dtype, rows = (
+            getattr(torch, self.config.precision),
+            self.store.rows if self.stream is None else self.stream.features,
+        )
         nbytes = len(self.store) * self.store.P * self.store.D * dtype.itemsize
-        if self.device.type != "cuda" or self.stream is not None or nbytes > 0.6 * torch.cuda.mem_get_info(self.device)[0]:
+        if (
+            self.device.type != "cuda"
+            or self.stream is not None
+            or nbytes > 0.6 * torch.cuda.mem_get_info(self.device)[0]
+        ):
             return functools.partial(rows, dtype=dtype)
         return self.store.load(self.device, dtype)
 
@@ -244,7 +266,9 @@ class Run:
     def write(self, loop: Loop, losses: dict[str, Tensor]) -> None:
         if self.folder is not None:
             windows = None if self.stream is None else dataclasses.astuple(self.stream.windows)
-            state = TrainingState(self.config, self.done, loop.heads, optimizer_tensors(loop.optimizer), losses, windows)
+            state = TrainingState(
+                self.config, self.done, loop.heads, optimizer_tensors(loop.optimizer), losses, windows
+            )
             state.write(self.folder.path / TRAINING)
             self.saved, self.written = self.done, time.monotonic()
 

@@ -137,7 +137,8 @@ class Summary:
         drawn = self.draw(segmenters)
         write_json(out / REPORT, self.report)
         self.say(
-            f"saved      {out / CHECKPOINT}" + (f", and all {len(segmenters)} heads in {out / 'heads'}" if len(segmenters) > 1 else "")
+            f"saved      {out / CHECKPOINT}"
+            + (f", and all {len(segmenters)} heads in {out / 'heads'}" if len(segmenters) > 1 else "")
         )
         self.say(f"figures    {out / REPORT}, {out / METRICS}")
         if drawn:
@@ -149,7 +150,9 @@ class Summary:
         K = self.heads.student.shape[1]
         for variant in self.whole:
             state = states[variant]
-            mark = "" if len(self.whole) == 1 else f"{variant.label()}{' (default)' if variant == self.default else ''}: "
+            mark = (
+                "" if len(self.whole) == 1 else f"{variant.label()}{' (default)' if variant == self.default else ''}: "
+            )
             self.say(
                 f"groups     {mark}{in_use(state.shares)} of {K} in use (each over {100 * NAMED:g} % of the patches), perplexity "
                 f"{state.perplexity:.1f}; {state.labels_per_image:.1f} in an image; I(image;label)/H(label) {state.image_information:.2f}; "
@@ -164,7 +167,9 @@ class Summary:
         """With labels: figures chosen by labels (Hungarian matching, as in the field), beside k-means on the same features."""
         validation, names = self.validation, self.validation.dataset.class_names
         where = "held out" if validation.dataset.held_out else "the training images"
-        self.say(f"scores     on {where} ({len(validation.store)} images), clusters matched to classes by their labels (Hungarian):")
+        self.say(
+            f"scores     on {where} ({len(validation.store)} images), clusters matched to classes by their labels (Hungarian):"
+        )
         rows = evaluation.sample_patches(self.store, seed=0).to(self.heads.student.device)
         baseline = validation.kmeans(spherical_kmeans(rows, self.heads.student.shape[1], starts=10).centres)
         scores: dict[float | None, list[Scores]] = {}
@@ -183,7 +188,9 @@ class Summary:
             accuracy, miou = (mean_and_std([getattr(each, name) for each in of_seeds]) for name in ("accuracy", "miou"))
             seeds = "" if len(of_seeds) == 1 else f"  ({len(of_seeds)} seeds)"
             self.say(f"           {which:16s}  accuracy {accuracy} %  mIoU {miou} %{seeds}")
-        self.say(f"           {'k-means':16s}  accuracy {percent(baseline.accuracy)} %  mIoU {percent(baseline.miou)} %  (same features)")
+        self.say(
+            f"           {'k-means':16s}  accuracy {percent(baseline.accuracy)} %  mIoU {percent(baseline.miou)} %  (same features)"
+        )
 
     # pictures
 
@@ -211,7 +218,9 @@ class Summary:
 
     def shown(self, count: int) -> Iterator[tuple[str, np.ndarray]]:
         """Names and pixels of images evenly spaced over those whose features could be taken."""
-        dataset, store = (self.dataset, self.store) if self.validation is None else (self.validation.dataset, self.validation.store)
+        dataset, store = (
+            (self.dataset, self.store) if self.validation is None else (self.validation.dataset, self.validation.store)
+        )
         usable = list(dict.fromkeys(store.names))
         chosen = {usable[place] for place in evaluation.spread(len(usable), count).tolist()}
         for index, name in enumerate(dataset.names):
@@ -244,8 +253,13 @@ class Summary:
             for place, (_, image) in enumerate(images):
                 rows[place].append(thumbnails(image, labels[variant][place], own)[2])
         used = {variant: in_use(self.report["heads"][variant.name]["health"]["shares"]) for variant in rungs}
-        titles = ["image", *(f"{v.granularity:g}: {used[v]} groups{' (default)' if v == self.default else ''}" for v in rungs)]
-        return pictures.contact_sheet(rows, titles, [name for name, _ in images], (), "granularity, and the groups it leaves in use")
+        titles = [
+            "image",
+            *(f"{v.granularity:g}: {used[v]} groups{' (default)' if v == self.default else ''}" for v in rungs),
+        ]
+        return pictures.contact_sheet(
+            rows, titles, [name for name, _ in images], (), "granularity, and the groups it leaves in use"
+        )
 
 
 def in_use(shares: Sequence[float]) -> int:

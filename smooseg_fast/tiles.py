@@ -17,11 +17,20 @@ OVERLAP = 0.25  # of a tile's side, at least
 
 class CodeMap(NamedTuple):
     codes: Tensor  # [h,w,Z]
-    size: tuple[int, int]  # (H, W) pixels of the image that the h x w patches cover: at least the image's own, the rest is padding
+    size: tuple[
+        int, int
+    ]  # (H, W) pixels of the image that the h x w patches cover: at least the image's own, the rest is padding
 
 
 def code_map(
-    image: np.ndarray, features: Callable[[Tensor], Tensor], patch: int, *, short_side: int, resample: str, mirror: bool, tile: int = TILE
+    image: np.ndarray,
+    features: Callable[[Tensor], Tensor],
+    patch: int,
+    *,
+    short_side: int,
+    resample: str,
+    mirror: bool,
+    tile: int = TILE,
 ) -> CodeMap:
     """Codes of a uint8 [H,W,3] image.
 

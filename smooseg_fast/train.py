@@ -35,7 +35,9 @@ def main(args: Sequence[str], processes: Processes = ALONE) -> None:
     if not processes.first:
         return
     images = pictures_of(config.data, out)
-    if images == out / "samples":  # the demo's are made up, tiles lie in no image file: a few are written down for the next command
+    if (
+        images == out / "samples"
+    ):  # the demo's are made up, tiles lie in no image file: a few are written down for the next command
         write_samples(train if held_out is None else held_out, images)
     variant = segmenter.config.variants()[0]
     # of a finished run, where `choose` may have taken another head: its predictions have nothing to do with the first one's
@@ -60,7 +62,9 @@ def recognised(config: TrainConfig) -> list[str]:
     if layout is None:
         return []
     fits = layout.preset in (config.preset, "folder")
-    return [f"data       {layout.title}" + ("" if fits else f"; the paper's settings for it are --preset {layout.preset}")]
+    return [
+        f"data       {layout.title}" + ("" if fits else f"; the paper's settings for it are --preset {layout.preset}")
+    ]
 
 
 def say(line: str) -> None:
@@ -85,7 +89,11 @@ def configure(args: Sequence[str]) -> TrainConfig:
     args = list(args)
     base = preset(_value(args, "--preset") or ("folder" if _value(args, "--data") else "demo"))
     parsed = parse(TrainConfig, args, base, prog="python -m smooseg_fast.train")
-    changes = {name: value for name, value in vars(parsed).items() if value != getattr(base, name) or _value(args, flag(name)) is not None}
+    changes = {
+        name: value
+        for name, value in vars(parsed).items()
+        if value != getattr(base, name) or _value(args, flag(name)) is not None
+    }
     config = with_changes(base, **changes)
     if config.data is None and config.preset != "demo":
         raise UserError(f"--data: missing; preset {config.preset} needs a folder of images (the demo is --preset demo)")

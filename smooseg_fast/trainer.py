@@ -65,7 +65,12 @@ def fit(
     config = with_changes(preset(preset_name), data=str(images) if arrays is None else None, **settings)
     dataset, held_out = open_splits(images) if arrays is None else (ArrayDataset(arrays), None)
     return learn(
-        config, dataset, held_out, out=None if out is None else Path(out).expanduser(), progress=progress, say=say or (lambda line: None)
+        config,
+        dataset,
+        held_out,
+        out=None if out is None else Path(out).expanduser(),
+        progress=progress,
+        say=say or (lambda line: None),
     )
 
 
@@ -102,7 +107,9 @@ def learn(
     folder = None if out is None else RunFolder(out, wanted)
     if folder is not None and folder.finished():
         checkpoint = folder.checkpoint()
-        say(f"{out}: this run is finished, step {checkpoint.step} of {config.steps}; --out another folder to train again")
+        say(
+            f"{out}: this run is finished, step {checkpoint.step} of {config.steps}; --out another folder to train again"
+        )
         return Segmenter(checkpoint, backbone)
 
     for note in dict.fromkeys((*dataset.notes, *(() if held_out is None else held_out.notes))):
@@ -110,10 +117,22 @@ def learn(
     tell_plan(config, backbone, device, say, processes)
     with nullcontext() if folder is None or not processes.first else folder.held():
         found = None if folder is None else folder.state()
-        require_same_state(found, out, processes)  # before it nobody has written into the folder, behind it everybody has read
+        require_same_state(
+            found, out, processes
+        )  # before it nobody has written into the folder, behind it everybody has read
         store, stream, validation = open_features(config, dataset, held_out, backbone, found, progress, say, processes)
         extracted = time.perf_counter()
-        run = Run(config, store, backbone.device, validation, folder if processes.first else None, say, progress, processes, stream)
+        run = Run(
+            config,
+            store,
+            backbone.device,
+            validation,
+            folder if processes.first else None,
+            say,
+            progress,
+            processes,
+            stream,
+        )
         try:
             with deterministic(config.deterministic):
                 heads = run.learn(found)
@@ -141,7 +160,9 @@ def learn(
 
 def tell_plan(config: TrainConfig, backbone: Backbone, device: str, say: Say, processes: Processes) -> None:
     every = config.variants()
-    many = "" if len(every) == 1 else f", {len(every)} heads at once ({'; '.join(variant.label() for variant in every)})"
+    many = (
+        "" if len(every) == 1 else f", {len(every)} heads at once ({'; '.join(variant.label() for variant in every)})"
+    )
     how = f"objective by {config.impl}, projection in {config.precision}"
     groups = "1 group" if config.prototypes == 1 else f"{config.prototypes} groups"
     say(f"learning   at most {groups}, {config.init} start, {how} on {device}{many}")
@@ -150,7 +171,9 @@ def tell_plan(config: TrainConfig, backbone: Backbone, device: str, say: Say, pr
     if processes.size > 1:
         eager = "" if backbone.device.type == "cpu" else "; steps are not replayed from a CUDA graph"
         share = config.batch_size // processes.size
-        say(f"processes  {processes.size}, each with {share} squares of every batch; partners are found within those{eager}")
+        say(
+            f"processes  {processes.size}, each with {share} squares of every batch; partners are found within those{eager}"
+        )
 
 
 def open_features(
@@ -165,7 +188,9 @@ def open_features(
 ) -> tuple[FeatureStore, Stream | None, Validation | None]:
     """(what to learn from, where its batches come from if it is only a sample, what to take figures on if there are labels)."""
     started = time.perf_counter()
-    options = dict(resample=config.resample, cache=config.cache, limit=config.limit, progress=progress, processes=processes)
+    options = dict(
+        resample=config.resample, cache=config.cache, limit=config.limit, progress=progress, processes=processes
+    )
     validation = None
     if held_out is not None:  # first, because labels that do not fit should be known before hours are spent
         central = dict(size=config.eval_size, crops="center", argument="--eval-size", **options)
@@ -204,7 +229,9 @@ def require_shares(batch_size: int, processes: Processes) -> None:
     n = processes.size
     if batch_size % n or batch_size < 2 * n:
         near = " or ".join(str(size) for size in sorted({max(2, batch_size // n) * n, max(2, -(-batch_size // n)) * n}))
-        raise UserError(f"--batch-size {batch_size}: must be a multiple of the {n} processes, with 2 squares for each; take {near}")
+        raise UserError(
+            f"--batch-size {batch_size}: must be a multiple of the {n} processes, with 2 squares for each; take {near}"
+        )
 
 
 def require_same_state(found: TrainingState | None, out: Path | None, processes: Processes) -> None:
@@ -212,7 +239,9 @@ def require_same_state(found: TrainingState | None, out: Path | None, processes:
     step = 0 if found is None else found.step
     furthest = processes.largest(step)
     if step != furthest:
-        raise UserError(f"--out {out}: process {processes.rank} finds step {step} there, and another step {furthest}; give a shared folder")
+        raise UserError(
+            f"--out {out}: process {processes.rank} finds step {step} there, and another step {furthest}; give a shared folder"
+        )
 
 
 def resolve(config: TrainConfig, backbone: Backbone, dataset: Dataset, say: Say) -> TrainConfig:
@@ -232,7 +261,9 @@ def resolve(config: TrainConfig, backbone: Backbone, dataset: Dataset, say: Say)
         changes["prototypes"] = GROUPS_WITHOUT_LABELS if names is None else len(names)
     if config.precision == "auto":
         changes["precision"] = "bfloat16" if backbone.device.type == "cuda" else "float32"
-    changes["impl"] = usable_impl(config.impl, changes.get("prototypes", config.prototypes), config.code_dim, backbone.device)
+    changes["impl"] = usable_impl(
+        config.impl, changes.get("prototypes", config.prototypes), config.code_dim, backbone.device
+    )
     return dataclasses.replace(config, **changes)
 
 

@@ -26,7 +26,9 @@ class Inputs(NamedTuple):
         return Inputs(*tensors, self.partners, self.thresholds.to(dtype), cast)
 
 
-def make_inputs(B=3, P=17, D=70, K=5, Z=8, T=2, H=None, dtype=torch.float64, seed=0, structured=True, **options) -> Inputs:
+def make_inputs(
+    B=3, P=17, D=70, K=5, Z=8, T=2, H=None, dtype=torch.float64, seed=0, structured=True, **options
+) -> Inputs:
     """Clustered features and codes that lean on the prototypes (so that the softmax is peaked), or plain noise."""
     g = torch.Generator().manual_seed(seed)
 
@@ -57,7 +59,15 @@ def value_and_grad(inputs: Inputs, impl: str, seed: int = 7, **extra) -> Result:
     """Values and the gradients to codes and student under upstream gradients that differ from 1 and from each other."""
     codes, student = inputs.codes.detach().requires_grad_(), inputs.student.detach().requires_grad_()
     out = sk.smooseg_loss(
-        inputs.features, codes, student, inputs.teacher, inputs.partners, inputs.thresholds, impl=impl, **inputs.options, **extra
+        inputs.features,
+        codes,
+        student,
+        inputs.teacher,
+        inputs.partners,
+        inputs.thresholds,
+        impl=impl,
+        **inputs.options,
+        **extra,
     )
     g = torch.Generator().manual_seed(seed)
     outputs = [v for v in out if v.requires_grad]
@@ -73,7 +83,9 @@ def pull_and_push(inputs: Inputs, seed: int = 7) -> tuple[Tensor, Tensor]:
     teacher = x.teacher if x.teacher.dim() == 3 else x.teacher[None]
     scale = x.options.get("channel_scale")
     f = F.normalize(x.features if scale is None else x.features * scale[:, None], dim=-1)
-    probs = torch.softmax(F.normalize(codes, dim=-1) @ F.normalize(teacher, dim=-1)[:, None].mT / x.options.get("temperature", 0.1), -1)
+    probs = torch.softmax(
+        F.normalize(codes, dim=-1) @ F.normalize(teacher, dim=-1)[:, None].mT / x.options.get("temperature", 0.1), -1
+    )
     c = F.normalize(probs, dim=-1)
     sizes, grads = [], 0.0
     B = f.shape[0]
@@ -84,7 +96,9 @@ def pull_and_push(inputs: Inputs, seed: int = 7) -> tuple[Tensor, Tensor]:
         size = 0.0
         for j in vectors:
             s = f @ f[j].mT
-            force = s.abs() + s.mean(2, keepdim=True).abs() + s.mean().abs() + bias  # every term of W - b, none cancelling
+            force = (
+                s.abs() + s.mean(2, keepdim=True).abs() + s.mean().abs() + bias
+            )  # every term of W - b, none cancelling
             size = size + (force * (1 + c @ c[:, j].mT)).mean((1, 2, 3)) / len(vectors)
         sizes.append(size)
         grads = grads + torch.autograd.grad(size.sum() * 3.0, codes, retain_graph=True)[0].abs()
@@ -111,4 +125,6 @@ def assert_same_direction(got: Tensor, truth: Tensor, tolerance: float, what: st
     cosine = F.cosine_similarity(got, truth, dim=0).item()
     bias = abs(torch.dot(got - truth, truth).item()) / norm**2
     if not (relative <= tolerance and cosine >= 1 - tolerance and bias <= tolerance):
-        raise AssertionError(f"{what}: relative {relative:.3g}, cosine {cosine:.9f}, bias {bias:.3g}, allowed {tolerance:.3g}")
+        raise AssertionError(
+            f"{what}: relative {relative:.3g}, cosine {cosine:.9f}, bias {bias:.3g}, allowed {tolerance:.3g}"
+        )

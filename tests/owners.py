@@ -43,7 +43,10 @@ def make_cityscapes(root: Path) -> Path:
                 save(root / "leftImg8bit" / split / city / f"{stem}_leftImg8bit.png", image)
                 if split in ("train", "val"):
                     for kind in ("labelIds", "instanceIds", "color"):
-                        save(root / "gtFine" / split / city / f"{stem}_gtFine_{kind}.png", label if kind == "labelIds" else image)
+                        save(
+                            root / "gtFine" / split / city / f"{stem}_gtFine_{kind}.png",
+                            label if kind == "labelIds" else image,
+                        )
                     (root / "gtFine" / split / city / f"{stem}_gtFine_polygons.json").write_text("{}")
                 seed += 1
     return root
@@ -81,7 +84,9 @@ def make_potsdam_tiles(root: Path) -> Path:
     return root
 
 
-COLOURS = np.array([(255, 255, 255), (0, 0, 255), (0, 255, 255), (0, 255, 0), (255, 255, 0), (255, 0, 0), (0, 0, 0)], np.uint8)
+COLOURS = np.array(
+    [(255, 255, 255), (0, 0, 255), (0, 255, 255), (0, 255, 0), (255, 255, 0), (255, 0, 0), (0, 0, 0)], np.uint8
+)
 
 
 def make_potsdam_mosaics(root: Path, infrared: bool = False) -> Path:
@@ -90,7 +95,9 @@ def make_potsdam_mosaics(root: Path, infrared: bool = False) -> Path:
     size = (2 * potsdam.WINDOW, 3 * potsdam.WINDOW)
     for seed, place in enumerate(("2_10", "7_7", "2_13")):
         rng = np.random.default_rng(seed)
-        image = np.kron(rng.integers(0, 256, (size[0] // 50, size[1] // 50, 3), dtype=np.uint8), np.ones((50, 50, 1), np.uint8))
+        image = np.kron(
+            rng.integers(0, 256, (size[0] // 50, size[1] // 50, 3), dtype=np.uint8), np.ones((50, 50, 1), np.uint8)
+        )
         if infrared:
             image = np.dstack([image, np.zeros(size, np.uint8)])
         save(root / folder / f"top_potsdam_{place}_{kind}.tif", image)

@@ -37,7 +37,9 @@ class Pairs:
         return replace(self, options={**self.options, **options})
 
 
-def make_pairs(B=3, N=None, P_i=17, P_j=97, D=70, Z=9, dtype=torch.float64, device="cpu", seed=0, threshold=0.1, **options) -> Pairs:
+def make_pairs(
+    B=3, N=None, P_i=17, P_j=97, D=70, Z=9, dtype=torch.float64, device="cpu", seed=0, threshold=0.1, **options
+) -> Pairs:
     """Clustered features with a common mean, codes that lean on their cluster: similarities on both sides of every bound.
 
     With N the j side has that many images, and `partner` repeats some of them.
@@ -67,9 +69,13 @@ class Result:
 
 def evaluate(pairs: Pairs, impl: str, upstream: tuple[float, float] = UPSTREAM, **extra) -> Result:
     codes = [x.detach().requires_grad_() for x in (pairs.codes_i, pairs.codes_j)]
-    out = sk.pair_energy(pairs.features_i, codes[0], pairs.features_j, codes[1], pairs.threshold, impl=impl, **pairs.options, **extra)
+    out = sk.pair_energy(
+        pairs.features_i, codes[0], pairs.features_j, codes[1], pairs.threshold, impl=impl, **pairs.options, **extra
+    )
     gradients = torch.autograd.grad([*out], codes, [torch.full_like(value, g) for value, g in zip(out, upstream)])
-    return Result({name: value.detach() for name, value in out._asdict().items()}, dict(zip(("codes_i", "codes_j"), gradients)))
+    return Result(
+        {name: value.detach() for name, value in out._asdict().items()}, dict(zip(("codes_i", "codes_j"), gradients))
+    )
 
 
 class Sizes(NamedTuple):
@@ -97,7 +103,9 @@ def sizes_of(pairs: Pairs, eps: float) -> Sizes:
     lengths = [x.double().norm(dim=-1).clamp(min=1e-3) for x in (pairs.codes_i, pairs.codes_j)]
 
     def rows(share: Tensor) -> dict[str, Tensor]:
-        toward_j = torch.zeros(c_j.shape[:2], dtype=torch.float64, device=f_i.device).index_add_(0, partner, share.sum(1))
+        toward_j = torch.zeros(c_j.shape[:2], dtype=torch.float64, device=f_i.device).index_add_(
+            0, partner, share.sum(1)
+        )
         return {name: 2 * size / n for name, size, n in zip(("codes_i", "codes_j"), (share.sum(2), toward_j), lengths)}
 
     gradients, undecided = (energy * size + similarity) / size.numel(), energy * force.abs() * near / size.numel()
@@ -119,10 +127,16 @@ def check(pairs: Pairs, impl: str, eps: float) -> Result:
 def compare(got: Result, same: Result, oracle: Result, sizes: Sizes, eps: float) -> None:
     """What was put out alone: a forward has no gradients."""
     for name, truth in oracle.values.items():
-        assert_within_budget(got.values[name], same.values[name], truth, eps, torch.tensor(max(1.0, sizes.energy)), name)
+        assert_within_budget(
+            got.values[name], same.values[name], truth, eps, torch.tensor(max(1.0, sizes.energy)), name
+        )
     for name, gradient in got.gradients.items():
         truth, what = oracle.gradients[name], f"gradient of {name}"
-        rounding, size, undecided = max(eps, torch.finfo(gradient.dtype).eps), sizes.gradients[name], sizes.undecided[name]
+        rounding, size, undecided = (
+            max(eps, torch.finfo(gradient.dtype).eps),
+            sizes.gradients[name],
+            sizes.undecided[name],
+        )
         assert_within_budget(gradient, same.gradients[name], truth, rounding, size + undecided / (2 * rounding), what)
         for rows in (undecided >= 0, undecided == 0):  # all, and without doubt those that no rounding decides
             norm = max(truth[rows].norm().item(), 1e-300)

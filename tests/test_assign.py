@@ -11,9 +11,15 @@ def near_tie(codes, prototypes, grid, size, slack=1e-9):
     """Pixels whose two best cosines differ by less than rounding: either answer is right there."""
     planes = codes.double().mT.unflatten(-1, grid)
     fine = torch.nn.functional.interpolate(planes, size=size, mode="bilinear", align_corners=False).flatten(2).mT
-    cosines = torch.nn.functional.normalize(fine, dim=-1) @ torch.nn.functional.normalize(prototypes.double(), dim=-1).mT
+    cosines = (
+        torch.nn.functional.normalize(fine, dim=-1) @ torch.nn.functional.normalize(prototypes.double(), dim=-1).mT
+    )
     best = cosines.topk(min(2, cosines.shape[-1]), -1).values
-    return ((best[..., 0] - best[..., -1]) < slack).unflatten(-1, size) if cosines.shape[-1] > 1 else torch.zeros(1, dtype=torch.bool)
+    return (
+        ((best[..., 0] - best[..., -1]) < slack).unflatten(-1, size)
+        if cosines.shape[-1] > 1
+        else torch.zeros(1, dtype=torch.bool)
+    )
 
 
 @pytest.mark.parametrize(
@@ -50,7 +56,9 @@ def test_confusion_counts(impl, dtype):
     codes, prototypes = torch.randn(2, 12, 4), torch.randn(3, 4)
     labels = torch.randint(0, 6, (2, 9, 8))
     labels[0, :2] = 255
-    assigned, counts = sk.assign(codes, prototypes, grid=(3, 4), size=(9, 8), labels=labels.to(dtype), classes=4, impl=impl)
+    assigned, counts = sk.assign(
+        codes, prototypes, grid=(3, 4), size=(9, 8), labels=labels.to(dtype), classes=4, impl=impl
+    )
     expected = torch.zeros(3, 4, dtype=torch.int64)
     for cluster, label in zip(assigned.flatten().tolist(), labels.flatten().tolist()):
         if label < 4:

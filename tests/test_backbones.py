@@ -28,8 +28,14 @@ FAMILIES = {  # model type -> (configuration, tokens before the patches)
         lambda: transformers.Dinov2WithRegistersConfig(**SMALL, patch_size=14, image_size=70, num_register_tokens=4),
         5,
     ),
-    "dinov3_vit": (lambda: transformers.DINOv3ViTConfig(**SMALL, patch_size=16, image_size=64, num_register_tokens=4), 5),
-    "deit": (lambda: transformers.DeiTConfig(**SMALL, patch_size=8, image_size=64), 2),  # reached as any other type would be
+    "dinov3_vit": (
+        lambda: transformers.DINOv3ViTConfig(**SMALL, patch_size=16, image_size=64, num_register_tokens=4),
+        5,
+    ),
+    "deit": (
+        lambda: transformers.DeiTConfig(**SMALL, patch_size=8, image_size=64),
+        2,
+    ),  # reached as any other type would be
 }
 
 
@@ -62,7 +68,9 @@ def folder(tmp_path):
 
 
 def make_images(height: int, width: int, batch: int = 2) -> Tensor:
-    return torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        0, 256, (batch, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
 
 
 def normalised(images: Tensor, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)) -> Tensor:
@@ -125,7 +133,9 @@ def test_images_of_another_shape_are_refused(images, words):
         Blocks()(images)
 
 
-@pytest.mark.parametrize("give", [torch.zeros(1, 3, 3), torch.zeros(1, 4, 5), torch.zeros(2, 4, 3), torch.zeros(1, 4, 3).long()], ids=str)
+@pytest.mark.parametrize(
+    "give", [torch.zeros(1, 3, 3), torch.zeros(1, 4, 5), torch.zeros(2, 4, 3), torch.zeros(1, 4, 3).long()], ids=str
+)
 def test_features_of_another_shape_are_refused(give):
     with pytest.raises(UserError, match=r"--backbone blocks: a 8x8 image must give features \[1, 4, 3\]"):
         Blocks(give)(make_images(8, 8, batch=1))
@@ -178,7 +188,9 @@ def dino_by_hand(weights: dict[str, Tensor], images: Tensor, patch: int, heads: 
     x = x + (table if h == w and h * w == table.shape[1] - 1 else resized_by_dino(table, h, w))
     for i in range(layers):
         block, y = f"encoder.layer.{i}", norm(x, f"encoder.layer.{i}.layernorm_before")
-        query, key, value = (split(linear(y, f"{block}.attention.attention.{part}")) for part in ("query", "key", "value"))
+        query, key, value = (
+            split(linear(y, f"{block}.attention.attention.{part}")) for part in ("query", "key", "value")
+        )
         attention = (query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])).softmax(-1)
         x = x + linear((attention @ value).transpose(1, 2).flatten(2), f"{block}.attention.output.dense")
         y = F.gelu(linear(norm(x, f"{block}.layernorm_after"), f"{block}.intermediate.dense"))
@@ -193,7 +205,9 @@ def test_dino_features_are_the_published_ones_at_any_size(folders, size):
     images = make_images(*size)
     features, grid = backbone(images)
     assert grid == (size[0] // 8, size[1] // 8)
-    expected = dino_by_hand(load_file(folders / "vit" / "model.safetensors"), normalised(images), patch=8, heads=4, layers=2)
+    expected = dino_by_hand(
+        load_file(folders / "vit" / "model.safetensors"), normalised(images), patch=8, heads=4, layers=2
+    )
     torch.testing.assert_close(features, expected[:, 1:], rtol=1e-4, atol=1e-4)
 
 
@@ -241,7 +255,9 @@ def test_tokens_before_the_patches_are_dropped(folders, kind, height, width):
 
 def test_images_are_normalised_as_the_folder_says(folder):
     images = make_images(64, 64)
-    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.25]}))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.25]})
+    )
     expected = make_model("vit")(normalised(images, (0.5, 0.4, 0.3), (0.2, 0.3, 0.25))).last_hidden_state[:, 1:]
     torch.testing.assert_close(load_backbone(str(folder))(images)[0], expected, rtol=1e-4, atol=1e-4)
 
@@ -269,9 +285,13 @@ def test_auto_is_what_the_device_is_fast_in(monkeypatch):
 
 
 def test_a_precision_that_cannot_be(folders):
-    with pytest.raises(UserError, match="--backbone-precision double: is not known; choose one of auto, float32, bfloat16, float16"):
+    with pytest.raises(
+        UserError, match="--backbone-precision double: is not known; choose one of auto, float32, bfloat16, float16"
+    ):
         load_backbone(str(folders / "vit"), precision="double")
-    with pytest.raises(UserError, match="--backbone-precision bfloat16: filterbank computes in float32 alone; leave the flag out"):
+    with pytest.raises(
+        UserError, match="--backbone-precision bfloat16: filterbank computes in float32 alone; leave the flag out"
+    ):
         load_backbone("filterbank", precision="bfloat16")
     assert load_backbone("filterbank", precision="float32").precision == "float32"
 
@@ -285,7 +305,9 @@ def test_a_gpu_gives_half_precision_features_close_to_the_cpu(folders, kind):
     assert on_cpu.digest == on_gpu.digest
     features, grid = on_gpu(images)
     assert (features.device.type, grid) == ("cuda", on_cpu(images)[1])
-    assert features.dtype == (torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16)
+    assert features.dtype == (
+        torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    )
     assert F.cosine_similarity(features.cpu().float(), on_cpu(images)[0], dim=-1).min() > 0.99
 
 
@@ -399,7 +421,9 @@ def test_a_type_that_transformers_does_not_know(folder):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: transformers.ViTMAEModel(transformers.ViTMAEConfig(**SMALL, patch_size=8, image_size=64)),  # drops three tokens of four
+        lambda: transformers.ViTMAEModel(
+            transformers.ViTMAEConfig(**SMALL, patch_size=8, image_size=64)
+        ),  # drops three tokens of four
         lambda: transformers.SwinModel(
             transformers.SwinConfig(embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=2, image_size=32)
         ),
@@ -468,12 +492,18 @@ def test_a_repository_of_pickles_is_read_through_its_conversion(folders, tmp_pat
 
 @pytest.mark.parametrize(
     ("kind", "word"),
-    [("GatedRepoError", "https://huggingface.co/owner/name"), ("RepositoryNotFoundError", "no such model"), (None, "could not be reached")],
+    [
+        ("GatedRepoError", "https://huggingface.co/owner/name"),
+        ("RepositoryNotFoundError", "no such model"),
+        (None, "could not be reached"),
+    ],
 )
 def test_what_the_hub_refuses(monkeypatch, kind, word):
     # made without __init__, whose arguments differ between versions of huggingface_hub
     error = (
-        ConnectionError("a\nb") if kind is None else getattr(huggingface_hub.errors, kind).__new__(getattr(huggingface_hub.errors, kind))
+        ConnectionError("a\nb")
+        if kind is None
+        else getattr(huggingface_hub.errors, kind).__new__(getattr(huggingface_hub.errors, kind))
     )
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: FakeHub({}, error=error))
     error_of("owner/name", word)
@@ -668,7 +698,9 @@ def test_modules_that_cannot_be_imported(module):
 
 @pytest.mark.parametrize("spec", ["resnet", "", "facebook", "./models/dino", "/no/such/folder", "models/dino/vits8"])
 def test_an_unknown_backbone_says_what_is_accepted(spec):
-    error_of(spec, "filterbank", "facebook/dino-vits8", "module:callable", "no such folder" if "/" in spec else "unknown")
+    error_of(
+        spec, "filterbank", "facebook/dino-vits8", "module:callable", "no such folder" if "/" in spec else "unknown"
+    )
 
 
 @pytest.mark.parametrize("spec", ["features.py:Net", "folder/features:Net", "features:", ":Net", "a:b:c"])

@@ -54,7 +54,9 @@ def without_last_patch(features, codes, student, teacher, partners, thresholds):
 
 
 def no_gradient_to_the_student(features, codes, student, teacher, partners, thresholds):
-    return problems.total_of("torch", features, codes, student.detach(), teacher, partners, thresholds) + 0 * student.sum()
+    return (
+        problems.total_of("torch", features, codes, student.detach(), teacher, partners, thresholds) + 0 * student.sum()
+    )
 
 
 @pytest.mark.parametrize("wrong", [scaled, without_last_patch, no_gradient_to_the_student])
@@ -96,7 +98,9 @@ def test_energies_of_pairs(repeated, monkeypatch):
 
 
 def test_a_wrong_step_and_wrong_labels_are_refused(monkeypatch):
-    build = functools.partial(problems.assignment, problems.of_dtype(Problem(B=2, P=16, Z=6, K=5), torch.float32), mode="forward")
+    build = functools.partial(
+        problems.assignment, problems.of_dtype(Problem(B=2, P=16, Z=6, K=5), torch.float32), mode="forward"
+    )
     subject = build(impl="torch", dtype=torch.float32, device="cpu", pixels=12)
     labels, counts = subject.run()
     subject.check((labels, counts))
@@ -119,7 +123,14 @@ def test_percentiles():
 
 def test_slopes_of_a_known_power():
     rows = [
-        {"case": "scaling P", "impl": "torch", "mode": MODE, "sizes": {"P": P}, "median_ms": 1e-3 * P**1.5, "peak_bytes": 8 * P}
+        {
+            "case": "scaling P",
+            "impl": "torch",
+            "mode": MODE,
+            "sizes": {"P": P},
+            "median_ms": 1e-3 * P**1.5,
+            "peak_bytes": 8 * P,
+        }
         for P in (196, 784, 3136, 12544)
     ]
     rows.append({"case": "scaling P", "impl": "dense", "mode": MODE, "sizes": {"P": 784}, "skipped": "too large"})

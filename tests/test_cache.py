@@ -204,7 +204,9 @@ def test_what_a_killed_process_left_half_written_goes_at_once(photos, tmp_path, 
 # what is looked at
 
 
-def test_a_large_finished_store_is_opened_by_its_headers_and_verified_on_request(photos, tmp_path, undisturbed, monkeypatch, capsys):  # noqa: F811
+def test_a_large_finished_store_is_opened_by_its_headers_and_verified_on_request(
+    photos, tmp_path, undisturbed, monkeypatch, capsys
+):  # noqa: F811
     monkeypatch.setattr(turns, "CHECKED_BYTES", 0)
     home = tmp_path / "undisturbed"
     victim = shards(home)[2]
@@ -217,7 +219,10 @@ def test_a_large_finished_store_is_opened_by_its_headers_and_verified_on_request
     assert call("verify", "--cache", home) == 2
     out, err = capsys.readouterr()
     assert f"damaged: {victim} (photos, {victim.parent.name[:8]}): its features have changed" in out
-    assert f"error: {home}: 1 damaged files are removed; the next run that needs them makes them again: repeat the command" in err
+    assert (
+        f"error: {home}: 1 damaged files are removed; the next run that needs them makes them again: repeat the command"
+        in err
+    )
     assert not victim.exists()
     extract(photos, home, backbone, **SLIDE)
     assert backbone.calls == 2
@@ -234,7 +239,10 @@ def test_all_of_an_unfinished_store_is_looked_at(photos, tmp_path, undisturbed, 
     backbone = FakeBackbone()
     extract(photos, home, backbone, **SLIDE)
     assert backbone.calls == 3  # two calls for the damaged shard and one for the short last
-    assert f"damaged: {first}: its features have changed since they were written; it is made again" in capsys.readouterr().err
+    assert (
+        f"damaged: {first}: its features have changed since they were written; it is made again"
+        in capsys.readouterr().err
+    )
     assert content(home) == undisturbed
 
 
@@ -351,7 +359,9 @@ def test_ls_tells_what_differs_between_rows_of_equal_settings(photos, tmp_path, 
         assert {"precision", "weights", "resample", "batch", "files"} & set(out.splitlines()[0].split()) == {name}
 
 
-@pytest.mark.parametrize("content", ["[]", "{", '{"images": "ten", "size": [1], "dataset": "a\\u001b[31m\\nb", "format": 2}'])
+@pytest.mark.parametrize(
+    "content", ["[]", "{", '{"images": "ten", "size": [1], "dataset": "a\\u001b[31m\\nb", "format": 2}']
+)
 def test_ls_of_a_store_whose_description_is_not_ours(three, capsys, content):
     (three[1] / "meta.json").write_text(content)
     assert call("ls", "--cache", three[0].parent) == 0
@@ -413,7 +423,9 @@ def test_what_is_refused(three, capsys, args, message):
 def test_room_is_made_by_removing_the_longest_unused(three, photos, capsys):  # noqa: F811
     home = three[0].parent
     sizes = [CacheFolder(home).store(path.name).nbytes for path in three]
-    features = extract(photos, home, size=12)  # in use: neither this, nor that of 16 pixels, which was used longer ago, has to be last
+    features = extract(
+        photos, home, size=12
+    )  # in use: neither this, nor that of 16 pixels, which was used longer ago, has to be last
     os.utime(three[1] / "used", times=(0, 0))
     capsys.readouterr()
     extract(photos, home, size=20, limit=10 * sum(sizes))
@@ -426,7 +438,9 @@ def test_room_is_made_by_removing_the_longest_unused(three, photos, capsys):  # 
     extract(photos, home, size=28, limit=1)
     assert three[1].name in names(home)  # in use
     assert len(names(home)) == 2
-    assert re.search(r"warning: .* is [\d.]+ kB above --cache-limit 0\.0 kB, and all else in it is in use", capsys.readouterr().err)
+    assert re.search(
+        r"warning: .* is [\d.]+ kB above --cache-limit 0\.0 kB, and all else in it is in use", capsys.readouterr().err
+    )
     assert features.load().any()
 
 
@@ -444,7 +458,10 @@ def test_what_cannot_be_removed_ends_no_run(three, photos, small_shards, monkeyp
     assert names(three[0].parent) > {three[2].name}
     assert len(names(three[0].parent)) == 2
     assert call("rm", three[2].name, "--cache", three[0].parent) == 2
-    assert f"error: {three[2]}: cannot be removed (Permission denied); remove it as the user who owns it" in capsys.readouterr().err
+    assert (
+        f"error: {three[2]}: cannot be removed (Permission denied); remove it as the user who owns it"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -455,7 +472,11 @@ def test_sizes(text, size):
     assert parse_size(text, "--cache-limit") == size
 
 
-@pytest.mark.parametrize("text", ["", "50", "GB", "0GB", "-3GB", "50 parsecs", "1e3GB", "50GBB", "nan", "0.0000000001kB"])
+@pytest.mark.parametrize(
+    "text", ["", "50", "GB", "0GB", "-3GB", "50 parsecs", "1e3GB", "50GBB", "nan", "0.0000000001kB"]
+)
 def test_what_is_no_size(text):
-    with pytest.raises(UserError, match=r"--cache-limit .*: no size; give a number above 0 with its unit, such as 50GB"):
+    with pytest.raises(
+        UserError, match=r"--cache-limit .*: no size; give a number above 0 with its unit, such as 50GB"
+    ):
         parse_size(text, "--cache-limit")

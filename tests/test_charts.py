@@ -69,7 +69,9 @@ def test_curves_draw_only_what_was_recorded():
     records = [{"step": i, "loss": 1 / (i + 1), "gone": None, "share": 0.5} for i in range(30)]
     one = curves_picture(records, {"loss": ["loss", "never"]})
     assert one.size == curves_picture(records, {"loss": ["loss"], "empty": ["gone", "never"]}).size
-    assert np.array_equal(one, curves_picture(records, {"loss": ["loss"], "empty": ["gone"]}))  # nothing of the absent keys
+    assert np.array_equal(
+        one, curves_picture(records, {"loss": ["loss"], "empty": ["gone"]})
+    )  # nothing of the absent keys
     two = curves_picture(records, {"loss": ["loss"], "shares": ["share"]})
     assert two.width == 2 * one.width
     assert (np.asarray(one) == palette(1)[0]).all(-1).sum() > 100  # the curve itself

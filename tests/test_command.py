@@ -49,7 +49,10 @@ def test_sigterm_anywhere_is_said_like_ctrl_c(capsys):
 
 def test_a_full_disk_says_what_resumes(capsys):
     assert run(raises(WriteError("a.png: cannot be written (full); free some space")), ["--out", "my runs"]) == 2
-    assert capsys.readouterr() == ("", f"error: a.png: cannot be written (full); free some space; to resume then: {AGAIN}\n")
+    assert capsys.readouterr() == (
+        "",
+        f"error: a.png: cannot be written (full); free some space; to resume then: {AGAIN}\n",
+    )
 
 
 def test_a_reader_that_has_gone_is_no_news():

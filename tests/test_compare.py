@@ -30,7 +30,14 @@ CELLS, PLANTED = 60, range(0, 60, 10)
 
 def line(cell="s0", median=1.0, spread=0.01, **others):
     row = dict(
-        case="objective", shape=cell, impl="torch", mode="forward + backward", dtype="float32", device="cpu", machine="one", threads=2
+        case="objective",
+        shape=cell,
+        impl="torch",
+        mode="forward + backward",
+        dtype="float32",
+        device="cpu",
+        machine="one",
+        threads=2,
     )
     row |= dict(commit="a", run="a0", date="2026-01-01T00:00:00", n=15, median_ms=median)
     return row | dict(p20_ms=median * (1 - spread), p80_ms=median * (1 + spread)) | others
@@ -69,7 +76,10 @@ def test_silent_on_none_and_finds_twenty_percent(machine, rounds, alarms, detect
     false = sum(any(change.beyond for change in changes(*simulated(seed, machine, rounds))) for seed in range(seeds))
     assert false / seeds <= alarms
     found = [change for seed in range(seeds) for change in changes(*simulated(10_000 + seed, machine, rounds, PLANTED))]
-    assert sum(change.beyond > 0 for change in found if int(change.cell.shape[1:]) in PLANTED) / (seeds * len(PLANTED)) >= detected
+    assert (
+        sum(change.beyond > 0 for change in found if int(change.cell.shape[1:]) in PLANTED) / (seeds * len(PLANTED))
+        >= detected
+    )
 
 
 def test_a_slowdown_of_everything_is_no_noise():
@@ -115,7 +125,10 @@ def test_runs_of_an_earlier_commit_in_the_same_file_do_not_count(tmp_path):
 
 def test_a_moved_ceiling_is_the_machine(tmp_path, capsys):
     ceiling = dict(case="ceiling", impl="copy", shape="")
-    a, b = (write(tmp_path / name, [line(), line(median=median, **ceiling)]) for name, median in (("a.jsonl", 1.0), ("b.jsonl", 1.5)))
+    a, b = (
+        write(tmp_path / name, [line(), line(median=median, **ceiling)])
+        for name, median in (("a.jsonl", 1.0), ("b.jsonl", 1.5))
+    )
     assert main(a, b) == 0
     assert "the machine itself moved" in capsys.readouterr().out
 
@@ -169,11 +182,15 @@ def repository(tmp_path):
     for name in ("compare", "cells", "results"):
         shutil.copy(BENCHMARKS / f"{name}.py", root / "benchmarks")
     git(root, "init", "-q")
-    (root / "pyproject.toml").write_text('[tool.pytest.ini_options]\npython_files = ["bench_*.py"]\npython_functions = ["bench_*"]\n')
+    (root / "pyproject.toml").write_text(
+        '[tool.pytest.ini_options]\npython_files = ["bench_*.py"]\npython_functions = ["bench_*"]\n'
+    )
     git(root, "checkout", "-q", "-b", "ancient")
     commit(root, "ancient", {}, 0)
     (root / "benchmarks" / "bench_one.py").write_text(BENCH)
-    (root / "benchmarks" / "conftest.py").write_text("def pytest_addoption(parser):\n    parser.addoption('--bench-results')\n")
+    (root / "benchmarks" / "conftest.py").write_text(
+        "def pytest_addoption(parser):\n    parser.addoption('--bench-results')\n"
+    )
     for name, times, sleep in (("base", [1.0, 1.0], 0), ("slow", [1.0, 1.2], 0), ("endless", [1.0, 1.0], 60)):
         git(root, "checkout", "-q", "-b", name)
         commit(root, name, {f"s{number}": ms for number, ms in enumerate(times)}, sleep)
@@ -195,7 +212,9 @@ def commit(root, name, times, sleep):
 def start(root, *arguments):
     command = [sys.executable, "benchmarks/compare.py", *arguments]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "COV"))}
-    return subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def test_commits_are_measured_in_turn_from_their_own_trees(repository):

@@ -115,11 +115,16 @@ def test_check_of_what_can_only_be_measured_on_or_only_learnt_from(tmp_path, cap
     assert check(root) == 0
     out = capsys.readouterr().out
     assert "has val and test and train_extra but no images of train; add them" in out
-    assert out.endswith(f"next       python -m smooseg_fast.evaluate --preset cityscapes --checkpoint FILE --data {root}\n")
+    assert out.endswith(
+        f"next       python -m smooseg_fast.evaluate --preset cityscapes --checkpoint FILE --data {root}\n"
+    )
     (tmp_path / "train").rename(root / "leftImg8bit" / "train")
     shutil.rmtree(root / "leftImg8bit" / "val")
     assert check(root) == 0
-    assert "note       no images are kept apart: figures would be taken on the images that are learnt from\n" in capsys.readouterr().out
+    assert (
+        "note       no images are kept apart: figures would be taken on the images that are learnt from\n"
+        in capsys.readouterr().out
+    )
 
 
 def test_check_without_the_labels_or_with_a_list_of_others(tmp_path, capsys):
@@ -128,7 +133,12 @@ def test_check_without_the_labels_or_with_a_list_of_others(tmp_path, capsys):
     assert check(root) == 0
     out = capsys.readouterr().out
     assert "val        2 images, held out; all opened, 0 of them with a label" in out
-    assert out.count(f"note       no labels: none of the 2 images of COCO-Stuff val has one in {root}/annotations/val2017\n") == 1
+    assert (
+        out.count(
+            f"note       no labels: none of the 2 images of COCO-Stuff val has one in {root}/annotations/val2017\n"
+        )
+        == 1
+    )
     (root / "curated/val2017/Coco164kFull_Stuff_Coarse_7.txt").write_text("1\n2\n")
     assert check(root) == 2
     assert "none of the 2 images that it lists, such as 1, is there; unpack" in capsys.readouterr().err
@@ -168,23 +178,46 @@ def city(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     root = make_cityscapes(tmp_path / "cityscapes")
-    assert run(train.main, ["--data", str(root), "--out", "out", *SMALL, "--steps", "2", "--crops", "five", "--granularity", "0.06"]) == 0
+    assert (
+        run(
+            train.main,
+            ["--data", str(root), "--out", "out", *SMALL, "--steps", "2", "--crops", "five", "--granularity", "0.06"],
+        )
+        == 0
+    )
     (tmp_path / "out" / "printed.txt").write_text(capsys.readouterr().out)
     return root
 
 
 def test_training_and_the_protocol_on_cityscapes(city, capsys):
     printed = open("out/printed.txt").read()
-    assert "\ndata       Cityscapes (leftImg8bit and gtFine labelIds, 27 classes); the paper's settings for it are --pre" in printed
-    assert f"predict --checkpoint out/checkpoint.safetensors --images {city}/leftImg8bit/val --out" in printed.splitlines()[-1]
+    assert (
+        "\ndata       Cityscapes (leftImg8bit and gtFine labelIds, 27 classes); the paper's settings for it are --pre"
+        in printed
+    )
+    assert (
+        f"predict --checkpoint out/checkpoint.safetensors --images {city}/leftImg8bit/val --out"
+        in printed.splitlines()[-1]
+    )
     assert "features   20 squares of 4 images" in printed
     assert "learning   at most 27 groups" in printed
-    assert run(evaluate.main, ["--preset", "cityscapes", "--checkpoint", "out/checkpoint.safetensors", "--data", str(city)]) == 0
+    assert (
+        run(
+            evaluate.main, ["--preset", "cityscapes", "--checkpoint", "out/checkpoint.safetensors", "--data", str(city)]
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
     assert "4 images of Cityscapes val" in printed
     assert "320 px, mirror averaged; 27 groups, 27 classes" in printed
     scores = json.load(open("out/evaluation/scores.json"))
-    assert (scores["preset"], scores["size"], scores["mirror"], scores["images"], scores["held_out"]) == ("cityscapes", 320, True, 4, True)
+    assert (scores["preset"], scores["size"], scores["mirror"], scores["images"], scores["held_out"]) == (
+        "cityscapes",
+        320,
+        True,
+        4,
+        True,
+    )
     val = open_dataset(city, "val")
     truth = np.stack([cut_squares(val.label(index), 320, "center")[0][1] for index in range(4)])
     confusion = np.array(scores["confusion"])
@@ -195,7 +228,13 @@ def test_training_and_the_protocol_on_cityscapes(city, capsys):
 def test_the_protocol_gives_the_labels_of_the_mirror_averaged_square(city):
     """Against images segmented one at a time."""
     checkpoint = "out/checkpoint.safetensors"
-    assert run(evaluate.main, ["--preset", "cityscapes", "--checkpoint", checkpoint, "--data", str(city), "--eval-size", "64"]) == 0
+    assert (
+        run(
+            evaluate.main,
+            ["--preset", "cityscapes", "--checkpoint", checkpoint, "--data", str(city), "--eval-size", "64"],
+        )
+        == 0
+    )
     counts = np.array(json.load(open("out/evaluation/scores.json"))["confusion"])
     expected, val = np.zeros_like(counts), open_dataset(city, "val")
     segmenter = smooseg_fast.Segmenter.load(checkpoint, device="cpu")
@@ -218,7 +257,10 @@ def test_the_protocol_of_another_dataset_is_refused(city, tmp_path, capsys):
     assert "error: --preset: 'city' is not known; choose one of" in capsys.readouterr().err
     shutil.rmtree(tiles / "gt")
     assert run(evaluate.main, ["--preset", "potsdam", *args, str(tiles)]) == 2
-    assert f"has no labels (no labels: none of the 2 images of Potsdam-3 val has one in {tiles}/gt); evaluation" in capsys.readouterr().err
+    assert (
+        f"has no labels (no labels: none of the 2 images of Potsdam-3 val has one in {tiles}/gt); evaluation"
+        in capsys.readouterr().err
+    )
 
 
 def test_tiles_that_predict_cannot_open_leave_samples(tmp_path, monkeypatch, capsys):
@@ -227,7 +269,8 @@ def test_tiles_that_predict_cannot_open_leave_samples(tmp_path, monkeypatch, cap
     tiles = make_potsdam_tiles(tmp_path / "tiles")
     assert run(train.main, ["--data", str(tiles), "--out", "out", *SMALL, "--steps", "1"]) == 0
     assert (
-        "next       python -m smooseg_fast.predict --checkpoint out/checkpoint.safetensors --images out/samples" in capsys.readouterr().out
+        "next       python -m smooseg_fast.predict --checkpoint out/checkpoint.safetensors --images out/samples"
+        in capsys.readouterr().out
     )
     np.testing.assert_array_equal(np.asarray(Image.open("out/samples/7.png")), open_dataset(tiles, "val").image(1))
     assert run(choose.main, ["--run", "out", "--granularity", "0"]) == 0
@@ -235,7 +278,9 @@ def test_tiles_that_predict_cannot_open_leave_samples(tmp_path, monkeypatch, cap
 
 
 def test_predict_asks_for_the_pictures_of_a_layout(city, capsys):
-    assert run(predict.main, ["--checkpoint", "out/checkpoint.safetensors", "--images", str(city), "--out", "made"]) == 2
+    assert (
+        run(predict.main, ["--checkpoint", "out/checkpoint.safetensors", "--images", str(city), "--out", "made"]) == 2
+    )
     assert f"--images {city}: is Cityscapes (leftImg8bit and gtFine labelIds, 27 classes), which holds more than" in (
         err := capsys.readouterr().err
     )

@@ -123,7 +123,10 @@ def test_labelled_splits_share_the_classes_above_them(tmp_path, other):
     assert (train.names, val.names) == (("1.png", "2.png"), ("3.png",))
     assert (train.held_out, val.held_out) == (False, True)
     assert train.class_names == val.class_names == ("sky", "road works")
-    assert open_dataset(tmp_path / other, "val").class_names == ("sky", "road works")  # the split itself given as the folder
+    assert open_dataset(tmp_path / other, "val").class_names == (
+        "sky",
+        "road works",
+    )  # the split itself given as the folder
 
 
 def test_val_is_preferred_to_test(tmp_path):
@@ -179,7 +182,9 @@ def test_two_images_of_one_label_are_named(tmp_path):
 def test_labels_that_belong_to_no_image_are_an_error(tmp_path):
     write(tmp_path / "images" / "a.jpg", picture())
     write(tmp_path / "labels" / "a_mask.png")
-    with pytest.raises(UserError, match=r"labels: no label belongs to any image; for a\.jpg it would be a\.png, and 1 \.png are there"):
+    with pytest.raises(
+        UserError, match=r"labels: no label belongs to any image; for a\.jpg it would be a\.png, and 1 \.png are there"
+    ):
         open_dataset(tmp_path, "train")
 
 
@@ -216,7 +221,9 @@ def test_a_class_number_above_the_classes_is_named_with_the_file(tmp_path):
     np.testing.assert_array_equal(data.label(0), wrong)  # 255 and the last class are fine
     wrong[1, :3], wrong[1, 3] = 3, 9
     write(tmp_path / "labels" / "a.png", wrong)
-    with pytest.raises(UserError, match=r"labels/a\.png: class number 9 in 4 pixels, but .*classes\.txt names 3 \(0 to 2, and 255"):
+    with pytest.raises(
+        UserError, match=r"labels/a\.png: class number 9 in 4 pixels, but .*classes\.txt names 3 \(0 to 2, and 255"
+    ):
         data.label(0)
 
 
@@ -318,7 +325,8 @@ def test_arrays_are_a_dataset_without_labels():
 
 def test_the_fingerprint_of_arrays_follows_pixels_and_shapes():
     prints = [
-        ArrayDataset(images).fingerprint() for images in ([picture(1)], [picture(1)], [picture(2)], [picture(1, (8, 6))], [picture(1)] * 2)
+        ArrayDataset(images).fingerprint()
+        for images in ([picture(1)], [picture(1)], [picture(2)], [picture(1, (8, 6))], [picture(1)] * 2)
     ]
     assert prints[0] == prints[1]
     assert len(set(prints)) == 4

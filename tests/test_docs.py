@@ -36,6 +36,10 @@ def test_public_names_are_explained(name):
 
 def test_links_within_the_document_lead_somewhere():
     text = GUIDE.read_text(encoding="utf-8")
-    headings = {re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in text.splitlines() if line.startswith("#")}
+    headings = {
+        re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
+        for line in text.splitlines()
+        if line.startswith("#")
+    }
     assert set(re.findall(r"\]\(#([\w-]+)\)", text)) <= headings
     assert all((GUIDE.parent / target).is_file() for target in re.findall(r"\]\((?!#|https?:)([^)#]+)", text))

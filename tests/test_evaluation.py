@@ -100,7 +100,9 @@ def test_features_and_their_mirror_images_of_other_images_are_refused(trained, l
     assert run(evaluate.main, [*args, "--eval-size", "56"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: 5.png: could not be read when one of the features in ")
-    folders = re.search(r"in (\S+) and their mirror images in (\S+) was made, and could for the other; remove both", error).groups()
+    folders = re.search(
+        r"in (\S+) and their mirror images in (\S+) was made, and could for the other; remove both", error
+    ).groups()
     monkeypatch.setattr(base, "read_image", plain)
     for folder in folders:
         shutil.rmtree(folder)

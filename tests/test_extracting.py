@@ -73,7 +73,9 @@ def test_an_image_that_cannot_be_read_is_named_once_however_often_batches_are_ha
 
 
 def test_where_not_even_one_square_fits(photos, tmp_path):  # noqa: F811
-    with pytest.raises(UserError, match="--size 8: a single square does not fit into the memory of cpu; take a smaller size"):
+    with pytest.raises(
+        UserError, match="--size 8: a single square does not fit into the memory of cpu; take a smaller size"
+    ):
         extract(photos, tmp_path, Short(room=0))
 
 
@@ -92,10 +94,18 @@ def test_other_errors_of_a_backbone_come_through(photos, tmp_path):  # noqa: F81
 def test_on_a_card_rows_are_those_of_the_backbone_called_by_hand(photos, tmp_path, mirror):  # noqa: F811
     """Many batches in flight one after another, with copies beside them."""
     for number in range(40):
-        Image.fromarray(np.random.default_rng(number).integers(0, 256, (64, 96, 3), dtype=np.uint8)).save(photos / f"more{number}.png")
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (64, 96, 3), dtype=np.uint8)).save(
+            photos / f"more{number}.png"
+        )
     backbone, data = Filterbank("cuda"), open_dataset(photos, "train")
-    found = open_or_extract(data, backbone, size=64, crops="slide", cache=tmp_path, batch_size=7, mirror=mirror, progress=False)
-    squares = [square for name in dict.fromkeys(found.names) for _, square in cut_squares(read_image(photos / name), 64, "slide")]
+    found = open_or_extract(
+        data, backbone, size=64, crops="slide", cache=tmp_path, batch_size=7, mirror=mirror, progress=False
+    )
+    squares = [
+        square
+        for name in dict.fromkeys(found.names)
+        for _, square in cut_squares(read_image(photos / name), 64, "slide")
+    ]
     images = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
     rows = torch.cat([backbone(part.flip(3) if mirror else part)[0].cpu() for part in images.split(7)])
     rows = rows.unflatten(1, (8, 8)).flip(2).flatten(1, 2) if mirror else rows
@@ -134,7 +144,11 @@ def test_shares_of_the_time():
 def test_an_extraction_tells_its_pace_and_a_reader_none(photos, tmp_path, capsys):  # noqa: F811
     extract(photos, tmp_path)
     said = capsys.readouterr().err
-    assert re.search(r"^extracted  8 squares of 10 images in [\d.]+ s: .* images/s, 3 squares a batch, fake in float32 on cpu$", said, re.M)
+    assert re.search(
+        r"^extracted  8 squares of 10 images in [\d.]+ s: .* images/s, 3 squares a batch, fake in float32 on cpu$",
+        said,
+        re.M,
+    )
     shares = [float(share) for share in re.findall(r"([\d.]+) %", re.search(r"^time .*$", said, re.M)[0])]
     assert sum(shares[:4]) == pytest.approx(100, abs=0.3)
     extract(photos, tmp_path)

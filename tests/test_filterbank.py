@@ -7,7 +7,16 @@ import torch
 import torch.nn.functional as F
 
 from smooseg_fast.backbones import load_backbone
-from smooseg_fast.backbones.filterbank import DIM, ORIENTATIONS, SCALES, WAVELENGTH, Filterbank, blur, gabor_pairs, mirrored
+from smooseg_fast.backbones.filterbank import (
+    DIM,
+    ORIENTATIONS,
+    SCALES,
+    WAVELENGTH,
+    Filterbank,
+    blur,
+    gabor_pairs,
+    mirrored,
+)
 from smooseg_fast.mosaic import Mosaic
 
 

@@ -32,18 +32,35 @@ def test_fused_launches_and_their_bytes(H, target, monkeypatch):
         return torch.empty(shape, dtype=dtype, device="meta")
 
     size = floors.Problem(H=H)
-    features, codes = tensor(size.B, size.P, size.D, dtype=torch.bfloat16), tensor(H, size.B, size.P, size.Z, dtype=torch.bfloat16)
+    features, codes = (
+        tensor(size.B, size.P, size.D, dtype=torch.bfloat16),
+        tensor(H, size.B, size.P, size.Z, dtype=torch.bfloat16),
+    )
     student, teacher = tensor(H, size.K, size.Z), tensor(H, size.K, size.Z)
-    common = (features, codes, student, teacher, tensor(1, size.B, dtype=torch.int64), (-1, 0), tensor(H, size.T), None, None)
+    common = (
+        features,
+        codes,
+        student,
+        teacher,
+        tensor(1, size.B, dtype=torch.int64),
+        (-1, 0),
+        tensor(H, size.T),
+        None,
+        None,
+    )
     out = objective.objective.launcher(*common, None, None, 0.1, False, True, True, True)
-    objective.objective_backward.launcher(out[0], None, None, None, *common, out[4], list(out[5:]), 0.1, False, True, True, True)
+    objective.objective_backward.launcher(
+        out[0], None, None, None, *common, out[4], list(out[5:]), 0.1, False, True, True, True
+    )
     plan = objective.Plan(features, codes, teacher, size.T)
     counted = floors.objective_launches(size, plan.columns, plan.splits, plan.pair_slices, plan.norms_alone)
     assert len(started) == len(counted), f"floors counts {[x.name for x in counted]}, started were {started}"
     most, ratio = LAUNCHES[H]
     assert len(started) <= most, started
     moved = sum(x.read + x.written for x in counted)
-    assert moved <= ratio * floors.objective_floor(size), f"{moved:,} bytes, {moved / floors.objective_floor(size):.3f} times the floor"
+    assert moved <= ratio * floors.objective_floor(size), (
+        f"{moved:,} bytes, {moved / floors.objective_floor(size):.3f} times the floor"
+    )
 
 
 # H: operations PyTorch dispatches (five to spare for its versions), bytes of the largest tensor, and of all that live at one time
@@ -89,4 +106,6 @@ def test_floors_by_hand():
     assert floors.objective_flops(size) == 2 * 6 * 5 + 2 * (2 * 6 * 5 * 11 + 2 * 2 * 6 * 7 * 11)
     assert floors.floor_ms(2000, 3000, bytes_per_s=1e6, flops_per_s=1e6) == 3.0
     # 21 GFLOP of matrix products in the head
-    assert floors.head_step_flops(floors.Problem()) - floors.objective_flops(floors.Problem()) == pytest.approx(21e9, rel=0.01)
+    assert floors.head_step_flops(floors.Problem()) - floors.objective_flops(floors.Problem()) == pytest.approx(
+        21e9, rel=0.01
+    )

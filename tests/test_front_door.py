@@ -20,7 +20,11 @@ def call(**changes):
 ones = torch.ones
 BAD = [
     (dict(features=ones(3, 17)), ValueError, r"features must have shape \[B, P, D\], got \[3, 17\]"),
-    (dict(features=ones(3, 17, 70, dtype=torch.int64)), TypeError, "features must be fp32, fp16, bf16 or fp64, got torch.int64"),
+    (
+        dict(features=ones(3, 17, 70, dtype=torch.int64)),
+        TypeError,
+        "features must be fp32, fp16, bf16 or fp64, got torch.int64",
+    ),
     (dict(features=[1.0]), TypeError, "features must be a tensor"),
     (dict(features=ones(3, 17, 70, requires_grad=True)), ValueError, r"features is a constant.*features\.detach\(\)"),
     (dict(codes=ones(3, 16, 8)), ValueError, r"codes must have shape \[3, 17, Z\], got \[3, 16, 8\]"),
@@ -35,14 +39,26 @@ BAD = [
     (dict(partners=["self", "none"]), ValueError, r'partners\[1\] must be "self", "all"'),
     (dict(partners=["self", torch.zeros(3)]), TypeError, r"partners\[1\] must be int64"),
     (dict(partners=["self", torch.zeros(4, dtype=torch.int64)]), ValueError, r"partners\[1\] must have shape \[3\]"),
-    (dict(partners=["self", torch.tensor([0, 1, 3])]), ValueError, r"partners\[1\] must hold image numbers 0 to 2, got 0 to 3"),
+    (
+        dict(partners=["self", torch.tensor([0, 1, 3])]),
+        ValueError,
+        r"partners\[1\] must hold image numbers 0 to 2, got 0 to 3",
+    ),
     (dict(partners=torch.zeros(3, dtype=torch.int64)), ValueError, r"partners must have shape \[T, 3\]"),
     (dict(thresholds=[0.1]), ValueError, r"thresholds must have shape \[2\]"),
     (dict(thresholds=ones(2, requires_grad=True)), ValueError, "thresholds is a constant"),
     (dict(temperature=0.0), ValueError, "temperature must be a finite number above 0, got 0.0"),
     (dict(channel_scale=ones(3, 69)), ValueError, r"channel_scale must have shape \[3, 70\]"),
-    (dict(patch_weight=-ones(3, 17)), ValueError, "patch_weight must be 0 or more everywhere and finite, got -1.0 to -1.0"),
-    (dict(feature_norms=ones(3, 17), channel_scale=ones(3, 70)), ValueError, "feature_norms cannot be used with channel_scale"),
+    (
+        dict(patch_weight=-ones(3, 17)),
+        ValueError,
+        "patch_weight must be 0 or more everywhere and finite, got -1.0 to -1.0",
+    ),
+    (
+        dict(feature_norms=ones(3, 17), channel_scale=ones(3, 70)),
+        ValueError,
+        "feature_norms cannot be used with channel_scale",
+    ),
     (dict(mean=ones(3)), ValueError, r"mean must have shape \[2\]"),
     (dict(impl="cuda"), ValueError, 'impl must be "auto", "triton", "torch" or "dense", got \'cuda\''),
 ]
@@ -96,10 +112,22 @@ CONSTANTS = [
     (dict(thresholds=[CONSTANT, 0.2]), ValueError, "thresholds is a constant"),
     (dict(thresholds="ab"), TypeError, r"thresholds must be numbers, \[2\], got 'ab'"),
     (dict(thresholds=[0.1, None]), TypeError, "thresholds must be numbers"),
-    (dict(temperature=CONSTANT), TypeError, "temperature must be a number above 0, a constant of this function, got Tensor"),
+    (
+        dict(temperature=CONSTANT),
+        TypeError,
+        "temperature must be a number above 0, a constant of this function, got Tensor",
+    ),
     (dict(temperature="0.1"), TypeError, "temperature must be a number"),
-    (dict(patch_weight=torch.full((3, 17), torch.inf)), ValueError, "patch_weight must be 0 or more everywhere and finite, got inf"),
-    (dict(codes=ones(0, 3, 17, 8), student=ones(0, 5, 8), teacher=ones(0, 5, 8)), ValueError, r"codes must have shape \[H, 3, 17, Z\]"),
+    (
+        dict(patch_weight=torch.full((3, 17), torch.inf)),
+        ValueError,
+        "patch_weight must be 0 or more everywhere and finite, got inf",
+    ),
+    (
+        dict(codes=ones(0, 3, 17, 8), student=ones(0, 5, 8), teacher=ones(0, 5, 8)),
+        ValueError,
+        r"codes must have shape \[H, 3, 17, Z\]",
+    ),
 ]
 
 

@@ -49,7 +49,9 @@ def write_png16(path: Path, pixels: np.ndarray) -> None:
     height, width = pixels.shape[:2]
     lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in pixels)
     header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    )
 
 
 # finding
@@ -57,7 +59,17 @@ def write_png16(path: Path, pixels: np.ndarray) -> None:
 
 def test_finds_every_suffix_in_any_nesting_in_the_order_of_relative_paths(tmp_path):
     wanted = [f"{i}/deep/{i}{suffix}" for i, suffix in enumerate(SUFFIXES)] + ["Z.JPG", "a-b/x.png", "a/x.png"]
-    for name in [*wanted, ".hidden.png", ".git/x.png", "a/.thumbs/x.png", "a/._x.png", "notes.txt", "png", "x.gif", "x.npy"]:
+    for name in [
+        *wanted,
+        ".hidden.png",
+        ".git/x.png",
+        "a/.thumbs/x.png",
+        "a/._x.png",
+        "notes.txt",
+        "png",
+        "x.gif",
+        "x.npy",
+    ]:
         file = tmp_path / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"")
@@ -176,7 +188,9 @@ def test_palette_colours(tmp_path, suffix):
     np.testing.assert_array_equal(read_image(tmp_path / f"x.{suffix}"), palette[indices])
 
 
-@pytest.mark.parametrize("transparency", [2, bytes([255, 255, 0, 255, 255, 255])], ids=["one index", "alpha of each index"])
+@pytest.mark.parametrize(
+    "transparency", [2, bytes([255, 255, 0, 255, 255, 255])], ids=["one index", "alpha of each index"]
+)
 def test_palette_with_transparency(tmp_path, transparency):
     indices = np.arange(6, dtype=np.uint8).reshape(2, 3)
     palette = np.random.default_rng(1).integers(0, 250, (256, 3), dtype=np.uint8)
@@ -269,7 +283,9 @@ UNTURN = {  # from the picture as seen to the pixels as stored, by the EXIF defi
 def test_exif_orientation_is_applied(tmp_path, suffix, orientation):
     seen, exif, path = smooth(), Image.Exif(), tmp_path / f"x.{suffix}"
     exif[0x0112] = orientation
-    Image.fromarray(np.ascontiguousarray(UNTURN[orientation](seen))).save(path, exif=exif, **{**LOSSLESS, **LOSSY}[suffix])
+    Image.fromarray(np.ascontiguousarray(UNTURN[orientation](seen))).save(
+        path, exif=exif, **{**LOSSLESS, **LOSSY}[suffix]
+    )
     got = read_image(path)
     assert got.shape == seen.shape
     assert np.abs(got.astype(int) - seen).max() <= (4 if suffix == "jpg" else 0)

@@ -9,7 +9,17 @@ import pytest
 
 CASES = {
     "smooseg_fast": ("torch", "numpy", "tyro", "transformers", "matplotlib", "triton"),
-    "smooseg_fast.objective": ("numpy", "scipy", "PIL", "tyro", "transformers", "matplotlib", "triton", "safetensors", "tqdm"),
+    "smooseg_fast.objective": (
+        "numpy",
+        "scipy",
+        "PIL",
+        "tyro",
+        "transformers",
+        "matplotlib",
+        "triton",
+        "safetensors",
+        "tqdm",
+    ),
     "smooseg_fast.trainer": ("tyro", "transformers", "matplotlib.pyplot", "triton"),
 }
 

@@ -23,7 +23,9 @@ LOADER = spec is not None and spec.origin is not None
 
 
 def lay_out(folder):
-    return subprocess.run([sys.executable, PROJECT / "layout.py", "--out", folder], capture_output=True, text=True, cwd=folder.parent)
+    return subprocess.run(
+        [sys.executable, PROJECT / "layout.py", "--out", folder], capture_output=True, text=True, cwd=folder.parent
+    )
 
 
 @pytest.fixture(scope="module")
@@ -129,15 +131,28 @@ print("loaded", hub.smooseg_loss.__module__)
 
 
 @pytest.mark.parametrize(
-    "way", [pytest.param("kernels", marks=pytest.mark.skipif(not LOADER, reason="needs pip install kernels")), "as older loaders do"]
+    "way",
+    [
+        pytest.param("kernels", marks=pytest.mark.skipif(not LOADER, reason="needs pip install kernels")),
+        "as older loaders do",
+    ],
 )
 def test_loads_beside_the_pip_package(way, folder, tmp_path):
     """The same losses and gradients, bit for bit, from each implementation of both copies; neither takes the other's operators."""
     fused = "triton" if importlib.util.find_spec("triton") else "plain"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "cache"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     environment["TRITON_INTERPRET"] = "1"
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", LOAD, folder, way, fused], env=environment, cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-W", "ignore", "-c", LOAD, folder, way, fused],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("loaded _smooseg_kernels_")
@@ -147,7 +162,9 @@ def test_loads_beside_the_pip_package(way, folder, tmp_path):
 def test_the_loader_takes_the_project_file_and_the_digests(folder):
     rust = pytest.importorskip("kernels._rust")
     variants = sorted((folder / "build").iterdir())
-    assert [variant.name for variant in variants] == sorted(f"torch-{backend}" for backend in rust.Build.open(PROJECT).general.backends)
+    assert [variant.name for variant in variants] == sorted(
+        f"torch-{backend}" for backend in rust.Build.open(PROJECT).general.backends
+    )
     for variant in variants:
         facts = rust.Metadata.read_from_file(variant / "metadata.json")
         facts.digest.validate(rust.Digest.hash_variant(rust.DigestAlgorithm.SHA256, variant))

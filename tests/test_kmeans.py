@@ -41,7 +41,9 @@ def test_centres_move_to_the_middle_of_what_is_nearest():
     one = lloyd(rows, on_circle(0, 50), 1)  # 20 is nearer to 0 than to 50
     torch.testing.assert_close(one.centres, F.normalize(torch.stack((rows[:2].sum(0), rows[2:].sum(0)))))
     torch.testing.assert_close(one.centres, on_circle(10, 110))
-    assert one.inertia == pytest.approx(1 - float((2 * on_circle(10)[0, 0] + 1 + 2 * on_circle(20)[0, 0]) / 5), abs=1e-6)
+    assert one.inertia == pytest.approx(
+        1 - float((2 * on_circle(10)[0, 0] + 1 + 2 * on_circle(20)[0, 0]) / 5), abs=1e-6
+    )
     # 40 is nearer to 60 than to 0, and goes over to the first centre once both have moved, to 10 and 77
     rows = on_circle(0, 20, 40, 90, 100)
     first, last = (lloyd(rows, on_circle(0, 60), iterations) for iterations in (1, 20))

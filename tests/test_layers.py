@@ -23,7 +23,9 @@ def dense_smoothness(features: Tensor, probs: Tensor, partners: Tensor, threshol
     return ((centred - threshold) * distance).mean(), distance.mean()
 
 
-def dense_correlation(features_1, features_2, codes_1, codes_2, threshold: float, low: float, center: bool) -> tuple[Tensor, Tensor]:
+def dense_correlation(
+    features_1, features_2, codes_1, codes_2, threshold: float, low: float, center: bool
+) -> tuple[Tensor, Tensor]:
     """Energy and mean similarity of two batches, from the equations, as [B,h,w,h',w'] tensors."""
     closeness, similarity = (
         torch.einsum("nchw,ncij->nhwij", F.normalize(x, dim=1), F.normalize(y, dim=1))
@@ -63,7 +65,9 @@ def train(loss, dtype):
     for step in range(STEPS):
         torch.manual_seed(step)  # both draw the same partners
         steps.append(loop.step(loss))
-    return torch.tensor(steps, dtype=torch.float64), torch.cat([p.detach().flatten() for p in loop.projection.parameters()]).double()
+    return torch.tensor(steps, dtype=torch.float64), torch.cat(
+        [p.detach().flatten() for p in loop.projection.parameters()]
+    ).double()
 
 
 def assert_same_losses(layers, written_out, dtype, tolerance):
@@ -123,11 +127,14 @@ def test_options_reach_the_energy():
             assert all(torch.equal(a, b) for a, b in zip(got, expected))
     memory = [x.to(memory_format=torch.channels_last) for x in (features, probs)]
     torch.testing.assert_close(
-        sk.layers.SmoothnessLoss(0.1, 0.3)(*memory, partners), sk.layers.SmoothnessLoss(0.1, 0.3)(features, probs, partners)
+        sk.layers.SmoothnessLoss(0.1, 0.3)(*memory, partners),
+        sk.layers.SmoothnessLoss(0.1, 0.3)(features, probs, partners),
     )
 
 
-@pytest.mark.parametrize("options", [{"clamp": (-0.1, 0.3)}, {"hinge": True}, {"center": False, "clamp": (None, 0.2)}, {}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"clamp": (-0.1, 0.3)}, {"hinge": True}, {"center": False, "clamp": (None, 0.2)}, {}], ids=str
+)
 def test_options_reach_the_pairs(options):
     torch.manual_seed(0)
     planes = [torch.randn(3, C, *grid) for C, grid in ((10, (4, 5)), (10, (2, 3)), (6, (4, 5)), (6, (2, 3)))]
@@ -138,7 +145,9 @@ def test_options_reach_the_pairs(options):
 
 
 @pytest.mark.parametrize(
-    "layer", [sk.layers.SmoothnessLoss(0.1, 0.3), sk.layers.CorrelationLoss(0.1, (0.0, 0.8))], ids=["smoothness", "pairs"]
+    "layer",
+    [sk.layers.SmoothnessLoss(0.1, 0.3), sk.layers.CorrelationLoss(0.1, (0.0, 0.8))],
+    ids=["smoothness", "pairs"],
 )
 def test_nothing_to_train_or_save(layer):
     assert not layer.state_dict()
@@ -146,8 +155,12 @@ def test_nothing_to_train_or_save(layer):
 
 
 def test_partners_are_a_permutation_whose_fixed_points_move_on():
-    outcomes = {tuple(sk.layers.draw_partners(3, generator=torch.Generator().manual_seed(seed)).tolist()) for seed in range(100)}
-    expected = {tuple((n + 1) % 3 if n == m else m for n, m in enumerate(order)) for order in itertools.permutations(range(3))}
+    outcomes = {
+        tuple(sk.layers.draw_partners(3, generator=torch.Generator().manual_seed(seed)).tolist()) for seed in range(100)
+    }
+    expected = {
+        tuple((n + 1) % 3 if n == m else m for n, m in enumerate(order)) for order in itertools.permutations(range(3))
+    }
     assert outcomes == expected
     for seed in range(50):
         partners = sk.layers.draw_partners(7, generator=torch.Generator().manual_seed(seed))
@@ -167,12 +180,32 @@ def test_drawn_partners_come_from_the_global_generator():
 
 ones = torch.ones
 SMOOTHNESS_BAD = [
-    (lambda layer: layer(ones(2, 5, 3), ones(2, 4, 3, 3)), ValueError, r"features must have shape \[B, D, h, w\], got \[2, 5, 3\]"),
-    (lambda layer: layer(ones(2, 5, 3, 3), ones(2, 4, 3, 2)), ValueError, r"probs must have shape \[2, K, 3, 3\], got \[2, 4, 3, 2\]"),
+    (
+        lambda layer: layer(ones(2, 5, 3), ones(2, 4, 3, 3)),
+        ValueError,
+        r"features must have shape \[B, D, h, w\], got \[2, 5, 3\]",
+    ),
+    (
+        lambda layer: layer(ones(2, 5, 3, 3), ones(2, 4, 3, 2)),
+        ValueError,
+        r"probs must have shape \[2, K, 3, 3\], got \[2, 4, 3, 2\]",
+    ),
     (lambda layer: layer(ones(1, 5, 3, 3), ones(1, 4, 3, 3)), ValueError, "features holds 1 image.* at least 2"),
-    (lambda layer: layer(ones(2, 5, 3, 3, requires_grad=True), ones(2, 4, 3, 3)), ValueError, r"features is a constant.*features\.detach"),
-    (lambda layer: layer(ones(2, 5, 3, 3), ones(2, 4, 3, 3), torch.tensor([0, 2])), ValueError, "partners must hold image numbers 0 to 1"),
-    (lambda layer: layer(ones(2, 5, 3, 3), ones(2, 4, 3, 3), torch.tensor([0.0, 1])), TypeError, "partners must be int64"),
+    (
+        lambda layer: layer(ones(2, 5, 3, 3, requires_grad=True), ones(2, 4, 3, 3)),
+        ValueError,
+        r"features is a constant.*features\.detach",
+    ),
+    (
+        lambda layer: layer(ones(2, 5, 3, 3), ones(2, 4, 3, 3), torch.tensor([0, 2])),
+        ValueError,
+        "partners must hold image numbers 0 to 1",
+    ),
+    (
+        lambda layer: layer(ones(2, 5, 3, 3), ones(2, 4, 3, 3), torch.tensor([0.0, 1])),
+        TypeError,
+        "partners must be int64",
+    ),
     (lambda layer: sk.layers.SmoothnessLoss(None, 0.3), TypeError, "within must be a number, got NoneType"),
     (lambda layer: sk.layers.SmoothnessLoss(0.3, float("nan")), ValueError, "across must be finite, got nan"),
     (lambda layer: sk.layers.draw_partners(1), ValueError, "B must be at least 2.* got 1"),
@@ -180,12 +213,32 @@ SMOOTHNESS_BAD = [
 
 
 CORRELATION_BAD = [
-    (lambda layer: layer(*[ones(2, 5, 3)] * 4), ValueError, r"features_1 must have shape \[B, D, h, w\], got \[2, 5, 3\]"),
-    (lambda layer: correlate(layer, features_2=ones(3, 5, 4, 4)), ValueError, r"features_2 must have shape \[2, 5, h', w'\], got \[3, "),
-    (lambda layer: correlate(layer, features_2=ones(2, 6, 4, 4)), ValueError, r"features_2 must have shape \[2, 5, h', w'\]"),
+    (
+        lambda layer: layer(*[ones(2, 5, 3)] * 4),
+        ValueError,
+        r"features_1 must have shape \[B, D, h, w\], got \[2, 5, 3\]",
+    ),
+    (
+        lambda layer: correlate(layer, features_2=ones(3, 5, 4, 4)),
+        ValueError,
+        r"features_2 must have shape \[2, 5, h', w'\], got \[3, ",
+    ),
+    (
+        lambda layer: correlate(layer, features_2=ones(2, 6, 4, 4)),
+        ValueError,
+        r"features_2 must have shape \[2, 5, h', w'\]",
+    ),
     (lambda layer: correlate(layer, codes_1=ones(2, 7, 3, 4)), ValueError, r"codes_1 must have shape \[2, Z, 3, 3\]"),
-    (lambda layer: correlate(layer, codes_2=ones(2, 7, 3, 3)), ValueError, r"codes_2 must have shape \[2, 7, 4, 4\], got \[2, 7, 3, 3\]"),
-    (lambda layer: correlate(layer, features_2=ones(2, 5, 4, 4, requires_grad=True)), ValueError, r"features_2\.detach\(\)"),
+    (
+        lambda layer: correlate(layer, codes_2=ones(2, 7, 3, 3)),
+        ValueError,
+        r"codes_2 must have shape \[2, 7, 4, 4\], got \[2, 7, 3, 3\]",
+    ),
+    (
+        lambda layer: correlate(layer, features_2=ones(2, 5, 4, 4, requires_grad=True)),
+        ValueError,
+        r"features_2\.detach\(\)",
+    ),
     (lambda layer: sk.layers.CorrelationLoss("0.3"), TypeError, "threshold must be a number, got str"),
     (lambda layer: sk.layers.CorrelationLoss(0.3, 0.0), TypeError, r"clamp must be a pair \(low, high\)"),
     (lambda layer: sk.layers.CorrelationLoss(0.3, (1, 0)), ValueError, "clamp must be .* low <= high"),
@@ -193,7 +246,9 @@ CORRELATION_BAD = [
 
 
 def correlate(layer, **changes):
-    inputs = dict(features_1=ones(2, 5, 3, 3), features_2=ones(2, 5, 4, 4), codes_1=ones(2, 7, 3, 3), codes_2=ones(2, 7, 4, 4))
+    inputs = dict(
+        features_1=ones(2, 5, 3, 3), features_2=ones(2, 5, 4, 4), codes_1=ones(2, 7, 3, 3), codes_2=ones(2, 7, 4, 4)
+    )
     return layer(**{**inputs, **changes})
 
 

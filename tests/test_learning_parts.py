@@ -21,7 +21,9 @@ def test_kmeans_finds_separate_groups():
     g = torch.Generator().manual_seed(0)
     centres = F.normalize(torch.randn(5, 20, generator=g), dim=-1)
     group = torch.arange(300) % 5
-    rows = (centres[group] + 0.05 * torch.randn(300, 20, generator=g)) * torch.rand(300, 1, generator=g).add(0.1)  # lengths do not matter
+    rows = (centres[group] + 0.05 * torch.randn(300, 20, generator=g)) * torch.rand(300, 1, generator=g).add(
+        0.1
+    )  # lengths do not matter
     found = spherical_kmeans(rows, 5, starts=5)
     labels = (F.normalize(rows, dim=-1) @ found.centres.T).argmax(1)
     assert all(len(labels[group == k].unique()) == 1 for k in range(5))
@@ -97,7 +99,10 @@ def test_projection_in_bf16():
 
 @pytest.mark.parametrize("masks", [True, False])
 def test_the_size_of_a_block_changes_nothing(masks, monkeypatch):
-    heads, features = Heads([Head(6, 3, 4, seed) for seed in range(2)]).double(), torch.randn(5, 7, 6, dtype=torch.float64)
+    heads, features = (
+        Heads([Head(6, 3, 4, seed) for seed in range(2)]).double(),
+        torch.randn(5, 7, 6, dtype=torch.float64),
+    )
     m1, m2 = torch.rand(2, 5, 6, dtype=torch.float64) if masks else (None, None)
     found = []
     for images in (1, 2, 5):  # 2 leaves a last block of one
@@ -112,10 +117,14 @@ def test_the_size_of_a_block_changes_nothing(masks, monkeypatch):
     torch.testing.assert_close(found[0], found[2])
 
 
-@pytest.mark.parametrize(("stored", "codes"), [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)], ids=str)
+@pytest.mark.parametrize(
+    ("stored", "codes"), [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)], ids=str
+)
 def test_resident_features_decide_the_products(stored, codes, monkeypatch):
     heads, seen = Heads([Head(6, 3, 4)]), []
-    monkeypatch.setattr(Heads, "codes", lambda self, f, *masks: seen.append(f.dtype) or model.codes_of(f, self.projection, *masks))
+    monkeypatch.setattr(
+        Heads, "codes", lambda self, f, *masks: seen.append(f.dtype) or model.codes_of(f, self.projection, *masks)
+    )
     settings, features = Settings(relative=True), torch.randn(4, 9, 6).to(stored)
     Loop(heads, features, (9, 6), Schedule(4, 2, 0), torch.zeros(1, 2), settings, 1e-3, 1e-3).step(0)
     assert seen == [codes]
@@ -125,7 +134,16 @@ def test_steps_in_bf16_go_on_bit_equal_from_a_copy():
     features = torch.randn(6, 50, 24).bfloat16()
 
     def loop(heads):
-        return Loop(heads, features, (50, 24), Schedule(6, 3, 0), torch.tensor([[0.0, 0.1]]), Settings(relative=True), 1e-2, 1e-2)
+        return Loop(
+            heads,
+            features,
+            (50, 24),
+            Schedule(6, 3, 0),
+            torch.tensor([[0.0, 0.1]]),
+            Settings(relative=True),
+            1e-2,
+            1e-2,
+        )
 
     whole = loop(Heads([Head(24, 3, 8)]))
     for step in range(2):
@@ -148,7 +166,9 @@ def test_starts():
     assert not torch.equal(Head(20, 7, 16, seed=4).student, head.student)
     rows = torch.randn(200, 20)
     head.start_from_features(rows)
-    torch.testing.assert_close(head.projection(rows[None])[0], rows @ principal_directions(rows, 16).T, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        head.projection(rows[None])[0], rows @ principal_directions(rows, 16).T, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_draws_depend_on_seed_and_step_alone():
@@ -156,7 +176,9 @@ def test_draws_depend_on_seed_and_step_alone():
     order = [schedule.draws(step, 9, 6, settings, CPU) for step in range(8)]
     for step in (7, 2, 5):  # in any order, from a fresh schedule
         again = Schedule(23, 5, data_seed=1).draws(step, 9, 6, settings, CPU)
-        assert all(torch.equal(getattr(again, k), getattr(order[step], k)) for k in ("rows", "partner", "masks", "patches"))
+        assert all(
+            torch.equal(getattr(again, k), getattr(order[step], k)) for k in ("rows", "partner", "masks", "patches")
+        )
     first_epoch = torch.cat([d.rows for d in order[:4]])
     assert len(first_epoch.unique()) == 20  # 23 rows in batches of 5: the short last batch is dropped
     assert not torch.equal(order[0].rows, order[4].rows)
@@ -166,12 +188,16 @@ def test_draws_depend_on_seed_and_step_alone():
         assert all(len(set(row.tolist())) == 4 for row in d.patches)
     other = Schedule(23, 5, data_seed=2).draws(0, 9, 6, settings, CPU)
     assert not torch.equal(other.masks, order[0].masks)
-    share = torch.cat([Schedule(23, 5, 0).draws(s, 9, 400, settings, CPU).masks for s in range(20)]).eq(0).float().mean()
+    share = (
+        torch.cat([Schedule(23, 5, 0).draws(s, 9, 400, settings, CPU).masks for s in range(20)]).eq(0).float().mean()
+    )
     assert abs(float(share) - 0.2) < 0.01
 
 
 def test_a_partner_that_is_oneself_takes_the_next():
-    partners = torch.stack([Schedule(8, 4, 0).draws(step, 4, 2, Settings(True, dropout=0), CPU).partner for step in range(200)])
+    partners = torch.stack(
+        [Schedule(8, 4, 0).draws(step, 4, 2, Settings(True, dropout=0), CPU).partner for step in range(200)]
+    )
     assert (partners != torch.arange(4)).all()
     assert any(len(set(row.tolist())) < 4 for row in partners)  # so partners can repeat
 
@@ -238,7 +264,9 @@ def test_each_head_of_many_learns_as_it_would_alone(settings):
     thresholds = torch.tensor([[0.1, 0.1], [-0.1, -0.1], [0.1, 0.1]])
     seeds = (0, 0, 7)
     together = make_loop(Heads([Head(10, 4, 8, seed) for seed in seeds]), features, thresholds, **settings)
-    alone = [make_loop(Heads([Head(10, 4, 8, seed)]), features, b[None], **settings) for seed, b in zip(seeds, thresholds)]
+    alone = [
+        make_loop(Heads([Head(10, 4, 8, seed)]), features, b[None], **settings) for seed, b in zip(seeds, thresholds)
+    ]
     for step in range(12):
         losses, single = together.step(step), [loop.step(step) for loop in alone]
         torch.testing.assert_close(losses.total, torch.cat([loss.total for loss in single]), rtol=1e-4, atol=1e-5)

@@ -22,7 +22,14 @@ class Terminal(io.StringIO):
 
 def test_the_line_has_everything_in_100_columns():
     line = Bar.format_meter(
-        n=2700, total=3000, elapsed=5400, ncols=100, prefix="train", unit="step", rate=11.53, postfix=live(RECORD, 11.53, 32)
+        n=2700,
+        total=3000,
+        elapsed=5400,
+        ncols=100,
+        prefix="train",
+        unit="step",
+        rate=11.53,
+        postfix=live(RECORD, 11.53, 32),
     )
     assert len(line) <= 100
     for part in ("90%", "2700/3000", "1:30:00", "11.53step/s", "369 img/s", "E -.012/-.034/2.72", "11.2 labels]"):
@@ -78,7 +85,9 @@ def expected(file):
     for record in map(json.loads, open(file)):
         for name, value in record.items():
             if isinstance(value, float):
-                curves.setdefault(f"{name}/{record['head']}", []).append((record["step"], pytest.approx(value, rel=1e-6)))
+                curves.setdefault(f"{name}/{record['head']}", []).append(
+                    (record["step"], pytest.approx(value, rel=1e-6))
+                )
     return curves
 
 
@@ -120,7 +129,10 @@ def test_without_tensorboard_one_line_says_so(folder, monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     assert call("--data", folder, "--out", "out", *BOARD) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line == 'error: --log tensorboard: the package is not installed; pip install "smooseg_fast[tensorboard]", or leave the flag out'
+    assert (
+        line
+        == 'error: --log tensorboard: the package is not installed; pip install "smooseg_fast[tensorboard]", or leave the flag out'
+    )
     assert not (folder.parent / "out").exists()
 
 

@@ -21,7 +21,10 @@ def best_assignment(counts):
     """Most pixels that any one-to-one mapping can make right, by trying them all."""
     if counts.shape[0] > counts.shape[1]:
         counts = counts.T
-    return max(sum(counts[i, c] for i, c in enumerate(columns)) for columns in permutations(range(counts.shape[1]), counts.shape[0]))
+    return max(
+        sum(counts[i, c] for i, c in enumerate(columns))
+        for columns in permutations(range(counts.shape[1]), counts.shape[0])
+    )
 
 
 def pixelwise(counts, mapping):
@@ -31,7 +34,9 @@ def pixelwise(counts, mapping):
     label = np.repeat(np.tile(np.arange(C), K), counts.ravel())
     predicted = np.array(mapping)[prediction]
     iou = [
-        np.nan if not (label == c).any() else ((predicted == c) & (label == c)).sum() / ((predicted == c) | (label == c)).sum()
+        np.nan
+        if not (label == c).any()
+        else ((predicted == c) & (label == c)).sum() / ((predicted == c) | (label == c)).sum()
         for c in range(C)
     ]
     return (predicted == label).mean(), np.array(iou)
@@ -167,7 +172,9 @@ def test_nothing_labelled():
         assert "-" in table({"x": scores})
 
 
-@pytest.mark.parametrize("bad", [np.zeros(3, int), np.zeros((0, 3), int), np.zeros((2, 2)), np.array([[1, -1]])], ids=repr)
+@pytest.mark.parametrize(
+    "bad", [np.zeros(3, int), np.zeros((0, 3), int), np.zeros((2, 2)), np.array([[1, -1]])], ids=repr
+)
 @pytest.mark.parametrize("match", [hungarian, majority])
 def test_matching_refuses_what_is_no_table_of_counts(match, bad):
     with pytest.raises(ValueError, match="table"):
@@ -177,7 +184,9 @@ def test_matching_refuses_what_is_no_table_of_counts(match, bad):
 def test_large_counts_do_not_overflow():
     counts = np.full((2, 2), 10**12) + np.eye(2, dtype=np.int64)
     assert hungarian(counts).mapping == (0, 1)
-    assert hungarian(counts.astype(np.uint32) // 2).pixels == int((counts.astype(np.uint32) // 2).astype(np.int64).sum())
+    assert hungarian(counts.astype(np.uint32) // 2).pixels == int(
+        (counts.astype(np.uint32) // 2).astype(np.int64).sum()
+    )
 
 
 def test_as_dict_is_json_with_names():

@@ -46,7 +46,10 @@ def test_another_size_shows_the_same_scene():
 
 
 def test_fingerprints_differ():
-    prints = [Mosaic(*a).fingerprint() for a in (("train",), ("val",), ("train", 9), ("train", 128, 96), ("train", 128, 224, 1))]
+    prints = [
+        Mosaic(*a).fingerprint()
+        for a in (("train",), ("val",), ("train", 9), ("train", 128, 96), ("train", 128, 224, 1))
+    ]
     assert len(set(prints)) == len(prints)
     assert prints[0] == Mosaic("train", 128, 224, 0).fingerprint()
 

@@ -55,7 +55,9 @@ def test_the_oracle_is_the_formula_in_loops():
     cos = torch.nn.functional.cosine_similarity
     probs = [[torch.softmax(cos(z[None], x.teacher, dim=-1) / 0.1, 0) for z in image] for image in x.codes]
     for t, partner in enumerate(([0, 1, 2], j.tolist())):
-        s = torch.tensor([[[cos(a, b, dim=0) for b in x.features[partner[n]]] for a in x.features[n]] for n in range(3)])
+        s = torch.tensor(
+            [[[cos(a, b, dim=0) for b in x.features[partner[n]]] for a in x.features[n]] for n in range(3)]
+        )
         w = s - s.mean(2, keepdim=True) + s.mean()
         d = torch.tensor([[[1 - cos(a, b, dim=0) for b in probs[partner[n]]] for a in probs[n]] for n in range(3)])
         torch.testing.assert_close(out.energy[t], ((w - x.thresholds[t]) * d).mean(), rtol=1e-12, atol=1e-14)
@@ -85,7 +87,11 @@ def test_moments_equal_the_oracle_in_float64(shape, center, structured):
 def test_moments_within_the_error_budget(shape, center, structured, dtype):
     x = make_inputs(**shape, structured=structured, center=center, dtype=dtype)
     x = x._replace(thresholds=x.thresholds.float())
-    got, same, truth = value_and_grad(x, "torch"), value_and_grad(x, "dense"), value_and_grad(x.to(torch.float64), "dense")
+    got, same, truth = (
+        value_and_grad(x, "torch"),
+        value_and_grad(x, "dense"),
+        value_and_grad(x.to(torch.float64), "dense"),
+    )
     sizes, grad_sizes = pull_and_push(x)
     eps = torch.finfo(torch.float32).eps  # both accumulate in fp32: the inputs' own rounding is in the truth too
     for key in ("energy", "distance", "mean", "data"):
@@ -93,7 +99,9 @@ def test_moments_within_the_error_budget(shape, center, structured, dtype):
         assert_within_budget(got.values[key], same.values[key], truth.values[key], eps, sizes.clamp(min=1.0), key)
     for key, size in (("codes", grad_sizes), ("student", truth.grads["student"].abs())):
         assert got.grads[key].dtype == dtype
-        assert_within_budget(got.grads[key], same.grads[key], truth.grads[key], torch.finfo(dtype).eps, size, f"gradient of {key}")
+        assert_within_budget(
+            got.grads[key], same.grads[key], truth.grads[key], torch.finfo(dtype).eps, size, f"gradient of {key}"
+        )
         if dtype == torch.float32 and key == "codes":
             cancellation = grad_sizes.norm().item() / max(truth.grads[key].norm().item(), 1e-30)
             assert_same_direction(got.grads[key], truth.grads[key], 4 * eps * cancellation + 1e-5, key)
@@ -101,15 +109,21 @@ def test_moments_within_the_error_budget(shape, center, structured, dtype):
 
 OPTIONS = {
     "weights": lambda: dict(patch_weight=torch.rand(3, 17, dtype=torch.float64)),
-    "an image without weight": lambda: dict(patch_weight=torch.rand(3, 17, dtype=torch.float64) * torch.tensor([[1.0], [0.0], [2.0]])),
+    "an image without weight": lambda: dict(
+        patch_weight=torch.rand(3, 17, dtype=torch.float64) * torch.tensor([[1.0], [0.0], [2.0]])
+    ),
     "no weight at all": lambda: dict(patch_weight=torch.zeros(3, 17, dtype=torch.float64)),
     "channel_scale": lambda: dict(channel_scale=(torch.rand(3, 70) < 0.8).double() / 0.8),
     "relative": lambda: dict(relative=True),
     "mean": lambda: dict(mean=torch.tensor([0.3, -0.2, 0.1, 0.0, 0.2], dtype=torch.float64)),
-    "mean, relative, not centred": lambda: dict(mean=torch.full((5,), 0.3, dtype=torch.float64), relative=True, center=False),
+    "mean, relative, not centred": lambda: dict(
+        mean=torch.full((5,), 0.3, dtype=torch.float64), relative=True, center=False
+    ),
     "temperature": lambda: dict(temperature=0.7),
     "weights, channel_scale, relative": lambda: dict(
-        patch_weight=torch.rand(3, 17, dtype=torch.float64), channel_scale=torch.rand(3, 70, dtype=torch.float64), relative=True
+        patch_weight=torch.rand(3, 17, dtype=torch.float64),
+        channel_scale=torch.rand(3, 70, dtype=torch.float64),
+        relative=True,
     ),
 }
 
@@ -147,10 +161,14 @@ def test_all_is_every_ordered_pair(impl, center):
     z, b = x.codes, [0.2]
     whole = sk.smoothness_energy(x.features, z.abs(), ["all"], b, center=center, impl=impl)
     shifts = [(torch.arange(4) + r) % 4 for r in (1, 2, 3)]
-    parts = sk.smoothness_energy(x.features, z.abs(), shifts, b * 3, center=center, mean=whole.mean.expand(3), impl=impl)
+    parts = sk.smoothness_energy(
+        x.features, z.abs(), shifts, b * 3, center=center, mean=whole.mean.expand(3), impl=impl
+    )
     torch.testing.assert_close(whole.energy[0], parts.energy.mean())
     torch.testing.assert_close(whole.distance[0], parts.distance.mean())
-    torch.testing.assert_close(whole.mean[0], sk.smoothness_energy(x.features, z.abs(), shifts, b * 3, impl=impl).mean.mean())
+    torch.testing.assert_close(
+        whole.mean[0], sk.smoothness_energy(x.features, z.abs(), shifts, b * 3, impl=impl).mean.mean()
+    )
 
 
 @pytest.mark.parametrize("impl", ["torch", "dense"])
@@ -326,7 +344,10 @@ def test_another_default_device():
 def test_vmap_over_partners_and_weights(impl):
     """What is batched cannot be looked at, so partners are clamped there."""
     x = make_inputs(T=1, dtype=torch.float32)
-    partners, weights = torch.tensor([[1, 2, 0], [0, 0, 1]]), torch.rand(2, 3, 17, generator=torch.Generator().manual_seed(0))
+    partners, weights = (
+        torch.tensor([[1, 2, 0], [0, 0, 1]]),
+        torch.rand(2, 3, 17, generator=torch.Generator().manual_seed(0)),
+    )
 
     def total(j, w):
         return sk.smooseg_loss(*x[:4], ["self", j], [0.1, 0.3], patch_weight=w, impl=impl).total
@@ -354,14 +375,18 @@ def test_mixed_dtypes():
 def test_probabilities_and_data_term(impl):
     x = make_inputs()
     codes, prototypes = x.codes.requires_grad_(), x.teacher.requires_grad_()
-    assert torch.autograd.gradcheck(lambda z, t: sk.prototype_probabilities(z, t, temperature=0.5, impl=impl), (codes[:1, :3], prototypes))
+    assert torch.autograd.gradcheck(
+        lambda z, t: sk.prototype_probabilities(z, t, temperature=0.5, impl=impl), (codes[:1, :3], prototypes)
+    )
     probs = sk.prototype_probabilities(codes, prototypes, impl=impl)
     cosines = torch.nn.functional.cosine_similarity(codes[:, :, None], prototypes[None, None], dim=-1)
     torch.testing.assert_close(probs, torch.softmax(cosines / 0.1, -1))
     weight = torch.rand(3, 17, dtype=torch.float64)
     loss = sk.prototype_loss(codes, x.student, x.teacher.detach(), patch_weight=weight, impl=impl)
     logits = torch.nn.functional.cosine_similarity(codes[:, :, None], x.student[None, None], dim=-1)
-    per_patch = torch.nn.functional.cross_entropy(logits.flatten(0, 1), cosines.argmax(-1).flatten(), reduction="none").view(3, 17)
+    per_patch = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), cosines.argmax(-1).flatten(), reduction="none"
+    ).view(3, 17)
     torch.testing.assert_close(loss, (per_patch * weight).sum() / weight.sum())
 
 
@@ -369,7 +394,9 @@ def test_probabilities_and_data_term(impl):
 def test_fullgraph_compile_and_fake_tensors(impl):
     x = make_inputs(T=3, H=2, dtype=torch.float32, relative=True)
     function = torch.compile(
-        lambda z, s: sk.smooseg_loss(x.features, z, s, *x[3:6], relative=True, impl=impl).total.sum(), backend="aot_eager", fullgraph=True
+        lambda z, s: sk.smooseg_loss(x.features, z, s, *x[3:6], relative=True, impl=impl).total.sum(),
+        backend="aot_eager",
+        fullgraph=True,
     )
     codes, student = x.codes.requires_grad_(), x.student.requires_grad_()
     compiled = torch.autograd.grad(function(codes, student), (codes, student))
@@ -390,12 +417,18 @@ def test_smoothness_alone_takes_the_options_as_the_oracle_does(name):
     """The form that traces: `smooseg_loss` on a CPU has another."""
     g = torch.Generator().manual_seed(0)
     features, probs = (torch.rand(*shape, generator=g, dtype=torch.float64) for shape in ((3, 17, 20), (3, 17, 5)))
-    options = {name: torch.rand(*((3, 20) if name == "channel_scale" else (3, 17)), generator=g, dtype=torch.float64) + 0.5}
+    options = {
+        name: torch.rand(*((3, 20) if name == "channel_scale" else (3, 17)), generator=g, dtype=torch.float64) + 0.5
+    }
     results = []
     for impl in ("torch", "dense"):
         rows = probs.clone().requires_grad_()
-        out = sk.smoothness_energy(features, rows, ["self", torch.tensor([1, 1, 0]), "all"], [0.1, -0.2, 0.3], impl=impl, **options)
-        results.append((*out, *torch.autograd.grad((out.energy * torch.tensor([1.7, -0.3, 0.5])).sum() + out.distance.sum(), rows)))
+        out = sk.smoothness_energy(
+            features, rows, ["self", torch.tensor([1, 1, 0]), "all"], [0.1, -0.2, 0.3], impl=impl, **options
+        )
+        results.append(
+            (*out, *torch.autograd.grad((out.energy * torch.tensor([1.7, -0.3, 0.5])).sum() + out.distance.sum(), rows))
+        )
     for got, want in zip(*results):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 

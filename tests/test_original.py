@@ -18,7 +18,9 @@ FAMILIES = {
 
 
 def make_images(height, width, batch=2):
-    return torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        0, 256, (batch, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
 
 
 def save(path, value, *, legacy=False):
@@ -69,12 +71,20 @@ def test_the_norms_have_dinos_epsilon(tmp_path):
 
 HOLDERS = {
     "plain": lambda w, other: w,
-    "teacher": lambda w, other: {"student": prefixed("module.backbone.", other), "teacher": prefixed("backbone.", w), "epoch": 99},
-    "parallel": lambda w, other: {"teacher": prefixed("module.backbone.", w) | {"module.head.mlp.0.weight": torch.ones(2)}},
+    "teacher": lambda w, other: {
+        "student": prefixed("module.backbone.", other),
+        "teacher": prefixed("backbone.", w),
+        "epoch": 99,
+    },
+    "parallel": lambda w, other: {
+        "teacher": prefixed("module.backbone.", w) | {"module.head.mlp.0.weight": torch.ones(2)}
+    },
     "student": lambda w, other: {"student": prefixed("module.backbone.", w)},
     "state_dict": lambda w, other: {"state_dict": prefixed("module.", w)},
     "model": lambda w, other: {"model": w, "args": torch.Size([1])},
-    "smooseg": lambda w, other: {"state_dict": prefixed("net.model.", w) | {"prediction.global_clusters": torch.ones(3, 64)}},
+    "smooseg": lambda w, other: {
+        "state_dict": prefixed("net.model.", w) | {"prediction.global_clusters": torch.ones(3, 64)}
+    },
     "chunks": lambda w, other: {"teacher": {f"backbone.{k.replace('blocks.', 'blocks.0.')}": v for k, v in w.items()}},
     "classifier": lambda w, other: w | {"head.weight": torch.ones(10, 64), "head.bias": torch.ones(10)},
 }
@@ -114,7 +124,11 @@ def test_loading_is_silent_and_takes_no_random_numbers(tmp_path, capfd):
 
 @pytest.mark.parametrize(
     ("dim", "patch", "hidden", "scaled", "name"),
-    [(384, 8, 1536, False, "DINO ViT-S/8"), (768, 16, 3072, False, "DINO ViT-B/16"), (1024, 14, 4096, True, "DINOv2 ViT-L/14")],
+    [
+        (384, 8, 1536, False, "DINO ViT-S/8"),
+        (768, 16, 3072, False, "DINO ViT-B/16"),
+        (1024, 14, 4096, True, "DINOv2 ViT-L/14"),
+    ],
 )
 def test_published_networks_have_their_names(dim, patch, hidden, scaled, name):
     from smooseg_fast.backbones.original import vit_files

@@ -21,7 +21,9 @@ def test_a_folder_takes_the_same_settings_again_and_no_others(tmp_path):
     assert json.loads((path / "r.json").read_text()) == {"a": 1, "b": None}
     (path / "things").mkdir()
     open_folder(path)
-    with pytest.raises(UserError, match=r"^--out .*out: holds another run \(a is 1 there and 2 here\); give another folder"):
+    with pytest.raises(
+        UserError, match=r"^--out .*out: holds another run \(a is 1 there and 2 here\); give another folder"
+    ):
         open_folder(path, a=2)
 
 

@@ -7,7 +7,17 @@ import struct
 
 import numpy as np
 import pytest
-from owners import COLOURS, MAKERS, make_cityscapes, make_cocostuff, make_potsdam_mosaics, make_potsdam_tiles, make_voc, pair, save
+from owners import (
+    COLOURS,
+    MAKERS,
+    make_cityscapes,
+    make_cocostuff,
+    make_potsdam_mosaics,
+    make_potsdam_tiles,
+    make_voc,
+    pair,
+    save,
+)
 from PIL import Image
 from scipy.io import savemat
 
@@ -76,7 +86,10 @@ def test_opening_reads_no_image(trees, name, monkeypatch):
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_nothing_inside_or_above_a_layout_is_taken_for_one(trees, name):
-    for folder in [trees[name].parent, *(path for path in trees[name].iterdir() if path.is_dir() and path.name != "VOCdevkit")]:
+    for folder in [
+        trees[name].parent,
+        *(path for path in trees[name].iterdir() if path.is_dir() and path.name != "VOCdevkit"),
+    ]:
         assert recognise(folder) is None
     image = next(path for path in trees[name].rglob("*") if path.suffix in (".png", ".jpg", ".tif", ".mat"))
     assert recognise(image) is None
@@ -84,7 +97,9 @@ def test_nothing_inside_or_above_a_layout_is_taken_for_one(trees, name):
 
 def test_two_layouts_in_one_folder_are_an_error(tmp_path):
     make_voc(make_potsdam_tiles(tmp_path))
-    with pytest.raises(UserError, match=r"--data .*: looks like Potsdam-3 .* and like PASCAL VOC .*; give each a folder of its own"):
+    with pytest.raises(
+        UserError, match=r"--data .*: looks like Potsdam-3 .* and like PASCAL VOC .*; give each a folder of its own"
+    ):
         open_dataset(tmp_path, "train")
 
 
@@ -92,7 +107,10 @@ def test_numbers_that_an_owner_does_not_have_are_named(tmp_path):
     numbering = Numbering("ours", ("a", "b"), {0: IGNORE, 4: 0, 5: 1})
     np.testing.assert_array_equal(numbering(np.array([[0, 4, 5, 255, -1]]), tmp_path), [[IGNORE, 0, 1, IGNORE, IGNORE]])
     for value in (3, 6, 254, 260, -2):
-        with pytest.raises(UserError, match=rf"x\.png: the number {value} in 1 pixels, which labels of ours do not have \(0 to 5, and 255"):
+        with pytest.raises(
+            UserError,
+            match=rf"x\.png: the number {value} in 1 pixels, which labels of ours do not have \(0 to 5, and 255",
+        ):
             numbering(np.array([[4, 5, value]]), "x.png")
 
 
@@ -103,7 +121,15 @@ def test_cityscapes_counts_the_numbers_7_to_33_in_order():
     label = np.arange(34, dtype=np.uint8)[None]
     np.testing.assert_array_equal(cityscapes.NUMBERING(label, "x"), [[IGNORE] * 7 + list(range(27))])
     # some of the owners' table
-    for number, name in ((7, "road"), (11, "building"), (17, "pole"), (21, "vegetation"), (23, "sky"), (26, "car"), (33, "bicycle")):
+    for number, name in (
+        (7, "road"),
+        (11, "building"),
+        (17, "pole"),
+        (21, "vegetation"),
+        (23, "sky"),
+        (26, "car"),
+        (33, "bicycle"),
+    ):
         assert cityscapes.NAMES[number - 7] == name
 
 
@@ -143,14 +169,18 @@ def test_cityscapes_without_some_labels_or_images(tmp_path):
     assert not open_dataset(tmp_path, "val").held_out
     shutil.rmtree(tmp_path / "leftImg8bit" / "train" / "aachen")
     shutil.rmtree(tmp_path / "leftImg8bit" / "train" / "bochum")
-    with pytest.raises(UserError, match=r"--data .*leftImg8bit/train: no images in it; unpack the images of Cityscapes train there"):
+    with pytest.raises(
+        UserError, match=r"--data .*leftImg8bit/train: no images in it; unpack the images of Cityscapes train there"
+    ):
         open_dataset(tmp_path, "train")
 
 
 def test_cityscapes_without_images_to_learn_from(tmp_path):
     shutil.rmtree(make_cityscapes(tmp_path) / "leftImg8bit" / "train")
     assert len(open_dataset(tmp_path, "val")) == 4
-    with pytest.raises(UserError, match=r"--data .*: Cityscapes .* has val and test and train_extra but no images of train; add them"):
+    with pytest.raises(
+        UserError, match=r"--data .*: Cityscapes .* has val and test and train_extra but no images of train; add them"
+    ):
         open_dataset(tmp_path, "train")
 
 
@@ -213,7 +243,8 @@ def test_cocostuff_without_lists_or_maps_or_listed_images(tmp_path):
     assert train.notes == (f"2 of 4 images listed in {lists} are not there, first 000000000007",)
     lists.write_text("nowhere\n")
     with pytest.raises(
-        UserError, match=r"7\.txt: none of the 1 images that it lists, such as nowhere, is there; unpack the images beside it"
+        UserError,
+        match=r"7\.txt: none of the 1 images that it lists, such as nowhere, is there; unpack the images beside it",
     ):
         open_dataset(root, "train")
     shutil.rmtree(root / "annotations")
@@ -226,7 +257,9 @@ def test_cocostuff_without_lists_or_maps_or_listed_images(tmp_path):
 def test_cocostuff_with_numbers_of_the_other_convention_is_an_error(tmp_path):
     root = make_cocostuff(tmp_path)
     save(root / "annotations" / "val2017" / "000000000200.png", np.full((48, 96), 182, np.uint8))
-    with pytest.raises(UserError, match=r"000000000200\.png: the number 182 in 4608 pixels, which labels of COCO-Stuff do not have"):
+    with pytest.raises(
+        UserError, match=r"000000000200\.png: the number 182 in 4608 pixels, which labels of COCO-Stuff do not have"
+    ):
         open_dataset(root, "val").label(0)
 
 
@@ -239,7 +272,9 @@ def test_potsdam_tiles_lose_their_infrared_and_half_their_classes(trees):
     image, label = pair(7, (0, 3), (40, 40))
     label[0] = 5
     np.testing.assert_array_equal(val.image(1), image)
-    np.testing.assert_array_equal(val.label(1), np.select([label == 0, label == 3], [potsdam.ROAD, potsdam.VEGETATION], potsdam.BUILDING))
+    np.testing.assert_array_equal(
+        val.label(1), np.select([label == 0, label == 3], [potsdam.ROAD, potsdam.VEGETATION], potsdam.BUILDING)
+    )
     np.testing.assert_array_equal(potsdam.NUMBERING(np.arange(6)[None], "x"), [[0, 1, 2, 2, 0, 1]])
     assert recognise(trees["potsdam_tiles"]).parts["unlabelled"]().label(0) is None
 
@@ -263,7 +298,9 @@ def test_damaged_tiles_are_named(tmp_path):
     (tmp_path / "imgs" / "1.mat").write_bytes(b"no MATLAB file at all")
     savemat(tmp_path / "imgs" / "2.mat", {"image": np.zeros((4, 4, 3), np.uint8)})
     savemat(tmp_path / "imgs" / "3.mat", {"img": np.zeros((4, 4, 3))})
-    (tmp_path / "imgs" / "4.mat").write_bytes(b"MATLAB 7.3 MAT-file".ljust(124) + struct.pack("<H2s", 0x0200, b"IM") + b"\x89HDF")
+    (tmp_path / "imgs" / "4.mat").write_bytes(
+        b"MATLAB 7.3 MAT-file".ljust(124) + struct.pack("<H2s", 0x0200, b"IM") + b"\x89HDF"
+    )
     savemat(tmp_path / "gt" / "5.mat", {"gt": np.zeros((40, 41), np.int32)})
     savemat(tmp_path / "gt" / "6.mat", {"gt": np.full((40, 40), 6, np.int32)})
     savemat(tmp_path / "gt" / "7.mat", {"gt": np.full((40, 40), 0.5)})
@@ -288,7 +325,9 @@ def whole_mosaic(root, place="2_10"):
     colours = read_image(root / "5_Labels_for_participants" / f"top_potsdam_{place}_label.tif")[::2, ::2]
     classes = np.full(colours.shape[:2], IGNORE)
     for colour, name in zip(COLOURS, ("roads", "buildings", "vegetation", "trees", "cars", "clutter")):
-        classes[(colours == colour).all(axis=2)] = next(number for number, names in enumerate(potsdam.NAMES) if name in names)
+        classes[(colours == colour).all(axis=2)] = next(
+            number for number, names in enumerate(potsdam.NAMES) if name in names
+        )
     return mean, classes
 
 
@@ -296,7 +335,10 @@ def test_mosaics_are_cut_into_tiles_of_half_the_scale(trees):
     root = trees["potsdam_mosaics"]
     train, val = open_splits(root)
     assert {name for data in (train, val) for name in data.names} == {
-        f"top_potsdam_{place}_RGB/{row:02d}_{column:02d}.tif" for place in ("2_10", "7_7") for row in range(2) for column in range(3)
+        f"top_potsdam_{place}_RGB/{row:02d}_{column:02d}.tif"
+        for place in ("2_10", "7_7")
+        for row in range(2)
+        for column in range(3)
     }
     for place in ("2_10", "7_7"):
         mean, classes = whole_mosaic(root, place)
@@ -358,7 +400,9 @@ def test_mosaics_that_lack_something(tmp_path):
     labels = root / "5_Labels_for_participants"
     save(labels / "top_potsdam_7_7_label.tif", np.zeros((400, 400, 3), np.uint8))
     train = open_dataset(root, "train")
-    with pytest.raises(UserError, match=r"7_7_label\.tif: the label is 400 x 400 pixels but .*7_7_RGB\.tif is 1200 x 800"):
+    with pytest.raises(
+        UserError, match=r"7_7_label\.tif: the label is 400 x 400 pixels but .*7_7_RGB\.tif is 1200 x 800"
+    ):
         train.label(len(train) - 1)
     (root / "2_Ortho_RGB" / "top_potsdam_2_10_RGB.tif").write_bytes(b"cut short")
     save(root / "2_Ortho_RGB" / "top_potsdam_2_11_RGB.tif", np.zeros((300, 900, 3), np.uint8))
@@ -369,7 +413,9 @@ def test_mosaics_that_lack_something(tmp_path):
     train, val = open_splits(root)
     assert (len(train), train.labelled, val) == (12, False, None)
     (root / "2_Ortho_RGB").rename(root / "3_Ortho_IRRG")
-    with pytest.raises(UserError, match=r"Potsdam with 3_Ortho_IRRG alone, which has no blue; unpack 2_Ortho_RGB or 4_Ortho_RGBIR"):
+    with pytest.raises(
+        UserError, match=r"Potsdam with 3_Ortho_IRRG alone, which has no blue; unpack 2_Ortho_RGB or 4_Ortho_RGBIR"
+    ):
         open_dataset(root, "train")
 
 

@@ -32,8 +32,12 @@ def test_the_oracle_is_the_formula_in_loops(options):
     x = make_pairs(B=2, N=3, P_i=3, P_j=4, D=5, Z=4).with_options(**options)
     cos = torch.nn.functional.cosine_similarity
     meets = [(n, int(m)) for n, m in enumerate(x.options["partner"])]
-    closeness = torch.tensor([[[cos(a, b, dim=0) for b in x.features_j[m]] for a in x.features_i[n]] for n, m in meets]).double()
-    likeness = torch.tensor([[[cos(a, b, dim=0) for b in x.codes_j[m]] for a in x.codes_i[n]] for n, m in meets]).double()
+    closeness = torch.tensor(
+        [[[cos(a, b, dim=0) for b in x.features_j[m]] for a in x.features_i[n]] for n, m in meets]
+    ).double()
+    likeness = torch.tensor(
+        [[[cos(a, b, dim=0) for b in x.codes_j[m]] for a in x.codes_i[n]] for n, m in meets]
+    ).double()
     low, high = options["clamp"]
     terms = []
     for n, i, j in itertools.product(range(2), range(3), range(4)):
@@ -41,7 +45,9 @@ def test_the_oracle_is_the_formula_in_loops(options):
         if options["center"]:
             w += float(closeness.mean() - closeness[n, i].mean())
         v = max(w - x.threshold, 0.0) if options["hinge"] else w - x.threshold
-        terms.append(-min(max(float(likeness[n, i, j]), -9.0 if low is None else low), 9.0 if high is None else high) * v)
+        terms.append(
+            -min(max(float(likeness[n, i, j]), -9.0 if low is None else low), 9.0 if high is None else high) * v
+        )
     got = sk.pair_energy(*x.tensors, x.threshold, impl="dense", **x.options)
     assert got.energy.item() == pytest.approx(sum(terms) / len(terms), rel=1e-12, abs=1e-14)
     assert got.similarity.item() == pytest.approx(float(likeness.mean()), rel=1e-12, abs=1e-14)
@@ -79,14 +85,18 @@ def on_the_kink(clamp):
     axes = torch.tensor([[2.0, 0, 0], [0, 4, 0], [-2, 0, 0]])
     codes_j = torch.tensor([[0.0, 2, 0], [4, 0, 0]])
     feature = torch.ones(1, 1, 4)
-    return (feature.expand(1, 3, 4), axes[None], feature.expand(1, 2, 4), codes_j[None]), dict(center=False, clamp=clamp)
+    return (feature.expand(1, 3, 4), axes[None], feature.expand(1, 2, 4), codes_j[None]), dict(
+        center=False, clamp=clamp
+    )
 
 
 IMPLS = ["dense", "torch"]
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize(("clamp", "passes"), [((0.0, None), (0, 1)), ((None, 0.0), (-1, 0)), ((0.0, 1.0), (0, 1)), ((0.0, 0.0), (0,))])
+@pytest.mark.parametrize(
+    ("clamp", "passes"), [((0.0, None), (0, 1)), ((None, 0.0), (-1, 0)), ((0.0, 1.0), (0, 1)), ((0.0, 0.0), (0,))]
+)
 def test_at_a_bound_the_gradient_passes_and_beyond_it_does_not(impl, clamp, passes):
     (f_i, c_i, f_j, c_j), options = on_the_kink(clamp)
     c_i, c_j = c_i.requires_grad_(), c_j.requires_grad_()
@@ -155,7 +165,10 @@ def test_strides_and_a_threshold_in_a_tensor(impl):
     x.features_i, x.codes_j = x.features_i.mT.contiguous().mT, x.codes_j.repeat(1, 2, 2)[:, ::2, :9]
     assert not x.features_i.is_contiguous()
     x.codes_j[:] = make_pairs(B=3, N=4).codes_j
-    x.features_j, x.threshold = x.features_j.transpose(0, 1).contiguous().transpose(0, 1), torch.tensor(0.1, dtype=torch.float64)
+    x.features_j, x.threshold = (
+        x.features_j.transpose(0, 1).contiguous().transpose(0, 1),
+        torch.tensor(0.1, dtype=torch.float64),
+    )
     got = evaluate(x, impl)
     for part in ("values", "gradients"):
         torch.testing.assert_close(getattr(got, part), getattr(want, part), rtol=1e-5, atol=1e-8)
@@ -175,7 +188,9 @@ def test_without_a_clamp_it_is_the_smoothness_energy(impl, center):
 
 def energy_of(impl):
     def function(features_i, codes_i, features_j, codes_j, partner):
-        out = sk.pair_energy(features_i, codes_i * 1.0, features_j, codes_j * 1.0, 0.1, partner=partner, clamp=(0.0, 0.8), impl=impl)
+        out = sk.pair_energy(
+            features_i, codes_i * 1.0, features_j, codes_j * 1.0, 0.1, partner=partner, clamp=(0.0, 0.8), impl=impl
+        )
         return out.energy + 0.3 * out.similarity
 
     return function
@@ -270,7 +285,12 @@ WRONG = {
 
 @pytest.mark.parametrize("message", WRONG)
 def test_wrong_arguments_are_named(message):
-    x = dict(features_i=torch.zeros(2, 3, 4), codes_i=torch.zeros(2, 3, 5), features_j=torch.zeros(2, 3, 4), codes_j=torch.zeros(2, 3, 5))
+    x = dict(
+        features_i=torch.zeros(2, 3, 4),
+        codes_i=torch.zeros(2, 3, 5),
+        features_j=torch.zeros(2, 3, 4),
+        codes_j=torch.zeros(2, 3, 5),
+    )
     with pytest.raises((ValueError, TypeError), match=message):
         sk.pair_energy(**{**x, "threshold": 0.1, **WRONG[message]})
 

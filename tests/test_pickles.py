@@ -55,19 +55,33 @@ def test_tensors_of_every_kind(tmp_path, form):
         **{
             str(dtype): torch.arange(-2, 3).to(dtype)
             for dtype in (
-                *(torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+                *(
+                    torch.float64,
+                    torch.float16,
+                    torch.bfloat16,
+                    torch.int64,
+                    torch.int32,
+                    torch.int16,
+                    torch.int8,
+                    torch.uint8,
+                    torch.bool,
+                ),
                 *(torch.complex64, torch.complex128),
             )
         },
     }
     if form == "zip":  # the older format has no name for these
-        tensors |= {str(dtype): torch.arange(3).to(dtype) for dtype in (torch.uint16, torch.uint32, torch.float8_e4m3fn)}
+        tensors |= {
+            str(dtype): torch.arange(3).to(dtype) for dtype in (torch.uint16, torch.uint32, torch.float8_e4m3fn)
+        }
     found = read(saved(tmp_path / "file.pt", tensors, form), "FILE")
     assert found.keys() == tensors.keys()
     for name, value in tensors.items():
         assert found[name].dtype == value.dtype, name
         assert found[name].stride() == value.stride(), name
-        assert torch.equal(found[name].float(), value.float()) if "float8" in name else torch.equal(found[name], value), name
+        assert (
+            torch.equal(found[name].float(), value.float()) if "float8" in name else torch.equal(found[name], value)
+        ), name
         assert not found[name].requires_grad
     found["base"][2, 0] = 7.0
     assert found["view"][0, 0] == 7.0  # one storage, as it was
@@ -117,7 +131,10 @@ def test_numpy_values(tmp_path, form):
 
 @pytest.mark.parametrize("protocol", range(6))
 def test_every_protocol(tmp_path, protocol):
-    value = {"a": [1, 2.5, "text", b"bytes", (1, 2), {3}, np.arange(3), None, True], "b": collections.OrderedDict(x=torch.Size([1]))}
+    value = {
+        "a": [1, 2.5, "text", b"bytes", (1, 2), {3}, np.arange(3), None, True],
+        "b": collections.OrderedDict(x=torch.Size([1])),
+    }
     value["c"] = argparse.Namespace(x=1)
     torch.save(value, tmp_path / "file.pt", pickle_protocol=protocol)
     found = read(tmp_path / "file.pt", "FILE")
@@ -180,7 +197,11 @@ def test_other_objects_are_inert_and_their_content_is_kept(tmp_path):
 
 def test_plain_values_that_have_no_text():
     long = 10**5000
-    assert plain({long: long, "a": "x" * 10**6, ("b", 1): b"x"}) == {"...": "...", "a": "x" * 2000, "['b', 1]": "<bytes>"}
+    assert plain({long: long, "a": "x" * 10**6, ("b", 1): b"x"}) == {
+        "...": "...",
+        "a": "x" * 2000,
+        "['b', 1]": "<bytes>",
+    }
     assert json.dumps(plain({long: long, Inert(Global("a", "B")): {1, 2}, (1, 2): [Global("c", "d")]}))
 
 
@@ -226,7 +247,11 @@ def hostile(target):
     code = f"open({str(target)!r}, 'w')"
 
     def text(value):
-        return b"\x8c" + bytes([len(value)]) + value.encode() if len(value) < 256 else b"X" + struct.pack("<I", len(value)) + value.encode()
+        return (
+            b"\x8c" + bytes([len(value)]) + value.encode()
+            if len(value) < 256
+            else b"X" + struct.pack("<I", len(value)) + value.encode()
+        )
 
     shell = text(command)
     reduced = b"cos\nsystem\n" + shell + b"\x85R."
@@ -245,7 +270,12 @@ def hostile(target):
         "stack-global": b"\x80\x04" + text("os") + text("system") + b"\x93" + shell + b"\x85R.",
         "dotted": b"\x80\x04" + text("collections") + text("abc.sys.modules") + b"\x93" + shell + b"\x85R.",
         "dotted-path": b"\x80\x04" + text("pathlib") + text("os.system") + b"\x93" + shell + b"\x85R.",
-        "setstate": b"\x80\x02cbuiltins\nobject\n)\x81}" + text("__setstate__") + b"cos\nsystem\nsb" + shell + b"b0" + reduced,
+        "setstate": b"\x80\x02cbuiltins\nobject\n)\x81}"
+        + text("__setstate__")
+        + b"cos\nsystem\nsb"
+        + shell
+        + b"b0"
+        + reduced,
         "call-of-a-method": b"\x80\x02ccollections\nOrderedDict\n)R" + shell + b"\x85R.",
         "call-of-a-call": b"\x80\x02cpathlib\nPosixPath\n)R" + shell + b"\x85R.",
         "extension": b"\x80\x02\x82\x01" + shell + b"\x85R.",
@@ -278,7 +308,18 @@ def test_nothing_in_a_hostile_file_runs(tmp_path, monkeypatch, case, form):
 def test_the_corpus_is_hostile(tmp_path):
     """At least the plain cases do run where pickle itself loads them, or the corpus proves nothing."""
     ran = 0
-    for case in ("system", "eval", "exec", "popen", "check-output", "open", "inst", "obj", "stack-global", "dotted-path"):
+    for case in (
+        "system",
+        "eval",
+        "exec",
+        "popen",
+        "check-output",
+        "open",
+        "inst",
+        "obj",
+        "stack-global",
+        "dotted-path",
+    ):
         target = tmp_path / case
         code = f"import pickle,sys\nx = pickle.loads({hostile(target)[case]!r})\nwait = getattr(x, 'wait', None)\nwait and wait()"
         subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
@@ -287,7 +328,11 @@ def test_the_corpus_is_hostile(tmp_path):
 
 
 def test_the_call_that_was_asked_for_is_named(tmp_path):
-    error_of(packed(tmp_path / "a.pth", pickle.dumps(Calls(os.system, "true"), 2)), f"a call of {os.name}.system", "nothing was run")
+    error_of(
+        packed(tmp_path / "a.pth", pickle.dumps(Calls(os.system, "true"), 2)),
+        f"a call of {os.name}.system",
+        "nothing was run",
+    )
     error_of(packed(tmp_path / "b.pth", hostile("x")["extension"]), "EXT1", "nothing was run")
     error_of(packed(tmp_path / "c.pth", hostile("x")["popen"]), "a call of subprocess.Popen")
 
@@ -296,7 +341,16 @@ FLOATS = b"ctorch\nFloatStorage\n"
 
 
 def storage_id(kind=FLOATS, key=b"0", count=b"K\x04"):
-    return b"(X\x07\x00\x00\x00storage" + kind + b"X" + struct.pack("<I", len(key)) + key + b"X\x03\x00\x00\x00cpu" + count + b"tQ"
+    return (
+        b"(X\x07\x00\x00\x00storage"
+        + kind
+        + b"X"
+        + struct.pack("<I", len(key))
+        + key
+        + b"X\x03\x00\x00\x00cpu"
+        + count
+        + b"tQ"
+    )
 
 
 def tensor(identifier, offset=b"K\x00", size=b"K\x04\x85", stride=b"K\x01\x85"):
@@ -366,14 +420,20 @@ def test_a_small_file_cannot_fill_the_memory(tmp_path, monkeypatch):
         error_of(packed(tmp_path / f"{kind.decode()}.pth", many + b"(" + copies + b"l."), "far more memory")
     error_of(packed(tmp_path / "pairs.pth", many + b"cbuiltins\ndict\n](" + b"h\x00" * 100 + b"e\x85R."), "no pairs")
     text = b"\x80\x02X" + struct.pack("<I", 100_000) + b"x" * 100_000 + b"q\x000X\x06\x00\x00\x00latin1q\x010"
-    error_of(packed(tmp_path / "text.pth", text + b"(" + b"c_codecs\nencode\nh\x00h\x01\x86R" * 5_000 + b"l."), "far more memory")
+    error_of(
+        packed(tmp_path / "text.pth", text + b"(" + b"c_codecs\nencode\nh\x00h\x01\x86R" * 5_000 + b"l."),
+        "far more memory",
+    )
     monkeypatch.setattr(machine, "STEPS", 10_000)
     error_of(packed(tmp_path / "steps.pth", b"\x80\x02" + b"N0" * 5_000 + b"N."), "steps")
 
 
 def test_zips_that_torch_save_does_not_make(tmp_path):
     content = pickle.dumps({"a": 1}, 2)
-    error_of(packed(tmp_path / "deflated.pth", content * 1000, compression=zipfile.ZIP_DEFLATED), "not stored as torch.save does")
+    error_of(
+        packed(tmp_path / "deflated.pth", content * 1000, compression=zipfile.ZIP_DEFLATED),
+        "not stored as torch.save does",
+    )
     error_of(packed(tmp_path / "script.pth", content, [("constants.pkl", b"")]), "TorchScript")
     error_of(packed(tmp_path / "big.pth", content, [("byteorder", b"big")]), "byte order")
     with zipfile.ZipFile(tmp_path / "none.pth", "w") as archive:
@@ -391,7 +451,11 @@ def test_zips_that_torch_save_does_not_make(tmp_path):
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_file_cut_or_changed_anywhere(tmp_path, form):
-    value = {"a": torch.randn(300), "b": [1, 2.5, "text"], "c": collections.OrderedDict(x=torch.ones(2, dtype=torch.bfloat16))}
+    value = {
+        "a": torch.randn(300),
+        "b": [1, 2.5, "text"],
+        "c": collections.OrderedDict(x=torch.ones(2, dtype=torch.bfloat16)),
+    }
     whole = saved(tmp_path / "whole.pt", value, form).read_bytes()
     path = tmp_path / "file.pt"
     generator = np.random.default_rng(0)

@@ -174,7 +174,11 @@ def boxes(sheet, colour):
 
 def test_sheet_cells_are_equal_and_images_keep_their_shape():
     red, blue = (200, 10, 10), (10, 10, 200)
-    rows = [[solid(red, 300, 400), solid(blue, 100, 800)], [solid(red, 600, 800), solid(blue, 400, 100)], [solid(red, 30, 40), None]]
+    rows = [
+        [solid(red, 300, 400), solid(blue, 100, 800)],
+        [solid(red, 600, 800), solid(blue, 400, 100)],
+        [solid(red, 30, 40), None],
+    ]
     sheet = contact_sheet(rows, width=1000)
     assert sheet.mode == "RGB"
     assert sheet.width == 1000
@@ -202,7 +206,13 @@ def test_sheet_height_follows_the_rows(count):
 
 
 def test_sheet_takes_any_image_and_any_text():
-    images = [solid(50, 1, 1), solid(60, 8, 3000), solid(70, 3000, 8), np.full((20, 30), 80, np.uint8), solid(90, 900, 700)]
+    images = [
+        solid(50, 1, 1),
+        solid(60, 8, 3000),
+        solid(70, 3000, 8),
+        np.full((20, 30), 80, np.uint8),
+        solid(90, 900, 700),
+    ]
     legend = [(palette(64)[i], NASTY_NAMES[i % 6] or str(i)) for i in range(64)]
     sheet = contact_sheet([images, images[:2]], NASTY_NAMES, NASTY_NAMES, legend, title="t" * 500, width=900)
     pixels = np.asarray(sheet)
@@ -217,7 +227,9 @@ def test_groups_sheet_shows_every_image_its_overlay_and_its_groups(count, across
     monkeypatch.setattr(pictures, "contact_sheet", lambda *args: asked.update(args=args) or contact_sheet(*args))
     red, labels = solid((200, 10, 10), 300, 400), np.zeros((300, 400), np.uint8)
     labels[:, 200:] = 1
-    sheet = groups_sheet(((f"{i}.png", red, labels) for i in range(count)), palette(3), {0: 0.5, 1: 0.496, 2: 0.004}, "title")
+    sheet = groups_sheet(
+        ((f"{i}.png", red, labels) for i in range(count)), palette(3), {0: 0.5, 1: 0.496, 2: 0.004}, "title"
+    )
     rows, columns, names, legend, title = asked["args"]
     assert [len(row) for row in rows] == [3 * across] * (count // across) + [3] * (count % across)
     assert columns == ["image", "groups over it", "groups"] * across
@@ -244,7 +256,10 @@ def test_legend_wraps_and_shows_every_colour():
     images = [[solid(0, 30, 40)]]
     colours = palette(40)
     plain = contact_sheet(images, width=600)
-    heights = [contact_sheet(images, legend=[(c, f"cluster {i}") for i, c in enumerate(colours[:k])], width=600).height for k in (1, 4, 40)]
+    heights = [
+        contact_sheet(images, legend=[(c, f"cluster {i}") for i, c in enumerate(colours[:k])], width=600).height
+        for k in (1, 4, 40)
+    ]
     assert plain.height < heights[0] <= heights[1] < heights[2]
     pixels = np.asarray(contact_sheet(images, legend=[(c, f"cluster {i}") for i, c in enumerate(colours)], width=600))
     for colour in colours:

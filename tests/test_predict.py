@@ -27,7 +27,10 @@ def test_predict_names_skips_and_counts_images_smaller_than_a_patch(trained, tmp
     assert run(predict.main, ["--checkpoint", str(trained), "--images", str(photos), "--out", "made"]) == 0
     printed = capsys.readouterr()
     assert "segmented 1 of 2 images, 1 could not be used" in printed.out
-    assert f"skipped: {photos / 'tiny.png'}: 96 x 4 pixels, less than one patch of the backbone (8 pixels); take it out" in printed.err
+    assert (
+        f"skipped: {photos / 'tiny.png'}: 96 x 4 pixels, less than one patch of the backbone (8 pixels); take it out"
+        in printed.err
+    )
     shares = json.load(open("made/shares.json"))
     assert shares["skipped"] == {"tiny.png": "96 x 4 pixels, less than one patch of the backbone (8 pixels)"}
     assert not (tmp_path / "made" / "masks" / "tiny.png").exists()
@@ -56,7 +59,9 @@ def test_predict_writes_masks_overlays_shares_and_a_sheet(trained, tmp_path, cap
     assert (np.array(Image.open(made / "masks" / "a.png.png")) == labels).all()
     shares = json.load(open(made / "shares.json"))
     assert set(shares["images"]) == {"a.jpg", "a.png", "deep/alpha.webp", "deep/grey.tif", "deep/palette.bmp"}
-    assert shares["images"]["a.png"] == {str(k): pytest.approx((labels == k).mean(), abs=1e-6) for k in np.unique(labels)}
+    assert shares["images"]["a.png"] == {
+        str(k): pytest.approx((labels == k).mean(), abs=1e-6) for k in np.unique(labels)
+    }
     assert sum(shares["mean"].values()) == pytest.approx(1, abs=1e-4)
     assert list(shares["skipped"]) == ["broken.png"]
     assert Image.open(made / "sheet.jpg").width == 1600
@@ -64,9 +69,14 @@ def test_predict_writes_masks_overlays_shares_and_a_sheet(trained, tmp_path, cap
 
 
 def test_predict_on_the_labelled_layout_leaves_the_masks_out(trained, labelled, capsys):
-    assert run(predict.main, ["--checkpoint", str(trained), "--images", str(labelled), "--out", "made", "--no-mirror"]) == 0
+    assert (
+        run(predict.main, ["--checkpoint", str(trained), "--images", str(labelled), "--out", "made", "--no-mirror"])
+        == 0
+    )
     assert "segmented 8 of 8 images" in capsys.readouterr().out
-    assert set(json.load(open("made/shares.json"))["images"]) == {f"{'train' if n < 5 else 'val'}/images/{n}.png" for n in range(8)}
+    assert set(json.load(open("made/shares.json"))["images"]) == {
+        f"{'train' if n < 5 else 'val'}/images/{n}.png" for n in range(8)
+    }
 
 
 def test_predict_on_masks_alone(trained, labelled, capsys):
@@ -114,7 +124,11 @@ def call(checkpoint, photos, out, *args):
 
 def content(folder):
     """Every file but the journal, whose lines may come in another order."""
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file() and p.name != "done.jsonl"}
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes()
+        for p in Path(folder).rglob("*")
+        if p.is_file() and p.name != "done.jsonl"
+    }
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -226,7 +240,9 @@ def test_files_of_others_are_not_written_over(trained, photos, capsys, theirs):
 def test_an_image_that_changed_is_done_again(trained, photos, segmented):
     assert call(trained, photos, "made") == 0
     status = (photos / "0.png").stat()
-    os.utime(photos / "0.png", ns=(status.st_atime_ns, status.st_mtime_ns + 1))  # as if written anew with the same number of bytes
+    os.utime(
+        photos / "0.png", ns=(status.st_atime_ns, status.st_mtime_ns + 1)
+    )  # as if written anew with the same number of bytes
     assert call(trained, photos, "made") == 0
     assert len(segmented) == 6
     status = (photos / "1.png").stat()
@@ -306,7 +322,9 @@ def test_a_mask_of_the_same_name_that_was_another_images(trained, photos, segmen
     assert Path("made/masks/a.png").read_bytes() == Path("made/masks/a.bmp.png").read_bytes()
     shutil.move("away.jpg", photos / "a.jpg")
     (photos / "a.bmp").unlink()
-    assert call(trained, photos, "made") == 0  # a.jpg was done once as a.png, but what lies there now is the mask of a.bmp
+    assert (
+        call(trained, photos, "made") == 0
+    )  # a.jpg was done once as a.png, but what lies there now is the mask of a.bmp
     assert len(segmented) == 5
     assert Path("made/masks/a.png").read_bytes() == Path("made/masks/a.jpg.png").read_bytes()
 
@@ -331,7 +349,9 @@ def test_what_does_not_fit_into_memory_is_skipped_and_said_in_one_line(trained, 
     assert call(trained, photos, "made") == 0
     assert len(json.load(open("made/shares.json"))["images"]) == 4
     small, broken = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped: ")]
-    assert small.startswith(f"skipped: {photos / '0.png'}: does not fit into memory with its short side at 64 pixels; give a smaller")
+    assert small.startswith(
+        f"skipped: {photos / '0.png'}: does not fit into memory with its short side at 64 pixels; give a smaller"
+    )
     assert "new line?[2J.png: not an image of a kind that can be read" in broken
 
 
@@ -369,7 +389,10 @@ def test_what_any_command_made_among_the_images_is_not_taken_for_images(trained,
     assert find_images(photos) == mine
     capsys.readouterr()
     assert call(checkpoint, "coarse", "again") == 2
-    assert "found only other files (2 .json, 1 .jsonl), beside what a command made of others (masks, over" in capsys.readouterr().err
+    assert (
+        "found only other files (2 .json, 1 .jsonl), beside what a command made of others (masks, over"
+        in capsys.readouterr().err
+    )
 
 
 def test_images_of_two_commands_in_one_folder(trained, photos, segmented):

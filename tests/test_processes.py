@@ -43,7 +43,9 @@ CPU = torch.device("cpu")
 
 
 def serve(rank, port, pipe):
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     torch.set_num_threads(1)
     with joined() as processes:
         while (job := pipe.recv()) is not None:
@@ -61,7 +63,9 @@ def pair():
     context = multiprocessing.get_context("spawn")
     ends = [context.Pipe() for _ in range(2)]
     port = free_port()
-    workers = [context.Process(target=serve, args=(rank, port, there), daemon=True) for rank, (_, there) in enumerate(ends)]
+    workers = [
+        context.Process(target=serve, args=(rank, port, there), daemon=True) for rank, (_, there) in enumerate(ends)
+    ]
     for worker in workers:
         worker.start()
 
@@ -94,7 +98,9 @@ def free_port():
 def steps_of(processes, parts, part, settings, dtype=torch.float64):
     """Ten steps of two heads on features whose mean closeness differs from batch to batch -> losses by step and the heads, as arrays."""
     g = torch.Generator().manual_seed(0)
-    features = torch.randn(20, 12, 10, generator=g) + 2 * torch.randn(20, 1, 10, generator=g) * torch.rand(20, 1, 1, generator=g)
+    features = torch.randn(20, 12, 10, generator=g) + 2 * torch.randn(20, 1, 10, generator=g) * torch.rand(
+        20, 1, 1, generator=g
+    )
     heads = Heads([Head(10, 4, 8, seed) for seed in range(2)]).to(dtype)
     thresholds = torch.tensor([[0.1, 0.2], [-0.1, 0.3]])
     schedule = Schedule(20, 8, 5, parts, part)
@@ -152,13 +158,17 @@ def exchanges(processes):
     held = torch.full((2,), float(rank))
     processes.as_first([held])
     return {
-        "mean": [value.tolist() for value in processes.mean([torch.tensor(1.0 + rank), torch.full((2, 1), 4.0 * rank)])],
+        "mean": [
+            value.tolist() for value in processes.mean([torch.tensor(1.0 + rank), torch.full((2, 1), 4.0 * rank)])
+        ],
         "sum": processes.sum(torch.tensor([2**62 - 1, rank])).tolist(),
         "largest": processes.largest(rank),
         "as_first": held.tolist(),
         "decide": processes.decide(rank == 0),
         "all": processes.all(("of", rank)),
-        "to_first": [[x.tolist() for x in each] for each in processes.to_first([torch.ones(rank, 2).half(), torch.tensor(rank)])],
+        "to_first": [
+            [x.tolist() for x in each] for each in processes.to_first([torch.ones(rank, 2).half(), torch.tensor(rank)])
+        ],
         "error": [str(error) for error in processes.all(ImageError(f"{rank}.png", "torn"))],
     }
 
@@ -187,7 +197,9 @@ def test_one_label_is_enough_wherever_it_is(pair, alone):
 def count_one(processes, alone):
     made = made_up_labels(20, 20, classes=1, only=(alone,))
     codes = torch.ones(20, 16, 6)
-    return confusion_of(lambda index: codes[index], torch.ones(1, 6), (4, 4), LabelSquares(made, made, 20, processes), 1)
+    return confusion_of(
+        lambda index: codes[index], torch.ones(1, 6), (4, 4), LabelSquares(made, made, 20, processes), 1
+    )
 
 
 def confusion(processes):
@@ -211,7 +223,9 @@ def extract(processes, photos, cache, shard_bytes, settings):
     before, store.SHARD_BYTES = store.SHARD_BYTES, shard_bytes
     backbone = FakeBackbone()
     try:
-        made = open_or_extract(open_dataset(photos, "train"), backbone, size=8, cache=cache, batch_size=3, processes=processes, **settings)
+        made = open_or_extract(
+            open_dataset(photos, "train"), backbone, size=8, cache=cache, batch_size=3, processes=processes, **settings
+        )
     finally:
         store.SHARD_BYTES = before
     return backbone.calls, made.names, made.skipped, made.rows(range(len(made))).numpy()
@@ -223,7 +237,9 @@ def photos(tmp_path):
 
     rng, folder = np.random.default_rng(0), tmp_path / "photos"
     folder.mkdir()
-    for number, size in enumerate([(8, 8), (8, 16), None, (30, 10), (9, 9), (12, 40), (8, 8), (16, 9), (11, 13), (9, 8), None]):
+    for number, size in enumerate(
+        [(8, 8), (8, 16), None, (30, 10), (9, 9), (12, 40), (8, 8), (16, 9), (11, 13), (9, 8), None]
+    ):
         file = folder / f"{number:02d}.png"
         if size is None:
             file.write_bytes(b"no image")
@@ -259,7 +275,15 @@ def extract_short(processes, photos, cache, room):
     before, store.SHARD_BYTES = store.SHARD_BYTES, 7 * 4 * 5 * 2
     try:
         backbone = Short(room if processes.rank == processes.size - 1 else 100, since=1)
-        open_or_extract(open_dataset(photos, "train"), backbone, size=8, crops="slide", cache=cache, batch_size=3, processes=processes)
+        open_or_extract(
+            open_dataset(photos, "train"),
+            backbone,
+            size=8,
+            crops="slide",
+            cache=cache,
+            batch_size=3,
+            processes=processes,
+        )
     finally:
         store.SHARD_BYTES = before
 
@@ -277,9 +301,14 @@ def test_a_batch_that_does_not_fit_into_one_is_halved_for_all(pair, photos, tmp_
 def test_batches_that_cannot_be_shared():
     require_shares(16, Processes(0, 2))
     require_shares(5, ALONE)
-    with pytest.raises(UserError, match="--batch-size 16: must be a multiple of the 3 processes, with 2 squares for each; take 15 or 18"):
+    with pytest.raises(
+        UserError,
+        match="--batch-size 16: must be a multiple of the 3 processes, with 2 squares for each; take 15 or 18",
+    ):
         require_shares(16, Processes(0, 3))
-    with pytest.raises(UserError, match=r"--batch-size 2: must be a multiple of the 2 processes, with 2 squares for each; take 4$"):
+    with pytest.raises(
+        UserError, match=r"--batch-size 2: must be a multiple of the 2 processes, with 2 squares for each; take 4$"
+    ):
         require_shares(2, Processes(0, 2))
 
 
@@ -300,7 +329,9 @@ def test_a_state_that_only_one_process_finds():
         def largest(self, number):
             return 7
 
-    with pytest.raises(UserError, match="--out out: process 1 finds step 0 there, and another step 7; give a shared folder"):
+    with pytest.raises(
+        UserError, match="--out out: process 1 finds step 0 there, and another step 7; give a shared folder"
+    ):
         require_same_state(None, Path("out"), Other(1, 2))
 
 
@@ -313,7 +344,9 @@ def test_one_process_says_why_all_end(monkeypatch, capsys):
         return command.run(main, [])
 
     assert [ends(each, predict.main) for each in group] == [2, 2]
-    assert capsys.readouterr().err == "error: torchrun: this command runs in one process, not 2; start it with python -m\n"
+    assert (
+        capsys.readouterr().err == "error: torchrun: this command runs in one process, not 2; start it with python -m\n"
+    )
 
 
 def test_a_signal_that_the_first_process_did_not_live_to_tell_of(monkeypatch, capsys):
@@ -344,7 +377,15 @@ def test_one_voice(capsys):
 
 
 def torchrun(*args, **options):
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "smooseg_fast.train"]
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "smooseg_fast.train",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*words, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options
@@ -377,7 +418,9 @@ def test_a_run_of_two(labelled, monkeypatch, capsys):
         record, other = json.loads(line), json.loads(other)
         assert record.pop("head") == other.pop("head")
         assert record == pytest.approx(other, rel=1e-4, abs=1e-5)
-    heads, others = (read_checkpoint(f"{name}/checkpoint.safetensors").head.state_dict() for name in ("together", "out"))
+    heads, others = (
+        read_checkpoint(f"{name}/checkpoint.safetensors").head.state_dict() for name in ("together", "out")
+    )
     for name, value in heads.items():
         torch.testing.assert_close(value, others[name], rtol=1e-4, atol=1e-5)
 
@@ -390,7 +433,9 @@ def process_of(launcher, rank):
     for folder in Path("/proc").iterdir():
         with contextlib.suppress(OSError, IndexError):
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == launcher and f"RANK={rank}\0" in (folder / "environ").read_text().replace("LOCAL_RANK", "").replace("_RANK", ""):
+            if parent == launcher and f"RANK={rank}\0" in (folder / "environ").read_text().replace(
+                "LOCAL_RANK", ""
+            ).replace("_RANK", ""):
                 return int(folder.name)
     raise LookupError(f"no process has rank {rank}")
 

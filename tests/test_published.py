@@ -21,7 +21,12 @@ from smooseg_fast.checkpoint import read_checkpoint
 from smooseg_fast.command import run
 from smooseg_fast.published import read_published
 
-SETTINGS = {"dataset_name": "cityscapes", "res": 224, "max_steps": 3000, "model": {"dino_feat_type": "feat", "dino_patch_size": 8}}
+SETTINGS = {
+    "dataset_name": "cityscapes",
+    "res": 224,
+    "max_steps": 3000,
+    "model": {"dino_feat_type": "feat", "dino_patch_size": 8},
+}
 VIT = dict(dim=64, depth=1, patch=8, side=64)
 
 
@@ -55,7 +60,11 @@ def assert_labels(found, vit, head, image, **options):
 
 @pytest.mark.parametrize(
     ("dataset", "size", "mirror", "legacy"),
-    [("cityscapes", (320, 328), True, False), ("potsdam", (224, 240), False, False), ("potsdam", (224, 224), True, True)],
+    [
+        ("cityscapes", (320, 328), True, False),
+        ("potsdam", (224, 240), False, False),
+        ("potsdam", (224, 224), True, True),
+    ],
     ids=["320", "once", "legacy"],
 )
 def test_labels_are_those_of_the_formula(tmp_path, dataset, size, mirror, legacy):
@@ -98,7 +107,15 @@ def test_convert(tmp_path, capsys):
     path, vit, head = make(tmp_path / "cityscapes.ckpt")
     assert run(convert.main, [str(path), "--out", "made"]) == 0
     printed = capsys.readouterr().out
-    for words in ("K = 5", "D = 64", "DINO ViT-64/8", "after 3000 steps", "dataset_name cityscapes", "res 224", "320 pixels"):
+    for words in (
+        "K = 5",
+        "D = 64",
+        "DINO ViT-64/8",
+        "after 3000 steps",
+        "dataset_name cityscapes",
+        "res 224",
+        "320 pixels",
+    ):
         assert words in printed
     assert "smooseg_fast.predict --checkpoint made/checkpoint.safetensors" in printed
     assert "smooseg_fast.evaluate --preset cityscapes --checkpoint made/checkpoint.safetensors" in printed
@@ -117,7 +134,9 @@ def test_convert(tmp_path, capsys):
         assert segmenter.checkpoint.report["published"]["hyper_parameters"]["model.dino_feat_type"] == "feat"
     # without its folder it says what to give
     shutil.copy(file, tmp_path / "alone.safetensors")
-    with pytest.raises(smooseg_fast.UserError, match=r"--backbone: missing; .*names ./backbone, .*or the file that it was made of"):
+    with pytest.raises(
+        smooseg_fast.UserError, match=r"--backbone: missing; .*names ./backbone, .*or the file that it was made of"
+    ):
         smooseg_fast.Segmenter.load(tmp_path / "alone.safetensors", device="cpu")
     again = smooseg_fast.Segmenter.load(tmp_path / "alone.safetensors", backbone=str(path), device="cpu")
     assert again.same_backbone
@@ -143,7 +162,9 @@ def test_what_was_loaded_can_be_saved_as_ours(tmp_path):
     saved = segmenter.save(tmp_path / "ours.safetensors")
     assert read_checkpoint(saved).backbone_name == str(path)
     image = picture(64, 64)
-    np.testing.assert_array_equal(smooseg_fast.Segmenter.load(saved, device="cpu").predict(image), segmenter.predict(image))
+    np.testing.assert_array_equal(
+        smooseg_fast.Segmenter.load(saved, device="cpu").predict(image), segmenter.predict(image)
+    )
 
 
 def test_evaluate_and_predict_take_the_file_itself(tmp_path, capsys):
@@ -158,7 +179,10 @@ def test_evaluate_and_predict_take_the_file_itself(tmp_path, capsys):
         Image.fromarray(labels).save(f"set/labels/{number}.png")
         np.add.at(expected, (labels_by_hand(vit, head, image, mirror=True)[0], labels), 1)
 
-    assert run(predict.main, ["--checkpoint", str(path), "--images", "set/images", "--out", "masks", "--device", "cpu"]) == 0
+    assert (
+        run(predict.main, ["--checkpoint", str(path), "--images", "set/images", "--out", "masks", "--device", "cpu"])
+        == 0
+    )
     for number, image in enumerate(images):
         assert_labels(np.array(Image.open(f"masks/masks/{number}.png")), vit, head, image, mirror=True)
     assert json.load(open("masks/shares.json"))["model"]["published"]["hyper_parameters"]["res"] == 224
@@ -169,7 +193,18 @@ def test_evaluate_and_predict_take_the_file_itself(tmp_path, capsys):
     assert "warning" not in capsys.readouterr().err
     # another backbone of the same size is used, and said
     torch.save(make_vit(**VIT, seed=9), "other.pth")
-    args = ["--checkpoint", str(path), "--images", "set/images", "--out", "masks2", "--device", "cpu", "--backbone", "other.pth"]
+    args = [
+        "--checkpoint",
+        str(path),
+        "--images",
+        "set/images",
+        "--out",
+        "masks2",
+        "--device",
+        "cpu",
+        "--backbone",
+        "other.pth",
+    ]
     assert run(predict.main, args) == 0
     assert "other.pth is not, weight for weight, the backbone" in capsys.readouterr().err
 
@@ -252,15 +287,24 @@ def without(value, name, replacement=None):
         (lambda v: make_vit(**VIT), "weights of a backbone alone go with --backbone"),
         (lambda v: without(v, "prediction.local_clusters"), "prediction.local_clusters is missing"),
         (lambda v: without(v, "projection.cluster2.2.bias"), "projection.cluster2.2.bias is missing"),
-        (lambda v: without(v, "projection.cluster2.0.weight", torch.ones(64, 32, 1, 1)), "cluster2.0.weight is [64, 32] and not 64 x 64"),
-        (lambda v: without(v, "projection.cluster1.0.weight", torch.ones(64, 64, 3, 3)), "cluster1.0.weight is [64, 64, 3, 3]"),
+        (
+            lambda v: without(v, "projection.cluster2.0.weight", torch.ones(64, 32, 1, 1)),
+            "cluster2.0.weight is [64, 32] and not 64 x 64",
+        ),
+        (
+            lambda v: without(v, "projection.cluster1.0.weight", torch.ones(64, 64, 3, 3)),
+            "cluster1.0.weight is [64, 64, 3, 3]",
+        ),
         (lambda v: without(v, "prediction.global_clusters", torch.full((5, 64), torch.nan)), "and not finite"),
         (lambda v: without(v, "prediction.global_clusters", torch.ones(300, 64)), "300 prototypes; at most 255"),
         (lambda v: without(v, "prediction.global_clusters", "text"), "is no tensor"),
         (lambda v: without(v, "net.model.norm.bias"), "norm.bias is missing"),
         (lambda v: without(v, "net.model.patch_embed.proj.weight"), "it has no patch_embed.proj.weight"),
         (lambda v: {**v, "hyper_parameters": {"dino_feat_type": "KK"}}, "was trained on 'KK' of the backbone"),
-        (lambda v: make_published(make_vit(**{**VIT, "dim": 128}), make_head(64)), "takes 64 channels, its backbone gives 128"),
+        (
+            lambda v: make_published(make_vit(**{**VIT, "dim": 128}), make_head(64)),
+            "takes 64 channels, its backbone gives 128",
+        ),
     ],
 )
 def test_other_layouts_are_refused(tmp_path, capsys, change, words):
@@ -308,4 +352,8 @@ def test_what_a_file_says_does_not_reach_the_terminal(tmp_path, capsys):
 def test_a_backbone_may_be_that_of_a_checkpoint(tmp_path):
     path, vit, _ = make(tmp_path / "a.ckpt")
     torch.save(vit, tmp_path / "vit.pth")
-    assert load_backbone(str(path)).digest == load_backbone(str(tmp_path / "vit.pth")).digest == read_published(path, "x").vit.digest()
+    assert (
+        load_backbone(str(path)).digest
+        == load_backbone(str(tmp_path / "vit.pth")).digest
+        == read_published(path, "x").vit.digest()
+    )

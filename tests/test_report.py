@@ -28,7 +28,15 @@ BOTH = "forward + backward"
 
 
 def line(impl="torch", median=6.5, *, day=1, case="objective", shape="b8", sizes=None, mode=BOTH, **others):
-    who = dict(machine="a CPU", device="cpu", threads=2, torch="2.13.0", python="3.12.3", commit="abcdef0123456789", dirty=False)
+    who = dict(
+        machine="a CPU",
+        device="cpu",
+        threads=2,
+        torch="2.13.0",
+        python="3.12.3",
+        commit="abcdef0123456789",
+        dirty=False,
+    )
     run = dict(date=f"2026-01-{day:02d}T10:00:00+00:00", run=f"run{day}")
     row = dict(case=case, shape=shape, sizes={**SIZES, **(sizes or {})}, impl=impl, mode=mode, dtype="float32")
     timing = {} if median is None else dict(n=15, median_ms=median, p20_ms=0.98 * median, p80_ms=1.03 * median)
@@ -47,13 +55,16 @@ def columns(block, number=0):
 
 
 def test_the_newest_run_that_has_a_cell_wins_and_the_footnote_says_which():
-    block = tables.objective(collected(line("dense", 200.0, day=1, dirty=True), line("torch", 9.0, day=1), line("torch", 6.5, day=2)))
+    block = tables.objective(
+        collected(line("dense", 200.0, day=1, dirty=True), line("torch", 9.0, day=1), line("torch", 6.5, day=2))
+    )
     row = columns(block)
     assert row["torch"] == "6.50 <sup>a</sup>"
     assert row["dense"] == "200 <sup>b</sup>"
     assert row["dense + compile"] == ""
     assert (
-        "<sup>b</sup> 2026-01-01 10:00 UTC, commit abcdef0 with uncommitted changes, a CPU, 2 threads, torch 2.13.0, Python 3.12.3" in block
+        "<sup>b</sup> 2026-01-01 10:00 UTC, commit abcdef0 with uncommitted changes, a CPU, 2 threads, torch 2.13.0, Python 3.12.3"
+        in block
     )
     assert "<sup>a</sup> 2026-01-02 10:00 UTC, commit abcdef0, a CPU" in block
 
@@ -65,14 +76,18 @@ def test_a_clean_checkout_goes_before_a_newer_one_with_changes():
 
 def test_a_ratio_is_of_one_run():
     """200 / 9 of the first run: the second has no dense."""
-    row = columns(tables.objective(collected(line("dense", 200.0, day=1), line("torch", 9.0, day=1), line("torch", 5.0, day=2))))
+    row = columns(
+        tables.objective(collected(line("dense", 200.0, day=1), line("torch", 9.0, day=1), line("torch", 5.0, day=2)))
+    )
     assert row["dense over ours"] == "22× (torch)"
     apart = columns(tables.objective(collected(line("dense", 200.0, day=1), line("torch", 5.0, day=2))))
     assert apart["dense over ours"] == ""
 
 
 def test_other_machines_and_threads_have_tables_of_their_own():
-    block = tables.objective(collected(line("dense", 200.0), line("torch", 5.0, threads=8), line("torch", 4.0, machine="another")))
+    block = tables.objective(
+        collected(line("dense", 200.0), line("torch", 5.0, threads=8), line("torch", 4.0, machine="another"))
+    )
     assert re.findall(r"\*\*(.*?)\*\*", block) == ["a CPU, 2 threads", "a CPU, 8 threads", "another, 2 threads"]
     assert "×" not in block
 
@@ -89,7 +104,12 @@ def test_a_skipped_cell_has_its_reason_until_it_is_measured():
 
 
 def test_lines_of_one_run_and_cell_add_up():
-    found = collected(line("dense", 200.0), line("torch", 5.0), line("torch", None, peak_bytes=21e6), line("dense", None, peak_bytes=294e6))
+    found = collected(
+        line("dense", 200.0),
+        line("torch", 5.0),
+        line("torch", None, peak_bytes=21e6),
+        line("dense", None, peak_bytes=294e6),
+    )
     assert columns(tables.memory(found))["dense over ours"] == "14× (torch)"
     assert columns(tables.memory(found))["torch"] == "21.0 MB"
     assert columns(tables.objective(found))["torch"] == "5.00"
@@ -123,9 +143,13 @@ def sweep_lines(day=1, largest=12544):
     rows = []
     for P in (392, 784, 1568, 3136, 6272, 12544, 25088):
         if largest >= P:
-            rows.append(line("torch", 0.01 * P, case="scaling P", shape=f"P{P}", sizes={"P": P}, day=day, peak_bytes=5000 * P))
+            rows.append(
+                line("torch", 0.01 * P, case="scaling P", shape=f"P{P}", sizes={"P": P}, day=day, peak_bytes=5000 * P)
+            )
         dense = (
-            dict(median=1e-4 * P**2, peak_bytes=40 * P**2) if P < 6272 else dict(median=None, skipped="it would take 9,000,000,000 bytes")
+            dict(median=1e-4 * P**2, peak_bytes=40 * P**2)
+            if P < 6272
+            else dict(median=None, skipped="it would take 9,000,000,000 bytes")
         )
         rows.append(line("dense", case="scaling P", shape=f"P{P}", sizes={"P": P}, day=day, **dense))
     return rows
@@ -146,7 +170,9 @@ def test_slopes():
 
 def test_a_sweep_is_of_one_run():
     """The newest of those with the most points, for every curve."""
-    (sweep,) = sweeps.sweeps(collected(*sweep_lines(1), *sweep_lines(2), line("torch", 1.0, case="scaling P", sizes={"P": 784}, day=3)))
+    (sweep,) = sweeps.sweeps(
+        collected(*sweep_lines(1), *sweep_lines(2), line("torch", 1.0, case="scaling P", sizes={"P": 784}, day=3))
+    )
     assert {row["run"] for row in sweep.rows()} == {"run2"}
 
 
@@ -187,7 +213,9 @@ def checkout(tmp_path):
         "before\n" + block.format("measured") + "between 3 | 4\n" + block.format("objective picture") + "after\n"
     )
     (tmp_path / "docs" / "performance.md").write_text("\n".join(block.format(name) for name in names))
-    (tmp_path / "cpu.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*sweep_lines(), line("dense", 182.0), line()]))
+    (tmp_path / "cpu.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in [*sweep_lines(), line("dense", 182.0), line()])
+    )
     return tmp_path
 
 
@@ -220,7 +248,10 @@ def test_a_number_changed_by_hand_and_a_picture_too_many_are_seen(checkout, caps
     stray.write_text("<svg/>")
     capsys.readouterr()
     assert main(checkout, "--check") == 1
-    assert capsys.readouterr().out == "would change README.md: measured\nwould change docs/pictures/scaling-sold-light.svg\n"
+    assert (
+        capsys.readouterr().out
+        == "would change README.md: measured\nwould change docs/pictures/scaling-sold-light.svg\n"
+    )
     assert main(checkout) == 0
     assert not stray.exists()
 
@@ -239,7 +270,12 @@ def test_one_line_of_what_is_wrong(checkout, capsys, damage):
     assert main(checkout, files=files) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    expected = {"results": "cpu.jsonl:2", "missing results": "none.jsonl", "unknown block": "mesured", "open block": "README.md"}
+    expected = {
+        "results": "cpu.jsonl:2",
+        "missing results": "none.jsonl",
+        "unknown block": "mesured",
+        "open block": "README.md",
+    }
     assert expected[damage] in error
 
 
@@ -247,7 +283,11 @@ def test_the_command_and_the_pages_of_this_checkout(tmp_path):
     """Every block of the committed pages is known. (Whether they are up to date is for `.ci/run`: results come before pages.)"""
     command = [sys.executable, str(BENCHMARKS / "report.py"), str(BENCHMARKS / "results" / "gpu.jsonl"), "--check"]
     done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT / "kernels" / "torch-ext")}
+        command,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "kernels" / "torch-ext")},
     )
     assert done.returncode in (0, 1), done.stderr
     assert done.stderr == ""

@@ -46,11 +46,17 @@ def test_every_benchmark_has_its_commands():
 
 
 def test_the_table_is_that_of_the_presets():
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in TEXT.splitlines() if line.startswith("| `")]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in TEXT.splitlines() if line.startswith("| `")
+    ]
     assert len(rows) == 3
     for name, backbone, within, across, groups, steps, batch, crops, size, eval_size in rows:
         config = PRESETS[name.strip("`")]
-        assert (backbone, float(within), float(across)) == (config.backbone, config.threshold_within, config.threshold_across)
+        assert (backbone, float(within), float(across)) == (
+            config.backbone,
+            config.threshold_within,
+            config.threshold_across,
+        )
         numbers = (config.prototypes, config.steps, config.batch_size, config.size, config.eval_size)
         assert tuple(map(int, (groups, steps, batch, size, eval_size))) == numbers
         assert crops == config.crops
@@ -58,7 +64,10 @@ def test_the_table_is_that_of_the_presets():
 
 def test_sizes_of_features_are_those_of_the_counts():
     """Half precision, five squares (or one) for training, one square and its mirror for the test."""
-    said = [tuple(map(float, pair)) for pair in re.findall(r"Features: ([\d.]+) GB for training, ([\d.]+) GB for the test", TEXT)]
+    said = [
+        tuple(map(float, pair))
+        for pair in re.findall(r"Features: ([\d.]+) GB for training, ([\d.]+) GB for the test", TEXT)
+    ]
     counts = {"cityscapes": (2975, 500, 5, 384), "cocostuff27": (49_629, 2_175, 5, 384), "potsdam": (4545, 855, 1, 768)}
     assert len(said) == len(counts)
     for (training, test), (name, (learnt, measured, crops, channels)) in zip(said, counts.items()):

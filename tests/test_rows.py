@@ -8,7 +8,9 @@ from smooseg_kernels.rows import accumulation_dtype, unit_rows
 
 
 def test_rows_below_the_shortest_length_are_zero_with_gradient_zero():
-    rows = torch.tensor([[0.9e-10, 0.0], [1.1e-10, 0.0], [0.0, 0.0], [3.0, 4.0]], dtype=torch.float64, requires_grad=True)
+    rows = torch.tensor(
+        [[0.9e-10, 0.0], [1.1e-10, 0.0], [0.0, 0.0], [3.0, 4.0]], dtype=torch.float64, requires_grad=True
+    )
     unit = unit_rows(rows)
     expected = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 0.0], [0.6, 0.8]], dtype=torch.float64)
     torch.testing.assert_close(unit, expected, rtol=1e-12, atol=0)

@@ -83,7 +83,12 @@ def test_a_pillow_image_is_the_picture_that_it_shows(trained, tmp_path):
     assert turned.shape == (96, 64)
     assert (segmenter.predict(colours) == segmenter.predict(np.array(colours))).all()
     assert segmenter.predict(colours).shape == (64, 96)
-    for other in (colours.convert("CMYK"), colours.convert("RGBA"), colours.convert("1"), colours.convert("L").convert("I")):
+    for other in (
+        colours.convert("CMYK"),
+        colours.convert("RGBA"),
+        colours.convert("1"),
+        colours.convert("L").convert("I"),
+    ):
         assert (segmenter.predict(other) == segmenter.predict(images.as_rgb(other, None))).all()
     reduced = colours.quantize(200)
     assert (segmenter.predict(reduced) == segmenter.predict(np.array(reduced.convert("RGB")))).all()
@@ -102,7 +107,10 @@ def test_a_pillow_image_is_the_picture_that_it_shows(trained, tmp_path):
 )
 def test_what_is_no_image_is_named(trained, image, got):
     segmenter = smooseg_fast.Segmenter.load(trained, device="cpu")
-    with pytest.raises(smooseg_fast.UserError, match=rf"^image: must be uint8 \[H,W,3\] RGB or .*, a Pillow image, or a path; got {got}$"):
+    with pytest.raises(
+        smooseg_fast.UserError,
+        match=rf"^image: must be uint8 \[H,W,3\] RGB or .*, a Pillow image, or a path; got {got}$",
+    ):
         segmenter.predict(image)
 
 
@@ -127,7 +135,9 @@ def test_evaluate(trained, labelled, capsys):
     assert "no mirror" in printed
     scores = json.load(open(trained.parent / "evaluation" / "scores.json"))
     report = json.load(open(trained.parent / "report.json"))
-    assert scores["hungarian"] == report["scores"]["hungarian"]  # the same images, squares and labels as at the end of training
+    assert (
+        scores["hungarian"] == report["scores"]["hungarian"]
+    )  # the same images, squares and labels as at the end of training
     assert np.sum(scores["confusion"]) == scores["hungarian"]["pixels"] == scores["majority"]["pixels"]
     assert Image.open(trained.parent / "evaluation" / "confusion.png").width > 100
     assert run(evaluate.main, args[:4]) == 0
@@ -214,7 +224,11 @@ def test_checkpoints_with_another_header(trained, tmp_path, capsys, place, value
         ("teacher", lambda t: t * float("nan"), "teacher has numbers that are not finite"),
         ("projection.hidden.bias", lambda t: t.long(), "projection.hidden.bias is torch.int64"),
         ("projection.linear.weight", lambda t: t[0, 0], "damaged, or written by another version"),
-        ("projection.linear.weight", lambda t: torch.zeros(len(t), 1 << 18), "hidden.weight is torch.float32"),  # W2 would take 275 GB
+        (
+            "projection.linear.weight",
+            lambda t: torch.zeros(len(t), 1 << 18),
+            "hidden.weight is torch.float32",
+        ),  # W2 would take 275 GB
     ],
 )
 def test_checkpoints_with_other_weights(trained, tmp_path, capsys, name, change, words):
@@ -229,7 +243,13 @@ def save_changed(folder, header, tensors):
 
 
 def refused_by_predict(path, words, folder, capsys):
-    assert run(predict.main, ["--checkpoint", str(path), "--images", str(folder / "set" / "val" / "images"), "--out", "made"]) == 2
+    assert (
+        run(
+            predict.main,
+            ["--checkpoint", str(path), "--images", str(folder / "set" / "val" / "images"), "--out", "made"],
+        )
+        == 2
+    )
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(f"error: --checkpoint {path}: ")
     assert words in line
@@ -275,7 +295,10 @@ def test_evaluate_names_its_own_flag_for_a_wrong_size(trained, labelled, capsys,
 
 
 def test_evaluate_at_another_size(trained, labelled):
-    assert run(evaluate.main, ["--checkpoint", str(trained), "--data", str(labelled), "--no-mirror", "--eval-size", "72"]) == 0
+    assert (
+        run(evaluate.main, ["--checkpoint", str(trained), "--data", str(labelled), "--no-mirror", "--eval-size", "72"])
+        == 0
+    )
     scores = json.load(open(trained.parent / "evaluation" / "scores.json"))
     assert scores["size"] == 72
     assert scores["hungarian"]["pixels"] == 3 * 70 * 72  # two of 72 rows are not labelled
@@ -292,7 +315,9 @@ def test_another_backbone_than_that_of_training_is_warned_of(labelled, tmp_path,
         for number, (command, args) in enumerate(commands.items()):
             out = ["--out", f"{number} {warned}"]
             assert run(command.main, ["--checkpoint", "out/checkpoint.safetensors", *args, *named, *out]) == 0
-            said = "warning: ours:colours is not, weight for weight, the backbone of training" in capsys.readouterr().err
+            said = (
+                "warning: ours:colours is not, weight for weight, the backbone of training" in capsys.readouterr().err
+            )
             assert said == warned
 
 
@@ -300,22 +325,34 @@ def test_evaluate_without_data(labelled, trained, tmp_path, capsys):
     """The demo's images are for checkpoints of the demo alone."""
     settings = dict(size=64, eval_size=64, steps=3, batch_size=4, prototypes=3, progress=False)
     for preset_name in ("folder", "demo"):
-        smooseg_fast.fit([draw(n)[0] for n in range(4)], preset_name=preset_name, **settings).save(tmp_path / f"{preset_name}.safetensors")
-    assert run(train.main, ["--preset", "demo", "--data", str(labelled), "--out", "labelled", *SMALL, "--patches", "20"]) == 0
+        smooseg_fast.fit([draw(n)[0] for n in range(4)], preset_name=preset_name, **settings).save(
+            tmp_path / f"{preset_name}.safetensors"
+        )
+    assert (
+        run(train.main, ["--preset", "demo", "--data", str(labelled), "--out", "labelled", *SMALL, "--patches", "20"])
+        == 0
+    )
     own = read_checkpoint(trained)  # of someone's own labelled datasets, which have no folder
     own.config = dataclasses.replace(own.config, data=None)
     own.write(tmp_path / "own.safetensors")
-    others = [tmp_path / "labelled" / "checkpoint.safetensors", *(tmp_path / f"{name}.safetensors" for name in ("folder", "demo", "own"))]
+    others = [
+        tmp_path / "labelled" / "checkpoint.safetensors",
+        *(tmp_path / f"{name}.safetensors" for name in ("folder", "demo", "own")),
+    ]
     for path in (trained, *others):
         capsys.readouterr()
         assert run(evaluate.main, ["--checkpoint", str(path)]) == 2
-        assert capsys.readouterr().err.startswith("error: --data: missing; the checkpoint is not of the demo: give a folder with images/")
+        assert capsys.readouterr().err.startswith(
+            "error: --data: missing; the checkpoint is not of the demo: give a folder with images/"
+        )
 
 
 def test_evaluate_of_the_demo(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(trainer, "demo_datasets", lambda: (Mosaic("train", count=4, size=32), Mosaic("val", count=6, size=32)))
+    monkeypatch.setattr(
+        trainer, "demo_datasets", lambda: (Mosaic("train", count=4, size=32), Mosaic("val", count=6, size=32))
+    )
     monkeypatch.setattr(evaluate, "demo_datasets", trainer.demo_datasets)
     assert run(train.main, ["--out", "out", *SMALL, "--size", "32", "--eval-size", "32", "--patches", "8"]) == 0
     assert run(evaluate.main, ["--checkpoint", "out/checkpoint.safetensors", "--no-mirror"]) == 0

@@ -26,7 +26,9 @@ BIN = 2 * REACH / BINS
 def make_store(N=19, P=12, D=6, seed=0) -> tuple[FeatureStore, torch.Tensor]:
     """A store in two shards, and its unit rows in float64; neighbours in it are alike, and one row is 0."""
     g = torch.Generator().manual_seed(seed)
-    features = torch.randn(N, P, D, generator=g) + torch.linspace(0, 3, N)[:, None, None] * torch.randn(1, 1, D, generator=g)
+    features = torch.randn(N, P, D, generator=g) + torch.linspace(0, 3, N)[:, None, None] * torch.randn(
+        1, 1, D, generator=g
+    )
     features[1, 2] = 0.0
     features = features.half()
     shards = []
@@ -90,12 +92,16 @@ def test_across_pairs_are_of_different_squares_drawn_at_random(partners, monkeyp
             pairs |= {(n, rows[j]) for n, j in zip(rows, other.tolist())}
     assert len(pairs) == 19 * partners
     assert all(n != j for n, j in pairs)
-    assert sum(abs(n - j) == 1 for n, j in pairs) < 0.5 * len(pairs)  # neighbours in a folder are often neighbours in time
+    assert sum(abs(n - j) == 1 for n, j in pairs) < 0.5 * len(
+        pairs
+    )  # neighbours in a folder are often neighbours in time
 
 
 def test_the_same_again_and_another_seed():
     store, _ = make_store()
-    first, again, other = (measured.similarity(store, CPU, largest=700, seed=seed, progress=False) for seed in (0, 0, 1))
+    first, again, other = (
+        measured.similarity(store, CPU, largest=700, seed=seed, progress=False) for seed in (0, 0, 1)
+    )
     assert torch.equal(first.within.counts, again.within.counts)
     assert torch.equal(first.across.counts, again.across.counts)
     assert not torch.equal(first.across.counts, other.across.counts)
@@ -166,7 +172,10 @@ def test_what_it_prints_is_what_training_says(folder, capsys):
         assert report[kind]["mean"] == found[kind]["mean"]
         assert report[kind]["pulled"] == found["thresholds"][0][kind]["pulled"]
         assert report[kind]["pairs"] == found[kind]["pairs"]
-    assert "means over every pair of patches of 18 squares; spread from 0.0737 million pairs within all of them" in capsys.readouterr().out
+    assert (
+        "means over every pair of patches of 18 squares; spread from 0.0737 million pairs within all of them"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_checkpoint_has_its_own_thresholds(trained, capsys):
@@ -176,7 +185,9 @@ def test_a_checkpoint_has_its_own_thresholds(trained, capsys):
     assert "granularity 0.06" in out  # the head that predicts alone
     assert "granularity 0.1" not in out
     assert (trained.parent / "similarity" / "similarity.png").exists()
-    assert call("--checkpoint", trained, "--threshold-within", "0.1", "--threshold-across", "0.2", "--out", "other") == 0
+    assert (
+        call("--checkpoint", trained, "--threshold-within", "0.1", "--threshold-across", "0.2", "--out", "other") == 0
+    )
     assert json.load(open("other/similarity.json"))["thresholds"][0]["within"]["threshold"] == 0.1
 
 
@@ -235,7 +246,10 @@ def test_a_picture_has_a_mark_for_each_threshold():
     assert near(plain, histograms.MARK, 150).sum() == 0
     assert near(marked, histograms.MARK, 150).max() > 80  # a line from the axis to its name
     heights = near(plain, histograms.BLUES[2], 12)
-    tall, low = np.median(heights[heights > 0.75 * heights.max()]), np.median(heights[(heights > 20) & (heights < 0.5 * heights.max())])
+    tall, low = (
+        np.median(heights[heights > 0.75 * heights.max()]),
+        np.median(heights[(heights > 20) & (heights < 0.5 * heights.max())]),
+    )
     assert tall / low == pytest.approx(3, rel=0.05)
     many = histograms_picture({"a": Histogram(edges, counts, 0.6, {str(i): i / 40 for i in range(40)})})
     assert many.height > marked.height

@@ -15,13 +15,20 @@ TRITON = ["triton"] if importlib.util.find_spec("triton") else []
 IMPLS = ["dense", "torch", *TRITON]
 HALVES = [torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
 LIMITS = (-1.5, 1.5)
-EPS = {torch.float64: 1e-13, torch.float32: 4e-6, torch.float16: 4e-6, torch.bfloat16: 4e-6}  # inputs are rounded alike; sums are in fp32
+EPS = {
+    torch.float64: 1e-13,
+    torch.float32: 4e-6,
+    torch.float16: 4e-6,
+    torch.bfloat16: 4e-6,
+}  # inputs are rounded alike; sums are in fp32
 
 
 def make_features(B, P, D, dtype=torch.float32, seed=0) -> Tensor:
     """A mean common to each image and one common to all; a row that is 0 and one that is too short."""
     g = torch.Generator().manual_seed(seed)
-    features = (torch.randn(B, P, D, generator=g) + torch.randn(B, 1, D, generator=g) + 0.5 * torch.randn(1, 1, D, generator=g)).to(dtype)
+    features = (
+        torch.randn(B, P, D, generator=g) + torch.randn(B, 1, D, generator=g) + 0.5 * torch.randn(1, 1, D, generator=g)
+    ).to(dtype)
     features[0, 0] = 0.0
     features[-1, -1] = 1e-12
     return features.to(DEVICE)
@@ -48,7 +55,13 @@ class Truth:
         pairs = [
             (n, j)
             for n in range(self.B)
-            for j in ([n] if entry == "self" else [j for j in range(self.B) if j != n] if isinstance(entry, str) else [int(entry[n])])
+            for j in (
+                [n]
+                if entry == "self"
+                else [j for j in range(self.B) if j != n]
+                if isinstance(entry, str)
+                else [int(entry[n])]
+            )
         ]
         whole = [(n, j) for n, j in pairs if w[n].sum() > 0 and w[j].sum() > 0]
         means = [torch.einsum("i,j,ij", w[n], w[j], f[n] @ f[j].T) / w[n].sum() / w[j].sum() for n, j in whole]
@@ -63,7 +76,9 @@ class Truth:
             closeness = s - row[:, None] + self.mean if center else s
             self.blocks.append((n, j, closeness, w[j] > 0))
             values.append(closeness[(w[n] > 0)[:, None] & (w[j] > 0)[None]])
-        self.row_mean = torch.stack([sum(each) / len(each) if each else torch.zeros(self.P, dtype=torch.float64) for each in rows])
+        self.row_mean = torch.stack(
+            [sum(each) / len(each) if each else torch.zeros(self.P, dtype=torch.float64) for each in rows]
+        )
         self.values = torch.cat(values).sort().values
 
     def check(self, got: sk.SimilarityStatistics, t: int, eps: float, bins: int = 512, limits=LIMITS) -> None:
@@ -116,14 +131,18 @@ FORMS += [(impl, dtype) for impl in TRITON for dtype in (torch.float32, *HALVES)
 SMALL = [((3, 17, 5), center, weighted) for center in (True, False) for weighted in (False, True)]
 
 
-@pytest.mark.parametrize(("shape", "center", "weighted"), [*SMALL, ((2, 97, 70), True, True), ((1, 1, 5), True, False)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "center", "weighted"), [*SMALL, ((2, 97, 70), True, True), ((1, 1, 5), True, False)], ids=str
+)
 @pytest.mark.parametrize(("impl", "dtype"), FORMS, ids=str)
 def test_against_the_definition(shape, center, weighted, impl, dtype):
     B, P, D = shape
     features, weight = make_features(B, P, D, dtype), make_weight(B, P) if weighted else None
     partners = partners_for(B)
     got = statistics_of(features, partners, impl, weight, center=center, neighbours=5)
-    assert got.mean.dtype == got.row_mean.dtype == got.neighbour_values.dtype == torch.promote_types(dtype, torch.float32)
+    assert (
+        got.mean.dtype == got.row_mean.dtype == got.neighbour_values.dtype == torch.promote_types(dtype, torch.float32)
+    )
     assert got.histogram.dtype == got.neighbour_indices.dtype == torch.int64
     weight = None if weight is None else weight.to(got.mean.dtype)
     for t, entry in enumerate(partners):
@@ -185,7 +204,9 @@ def test_many_neighbours_and_fewer_than_asked_for(impl, k):
     got = statistics_of(features, ["self", "all"], impl, bins=0, neighbours=k)
     assert got.histogram.shape == (2, 0)
     for t, entry in enumerate(("self", "all")):
-        Truth(features, entry).check_neighbours(got.neighbour_values[t].double().cpu(), got.neighbour_indices[t].cpu(), EPS[torch.float32])
+        Truth(features, entry).check_neighbours(
+            got.neighbour_values[t].double().cpu(), got.neighbour_indices[t].cpu(), EPS[torch.float32]
+        )
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -210,7 +231,9 @@ def test_means_are_those_of_the_energy(impl):
     features, partner = make_features(3, 17, 5), torch.tensor([2, 2, 0], device=DEVICE)
     probs = torch.rand(3, 17, 4, device=DEVICE)
     for weight in (None, make_weight(3, 17).float()):
-        terms = sk.smoothness_energy(features, probs, ["self", partner, "all"], [0.0] * 3, patch_weight=weight, impl="torch")
+        terms = sk.smoothness_energy(
+            features, probs, ["self", partner, "all"], [0.0] * 3, patch_weight=weight, impl="torch"
+        )
         got = sk.similarity_statistics(features, ["self", partner, "all"], patch_weight=weight, bins=0, impl=impl)
         torch.testing.assert_close(got.mean, terms.mean, rtol=0, atol=1e-6)
 
@@ -263,8 +286,14 @@ def test_quantiles_of_a_histogram():
     bin_of = ((exact - limits[0]) * bins / 2).floor().clamp(0, bins - 1)
     assert torch.equal(((got - limits[0]) * bins / 2).floor(), bin_of)  # the bin of the exact quantile
     assert (got.diff(dim=1) >= 0).all()
-    assert sk.histogram_quantiles(torch.tensor([0, 4, 0, 0]), [0.0, 0.25, 1.0], (0.0, 4.0)).tolist() == [1.125, 1.125, 1.875]
-    assert sk.histogram_quantiles(torch.tensor([3, 0, 7]), [0.3, 0.31], (0.0, 3.0)).tolist() == pytest.approx([5 / 6, 2 + 1 / 14])
+    assert sk.histogram_quantiles(torch.tensor([0, 4, 0, 0]), [0.0, 0.25, 1.0], (0.0, 4.0)).tolist() == [
+        1.125,
+        1.125,
+        1.875,
+    ]
+    assert sk.histogram_quantiles(torch.tensor([3, 0, 7]), [0.3, 0.31], (0.0, 3.0)).tolist() == pytest.approx(
+        [5 / 6, 2 + 1 / 14]
+    )
     assert 0.07 * 100 > 7  # by rounding: still the seventh of 100
     assert sk.histogram_quantiles(torch.tensor([7, 93]), [0.07], (0.0, 2.0)) < 1
     assert sk.histogram_quantiles(torch.zeros(3, dtype=torch.int64), [0.5]).isnan().all()
@@ -312,7 +341,9 @@ def test_compiles_whole(impl):
     features, weight = make_features(2, 17, 5), make_weight(2, 17).float()
 
     def statistics(features, weight):
-        return sk.similarity_statistics(features, ["self", "all"], patch_weight=weight, neighbours=3, bins=32, impl=impl)
+        return sk.similarity_statistics(
+            features, ["self", "all"], patch_weight=weight, neighbours=3, bins=32, impl=impl
+        )
 
     compiled = torch.compile(statistics, backend="aot_eager", fullgraph=True)
     for got, want in zip(compiled(features, weight), statistics(features, weight)):
@@ -337,13 +368,18 @@ def test_operator_passes_opcheck():
     features = make_features(3, 17, 5).mT.contiguous().mT  # not contiguous
     table, weight = torch.tensor([[2, 0, 0]], device=DEVICE), make_weight(3, 17).float()
     opcheck(similarity.similarity_statistics, (features, table, [-1, 0, -2], weight, None, True, 16, -1.5, 1.5, 3))
-    opcheck(similarity.similarity_statistics, (features, None, [-1], None, torch.tensor([0.1], device=DEVICE), False, 0, -1.5, 1.5, 0))
+    opcheck(
+        similarity.similarity_statistics,
+        (features, None, [-1], None, torch.tensor([0.1], device=DEVICE), False, 0, -1.5, 1.5, 0),
+    )
 
 
 @pytest.mark.skipif(not TRITON, reason="needs triton")
 def test_what_the_kernels_do_not_hold():
     features = make_features(2, 5, 3)
-    with pytest.raises(ValueError, match=r'impl="triton" keeps at most 64 neighbours, got neighbours=65: use impl="torch"'):
+    with pytest.raises(
+        ValueError, match=r'impl="triton" keeps at most 64 neighbours, got neighbours=65: use impl="torch"'
+    ):
         statistics_of(features, ["self"], "triton", neighbours=65)
     with pytest.raises(ValueError, match=r'impl="triton" counts at most 2048 bins, got bins=3000'):
         statistics_of(features, ["self"], "triton", bins=3000)

@@ -141,7 +141,16 @@ def test_from_python_the_exception_tells_what_is_kept(folder, monkeypatch):
 
 def kill(folder, moments, *args):
     """-> how the processes ended."""
-    command = [sys.executable, Path(__file__).with_name("killed.py"), json.dumps(moments), "--data", folder, "--out", "out", *args]
+    command = [
+        sys.executable,
+        Path(__file__).with_name("killed.py"),
+        json.dumps(moments),
+        "--data",
+        folder,
+        "--out",
+        "out",
+        *args,
+    ]
     paths = [str(Path(smooseg_fast.__file__).parents[1]), *sys.path]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, env=environment)
@@ -151,7 +160,15 @@ def kill(folder, moments, *args):
 
 def test_killed_before_any_file_is_in_its_place(folder):
     """One process after another on one folder; what each leaves half written, the next one removes."""
-    names = ["run.json", "metrics.jsonl", "training.safetensors", HEAD, "checkpoint.safetensors", "groups.png", "report.json"]
+    names = [
+        "run.json",
+        "metrics.jsonl",
+        "training.safetensors",
+        HEAD,
+        "checkpoint.safetensors",
+        "groups.png",
+        "report.json",
+    ]
     moments = [[name, 1] for name in names]
     moments.insert(3, ["training.safetensors", 2])
     codes = kill(folder, [0.0, *moments], *LADDER)
@@ -244,7 +261,10 @@ def test_a_full_disk_from_python(folder, monkeypatch):
 
 
 def test_the_last_step_is_saved_where_no_checkpoint_is_due(folder):
-    assert call("--data", folder, "--out", "out", *SMALL, "--steps", "5", "--checkpoint-every", "3", "--log-every", "4") == 0
+    assert (
+        call("--data", folder, "--out", "out", *SMALL, "--steps", "5", "--checkpoint-every", "3", "--log-every", "4")
+        == 0
+    )
     assert read_training_state("out/training.safetensors").step == 5
     steps = [json.loads(line)["step"] for line in open("out/metrics.jsonl")]
     assert sorted(set(steps)) == [4, 5]
@@ -252,7 +272,11 @@ def test_the_last_step_is_saved_where_no_checkpoint_is_due(folder):
 
 def test_leftovers_of_killed_processes_go_and_other_files_stay(folder):
     Path("out/heads").mkdir(parents=True)
-    left = [Path("out/.training.123.part.safetensors"), Path("out/heads/.x.9.part.safetensors"), Path("out/.run.77.part.json")]
+    left = [
+        Path("out/.training.123.part.safetensors"),
+        Path("out/heads/.x.9.part.safetensors"),
+        Path("out/.run.77.part.json"),
+    ]
     others = [Path("out/.mine.part"), Path("out/notes.txt")]
     for path in (*left, *others):
         path.write_text("half")

@@ -17,7 +17,15 @@ from smooseg_fast.features import extract as extraction
 from smooseg_fast.features import store
 from smooseg_fast.features.cachefolder import default_cache
 from smooseg_fast.features.extract import open_or_extract
-from smooseg_fast.features.store import Contents, DamagedShard, FeatureStore, read_shard, require_sound, to_storage, write_shard
+from smooseg_fast.features.store import (
+    Contents,
+    DamagedShard,
+    FeatureStore,
+    read_shard,
+    require_sound,
+    to_storage,
+    write_shard,
+)
 from smooseg_fast.files import write_atomic
 from smooseg_fast.images import cut_squares
 from smooseg_fast.signals import Interrupted
@@ -74,7 +82,9 @@ def small_shards(monkeypatch):
 
 def extract(photos, cache, backbone=None, **settings) -> FeatureStore:
     backbone = backbone or FakeBackbone()
-    return open_or_extract(open_dataset(photos, "train"), backbone, **{"size": SIZE, "cache": cache, "batch_size": 3, **settings})
+    return open_or_extract(
+        open_dataset(photos, "train"), backbone, **{"size": SIZE, "cache": cache, "batch_size": 3, **settings}
+    )
 
 
 def shards(cache: Path) -> list[Path]:
@@ -112,7 +122,9 @@ def test_rows_are_the_features_of_the_squares_in_order(photos, tmp_path, small_s
 
 def test_crops_tell_where_the_squares_lie(photos, tmp_path):
     features = extract(photos, tmp_path, crops="slide")
-    places = {name: [crop for other, crop in zip(features.names, features.crops) if other == name] for name in features.names}
+    places = {
+        name: [crop for other, crop in zip(features.names, features.crops) if other == name] for name in features.names
+    }
     assert places["0.png"] == [(0, 0)]
     assert places["1.png"] == [(0, 0), (0, 2), (0, 4), (0, 6), (0, 8)]
     assert places["2.png"][-1] == (24 - 8, 0)
@@ -273,7 +285,9 @@ def test_a_second_call_reads_and_another_setting_extracts(photos, tmp_path):
 def test_the_folder_says_what_it_is(photos, tmp_path):
     extract(photos, tmp_path, crops="slide")
     meta = json.loads(next(tmp_path.glob("*/meta.json")).read_text())
-    want = dict(dataset="photos", images=10, backbone="fake", digest="f00d", size=SIZE, crops="slide", grid=[2, 2], channels=D)
+    want = dict(
+        dataset="photos", images=10, backbone="fake", digest="f00d", size=SIZE, crops="slide", grid=[2, 2], channels=D
+    )
     assert want.items() <= meta.items()
 
 
@@ -362,7 +376,13 @@ def test_a_damaged_shard_is_named_and_made_again_and_the_others_stay(photos, tmp
         victim.unlink()
     else:
         header_cut, bit = content[:30] + b"\0" * 30 + content[60:], content[:-1] + bytes([content[-1] ^ 4])
-        kinds = {"short": content[:-2], "long": content + b"\0\0", "header": header_cut, "features": bit, "other": paths[4].read_bytes()}
+        kinds = {
+            "short": content[:-2],
+            "long": content + b"\0\0",
+            "header": header_cut,
+            "features": bit,
+            "other": paths[4].read_bytes(),
+        }
         victim.write_bytes(kinds[damage])
     backbone = FakeBackbone()
     features = extract(photos, cache, backbone, **SLIDE)

@@ -37,7 +37,9 @@ def images(count=40):
     return ArrayDataset([np.full((SIZE, SIZE, 3), 3 * number, np.uint8) for number in range(count)])
 
 
-def opened(cache, *, limit=None, windows=None, resumed=False, in_use=0, dataset=None, processes=ALONE, said=None, data_seed=5):
+def opened(
+    cache, *, limit=None, windows=None, resumed=False, in_use=0, dataset=None, processes=ALONE, said=None, data_seed=5
+):
     options = dict(size=SIZE, crops="center", cache=cache, limit=limit, progress=False, processes=processes)
     say = (lambda line: None) if said is None else said.append
     learning = dict(batch_size=4, data_seed=data_seed, in_use=in_use, resumed=resumed, windows=windows, say=say)
@@ -61,7 +63,9 @@ def flat(lists):
 
 
 def test_every_pass_sees_every_image_once_in_another_order(tmp_path):
-    _, schedule = opened(tmp_path, windows=Windows(3, 3), resumed=True)  # windows of 13, 13 and 14 squares, of which 12 make batches
+    _, schedule = opened(
+        tmp_path, windows=Windows(3, 3), resumed=True
+    )  # windows of 13, 13 and 14 squares, of which 12 make batches
     passes = [flat(seen(schedule, range(first, first + 9))) for first in (0, 9, 18)]
     for numbers in passes:
         assert max(Counter(numbers).values()) == 1
@@ -100,7 +104,9 @@ def test_only_the_sample_and_one_window_are_there(tmp_path):
         seen(schedule, [step])
         assert schedule.ready(step)
         assert schedule.ready(step + 1) == (step % 3 < 2)
-        datasets.append([store.meta["dataset"] for store in CacheFolder(tmp_path).stores() if "sample" not in store.meta["dataset"]])
+        datasets.append(
+            [store.meta["dataset"] for store in CacheFolder(tmp_path).stores() if "sample" not in store.meta["dataset"]]
+        )
     names = [f"arrays, window {place + 1} of 3 in pass {turn + 1}" for turn, place in ((0, 0), (0, 1), (0, 2), (1, 0))]
     assert datasets == [[name] for name in names for _ in range(3)]
     schedule.close()
@@ -150,7 +156,9 @@ def test_windows_fit_beside_what_is_in_use():
         assert in_use + (62 / 1000 + 1 / (windows.count - 1)) * found.nbytes > limit
         assert windows.steps == round(5000 / windows.count / 32)
     assert windows_of(Expected(1000, 5.0, 1000, there=True), 1, 0, 32) is None
-    with pytest.raises(UserError, match=r"--cache-limit 300\.0 kB: too small; .* at least 359\.2 kB, all features 5\.[23] MB"):
+    with pytest.raises(
+        UserError, match=r"--cache-limit 300\.0 kB: too small; .* at least 359\.2 kB, all features 5\.[23] MB"
+    ):
         windows_of(found, 300_000, 0, 32)
     assert windows_of(found, 359_250, 0, 32) == Windows(156, 1)
     with pytest.raises(UserError, match="too small"):
@@ -172,7 +180,9 @@ def test_the_cache_never_passes_the_limit(tmp_path, monkeypatch):
         sizes.append(sum(store.nbytes for store in CacheFolder(tmp_path).stores()))
 
     monkeypatch.setattr(extracting, "write_shard", written)
-    monkeypatch.setattr(stream, "open_or_extract", lambda part, backbone, **options: extracting.open_or_extract(part, Wide(), **options))
+    monkeypatch.setattr(
+        stream, "open_or_extract", lambda part, backbone, **options: extracting.open_or_extract(part, Wide(), **options)
+    )
     limit = 20 * 4 * 5000 * 2
     options = dict(size=SIZE, crops="center", cache=tmp_path, limit=limit, progress=False, processes=ALONE)
     learning = dict(batch_size=4, data_seed=5, in_use=0, resumed=False, windows=None, say=lambda line: None)
@@ -192,7 +202,10 @@ def test_features_that_are_there_or_fit_are_not_streamed(tmp_path):
 
 
 def test_a_run_that_began_with_all_features_goes_on_with_them(tmp_path):
-    with pytest.raises(UserError, match=r"--cache-limit 1\.0 kB: this run began with room for all; give about 1\.7 kB, or another --out"):
+    with pytest.raises(
+        UserError,
+        match=r"--cache-limit 1\.0 kB: this run began with room for all; give about 1\.7 kB, or another --out",
+    ):
         opened(tmp_path, limit=1000, resumed=True)
     assert not CacheFolder(tmp_path).stores()
 
@@ -205,7 +218,9 @@ STREAMED = ["--granularity", "0.06", "--prototypes", "3", "--steps", "8", "--cac
 def test_a_streamed_run_says_so_and_its_parts_go(folder, capsys):
     assert call("--data", folder, "--out", "out", "--cache", "c", *SMALL, *STREAMED) == 0
     out = capsys.readouterr().out
-    assert "features   streamed: all would take about 251.6 kB; 3 windows of 83.9 kB and 2 steps follow one another" in out
+    assert (
+        "features   streamed: all would take about 251.6 kB; 3 windows of 83.9 kB and 2 steps follow one another" in out
+    )
     assert "sample     6 squares of 2 images" in out
     assert "stream     window 1 of 3 in pass 2: 2 images, steps 7 to 8" in out
     state = read_training_state("out/training.safetensors")
@@ -214,13 +229,26 @@ def test_a_streamed_run_says_so_and_its_parts_go(folder, capsys):
     assert report["streamed"] == {"count": 3, "steps": 2}
     assert [store.meta["dataset"] for store in CacheFolder("c").stores()] == ["photos, sample"]
     segmenter = smooseg_fast.fit(
-        folder, cache="c", cache_limit="180kB", size=64, eval_size=64, steps=2, batch_size=4, prototypes=3, progress=False
+        folder,
+        cache="c",
+        cache_limit="180kB",
+        size=64,
+        eval_size=64,
+        steps=2,
+        batch_size=4,
+        prototypes=3,
+        progress=False,
     )
     assert segmenter.checkpoint.step == 2
 
 
 def test_killed_anywhere_it_ends_bit_for_bit_as_if_nothing_had_been(folder):
-    moments = [["shard-00000.safetensors", 1], ["shard-00000.safetensors", 2], ["training.safetensors", 2], ["shard-00000.safetensors", 2]]
+    moments = [
+        ["shard-00000.safetensors", 1],
+        ["shard-00000.safetensors", 2],
+        ["training.safetensors", 2],
+        ["shard-00000.safetensors", 2],
+    ]
     codes = kill(folder, [0.0, *moments], "--cache", "c", *SMALL, *STREAMED)
     assert codes == [-signal.SIGKILL] * 5 + [0]
     assert files("out") == files("undisturbed/out")
@@ -268,7 +296,10 @@ def test_a_full_disk_between_windows(folder, monkeypatch, capsys):
     ("limit", "message"),
     [
         ("much", "--cache-limit much: no size; give a number above 0 with its unit, such as 50GB"),
-        ("146kB", "--cache-limit 146.0 kB: too small; what has to be at hand at once takes at least 146.8 kB, all features 251.6 kB"),
+        (
+            "146kB",
+            "--cache-limit 146.0 kB: too small; what has to be at hand at once takes at least 146.8 kB, all features 251.6 kB",
+        ),
     ],
 )
 def test_limits_that_cannot_be(folder, capsys, limit, message):

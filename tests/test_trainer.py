@@ -29,7 +29,20 @@ from smooseg_fast.images import ImageError
 EVERYTHING = {"checkpoint.safetensors", "training.safetensors", "heads", "metrics.jsonl", "run.json", "report.json"}
 EVERYTHING |= {"groups.png", "curves.png", "ladder.png"}
 FIRST = "granularity_0.06_seed_0"  # of the heads that are learnt when nothing is said
-SMALL = ["--size", "64", "--eval-size", "64", "--steps", "6", "--batch-size", "4", "--log-every", "2", "--checkpoint-every", "3"]
+SMALL = [
+    "--size",
+    "64",
+    "--eval-size",
+    "64",
+    "--steps",
+    "6",
+    "--batch-size",
+    "4",
+    "--log-every",
+    "2",
+    "--checkpoint-every",
+    "3",
+]
 
 
 def call(*args):
@@ -56,7 +69,16 @@ def test_a_folder_without_labels(folder, capsys):
     )
     records = metrics("out")
     assert [r["step"] for r in records] == [2, 4, 6]
-    for key in ("total", "energy_within", "energy_across", "data", "perplexity", "labels_per_image", "image_information", "agreement"):
+    for key in (
+        "total",
+        "energy_within",
+        "energy_across",
+        "data",
+        "perplexity",
+        "labels_per_image",
+        "image_information",
+        "agreement",
+    ):
         assert np.isfinite(records[-1][key])
     report = json.load(open("out/report.json"))
     assert report["images"] == 6
@@ -194,7 +216,9 @@ def test_reruns_are_bit_equal(folder):
 def test_deterministic_is_asked_for_in_the_steps_alone(folder, monkeypatch):
     """And learns the same: a CPU is deterministic anyway."""
     seen, step = [], loop.train_step
-    monkeypatch.setattr(loop, "train_step", lambda *args: seen.append(torch.are_deterministic_algorithms_enabled()) or step(*args))
+    monkeypatch.setattr(
+        loop, "train_step", lambda *args: seen.append(torch.are_deterministic_algorithms_enabled()) or step(*args)
+    )
     assert call("--data", folder, "--out", "a", *SMALL) == 0
     assert call("--data", folder, "--out", "b", *SMALL, "--deterministic") == 0
     assert seen == [False] * 6 + [True] * 6
@@ -270,7 +294,10 @@ def test_a_picture_that_fails_does_not_lose_the_run(folder, monkeypatch, capsys,
         assert call("--data", folder, "--out", "out", *SMALL) == 0
     out = capsys.readouterr().out
     file = name.replace("_picture", ".png")
-    assert f"warning    {file} could not be drawn (ZeroDivisionError: division by zero); the same command tries again" in out
+    assert (
+        f"warning    {file} could not be drawn (ZeroDivisionError: division by zero); the same command tries again"
+        in out
+    )
     assert out.strip().splitlines()[-1].startswith("next ")
     assert {p.name for p in Path("out").iterdir()} == EVERYTHING - {file}
     assert call("--data", folder, "--out", "out", *SMALL) == 0
@@ -287,7 +314,19 @@ def test_a_file_that_was_taken_away_is_made_again(folder):
 
 
 def test_published_thresholds_warn_of_opposite_forces(folder, capsys):
-    args = ["--data", folder, "--out", "out", *SMALL, "--threshold-within", "-0.9", "--threshold-across", "0.99", "--init", "random"]
+    args = [
+        "--data",
+        folder,
+        "--out",
+        "out",
+        *SMALL,
+        "--threshold-within",
+        "-0.9",
+        "--threshold-across",
+        "0.99",
+        "--init",
+        "random",
+    ]
     assert call(*args) == 0
     assert "net forces differ in sign" in capsys.readouterr().out
     config = read_checkpoint("out/checkpoint.safetensors").config
@@ -308,7 +347,10 @@ BAD = [
     (["--granularity", "0.1", "0.1"], "--granularity: give one or more different numbers"),
     (["--granularity", "nan"], "must be finite"),
     (["--heads", "0"], "--heads: must be at least 1"),
-    (["--granularity", "0.1", "--threshold-within", "0.1", "--threshold-across", "0.2"], "--granularity: takes the place"),
+    (
+        ["--granularity", "0.1", "--threshold-within", "0.1", "--threshold-across", "0.2"],
+        "--granularity: takes the place",
+    ),
     (["--threshold-within", "0.1"], "--threshold-across: missing"),
     (["--device", "cuda:99"], "--device cuda:99"),
     (["--prototypes", "300"], "--prototypes: must be at most 255"),
@@ -474,7 +516,9 @@ def test_images_smaller_than_a_patch(tmp_path, monkeypatch, capsys):
 def test_fit_from_arrays_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    segmenter = smooseg_fast.fit([draw(n)[0] for n in range(4)], size=64, eval_size=64, steps=3, batch_size=4, prototypes=3, progress=False)
+    segmenter = smooseg_fast.fit(
+        [draw(n)[0] for n in range(4)], size=64, eval_size=64, steps=3, batch_size=4, prototypes=3, progress=False
+    )
     labels = segmenter.predict(draw(9, 50, 130)[0])
     assert labels.shape == (50, 130)
     assert labels.dtype == np.int64
@@ -516,15 +560,23 @@ def test_choose_makes_another_head_the_default(folder, capsys):
     assert "python -m smooseg_fast.choose --run out --granularity -0.05" in capsys.readouterr().out
     assert run(choose.main, ["--run", "out", "--granularity", "-0.05"]) == 0
     assert (
-        capsys.readouterr().out.strip().splitlines()[-1].startswith("next       python -m smooseg_fast.predict --checkpoint out/checkpoint")
+        capsys.readouterr()
+        .out.strip()
+        .splitlines()[-1]
+        .startswith("next       python -m smooseg_fast.predict --checkpoint out/checkpoint")
     )
     assert read_checkpoint("out/checkpoint.safetensors").config.granularity == (-0.05,)
     assert call("--data", folder, "--out", "out", *SMALL, "--granularity", "0.1", "-0.05", "--prototypes", "4") == 0
     printed = capsys.readouterr().out
     assert "-0.05 predicts, and another would by: python -m smooseg_fast.choose --run out --granularity 0.1" in printed
-    assert printed.strip().endswith("--out out/predictions_granularity_-0.05_seed_0")  # out/predictions may be the first head's
+    assert printed.strip().endswith(
+        "--out out/predictions_granularity_-0.05_seed_0"
+    )  # out/predictions may be the first head's
     for args, message in (
-        (["--run", "out"], "--granularity or --seed: missing; the heads are granularity_-0.05_seed_0, granularity_0.1_seed_0"),
+        (
+            ["--run", "out"],
+            "--granularity or --seed: missing; the heads are granularity_-0.05_seed_0, granularity_0.1_seed_0",
+        ),
         (["--run", "out", "--granularity", "7"], "--granularity 7 with seed 0: no such head"),
         (["--run", "nowhere", "--seed", "1"], "--run nowhere: holds no finished run"),
     ):
@@ -533,7 +585,12 @@ def test_choose_makes_another_head_the_default(folder, capsys):
 
 
 def test_choose_takes_the_number_that_was_shown(folder, capsys):
-    assert call("--data", folder, "--out", "out", *SMALL, "--granularity", "0.06", "0.1234567", "-0.0", "--prototypes", "4") == 0
+    assert (
+        call(
+            "--data", folder, "--out", "out", *SMALL, "--granularity", "0.06", "0.1234567", "-0.0", "--prototypes", "4"
+        )
+        == 0
+    )
     for typed, stem in (("0.123457", "granularity_0.123457_seed_0"), ("0", "granularity_0_seed_0")):
         assert run(choose.main, ["--run", "out", "--granularity", typed]) == 0
         assert f"is now {stem}" in capsys.readouterr().out

@@ -74,6 +74,8 @@ def test_the_moment_form_on_a_card(dtype):
     f, z = f.to(dtype), z.to(dtype)
     truth = sk.smooseg_loss(f.double(), z.double(), s.double(), t.double(), partners, [0.0, 0.3, 0.5], impl="dense")
     on_card = [x.cuda() for x in (f, z, s, t)]
-    got = sk.smooseg_loss(*on_card, [p if isinstance(p, str) else p.cuda() for p in partners], [0.0, 0.3, 0.5], impl="torch")
+    got = sk.smooseg_loss(
+        *on_card, [p if isinstance(p, str) else p.cuda() for p in partners], [0.0, 0.3, 0.5], impl="torch"
+    )
     for name in ("total", "energy", "data", "distance", "mean"):
         np.testing.assert_allclose(getattr(got, name).cpu(), getattr(truth, name), rtol=2e-5, atol=2e-6)

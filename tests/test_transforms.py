@@ -32,7 +32,9 @@ def planes(rows):
 # name: the function of (impl, *inputs), the inputs that get a gradient, and the constants
 CALLS = {
     "smooseg_loss": (
-        lambda impl, z, s, f, t, j: sk.smooseg_loss(f, z, s, t, ["self", j], [0.1, 0.4], relative=True, channel_scale=SCALE, impl=impl),
+        lambda impl, z, s, f, t, j: sk.smooseg_loss(
+            f, z, s, t, ["self", j], [0.1, 0.4], relative=True, channel_scale=SCALE, impl=impl
+        ),
         (CODES, STUDENT),
         (FEATURES, TEACHER, PARTNERS),
     ),
@@ -41,7 +43,11 @@ CALLS = {
         (PROBS,),
         (FEATURES, PARTNERS),
     ),
-    "prototype_probabilities": (lambda impl, z, t: (sk.prototype_probabilities(z, t, impl=impl),), (CODES, TEACHER), ()),
+    "prototype_probabilities": (
+        lambda impl, z, t: (sk.prototype_probabilities(z, t, impl=impl),),
+        (CODES, TEACHER),
+        (),
+    ),
     "prototype_loss": (lambda impl, s, z, t: (sk.prototype_loss(z, s, t, impl=impl),), (STUDENT,), (CODES, TEACHER)),
     "assign": (lambda impl, z, t: (sk.assign(z, t, grid=GRID, size=(7, 9), impl=impl),), (), (CODES, TEACHER)),
     "similarity_statistics": (
@@ -49,9 +55,17 @@ CALLS = {
         (),
         (FEATURES, PARTNERS),
     ),
-    "histogram_quantiles": (lambda impl, h: (sk.histogram_quantiles(h, [0.1, 0.5]),), (), (torch.arange(12).view(3, 4),)),
+    "histogram_quantiles": (
+        lambda impl, h: (sk.histogram_quantiles(h, [0.1, 0.5]),),
+        (),
+        (torch.arange(12).view(3, 4),),
+    ),
     # draws its partners, the same after the same seed
-    "SmoothnessLoss": (lambda impl, p, f: sk.layers.SmoothnessLoss(0.1, 0.4, impl=impl)(f, p), (planes(PROBS),), (planes(FEATURES),)),
+    "SmoothnessLoss": (
+        lambda impl, p, f: sk.layers.SmoothnessLoss(0.1, 0.4, impl=impl)(f, p),
+        (planes(PROBS),),
+        (planes(FEATURES),),
+    ),
     "CorrelationLoss": (
         lambda impl, c, d, f, g: sk.layers.CorrelationLoss(0.1, (-0.2, 0.6), impl=impl)(f, g, c, d),
         (planes(CODES), planes(CODES)[..., 1:] * 2),
@@ -123,7 +137,9 @@ def test_exports(name, impl):
 @pytest.mark.parametrize(("name", "impl"), [pair for pair in PAIRS if pair[0] in DIFFERENTIABLE])
 def test_checkpointing(name, impl):
     function = CALLS[name][0]
-    recomputed = value_and_grad(lambda impl, *inputs: checkpoint(function, impl, *inputs, use_reentrant=False), name, impl)
+    recomputed = value_and_grad(
+        lambda impl, *inputs: checkpoint(function, impl, *inputs, use_reentrant=False), name, impl
+    )
     assert_equal(recomputed, value_and_grad(function, name, impl))
 
 
@@ -146,7 +162,9 @@ def test_autocast_changes_nothing_where_it_is_compiled():
     torch._dynamo.reset()
     function = CALLS["SmoothnessLoss"][0]
     compiled = torch.compile(inside_autocast(function), backend="aot_eager", fullgraph=True)
-    assert_equal(value_and_grad(compiled, "SmoothnessLoss", "torch"), value_and_grad(function, "SmoothnessLoss", "torch"))
+    assert_equal(
+        value_and_grad(compiled, "SmoothnessLoss", "torch"), value_and_grad(function, "SmoothnessLoss", "torch")
+    )
 
 
 @pytest.mark.parametrize("impl", ["dense", "torch"])

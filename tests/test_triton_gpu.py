@@ -17,7 +17,14 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 @pytest.mark.parametrize(
     ("dtype", "H"),
-    [(torch.bfloat16, None), (torch.bfloat16, 4), (torch.bfloat16, 16), (torch.float16, None), (torch.float16, 2), (torch.float32, None)],
+    [
+        (torch.bfloat16, None),
+        (torch.bfloat16, 4),
+        (torch.bfloat16, 16),
+        (torch.float16, None),
+        (torch.float16, 2),
+        (torch.float32, None),
+    ],
     ids=str,
 )
 def test_real_sizes(dtype, H):
@@ -26,12 +33,16 @@ def test_real_sizes(dtype, H):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "D", "K"), [(torch.bfloat16, 768, 3), (torch.bfloat16, 1024, 27), (torch.float16, 112, 20), (torch.float32, 768, 3)], ids=str
+    ("dtype", "D", "K"),
+    [(torch.bfloat16, 768, 3), (torch.bfloat16, 1024, 27), (torch.float16, 112, 20), (torch.float32, 768, 3)],
+    ids=str,
 )
 def test_other_widths_and_every_option(dtype, D, K):
     torch.manual_seed(1)
     options = dict(channel_scale=(torch.rand(6, D) > 0.2) * 1.25, patch_weight=torch.rand(6, 784), relative=True)
-    case = make_case(B=6, P=784, D=D, K=K, Z=64, dtype=dtype, device="cuda", partners=("self", "index", "all"), **options)
+    case = make_case(
+        B=6, P=784, D=D, K=K, Z=64, dtype=dtype, device="cuda", partners=("self", "index", "all"), **options
+    )
     check_against_dense(case, oracle_impl="torch")
 
 
@@ -145,7 +156,9 @@ def test_offsets_past_2_31_within_an_image():
     results = []
     for impl in ("triton", "torch"):
         rows = codes.detach().requires_grad_()
-        out = smooseg_loss(features, rows, prototypes, prototypes, ["self"], torch.tensor([0.1], device="cuda"), impl=impl)
+        out = smooseg_loss(
+            features, rows, prototypes, prototypes, ["self"], torch.tensor([0.1], device="cuda"), impl=impl
+        )
         results.append((out.energy.detach(), torch.autograd.grad(out.energy.sum(), rows)[0]))
         torch.cuda.empty_cache()
     (energy, gradient), (energy_torch, gradient_torch) = results
@@ -158,7 +171,9 @@ def test_compiles_whole_with_inductor():
     case = make_case(B=4, P=196, D=384, K=27, Z=64, dtype=torch.bfloat16, device="cuda")
 
     def loss(codes, student):
-        out = smooseg_loss(case.features, codes * 1.0, student, case.teacher, case.partners, case.thresholds, impl="triton")
+        out = smooseg_loss(
+            case.features, codes * 1.0, student, case.teacher, case.partners, case.thresholds, impl="triton"
+        )
         return out.total + 0.5 * out.energy.sum()
 
     inputs = [case.codes.requires_grad_(), case.student.requires_grad_()]
@@ -179,7 +194,9 @@ def test_assignment_at_real_sizes(dtype, size):
     case = make_case(B=2, P=784, D=4, K=27, Z=64, dtype=dtype, device="cuda")
     labels = torch.randint(-1, 28, (2, *size), device="cuda")
     got, counts = assign(case.codes, case.teacher, grid=(28, 28), size=size, labels=labels, classes=27, impl="triton")
-    want, _ = assign(case.codes.double(), case.teacher.double(), grid=(28, 28), size=size, labels=labels, classes=27, impl="torch")
+    want, _ = assign(
+        case.codes.double(), case.teacher.double(), grid=(28, 28), size=size, labels=labels, classes=27, impl="torch"
+    )
     assert (got != want).float().mean() < 1e-4  # near ties
     inside = (labels >= 0) & (labels < 27)
     again = torch.bincount(got[inside] * 27 + labels[inside], minlength=27 * 27).view(27, 27)

@@ -23,7 +23,9 @@ DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" e
 
 
 @pytest.mark.parametrize("P", [1, 17, 64, 97])  # one row, below a block, exact, ragged
-@pytest.mark.parametrize(("D", "K", "Z"), [(5, 3, 6), (70, 27, 64)])  # K below the matrix unit's 16; never a power of two
+@pytest.mark.parametrize(
+    ("D", "K", "Z"), [(5, 3, 6), (70, 27, 64)]
+)  # K below the matrix unit's 16; never a power of two
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_odd_shapes(P, D, K, Z, dtype, poisoned):
     check_against_dense(make_case(B=3, P=P, D=D, K=K, Z=Z, dtype=dtype, device=DEVICE))
@@ -41,7 +43,9 @@ def random_upstream(case, *names):
     return {name: torch.randn(shapes[name], generator=generator).to(case.codes.device) for name in names}
 
 
-@pytest.mark.parametrize("names", ["total", "energy", "distance", "data", "total energy", "energy distance data total", "total data"])
+@pytest.mark.parametrize(
+    "names", ["total", "energy", "distance", "data", "total energy", "energy distance data total", "total data"]
+)
 def test_every_output_takes_an_upstream_gradient(names, poisoned):
     case = make_case(B=3, P=17, D=20, K=5, H=2, partners=("self", "index", "all"), device=DEVICE)
     check_against_dense(case, random_upstream(case, *names.split()))
@@ -69,7 +73,9 @@ OPTIONS = {
 def test_options(name, dtype, poisoned):
     torch.manual_seed(3)
     options = OPTIONS[name](4, 33, 20)
-    check_against_dense(make_case(B=4, P=33, D=20, K=5, dtype=dtype, device=DEVICE, partners=("self", "index", "all"), **options))
+    check_against_dense(
+        make_case(B=4, P=33, D=20, K=5, dtype=dtype, device=DEVICE, partners=("self", "index", "all"), **options)
+    )
 
 
 def test_feature_norms_are_used():
@@ -86,7 +92,9 @@ def test_heads_equal_single_calls(H, dtype, poisoned):
     """Whole rows in one program and in slices, a block of heads and one at a time."""
     case = make_case(B=2, P=40, D=150, K=7, H=H, dtype=dtype, device=DEVICE, channel_scale=torch.rand(2, 150))
     got = check_against_dense(case)  # every head
-    alone = make_case(B=2, P=40, D=150, K=7, H=H, dtype=dtype, device=DEVICE, channel_scale=case.options["channel_scale"])
+    alone = make_case(
+        B=2, P=40, D=150, K=7, H=H, dtype=dtype, device=DEVICE, channel_scale=case.options["channel_scale"]
+    )
     for name in ("codes", "student", "teacher", "thresholds"):
         setattr(alone, name, getattr(alone, name)[-1])
     single = evaluate(alone, "triton")
@@ -99,7 +107,15 @@ def test_heads_equal_single_calls(H, dtype, poisoned):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_channel_that_outweighs_all_others_is_dropped(dtype, poisoned):
     """Rows are unit after the mask: a dropped channel of 5,000 beside norms of a few must leave no trace, nor overflow 16 bits."""
-    case = make_case(B=3, P=33, D=20, K=5, dtype=dtype, device=DEVICE, channel_scale=(torch.arange(20) != 4).float().expand(3, 20) * 1.25)
+    case = make_case(
+        B=3,
+        P=33,
+        D=20,
+        K=5,
+        dtype=dtype,
+        device=DEVICE,
+        channel_scale=(torch.arange(20) != 4).float().expand(3, 20) * 1.25,
+    )
     case.features[..., 4] = 5000.0
     check_against_dense(case)
 
@@ -137,8 +153,12 @@ def test_label_rows_of_any_length(center, poisoned):
 
     def run(impl, dtype=torch.float32):
         probs = rows.to(dtype).requires_grad_()
-        out = smoothness_energy(features.to(dtype), probs, ["self", partner, "all"], thresholds.to(dtype), center=center, impl=impl)
-        (g,) = torch.autograd.grad((out.energy * out.energy.new_tensor([1.7, -0.3, 0.5])).sum() + 0.3 * out.distance.sum(), probs)
+        out = smoothness_energy(
+            features.to(dtype), probs, ["self", partner, "all"], thresholds.to(dtype), center=center, impl=impl
+        )
+        (g,) = torch.autograd.grad(
+            (out.energy * out.energy.new_tensor([1.7, -0.3, 0.5])).sum() + 0.3 * out.distance.sum(), probs
+        )
         from triton_cases import Result
 
         return Result({name: value.detach() for name, value in out._asdict().items()}, {"probs": g})
@@ -150,7 +170,10 @@ def test_a_loss_scale_does_not_meet_fp16():
     """Gradients are carried relative to the largest: 2^-12 and 2^12 upstream give the same rounding."""
     case = make_case(B=2, P=33, D=20, K=5, dtype=torch.float16, device=DEVICE)
     case.codes = case.codes.float()
-    results = [evaluate(case, "triton", {"energy": torch.tensor([s, -s])}).gradients["codes"] / s for s in (1.0, 2.0**-12, 2.0**12)]
+    results = [
+        evaluate(case, "triton", {"energy": torch.tensor([s, -s])}).gradients["codes"] / s
+        for s in (1.0, 2.0**-12, 2.0**12)
+    ]
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=1e-5, atol=0)
 
@@ -190,7 +213,10 @@ def test_operators_pass_opcheck():
     opcheck(objective.objective, arguments)
     plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
     out = objective.objective(*plain)
-    opcheck(objective.objective_backward, (out[0], out[1], out[2], None, *plain[:9], out[4], list(out[5:]), 0.1, False, True, True, True))
+    opcheck(
+        objective.objective_backward,
+        (out[0], out[1], out[2], None, *plain[:9], out[4], list(out[5:]), 0.1, False, True, True, True),
+    )
 
 
 def loss_of(features, codes, student, teacher, partner, thresholds):
@@ -202,7 +228,13 @@ def test_compiles_whole_with_dynamic_shapes():
     compiled = torch.compile(loss_of, backend="aot_eager", fullgraph=True, dynamic=True)
     for B, P in ((3, 17), (4, 33)):
         case = make_case(B=B, P=P, D=20, K=5, device=DEVICE, partners=("self", "index"))
-        arguments = [case.features, case.codes.requires_grad_(), case.student.requires_grad_(), case.teacher, case.partners[1]]
+        arguments = [
+            case.features,
+            case.codes.requires_grad_(),
+            case.student.requires_grad_(),
+            case.teacher,
+            case.partners[1],
+        ]
         got, want = (f(*arguments, case.thresholds) for f in (compiled, loss_of))
         assert torch.equal(got, want)
         for a, b in zip(*(torch.autograd.grad(value, arguments[1:3]) for value in (got, want))):
@@ -249,7 +281,9 @@ def test_narrow_keeps_blocks_within_registers():
 
 def test_without_triton_an_explicit_choice_says_so(monkeypatch):
     case, find = make_case(device=DEVICE), importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "triton" else find(name, *rest))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "triton" else find(name, *rest)
+    )
     evaluate(case, "auto")
     with pytest.raises(RuntimeError, match="not installed"):
         evaluate(case, "triton")

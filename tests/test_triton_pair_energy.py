@@ -54,13 +54,17 @@ def test_every_combination(options, poisoned):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("resident", [0, 4])
 def test_rows_that_stay_on_chip_and_rows_that_do_not(resident, dtype, monkeypatch):
-    monkeypatch.setitem(launch.OVERRIDES, "pair_tiles", {"RESIDENT": resident, "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_D": 16})
+    monkeypatch.setitem(
+        launch.OVERRIDES, "pair_tiles", {"RESIDENT": resident, "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_D": 16}
+    )
     monkeypatch.setitem(launch.OVERRIDES, "few_pair_tiles", launch.OVERRIDES["pair_tiles"])
     check_against_dense(make_pairs(B=2, P_i=33, P_j=40, D=50, Z=25, dtype=dtype, device=DEVICE, clamp=(0.0, None)))
 
 
 def test_a_real_row_length():
-    check_against_dense(make_pairs(B=2, P_i=121, P_j=121, D=384, Z=70, dtype=torch.float16, device=DEVICE, clamp=(0.0, 0.8)))
+    check_against_dense(
+        make_pairs(B=2, P_i=121, P_j=121, D=384, Z=70, dtype=torch.float16, device=DEVICE, clamp=(0.0, 0.8))
+    )
 
 
 @pytest.mark.parametrize("upstream", [(1.7, None), (None, -0.6)], ids=str)
@@ -123,7 +127,10 @@ def test_rows_without_length():
 
 def test_inputs_of_different_dtypes_and_strides():
     x = make_pairs(B=2, N=3, P_i=17, P_j=20, D=20, Z=6, dtype=torch.float32, device=DEVICE, clamp=(0.0, 0.8))
-    x.features_i, x.features_j = x.features_i.mT.contiguous().mT, x.features_j.transpose(0, 1).contiguous().transpose(0, 1)
+    x.features_i, x.features_j = (
+        x.features_i.mT.contiguous().mT,
+        x.features_j.transpose(0, 1).contiguous().transpose(0, 1),
+    )
     x.codes_j = x.codes_j.repeat(1, 2, 2)[:, ::2, :6]
     check_against_dense(x)
     x.features_j = x.features_j.half()
@@ -180,7 +187,19 @@ def test_operators_pass_opcheck(with_partner):
     features_i, codes_i, features_j, codes_j, partner = operator_inputs()
     if not with_partner:
         features_i, codes_i, partner = features_i[:2], codes_i.detach()[:2].requires_grad_(), None
-    arguments = [features_i, codes_i, features_j, codes_j, torch.tensor(0.1, device=DEVICE), partner, 0.0, None, False, True, True]
+    arguments = [
+        features_i,
+        codes_i,
+        features_j,
+        codes_j,
+        torch.tensor(0.1, device=DEVICE),
+        partner,
+        0.0,
+        None,
+        False,
+        True,
+        True,
+    ]
     opcheck(pairs.pair_energy, arguments)
     plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
     energy, _, *kept = pairs.pair_energy(*plain)
@@ -188,7 +207,9 @@ def test_operators_pass_opcheck(with_partner):
 
 
 def energy_of(features_i, codes_i, features_j, codes_j, partner):
-    out = sk.pair_energy(features_i, codes_i * 1.0, features_j, codes_j * 1.0, 0.1, partner=partner, clamp=(0.0, 0.8), impl="triton")
+    out = sk.pair_energy(
+        features_i, codes_i * 1.0, features_j, codes_j * 1.0, 0.1, partner=partner, clamp=(0.0, 0.8), impl="triton"
+    )
     return out.energy + 0.3 * out.similarity
 
 
@@ -196,7 +217,13 @@ def test_compiles_whole_with_dynamic_shapes():
     compiled = torch.compile(energy_of, backend="aot_eager", fullgraph=True, dynamic=True)
     for B, P_i in ((3, 17), (4, 33)):
         x = make_pairs(B=B, N=2, P_i=P_i, P_j=20, D=20, Z=9, dtype=torch.float32, device=DEVICE)
-        inputs = [x.features_i, x.codes_i.requires_grad_(), x.features_j, x.codes_j.requires_grad_(), x.options["partner"]]
+        inputs = [
+            x.features_i,
+            x.codes_i.requires_grad_(),
+            x.features_j,
+            x.codes_j.requires_grad_(),
+            x.options["partner"],
+        ]
         got, want = (f(*inputs) for f in (compiled, energy_of))
         assert torch.equal(got, want)
         for a, b in zip(*(torch.autograd.grad(value, inputs[1:4:2]) for value in (got, want))):

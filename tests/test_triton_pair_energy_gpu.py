@@ -32,7 +32,9 @@ def step(x, threshold):
 
 
 def real(**options):
-    return make_pairs(B=32, N=32, P_i=784, P_j=784, D=384, Z=70, dtype=torch.bfloat16, device="cuda", clamp=(0.0, 0.8), **options)
+    return make_pairs(
+        B=32, N=32, P_i=784, P_j=784, D=384, Z=70, dtype=torch.bfloat16, device="cuda", clamp=(0.0, 0.8), **options
+    )
 
 
 def test_graph_capture_reads_the_threshold_anew_and_reruns_are_bit_equal():
@@ -91,12 +93,16 @@ def test_offsets_past_2_31():
     B, P, Q, D, Z = 3, 3_000_000, 16, 384, 16
     generator = torch.Generator("cuda").manual_seed(0)
     features = torch.empty(B, P, D, dtype=torch.bfloat16, device="cuda").normal_(generator=generator)
-    codes, other_codes = (torch.randn(B, n, Z, generator=generator, device="cuda", dtype=torch.bfloat16) for n in (P, Q))
+    codes, other_codes = (
+        torch.randn(B, n, Z, generator=generator, device="cuda", dtype=torch.bfloat16) for n in (P, Q)
+    )
     other = torch.randn(B, Q, D, generator=generator, device="cuda", dtype=torch.bfloat16)
 
     def gradient(f, c, o, oc):
         c = c.detach().requires_grad_()
-        return torch.autograd.grad(pair_energy(f, c, o, oc, 0.1, center=False, clamp=(0.0, None), impl="triton").energy, c)[0]
+        return torch.autograd.grad(
+            pair_energy(f, c, o, oc, 0.1, center=False, clamp=(0.0, None), impl="triton").energy, c
+        )[0]
 
     whole = gradient(features, codes, other, other_codes)[2, -1000:].float() * B * P
     alone = gradient(features[2:, -1000:], codes[2:, -1000:], other[2:], other_codes[2:])[0].float() * 1000

@@ -36,7 +36,9 @@ def test_probabilities(P, K, Z, dtype, scale):
     upstream = scale * torch.randn(2, P, K, device=DEVICE)
     results = [
         differentiate(
-            lambda c, p, impl=impl: prototype_probabilities(c, p, temperature=0.2, impl=impl), [x.to(kind) for x in tensors], upstream
+            lambda c, p, impl=impl: prototype_probabilities(c, p, temperature=0.2, impl=impl),
+            [x.to(kind) for x in tensors],
+            upstream,
         )
         for impl, kind, tensors in (
             ("triton", dtype, (case.codes, case.teacher)),
@@ -78,7 +80,9 @@ def test_data_term(weighted, dtype):
 def test_data_term_without_weight():
     case = make_case(B=2, P=9, device=DEVICE)
     student = case.student.requires_grad_()
-    loss = prototype_loss(case.codes, student, case.teacher, patch_weight=torch.zeros(2, 9, device=DEVICE), impl="triton")
+    loss = prototype_loss(
+        case.codes, student, case.teacher, patch_weight=torch.zeros(2, 9, device=DEVICE), impl="triton"
+    )
     loss.backward()
     assert loss == 0
     assert not student.grad.any()
@@ -89,7 +93,9 @@ def test_prototypes_without_length():
     case.teacher[2] = 0
     got, truth = (
         differentiate(
-            lambda c, p, impl=impl: prototype_probabilities(c, p, impl=impl), (case.codes, case.teacher), torch.ones(2, 9, 5).cumsum(-1)
+            lambda c, p, impl=impl: prototype_probabilities(c, p, impl=impl),
+            (case.codes, case.teacher),
+            torch.ones(2, 9, 5).cumsum(-1),
         )
         for impl in ("triton", "dense")
     )
@@ -114,7 +120,9 @@ def test_upsampled_assignment(grid, size, dtype):
     case = make_case(B=2, P=grid[0] * grid[1], K=5, dtype=dtype, device=DEVICE)
     labels = torch.randint(-1, 6, (2, *size), device=DEVICE)
     got, counts = assign(case.codes, case.teacher, grid=grid, size=size, labels=labels, classes=4, impl="triton")
-    want, expected = assign(case.codes.double(), case.teacher.double(), grid=grid, size=size, labels=labels, classes=4, impl="dense")
+    want, expected = assign(
+        case.codes.double(), case.teacher.double(), grid=grid, size=size, labels=labels, classes=4, impl="dense"
+    )
     assert got.dtype == counts.dtype == torch.int64
     assert torch.equal(got, want)
     assert torch.equal(counts, expected)
@@ -125,13 +133,17 @@ def test_upsampled_assignment(grid, size, dtype):
 def test_every_row_of_pixels_belongs_to_one_program(grid, size):
     """The bands' heights are counted, not run: their pieces must reach every row."""
     for patches, pixels in zip(grid, size):
-        position = ((torch.arange(pixels, dtype=torch.float32) + 0.5) * torch.tensor(patches / pixels, dtype=torch.float32) - 0.5).clamp(
-            min=0
-        )
+        position = (
+            (torch.arange(pixels, dtype=torch.float32) + 0.5) * torch.tensor(patches / pixels, dtype=torch.float32)
+            - 0.5
+        ).clamp(min=0)
         band = position.int().clamp(max=patches - 1)
         rows = torch.bincount(band, minlength=patches)
         first = torch.tensor(
-            [max(0, int(torch.ceil(torch.tensor((b + 0.5) / (patches / pixels) - 0.5))) - 1) if b else 0 for b in range(patches)]
+            [
+                max(0, int(torch.ceil(torch.tensor((b + 0.5) / (patches / pixels) - 0.5))) - 1) if b else 0
+                for b in range(patches)
+            ]
         )
         start = torch.searchsorted(band, torch.arange(patches, dtype=band.dtype))
         reach = assignment.band_height(patches, pixels)

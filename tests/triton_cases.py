@@ -26,13 +26,17 @@ class Case:
 
     def to(self, dtype: torch.dtype) -> Case:
         """Every tensor in `dtype`."""
-        tensors = (x.detach().to(dtype) for x in (self.features, self.codes, self.student, self.teacher, self.thresholds))
+        tensors = (
+            x.detach().to(dtype) for x in (self.features, self.codes, self.student, self.teacher, self.thresholds)
+        )
         features, codes, student, teacher, thresholds = tensors
         options = {name: x.to(dtype) if isinstance(x, Tensor) else x for name, x in self.options.items()}
         return Case(features, codes, student, teacher, self.partners, thresholds, options)
 
 
-def make_case(B=2, P=17, D=5, K=3, Z=6, H=None, dtype=torch.float32, device="cpu", partners=("self", "index"), seed=0, **options) -> Case:
+def make_case(
+    B=2, P=17, D=5, K=3, Z=6, H=None, dtype=torch.float32, device="cpu", partners=("self", "index"), seed=0, **options
+) -> Case:
     """Correlated features with a common mean, codes near prototypes (a peaked softmax), prototypes of any length in fp32."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -44,9 +48,13 @@ def make_case(B=2, P=17, D=5, K=3, Z=6, H=None, dtype=torch.float32, device="cpu
     teacher = normal(*heads, K, Z)
     student = teacher + 0.3 * normal(*heads, K, Z)
     nearest = torch.randint(0, K, (*heads, B, P), generator=generator)
-    codes = torch.gather(teacher[..., None, :, :].expand(*heads, B, K, Z), -2, nearest[..., None].expand(*nearest.shape, Z))
+    codes = torch.gather(
+        teacher[..., None, :, :].expand(*heads, B, K, Z), -2, nearest[..., None].expand(*nearest.shape, Z)
+    )
     codes = 2.0 * (codes + 0.7 * normal(*heads, B, P, Z))
-    entries = [torch.randint(0, B, (B,), generator=generator).to(device) if entry == "index" else entry for entry in partners]
+    entries = [
+        torch.randint(0, B, (B,), generator=generator).to(device) if entry == "index" else entry for entry in partners
+    ]
     thresholds = 0.2 * normal(*heads, len(entries))
     moved = [x.to(device) for x in (features.to(dtype), codes.to(dtype), student, teacher, thresholds)]
     options = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()}
@@ -62,7 +70,9 @@ class Result:
 def evaluate(case: Case, impl: str, upstream: dict[str, Tensor] | None = None) -> Result:
     """All outputs, and the gradients for the given upstream gradients (the total's is 1.7 where nothing is said)."""
     codes, student = case.codes.detach().clone().requires_grad_(), case.student.detach().clone().requires_grad_()
-    out = smooseg_loss(case.features, codes, student, case.teacher, case.partners, case.thresholds, impl=impl, **case.options)
+    out = smooseg_loss(
+        case.features, codes, student, case.teacher, case.partners, case.thresholds, impl=impl, **case.options
+    )
     upstream = {"total": torch.full_like(out.total, 1.7)} if upstream is None else upstream
     outputs = [getattr(out, name) for name in upstream]
     weights = [g.to(o) for g, o in zip(upstream.values(), outputs)]
@@ -85,7 +95,15 @@ def gradient_term_size(case: Case) -> float:
     cosine = torch.nn.functional.cosine_similarity(codes[..., None, :], teacher[..., None, None, :, :], dim=-1)
     c = torch.nn.functional.normalize(torch.softmax(cosine / 0.1, -1), dim=-1)
     meeting = (c * c.mean((-2, -3), keepdim=True)).sum(-1)
-    rows = 2 * len(case.partners) * term_size(case) * meeting * (2 / 0.1) / length.clamp(min=1e-3) / (length.shape[-2] * length.shape[-1])
+    rows = (
+        2
+        * len(case.partners)
+        * term_size(case)
+        * meeting
+        * (2 / 0.1)
+        / length.clamp(min=1e-3)
+        / (length.shape[-2] * length.shape[-1])
+    )
     return float(1.7 * rows.norm())
 
 

@@ -16,7 +16,9 @@ from smooseg_fast.errors import UserError
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
 
-def make_vit(dim=64, depth=2, patch=8, side=64, *, hidden=None, scaled=False, gated=False, registers=0, scale=0.1, seed=0):
+def make_vit(
+    dim=64, depth=2, patch=8, side=64, *, hidden=None, scaled=False, gated=False, registers=0, scale=0.1, seed=0
+):
     """Random tensors by their original names; positions are large enough to matter."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -34,14 +36,21 @@ def make_vit(dim=64, depth=2, patch=8, side=64, *, hidden=None, scaled=False, ga
         weights["register_tokens"] = random(1, registers, dim, size=1.0)
     weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"] = random(dim, 3, patch, patch), random(dim)
     layers = {"attn.qkv": (3 * dim, dim), "attn.proj": (dim, dim)}
-    layers |= {"mlp.w12": (2 * hidden, dim), "mlp.w3": (dim, hidden)} if gated else {"mlp.fc1": (hidden, dim), "mlp.fc2": (dim, hidden)}
+    layers |= (
+        {"mlp.w12": (2 * hidden, dim), "mlp.w3": (dim, hidden)}
+        if gated
+        else {"mlp.fc1": (hidden, dim), "mlp.fc2": (dim, hidden)}
+    )
     for i in range(depth):
         for name in ("norm1", "norm2"):
             weights[f"blocks.{i}.{name}.weight"], weights[f"blocks.{i}.{name}.bias"] = 1 + random(dim), random(dim)
         for name, shape in layers.items():
             weights[f"blocks.{i}.{name}.weight"], weights[f"blocks.{i}.{name}.bias"] = random(*shape), random(shape[0])
         if scaled:
-            weights[f"blocks.{i}.ls1.gamma"], weights[f"blocks.{i}.ls2.gamma"] = random(dim, size=1.0), random(dim, size=1.0)
+            weights[f"blocks.{i}.ls1.gamma"], weights[f"blocks.{i}.ls2.gamma"] = (
+                random(dim, size=1.0),
+                random(dim, size=1.0),
+            )
     weights["norm.weight"], weights["norm.bias"] = 1 + random(dim), random(dim)
     return weights
 
@@ -69,7 +78,10 @@ def features_by_hand(weights, images):
 
     def norm(x, name):
         centred = x - x.mean(-1, keepdim=True)
-        return centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+        return (
+            centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weights[f"{name}.weight"]
+            + weights[f"{name}.bias"]
+        )
 
     def scaled(x, name):
         return x * weights.get(name, torch.ones((), dtype=dtype))
@@ -84,7 +96,11 @@ def features_by_hand(weights, images):
         x = torch.cat((x[:, :1], registers.expand(len(x), -1, -1), x[:, 1:]), dim=1)
     for i in range(sum(name.endswith("norm1.weight") for name in weights)):
         block = f"blocks.{i}"
-        query, key, value = linear(norm(x, f"{block}.norm1"), f"{block}.attn.qkv").unflatten(-1, (3, dim // 64, 64)).permute(2, 0, 3, 1, 4)
+        query, key, value = (
+            linear(norm(x, f"{block}.norm1"), f"{block}.attn.qkv")
+            .unflatten(-1, (3, dim // 64, 64))
+            .permute(2, 0, 3, 1, 4)
+        )
         attended = (query @ key.mT / 8).softmax(-1) @ value
         x = x + scaled(linear(attended.transpose(1, 2).flatten(2), f"{block}.attn.proj"), f"{block}.ls1.gamma")
         y = norm(x, f"{block}.norm2")
@@ -122,7 +138,14 @@ def labels_by_hand(weights, head, image, *, mirror):
 def make_head(dim, prototypes=5, seed=3):
     generator = torch.Generator().manual_seed(seed)
     shapes = dict(
-        W1=(64, dim), b1=(64,), W2=(dim, dim), b2=(dim,), W3=(64, dim), b3=(64,), student=(prototypes, 64), teacher=(prototypes, 64)
+        W1=(64, dim),
+        b1=(64,),
+        W2=(dim, dim),
+        b2=(dim,),
+        W3=(64, dim),
+        b3=(64,),
+        student=(prototypes, 64),
+        teacher=(prototypes, 64),
     )
     return {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in shapes.items()}
 
@@ -141,8 +164,12 @@ def make_published(vit, head, settings=None):
         "pytorch-lightning_version": "1.8.1",
         "state_dict": state,
         "loops": {"fit_loop": {"state_dict": {}}},
-        "callbacks": {"ModelCheckpoint{'monitor': 'test/cluster/mIoU'}": {"best_model_score": torch.tensor(0.5), "dirpath": "/x"}},
-        "optimizer_states": [{"state": {0: {"step": 3, "exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]}],
+        "callbacks": {
+            "ModelCheckpoint{'monitor': 'test/cluster/mIoU'}": {"best_model_score": torch.tensor(0.5), "dirpath": "/x"}
+        },
+        "optimizer_states": [
+            {"state": {0: {"step": 3, "exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]}
+        ],
         "lr_schedulers": [],
         "hparams_name": "cfg",
         "hyper_parameters": {} if settings is None else settings,
@@ -161,13 +188,23 @@ def save_with_omegaconf(path, vit, head, settings, *, legacy=False):
     sys.modules.update(modules)
 
     def tree(value, parent=None):
-        described = {"ref_type": typing.Any, "object_type": dict, "optional": True, "flags": {"struct": True}, "key": None}
+        described = {
+            "ref_type": typing.Any,
+            "object_type": dict,
+            "optional": True,
+            "flags": {"struct": True},
+            "key": None,
+        }
         metadata = modules["omegaconf.base"].ContainerMetadata(**described)
         kind = "dict" if isinstance(value, dict) else "list" if isinstance(value, list) else None
         if kind is None:
             return modules["omegaconf.nodes"].AnyNode(_metadata=metadata, _parent=parent, _val=value)
         found = getattr(modules[f"omegaconf.{kind}config"], f"{kind.title()}Config")(_metadata=metadata, _parent=parent)
-        items = {name: tree(item, found) for name, item in value.items()} if kind == "dict" else [tree(item, found) for item in value]
+        items = (
+            {name: tree(item, found) for name, item in value.items()}
+            if kind == "dict"
+            else [tree(item, found) for item in value]
+        )
         found._content = items
         return found
 

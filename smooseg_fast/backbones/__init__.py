@@ -53,7 +53,9 @@ def _only_auto(precision: str, backbone: Backbone) -> Backbone:
     if precision in ("auto", backbone.precision):
         return backbone
     compute_dtype(precision, backbone.device)  # a name that nobody knows is said to be one
-    raise UserError(f"--backbone-precision {precision}: {backbone.name} computes in {backbone.precision} alone; leave the flag out")
+    raise UserError(
+        f"--backbone-precision {precision}: {backbone.name} computes in {backbone.precision} alone; leave the flag out"
+    )
 
 
 def usable_device(device: str | torch.device) -> torch.device:
@@ -66,7 +68,9 @@ def usable_device(device: str | torch.device) -> torch.device:
     return device
 
 
-def build_vit(name: str, files: VitFiles | None, device: str | torch.device = "cpu", precision: str = "auto") -> Backbone:
+def build_vit(
+    name: str, files: VitFiles | None, device: str | torch.device = "cpu", precision: str = "auto"
+) -> Backbone:
     """The vision transformer of `files`, or without them that of the hub's `name`. UserError without transformers, or for other files."""
     try:
         from . import vit  # imports transformers, which is optional and slow

@@ -51,7 +51,9 @@ class Backbone(ABC):
             raise ValueError(f"images must be uint8 [B,3,H,W] with B >= 1, not {describe(images)}")
         height, width = images.shape[-2:]
         if min(height, width) < self.patch or height % self.patch or width % self.patch:
-            raise ValueError(f"image sides must be multiples of the {self.patch}-pixel patch of {self.name}, not {height}x{width}")
+            raise ValueError(
+                f"image sides must be multiples of the {self.patch}-pixel patch of {self.name}, not {height}x{width}"
+            )
         grid = (height // self.patch, width // self.patch)
         with torch.no_grad():  # not inference_mode: its tensors may not enter a loss
             features = self.extract(images.to(self.device).to(torch.float32).div_(255))

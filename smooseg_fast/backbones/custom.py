@@ -42,7 +42,9 @@ class CustomBackbone(Backbone):
             try:
                 target = target()
             except Exception as error:
-                raise UserError(f"--backbone {spec}: making it without arguments failed ({reason(error)}); give it defaults") from error
+                raise UserError(
+                    f"--backbone {spec}: making it without arguments failed ({reason(error)}); give it defaults"
+                ) from error
             if not callable(target):
                 raise UserError(f"--backbone {spec}: its instances cannot be called; define __call__(images)")
         state: dict[str, Tensor] = {}
@@ -53,7 +55,9 @@ class CustomBackbone(Backbone):
         patch, dim = self._probe(spec, device)
         note = getattr(target, "digest", "")
         if not isinstance(note, str):
-            raise UserError(f"--backbone {spec}: its attribute `digest` is {describe(note)}; set it to text that changes with the weights")
+            raise UserError(
+                f"--backbone {spec}: its attribute `digest` is {describe(note)}; set it to text that changes with the weights"
+            )
         digest = digest_of("custom-1", spec, note, *sources, state)
         super().__init__(name=spec, digest=digest, patch=patch, dim=dim, device=device)
 
@@ -79,7 +83,9 @@ class CustomBackbone(Backbone):
             with torch.no_grad():
                 output = self.target(torch.zeros(1, 3, side, side, device=device))
         except Exception as error:
-            raise UserError(f"--backbone {spec}: calling it with [1,3,{side},{side}] failed ({reason(error)})") from error
+            raise UserError(
+                f"--backbone {spec}: calling it with [1,3,{side},{side}] failed ({reason(error)})"
+            ) from error
         features, (h, w) = _read(spec, output, 1)
         if patch is None:
             if h != w or side % h:
@@ -98,7 +104,11 @@ class CustomBackbone(Backbone):
 def _resolve(spec: str) -> Any:
     """The attribute that "module:name" names; the working folder counts as importable, as with `python -m`."""
     module_name, _, name = spec.partition(":")
-    if not name.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")) or module_name.endswith(".py"):
+    if (
+        not name.isidentifier()
+        or not all(part.isidentifier() for part in module_name.split("."))
+        or module_name.endswith(".py")
+    ):
         raise UserError(f"--backbone {spec}: must read package.module:callable, without folders and without .py")
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -117,7 +127,9 @@ def _resolve(spec: str) -> Any:
         raise UserError(f"--backbone {spec}: {module_name} has no {name}; name something that it defines")
     target = getattr(module, name)
     if not callable(target):
-        raise UserError(f"--backbone {spec}: is {describe(target)}, which cannot be called; name a function, a class or a torch.nn.Module")
+        raise UserError(
+            f"--backbone {spec}: is {describe(target)}, which cannot be called; name a function, a class or a torch.nn.Module"
+        )
     return target
 
 
@@ -145,5 +157,7 @@ def _read(spec: str, output: Any, batch: int) -> tuple[Tensor, tuple[int, int]]:
         and features.shape[:2] == (batch, grid[0] * grid[1])
         and features.shape[2] > 0
     ):
-        raise UserError(f"--backbone {spec}: gave {describe(output)} for B={batch}; it must give {FORMS}, in floating point")
+        raise UserError(
+            f"--backbone {spec}: gave {describe(output)} for B={batch}; it must give {FORMS}, in floating point"
+        )
     return (features.float() if features.dtype == torch.float64 else features), (int(grid[0]), int(grid[1]))

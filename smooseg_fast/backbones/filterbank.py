@@ -44,12 +44,23 @@ GROUPS = {
     "variation": Group((-2.12, -2.70, -2.65), (0.64, 0.41, 0.41), 0.7),
     "contrast": Group((0.17,), (0.56,), 0.7),
     "profile": Group((-0.08, -0.02, 0.05, 0.05), (0.22, 0.19, 0.16, 0.32), 2.5),
-    "directed": Group((0.145, 0.19, 0.20, 0.225, 0.055, 0.065, 0.08, 0.095), (0.11, 0.14, 0.13, 0.12, 0.035, 0.04, 0.05, 0.05), 2.0),
+    "directed": Group(
+        (0.145, 0.19, 0.20, 0.225, 0.055, 0.065, 0.08, 0.095), (0.11, 0.14, 0.13, 0.12, 0.035, 0.04, 0.05, 0.05), 2.0
+    ),
     "patchy": Group((0.30, 0.33, 0.29, 0.23, 0.31, 0.08, 0.115), (0.165, 0.17, 0.14, 0.11, 0.23, 0.09, 0.13), 0.5),
     "near": Group((0.144,), (0.045,), 0.3),
     "wide": Group((0.144,), (0.043,), 0.5),
 }
-CHANNELS = {"colour": 9, "variation": 6, "contrast": 2, "profile": 8, "directed": 8, "patchy": 7, "near": 32, "wide": 32}
+CHANNELS = {
+    "colour": 9,
+    "variation": 6,
+    "contrast": 2,
+    "profile": 8,
+    "directed": 8,
+    "patchy": 7,
+    "near": 32,
+    "wide": 32,
+}
 DIM = sum(CHANNELS.values())
 
 
@@ -61,12 +72,15 @@ class Filterbank(Backbone):
         super().__init__(name="filterbank", digest=digest_of(recipe), patch=PATCH, dim=DIM, device=device)
         self.kernels = gabor_pairs().to(self.device)
         scales = [
-            torch.tensor(group.spread).repeat(CHANNELS[name] // len(group.spread)).reciprocal() * math.sqrt(group.share / CHANNELS[name])
+            torch.tensor(group.spread).repeat(CHANNELS[name] // len(group.spread)).reciprocal()
+            * math.sqrt(group.share / CHANNELS[name])
             for name, group in GROUPS.items()
         ]
         total = sum(group.share for group in GROUPS.values())
         self.scale = (torch.cat(scales) * math.sqrt(DIM / total)).view(1, -1, 1, 1).to(self.device)
-        centres = [torch.tensor(group.centre).repeat(CHANNELS[name] // len(group.centre)) for name, group in GROUPS.items()]
+        centres = [
+            torch.tensor(group.centre).repeat(CHANNELS[name] // len(group.centre)) for name, group in GROUPS.items()
+        ]
         self.centre = torch.cat(centres).view(1, -1, 1, 1).to(self.device)
 
     def extract(self, images: Tensor) -> Tensor:
@@ -108,7 +122,9 @@ class Filterbank(Backbone):
         for scale in range(SCALES):
             if scale > 0:
                 grey = blur(grey, WIDE)[..., ::2, ::2]
-            with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):  # GPUs would drop 13 bits by default
+            with torch.backends.cudnn.flags(
+                enabled=True, deterministic=True, allow_tf32=False
+            ):  # GPUs would drop 13 bits by default
                 pairs = F.conv2d(mirrored(grey, RADIUS), self.kernels)
             even, odd = pairs[:, :ORIENTATIONS], pairs[:, ORIENTATIONS:]
             scales.append(F.avg_pool2d(torch.sqrt(even * even + odd * odd), PATCH >> scale))
@@ -124,7 +140,9 @@ def gabor_pairs() -> Tensor:
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     window = torch.exp(-(x * x + y * y) / (2 * SIGMA * SIGMA))
     directions = [math.pi * k / ORIENTATIONS for k in range(ORIENTATIONS)]
-    phases = torch.stack([2 * math.pi / WAVELENGTH * (x * math.cos(angle) + y * math.sin(angle)) for angle in directions])
+    phases = torch.stack(
+        [2 * math.pi / WAVELENGTH * (x * math.cos(angle) + y * math.sin(angle)) for angle in directions]
+    )
     even, odd = window * torch.cos(phases), window * torch.sin(phases)
     even = even - window * (even.sum((1, 2), keepdim=True) / window.sum())
     filters = torch.cat([even, odd])

@@ -35,7 +35,12 @@ COMMON = {
     "norm.weight": "layernorm.weight",
     "norm.bias": "layernorm.bias",
 }
-DINO = {"norm1": "layernorm_before", "norm2": "layernorm_after", "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
+DINO = {
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
 DINOV2 = {"norm1": "norm1", "norm2": "norm2", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
 SWIGLU = {"norm1": "norm1", "norm2": "norm2", "mlp.w12": "mlp.weights_in", "mlp.w3": "mlp.weights_out"}
 
@@ -81,7 +86,11 @@ class Architecture:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the network by its original name."""
         D, H, P = self.dim, self.hidden, (self.side // self.patch) ** 2
-        shapes: dict[str, tuple[int, ...]] = {"cls_token": (1, 1, D), "pos_embed": (1, 1 + P, D), STEM: (D, 3, self.patch, self.patch)}
+        shapes: dict[str, tuple[int, ...]] = {
+            "cls_token": (1, 1, D),
+            "pos_embed": (1, 1 + P, D),
+            STEM: (D, 3, self.patch, self.patch),
+        }
         shapes |= {"patch_embed.proj.bias": (D,), "norm.weight": (D,), "norm.bias": (D,)}
         if self.registers:
             shapes["register_tokens"] = (1, self.registers, D)
@@ -113,7 +122,9 @@ def vit_files(weights: Mapping[str, Any], source: str) -> tuple[Architecture, Vi
     # blocks in chunks, as DINOv2 trains: blocks.CHUNK.NUMBER; neither the mask's token nor a classifier reaches the patch tokens
     weights = {re.sub(r"^blocks\.\d+\.(?=\d)", "blocks.", name): value for name, value in weights.items()}
     weights = {name: value for name, value in weights.items() if name != "mask_token" and not name.startswith("head.")}
-    other = sorted(name for name, value in weights.items() if not (isinstance(value, Tensor) and value.is_floating_point()))
+    other = sorted(
+        name for name, value in weights.items() if not (isinstance(value, Tensor) and value.is_floating_point())
+    )
     if other:
         raise UserError(f"{source}: its {other[0]} is no tensor of floating point; {NEEDS}")
     found = _architecture(weights, source)
@@ -124,7 +135,9 @@ def vit_files(weights: Mapping[str, Any], source: str) -> tuple[Architecture, Vi
         raise UserError(f"{source}: not a whole {found}, or another network ({what}); {NEEDS}")
     for name, shape in expected.items():
         if tuple(weights[name].shape) != shape:
-            raise UserError(f"{source}: its {name} is {list(weights[name].shape)}, where a {found} has {list(shape)}; {NEEDS}")
+            raise UserError(
+                f"{source}: its {name} is {list(weights[name].shape)}, where a {found} has {list(shape)}; {NEEDS}"
+            )
     return found, VitFiles(found.config(), dict(_renamed(weights, found)))
 
 
@@ -183,7 +196,10 @@ def _renamed(weights: Mapping[str, Tensor], found: Architecture) -> Iterator[tup
         block, renamed = f"blocks.{i}", f"encoder.layer.{i}"
         for kind in ("weight", "bias"):
             for part, rows in zip(("query", "key", "value"), weights[f"{block}.attn.qkv.{kind}"].chunk(3)):
-                yield f"{renamed}.attention.attention.{part}.{kind}", rows.clone()  # safetensors writes no two parts of one storage
+                yield (
+                    f"{renamed}.attention.attention.{part}.{kind}",
+                    rows.clone(),
+                )  # safetensors writes no two parts of one storage
             for name, theirs in layers.items():
                 yield f"{renamed}.{theirs}.{kind}", weights[f"{block}.{name}.{kind}"]
         for n in (1, 2) if found.scaled else ():

@@ -13,7 +13,9 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     (Intel AMX) bfloat16, which takes a third of the time there; else float32.
     """
     if precision not in BACKBONE_PRECISIONS:
-        raise UserError(f"--backbone-precision {precision}: is not known; choose one of {', '.join(BACKBONE_PRECISIONS)}")
+        raise UserError(
+            f"--backbone-precision {precision}: is not known; choose one of {', '.join(BACKBONE_PRECISIONS)}"
+        )
     if precision != "auto":
         return getattr(torch, precision)
     if device.type == "cpu":

@@ -23,7 +23,10 @@ from .base import Backbone, reason
 from .vitfiles import CONFIG, PREPROCESSOR, WEIGHTS, VitFiles, weight_files
 
 WANTED = [CONFIG, PREPROCESSOR, WEIGHTS, "model.safetensors.index.json", "model-*-of-*.safetensors"]
-DINO_RESIZED = ("vit", "dinov2")  # published with the resizing of DinoPositions; the other families agree with transformers'
+DINO_RESIZED = (
+    "vit",
+    "dinov2",
+)  # published with the resizing of DinoPositions; the other families agree with transformers'
 
 
 class VitBackbone(Backbone):
@@ -41,7 +44,9 @@ class VitBackbone(Backbone):
         for parameter in model.parameters():  # not the buffers: rotary frequencies must stay in float32
             parameter.data = parameter.data.to(self.dtype)
         self.model = model
-        self.mean, self.std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (files.mean, files.std))
+        self.mean, self.std = (
+            torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (files.mean, files.std)
+        )
         # transformers resizes position embeddings only on request, in the families that have a table of them
         accepts_resizing = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
         self.options = {"interpolate_pos_encoding": True} if accepts_resizing else {}
@@ -115,7 +120,10 @@ def fetch(name: str) -> Path:
     api = huggingface_hub.HfApi()
     try:
         cached = Path(api.snapshot_download(name, allow_patterns=WANTED, local_files_only=True))
-        for folder in (cached, *sorted(cached.parent.iterdir())):  # beside main's may lie the converted one of an earlier call
+        for folder in (
+            cached,
+            *sorted(cached.parent.iterdir()),
+        ):  # beside main's may lie the converted one of an earlier call
             if weight_files(folder) and (folder / CONFIG).is_file():
                 return folder
     except (LocalEntryNotFoundError, HFValidationError):
@@ -125,7 +133,9 @@ def fetch(name: str) -> Path:
         if weight_files(folder):
             return folder
         # Older repositories, DINO's among them, may hold pickles alone; then the hub's own bot has offered a safetensors conversion.
-        for offer in api.get_repo_discussions(name, author="SFconvertbot", discussion_type="pull_request", discussion_status="open"):
+        for offer in api.get_repo_discussions(
+            name, author="SFconvertbot", discussion_type="pull_request", discussion_status="open"
+        ):
             folder = Path(api.snapshot_download(name, revision=f"refs/pr/{offer.num}", allow_patterns=WANTED))
             if weight_files(folder):
                 return folder
@@ -134,13 +144,19 @@ def fetch(name: str) -> Path:
             f"--backbone {name}: is gated; ask for access at https://huggingface.co/{name}, run `hf auth login`, then try again"
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise UserError(f"--backbone {name}: the hub has no such model and there is no such folder here; check the name") from error
-    except Exception as error:  # the network library, and with it its exceptions, depends on the version of huggingface_hub
+        raise UserError(
+            f"--backbone {name}: the hub has no such model and there is no such folder here; check the name"
+        ) from error
+    except (
+        Exception
+    ) as error:  # the network library, and with it its exceptions, depends on the version of huggingface_hub
         raise UserError(
             f"--backbone {name}: the hub could not be reached ({reason(error)}); download the model where there is a network "
             "and give its folder (config.json and model.safetensors) instead of the name"
         ) from error
-    raise UserError(f"--backbone {name}: the hub has no safetensors weights for it, and pickled ones are never loaded; use another model")
+    raise UserError(
+        f"--backbone {name}: the hub has no safetensors weights for it, and pickled ones are never loaded; use another model"
+    )
 
 
 def _architecture(name: str, kind: str, config: dict[str, Any]) -> tuple[Any, type[Any], int]:
@@ -153,7 +169,9 @@ def _architecture(name: str, kind: str, config: dict[str, Any]) -> tuple[Any, ty
             f"--backbone {name}: transformers {transformers.__version__} has no model of type {kind}; update it, or use another backbone"
         ) from error
     except Exception as error:
-        raise UserError(f"--backbone {name}: config.json does not fit model type {kind} ({reason(error)}); download it again") from error
+        raise UserError(
+            f"--backbone {name}: config.json does not fit model type {kind} ({reason(error)}); download it again"
+        ) from error
     patch = getattr(settings, "patch_size", None)
     if isinstance(patch, (tuple, list)) and len(set(patch)) == 1:
         patch = patch[0]
@@ -166,7 +184,11 @@ def _architecture(name: str, kind: str, config: dict[str, Any]) -> tuple[Any, ty
 
 def _build(name: str, architecture: type[Any], settings: Any, weights: dict[str, Tensor]) -> nn.Module:
     """The bare model in float32 with every weight of its trunk set; UserError when the weights do not fit."""
-    options = {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(architecture.__init__).parameters else {}
+    options = (
+        {"add_pooling_layer": False}
+        if "add_pooling_layer" in inspect.signature(architecture.__init__).parameters
+        else {}
+    )
     try:
         with quiet():
             model, report = architecture.from_pretrained(

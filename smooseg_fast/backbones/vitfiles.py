@@ -17,7 +17,13 @@ from .base import digest_of, reason
 
 CONFIG, PREPROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of RGB in 0..1
-NOTES = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")  # in config.json, but not of the function
+NOTES = (
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+)  # in config.json, but not of the function
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,9 @@ def weight_files(folder: Path) -> list[Path]:
     if not index.is_file():
         return []
     try:
-        shards = {folder / Path(name).name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        shards = {
+            folder / Path(name).name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        }
     except (ValueError, KeyError, TypeError, AttributeError):
         return []
     return sorted(shards) if all(shard.suffix == ".safetensors" and shard.is_file() for shard in shards) else []
@@ -86,7 +94,9 @@ def _read_weights(name: str, folder: Path) -> dict[str, Tensor]:
         try:
             weights.update(load_file(file))
         except (SafetensorError, OSError) as error:
-            raise UserError(f"--backbone {name}: {file} cannot be read ({reason(error)}); copy or download it again") from error
+            raise UserError(
+                f"--backbone {name}: {file} cannot be read ({reason(error)}); copy or download it again"
+            ) from error
     return weights
 
 
@@ -100,7 +110,9 @@ def _read_json(name: str, path: Path) -> dict[str, Any]:
             f"--backbone {name}: no {path.name} in {path.parent}; give a transformers model's folder, as save_pretrained makes it"
         ) from error
     except (OSError, ValueError) as error:
-        raise UserError(f"--backbone {name}: {path} cannot be read ({reason(error)}); copy or download it again") from error
+        raise UserError(
+            f"--backbone {name}: {path} cannot be read ({reason(error)}); copy or download it again"
+        ) from error
     return value
 
 
@@ -112,8 +124,14 @@ def _statistics(name: str, folder: Path) -> tuple[tuple[float, ...], tuple[float
     values = _read_json(name, path)
     mean, std = values.get("image_mean", IMAGENET[0]), values.get("image_std", IMAGENET[1])
     for key, numbers in (("image_mean", mean), ("image_std", std)):
-        if not (isinstance(numbers, (list, tuple)) and len(numbers) == 3 and all(isinstance(number, (int, float)) for number in numbers)):
-            raise UserError(f"--backbone {name}: {path}: {key} is {numbers!r}; it must be three numbers, for red, green and blue")
+        if not (
+            isinstance(numbers, (list, tuple))
+            and len(numbers) == 3
+            and all(isinstance(number, (int, float)) for number in numbers)
+        ):
+            raise UserError(
+                f"--backbone {name}: {path}: {key} is {numbers!r}; it must be three numbers, for red, green and blue"
+            )
     if min(std) <= 0:
         raise UserError(f"--backbone {name}: {path}: image_std is {std}; each must be above 0")
     return tuple(map(float, mean)), tuple(map(float, std))

@@ -11,7 +11,17 @@ from .arrays import ArrayDataset
 from .base import IGNORE, Dataset, Layout, Split
 from .folder import ImageFolder, open_folder, open_folder_splits
 
-__all__ = ["IGNORE", "ArrayDataset", "Dataset", "ImageFolder", "Layout", "Split", "open_dataset", "open_splits", "recognise"]
+__all__ = [
+    "IGNORE",
+    "ArrayDataset",
+    "Dataset",
+    "ImageFolder",
+    "Layout",
+    "Split",
+    "open_dataset",
+    "open_splits",
+    "recognise",
+]
 
 OWNERS = (cityscapes, cocostuff, potsdam, voc)
 
@@ -24,7 +34,9 @@ def recognise(path: Path | str) -> Layout | None:
     root = Path(path).expanduser()
     found = [layout for layout in (owner.recognise(root) for owner in OWNERS) if layout is not None]
     if len(found) > 1:
-        raise UserError(f"--data {root}: looks like {' and like '.join(layout.title for layout in found)}; give each a folder of its own")
+        raise UserError(
+            f"--data {root}: looks like {' and like '.join(layout.title for layout in found)}; give each a folder of its own"
+        )
     return found[0] if found else None
 
 
@@ -49,4 +61,6 @@ def open_splits(path: Path | str) -> tuple[Dataset, Dataset | None]:
     train, val = layout.open("train"), layout.open("val")
     if val.labelled:
         return train, val
-    return replace(train, notes=tuple(dict.fromkeys((*train.notes, *val.notes)))), None  # why there is nothing to take figures on
+    return replace(
+        train, notes=tuple(dict.fromkeys((*train.notes, *val.notes)))
+    ), None  # why there is nothing to take figures on

@@ -19,7 +19,13 @@ class ArrayDataset:
         if not len(images):
             raise UserError("images: empty; give at least one uint8 [H,W,3] array")
         for place, image in enumerate(images):
-            if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            if (
+                not isinstance(image, np.ndarray)
+                or image.dtype != np.uint8
+                or image.ndim != 3
+                or image.shape[2] != 3
+                or not image.size
+            ):
                 what = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
                 raise UserError(f"images[{place}]: must be a uint8 [H,W,3] array, got {what}")
         self.images = tuple(images)

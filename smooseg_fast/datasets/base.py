@@ -35,7 +35,9 @@ class Dataset(Protocol):
 
     def image(self, index: int) -> np.ndarray: ...  # uint8 [H,W,3]; ImageError when it cannot be used
 
-    def label(self, index: int) -> np.ndarray | None: ...  # uint8 [H,W], class numbers or IGNORE; None where there is no label
+    def label(
+        self, index: int
+    ) -> np.ndarray | None: ...  # uint8 [H,W], class numbers or IGNORE; None where there is no label
 
     def fingerprint(self) -> str: ...  # hex digest that changes when the images do
 
@@ -156,7 +158,9 @@ class Layout:
         if split in self.parts:
             return self.parts[split]()
         if "train" not in self.parts:
-            raise UserError(f"--data {self.root}: {self.title} has {' and '.join(self.parts)} but no images of {split}; add them")
+            raise UserError(
+                f"--data {self.root}: {self.title} has {' and '.join(self.parts)} but no images of {split}; add them"
+            )
         return replace(self.parts["train"](), held_out=False)
 
 
@@ -234,8 +238,12 @@ def pick(listed: list[str], files: list[Path], path: Path) -> tuple[list[Path], 
     lost = [entry for entry in listed if entry not in by_stem]
     if not found:
         example = f", such as {lost[0]}," if lost else ""
-        raise UserError(f"{path}: none of the {len(listed)} images that it lists{example} is there; unpack the images beside it")
-    return found, [f"{len(lost)} of {len(listed)} images listed in {path} are not there, first {lost[0]}"] if lost else []
+        raise UserError(
+            f"{path}: none of the {len(listed)} images that it lists{example} is there; unpack the images beside it"
+        )
+    return found, [
+        f"{len(lost)} of {len(listed)} images listed in {path} are not there, first {lost[0]}"
+    ] if lost else []
 
 
 def files_digest(files: Iterable[tuple[str, Path]]) -> str:

@@ -17,7 +17,9 @@ NAMES = (
     "train", "motorcycle", "bicycle",
 )  # fmt: skip
 FIRST = 7
-NUMBERING = Numbering("Cityscapes", NAMES, {number: number - FIRST if number >= FIRST else IGNORE for number in range(FIRST + len(NAMES))})
+NUMBERING = Numbering(
+    "Cityscapes", NAMES, {number: number - FIRST if number >= FIRST else IGNORE for number in range(FIRST + len(NAMES))}
+)
 
 IMAGE, LABEL = "_leftImg8bit", "_gtFine_labelIds"
 
@@ -33,7 +35,13 @@ def recognise(root: Path) -> Layout | None:
     labels = first_folder(root / "gtFine", root / "gtFine_trainvaltest" / "gtFine") or root / "gtFine"
     title = "Cityscapes (leftImg8bit and gtFine labelIds, 27 classes)"
     parts = {split: partial(_open, images, labels, split) for split in there}
-    return Layout(title=title, preset="cityscapes", root=root, parts=parts, pictures=images / ("val" if "val" in parts else "train"))
+    return Layout(
+        title=title,
+        preset="cityscapes",
+        root=root,
+        parts=parts,
+        pictures=images / ("val" if "val" in parts else "train"),
+    )
 
 
 def _open(images: Path, labels: Path, split: str) -> NumberedFiles:

@@ -76,7 +76,10 @@ MAPS = (
 
 
 def recognise(root: Path) -> Layout | None:
-    images = {split: first_folder(root / "images" / (split + YEAR), root / (split + YEAR)) for split in ("train", "val", "test")}
+    images = {
+        split: first_folder(root / "images" / (split + YEAR), root / (split + YEAR))
+        for split in ("train", "val", "test")
+    }
     images = {split: folder for split, folder in images.items() if folder is not None}
     if not {"train", "val"} & set(images):
         return None
@@ -87,7 +90,9 @@ def recognise(root: Path) -> Layout | None:
     where = root / MAPS[0] if maps is None else maps.parent
     title = f"COCO-Stuff ({'images without pixel maps' if maps is None else f'images and pixel maps in {where.name}'}, 27 classes)"
     parts = {split: partial(_open, root, folder, where / (split + YEAR), split) for split, folder in images.items()}
-    return Layout(title=title, preset="cocostuff27", root=root, parts=parts, pictures=images.get("val", images.get("train")))
+    return Layout(
+        title=title, preset="cocostuff27", root=root, parts=parts, pictures=images.get("val", images.get("train"))
+    )
 
 
 def _open(root: Path, images: Path, maps: Path, split: str) -> NumberedFiles:
@@ -99,7 +104,9 @@ def _open(root: Path, images: Path, maps: Path, split: str) -> NumberedFiles:
     if curated is not None:
         found, notes = pick(read_list(curated), present, curated)
     elif split != "test":
-        notes = [f"no curated list ({lists[0]}): all {len(present)} images of {split + YEAR}, not the benchmark's choice of them"]
+        notes = [
+            f"no curated list ({lists[0]}): all {len(present)} images of {split + YEAR}, not the benchmark's choice of them"
+        ]
     return numbered_files(
         f"COCO-Stuff {split}",
         images,

@@ -70,13 +70,17 @@ def open_folder(path: Path | str, split: Split) -> ImageFolder:
     """
     root = Path(path).expanduser()
     base, held_out = _split_folder(root, split)
-    home = base.parent if base.name in SPLITS else base  # where classes.txt and the other splits are, also for DIR/val itself
+    home = (
+        base.parent if base.name in SPLITS else base
+    )  # where classes.txt and the other splits are, also for DIR/val itself
     name = base.resolve().name if base == root else f"{root.resolve().name}/{base.name}"
     if not _has_labels(base):
         images = find_images(base)
         top = base if base.is_dir() else base.parent
         nothing = (None,) * len(images)
-        return ImageFolder(name=name, names=_relative(images, top), images=tuple(images), labels=nothing, held_out=held_out)
+        return ImageFolder(
+            name=name, names=_relative(images, top), images=tuple(images), labels=nothing, held_out=held_out
+        )
 
     images = find_images(base / "images")
     names = _relative(images, base / "images")
@@ -99,7 +103,9 @@ def open_folder(path: Path | str, split: Split) -> ImageFolder:
 def open_folder_splits(path: Path | str) -> tuple[ImageFolder, ImageFolder | None]:
     """`open_splits` of a folder."""
     train = open_folder(path, "train")
-    base, _ = _split_folder(Path(path).expanduser(), "val")  # without labels it is not opened: then it may as well be empty
+    base, _ = _split_folder(
+        Path(path).expanduser(), "val"
+    )  # without labels it is not opened: then it may as well be empty
     return train, open_folder(path, "val") if train.labelled or _has_labels(base) else None
 
 
@@ -117,7 +123,9 @@ def _split_folder(root: Path, split: str) -> tuple[Path, bool]:
             if name in there:
                 return root / name, True
     if not has_train:
-        raise UserError(f"--data {root}: has {' and '.join(there)} but no train folder; add train/images, or give {root / there[0]}")
+        raise UserError(
+            f"--data {root}: has {' and '.join(there)} but no train folder; add train/images, or give {root / there[0]}"
+        )
     return root / "train", False
 
 
@@ -138,16 +146,22 @@ def _match_labels(base: Path, names: tuple[str, ...]) -> tuple[tuple[Path | None
     for name in names:
         stem = Path(name).with_suffix("").as_posix()
         if stem in owner:
-            raise UserError(f"{base / 'images'}: {owner[stem]} and {name} would share the label {stem}.png; rename or remove one of them")
+            raise UserError(
+                f"{base / 'images'}: {owner[stem]} and {name} would share the label {stem}.png; rename or remove one of them"
+            )
         owner[stem] = name
     labels = tuple(by_stem.get(stem) for stem in owner)
     if not any(labels):
         stem = next(iter(owner))
-        raise UserError(f"{folder}: no label belongs to any image; for {names[0]} it would be {stem}.png, and {len(masks)} .png are there")
+        raise UserError(
+            f"{folder}: no label belongs to any image; for {names[0]} it would be {stem}.png, and {len(masks)} .png are there"
+        )
     without = [name for name, label in zip(names, labels) if label is None]
     stray = [mask for stem, mask in by_stem.items() if stem not in owner]
     notes = [f"{len(without)} of {len(names)} images have no label in {folder}, first {without[0]}"] if without else []
-    notes += [f"{len(stray)} labels in {folder} belong to no image, first {stray[0].relative_to(folder)}"] if stray else []
+    notes += (
+        [f"{len(stray)} labels in {folder} belong to no image, first {stray[0].relative_to(folder)}"] if stray else []
+    )
     return labels, tuple(notes)
 
 
@@ -169,8 +183,12 @@ def _count_classes(folders: tuple[Path, ...]) -> tuple[str, ...]:
         seen[read_label(mask)] = True
     numbers = np.flatnonzero(seen[:IGNORE])
     if not numbers.size:
-        raise UserError(f"{folders[0]}: every pixel of every label is {IGNORE} (ignore); write class numbers from 0 into the labels")
+        raise UserError(
+            f"{folders[0]}: every pixel of every label is {IGNORE} (ignore); write class numbers from 0 into the labels"
+        )
     classes = int(numbers[-1]) + 1
     home = folders[0].parent
-    tqdm.write(f"{home}: no classes.txt; {classes} classes by the largest number in {len(masks)} labels", file=sys.stderr)
+    tqdm.write(
+        f"{home}: no classes.txt; {classes} classes by the largest number in {len(masks)} labels", file=sys.stderr
+    )
     return tuple(f"class {number}" for number in range(classes))

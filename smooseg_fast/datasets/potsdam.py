@@ -46,7 +46,11 @@ TEST_SHARE = 0.1  # of all tiles
 
 MOSAICS = {"2_Ortho_RGB": "RGB", "4_Ortho_RGBIR": "RGBIR"}
 FALSE_COLOUR = "3_Ortho_IRRG"
-LABELS = {"5_Labels_for_participants": "label", "5_Labels_all": "label", "5_Labels_for_participants_no_Boundary": "label_noBoundary"}
+LABELS = {
+    "5_Labels_for_participants": "label",
+    "5_Labels_all": "label",
+    "5_Labels_for_participants_no_Boundary": "label_noBoundary",
+}
 
 
 def recognise(root: Path) -> Layout | None:
@@ -65,13 +69,17 @@ class MatTiles(NumberedFiles):
         path = self.images[index]
         image = read_mat(path, "img")
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (3, 4):
-            raise ImageError(path, f"img is {image.dtype} {list(image.shape)}, not uint8 [h,w,3 or 4]", "give the prepared tiles")
+            raise ImageError(
+                path, f"img is {image.dtype} {list(image.shape)}, not uint8 [h,w,3 or 4]", "give the prepared tiles"
+            )
         return np.ascontiguousarray(image[..., :3])
 
     def class_numbers(self, path: Path) -> np.ndarray:
         label = read_mat(path, "gt")
         if label.dtype.kind not in "iu" or label.ndim != 2:
-            raise ImageError(path, f"gt is {label.dtype} {list(label.shape)}, not integers [h,w]", "give the prepared tiles")
+            raise ImageError(
+                path, f"gt is {label.dtype} {list(label.shape)}, not integers [h,w]", "give the prepared tiles"
+            )
         return self.numbering(label, path)
 
     def size(self, index: int) -> tuple[int, int]:
@@ -103,7 +111,9 @@ def _prepared(root: Path) -> Layout | None:
     parts = {split: partial(_open_prepared, root, split, path) for split, path in there.items()}
     if "train" not in parts:
         parts["train"] = partial(_open_prepared, root, "train", None)
-    return Layout(title="Potsdam-3 (prepared .mat tiles, 3 classes)", preset="potsdam", root=root, parts=parts, pictures=None)
+    return Layout(
+        title="Potsdam-3 (prepared .mat tiles, 3 classes)", preset="potsdam", root=root, parts=parts, pictures=None
+    )
 
 
 def _open_prepared(root: Path, split: str, path: Path | None) -> NumberedFiles:
@@ -168,7 +178,9 @@ class MosaicTiles:
         if path is None:
             return None
         if (found := image_size(path)) != (wanted := image_size(image)):
-            raise UserError(f"{path}: the label is {extent(found)} pixels but {image} is {extent(wanted)}; copy both again")
+            raise UserError(
+                f"{path}: the label is {extent(found)} pixels but {image} is {extent(wanted)}; copy both again"
+            )
         return _tile(classes_of(path), row, column)
 
     def fingerprint(self) -> str:
@@ -185,7 +197,9 @@ def _tile(mosaic: np.ndarray, row: int, column: int) -> np.ndarray:
     return mosaic[row * SIDE : (row + 1) * SIDE, column * SIDE : (column + 1) * SIDE].copy()
 
 
-_decoding = threading.Lock()  # threads that want tiles of one mosaic wait for the first of them, instead of decoding it each
+_decoding = (
+    threading.Lock()
+)  # threads that want tiles of one mosaic wait for the first of them, instead of decoding it each
 
 
 def colours_of(path: Path) -> np.ndarray:
@@ -224,7 +238,9 @@ def _mosaics(root: Path) -> Layout | None:
     folder = first_folder(*(root / name for name in MOSAICS))
     if folder is None:
         if (root / FALSE_COLOUR).is_dir():
-            raise UserError(f"--data {root}: Potsdam with {FALSE_COLOUR} alone, which has no blue; unpack {' or '.join(MOSAICS)} beside it")
+            raise UserError(
+                f"--data {root}: Potsdam with {FALSE_COLOUR} alone, which has no blue; unpack {' or '.join(MOSAICS)} beside it"
+            )
         return None
     mosaics = _by_place(folder, MOSAICS[folder.name])
     if not mosaics:
@@ -239,7 +255,9 @@ def _mosaics(root: Path) -> Layout | None:
     elif all(paired.values()):
         del parts["unlabelled"]
     title = f"Potsdam-3 (mosaics in {folder.name} and {where}, cut into {SIDE}-pixel tiles, 3 classes)"
-    return Layout(title=title, preset="potsdam", root=root, parts=parts, pictures=None)  # a mosaic is not at the scale of its tiles
+    return Layout(
+        title=title, preset="potsdam", root=root, parts=parts, pictures=None
+    )  # a mosaic is not at the scale of its tiles
 
 
 def _by_place(folder: Path, kind: str) -> dict[tuple[int, int], Path]:
@@ -274,5 +292,7 @@ def _open_mosaics(paired: dict[Path, Path | None], split: str) -> MosaicTiles:
     if not chosen:
         raise UserError("; ".join([f"--data: no tiles of {WINDOW} x {WINDOW} pixels to be cut for {split}", *notes]))
     if split != "unlabelled":
-        notes.append("tiles to measure on are drawn by name from the labelled mosaics; they are not those of the published list")
+        notes.append(
+            "tiles to measure on are drawn by name from the labelled mosaics; they are not those of the published list"
+        )
     return MosaicTiles(name=f"Potsdam-3 {split}", tiles=tuple(chosen), held_out=split == "val", notes=tuple(notes))

@@ -16,7 +16,13 @@ NAMES = (
 )  # fmt: skip
 NUMBERING = Numbering("PASCAL VOC", NAMES, {number: number for number in range(len(NAMES))})
 
-HOMES = (".", "VOC2012", "VOCdevkit/VOC2012", "VOC2007", "VOCdevkit/VOC2007")  # the archive unpacks to VOCdevkit/VOC2012
+HOMES = (
+    ".",
+    "VOC2012",
+    "VOCdevkit/VOC2012",
+    "VOC2007",
+    "VOCdevkit/VOC2007",
+)  # the archive unpacks to VOCdevkit/VOC2012
 
 
 def recognise(root: Path) -> Layout | None:
@@ -24,7 +30,11 @@ def recognise(root: Path) -> Layout | None:
         lists = home / "ImageSets" / "Segmentation"
         if not ((home / "JPEGImages").is_dir() and lists.is_dir()):
             continue
-        there = {split: lists / f"{split}.txt" for split in ("train", "val", "trainval") if (lists / f"{split}.txt").is_file()}
+        there = {
+            split: lists / f"{split}.txt"
+            for split in ("train", "val", "trainval")
+            if (lists / f"{split}.txt").is_file()
+        }
         if "train" not in there and "trainval" in there:
             there["train"] = there["trainval"]
         if not there:

@@ -62,7 +62,9 @@ class Batches:
         if not flight.extremes.isfinite().all():
             finite = flight.features.isfinite().flatten(1).all(dim=1).tolist()
             name = flight.names[finite.index(False)]
-            raise UserError(f"backbone {self.backbone.name}: gave nan or infinity for {name}; try another device or take the image out")
+            raise UserError(
+                f"backbone {self.backbone.name}: gave nan or infinity for {name}; try another device or take the image out"
+            )
         return flight.features
 
     def _start(self, squares: Sequence[np.ndarray], names: tuple[str, ...]) -> Flight:

@@ -25,7 +25,9 @@ from .store import FORMAT, SHARDS, DamagedShard, read_shard, shard_path
 KEY = re.compile(r"[0-9a-f]{32}")
 META, USED, WRITING = "meta.json", "used", "writing"
 
-_UNITS = {f"{letter}{i}": base**power for power, letter in enumerate("KMGT", 1) for i, base in (("", 1000), ("I", 1024))}
+_UNITS = {
+    f"{letter}{i}": base**power for power, letter in enumerate("KMGT", 1) for i, base in (("", 1000), ("I", 1024))
+}
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,9 @@ class StoreFolder:
             (self.path / USED).unlink(missing_ok=True)  # last: until then nobody comes in
             freed = before - self.nbytes
         except OSError as error:
-            raise WriteError(f"{self.path}: cannot be removed ({error.strerror or error}); remove it as the user who owns it") from error
+            raise WriteError(
+                f"{self.path}: cannot be removed ({error.strerror or error}); remove it as the user who owns it"
+            ) from error
         finally:
             lock.release()
         with contextlib.suppress(OSError):  # something else is in it, or somebody has just come
@@ -155,7 +159,9 @@ class CacheFolder:
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise UserError(f"--cache {self.path}: cannot be read ({error.strerror or error}); give a folder of features") from error
+            raise UserError(
+                f"--cache {self.path}: cannot be read ({error.strerror or error}); give a folder of features"
+            ) from error
         return sorted(found, key=lambda store: (-store.last_used, store.key))
 
     def make_room(self, nbytes: int, keep: StoreFolder) -> tuple[list[tuple[str, int]], int]:
@@ -192,11 +198,15 @@ def parse_size(text: str, argument: str) -> int:
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]I?)B\s*", str(text).upper())
     size = int(float(found[1]) * _UNITS[found[2]]) if found else 0
     if not size:
-        raise UserError(f"{argument} {text}: no size; give a number above 0 with its unit, such as 50GB, 500MB or 1.5TiB")
+        raise UserError(
+            f"{argument} {text}: no size; give a number above 0 with its unit, such as 50GB, 500MB or 1.5TiB"
+        )
     return size
 
 
 def readable(nbytes: int) -> str:
     """With a unit."""
-    unit, size = next(((unit, size) for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)) if nbytes >= size), ("kB", 1e3))
+    unit, size = next(
+        ((unit, size) for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)) if nbytes >= size), ("kB", 1e3)
+    )
     return f"{nbytes / size:.1f} {unit}"

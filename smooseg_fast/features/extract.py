@@ -113,7 +113,9 @@ def open_or_extract(
             say(line)
     if fresh is None and features.skipped:
         name, reason = features.skipped[0]
-        say(f"skipped before: {len(features.skipped)} of {len(dataset)} images, first {name}: {reason}; delete {folder.path} to try again")
+        say(
+            f"skipped before: {len(features.skipped)} of {len(dataset)} images, first {name}: {reason}; delete {folder.path} to try again"
+        )
     return features
 
 
@@ -156,14 +158,18 @@ def _stored(job: Job, path: Path, position: tuple[int, int]) -> Shard:
     except DamagedShard as damage:
         shard, why = None, str(damage)
     if shard is None:
-        raise UserError(f"{path}: cannot be read just after it was written: {why}; check the disk or choose another cache folder")
+        raise UserError(
+            f"{path}: cannot be read just after it was written: {why}; check the disk or choose another cache folder"
+        )
     return shard
 
 
 def _keep(path: Path, contents: Contents, parts: list[Tensor], home: CacheFolder, processes: Processes) -> None:
     if contents.start == (0, 0) and not contents.names:  # not written: next time the files may be readable
         (name, reason), count = contents.skipped[0], len(contents.skipped)
-        raise UserError(f"--data: none of the {count} images can be used (first: {name}: {reason}); give images that open")
+        raise UserError(
+            f"--data: none of the {count} images can be used (first: {name}: {reason}); give images that open"
+        )
     if processes.first:
         _make_room(home, StoreFolder(path.parent), 2 * sum(part.numel() for part in parts))
         write_shard(path, contents, *parts)
@@ -173,9 +179,13 @@ def _keep(path: Path, contents: Contents, parts: list[Tensor], home: CacheFolder
 def _make_room(home: CacheFolder, folder: StoreFolder, nbytes: int) -> None:
     removed, excess = home.make_room(nbytes, folder)
     for name, freed in removed:
-        say(f"removed: features of {name} ({readable(freed)}), the longest unused, to stay below --cache-limit {readable(home.limit)}")
+        say(
+            f"removed: features of {name} ({readable(freed)}), the longest unused, to stay below --cache-limit {readable(home.limit)}"
+        )
     if excess:
-        say(f"warning: {home.path} is {readable(excess)} above --cache-limit {readable(home.limit)}, and all else in it is in use")
+        say(
+            f"warning: {home.path} is {readable(excess)} above --cache-limit {readable(home.limit)}, and all else in it is in use"
+        )
 
 
 @dataclass(frozen=True)
@@ -198,10 +208,15 @@ class Job:
         if self.size < patch or self.size % patch:
             below, above = self.size // patch * patch, (self.size // patch + 1) * patch
             advice = f"{below} or {above}" if below > 0 else str(patch)
-            raise UserError(f"{self.argument} {self.size}: not a multiple of the backbone's patch, {patch} pixels; take {advice}")
+            raise UserError(
+                f"{self.argument} {self.size}: not a multiple of the backbone's patch, {patch} pixels; take {advice}"
+            )
         if self.batch_size < 1:
             raise UserError(f"batch_size {self.batch_size}: must be 1 or more")
-        for argument, value, kinds in (("--crops", self.crops, get_args(Crops)), ("--resample", self.resample, get_args(Resample))):
+        for argument, value, kinds in (
+            ("--crops", self.crops, get_args(Crops)),
+            ("--resample", self.resample, get_args(Resample)),
+        ):
             if value not in kinds:
                 raise UserError(f"{argument} {value}: unknown; take {' or '.join(kinds)}")
 
@@ -220,7 +235,15 @@ class Job:
 
     def key(self) -> str:
         """What the features depend on, hashed; on precision and batch size they do in their last bits."""
-        parts = [store.FORMAT, self.fingerprint, self.backbone.digest, self.size, self.crops, self.resample, self.mirror]
+        parts = [
+            store.FORMAT,
+            self.fingerprint,
+            self.backbone.digest,
+            self.size,
+            self.crops,
+            self.resample,
+            self.mirror,
+        ]
         parts += [self.backbone.precision, self.batch_size]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
@@ -234,8 +257,12 @@ class Job:
 
     def describe(self) -> dict:
         """For people who find the folder, and `python -m smooseg_fast.cache ls`."""
-        made = dict(format=store.FORMAT, dataset=self.dataset.name, images=len(self.dataset), backbone=self.backbone.name)
-        settings = dict(size=self.size, crops=self.crops, resample=self.resample, mirror=self.mirror, batch_size=self.batch_size)
+        made = dict(
+            format=store.FORMAT, dataset=self.dataset.name, images=len(self.dataset), backbone=self.backbone.name
+        )
+        settings = dict(
+            size=self.size, crops=self.crops, resample=self.resample, mirror=self.mirror, batch_size=self.batch_size
+        )
         digests = dict(fingerprint=self.fingerprint, digest=self.backbone.digest, precision=self.backbone.precision)
         return {**made, **digests, **settings, "grid": self.grid, "channels": self.backbone.dim}
 
@@ -288,5 +315,7 @@ class Job:
         except MemoryError:
             pass
         raise ImageError(
-            name, f"{width} x {height} pixels, too many for the memory with {self.size} on the short side", "cut it into tiles"
+            name,
+            f"{width} x {height} pixels, too many for the memory with {self.size} on the short side",
+            "cut it into tiles",
         )

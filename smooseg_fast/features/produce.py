@@ -51,7 +51,9 @@ class _Skip:
     after: tuple[int, int]
 
 
-_Decoded = tuple[int, "list[tuple[tuple[int, int], np.ndarray]] | ImageError"]  # an image's number and its squares with their places
+_Decoded = tuple[
+    int, "list[tuple[tuple[int, int], np.ndarray]] | ImageError"
+]  # an image's number and its squares with their places
 
 
 def produce(job: Job, start: tuple[int, int], progress: bool) -> Iterator[tuple[Contents, list[Tensor]]]:
@@ -69,11 +71,15 @@ def produce(job: Job, start: tuple[int, int], progress: bool) -> Iterator[tuple[
                     made = _next_shard(job, batches, squares, start, bar)
                 except TooLarge:
                     made = None
-                if made is None:  # the whole shard anew, so that one that is made after an interruption has the same batches
+                if (
+                    made is None
+                ):  # the whole shard anew, so that one that is made after an interruption has the same batches
                     squares.close()
                     job = job.halved()
                     squares = _squares(job, start, named)
-                    say(f"batch      {job.batch_size} squares: more do not fit into the memory of {job.backbone.device}")
+                    say(
+                        f"batch      {job.batch_size} squares: more do not fit into the memory of {job.backbone.device}"
+                    )
                     continue
                 job.tally.squares += len(made[0].names)
                 job.tally.images += made[0].end[0] - start[0]
@@ -127,7 +133,9 @@ class _Rounds:
         own, fits = squares[processes.rank * size :][:size], True
         try:
             if own:
-                self._started.append(self.batches.start([square.pixels for square in own], [square.name for square in own]))
+                self._started.append(
+                    self.batches.start([square.pixels for square in own], [square.name for square in own])
+                )
         except TooLarge:
             fits = False
         if processes.largest(int(not fits)):

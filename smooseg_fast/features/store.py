@@ -43,7 +43,9 @@ class Contents:
     end: tuple[int, int]  # the position after the last row, past any skipped images
     grid: tuple[int, int]  # (h, w) patches, P = h * w row-major
     names: tuple[str, ...]  # image of each row
-    crops: tuple[tuple[int, int], ...]  # (top, left) of each row's square in the image at that scale (images.cut_squares)
+    crops: tuple[
+        tuple[int, int], ...
+    ]  # (top, left) of each row's square in the image at that scale (images.cut_squares)
     skipped: tuple[tuple[str, str], ...]  # (name, reason)
     batch: int = 0  # squares that went through the backbone at once; 0: not known
 
@@ -102,7 +104,9 @@ class FeatureStore:
                 raise IndexError(f"row {number} of a store of {len(self)} rows")
             shard = bisect.bisect_right(self._starts, number) - 1
             row = self._features[shard][number - self._starts[shard]]
-            out[place] = row if dtype in (row.dtype, torch.float32) else row.float()  # from 16 bits to other 16 bits a third of the time
+            out[place] = (
+                row if dtype in (row.dtype, torch.float32) else row.float()
+            )  # from 16 bits to other 16 bits a third of the time
         return out
 
     def load(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
@@ -122,7 +126,12 @@ def shard_path(folder: Path, number: int) -> Path:
 def write_shard(path: Path, contents: Contents, *parts: Tensor) -> None:
     """Whole or not at all. `parts` [n,P,D] one behind the other, finite, any float type; kept as `to_storage` has it."""
     features = to_storage(*parts)
-    guarded = {**asdict(contents), "dtype": _DTYPES[features.dtype], "shape": list(features.shape), "crc": _crc(features)}
+    guarded = {
+        **asdict(contents),
+        "dtype": _DTYPES[features.dtype],
+        "shape": list(features.shape),
+        "crc": _crc(features),
+    }
     text = json.dumps(guarded, separators=(",", ":"))
     # bytes, not save_file: that makes a file only its owner can read, and reports a full disk as an error of its own kind
     write_atomic(path, save({"features": features}, {_KEY: f"{zlib.crc32(text.encode()):08x}{text}"}))
@@ -152,7 +161,9 @@ def read_shard(path: Path) -> Shard | None:
         return None
     except DamagedShard:
         raise
-    except Exception as error:  # a damaged header may raise nearly anything, and the answer is always to extract the shard again
+    except (
+        Exception
+    ) as error:  # a damaged header may raise nearly anything, and the answer is always to extract the shard again
         raise DamagedShard(f"cannot be read ({(str(error).splitlines() or [type(error).__name__])[0]})") from error
 
 
@@ -196,4 +207,6 @@ def _contents(header: dict) -> Contents:
         return tuple((first, second) for first, second in values)
 
     start, end, grid = pairs([header["start"], header["end"], header["grid"]])
-    return Contents(start, end, grid, tuple(header["names"]), pairs(header["crops"]), pairs(header["skipped"]), header["batch"])
+    return Contents(
+        start, end, grid, tuple(header["names"]), pairs(header["crops"]), pairs(header["skipped"]), header["batch"]
+    )

@@ -95,7 +95,9 @@ class Stream(Schedule):
             self._enter(number)
             rows, needed = len(self._store), self.windows.steps * self.batch_size
             rounds = range(-(-needed // rows))
-            self._order = torch.cat([torch.randperm(rows, generator=self.generator(3, number, again)) for again in rounds])
+            self._order = torch.cat(
+                [torch.randperm(rows, generator=self.generator(3, number, again)) for again in rounds]
+            )
         return self._order[place * self.batch_size : (place + 1) * self.batch_size]
 
     def features(self, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -131,7 +133,9 @@ class Stream(Schedule):
         try:
             self._store, self._number = self._open(part), number
         except KeyboardInterrupt as stop:
-            raise Interrupted(getattr(stop, "number", Interrupted().number)) from None  # what the run has kept says more
+            raise Interrupted(
+                getattr(stop, "number", Interrupted().number)
+            ) from None  # what the run has kept says more
 
 
 def open_for_training(
@@ -160,7 +164,9 @@ def open_for_training(
     if windows is None:
         if found is not None and not found.there and found.nbytes + in_use > limit:
             needed = readable(found.nbytes + in_use)
-            raise UserError(f"--cache-limit {readable(limit)}: this run began with room for all; give about {needed}, or another --out")
+            raise UserError(
+                f"--cache-limit {readable(limit)}: this run began with room for all; give about {needed}, or another --out"
+            )
         return open_or_extract(dataset, backbone, **options), None
     say("features   " + described(found, windows))
     fingerprint, N = dataset.fingerprint(), len(dataset)

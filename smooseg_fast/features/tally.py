@@ -46,7 +46,10 @@ class Tally:
 
     def lines(self, how: str) -> list[str]:
         """Throughput, and what it was spent on; `how` in a few words."""
-        whole, share = self.seconds["whole"] or 1.0, {stage: f"{100 * part:.1f} %" for stage, part in self.shares().items()}
+        whole, share = (
+            self.seconds["whole"] or 1.0,
+            {stage: f"{100 * part:.1f} %" for stage, part in self.shares().items()},
+        )
         main = ", ".join(f"{stage} {share[stage]}" for stage in MAIN)
         beside = ", ".join(f"{stage} {share[stage]}" for stage in BESIDE)
         return [

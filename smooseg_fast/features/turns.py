@@ -14,7 +14,9 @@ from ..progress import Bar
 from .cachefolder import StoreFolder
 from .store import DamagedShard, Shard, require_sound
 
-CHECKED_BYTES = 256 * 2**20  # a store up to this size has every byte looked at when it is opened, which takes a fifth of a second
+CHECKED_BYTES = (
+    256 * 2**20
+)  # a store up to this size has every byte looked at when it is opened, which takes a fifth of a second
 SILENT_S = 2.0  # that checking may take before it is shown
 WAIT_S = 0.5  # between looks at what another run makes
 

@@ -64,15 +64,21 @@ def _read_zip(file: BinaryIO, size: int) -> Any:
     try:
         with zipfile.ZipFile(file) as archive:
             records = {info.filename: info for info in archive.infolist()}
-            pickles = [name for name in records if name == "data.pkl" or (name.endswith("/data.pkl") and name.count("/") == 1)]
+            pickles = [
+                name for name in records if name == "data.pkl" or (name.endswith("/data.pkl") and name.count("/") == 1)
+            ]
             if len(pickles) != 1 or len(records) != len(archive.infolist()):
-                raise Refused(f"is a zip file, but none of torch.save ({len(pickles)} data.pkl in it); give a file of weights")
+                raise Refused(
+                    f"is a zip file, but none of torch.save ({len(pickles)} data.pkl in it); give a file of weights"
+                )
             folder = pickles[0].removesuffix("data.pkl")
             if f"{folder}constants.pkl" in records:
                 raise Refused("is a TorchScript program; give the weights that torch.save wrote of its state_dict")
             reader = _ZipStorages(archive, records, folder, size)
             if f"{folder}byteorder" in records and reader.record("byteorder").numpy().tobytes() != b"little":
-                raise Refused("has its numbers in the byte order of another kind of machine; save it again on a little-endian one")
+                raise Refused(
+                    "has its numbers in the byte order of another kind of machine; save it again on a little-endian one"
+                )
             content = io.BytesIO(reader.record("data.pkl").numpy().tobytes())
             return Machine(reader.load, Budget(4 * size + (1 << 20))).run(content)
     except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError, LookupError) as error:
@@ -99,7 +105,11 @@ class _ZipStorages:
         info = self._records.get(self._folder + name)
         if info is None:
             raise Refused(f"damaged: there is no {name[:120]} in it; {AGAIN}")
-        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.file_size > self._left:
+        if (
+            info.compress_type != zipfile.ZIP_STORED
+            or info.compress_size != info.file_size
+            or info.file_size > self._left
+        ):
             raise Refused(f"damaged or packed anew: its {name[:120]} is not stored as torch.save does; {AGAIN}")
         self._left -= info.file_size
         content = torch.empty(info.file_size, dtype=torch.uint8)
@@ -118,7 +128,9 @@ class _ZipStorages:
 
 def _read_legacy(file: BinaryIO) -> Any:
     """Magic number, protocol, machine, the value, the keys of its storages; then each storage: its length as int64, its bytes."""
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:  # reads no more than is there, whatever length is asked for
+    with mmap.mmap(
+        file.fileno(), 0, access=mmap.ACCESS_READ
+    ) as content:  # reads no more than is there, whatever length is asked for
         size = len(content)
         storages = _LegacyStorages(size)
         budget = Budget(4 * size + (1 << 20))
@@ -128,7 +140,9 @@ def _read_legacy(file: BinaryIO) -> Any:
         Machine(_no_storage, budget).run(content)  # 1001
         machine = Machine(_no_storage, budget).run(content)
         if not isinstance(machine, dict) or machine.get("little_endian") is not True:
-            raise Refused("has its numbers in the byte order of another kind of machine; save it again on a little-endian one")
+            raise Refused(
+                "has its numbers in the byte order of another kind of machine; save it again on a little-endian one"
+            )
         value = Machine(storages.load, budget).run(content)
         storages.fill(Machine(_no_storage, budget).run(content), content)
         return value
@@ -146,7 +160,12 @@ class _LegacyStorages:
         self._storages: dict[str, tuple[int, Tensor]] = {}  # key -> (bytes of an element, uint8)
 
     def load(self, identifier: Any) -> Storage | Global:
-        if isinstance(identifier, tuple) and len(identifier) == 4 and identifier[0] == "module" and isinstance(identifier[1], Global):
+        if (
+            isinstance(identifier, tuple)
+            and len(identifier) == 4
+            and identifier[0] == "module"
+            and isinstance(identifier[1], Global)
+        ):
             return identifier[1]  # a class, with its source behind it
         kind, key, count = _identifier(identifier)
         dtype = element_type(kind)
@@ -158,7 +177,11 @@ class _LegacyStorages:
         return Storage(_typed(self._storages[key][1], dtype, count))
 
     def fill(self, keys: Any, content: mmap.mmap) -> None:
-        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or sorted(keys) != sorted(self._storages):
+        if (
+            not isinstance(keys, list)
+            or not all(isinstance(key, str) for key in keys)
+            or sorted(keys) != sorted(self._storages)
+        ):
             raise Refused(f"damaged: its list of storages does not belong to its value; {AGAIN}")
         for key in keys:
             itemsize, storage = self._storages[key]
@@ -169,7 +192,9 @@ class _LegacyStorages:
             while done < len(storage):
                 piece = content.read(min(PIECE, len(storage) - done))
                 if not piece:
-                    raise Refused(f"cut short: {done} of {len(storage)} bytes of storage {key[:120]} are there; {AGAIN}")
+                    raise Refused(
+                        f"cut short: {done} of {len(storage)} bytes of storage {key[:120]} are there; {AGAIN}"
+                    )
                 view[done : done + len(piece)] = piece
                 done += len(piece)
 

@@ -95,7 +95,11 @@ def element_type(name: Any) -> torch.dtype:
 
 
 def _naturals(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, (tuple, list)) or len(values) > 64 or not all(type(n) is int and 0 <= n < 2**62 for n in values):
+    if (
+        not isinstance(values, (tuple, list))
+        or len(values) > 64
+        or not all(type(n) is int and 0 <= n < 2**62 for n in values)
+    ):
         raise ValueError("a shape that is none")
     return tuple(values)
 
@@ -116,7 +120,15 @@ def _tensor(budget: Budget, storage: Storage, offset: Any, size: Any, stride: An
 
 
 def _typed_tensor(
-    budget: Budget, storage: Storage, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, dtype: torch.dtype, *rest: Any
+    budget: Budget,
+    storage: Storage,
+    offset: Any,
+    size: Any,
+    stride: Any,
+    grad: Any,
+    hooks: Any,
+    dtype: torch.dtype,
+    *rest: Any,
 ) -> Tensor:
     return _view(storage.numbers.view(dtype), offset, size, stride)
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pickletools
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # Python 2's names of the library, which pickles below protocol 3 have
+from _compat_pickle import (
+    IMPORT_MAPPING,
+    NAME_MAPPING,
+)  # Python 2's names of the library, which pickles below protocol 3 have
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
@@ -17,8 +20,30 @@ STEPS = 4_000_000  # opcodes of one pickle; a checkpoint of a thousand tensors w
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 NEW: dict[str, Callable[[], Any]] = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set, "EMPTY_TUPLE": tuple}
 LITERALS = {
-    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING", "SHORT_BINSTRING"),
-    *("UNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINUNICODE", "BINBYTES", "BINBYTES8", "SHORT_BINBYTES", "BYTEARRAY8"),
+    *(
+        "INT",
+        "BININT",
+        "BININT1",
+        "BININT2",
+        "LONG",
+        "LONG1",
+        "LONG4",
+        "FLOAT",
+        "BINFLOAT",
+        "STRING",
+        "BINSTRING",
+        "SHORT_BINSTRING",
+    ),
+    *(
+        "UNICODE",
+        "BINUNICODE",
+        "BINUNICODE8",
+        "SHORT_BINUNICODE",
+        "BINBYTES",
+        "BINBYTES8",
+        "SHORT_BINBYTES",
+        "BYTEARRAY8",
+    ),
 }
 
 
@@ -36,7 +61,9 @@ class Machine:
         try:
             for step, (opcode, arg, _) in enumerate(pickletools.genops(file)):
                 if step > STEPS:
-                    raise Refused(f"has more than {STEPS:,} steps to go through, which no weights need; get it from where it was published")
+                    raise Refused(
+                        f"has more than {STEPS:,} steps to go through, which no weights need; get it from where it was published"
+                    )
                 self._step(opcode.name, arg)
             (value,) = self._stack
             if self._outer:
@@ -61,7 +88,9 @@ class Machine:
         elif name not in ("PROTO", "FRAME", "STOP"):
             action = ACTIONS.get(name)
             if action is None:  # EXT1, EXT2, EXT4, NEXT_BUFFER, READONLY_BUFFER
-                raise Refused(f"uses pickle's {name}, which no weights need; nothing was run: get the file from where it was published")
+                raise Refused(
+                    f"uses pickle's {name}, which no weights need; nothing was run: get the file from where it was published"
+                )
             action(self, arg)
 
     def _marked(self) -> list[Any]:

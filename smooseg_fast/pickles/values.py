@@ -91,6 +91,8 @@ def content(value: Inert) -> Any:
         return dict(value.items)
     if value.elements:
         return value.elements
-    if isinstance(state, dict) and state and not any(str(name).startswith("_") for name in state):  # argparse.Namespace and its like
+    if (
+        isinstance(state, dict) and state and not any(str(name).startswith("_") for name in state)
+    ):  # argparse.Namespace and its like
         return state
     return repr(value)

@@ -7,7 +7,15 @@ heads. Mathematics: Lan et al., NeurIPS 2023, arXiv 2310.17874.
 """
 
 from . import layers
-from .api import assign, pair_energy, prototype_loss, prototype_probabilities, resolve_impl, smooseg_loss, smoothness_energy
+from .api import (
+    assign,
+    pair_energy,
+    prototype_loss,
+    prototype_probabilities,
+    resolve_impl,
+    smooseg_loss,
+    smoothness_energy,
+)
 from .similarity import histogram_quantiles, similarity_statistics
 from .types import PairEnergy, SimilarityStatistics, SmooSegLoss, SmoothnessLossTerms, SmoothnessTerms
 

@@ -31,19 +31,25 @@ def resolve_impl(impl: str, prototypes: tuple[int, int], *tensors: Tensor) -> st
     return impl
 
 
-def implementation(impl: str, prototypes: tuple[int, int], *tensors: Tensor, forms: dict[str, ModuleType] = IMPLS) -> ModuleType:
+def implementation(
+    impl: str, prototypes: tuple[int, int], *tensors: Tensor, forms: dict[str, ModuleType] = IMPLS
+) -> ModuleType:
     """An explicit choice is honoured or raises, never swapped; `tensors` are checked inputs."""
     impl = resolve_impl(impl, prototypes, *tensors)
     if impl in forms:
         return forms[impl]
     if not has_triton():
-        raise RuntimeError('impl="triton" needs Triton, which is not installed: pip install triton, or use impl="torch" (or "auto")')
+        raise RuntimeError(
+            'impl="triton" needs Triton, which is not installed: pip install triton, or use impl="torch" (or "auto")'
+        )
     if any(t.dtype == torch.float64 for t in tensors):
         raise TypeError('impl="triton" takes fp32, fp16 and bf16, got fp64: use impl="torch" or "dense"')
     from . import triton as fused
 
     if not fused.fits(*prototypes):
-        raise ValueError(f'impl="triton" keeps K = {prototypes[0]} prototypes on chip at most while K * Z is about 8000: use impl="torch"')
+        raise ValueError(
+            f'impl="triton" keeps K = {prototypes[0]} prototypes on chip at most while K * Z is about 8000: use impl="torch"'
+        )
     if tensors[0].device.type == "cpu":
         fused.require_interpreter()
     refuse_forward_mode(*tensors)
@@ -122,7 +128,9 @@ def smooseg_loss(
     module = implementation(impl, tuple(student.shape[-2:]), *tensors)
     pair_sets, options = energy_arguments(module, tensors, partners, thresholds, H, relative, center, *constants)
     canonical = (codes, student, teacher) if H is not None else (codes[None], student[None], teacher[None])
-    *outputs, mean = module.loss(features, *canonical, pair_sets, temperature=checks.temperature(temperature), **options)
+    *outputs, mean = module.loss(
+        features, *canonical, pair_sets, temperature=checks.temperature(temperature), **options
+    )
     # squeezed, not indexed: the gradient of an index is a copy into zeros
     total, energy, data, distance = outputs if H is not None else [output.squeeze(0) for output in outputs]
     return SmooSegLoss(total, energy, data, distance, mean)
@@ -151,20 +159,34 @@ def smoothness_energy(
     checks.float_tensor("probs", probs, (*features.shape[:2], "K"), features)
     module = implementation(impl, (probs.shape[-1], 1), features, probs)
     pair_sets, options = energy_arguments(
-        module, (features, probs), partners, thresholds, None, relative, center, channel_scale, patch_weight, feature_norms, mean
+        module,
+        (features, probs),
+        partners,
+        thresholds,
+        None,
+        relative,
+        center,
+        channel_scale,
+        patch_weight,
+        feature_norms,
+        mean,
     )
     energy, distance, mean = module.smoothness(features, probs[None], pair_sets, **options)
     return SmoothnessTerms(energy.squeeze(0), distance.squeeze(0), mean)
 
 
-def energy_arguments(module, tensors, partners, thresholds, H, relative, center, channel_scale, patch_weight, feature_norms, mean):
+def energy_arguments(
+    module, tensors, partners, thresholds, H, relative, center, channel_scale, patch_weight, feature_norms, mean
+):
     """The arguments that both energies share -> pair sets and keyword arguments, checked, constants in the accumulation dtype."""
     features = tensors[0]
     B, P, D = features.shape
     dtype = accumulation_dtype(*tensors)
     pair_sets = checks.pair_sets(partners, B, features.device, clamp=not getattr(module, "CLAMPS_PARTNERS", False))
     if channel_scale is not None and feature_norms is not None:
-        raise ValueError("feature_norms cannot be used with channel_scale, which changes the norms: leave one of them out")
+        raise ValueError(
+            "feature_norms cannot be used with channel_scale, which changes the norms: leave one of them out"
+        )
     return pair_sets, {
         "thresholds": checks.threshold_table(thresholds, len(pair_sets), H, dtype, features.device),
         "relative": bool(relative),
@@ -220,12 +242,16 @@ def pair_energy(
     checks.float_tensor("features_j", features_j, ("N", "P_j", D), features_i, constant=True)
     N, P_j, _ = features_j.shape
     if partner is None and N != B:
-        raise ValueError(f"partner must say, int64 [{B}], which of the {N} images of features_j each of the {B} of features_i meets")
+        raise ValueError(
+            f"partner must say, int64 [{B}], which of the {N} images of features_j each of the {B} of features_i meets"
+        )
     checks.float_tensor("codes_j", codes_j, (N, P_j, codes_i.shape[2]), features_i)
     tensors = (features_i, codes_i, features_j, codes_j)
     module = implementation(impl, (1, 1), *tensors, forms=PAIR_IMPLS)
     if partner is not None:
-        partner = checks.index_vector("partner", partner, B, N, features_i.device, clamp=not getattr(module, "CLAMPS_PARTNERS", False))
+        partner = checks.index_vector(
+            "partner", partner, B, N, features_i.device, clamp=not getattr(module, "CLAMPS_PARTNERS", False)
+        )
     return PairEnergy(
         *module.pair_energy(
             *tensors,
@@ -239,7 +265,9 @@ def pair_energy(
 
 
 @outside_autocast
-def prototype_probabilities(codes: Tensor, prototypes: Tensor, *, temperature: float = 0.1, impl: str = "auto") -> Tensor:
+def prototype_probabilities(
+    codes: Tensor, prototypes: Tensor, *, temperature: float = 0.1, impl: str = "auto"
+) -> Tensor:
     """softmax_k(cos(code, prototype_k) / temperature): [B,P,Z], [K,Z] -> [B,P,K], fp32 (fp64 for fp64). Gradients to both."""
     checks.float_tensor("codes", codes, ("B", "P", "Z"))
     checks.float_tensor("prototypes", prototypes, ("K", codes.shape[-1]), codes)
@@ -248,7 +276,9 @@ def prototype_probabilities(codes: Tensor, prototypes: Tensor, *, temperature: f
 
 
 @outside_autocast
-def prototype_loss(codes: Tensor, student: Tensor, teacher: Tensor, *, patch_weight: Tensor | None = None, impl: str = "auto") -> Tensor:
+def prototype_loss(
+    codes: Tensor, student: Tensor, teacher: Tensor, *, patch_weight: Tensor | None = None, impl: str = "auto"
+) -> Tensor:
     """The data term: mean cross-entropy of cos(stopgrad(code), student) against argmax cos(code, teacher), no temperature.
 
     codes [B,P,Z], student and teacher [K,Z], patch_weight [B,P] >= 0 -> scalar, fp32 (fp64 for fp64). Gradient to the student only.
@@ -299,9 +329,13 @@ def assign(
             return module.assign(codes, prototypes, grid, size)
     expected = (codes.shape[0], *(size or codes.shape[1:2]))
     if not isinstance(labels, Tensor) or labels.dtype not in checks.INTEGERS:
-        raise TypeError(f"labels must be an integer tensor {list(expected)}, got {getattr(labels, 'dtype', type(labels).__name__)}")
+        raise TypeError(
+            f"labels must be an integer tensor {list(expected)}, got {getattr(labels, 'dtype', type(labels).__name__)}"
+        )
     if tuple(labels.shape) != expected or labels.device != codes.device:
-        raise ValueError(f"labels must have shape {list(expected)} on {codes.device}, got {list(labels.shape)} on {labels.device}")
+        raise ValueError(
+            f"labels must have shape {list(expected)} on {codes.device}, got {list(labels.shape)} on {labels.device}"
+        )
     classes = checks.count("classes", classes)
     if classes < 1:
         raise ValueError(f"classes must be at least 1, got {classes}")

@@ -16,12 +16,18 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 def is_inspectable(tensor: Tensor) -> bool:
     """Whether values may be looked at: real CPU tensors, or any real tensor under SMOOSEG_CHECK_INDICES=1 (a sync on a GPU)."""
-    real = type(tensor) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling() and tensor.device.type != "meta"
+    real = (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and tensor.device.type != "meta"
+    )
     real = real and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     return real and (tensor.device.type == "cpu" or os.environ.get("SMOOSEG_CHECK_INDICES") == "1")
 
 
-def float_tensor(name: str, tensor: Tensor, shape: tuple[int | str, ...], like: Tensor | None = None, constant: bool = False) -> None:
+def float_tensor(
+    name: str, tensor: Tensor, shape: tuple[int | str, ...], like: Tensor | None = None, constant: bool = False
+) -> None:
     """`shape` holds sizes, or letters for sizes that are free (at least 1)."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor of shape {describe(shape)}, got {type(tensor).__name__}")
@@ -45,7 +51,9 @@ def describe(shape: tuple[int | str, ...]) -> str:
 def number(name: str, value: float, expected: str = "a number") -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
-    if not -math.inf < value < math.inf:  # traced with dynamic shapes a number is a symbol, which math.isfinite does not take
+    if (
+        not -math.inf < value < math.inf
+    ):  # traced with dynamic shapes a number is a symbol, which math.isfinite does not take
         raise ValueError(f"{name} must be finite, got {value}")
     return float(value)
 
@@ -57,7 +65,9 @@ def temperature(value: float) -> float:
     return value
 
 
-def pair_sets(partners: Tensor | Sequence, B: int, device: torch.device, clamp: bool = True) -> tuple[str | Tensor, ...]:
+def pair_sets(
+    partners: Tensor | Sequence, B: int, device: torch.device, clamp: bool = True
+) -> tuple[str | Tensor, ...]:
     """-> one entry a pair set: "self", "all" or an int64 [B] tensor, clamped (unless kernels do it) where it cannot be looked at."""
     if isinstance(partners, str) or not isinstance(partners, (Tensor, Sequence)):
         raise TypeError(f"partners must be an int64 tensor [T, B] or a sequence of T entries, got {partners!r}")
@@ -74,7 +84,9 @@ def partner_entry(name: str, entry: str | Tensor, B: int, device: torch.device, 
         if entry not in ("self", "all"):
             raise ValueError(f'{name} must be "self", "all" or an int64 tensor [{B}], got {entry!r}')
         if entry == "all" and B < 2:
-            raise ValueError(f'{name} is "all", the pairs of different images, which needs a batch of at least 2 images, got {B}')
+            raise ValueError(
+                f'{name} is "all", the pairs of different images, which needs a batch of at least 2 images, got {B}'
+            )
         return entry
     if not isinstance(entry, Tensor):
         raise TypeError(f'{name} must be "self", "all" or an int64 tensor [{B}], got {type(entry).__name__}')
@@ -99,7 +111,9 @@ def index_vector(name: str, numbers: Tensor, B: int, N: int, device: torch.devic
     return numbers.clamp(0, N - 1) if clamp else numbers
 
 
-def threshold_table(values: Tensor | Sequence[float] | float, T: int, H: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+def threshold_table(
+    values: Tensor | Sequence[float] | float, T: int, H: int | None, dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """-> [H or 1, T] in `dtype`."""
     if isinstance(values, Tensor):
         if values.requires_grad:
@@ -116,7 +130,9 @@ def threshold_table(values: Tensor | Sequence[float] | float, T: int, H: int | N
         return table[None].expand(H or 1, T)
     if H is not None and tuple(table.shape) == (H, T):
         return table
-    raise ValueError(f"thresholds must have shape {describe_thresholds(T, H)}, one for each pair set, got {list(table.shape)}")
+    raise ValueError(
+        f"thresholds must have shape {describe_thresholds(T, H)}, one for each pair set, got {list(table.shape)}"
+    )
 
 
 def describe_thresholds(T: int, H: int | None) -> str:
@@ -148,7 +164,9 @@ def bounds(name: str, pair: Sequence[float | None]) -> tuple[float | None, float
     return low, high
 
 
-def optional_constant(name: str, tensor: Tensor | None, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor | None:
+def optional_constant(
+    name: str, tensor: Tensor | None, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype
+) -> Tensor | None:
     if tensor is None:
         return None
     float_tensor(name, tensor, shape, like, constant=True)
@@ -174,6 +192,10 @@ def count(name: str, value: int) -> int:
 def size_pair(name: str, pair: Sequence[int] | None) -> tuple[int, int] | None:
     if pair is None:
         return None
-    if not isinstance(pair, Sequence) or len(pair) != 2 or any(not isinstance(side, (Integral, torch.SymInt)) or side < 1 for side in pair):
+    if (
+        not isinstance(pair, Sequence)
+        or len(pair) != 2
+        or any(not isinstance(side, (Integral, torch.SymInt)) or side < 1 for side in pair)
+    ):
         raise ValueError(f"{name} must be two positive integers (rows, columns), got {pair!r}")
     return int(pair[0]), int(pair[1])

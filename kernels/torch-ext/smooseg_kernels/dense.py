@@ -13,7 +13,9 @@ from torch import Tensor
 from .rows import accumulation_dtype, invert_norms, unit_rows
 
 
-def smoothness(features, probs, partners, thresholds, relative, center, channel_scale, patch_weight, feature_norms, mean):
+def smoothness(
+    features, probs, partners, thresholds, relative, center, channel_scale, patch_weight, feature_norms, mean
+):
     """-> energy [H,T], distance [H,T], mean [T]."""
     dtype = accumulation_dtype(features, probs)
     B, P, _ = features.shape
@@ -112,7 +114,9 @@ def similarity_statistics(features, partners, patch_weight, mean, center, bins, 
         values, indices = best.values[:, :, :neighbours], best.indices[:, :, :neighbours]
         missing = neighbours - values.shape[2]
         values, indices = F.pad(values, (0, missing), value=-torch.inf), F.pad(indices, (0, missing), value=-1)
-        found.append((m, sum(rows) / partners_here[:, None], counts, values, torch.where(values > -torch.inf, indices, -1)))
+        found.append(
+            (m, sum(rows) / partners_here[:, None], counts, values, torch.where(values > -torch.inf, indices, -1))
+        )
     return tuple(torch.stack(parts) for parts in zip(*found))
 
 
@@ -137,7 +141,19 @@ def data_term(codes: Tensor, student: Tensor, teacher: Tensor, patch_weight: Ten
 
 
 def loss(
-    features, codes, student, teacher, partners, thresholds, temperature, relative, center, channel_scale, patch_weight, feature_norms, mean
+    features,
+    codes,
+    student,
+    teacher,
+    partners,
+    thresholds,
+    temperature,
+    relative,
+    center,
+    channel_scale,
+    patch_weight,
+    feature_norms,
+    mean,
 ):
     """-> total [H], energy [H,T], data [H], distance [H,T], mean [T]."""
     probs = probabilities(codes, teacher, temperature)

@@ -13,7 +13,9 @@ def refuse_second(function: str, impl: str) -> None:
     once_differentiable would not do: a constant upstream gradient passes it, and torch.autograd.grad never gets to its error.
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(f'{function}: impl="{impl}" has no gradient of its gradient; use impl="dense" where create_graph=True is needed')
+        raise RuntimeError(
+            f'{function}: impl="{impl}" has no gradient of its gradient; use impl="dense" where create_graph=True is needed'
+        )
 
 
 def refuse_forward_mode(*tensors: Tensor) -> None:

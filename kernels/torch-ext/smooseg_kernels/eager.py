@@ -43,7 +43,9 @@ class LabelMoments(torch.autograd.Function):
         labels = cosines.sub_(top).mul_(1 / temperature).exp_()
         labels.mul_(torch.linalg.vector_norm(labels, dim=-1, keepdim=True).reciprocal_())
         s = labels.mean(2) if shares is None else (shares[:, None] @ labels)[:, :, 0]
-        scaled = invert_norms(row_norms(features, channel_scale, teacher.dtype) if feature_norms is None else feature_norms)
+        scaled = invert_norms(
+            row_norms(features, channel_scale, teacher.dtype) if feature_norms is None else feature_norms
+        )
         scaled.mul_(1 / P if shares is None else shares)
         # norms and shares ride on the label rows, which are smaller than the features; u is a label that is 1 everywhere
         sides = teacher.new_empty(B, P, H * K + 1)

@@ -13,7 +13,9 @@ from .types import PairEnergy, SmoothnessLossTerms
 __all__ = ["CorrelationLoss", "SmoothnessLoss", "draw_partners"]
 
 
-def draw_partners(B: int, *, device: torch.device | str | None = None, generator: torch.Generator | None = None) -> Tensor:
+def draw_partners(
+    B: int, *, device: torch.device | str | None = None, generator: torch.Generator | None = None
+) -> Tensor:
     """int64 [B]: another image of the batch for each one. A random permutation in which an image that drew itself takes the next number
     modulo B, so two images can have the same partner (Lan et al. 2023, arXiv 2310.17874).
 
@@ -41,7 +43,9 @@ class SmoothnessLoss(nn.Module):
         impl: "auto", "triton", "torch" or "dense".
     """
 
-    def __init__(self, within: float, across: float, center: bool = True, *, relative: bool = False, impl: str = "auto"):
+    def __init__(
+        self, within: float, across: float, center: bool = True, *, relative: bool = False, impl: str = "auto"
+    ):
         super().__init__()
         self.within, self.across = checks.number("within", within), checks.number("across", across)
         self.center, self.relative, self.impl = bool(center), bool(relative), impl
@@ -61,7 +65,9 @@ class SmoothnessLoss(nn.Module):
             partners = draw_partners(B, device=features.device)
         partners = checks.partner_entry("partners", partners, B, features.device, clamp=False)
         # made on the device: a copy from the host would wait for it, and could not be captured
-        thresholds = torch.linspace(self.within, self.across, 2, dtype=accumulation_dtype(features, probs), device=features.device)
+        thresholds = torch.linspace(
+            self.within, self.across, 2, dtype=accumulation_dtype(features, probs), device=features.device
+        )
         terms = smoothness_energy(
             patch_rows(features),
             patch_rows(probs),
@@ -71,7 +77,10 @@ class SmoothnessLoss(nn.Module):
             center=self.center,
             impl=self.impl,
         )
-        (energy_within, energy_across), (distance_within, distance_across) = terms.energy.unbind(), terms.distance.unbind()
+        (energy_within, energy_across), (distance_within, distance_across) = (
+            terms.energy.unbind(),
+            terms.distance.unbind(),
+        )
         return SmoothnessLossTerms(energy_within, distance_within, energy_across, distance_across)
 
 

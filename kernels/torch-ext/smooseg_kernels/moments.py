@@ -29,7 +29,9 @@ class Moments(NamedTuple):
     g: Tensor  # [H,B,K,D]: as its transpose, the product is a third slower on a CPU
     u: Tensor  # [B,D]
     s: Tensor  # [H,B,K]
-    present: Tensor  # [B] 1 where the image has any weight, else 0: then its moments are 0 and it is left out of every mean
+    present: (
+        Tensor  # [B] 1 where the image has any weight, else 0: then its moments are 0 and it is left out of every mean
+    )
 
 
 def moments(features, labels, channel_scale, patch_weight, feature_norms) -> Moments:
@@ -70,10 +72,19 @@ def scaled_norms(f: Tensor, channel_scale: Tensor) -> Tensor:
     return torch.stack([torch.linalg.vector_norm(image * scale, dim=-1) for image, scale in zip(f, channel_scale)])
 
 
-def smoothness(features, probs, partners, thresholds, relative, center, channel_scale, patch_weight, feature_norms, mean):
+def smoothness(
+    features, probs, partners, thresholds, relative, center, channel_scale, patch_weight, feature_norms, mean
+):
     """-> energy [H,T], distance [H,T], mean [T]."""
     labels = unit_rows(probs.to(accumulation_dtype(features, probs)))
-    return energies(moments(features, labels, channel_scale, patch_weight, feature_norms), partners, thresholds, relative, center, mean)
+    return energies(
+        moments(features, labels, channel_scale, patch_weight, feature_norms),
+        partners,
+        thresholds,
+        relative,
+        center,
+        mean,
+    )
 
 
 def energies(m: Moments, partners, thresholds, relative, center, mean):
@@ -119,7 +130,9 @@ def raw_cosines(codes: Tensor, prototypes: Tensor, inverse: Tensor | None = None
     """
     dtype = accumulation_dtype(codes, prototypes)
     codes = codes.to(dtype)
-    return (codes @ unit_rows(prototypes.to(dtype))[:, None].mT) * (inverse_norms(codes) if inverse is None else inverse)
+    return (codes @ unit_rows(prototypes.to(dtype))[:, None].mT) * (
+        inverse_norms(codes) if inverse is None else inverse
+    )
 
 
 def probabilities(codes: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
@@ -143,11 +156,25 @@ def data_term(codes: Tensor, student: Tensor, teacher: Tensor, patch_weight: Ten
     """-> [H]."""
     codes = codes.detach().to(accumulation_dtype(codes, student, teacher))
     inverse = inverse_norms(codes)
-    return cross_entropy(raw_cosines(codes, student, inverse), nearest(raw_cosines(codes, teacher, inverse)), patch_weight)
+    return cross_entropy(
+        raw_cosines(codes, student, inverse), nearest(raw_cosines(codes, teacher, inverse)), patch_weight
+    )
 
 
 def loss(
-    features, codes, student, teacher, partners, thresholds, temperature, relative, center, channel_scale, patch_weight, feature_norms, mean
+    features,
+    codes,
+    student,
+    teacher,
+    partners,
+    thresholds,
+    temperature,
+    relative,
+    center,
+    channel_scale,
+    patch_weight,
+    feature_norms,
+    mean,
 ):
     """-> total [H], energy [H,T], data [H], distance [H,T], mean [T]."""
     rows = row_work_eager if eager.serves(features, codes, student, teacher) else row_work
@@ -156,7 +183,9 @@ def loss(
     return energy.sum(1) + data, energy, data, distance, mean
 
 
-def row_work(features, codes, student, teacher, temperature, channel_scale, patch_weight, feature_norms) -> tuple[Moments, Tensor]:
+def row_work(
+    features, codes, student, teacher, temperature, channel_scale, patch_weight, feature_norms
+) -> tuple[Moments, Tensor]:
     """-> the moments and the data term [H]."""
     codes = codes.to(accumulation_dtype(features, codes, student, teacher))
     inverse = inverse_norms(codes)
@@ -167,7 +196,9 @@ def row_work(features, codes, student, teacher, temperature, channel_scale, patc
     return moments(features, labels, channel_scale, patch_weight, feature_norms), data
 
 
-def row_work_eager(features, codes, student, teacher, temperature, channel_scale, patch_weight, feature_norms) -> tuple[Moments, Tensor]:
+def row_work_eager(
+    features, codes, student, teacher, temperature, channel_scale, patch_weight, feature_norms
+) -> tuple[Moments, Tensor]:
     """The same, with the gradient written out."""
     dtype = accumulation_dtype(features, codes, student, teacher)
     shares = data_shares = None

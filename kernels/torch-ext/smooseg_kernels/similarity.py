@@ -97,7 +97,9 @@ def histogram_limits(limits: tuple[float, float]) -> tuple[float, float]:
     return low, high
 
 
-def histogram_quantiles(histogram: Tensor, q: Tensor | Sequence[float], limits: tuple[float, float] = (-1.5, 1.5)) -> Tensor:
+def histogram_quantiles(
+    histogram: Tensor, q: Tensor | Sequence[float], limits: tuple[float, float] = (-1.5, 1.5)
+) -> Tensor:
     """Quantiles of what was counted, exact to the width of a bin.
 
     The smallest value that has a share q of all counted values at or below it lies in the same bin as what is returned; within the bin
@@ -111,18 +113,29 @@ def histogram_quantiles(histogram: Tensor, q: Tensor | Sequence[float], limits: 
     Returns:
         fp64 [...,Q]; nan where nothing was counted. What lies beyond the limits is known to be in an end bin and no more.
     """
-    if not isinstance(histogram, Tensor) or histogram.dtype not in checks.INTEGERS or histogram.dim() < 1 or histogram.shape[-1] < 1:
-        got = f"{histogram.dtype} {list(histogram.shape)}" if isinstance(histogram, Tensor) else type(histogram).__name__
+    if (
+        not isinstance(histogram, Tensor)
+        or histogram.dtype not in checks.INTEGERS
+        or histogram.dim() < 1
+        or histogram.shape[-1] < 1
+    ):
+        got = (
+            f"{histogram.dtype} {list(histogram.shape)}" if isinstance(histogram, Tensor) else type(histogram).__name__
+        )
         raise TypeError(f"histogram must be an integer tensor [..., bins], got {got}")
     low, high = histogram_limits(limits)
     q = torch.as_tensor(q, dtype=torch.float64, device=histogram.device)
     if q.dim() != 1 or (checks.is_inspectable(q) and not bool(((q >= 0) & (q <= 1)).all())):
-        raise ValueError(f"q must be a sequence of shares, 0 to 1 each, got {q.tolist() if checks.is_inspectable(q) else list(q.shape)}")
+        raise ValueError(
+            f"q must be a sequence of shares, 0 to 1 each, got {q.tolist() if checks.is_inspectable(q) else list(q.shape)}"
+        )
     ends = histogram.long().cumsum(-1)  # [...,bins] values up to the end of each bin
     total = ends[..., -1:]
     # the rank of the quantile, 1 to total, as an integer: a share times a count may come out a hair above the whole number it stands for
     rank = (q * total * (1 - 2.0**-50)).ceil().long().clamp(min=1)
-    place = torch.searchsorted(ends.contiguous(), torch.minimum(rank, total).contiguous()).clamp(max=histogram.shape[-1] - 1)
+    place = torch.searchsorted(ends.contiguous(), torch.minimum(rank, total).contiguous()).clamp(
+        max=histogram.shape[-1] - 1
+    )
     end, count = ends.gather(-1, place), histogram.long().gather(-1, place)
     within = (rank - (end - count)).double() - 0.5  # evenly spread, each value in the middle of its share of the bin
     found = low + (place + within / count.clamp(min=1)) * ((high - low) / histogram.shape[-1])

@@ -28,7 +28,9 @@ def similarity_statistics(features, partners, patch_weight, mean, center, bins, 
         measured, toward = entry_means(u, present, entry)
         m = measured if mean is None else mean[t]
         row_mean = (f @ toward[:, :, None])[..., 0]
-        found.append((m, row_mean, *counts_and_neighbours(f, u, patch_weight, entry, m, center, bins, limits, neighbours)))
+        found.append(
+            (m, row_mean, *counts_and_neighbours(f, u, patch_weight, entry, m, center, bins, limits, neighbours))
+        )
     return tuple(torch.stack(parts) for parts in zip(*found))
 
 
@@ -115,9 +117,13 @@ def counted(places: Tensor, valid: Tensor | None, bins: int) -> Tensor:
     """int64 [bins] of places on the axis of bins, which are overwritten; only of `valid` ones."""
     bin_ = places.clamp_(0, bins - 1).to(torch.int32)  # cut off is rounded down: nothing is below 0
     if bin_.device.type == "cpu" and not torch.compiler.is_compiling() and type(bin_) is Tensor:
-        return torch.bincount(bin_.flatten() if valid is None else bin_[valid], minlength=bins)  # eight times as fast as adding ones
+        return torch.bincount(
+            bin_.flatten() if valid is None else bin_[valid], minlength=bins
+        )  # eight times as fast as adding ones
     ones = torch.ones_like(bin_, dtype=torch.int64) if valid is None else valid.long()
-    return torch.zeros(bins, dtype=torch.int64, device=bin_.device).scatter_add_(0, bin_.long().flatten(), ones.flatten())
+    return torch.zeros(bins, dtype=torch.int64, device=bin_.device).scatter_add_(
+        0, bin_.long().flatten(), ones.flatten()
+    )
 
 
 class Best:

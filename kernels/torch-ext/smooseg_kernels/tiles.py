@@ -65,7 +65,9 @@ class TiledEnergy(torch.autograd.Function):
         return d_i, d_j, None, None, None, None, None, None
 
 
-def sweep(c_i, c_j, f_i, f_j, partner, bias, clamp, hinge, want_i: bool, want_j: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def sweep(
+    c_i, c_j, f_i, f_j, partner, bias, clamp, hinge, want_i: bool, want_j: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """-> the sum, and its gradients to c_i and c_j where they are wanted."""
     (B, P_i, _), P_j = f_i.shape, f_j.shape[1]
     pairs = CPU_PAIRS if f_i.device.type == "cpu" else GPU_PAIRS

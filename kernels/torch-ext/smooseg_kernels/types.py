@@ -48,4 +48,6 @@ class SimilarityStatistics(NamedTuple):
     row_mean: Tensor  # [T,B,P] each patch's mean cosine to its partner's patches; with "all" the mean over its partners
     histogram: Tensor  # int64 [T,bins] pairs whose W lies in each bin, lower edge included; those beyond the limits in the end bins
     neighbour_values: Tensor  # [T,B,P,k] the largest W of each patch, descending; -inf where there are fewer than k
-    neighbour_indices: Tensor  # int64 [T,B,P,k] image * P + patch of each, a row of features.flatten(0, 1); -1 where there is none
+    neighbour_indices: (
+        Tensor  # int64 [T,B,P,k] image * P + patch of each, a row of features.flatten(0, 1); -1 where there is none
+    )

@@ -46,7 +46,19 @@ def wants_gradient(tensor: Tensor | None) -> bool:
 
 
 def run(
-    features, rows, student, teacher, partners, thresholds, temperature, relative, center, channel_scale, patch_weight, feature_norms, mean
+    features,
+    rows,
+    student,
+    teacher,
+    partners,
+    thresholds,
+    temperature,
+    relative,
+    center,
+    channel_scale,
+    patch_weight,
+    feature_norms,
+    mean,
 ):
     table, entries = pair_table(partners)
     outputs = objective.objective(
@@ -70,16 +82,42 @@ def run(
     return (*outputs[:4], outputs[4].detach())
 
 
-def smoothness(features, probs, partners, thresholds, relative, center, channel_scale, patch_weight, feature_norms, mean):
+def smoothness(
+    features, probs, partners, thresholds, relative, center, channel_scale, patch_weight, feature_norms, mean
+):
     """-> energy [H,T], distance [H,T], mean [T]."""
     _, energy, _, distance, mean = run(
-        features, probs, None, None, partners, thresholds, 1.0, relative, center, channel_scale, patch_weight, feature_norms, mean
+        features,
+        probs,
+        None,
+        None,
+        partners,
+        thresholds,
+        1.0,
+        relative,
+        center,
+        channel_scale,
+        patch_weight,
+        feature_norms,
+        mean,
     )
     return energy, distance, mean
 
 
 def loss(
-    features, codes, student, teacher, partners, thresholds, temperature, relative, center, channel_scale, patch_weight, feature_norms, mean
+    features,
+    codes,
+    student,
+    teacher,
+    partners,
+    thresholds,
+    temperature,
+    relative,
+    center,
+    channel_scale,
+    patch_weight,
+    feature_norms,
+    mean,
 ):
     """-> total [H], energy [H,T], data [H], distance [H,T], mean [T]."""
     return run(
@@ -102,7 +140,9 @@ def loss(
 def similarity_statistics(features, partners, patch_weight, mean, center, bins, limits, neighbours):
     """-> mean [T], row_mean [T,B,P], histogram int64 [T,bins], neighbour_values and neighbour_indices [T,B,P,k]."""
     table, entries = pair_table(partners)
-    return similarity.similarity_statistics(features, table, entries, patch_weight, mean, center, bins, *limits, neighbours)
+    return similarity.similarity_statistics(
+        features, table, entries, patch_weight, mean, center, bins, *limits, neighbours
+    )
 
 
 def statistics_excess(bins: int, neighbours: int) -> str | None:
@@ -123,9 +163,9 @@ def pair_energy(features_i, codes_i, features_j, codes_j, threshold, partner, cl
     """-> energy [], similarity []."""
     dtype = torch.promote_types(features_i.dtype, features_j.dtype)  # one matrix product takes both
     features_i, features_j = features_i.to(dtype), features_j.to(dtype)
-    return pairs.pair_energy(features_i, codes_i, features_j, codes_j, threshold, partner, *clamp, hinge, center, wants_gradient(codes_i))[
-        :2
-    ]
+    return pairs.pair_energy(
+        features_i, codes_i, features_j, codes_j, threshold, partner, *clamp, hinge, center, wants_gradient(codes_i)
+    )[:2]
 
 
 def assign(codes: Tensor, prototypes: Tensor, grid: tuple[int, int] | None, size: tuple[int, int] | None) -> Tensor:

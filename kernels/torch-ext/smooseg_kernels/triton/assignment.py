@@ -142,7 +142,12 @@ def upsampled_argmax_kernel(
 
 @operator("assign")
 def assign(
-    codes: Tensor, prototypes: Tensor, grid: list[int] | None, size: list[int] | None, labels: Tensor | None, classes: int
+    codes: Tensor,
+    prototypes: Tensor,
+    grid: list[int] | None,
+    size: list[int] | None,
+    labels: Tensor | None,
+    classes: int,
 ) -> tuple[Tensor, Tensor]:
     """codes [B,P,Z], prototypes [K,Z] -> int64 [B,P], or [B,H,W] for grid (h,w), size (H,W); int64 counts [K,classes] (classes 0: none)."""
     (B, P, Z), K = codes.shape, prototypes.shape[0]

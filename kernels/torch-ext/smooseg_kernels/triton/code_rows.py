@@ -66,7 +66,9 @@ def probabilities_kernel(
         unit_codes = (codes.to(tl.float32) * inverse[:, None]).to(CODE)
         sums = tl.dot(tl.trans(unit_codes), d_cosine.to(CODE), input_precision=PRECISION) * largest
         part = (h * B + b) * tl.num_programs(0) + tile
-        tl.store(partial_ptr + part * K * Z + k[None, :] * Z + z[:, None], sums, mask=(k < K)[None, :] & (z < Z)[:, None])
+        tl.store(
+            partial_ptr + part * K * Z + k[None, :] * Z + z[:, None], sums, mask=(k < K)[None, :] & (z < Z)[:, None]
+        )
     else:
         tl.store(tile_ptr, probability, mask=inside & (k < K)[None, :])
 
@@ -195,7 +197,18 @@ def probabilities(codes: Tensor, prototypes: Tensor, temperature: float) -> Tens
     with torch.cuda.device_of(codes):
         grid = (triton.cdiv(P, constants["settings"]["BLOCK_P"]), B, H)
         launch(
-            probabilities_kernel, grid, codes, prototypes, out, out, out, P, temperature, *codes.stride()[:3], GRADIENT=False, **constants
+            probabilities_kernel,
+            grid,
+            codes,
+            prototypes,
+            out,
+            out,
+            out,
+            P,
+            temperature,
+            *codes.stride()[:3],
+            GRADIENT=False,
+            **constants,
         )
     return out
 
@@ -206,9 +219,14 @@ def _(codes, prototypes, temperature):
 
 
 @operator("probabilities_backward")
-def probabilities_backward(d_out: Tensor, codes: Tensor, prototypes: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def probabilities_backward(
+    d_out: Tensor, codes: Tensor, prototypes: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
     (H, B, P, Z), K = codes.shape, prototypes.shape[1]
-    d_codes, d_prototypes = torch.empty(codes.shape, dtype=codes.dtype, device=codes.device), torch.empty_like(prototypes.contiguous())
+    d_codes, d_prototypes = (
+        torch.empty(codes.shape, dtype=codes.dtype, device=codes.device),
+        torch.empty_like(prototypes.contiguous()),
+    )
     codes, prototypes, d_out = with_rows_together(codes), prototypes.contiguous(), d_out.contiguous()
     constants = shape_constants(codes, K)
     tiles = triton.cdiv(P, constants["settings"]["BLOCK_P"])

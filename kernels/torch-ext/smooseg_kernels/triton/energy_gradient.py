@@ -86,7 +86,11 @@ def energy_gradient_kernel(
     PRECISION: tl.constexpr,
 ):
     # heads of one tile run side by side, so that they find its features in the cache; tiles may exceed the 65,535 of a second axis
-    head, tile, b = tl.program_id(0) % head_blocks * HEADS, tl.program_id(0) // head_blocks, tl.program_id(1).to(tl.int64)
+    head, tile, b = (
+        tl.program_id(0) % head_blocks * HEADS,
+        tl.program_id(0) // head_blocks,
+        tl.program_id(1).to(tl.int64),
+    )
     row, k = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_K)
     WIDTH: tl.constexpr = Z if FROM_CODES else K
     column = tl.arange(0, BLOCK_Z if FROM_CODES else BLOCK_K)
@@ -99,11 +103,15 @@ def energy_gradient_kernel(
             feature_inside, pull_inside = inside[:, None], (k < BLOCK_K)[None, :]
             if D % BLOCK_D != 0:
                 feature_inside, pull_inside = feature_inside & (d < D)[None, :], pull_inside & (d < D)[:, None]
-            feature_ptr = features_ptr + b * stride_fb + start.to(tl.int64) * stride_fp + row[:, None] * stride_fp + d[None, :]
+            feature_ptr = (
+                features_ptr + b * stride_fb + start.to(tl.int64) * stride_fp + row[:, None] * stride_fp + d[None, :]
+            )
             features = tl.load(feature_ptr, mask=feature_inside, other=0.0).to(FEATURE)
             new_pulls = ()
             for j in tl.static_range(HEADS):
-                tile_ptr = pull_ptr + ((head + j).to(tl.int64) * B + b) * D * BLOCK_K + d[:, None] * BLOCK_K + k[None, :]
+                tile_ptr = (
+                    pull_ptr + ((head + j).to(tl.int64) * B + b) * D * BLOCK_K + d[:, None] * BLOCK_K + k[None, :]
+                )
                 pull = tl.load(tile_ptr, mask=pull_inside, other=0.0).to(FEATURE)
                 new_pulls = new_pulls + (tl.dot(features, pull, pulls[j], input_precision=PRECISION),)
             pulls = new_pulls

@@ -31,7 +31,15 @@ def image_weight(weight_ptr, P, HAS_WEIGHT: tl.constexpr):
 
 @triton.jit
 def load_feature_tiles(
-    features_ptr, start, last, stride, first, D: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr
+    features_ptr,
+    start,
+    last,
+    stride,
+    first,
+    D: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """TILES matrices [BLOCK_P, BLOCK_D] side by side, from channel `first` on."""
     row, channel = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_D)

@@ -29,7 +29,9 @@ def load_rows(ptr, start, count, stride, width: tl.constexpr, BLOCK: tl.constexp
     if width != WIDTH:
         inside = inside & (column < width)[None, :]
     # int64 once for the tile, so that offsets hold past 2^31 elements while those within the tile stay short
-    return tl.load(ptr + tl.cast(start, tl.int64) * stride + row[:, None] * stride + column[None, :], mask=inside, other=0.0)
+    return tl.load(
+        ptr + tl.cast(start, tl.int64) * stride + row[:, None] * stride + column[None, :], mask=inside, other=0.0
+    )
 
 
 @triton.jit
@@ -121,7 +123,9 @@ def store_prototype_gradient(
     for start in range(0, parts, BLOCK_N):
         i = start + part
         inside = (i < parts)[:, None] & (z < Z)[None, :]
-        rows_ = tl.load(partial_ptr + (i[:, None].to(tl.int64) * K + k) * Z + z[None, :], mask=inside, other=0.0).to(tl.float32)
+        rows_ = tl.load(partial_ptr + (i[:, None].to(tl.int64) * K + k) * Z + z[None, :], mask=inside, other=0.0).to(
+            tl.float32
+        )
         if HAS_SHARE:
             rows_ *= tl.load(share_ptr + i // PARTS_PER_SHARE, mask=i < parts, other=0.0)[:, None]
         acc += rows_

@@ -43,13 +43,17 @@ class Plan:
         # whole rows in one program: their norms come with the sums, once for each block of heads; else one launch before
         self.norms_alone = self.slices > 1
         programs = self.B * self.slices * (self.H // self.sums["HEADS"])
-        most = torch.sym_min(self.sums["PROGRAMS"] // programs, (self.P + self.sums["BLOCK_P"] - 1) // self.sums["BLOCK_P"])
+        most = torch.sym_min(
+            self.sums["PROGRAMS"] // programs, (self.P + self.sums["BLOCK_P"] - 1) // self.sums["BLOCK_P"]
+        )
         self.splits = torch.sym_max(most, 1)
         self.pairs = dict(config("pair_sums", features, self.H))
         self.pairs["BLOCK_D"] = max(1, min(self.pairs["BLOCK_D"], 4096 // self.columns, triton.next_power_of_2(self.D)))
         self.pair_slices = -(-self.D // self.pairs["BLOCK_D"])
 
-    def scratch(self, features: Tensor, feature_norms: Tensor | None, gradient: bool, student_gradient: bool) -> tuple[Tensor, ...]:
+    def scratch(
+        self, features: Tensor, feature_norms: Tensor | None, gradient: bool, student_gradient: bool
+    ) -> tuple[Tensor, ...]:
         """norms, totals, sums, labels, pull, label_pull, drift, d_student."""
         B, P, D, K, Z, T, H = self.B, self.P, self.D, self.K, self.Z, self.T, self.H
         C, S, N = self.columns, self.splits, B if gradient else 0
@@ -71,7 +75,9 @@ class Plan:
     def outputs(self, features: Tensor) -> tuple[Tensor, ...]:
         """total, energy, data, distance, mean."""
         H, T = self.H, self.T
-        return tuple(torch.empty(s, dtype=torch.float32, device=features.device) for s in ((H,), (H, T), (H,), (H, T), (T,)))
+        return tuple(
+            torch.empty(s, dtype=torch.float32, device=features.device) for s in ((H,), (H, T), (H,), (H, T), (T,))
+        )
 
 
 @operator("objective")
@@ -104,7 +110,8 @@ def objective(
     B, P, H, K, Z, S = plan.B, plan.P, plan.H, plan.K, plan.Z, plan.splits
     features, rows = with_rows_together(features), with_rows_together(rows)
     student, teacher, partners, channel_scale, patch_weight, feature_norms, mean = (
-        None if x is None else x.contiguous() for x in (student, teacher, partners, channel_scale, patch_weight, feature_norms, mean)
+        None if x is None else x.contiguous()
+        for x in (student, teacher, partners, channel_scale, patch_weight, feature_norms, mean)
     )
     entropy, arrivals = totals.new_empty(H, B, S), totals.new_empty(H, dtype=torch.int32)
     student_sums = totals.new_empty(H, B, S, K, Z, dtype=partial_dtype(rows)) if student_gradient else totals
@@ -176,7 +183,9 @@ def add_up_pairs(
     crowd, crowd_labels = totals, totals
     if ALL in entries:
         crowd, crowd_labels = totals.new_empty(H, 2, D, plan.columns), totals.new_empty(H, plan.columns)
-        settings = dict(config("crowd", totals), BLOCK_D=min(config("crowd", totals)["BLOCK_D"], max(1, 2048 // plan.columns)))
+        settings = dict(
+            config("crowd", totals), BLOCK_D=min(config("crowd", totals)["BLOCK_D"], max(1, 2048 // plan.columns))
+        )
         launch(
             crowd_kernel,
             (triton.cdiv(D, settings["BLOCK_D"]), H),
@@ -292,7 +301,8 @@ def objective_backward(
     d_rows, d_student = empty_gradients(rows, student, rows_gradient, student_gradient)
     features, rows = with_rows_together(features), with_rows_together(rows)
     teacher, partners, channel_scale, patch_weight, d_energy, d_distance = (
-        None if x is None else x.contiguous() for x in (teacher, partners, channel_scale, patch_weight, d_energy, d_distance)
+        None if x is None else x.contiguous()
+        for x in (teacher, partners, channel_scale, patch_weight, d_energy, d_distance)
     )
     unit = d_total is not None and d_energy is None and d_distance is None
     with torch.cuda.device_of(features):
@@ -363,7 +373,9 @@ def objective_backward(
     return d_rows, d_student
 
 
-def empty_gradients(rows: Tensor, student: Tensor | None, rows_gradient: bool, student_gradient: bool) -> tuple[Tensor, Tensor]:
+def empty_gradients(
+    rows: Tensor, student: Tensor | None, rows_gradient: bool, student_gradient: bool
+) -> tuple[Tensor, Tensor]:
     like = rows if student is None else student
     return (
         torch.empty(rows.shape if rows_gradient else (0,), dtype=rows.dtype, device=rows.device),
@@ -387,11 +399,15 @@ def setup_context(ctx, inputs, output):
     mean, scratch = output[4], list(output[5:])
     if feature_norms is not None:
         scratch[0] = feature_norms.contiguous()
-    ctx.save_for_backward(features, rows, student, teacher, partners, thresholds, channel_scale, patch_weight, mean, *scratch)
+    ctx.save_for_backward(
+        features, rows, student, teacher, partners, thresholds, channel_scale, patch_weight, mean, *scratch
+    )
 
 
 def backward(ctx, d_total, d_energy, d_data, d_distance, *_):
-    features, rows, student, teacher, partners, thresholds, channel_scale, patch_weight, mean, *scratch = ctx.saved_tensors
+    features, rows, student, teacher, partners, thresholds, channel_scale, patch_weight, mean, *scratch = (
+        ctx.saved_tensors
+    )
     want_rows = ctx.needs_input_grad[1] and any(g is not None for g in (d_total, d_energy, d_distance))
     want_student = student is not None and ctx.needs_input_grad[2] and (d_total is not None or d_data is not None)
     d_rows = d_student = None

@@ -168,7 +168,10 @@ def code_gradient_kernel(
         gradient += (mean * (tl.load(d_similarity_ptr) * share))[None, :]
     inside = start + row < P
     inverse = tl.load(inverse_ptr + image * P + start + row, mask=inside, other=0.0)
-    unit = load_rows(codes_ptr + image * stride_b, start, P, stride_p, Z, BLOCK_P, BLOCK_Z).to(tl.float32) * inverse[:, None]
+    unit = (
+        load_rows(codes_ptr + image * stride_b, start, P, stride_p, Z, BLOCK_P, BLOCK_Z).to(tl.float32)
+        * inverse[:, None]
+    )
     gradient = (gradient - tl.sum(gradient * unit, 1)[:, None] * unit) * inverse[:, None]
     out_ptr = d_codes_ptr + (image * P + start) * Z + row[:, None] * Z + z[None, :]
     tl.store(out_ptr, gradient.to(d_codes_ptr.dtype.element_ty), mask=inside[:, None] & (z < Z)[None, :])

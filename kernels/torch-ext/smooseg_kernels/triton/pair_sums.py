@@ -94,7 +94,9 @@ def load_partner(partners_ptr, ENTRY: tl.constexpr, image, B):
 
 
 @triton.jit
-def upstream(total_ptr, energy_ptr, h, t, stride_total, T: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_ENERGY: tl.constexpr):
+def upstream(
+    total_ptr, energy_ptr, h, t, stride_total, T: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_ENERGY: tl.constexpr
+):
     """The gradient that arrives at energy t of head h."""
     g = tl.zeros((), tl.float32)
     if HAS_TOTAL:
@@ -119,7 +121,9 @@ def largest_upstream(
     """Gradients are carried relative to the largest, so that a loss scale never meets a 16-bit range; 1 where all are 0."""
     largest = tl.zeros((), tl.float32)
     for t in tl.static_range(T):
-        largest = tl.maximum(largest, tl.abs(upstream(total_ptr, energy_ptr, h, t, stride_total, T, HAS_TOTAL, HAS_ENERGY)))
+        largest = tl.maximum(
+            largest, tl.abs(upstream(total_ptr, energy_ptr, h, t, stride_total, T, HAS_TOTAL, HAS_ENERGY))
+        )
         if HAS_DISTANCE:
             largest = tl.maximum(largest, tl.abs(tl.load(distance_ptr + h * T + t)))
     return tl.where(largest > 0, largest, 1.0)
@@ -223,7 +227,9 @@ def pair_sums_kernel(
                 back_s = partner_s
             else:
                 j = load_partner(partners_ptr, ENTRIES[t], n, B)
-                partner_g, partner_u, partner_s = load_moments(sums_ptr, labels_ptr, j, h, B, d, k, D, K, SPLITS, BLOCK_K)
+                partner_g, partner_u, partner_s = load_moments(
+                    sums_ptr, labels_ptr, j, h, B, d, k, D, K, SPLITS, BLOCK_K
+                )
                 partner_g = other_side(partner_g, partner_u, partner_s, CENTER)
                 back_g, back_s = tl.zeros((BLOCK_D, BLOCK_K), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
                 if GRADIENT:
@@ -241,8 +247,18 @@ def pair_sums_kernel(
             if GRADIENT:
                 share = B / tl.maximum(count_pairs(totals_ptr, partners_ptr, B, ENTRIES[t], BLOCK_B), 1.0)
                 if not UNIT:
-                    share *= upstream(d_total_ptr, d_energy_ptr, h, t, stride_total, T, HAS_TOTAL, HAS_ENERGY) / largest_upstream(
-                        d_total_ptr, d_energy_ptr, d_distance_ptr, h, stride_total, T, HAS_TOTAL, HAS_ENERGY, HAS_DISTANCE
+                    share *= upstream(
+                        d_total_ptr, d_energy_ptr, h, t, stride_total, T, HAS_TOTAL, HAS_ENERGY
+                    ) / largest_upstream(
+                        d_total_ptr,
+                        d_energy_ptr,
+                        d_distance_ptr,
+                        h,
+                        stride_total,
+                        T,
+                        HAS_TOTAL,
+                        HAS_ENERGY,
+                        HAS_DISTANCE,
                     )
                 pull += share * (partner_g + back_g)
                 if CENTER:

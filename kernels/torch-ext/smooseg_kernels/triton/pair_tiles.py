@@ -47,8 +47,16 @@ def streamed_products(
     other_ptr += tl.cast(other_start, tl.int64) * stride_o
     for first in range(0, width, BLOCK_W):
         inside = (first + w < width)[None, :]
-        a = tl.load(mine_ptr + row[:, None] * stride_m + first + w[None, :], mask=(mine_start + row < P)[:, None] & inside, other=0.0)
-        b = tl.load(other_ptr + other[:, None] * stride_o + first + w[None, :], mask=(other_start + other < Q)[:, None] & inside, other=0.0)
+        a = tl.load(
+            mine_ptr + row[:, None] * stride_m + first + w[None, :],
+            mask=(mine_start + row < P)[:, None] & inside,
+            other=0.0,
+        )
+        b = tl.load(
+            other_ptr + other[:, None] * stride_o + first + w[None, :],
+            mask=(other_start + other < Q)[:, None] & inside,
+            other=0.0,
+        )
         products = tl.dot(a.to(OPERAND), tl.trans(b.to(OPERAND)), products, input_precision=PRECISION)
     return products
 
@@ -134,7 +142,9 @@ def pair_tiles_kernel(
         mine = mine + (tile.to(FEATURE),)
     for i in tl.static_range(PIECES):
         if ALL_PIECES:
-            mine_codes = mine_codes + (load_rows(mine_codes_ptr + STARTS[i], start, P, ZP, WIDTHS[i], BLOCK_M, WIDTHS[i]),)
+            mine_codes = mine_codes + (
+                load_rows(mine_codes_ptr + STARTS[i], start, P, ZP, WIDTHS[i], BLOCK_M, WIDTHS[i]),
+            )
         gradients = gradients + (tl.zeros((BLOCK_M, WIDTHS[i]), tl.float32),)
     energy = tl.zeros((BLOCK_M,), tl.float32)
 
@@ -143,7 +153,9 @@ def pair_tiles_kernel(
         if TILES > 0:
             closeness = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for i in tl.static_range(TILES):
-                theirs = load_rows(other_features_ptr + i * BLOCK_D, first, Q, stride_op, D - i * BLOCK_D, BLOCK_N, BLOCK_D).to(FEATURE)
+                theirs = load_rows(
+                    other_features_ptr + i * BLOCK_D, first, Q, stride_op, D - i * BLOCK_D, BLOCK_N, BLOCK_D
+                ).to(FEATURE)
                 closeness = tl.dot(mine[i], tl.trans(theirs), closeness, input_precision=PRECISION)
         else:
             closeness = streamed_products(
@@ -154,18 +166,35 @@ def pair_tiles_kernel(
         if ALL_PIECES:
             likeness = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for i in tl.static_range(PIECES):
-                other_codes = other_codes + (load_rows(other_codes_ptr + STARTS[i], first, Q, ZP, WIDTHS[i], BLOCK_N, WIDTHS[i]),)
+                other_codes = other_codes + (
+                    load_rows(other_codes_ptr + STARTS[i], first, Q, ZP, WIDTHS[i], BLOCK_N, WIDTHS[i]),
+                )
                 likeness = tl.dot(mine_codes[i], tl.trans(other_codes[i]), likeness, input_precision=PRECISION)
         else:
             likeness = streamed_products(
-                mine_codes_ptr, other_codes_ptr, start, first, P, Q, ZP, ZP, ZP, BLOCK_M, BLOCK_N, BLOCK_Z, CODE, PRECISION
+                mine_codes_ptr,
+                other_codes_ptr,
+                start,
+                first,
+                P,
+                Q,
+                ZP,
+                ZP,
+                ZP,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_Z,
+                CODE,
+                PRECISION,
             )
 
         scale = tl.load(other_inverse_ptr + it * Q + first + column, mask=here, other=0.0)
         force = closeness * scale[None, :] * mine_scale[:, None]
         if FROM_I:
             force += mine_bias[:, None]
-            if HAS_LOW or HAS_HIGH:  # a padded column still carries my bias, and its cosine of 0 may be clamped to another number
+            if (
+                HAS_LOW or HAS_HIGH
+            ):  # a padded column still carries my bias, and its cosine of 0 may be clamped to another number
                 force = tl.where(here[None, :], force, 0.0)
         else:
             bias = tl.zeros((BLOCK_N,), tl.float32) + shift
@@ -190,7 +219,9 @@ def pair_tiles_kernel(
                 if ALL_PIECES:
                     piece = other_codes[i]
                 else:
-                    piece = load_rows(other_codes_ptr + first_column + STARTS[i], first, Q, ZP, WIDTHS[i], BLOCK_N, WIDTHS[i])
+                    piece = load_rows(
+                        other_codes_ptr + first_column + STARTS[i], first, Q, ZP, WIDTHS[i], BLOCK_N, WIDTHS[i]
+                    )
                 new_gradients = new_gradients + (tl.dot(weight, piece, gradients[i], input_precision=PRECISION),)
             gradients = new_gradients
 

@@ -59,7 +59,9 @@ def mean_parts(features_i: Tensor) -> int:
     return (features_i.shape[1] + block - 1) // block
 
 
-def scratch(features_i: Tensor, codes_i: Tensor, features_j: Tensor, codes_j: Tensor, i_gradient: bool) -> tuple[Tensor, ...]:
+def scratch(
+    features_i: Tensor, codes_i: Tensor, features_j: Tensor, codes_j: Tensor, i_gradient: bool
+) -> tuple[Tensor, ...]:
     """inverse_i, inverse_j: 1 / |f|; unit_i, unit_j; code_inverse_i, code_inverse_j; sums_i, sums_j; row_means, mean_parts; rows_i."""
     (B, P_i, Z), (N, P_j, _) = codes_i.shape, codes_j.shape
     ZP, splits = padded(int(Z)), config("unit_rows", features_i)["SPLITS"]
@@ -99,8 +101,12 @@ def pair_energy(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> energy [], similarity [], then the scratch that the backward reads."""
     kept = scratch(features_i, codes_i, features_j, codes_j, i_gradient)
-    inverse_i, inverse_j, unit_i, unit_j, code_inverse_i, code_inverse_j, sums_i, sums_j, row_means, parts, rows_i = kept
-    features_i, codes_i, features_j, codes_j = (with_rows_together(x) for x in (features_i, codes_i, features_j, codes_j))
+    inverse_i, inverse_j, unit_i, unit_j, code_inverse_i, code_inverse_j, sums_i, sums_j, row_means, parts, rows_i = (
+        kept
+    )
+    features_i, codes_i, features_j, codes_j = (
+        with_rows_together(x) for x in (features_i, codes_i, features_j, codes_j)
+    )
     partner = None if partner is None else partner.contiguous()
     (B, P_i, D), (N, P_j, _), Z = features_i.shape, features_j.shape, codes_i.shape[2]
     feature_sums = inverse_j.new_empty(N, sums_j.shape[1], D)
@@ -139,7 +145,18 @@ def pair_energy(
         )
         i_side, j_side = (features_i, inverse_i, unit_i), (features_j, inverse_j, unit_j)
         energy_parts = walk_tiles(
-            i_side, j_side, partner, row_means, parts, threshold, low, high, hinge, center, rows_i if i_gradient else None, from_i=True
+            i_side,
+            j_side,
+            partner,
+            row_means,
+            parts,
+            threshold,
+            low,
+            high,
+            hinge,
+            center,
+            rows_i if i_gradient else None,
+            from_i=True,
         )
         launch(
             finish_pairs_kernel,
@@ -190,7 +207,9 @@ def tile_settings(features: Tensor, codes: Tensor, rows: int) -> tuple[dict[str,
     return settings, tiles if tiles <= resident else 0, resident > 0 and codes.shape[2] <= GRADIENT_COLUMNS
 
 
-def walk_tiles(mine, other, partner, row_means, parts, threshold, low, high, hinge, center, gradient, from_i: bool) -> Tensor:
+def walk_tiles(
+    mine, other, partner, row_means, parts, threshold, low, high, hinge, center, gradient, from_i: bool
+) -> Tensor:
     """Every block of pairs of `mine` with `other`, each (features, inverse, unit codes) -> parts of the energy; fills `gradient`.
 
     Codes wider than one launch holds take one for each slice; only the first adds up the energy.
@@ -278,23 +297,37 @@ def pair_energy_backward(
     j_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """-> the gradients of both codes, in their dtypes; empty where not asked for."""
-    inverse_i, inverse_j, unit_i, unit_j, code_inverse_i, code_inverse_j, sums_i, sums_j, row_means, parts, rows_i = kept
+    inverse_i, inverse_j, unit_i, unit_j, code_inverse_i, code_inverse_j, sums_i, sums_j, row_means, parts, rows_i = (
+        kept
+    )
     d_i, d_j = empty_gradients(codes_i, codes_j, i_gradient, j_gradient)
-    features_i, codes_i, features_j, codes_j = (with_rows_together(x) for x in (features_i, codes_i, features_j, codes_j))
+    features_i, codes_i, features_j, codes_j = (
+        with_rows_together(x) for x in (features_i, codes_i, features_j, codes_j)
+    )
     partner = None if partner is None else partner.contiguous()
     with torch.cuda.device_of(features_i):
         if i_gradient:
-            through_lengths(codes_i, code_inverse_i, rows_i, sums_j, partner, d_energy, d_similarity, d_i, features_j, from_i=True)
+            through_lengths(
+                codes_i, code_inverse_i, rows_i, sums_j, partner, d_energy, d_similarity, d_i, features_j, from_i=True
+            )
         if j_gradient:
-            rows_j = rows_i.new_empty(row_means.shape[0] if d_energy is not None else 0, codes_j.shape[1], unit_j.shape[2])
+            rows_j = rows_i.new_empty(
+                row_means.shape[0] if d_energy is not None else 0, codes_j.shape[1], unit_j.shape[2]
+            )
             if d_energy is not None:
                 i_side, j_side = (features_i, inverse_i, unit_i), (features_j, inverse_j, unit_j)
-                walk_tiles(j_side, i_side, partner, row_means, parts, threshold, low, high, hinge, center, rows_j, from_i=False)
-            through_lengths(codes_j, code_inverse_j, rows_j, sums_i, partner, d_energy, d_similarity, d_j, features_i, from_i=False)
+                walk_tiles(
+                    j_side, i_side, partner, row_means, parts, threshold, low, high, hinge, center, rows_j, from_i=False
+                )
+            through_lengths(
+                codes_j, code_inverse_j, rows_j, sums_i, partner, d_energy, d_similarity, d_j, features_i, from_i=False
+            )
     return d_i, d_j
 
 
-def through_lengths(codes, inverse, rows, sums, partner, d_energy, d_similarity, d_codes, other_features, from_i: bool) -> None:
+def through_lengths(
+    codes, inverse, rows, sums, partner, d_energy, d_similarity, d_codes, other_features, from_i: bool
+) -> None:
     """`rows` are gradients toward unit codes, of each image of the i side; `sums` the other side's."""
     images, P, Z = codes.shape
     B, N = (images, other_features.shape[0]) if from_i else (other_features.shape[0], images)

@@ -25,7 +25,9 @@ def row_norms_kernel(
     tile_ptr = features_ptr + b * stride_fb + start.to(tl.int64) * stride_fp + row[:, None] * stride_fp
     for first in range(0, D, BLOCK_D):
         channel = first + d
-        f = tl.load(tile_ptr + channel[None, :], mask=(start + row < P)[:, None] & (channel < D)[None, :], other=0.0).to(tl.float32)
+        f = tl.load(
+            tile_ptr + channel[None, :], mask=(start + row < P)[:, None] & (channel < D)[None, :], other=0.0
+        ).to(tl.float32)
         if HAS_SCALE:
             f *= tl.load(scale_ptr + b * D + channel, mask=channel < D, other=0.0)[None, :]
         squares += f * f

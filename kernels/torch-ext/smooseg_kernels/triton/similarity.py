@@ -55,7 +55,9 @@ def unit_sums_kernel(
 
 
 @triton.jit
-def feature_block(features_ptr, start, first, P, stride_fp, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+def feature_block(
+    features_ptr, start, first, P, stride_fp, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """Patches start .. start + BLOCK and channels first .. first + BLOCK_D of an image, zero beyond P and D."""
     row, channel = tl.arange(0, BLOCK), first + tl.arange(0, BLOCK_D)
     # int64 once for the block: addresses within it stay short
@@ -67,7 +69,17 @@ def feature_block(features_ptr, start, first, P, stride_fp, D: tl.constexpr, BLO
 
 
 @triton.jit
-def project_rows(features_ptr, inverse, vector_ptr, start, P, stride_fp, D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+def project_rows(
+    features_ptr,
+    inverse,
+    vector_ptr,
+    start,
+    P,
+    stride_fp,
+    D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """Unit rows of an image from `start` on, times a vector [D]: [BLOCK_P] fp32."""
     d = tl.arange(0, BLOCK_D)
     acc = tl.zeros((BLOCK_P,), tl.float32)
@@ -96,7 +108,9 @@ def row_means_kernel(
     start = tl.program_id(0) * BLOCK_P
     p = start + tl.arange(0, BLOCK_P)
     inverse = invert(tl.load(norms_ptr + b * P + p, mask=p < P, other=0.0))
-    means = project_rows(features_ptr + b * stride_fb, inverse, toward_ptr + (t * B + b) * D, start, P, stride_fp, D, BLOCK_P, BLOCK_D)
+    means = project_rows(
+        features_ptr + b * stride_fb, inverse, toward_ptr + (t * B + b) * D, start, P, stride_fp, D, BLOCK_P, BLOCK_D
+    )
     tl.store(means_ptr + (t * B + b) * P + p, means, mask=p < P)
 
 
@@ -211,7 +225,9 @@ def similarity_blocks_kernel(
         if (ENTRY != OTHERS) | (image != n):
             other = tl.cast(image, tl.int64)
             there_ptr = features_ptr + other * stride_fb
-            shift = row_shift(here_ptr, inverse, u_ptr + other * D, mean, start_i, P, stride_fp, D, CENTER, BLOCK_I, BLOCK_D)
+            shift = row_shift(
+                here_ptr, inverse, u_ptr + other * D, mean, start_i, P, stride_fp, D, CENTER, BLOCK_I, BLOCK_D
+            )
             for start in range(0, P, BLOCK_J):
                 j = start + column
                 # the norms divide the products: features are read as they are
@@ -385,7 +401,9 @@ def entry_means(u: Tensor, present: Tensor, partners: Tensor | None, entry: int)
     return (u * u[j]).sum() / (present * present[j]).sum().clamp(min=1.0), u[j]
 
 
-def empty_statistics(features: Tensor, entries: list[int], bins: int, neighbours: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def empty_statistics(
+    features: Tensor, entries: list[int], bins: int, neighbours: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     (B, P, _), T, device = features.shape, len(entries), features.device
     return (
         torch.empty(T, dtype=torch.float32, device=device),

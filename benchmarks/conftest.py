@@ -27,7 +27,7 @@ import results
 import summary
 import torch
 
-from smooseg_fast.host import keep_freed_memory
+from smooseg_fast.system.host import keep_freed_memory
 
 # what a dense form may hold in its P x P matrices: without --bench-full about a second a call of two cores, with it most of the memory
 DENSE_BYTES, DENSE_SHARE = 8e8, 0.8

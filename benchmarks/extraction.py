@@ -18,9 +18,9 @@ from torch import Tensor
 
 from smooseg_fast.backbones import Backbone, load_backbone
 from smooseg_fast.datasets import open_dataset
+from smooseg_fast.datasets.images import Crops, cut_squares, read_image
 from smooseg_fast.features.extract import open_or_extract
 from smooseg_fast.features.store import to_storage
-from smooseg_fast.images import Crops, cut_squares, read_image
 
 BATCH = 16
 

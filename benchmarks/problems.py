@@ -222,9 +222,9 @@ def head_step(problem: Problem, impl: str, mode: str, dtype: torch.dtype, device
 
     As in training, the features are resident on a card, and on a CPU rows of a store in fp16.
     """
-    from smooseg_fast.loop import Loop
-    from smooseg_fast.model import Head, Heads
-    from smooseg_fast.objective import Schedule, Settings
+    from smooseg_fast.learn.loop import Loop
+    from smooseg_fast.learn.schedule import Schedule, Settings
+    from smooseg_fast.segment.model import Head, Heads
 
     features = make_inputs(problem, dtype, device, seed).case.features
     rows_in = features.to if device == "cuda" else stored(features)

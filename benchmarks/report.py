@@ -25,7 +25,7 @@ import results  # noqa: E402
 import tables  # noqa: E402
 
 from smooseg_fast.errors import UserError  # noqa: E402
-from smooseg_fast.files import write_atomic  # noqa: E402
+from smooseg_fast.system.files import write_atomic  # noqa: E402
 
 PAGES = ("README.md", "docs/performance.md")
 PICTURES = "docs/pictures"

@@ -12,10 +12,10 @@ __all__ = ["Segmenter", "UserError", "fit"]
 
 if TYPE_CHECKING:
     from .errors import UserError
-    from .segmenter import Segmenter
-    from .trainer import fit
+    from .learn.trainer import fit
+    from .segment.segmenter import Segmenter
 
-_HOMES = {"Segmenter": "segmenter", "UserError": "errors", "fit": "trainer"}
+_HOMES = {"Segmenter": "segment.segmenter", "UserError": "errors", "fit": "learn.trainer"}
 
 
 def __getattr__(name: str):

@@ -13,9 +13,10 @@ import tyro
 
 from .command import parse, printable, run
 from .errors import UserError
-from .features.cachefolder import CacheFolder, StoreFolder, readable
+from .features.cachefolder import CacheFolder, StoreFolder
 from .features.store import DamagedShard, read_shard, require_sound
-from .progress import Bar
+from .system.progress import Bar
+from .system.sizes import readable
 
 DAY_S = 86_400.0
 SETTINGS = ("dataset", "backbone", "size", "crops", "images")

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint import Checkpoint, read_checkpoint
 from .command import parse, pictures_of, predict_command, run
 from .errors import UserError
-from .files import write_atomic
-from .runfolder import CHECKPOINT, HEADS, REPORT
+from .learn.runfolder import CHECKPOINT, HEADS, REPORT
+from .segment.checkpoint import Checkpoint, read_checkpoint
+from .system.files import write_atomic
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,9 @@ import tyro
 
 from .datasets import recognise
 from .errors import UserError, WriteError
-from .processes import PATIENCE, Processes, joined
-from .segmenter import Segmenter
-from .signals import terminable, with_kept
+from .segment.segmenter import Segmenter
+from .system.processes import PATIENCE, Processes, joined
+from .system.signals import terminable, with_kept
 
 T = TypeVar("T")
 

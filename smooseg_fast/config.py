@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from .errors import UserError
-from .features.cachefolder import parse_size
+from .system.sizes import parse_size
 
 IMPLS = ("auto", "triton", "torch", "dense")
 PRECISIONS = ("auto", "float32", "bfloat16")

@@ -16,10 +16,10 @@ import tyro
 from .backbones.base import digest_of
 from .command import parse, predict_command, printable, run
 from .errors import UserError
-from .outfolder import OutFolder
+from .learn.runfolder import CHECKPOINT
 from .pickles import is_pickle
-from .published import DATASETS, read_published
-from .runfolder import CHECKPOINT
+from .segment.published import DATASETS, read_published
+from .system.outfolder import OutFolder
 
 RECORD, BACKBONE = "convert.json", "backbone"
 # words of the names of hyper-parameters that say what was trained, and how

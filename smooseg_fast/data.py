@@ -18,10 +18,10 @@ import tyro
 from .command import parse, run
 from .datasets import IGNORE, Dataset, Layout, open_dataset, open_splits, recognise
 from .datasets.base import extent
+from .datasets.images import ImageError
 from .errors import UserError
-from .evaluation import spread
-from .images import ImageError
-from .progress import Bar
+from .features.sample import spread
+from .system.progress import Bar
 
 PROGRAM = "python -m smooseg_fast.data"
 HELP = f"""usage: {PROGRAM} check DIR [--sample N]

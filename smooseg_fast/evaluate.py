@@ -10,21 +10,22 @@ from typing import Annotated
 
 import tyro
 
-from . import charts, evaluation, pictures
-from .checkpoint import Checkpoint
 from .command import load_segmenter, parse, run
 from .config import TrainConfig, preset
 from .datasets import Dataset, open_dataset, recognise
+from .datasets.demo import demo_datasets
+from .datasets.images import whole_patches
 from .errors import UserError
-from .features.cachefolder import parse_size
 from .features.extract import open_or_extract
 from .features.room import require_room
-from .files import write_json
-from .images import whole_patches
-from .metrics import hungarian, majority, percent, table
-from .processes import ALONE, Processes
-from .segmenter import pick_device
-from .trainer import demo_datasets
+from .measure.confusion import LabelSquares, confusion_of, head_codes, require_same_rows
+from .measure.scores import hungarian, majority, percent, table
+from .segment.checkpoint import Checkpoint
+from .segment.segmenter import pick_device
+from .show import charts, pictures
+from .system.files import write_json
+from .system.processes import ALONE, Processes
+from .system.sizes import parse_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +84,10 @@ def main(args: Sequence[str], processes: Processes = ALONE) -> None:
     store = open_or_extract(dataset, segmenter.backbone, **options)
     mirrored = open_or_extract(dataset, segmenter.backbone, mirror=True, **options) if config.mirror else None
     if mirrored is not None:
-        evaluation.require_same_rows(store, mirrored)
-    labels = evaluation.LabelSquares(dataset, store, size, processes)
-    codes = evaluation.head_codes(segmenter.head, store, mirrored)
-    counts = evaluation.confusion_of(codes, segmenter.head.teacher, store.grid, labels, len(names))
+        require_same_rows(store, mirrored)
+    labels = LabelSquares(dataset, store, size, processes)
+    codes = head_codes(segmenter.head, store, mirrored)
+    counts = confusion_of(codes, segmenter.head.teacher, store.grid, labels, len(names))
     if not processes.first:
         return
 

@@ -13,18 +13,18 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from . import pictures
 from .command import load_segmenter, parse, printable, run
 from .datasets import recognise
+from .datasets.images import ImageError, find_images, read_image, read_label
 from .errors import UserError
-from .evaluation import spread
-from .files import write_json
-from .images import ImageError, find_images, read_image, read_label
-from .outfolder import Journal, OutFolder
-from .progress import Bar
-from .segmenter import Segmenter
-from .sheet import Shown, groups_sheet
-from .signals import Interrupted, StopRequest
+from .features.sample import spread
+from .segment.segmenter import Segmenter
+from .show import pictures
+from .show.sheet import Shown, groups_sheet
+from .system.files import write_json
+from .system.outfolder import Journal, OutFolder
+from .system.progress import Bar
+from .system.signals import Interrupted, StopRequest
 
 SHEET_IMAGES = 24
 RUN, DONE, MASKS, OVERLAYS, SHARES, SHEET = (

@@ -14,17 +14,17 @@ import torch
 from PIL.Image import Image
 
 from .backbones import load_backbone
-from .checkpoint import read_checkpoint
-from .closeness import BINS, Closeness, Similarity, closeness, similarity, warning
 from .command import parse, run
 from .config import TrainConfig, Variant, preset, with_changes
+from .datasets.demo import datasets_of
 from .errors import UserError
 from .features.extract import open_or_extract
-from .files import write_json
-from .histograms import Histogram, histograms_picture
-from .pictures import save
-from .segmenter import pick_device
-from .trainer import datasets_of
+from .measure.closeness import BINS, Closeness, Similarity, closeness, similarity, warning
+from .segment.checkpoint import read_checkpoint
+from .segment.segmenter import pick_device
+from .show.histograms import Histogram, histograms_picture
+from .show.pictures import save
+from .system.files import write_json
 
 SHARES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 PICTURE, RECORD = "similarity.png", "similarity.json"

@@ -14,12 +14,13 @@ from tqdm import tqdm
 from .command import parse, pictures_of, predict_command, run
 from .config import TrainConfig, flag, preset, with_changes
 from .datasets import Dataset, recognise
+from .datasets.demo import datasets_of
+from .datasets.images import ImageError
 from .errors import UserError
-from .images import ImageError
-from .pictures import save
-from .processes import ALONE, Processes
-from .runfolder import CHECKPOINT, LADDER, RunFolder
-from .trainer import datasets_of, learn
+from .learn.runfolder import CHECKPOINT, LADDER, RunFolder
+from .learn.trainer import learn
+from .show.pictures import save
+from .system.processes import ALONE, Processes
 
 SAMPLES = 6
 

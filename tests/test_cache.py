@@ -17,9 +17,11 @@ import smooseg_fast
 from smooseg_fast import cache
 from smooseg_fast.command import run
 from smooseg_fast.errors import UserError
-from smooseg_fast.features import cachefolder, locks, store, turns
-from smooseg_fast.features.cachefolder import CacheFolder, parse_size
-from smooseg_fast.features.locks import Lock
+from smooseg_fast.features import cachefolder, store, turns
+from smooseg_fast.features.cachefolder import CacheFolder
+from smooseg_fast.system import locks
+from smooseg_fast.system.locks import Lock
+from smooseg_fast.system.sizes import parse_size
 
 pytestmark = pytest.mark.skipif(locks.fcntl is None, reason="needs locks on files")
 HERE = Path(__file__).parent

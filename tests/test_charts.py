@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from test_pictures import NASTY_NAMES, boxes, rgb
 
-from smooseg_fast import charts
-from smooseg_fast.charts import confusion_picture, curves_picture
-from smooseg_fast.metrics import hungarian, majority
-from smooseg_fast.pictures import palette
+from smooseg_fast.measure.scores import hungarian, majority
+from smooseg_fast.show import charts
+from smooseg_fast.show.charts import confusion_picture, curves_picture
+from smooseg_fast.show.pictures import palette
 
 
 def outlined(picture):

@@ -11,7 +11,7 @@ import pytest
 import smooseg_fast
 from smooseg_fast.command import run
 from smooseg_fast.errors import UserError, WriteError
-from smooseg_fast.signals import Interrupted
+from smooseg_fast.system.signals import Interrupted
 
 
 def raises(error):

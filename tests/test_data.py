@@ -14,7 +14,7 @@ from smooseg_fast import choose, data, evaluate, predict, train
 from smooseg_fast.command import run
 from smooseg_fast.config import PRESETS
 from smooseg_fast.datasets import open_dataset
-from smooseg_fast.images import cut_squares, whole_patches
+from smooseg_fast.datasets.images import cut_squares, whole_patches
 
 
 def check(*args):

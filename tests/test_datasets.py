@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from smooseg_fast.datasets import IGNORE, ArrayDataset, folder, open_dataset, open_splits
+from smooseg_fast.datasets.images import ImageError
 from smooseg_fast.errors import UserError
-from smooseg_fast.images import ImageError
 
 
 def write(path: Path, pixels: np.ndarray | int = 0, size: tuple[int, int] = (6, 8)) -> Path:

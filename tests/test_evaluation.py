@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from smooseg_fast import evaluate, evaluation, images
+from smooseg_fast import evaluate
 from smooseg_fast.command import run
-from smooseg_fast.datasets import base
+from smooseg_fast.datasets import base, images
 from smooseg_fast.errors import UserError
-from smooseg_fast.evaluation import BATCH, LabelSquares, confusion_of
+from smooseg_fast.features.sample import BATCH
+from smooseg_fast.measure import confusion as evaluation
+from smooseg_fast.measure.confusion import LabelSquares, confusion_of
 
 
 def made_up_labels(count, size, classes=4, only=None):

@@ -11,14 +11,13 @@ import torch
 from PIL import Image
 from test_store import SLIDE, FakeBackbone, extract, photos, shards, small_shards  # noqa: F401
 
-from smooseg_fast import reading
 from smooseg_fast.backbones.filterbank import Filterbank
-from smooseg_fast.datasets import open_dataset
+from smooseg_fast.datasets import open_dataset, reading
+from smooseg_fast.datasets.images import cut_squares, read_image
 from smooseg_fast.errors import UserError
 from smooseg_fast.features.extract import open_or_extract
 from smooseg_fast.features.store import read_shard, to_storage
 from smooseg_fast.features.tally import Tally
-from smooseg_fast.images import cut_squares, read_image
 
 # batches that do not fit
 

@@ -17,7 +17,7 @@ from smooseg_fast.backbones.filterbank import (
     gabor_pairs,
     mirrored,
 )
-from smooseg_fast.mosaic import Mosaic
+from smooseg_fast.datasets.mosaic import Mosaic
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from smooseg_fast import images
-from smooseg_fast.errors import UserError
-from smooseg_fast.images import (
+from smooseg_fast.datasets import images
+from smooseg_fast.datasets.images import (
     SUFFIXES,
     ImageError,
     cut_squares,
@@ -24,6 +23,7 @@ from smooseg_fast.images import (
     resize_short_side,
     square_offsets,
 )
+from smooseg_fast.errors import UserError
 
 LOSSLESS = {"tif": {}, "tiff": {"compression": "tiff_lzw"}, "png": {}, "bmp": {}, "webp": {"lossless": True}}
 LOSSY = {"jpg": {"quality": 100, "subsampling": 0}, "jpeg": {"quality": 100, "subsampling": 0}}

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from smooseg_fast.kmeans import lloyd, plus_plus, principal_directions, spherical_kmeans
+from smooseg_fast.segment.kmeans import lloyd, plus_plus, principal_directions, spherical_kmeans
 
 
 def on_circle(*degrees):

@@ -7,12 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from smooseg_fast import model
-from smooseg_fast.health import entropy, health
-from smooseg_fast.kmeans import principal_directions, spherical_kmeans
-from smooseg_fast.loop import Loop, _copies, _put_back
-from smooseg_fast.model import Head, Heads
-from smooseg_fast.objective import Schedule, Settings, make_optimizer, train_step
+from smooseg_fast.learn.loop import Loop, _copies, _put_back
+from smooseg_fast.learn.schedule import Schedule, Settings
+from smooseg_fast.learn.step import make_optimizer, train_step
+from smooseg_fast.measure.health import entropy, health
+from smooseg_fast.segment import model
+from smooseg_fast.segment.kmeans import principal_directions, spherical_kmeans
+from smooseg_fast.segment.model import Head, Heads
 
 CPU = torch.device("cpu")
 

@@ -8,9 +8,10 @@ import sys
 import pytest
 from test_trainer import SMALL, call
 
-from smooseg_fast import loop, progress
-from smooseg_fast.progress import Bar
-from smooseg_fast.steps import live
+from smooseg_fast.learn import loop
+from smooseg_fast.learn.run import live
+from smooseg_fast.system import progress
+from smooseg_fast.system.progress import Bar
 
 RECORD = {"energy_within": -0.0123, "energy_across": -0.0344, "data": 2.718, "perplexity": 11.2}
 
@@ -137,8 +138,8 @@ def test_without_tensorboard_one_line_says_so(folder, monkeypatch, capsys):
 
 
 def test_a_full_disk_under_tensorboard(tmp_path):
-    from smooseg_fast.board import said
     from smooseg_fast.errors import WriteError
+    from smooseg_fast.learn.board import said
 
     with pytest.raises(WriteError, match="cannot be written"), said(tmp_path):
         raise OSError(28, "No space left on device")

@@ -8,8 +8,8 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from smooseg_fast import metrics
-from smooseg_fast.metrics import confusion, hungarian, majority, percent, table
+from smooseg_fast.measure import scores as metrics
+from smooseg_fast.measure.scores import confusion, hungarian, majority, percent, table
 
 
 def random_counts(K, C, seed):

@@ -6,12 +6,12 @@ import pytest
 import torch
 from test_trainer import FIRST, SMALL, call, metrics
 
-from smooseg_fast import loop, monitors
-from smooseg_fast.checkpoint import read_checkpoint
 from smooseg_fast.config import TrainConfig
-from smooseg_fast.health import Health, Moments, health, unit_rows
-from smooseg_fast.model import Head, Heads
-from smooseg_fast.monitors import Watch, drifts
+from smooseg_fast.learn import loop, monitors
+from smooseg_fast.learn.monitors import Watch, drifts
+from smooseg_fast.measure.health import Health, Moments, health, unit_rows
+from smooseg_fast.segment.checkpoint import read_checkpoint
+from smooseg_fast.segment.model import Head, Heads
 
 # the closeness graph
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from smooseg_fast.datasets.mosaic import Mosaic, Scene
 from smooseg_fast.errors import UserError
-from smooseg_fast.mosaic import Mosaic, Scene
 
 
 def test_an_image_depends_on_seed_split_index_and_size_alone():

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from smooseg_fast.errors import UserError
-from smooseg_fast.files import write_json
-from smooseg_fast.outfolder import Journal, OutFolder
+from smooseg_fast.system.files import write_json
+from smooseg_fast.system.outfolder import Journal, OutFolder
 
 
 def open_folder(path, **settings):

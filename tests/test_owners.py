@@ -23,8 +23,8 @@ from scipy.io import savemat
 
 from smooseg_fast.datasets import IGNORE, cityscapes, cocostuff, open_dataset, open_splits, potsdam, recognise, voc
 from smooseg_fast.datasets.base import Numbering
+from smooseg_fast.datasets.images import ImageError, read_image
 from smooseg_fast.errors import UserError
-from smooseg_fast.images import ImageError, read_image
 
 FOUND = {
     "cityscapes": ("Cityscapes (leftImg8bit and gtFine labelIds, 27 classes)", "cityscapes", 4, 4, 27),

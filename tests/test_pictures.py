@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from smooseg_fast import lettering, pictures
 from smooseg_fast.errors import UserError
-from smooseg_fast.pictures import contact_sheet, overlay, palette, save, write_mask
-from smooseg_fast.sheet import groups_sheet, thumbnails
+from smooseg_fast.show import lettering, pictures
+from smooseg_fast.show.pictures import contact_sheet, overlay, palette, save, write_mask
+from smooseg_fast.show.sheet import groups_sheet, thumbnails
 
 # linear RGB as seen without the long- and without the medium-wave cones (Machado et al. 2009, severity 1)
 PROTAN = np.array([[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]])

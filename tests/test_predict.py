@@ -13,10 +13,11 @@ from test_trainer import SMALL
 from textures import draw
 
 import smooseg_fast
-from smooseg_fast import evaluate, predict, segmenter, similarity, train
+from smooseg_fast import evaluate, predict, similarity, train
 from smooseg_fast.command import run
-from smooseg_fast.images import find_images
-from smooseg_fast.segmenter import Segmenter
+from smooseg_fast.datasets.images import find_images
+from smooseg_fast.segment import segmenter
+from smooseg_fast.segment.segmenter import Segmenter
 
 
 def test_predict_names_skips_and_counts_images_smaller_than_a_patch(trained, tmp_path, capsys):

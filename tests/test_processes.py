@@ -21,21 +21,23 @@ from test_extracting import Short
 from test_store import FakeBackbone
 from test_trainer import SMALL, call, files
 
-from smooseg_fast import command, loop, predict, steps
-from smooseg_fast.checkpoint import read_checkpoint, read_training_state
+from smooseg_fast import command, predict
 from smooseg_fast.datasets import open_dataset
+from smooseg_fast.datasets.images import ImageError
 from smooseg_fast.errors import UserError
-from smooseg_fast.evaluation import LabelSquares, confusion_of
 from smooseg_fast.features import store
 from smooseg_fast.features.extract import open_or_extract
 from smooseg_fast.features.store import read_shard
-from smooseg_fast.images import ImageError
-from smooseg_fast.loop import Loop
-from smooseg_fast.model import Head, Heads
-from smooseg_fast.objective import Schedule, Settings
-from smooseg_fast.processes import ALONE, Processes, joined
-from smooseg_fast.signals import Interrupted
-from smooseg_fast.trainer import require_same_state, require_shares
+from smooseg_fast.learn import loop
+from smooseg_fast.learn import run as steps
+from smooseg_fast.learn.loop import Loop
+from smooseg_fast.learn.schedule import Schedule, Settings
+from smooseg_fast.learn.trainer import require_same_state, require_shares
+from smooseg_fast.measure.confusion import LabelSquares, confusion_of
+from smooseg_fast.segment.checkpoint import read_checkpoint, read_training_state
+from smooseg_fast.segment.model import Head, Heads
+from smooseg_fast.system.processes import ALONE, Processes, joined
+from smooseg_fast.system.signals import Interrupted
 
 CPU = torch.device("cpu")
 

@@ -17,9 +17,9 @@ from weights import labels_by_hand, make_head, make_published, make_vit, save_wi
 import smooseg_fast
 from smooseg_fast import convert, evaluate, predict, train
 from smooseg_fast.backbones import load_backbone
-from smooseg_fast.checkpoint import read_checkpoint
 from smooseg_fast.command import run
-from smooseg_fast.published import read_published
+from smooseg_fast.segment.checkpoint import read_checkpoint
+from smooseg_fast.segment.published import read_published
 
 SETTINGS = {
     "dataset_name": "cityscapes",

@@ -15,11 +15,13 @@ from test_trainer import SMALL
 from textures import draw
 
 import smooseg_fast
-from smooseg_fast import evaluate, images, predict, train, trainer
-from smooseg_fast.checkpoint import KEY, read_checkpoint
+from smooseg_fast import evaluate, predict, train
 from smooseg_fast.command import run
-from smooseg_fast.mosaic import Mosaic
-from smooseg_fast.tiles import code_map, spans
+from smooseg_fast.datasets import images
+from smooseg_fast.datasets.mosaic import Mosaic
+from smooseg_fast.learn import trainer
+from smooseg_fast.segment.checkpoint import KEY, read_checkpoint
+from smooseg_fast.segment.tiles import code_map, spans
 
 
 def positions(images):
@@ -150,7 +152,7 @@ def test_evaluate_by_hand(trained, labelled):
     counts = np.array(json.load(open("e/scores.json"))["confusion"])
     segmenter = smooseg_fast.Segmenter.load(trained, device="cpu")
     expected = np.zeros_like(counts)
-    from smooseg_fast.images import cut_squares
+    from smooseg_fast.datasets.images import cut_squares
 
     for number in (5, 6, 7):
         image, label = draw(number)

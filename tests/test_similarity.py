@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from smooseg_fast import closeness as measured
-from smooseg_fast import histograms, similarity, train
-from smooseg_fast.closeness import BINS, REACH, Closeness, Spread, closeness, warning
+from smooseg_fast import similarity, train
 from smooseg_fast.command import run
 from smooseg_fast.features.store import Contents, FeatureStore, Shard
-from smooseg_fast.histograms import Histogram, histograms_picture
+from smooseg_fast.measure import closeness as measured
+from smooseg_fast.measure.closeness import BINS, REACH, Closeness, Spread, closeness, warning
+from smooseg_fast.show import histograms
+from smooseg_fast.show.histograms import Histogram, histograms_picture
 
 CPU = torch.device("cpu")
 BIN = 2 * REACH / BINS

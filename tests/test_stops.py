@@ -17,12 +17,15 @@ from test_trainer import SMALL, call, files
 from textures import make_photos
 
 import smooseg_fast
-from smooseg_fast import files as written
-from smooseg_fast import loop, model, outfolder, signals, steps, summary
 from smooseg_fast.backbones.filterbank import Filterbank
-from smooseg_fast.checkpoint import read_training_state
 from smooseg_fast.errors import WriteError
-from smooseg_fast.signals import Interrupted, StopRequest
+from smooseg_fast.learn import loop, summary
+from smooseg_fast.learn import run as steps
+from smooseg_fast.segment import model
+from smooseg_fast.segment.checkpoint import read_training_state
+from smooseg_fast.system import files as written
+from smooseg_fast.system import outfolder, signals
+from smooseg_fast.system.signals import Interrupted, StopRequest
 
 HEAD = "granularity_0.1_seed_0.safetensors"
 LADDER = [*SMALL, "--granularity", "0.06", "0.1", "--prototypes", "3"]

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from smooseg_fast.datasets import open_dataset
+from smooseg_fast.datasets.images import cut_squares
 from smooseg_fast.errors import UserError, WriteError
 from smooseg_fast.features import extract as extraction
 from smooseg_fast.features import store
@@ -26,9 +27,8 @@ from smooseg_fast.features.store import (
     to_storage,
     write_shard,
 )
-from smooseg_fast.files import write_atomic
-from smooseg_fast.images import cut_squares
-from smooseg_fast.signals import Interrupted
+from smooseg_fast.system.files import write_atomic
+from smooseg_fast.system.signals import Interrupted
 
 PATCH, SIZE, P, D = 4, 8, 4, 5
 
@@ -573,7 +573,7 @@ def test_a_disk_that_cannot_be_read_is_damage(tmp_path, monkeypatch):
 
 
 def test_a_lock_in_a_folder_that_can_never_be_made_is_not_waited_for(tmp_path, monkeypatch):
-    from smooseg_fast.features import locks
+    from smooseg_fast.system import locks
 
     def gone(path):
         raise FileNotFoundError(path)

@@ -16,18 +16,18 @@ from test_trainer import SMALL, call, files
 
 import smooseg_fast
 from smooseg_fast import evaluate, train
-from smooseg_fast.checkpoint import read_training_state
 from smooseg_fast.command import run
 from smooseg_fast.datasets import ArrayDataset
 from smooseg_fast.errors import UserError, WriteError
 from smooseg_fast.features import extract as extracting
-from smooseg_fast.features import stream
 from smooseg_fast.features.cachefolder import CacheFolder
 from smooseg_fast.features.room import Expected, Windows, sampled, windows_of
-from smooseg_fast.features.stream import open_for_training
-from smooseg_fast.loop import Loop
-from smooseg_fast.objective import Settings
-from smooseg_fast.processes import ALONE
+from smooseg_fast.learn import stream
+from smooseg_fast.learn.loop import Loop
+from smooseg_fast.learn.schedule import Settings
+from smooseg_fast.learn.stream import open_for_training
+from smooseg_fast.segment.checkpoint import read_training_state
+from smooseg_fast.system.processes import ALONE
 
 SQUARE = 4 * 5 * 2  # bytes of a square of the fake backbone
 

@@ -18,13 +18,15 @@ from PIL import Image
 from textures import draw
 
 import smooseg_fast
-from smooseg_fast import choose, loop, steps, summary, train, trainer
-from smooseg_fast.checkpoint import read_checkpoint, read_training_state
+from smooseg_fast import choose, train
 from smooseg_fast.command import run
 from smooseg_fast.datasets import ImageFolder
+from smooseg_fast.datasets.images import ImageError
 from smooseg_fast.errors import UserError
-from smooseg_fast.features.locks import Lock
-from smooseg_fast.images import ImageError
+from smooseg_fast.learn import loop, summary, trainer
+from smooseg_fast.learn import run as steps
+from smooseg_fast.segment.checkpoint import read_checkpoint, read_training_state
+from smooseg_fast.system.locks import Lock
 
 EVERYTHING = {"checkpoint.safetensors", "training.safetensors", "heads", "metrics.jsonl", "run.json", "report.json"}
 EVERYTHING |= {"groups.png", "curves.png", "ladder.png"}

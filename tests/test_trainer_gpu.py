@@ -7,9 +7,9 @@ from textures import draw
 
 import smooseg_fast
 import smooseg_kernels as sk
-from smooseg_fast.loop import Loop
-from smooseg_fast.model import Head, Heads
-from smooseg_fast.objective import Schedule, Settings
+from smooseg_fast.learn.loop import Loop
+from smooseg_fast.learn.schedule import Schedule, Settings
+from smooseg_fast.segment.model import Head, Heads
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")]
 

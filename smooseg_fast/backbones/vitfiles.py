@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import write_atomic, write_json
+from ..system.files import write_atomic, write_json
 from .base import digest_of, reason
 
 CONFIG, PREPROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"

@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from ..errors import UserError
-from ..images import SUFFIXES, image_size, read_image, read_label, visible_files
+from .images import SUFFIXES, image_size, read_image, read_label, visible_files
 
 IGNORE = 255  # the class number of pixels that nobody labelled
 

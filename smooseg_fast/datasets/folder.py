@@ -15,9 +15,9 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..images import find_images, read_label, visible_files
-from ..progress import Bar
+from ..system.progress import Bar
 from .base import IGNORE, Files, Split
+from .images import find_images, read_label, visible_files
 
 SPLITS = ("train", "val", "test")
 

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
-from ..images import ImageError, image_size, read_strips
 from .base import (
     IGNORE,
     Layout,
@@ -31,6 +30,7 @@ from .base import (
     pick,
     read_list,
 )
+from .images import ImageError, image_size, read_strips
 
 NAMES = ("roads and cars", "buildings and clutter", "vegetation and trees")
 ROAD, BUILDING, VEGETATION = range(3)

@@ -18,16 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, WriteError
-from ..files import LEFTOVER, write_json
-from .locks import Lock
+from ..system.files import LEFTOVER, write_json
+from ..system.locks import Lock
 from .store import FORMAT, SHARDS, DamagedShard, read_shard, shard_path
 
 KEY = re.compile(r"[0-9a-f]{32}")
 META, USED, WRITING = "meta.json", "used", "writing"
-
-_UNITS = {
-    f"{letter}{i}": base**power for power, letter in enumerate("KMGT", 1) for i, base in (("", 1000), ("I", 1024))
-}
 
 
 @dataclass(frozen=True)
@@ -191,22 +187,3 @@ class CacheFolder:
 def default_cache() -> Path:
     base = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "smooseg_fast"
-
-
-def parse_size(text: str, argument: str) -> int:
-    """Bytes: "50GB" is 50e9, "50GiB" is 50 * 2**30. UserError, naming `argument`, for what is no size, or none above 0."""
-    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]I?)B\s*", str(text).upper())
-    size = int(float(found[1]) * _UNITS[found[2]]) if found else 0
-    if not size:
-        raise UserError(
-            f"{argument} {text}: no size; give a number above 0 with its unit, such as 50GB, 500MB or 1.5TiB"
-        )
-    return size
-
-
-def readable(nbytes: int) -> str:
-    """With a unit."""
-    unit, size = next(
-        ((unit, size) for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)) if nbytes >= size), ("kB", 1e3)
-    )
-    return f"{nbytes / size:.1f} {unit}"

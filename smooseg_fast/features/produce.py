@@ -23,15 +23,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..ahead import ahead
-from ..host import keep_freed_memory
-from ..images import ImageError
-from ..progress import Bar
+from ..datasets.images import ImageError
+from ..system.ahead import ahead
+from ..system.host import keep_freed_memory
+from ..system.progress import Bar
 from .batches import Batches, Flight, TooLarge
 from .store import Contents
 
 if TYPE_CHECKING:
-    from .extract import Job
+    from .job import Job
 
 THREADS = 16  # that decode, at most
 

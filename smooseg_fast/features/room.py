@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..datasets import Dataset
+from ..datasets.images import ImageError
 from ..errors import UserError
-from ..images import ImageError
-from .cachefolder import CacheFolder, readable
-from .extract import job_of
+from ..system.sizes import readable
+from .cachefolder import CacheFolder
+from .job import job_of
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone

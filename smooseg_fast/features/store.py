@@ -24,8 +24,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..files import write_atomic
-from .locks import Lock
+from ..system.files import write_atomic
+from ..system.locks import Lock
 
 FORMAT = 2  # changes when shards written before can no longer be used
 SHARD_BYTES = 64 * 2**20

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..processes import Processes
-from ..progress import Bar
+from ..system.processes import Processes
+from ..system.progress import Bar
 from .cachefolder import StoreFolder
 from .store import DamagedShard, Shard, require_sound
 

@@ -1,0 +1,41 @@
+"""Figures on labelled images that training never sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from ..datasets import Dataset
+from ..features.store import FeatureStore
+from ..measure.scores import Scores, hungarian
+from ..segment.model import Head
+from ..system.processes import ALONE, Processes
+from .confusion import LabelSquares, confusion_of, head_codes
+
+
+@dataclass
+class Validation:
+    """Labelled images that figures are taken on; never seen by training unless the dataset has no split.
+
+    Several processes share the counting: all ask for the same figures in the same order.
+    """
+
+    dataset: Dataset
+    store: FeatureStore
+    labels: LabelSquares
+    processes: Processes = ALONE
+
+    def confusion(self, head: Head) -> np.ndarray:
+        return self._count(head_codes(head, self.store), head.teacher)
+
+    def kmeans(self, centres: Tensor) -> Scores:
+        """Plain k-means centres [K,D] on the same features: what any learning has to beat."""
+        self.processes.as_first([centres])
+        return hungarian(self._count(self.store.rows, centres))
+
+    def _count(self, codes: Callable[[Tensor], Tensor], prototypes: Tensor) -> np.ndarray:
+        classes = len(self.dataset.class_names)
+        return confusion_of(codes, prototypes, self.store.grid, self.labels, classes)

@@ -1,0 +1,231 @@
+"""What is learnt: the projection from features to codes, and the prototypes with their slow teacher. Imports torch alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .kmeans import principal_directions, spherical_kmeans
+
+BLOCK = (
+    1 << 23
+)  # bytes: with 2 MB, which two cores' caches hold, the starts of many operations cost more than the memory saves
+
+
+def codes_of(
+    features: Tensor, projection: nn.Module, linear_mask: Tensor | None = None, hidden_mask: Tensor | None = None
+) -> Tensor:
+    """W1 (f * m1) + b1 + W3 SiLU(W2 (f * m2) + b2) + b3 for H heads at once. Lan et al. 2023, section 3.2.
+
+    features [B,P,D] and masks [B,D] are common to the heads; `projection` has linear, hidden and outer with weights [H,.,D] and biases
+    [H,.]. -> [H,B,P,Z]. The heads' W1 and W2 lie side by side, so that each is one matrix product.
+    """
+    linear, hidden, outer = projection.linear, projection.hidden, projection.outer
+    if features.device.type == "cpu" and not torch.compiler.is_compiling():
+        weights = (linear.weight, linear.bias + outer.bias, hidden.weight, hidden.bias, outer.weight)
+        return InBlocks.apply(features, linear_mask, hidden_mask, *weights, torch.is_grad_enabled())
+    (B, P), (H, Z) = features.shape[:2], linear.bias.shape
+    if linear_mask is None:
+        straight = features @ linear.weight.flatten(0, 1).mT
+    else:  # the mask rides on the weights, which are smaller than the features
+        straight = features @ (linear.weight.flatten(0, 1) * linear_mask[:, None, :]).mT
+    masked = features if hidden_mask is None else features * hidden_mask[:, None, :].to(features.dtype)
+    curved = F.silu(F.linear(masked, hidden.weight.flatten(0, 1), hidden.bias.flatten()))
+    straight, curved = (x.reshape(B * P, H, -1).transpose(0, 1) for x in (straight, curved))
+    codes = torch.baddbmm(straight, curved, outer.weight.mT) + (linear.bias + outer.bias)[:, None]
+    return codes.view(H, B, P, Z)
+
+
+class InBlocks(torch.autograd.Function):
+    """`codes_of` for a CPU, whose cost beside its matrix products is memory: what a few images need between them stays in the cache.
+
+    Products are of the features' dtype, their sums over blocks of the weights'. Only what W2 gives is kept for the backward; masked
+    features and SiLU are made again there, in memory that all blocks share. Gradients go to the weights alone.
+    """
+
+    @staticmethod
+    def forward(ctx, features, linear_mask, hidden_mask, linear, bias, hidden, hidden_bias, outer, keep):
+        (B, P, D), (H, Z, _), dtype = features.shape, outer.shape, features.dtype
+        linear_weight, hidden_t, outer_t = (
+            linear.flatten(0, 1).to(dtype),
+            hidden.flatten(0, 1).to(dtype).mT,
+            outer.to(dtype).mT,
+        )
+        bias, hidden_bias = bias.to(dtype), hidden_bias.flatten().to(dtype)
+        step = images_a_block(features, H)
+        before, codes = features.new_empty(B if keep else step, P, H * D), features.new_empty(H, B, P, Z)
+        scratch = features.new_empty(step * P, H * D)
+        for block in blocks(B, step):
+            f = features[block]
+            straight = (
+                f @ (linear_weight if linear_mask is None else linear_weight * linear_mask[block, None].to(dtype)).mT
+            )
+            place = before[block if keep else slice(len(f))].flatten(0, 1)
+            # the bias behind the product: with it, `place` would be written first and read again
+            torch.mm(_times(f, hidden_mask, block, scratch), hidden_t, out=place).add_(hidden_bias)
+            curved = torch.ops.aten.silu.out(place, out=scratch[: len(place)])
+            for out, b, w, rows, wide in zip(
+                codes[:, block], bias, outer_t, _by_head(straight, H), _by_head(curved, H)
+            ):
+                torch.addmm(rows, wide, w, out=out.flatten(0, 1)).add_(b)
+        if keep:
+            ctx.save_for_backward(features, linear_mask, hidden_mask, before, outer)
+        return codes
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_codes):
+        features, linear_mask, hidden_mask, before, outer = ctx.saved_tensors
+        (B, P, D), (H, Z, _), dtype = features.shape, outer.shape, features.dtype
+        weight = outer.to(dtype)
+        d_linear, d_hidden = outer.new_zeros(H * Z, D), outer.new_zeros(H * D, D)
+        d_outer, d_hidden_bias = torch.zeros_like(outer), outer.new_zeros(H * D)
+        step = images_a_block(features, H)
+        scratch, masked = features.new_empty(step * P, H * D), features.new_empty(step, P, D)
+        for block in blocks(B, step):
+            f, d = features[block], d_codes[:, block].flatten(1, 2)
+            d_side = d.transpose(0, 1).reshape(*f.shape[:2], H * Z).mT
+            if linear_mask is None:
+                d_linear += (d_side @ f).sum(0)
+            else:
+                d_linear += ((d_side @ f) * linear_mask[block, None]).sum(0)
+            rows = before[block].flatten(0, 1)
+            curved = torch.ops.aten.silu.out(rows, out=scratch[: len(rows)])
+            d_outer += d.mT @ _by_head(curved, H)
+            for d_head, weight_head, place in zip(d, weight, _by_head(curved, H)):
+                torch.mm(d_head, weight_head, out=place)
+            d_before = torch.ops.aten.silu_backward.grad_input(curved, rows, grad_input=curved)
+            _add_product(d_hidden, d_before.mT, _times(f, hidden_mask, block, masked))
+            d_hidden_bias += d_before.sum(0)
+        d_bias = d_codes.sum((1, 2), dtype=outer.dtype)
+        return (
+            None,
+            None,
+            None,
+            d_linear.view(H, Z, D),
+            d_bias,
+            d_hidden.view(H, D, D),
+            d_hidden_bias.view(H, D),
+            d_outer,
+            None,
+        )
+
+
+def images_a_block(features: Tensor, H: int) -> int:
+    """So many that a hidden layer of H heads is about BLOCK bytes; at least one."""
+    return max(1, BLOCK // (H * features[0].nbytes))
+
+
+def blocks(B: int, step: int) -> Iterator[slice]:
+    return (slice(n, min(n + step, B)) for n in range(0, B, step))
+
+
+def _times(f: Tensor, mask: Tensor | None, block: slice, memory: Tensor) -> Tensor:
+    """[b,P,D] times mask [B,D], at the start of `memory` -> [b*P,D]."""
+    if mask is not None:
+        f = torch.mul(f, mask[block, None].to(f.dtype), out=memory.view(-1)[: f.numel()].view(f.shape))
+    return f.flatten(0, 1)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, rounded to the total's dtype alone where the operands have it too."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+def _by_head(rows: Tensor, H: int) -> Tensor:
+    """[...,H*N] -> [H,rows,N]."""
+    return rows.reshape(-1, H, rows.shape[-1] // H).transpose(0, 1)
+
+
+class Projection(nn.Module):
+    """Features [B,P,D] -> codes [B,P,Z] of one head, without masks."""
+
+    def __init__(self, dim: int, code_dim: int = 64):
+        super().__init__()
+        self.linear = nn.Linear(dim, code_dim)
+        self.hidden = nn.Linear(dim, dim)
+        self.outer = nn.Linear(dim, code_dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.linear(features) + self.outer(F.silu(self.hidden(features)))
+
+
+class Head(nn.Module):
+    """Projection, student prototypes [K,Z] and their exponential moving average, the teacher [K,Z]."""
+
+    def __init__(self, dim: int, prototypes: int, code_dim: int = 64, seed: int = 0):
+        """Random start as in the paper: PyTorch's default for the projection, Xavier-normal prototypes made unit, teacher = student."""
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.projection = Projection(dim, code_dim)
+            rows = F.normalize(nn.init.xavier_normal_(torch.empty(prototypes, code_dim)), dim=-1)
+        self.student = nn.Parameter(rows)
+        self.register_buffer("teacher", rows.clone())
+
+    @torch.no_grad()
+    def start_from_features(self, rows: Tensor, seed: int = 0) -> None:
+        """The steadier start: W1 = the leading singular vectors of feature rows [N,D], W3 = 0, prototypes = k-means of those codes.
+
+        Seeds then end closer to each other than from random starts. N is at least K; k-means is spherical, the best of 4.
+        """
+        directions = principal_directions(rows, self.student.shape[1])
+        self.projection.linear.weight.copy_(directions)
+        self.projection.linear.bias.zero_()
+        self.projection.outer.weight.zero_()
+        self.projection.outer.bias.zero_()
+        centres = spherical_kmeans(
+            rows.float() @ directions.T.to(rows.device), len(self.student), starts=4, seed=seed
+        ).centres
+        self.student.copy_(centres)
+        self.teacher.copy_(centres)
+
+
+class Heads(nn.Module):
+    """H heads of one shape, trained side by side on the same features. Its state has a head's names, each with a leading [H]."""
+
+    def __init__(self, heads: Sequence[Head]):
+        super().__init__()
+        states = [head.state_dict() for head in heads]
+        stacked = {name: torch.stack([state[name] for state in states]) for name in states[0]}
+        self.projection = nn.Module()
+        for part in ("linear", "hidden", "outer"):
+            layer = nn.Module()
+            layer.weight = nn.Parameter(stacked[f"projection.{part}.weight"])
+            layer.bias = nn.Parameter(stacked[f"projection.{part}.bias"])
+            self.projection.add_module(part, layer)
+        self.student = nn.Parameter(stacked["student"])
+        self.register_buffer("teacher", stacked["teacher"])
+
+    def __len__(self) -> int:
+        return len(self.student)
+
+    def __getitem__(self, index: int) -> Head:
+        """A copy of one head, on the same device."""
+        H, K, Z = self.student.shape
+        if not 0 <= index < H:
+            raise IndexError(f"head {index} of {H}")
+        head = Head(self.projection.linear.weight.shape[2], K, Z)
+        head.load_state_dict({name: value[index] for name, value in self.state_dict().items()})
+        return head.to(self.student.device)
+
+    def codes(self, features: Tensor, linear_mask: Tensor | None = None, hidden_mask: Tensor | None = None) -> Tensor:
+        """features [B,P,D]; masks [B,D] multiply an image's channels on the way into W1 and W2 -> [H,B,P,Z]."""
+        return codes_of(features, self.projection, linear_mask, hidden_mask)
+
+    @torch.no_grad()
+    def update_teacher(self, decay: float) -> None:
+        """teacher <- decay * teacher + (1 - decay) * student."""
+        self.teacher.lerp_(self.student, 1.0 - decay)
+
+
+@torch.no_grad()
+def project(head: Head, features: Tensor) -> Tensor:
+    """Codes [B,P,Z] of features [B,P,D] of any float type, without masks."""
+    return head.projection(features.to(head.student.dtype))

@@ -1,0 +1,80 @@
+"""Codes of an image of any size: features at the training scale, tiles with overlap beyond what fits, padded and never stretched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..datasets.images import resize_short_side
+
+TILE = 640  # pixels of a tile's side; larger images are cut
+OVERLAP = 0.25  # of a tile's side, at least
+
+
+class CodeMap(NamedTuple):
+    codes: Tensor  # [h,w,Z]
+    size: tuple[
+        int, int
+    ]  # (H, W) pixels of the image that the h x w patches cover: at least the image's own, the rest is padding
+
+
+def code_map(
+    image: np.ndarray,
+    features: Callable[[Tensor], Tensor],
+    patch: int,
+    *,
+    short_side: int,
+    resample: str,
+    mirror: bool,
+    tile: int = TILE,
+) -> CodeMap:
+    """Codes of a uint8 [H,W,3] image.
+
+    `features` takes uint8 [B,3,S,T] (sides multiples of `patch`) and gives codes [B,S/patch,T/patch,Z]. The image's short side is brought
+    to `short_side` pixels and both sides are padded to whole patches with mirrored content. `mirror` averages the codes with those of the
+    mirrored image.
+    """
+    resized = resize_short_side(image, short_side, resample)
+    height, width = resized.shape[:2]
+    h, w = -(-height // patch), -(-width // patch)
+    padded = np.pad(resized, ((0, h * patch - height), (0, w * patch - width), (0, 0)), mode="symmetric")
+    side = max(1, tile // patch)
+    total = weight = None
+    for top, rows in spans(h, side):
+        for left, columns in spans(w, side):
+            piece = padded[top * patch : (top + rows) * patch, left * patch : (left + columns) * patch]
+            pixels = torch.from_numpy(np.ascontiguousarray(piece)).permute(2, 0, 1)[None]
+            codes = features(pixels)[0].float()
+            if mirror:
+                codes = (codes + features(pixels.flip(-1))[0].flip(1).float()) / 2
+            if (rows, columns) == (h, w):
+                total = codes
+                continue
+            if total is None:
+                total, weight = codes.new_zeros(h, w, codes.shape[-1]), codes.new_zeros(h, w, 1)
+            # a tile's border patches see least around them: they count least where tiles overlap
+            ramp = (tent(rows)[:, None] * tent(columns)[None, :])[..., None].to(codes)
+            total[top : top + rows, left : left + columns] += codes * ramp
+            weight[top : top + rows, left : left + columns] += ramp
+    if weight is not None:
+        total = total / weight
+    covered = (round(h * patch * image.shape[0] / height), round(w * patch * image.shape[1] / width))
+    return CodeMap(total, (max(image.shape[0], covered[0]), max(image.shape[1], covered[1])))
+
+
+def spans(length: int, side: int) -> list[tuple[int, int]]:
+    """(start, length) of evenly spaced pieces of at most `side` that cover 0..length and overlap by a quarter of `side` at least."""
+    if length <= side:
+        return [(0, length)]
+    stride = max(1, int(side * (1 - OVERLAP)))
+    count = -(-(length - side) // stride) + 1
+    return [(round(i * (length - side) / (count - 1)), side) for i in range(count)]
+
+
+def tent(n: int) -> Tensor:
+    """[n] weights that rise from the ends to the middle, never 0."""
+    return torch.minimum(torch.arange(1, n + 1), torch.arange(n, 0, -1)).float()

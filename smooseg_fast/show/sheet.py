@@ -1,0 +1,48 @@
+"""The sheet that training and prediction end with: images beside their groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from PIL import Image
+
+from ..errors import UserError
+from . import pictures
+
+THUMBNAIL = 640  # pixels of the long side of what is kept of an image
+NAMED = 0.005  # share of the pixels from which on a group stands in the legend
+
+Shown = tuple[str, np.ndarray, np.ndarray]
+
+
+def groups_sheet(shown: Iterable[Shown], colours: np.ndarray, shares: Mapping[int, float], title: str) -> Image.Image:
+    """A contact sheet of (name, image uint8 [H,W,3], labels uint8 [H,W]): each image, its groups over it, and its groups alone.
+
+    `shown` is gone through once, and only thumbnails of it are kept. shares: of each group, for the legend; colours uint8 [K,3]. From
+    four images on there are two in a row. UserError when `shown` is empty.
+    """
+    cells = [(name, *thumbnails(image, labels, colours)) for name, image, labels in shown]
+    if not cells:
+        raise UserError(
+            "the sheet has no images to show: those meant for it can no longer be read; put them back and try again"
+        )
+    across = 2 if len(cells) > 3 else 1
+    rows = [cells[start : start + across] for start in range(0, len(cells), across)]
+    legend = [(tuple(colours[k]), f"{k}: {100 * share:.0f} %") for k, share in shares.items() if share >= NAMED]
+    return pictures.contact_sheet(
+        [[picture for _, *three in row for picture in three] for row in rows],
+        ["image", "groups over it", "groups"] * across,
+        ["   |   ".join(name for name, *_ in row) for row in rows],
+        legend,
+        title,
+    )
+
+
+def thumbnails(image: np.ndarray, labels: np.ndarray, colours: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(image, groups over it, groups), with a long side of THUMBNAIL pixels at most."""
+    small = Image.fromarray(image)
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    labels = np.array(Image.fromarray(labels).resize(small.size, Image.Resampling.NEAREST))
+    image = np.array(small)
+    return image, pictures.overlay(image, labels, colours), pictures.overlay(image, labels, colours, 1.0)

@@ -1,13 +1,14 @@
-"""Lays this project out as the `kernels` library of Hugging Face loads it: build/torch-<backend>/ with a metadata.json in each.
+"""Lays this project out as the `kernels` library of Hugging Face loads it: build/torch-<backend>/ with a metadata.json
+in each.
 
     python kernels/layout.py                into kernels/build
     python kernels/layout.py --out FOLDER   into FOLDER/build
 
     kernels.get_local_kernel(Path("kernels"))    then imports it, offline, from any folder
 
-The sources are those that pip installs; nothing is compiled. Every variant gets two more files: `_ops.py`, which names the namespace of
-this copy's operators, so that it can be loaded beside the pip package and beside other versions, and `smooseg_kernels/__init__.py`, where
-older loaders look. Needs Python 3.11 or newer (tomllib) and nothing else.
+The sources are those that pip installs; nothing is compiled. Every variant gets two more files: `_ops.py`, which names
+the namespace of this copy's operators, so that it can be loaded beside the pip package and beside other versions, and
+`smooseg_kernels/__init__.py`, where older loaders look. Needs Python 3.11 or newer (tomllib) and nothing else.
 """
 
 from __future__ import annotations

@@ -86,7 +86,10 @@ def variant(backend: str, general: dict, module: str, files: dict[str, bytes]) -
 
 
 def lay_out(folder: Path) -> list[Path]:
-    """Writes folder/build and returns its variants. An old build is replaced once the new one is whole; any other folder is an error."""
+    """Writes folder/build and returns its variants.
+
+    A new build replaces an old one once it is complete; any other folder called build is an error.
+    """
     config = tomllib.loads((PROJECT / "build.toml").read_text(encoding="utf-8"))
     general, module = config["general"], config["general"]["name"].replace("-", "_")
     files = sources(module, config["torch-noarch"]["pyext"])

@@ -15,7 +15,7 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
 def is_inspectable(tensor: Tensor) -> bool:
-    """Tells whether values may be read: of real CPU tensors, or with SMOOSEG_CHECK_INDICES=1 of any real tensor (a GPU syncs)."""
+    """Tells whether values may be read: on a CPU, or anywhere with SMOOSEG_CHECK_INDICES=1, which makes a GPU sync."""
     real = (
         type(tensor) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
@@ -68,7 +68,7 @@ def temperature(value: float) -> float:
 def pair_sets(
     partners: Tensor | Sequence, B: int, device: torch.device, clamp: bool = True
 ) -> tuple[str | Tensor, ...]:
-    """Returns an entry for each pair set: "self", "all" or int64 [B], clamped with `clamp` where values may not be read."""
+    """Returns "self", "all" or int64 [B] for each pair set. Values that may not be read are clamped with `clamp`."""
     if isinstance(partners, str) or not isinstance(partners, (Tensor, Sequence)):
         raise TypeError(f"partners must be an int64 tensor [T, B] or a sequence of T entries, got {partners!r}")
     if isinstance(partners, Tensor) and partners.dim() != 2:
@@ -95,7 +95,7 @@ def partner_entry(name: str, entry: str | Tensor, B: int, device: torch.device, 
 
 
 def index_vector(name: str, numbers: Tensor, B: int, N: int, device: torch.device, clamp: bool) -> Tensor:
-    """Checks int64 [B] image numbers, 0 to N - 1. Values that may not be read are clamped to that range with `clamp`."""
+    """Checks int64 [B] image numbers, 0 to N - 1. Values that may not be read are clamped with `clamp`."""
     if not isinstance(numbers, Tensor):
         raise TypeError(f"{name} must be an int64 tensor [{B}], got {type(numbers).__name__}")
     if numbers.dtype != torch.int64:

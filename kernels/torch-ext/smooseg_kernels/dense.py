@@ -64,7 +64,7 @@ def mean_weights(w_i: Tensor, w_j: Tensor) -> Tensor:
 
 
 def shares(w: Tensor) -> Tensor:
-    """Scales weights [B,P] so that each image's add up to 1, or 0. Products of two raw weights could overflow the dtype."""
+    """Scales weights [B,P] to add up to 1 over an image, or 0. Products of two raw weights could overflow the dtype."""
     return w / w.sum(1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
 
 

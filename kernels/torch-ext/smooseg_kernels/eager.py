@@ -19,7 +19,7 @@ BLOCK_ELEMENTS = 1 << 19  # features that are scaled or converted at a time: 2 M
 
 
 def serves(*tensors: Tensor) -> bool:
-    """Tells whether this form takes the tensors: real CPU tensors, not traced, not wrapped by a transform of torch.func."""
+    """Tells whether this form takes the tensors: on a CPU, not traced, not wrapped by a transform of torch.func."""
     plain = all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" for t in tensors)
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
     return plain and not traced
@@ -89,8 +89,8 @@ class LabelMoments(torch.autograd.Function):
             d = products(features, d_g.mT).unflatten(-1, (H, K)).permute(2, 0, 1, 3).mul_(scaled[..., None])
         if d_s is not None:
             d.add_(d_s[:, :, None] * (1 / P if shares is None else shares[..., None]))
-        # with c = softmax / |softmax| both backwards are one, c (d - c (c . d)); the difference cancels where c is peaked, so
-        # the rounding that is left along c is taken out once more
+        # with c = softmax / |softmax| both backwards are one, c (d - c (c . d)); where c is peaked the difference
+        # cancels, so the rounding that is left along c is taken out once more
         for _ in range(2):
             d.addcmul_(c, (d * c).sum(-1, keepdim=True), value=-1.0)
         d = d.mul_(c).reshape(H, -1, K) @ (teacher / ctx.temperature)

@@ -67,7 +67,7 @@ def image_shares(patch_weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def scaled_norms(f: Tensor, channel_scale: Tensor) -> Tensor:
-    """Takes [B,P,D] and [B,D] to [B,P]. On a CPU image by image, because one image's scaled features stay in the cache."""
+    """Takes [B,P,D] and [B,D] to [B,P]. On a CPU image by image: one image's scaled features stay in the cache."""
     if f.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.linalg.vector_norm(f * channel_scale[:, None, :], dim=-1)
     return torch.stack([torch.linalg.vector_norm(image * scale, dim=-1) for image, scale in zip(f, channel_scale)])
@@ -169,7 +169,7 @@ def row_work(
     codes = codes.to(accumulation_dtype(problem.features, codes, student, teacher))
     inverse = inverse_norms(codes)
     toward_teacher = raw_cosines(codes, teacher, inverse)
-    # sqrt(softmax(2 x)) would give unit rows at once, but its gradient is ten times less exact where the softmax is peaked
+    # sqrt(softmax(2 x)) would give unit rows at once, but its gradient is ten times less exact where probs are peaked
     c = unit_rows(torch.softmax(toward_teacher / temperature, -1))
     toward_student = raw_cosines(codes.detach(), student, inverse.detach())
     return moments(problem, c), cross_entropy(toward_student, nearest(toward_teacher), problem.patch_weight)

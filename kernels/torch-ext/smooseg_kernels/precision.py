@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -27,4 +27,4 @@ def outside_autocast(function: Function) -> Function:
         with torch.autocast(kind, enabled=False):
             return function(*args, **kwargs)
 
-    return run
+    return cast(Function, run)

@@ -1,4 +1,4 @@
-"""Row norms, by the rule that every implementation shares: fp32 at least; a row shorter than 1e-10 has cosine and gradient 0."""
+"""Row norms, by one rule for all: fp32 at least, and a row shorter than 1e-10 has cosine 0 and gradient 0."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The front door of the similarity statistics: the closeness of patch pairs, measured before a threshold is put on it."""
+"""The front door of the similarity statistics: the closeness of patch pairs, before a threshold is put on it."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def histogram_quantiles(
     counts, bins = histogram.long(), histogram.shape[-1]
     ends = counts.cumsum(-1)  # [...,bins] values up to the end of each bin
     total = ends[..., -1:]
-    # the quantile's rank, 1 to total, as an integer: rounding may put a share times a count just above the integer it means
+    # the rank of the quantile, 1 to total: rounding may put a share times a count just above the integer it means
     rank = (q * total * (1 - 2.0**-50)).ceil().long().clamp(min=1)
     place = torch.searchsorted(ends.contiguous(), torch.minimum(rank, total).contiguous()).clamp(max=bins - 1)
     end, count = ends.gather(-1, place), counts.gather(-1, place)

@@ -1,4 +1,4 @@
-"""The similarity statistics in plain traceable PyTorch (`impl="torch"`): means from moments, the rest block by block."""
+"""The similarity statistics in traceable PyTorch (`impl="torch"`): means from moments, the rest block by block."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def mean_rows(f: Tensor, patch_weight: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def entry_means(u: Tensor, present: Tensor, entry: str | Tensor) -> tuple[Tensor, Tensor]:
-    """Returns M [] of a pair set, and [B,D] with which each image's rows give their means: its partner's u, or the mean of all."""
+    """Returns M [] of a pair set, and [B,D] whose products with each image's unit rows are the row means."""
     if isinstance(entry, Tensor):
         toward, pairs = u[entry], (present * present[entry]).sum()
     elif entry == "self":
@@ -131,7 +131,7 @@ def counted(places: Tensor, valid: Tensor | None, bins: int) -> Tensor:
 
 
 class Best:
-    """The k largest values of each row, from blocks in ascending order of their columns; ties go to the lowest column."""
+    """The k largest values of each row, from blocks in ascending order of columns; ties go to the lowest column."""
 
     def __init__(self, rows: int, k: int, like: Tensor):
         self.k, self.packed = k, like.dtype == torch.float32

@@ -55,7 +55,7 @@ def pair_energy(problem: PairProblem) -> tuple[Tensor, Tensor]:
 
 
 def paired(values: Tensor, partner: Tensor | None) -> Tensor:
-    """Takes [N,...] to [B,...]: the partner's values. `index_select` has a gradient that a GPU adds up in no fixed order."""
+    """Takes [N,...] to the partners' [B,...]. Not by `index_select`: a GPU adds up its gradient in no fixed order."""
     return values if partner is None else values[partner]
 
 
@@ -68,7 +68,7 @@ def factored(force: Force, c_i: Tensor, c_j: Tensor, s_j: Tensor) -> Tensor:
 
 
 class TiledEnergy(torch.autograd.Function):
-    """Adds up V_ij clamp(c_i . c_j) over all pairs, for unit rows c_i [B,P_i,Z] and c_j [B,P_j,Z]. No second derivatives."""
+    """Adds up V_ij clamp(c_i . c_j) for unit rows c_i [B,P_i,Z] and c_j [B,P_j,Z]. Has no second derivatives."""
 
     @staticmethod
     def forward(ctx, c_i, c_j, f_i, f_j, partner, bias, clamp, hinge):
@@ -93,7 +93,7 @@ def sweep(
     block_pairs = CPU_PAIRS if f_i.device.type == "cpu" else GPU_PAIRS
     images, rows = min(B, max(1, block_pairs // (P_i * P_j))), min(P_i, max(1, block_pairs // P_j))
     d_i, d_j = torch.empty_like(c_i) if gradients[0] else None, torch.zeros_like(c_j) if gradients[1] else None
-    # one set of blocks serves all: allocated and freed each time, they would leave holes in the heap that nothing else fits
+    # one set of blocks serves all: allocating and freeing each time would leave holes in the heap
     space = [f_i.new_empty(images * rows * P_j) for _ in range(3)]
     total = f_i.new_zeros(())
     for first in range(0, B, images):

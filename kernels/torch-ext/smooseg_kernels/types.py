@@ -16,7 +16,7 @@ class SmoothnessTerms(NamedTuple):
 
 
 class SmooSegLoss(NamedTuple):
-    """The whole objective, fp32 (fp64 with any fp64 input). A head axis of the codes puts [H] in front of all but `mean`."""
+    """The whole objective, fp32 (fp64 with any fp64 input). With heads all but `mean` have a leading [H]."""
 
     total: Tensor  # [] energy.sum() + data
     energy: Tensor  # [T]
@@ -33,7 +33,7 @@ class PairEnergy(NamedTuple):
 
 
 class SmoothnessLossTerms(NamedTuple):
-    """Results of `layers.SmoothnessLoss`: scalars with gradients to the label distributions, fp32 (fp64 with any fp64 input)."""
+    """Results of `layers.SmoothnessLoss`: scalars with gradients to probs, fp32 (fp64 with any fp64 input)."""
 
     energy_within: Tensor  # [] over the pairs inside an image
     distance_within: Tensor  # [] mean label distance of those pairs, 1 - cos(p_i, p_j)

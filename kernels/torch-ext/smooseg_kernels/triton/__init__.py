@@ -50,7 +50,7 @@ def wants_gradient(tensor: Tensor | None) -> bool:
 def energies(
     problem: Problem, rows: Tensor, *, student: Tensor | None, teacher: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns total [H], energy [H,T], data [H], distance [H,T] and mean [T]. `rows` are codes with a teacher, else probs."""
+    """Returns total [H], energy [H,T], data [H], distance [H,T], mean [T]. `rows`: codes with a teacher, else probs."""
     partners, entries = pair_table(problem.partners)
     total, energy, data, distance, mean, *_ = objective.objective(
         features=problem.features,

@@ -85,7 +85,7 @@ def count(counts_ptr, labels, truth, inside, CLASSES: tl.constexpr, BINS: tl.con
 
 @triton.jit
 def source(pixel, ratio, size):
-    """Places a pixel's centre among patch centres: the patch before it, the one after it, and the share of the latter."""
+    """Places a pixel's centre among patch centres: the patch before, the patch after, and the share of the latter."""
     position = tl.maximum((pixel.to(tl.float32) + 0.5) * ratio - 0.5, 0.0)
     before = tl.minimum(position.to(tl.int32), size - 1)
     return before, tl.minimum(before + 1, size - 1), position - before.to(tl.float32)
@@ -107,7 +107,7 @@ def upsampled_argmax_kernel(
 ):  # fmt: skip
     b, band, piece = tl.program_id(2).to(tl.int64), tl.program_id(1) // pieces, tl.program_id(1) % pieces
     x = tl.program_id(0) * BLOCK_X + tl.arange(0, BLOCK_X)
-    # the first row of the band by its formula, one early: the test below decides about rounding, the same for every program
+    # the first row of the band by its formula, one early: the test below decides, the same for every program
     first = tl.maximum(tl.ceil((band + 0.5) / ratio_y - 0.5).to(tl.int32) - 1, 0)
     if band == 0:
         first = 0
@@ -183,7 +183,7 @@ def assign(
 
 
 def band_height(patches: int, pixels: int) -> int:
-    """Bounds the pixel rows of the highest band, the first, which is half as high again, and the row by which one may start early."""
+    """Bounds the pixel rows of a band: the first is half as high again, and a band may start a row early."""
     return -(-3 * pixels // (2 * patches)) + 2
 
 

@@ -1,4 +1,4 @@
-"""Probs and the data term on their own: one pass over the codes, one more for the gradient, then the sums over patches."""
+"""Probs and the data term alone: one pass over the codes, one more for the gradient, then the sums over patches."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def data_term_kernel(
     # out
     losses_ptr,  # [H,2,B*TILES] fp32: weighted cross-entropy and weight of a tile
     # out, with GRADIENT
-    partial_ptr,  # [H,B*TILES,K,Z] fp32: sum_p w_p (gradient to the cosine) code_p / |code_p|, over the tile's largest weight
+    partial_ptr,  # [H,B*TILES,K,Z] fp32: sum_p w_p (gradient to the cosine) code_p / |code_p|, over the largest w_p
     largest_ptr,  # [B*TILES] fp32: the tile's largest weight
     # sizes
     P, stride_h, stride_b, stride_p, K: tl.constexpr, Z: tl.constexpr,
@@ -155,7 +155,8 @@ def prototype_gradient_kernel(
     if GRADIENT:
         store_prototype_gradient(
             out_ptr=d_prototypes_ptr + h * K * Z, partial_ptr=partial_ptr + h * parts * K * Z, share_ptr=share_ptr,
-            prototypes_ptr=prototypes_ptr + h * K * Z, k=k, parts=parts, total_share=total_weight, PARTS_PER_SHARE=1, K=K, Z=Z,
+            prototypes_ptr=prototypes_ptr + h * K * Z, k=k, parts=parts, total_share=total_weight, PARTS_PER_SHARE=1,
+            K=K, Z=Z,
             BLOCK_Z=BLOCK_Z, BLOCK_N=BLOCK_N, HAS_SHARE=MEAN,
         )  # fmt: skip
 
@@ -179,8 +180,8 @@ def code_arguments(codes: Tensor, K: int) -> dict[str, Any]:
         Z=Z,
         BLOCK_K=block_k(K),
         BLOCK_Z=block_z(Z),
-        # fp32 operands for codes of any dtype: these operators are not the hot path, and from 16-bit operands the assembler of
-        # Triton 3.6 made a wrong gradient of the data term (benchmarks/aot_report.py: unset_registers)
+        # fp32 operands for codes of any dtype: these operators are not the hot path, and from 16-bit operands the
+        # assembler of Triton 3.6 made a wrong gradient of the data term (benchmarks/aot_report.py: unset_registers)
         CODE=tl.float32,
         PRECISION=precision(codes.device),
         settings=settings_for(codes, K),
@@ -197,7 +198,8 @@ def probabilities(codes: Tensor, prototypes: Tensor, temperature: float) -> Tens
     with torch.cuda.device_of(codes):
         launch(
             probabilities_kernel, (triton.cdiv(P, arguments["settings"]["BLOCK_P"]), B, H),
-            prototypes_ptr=prototypes, out_ptr=out, d_codes_ptr=out, partial_ptr=out, temperature=temperature, GRADIENT=False,
+            prototypes_ptr=prototypes, out_ptr=out, d_codes_ptr=out, partial_ptr=out, temperature=temperature,
+            GRADIENT=False,
             **arguments,
         )  # fmt: skip
     return out
@@ -275,7 +277,7 @@ probabilities.register_autograd(backward_probabilities, setup_context=setup_prob
 def data_term(
     codes: Tensor, student: Tensor, teacher: Tensor, patch_weight: Tensor | None, student_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """Returns the mean cross-entropy [H] fp32 and its gradient to the student [H,K,Z] fp32 (empty where not asked for)."""
+    """Returns the mean cross-entropy [H] and its gradient to the student [H,K,Z], fp32 (empty where not asked for)."""
     (H, B, P, Z), K = codes.shape, student.shape[1]
     codes, student, teacher = with_rows_together(codes), student.contiguous(), teacher.contiguous()
     patch_weight = contiguous(patch_weight)

@@ -62,7 +62,7 @@ def energy_gradient_kernel(
     CODE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # heads of one tile run next to each other and find its features in the cache; tiles may exceed a second axis' 65,535
+    # heads of one tile run next to each other and find its features in the cache; a second axis ends at 65,535
     head, tile = tl.program_id(0) % head_blocks * HEADS, tl.program_id(0) // head_blocks
     b = tl.program_id(1).to(tl.int64)
     row, k = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_K)

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .labels import cosines, cross_entropy, inverse_norms, invert, load_rows, load_unit_prototypes, split, unit_probs
 
-# weights that add up to 1 over an image are small: a power of two lifts them out of fp16's subnormal range, and is exact
+# weights that add up to 1 over an image are small: a power of two lifts them exactly, out of fp16's subnormal range
 LIFT = tl.constexpr(64.0)
 
 
@@ -32,7 +32,8 @@ def image_weight(weight_ptr, P, HAS_WEIGHT: tl.constexpr):
 
 @triton.jit
 def load_feature_tiles(
-    features_ptr, start, last, stride, first, D: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr
+    features_ptr, start, last, stride, first,
+    D: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Loads TILES adjacent matrices [BLOCK_P, BLOCK_D], from channel `first` on."""
     row, channel = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_D)
@@ -59,7 +60,7 @@ def image_moments_kernel(
     # in with NORMS_GIVEN, else out
     norms_ptr,  # [B,P] fp32
     # out
-    sums_ptr,  # [H,B,S,D,BLOCK_K]: LIFT times a split's moments, of features times channel_scale; column K is sum_p w_p f_p
+    sums_ptr,  # [H,B,S,D,BLOCK_K]: LIFT times a split's moments, with scaled features; column K is sum_p w_p f_p
     prob_sums_ptr,  # [H,B,S,BLOCK_K] fp32: LIFT sum_p w_p c_p
     entropy_ptr,  # [H,B,S] fp32: LIFT times the weighted cross-entropy
     student_sums_ptr,  # [H,B,S,K,Z]: LIFT sum_p w_p (gradient to the cosine) code_p / |code_p|
@@ -85,7 +86,7 @@ def image_moments_kernel(
     features_ptr += b * stride_fb
     total = image_weight(weight_ptr + b * P, P, HAS_WEIGHT)
     unit_weight = tl.where(total > 0, LIFT / tl.where(total > 0, total, 1.0), 0.0)
-    # a power of two until the sums are done: a factor common to all rows, rounded to 16 bits, would shift every sum alike
+    # a power of two until the sums are done: a common factor rounded to 16 bits would shift every sum alike
     rough_weight = tl.where(total > 0, tl.exp2(tl.floor(tl.log2(tl.maximum(unit_weight, 1e-30)))), 1.0)
     exact = unit_weight / rough_weight
     per_split = tl.cdiv(tl.cdiv(P, BLOCK_P), SPLITS) * BLOCK_P

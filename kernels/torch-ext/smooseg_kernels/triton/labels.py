@@ -24,7 +24,7 @@ def invert(norms):
 
 @triton.jit
 def load_rows(ptr, start, count, stride, width: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """Loads rows start .. start + BLOCK of a matrix with adjacent columns: [BLOCK, WIDTH], zero beyond count and width."""
+    """Loads rows start .. start + BLOCK of a matrix with adjacent columns: [BLOCK,WIDTH], zero beyond the matrix."""
     row, column = tl.arange(0, BLOCK), tl.arange(0, WIDTH)
     inside = (start + row < count)[:, None]
     if width != WIDTH:
@@ -44,7 +44,7 @@ def load_unit_prototypes(ptr, K: tl.constexpr, Z: tl.constexpr, BLOCK_K: tl.cons
 
 @triton.jit
 def split(unit, OPERAND: tl.constexpr):
-    """Splits fp32 into a sum of two operands of the matrix unit: at least 16 bits of mantissa, where one bf16 would keep 8."""
+    """Splits fp32 into a sum of two operands of the matrix unit: at least 16 bits of mantissa instead of 8."""
     high = unit.to(OPERAND)
     return high, (unit - high.to(tl.float32)).to(OPERAND)
 
@@ -57,7 +57,7 @@ def inverse_norms(tile):
 
 @triton.jit
 def cosines(codes, inverse, high, low, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
-    """Takes codes [N,Z] of any length and unit prototypes [K,Z] in two parts to [N,K]. The norms divide the smaller product."""
+    """Takes codes [N,Z] and unit prototypes [K,Z] in two parts to [N,K]. The norms divide the smaller product."""
     products = tl.dot(codes, tl.trans(high), input_precision=PRECISION)
     if tl.float32 != OPERAND:
         products = tl.dot(codes, tl.trans(low), products)

@@ -1,4 +1,4 @@
-"""Shared by every launch: operators that run on a GPU or in the interpreter, configurations from data files, block sizes."""
+"""Shared by all launches: operators for a GPU or the interpreter, configurations from data files, block sizes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LARGEST_PROTOTYPES = 8192
 
 
 def operator(name: str) -> Callable:
-    """Registers a launcher as a custom operator on CUDA and ROCm devices, and on the CPU where the interpreter is on."""
+    """Registers a launcher as a custom operator on CUDA and ROCm devices, and on the CPU for the interpreter."""
 
     def register(launcher: Callable):
         def on_cpu(*args):
@@ -42,7 +42,7 @@ def operator(name: str) -> Callable:
 
         op = custom_op(add_op_namespace_prefix(name), mutates_args=(), device_types="cuda")(launcher)
         op.register_kernel("cpu")(on_cpu)
-        op.launcher = launcher
+        op.launcher = launcher  # type: ignore[attr-defined]
         return op
 
     return register
@@ -51,8 +51,8 @@ def operator(name: str) -> Callable:
 def require_interpreter() -> None:
     if not INTERPRETED:
         raise RuntimeError(
-            'impl="triton" needs tensors on a GPU; on CPU tensors it runs only in the interpreter, with TRITON_INTERPRET=1 set before '
-            'smooseg_kernels is imported. Use impl="torch" (or "auto") on a CPU'
+            'impl="triton" needs tensors on a GPU; on CPU tensors it runs only in the interpreter, with '
+            'TRITON_INTERPRET=1 set before smooseg_kernels is imported. Use impl="torch" (or "auto") on a CPU'
         )
 
 
@@ -61,7 +61,7 @@ def fits(K: int, Z: int) -> bool:
 
 
 def block_k(K: int) -> int:
-    """Returns the columns of probs: K groups and one that is 1 everywhere, rounded up to a size that the matrix unit takes."""
+    """Returns the columns of probs: K groups and one that is 1 everywhere, rounded up to a size of the matrix unit."""
     return max(16, triton.next_power_of_2(K + 1))
 
 
@@ -105,7 +105,7 @@ def config(kernel: str, like: Tensor, heads: int = 1) -> dict[str, int]:
 
 
 def narrow(settings: dict[str, int], heads: int, columns: int) -> dict[str, int]:
-    """Makes blocks smaller for more than the 32 columns that settings were picked for, and blocks of heads divide the heads."""
+    """Shrinks blocks for more than the 32 columns that settings were picked for, and fits HEADS to the heads."""
     settings = dict(settings)
     if columns > 32 or heads % settings.get("HEADS", 1):
         settings["HEADS"] = 1
@@ -118,12 +118,12 @@ def narrow(settings: dict[str, int], heads: int, columns: int) -> dict[str, int]
 
 
 def operand(dtype: torch.dtype):
-    """Returns the type in which the matrix unit reads a tensor. The interpreter gets bf16 wrong, so it reads fp32 instead."""
+    """Returns the type in which the matrix unit reads a tensor. The interpreter gets bf16 wrong and reads fp32."""
     return tl.float32 if INTERPRETED and dtype == torch.bfloat16 else OPERANDS[dtype]
 
 
 def precision(device: torch.device) -> str:
-    """Returns the precision of fp32 dots: three tf32 products without an exact unit, one where PyTorch's own may use it."""
+    """Returns the precision of fp32 dots: three tf32 products without an exact unit, or one where PyTorch uses one."""
     if family(device) in ("interpreter", "gfx942"):
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"

@@ -146,7 +146,7 @@ def add_up_pairs(
     rows_gradient: bool,
     student_gradient: bool = False,
 ) -> None:
-    """Launches the sums over pairs: forward to fill the outputs, backward for other upstream gradients than the total's."""
+    """Launches the sums over pairs: forward to fill the outputs, backward for more than the total's gradient."""
     totals, T, SLICES = scratch.totals, plan.T, plan.pair_slices
     crowd, crowd_probs = add_up_crowd(plan, scratch, pair_sets.center) if ALL in pair_sets.entries else (totals, totals)
     nothing = Forward(Outputs(*[totals] * 5), None, totals, totals, totals)
@@ -230,7 +230,7 @@ def objective_backward(
     rows_gradient: bool,
     student_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of rows and of student, in their dtypes; empty where not asked for. `scratch` is a Scratch."""
+    """Returns the gradients of rows and student in their dtypes; empty where not asked for. `scratch` is a Scratch."""
     plan, kept = Plan(features, rows, teacher, len(entries)), Scratch(*scratch)
     totals = kept.totals
     d_rows, d_student = empty_gradients(rows, student, rows_gradient, student_gradient)

@@ -1,4 +1,4 @@
-"""The kernels around the blocks of pairs, linear in the patches: row lengths, unit codes, means, the gradient through lengths."""
+"""Kernels linear in the patches, around the blocks of pairs: lengths, unit codes, means, gradients through lengths."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def code_gradient_kernel(
     # switches
     FROM_I: tl.constexpr, HAS_PARTNER: tl.constexpr, HAS_ENERGY: tl.constexpr, HAS_SIMILARITY: tl.constexpr,
 ):  # fmt: skip
-    """Adds up the gradient rows of every image that met this one, in a fixed order, and goes through the rows' lengths."""
+    """Adds up the gradient rows of all images that met this one, in a fixed order, and goes through the lengths."""
     image, start = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK_P
     row, z, images = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_Z), tl.arange(0, BLOCK_B)
     toward, mean = tl.zeros((BLOCK_P, BLOCK_Z), tl.float32), tl.zeros((BLOCK_Z,), tl.float32)

@@ -39,7 +39,7 @@ def crowd_kernel(
     sums_ptr,  # [H,B,S,D,BLOCK_K]
     prob_sums_ptr,  # [H,B,S,BLOCK_K] fp32
     # out
-    crowd_ptr,  # [H,2,D,BLOCK_K] fp32: sum_n g_n with sum_n u_n in column K; sum_n (g_n - u_n s_n^T), or the first again
+    crowd_ptr,  # [H,2,D,BLOCK_K] fp32: sum_n g_n, sum_n u_n in column K; sum_n (g_n - u_n s_n^T), or the first again
     crowd_probs_ptr,  # [H,BLOCK_K] fp32: sum_n s_n
     # sizes
     B, D: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -88,7 +88,7 @@ def count_pairs(totals_ptr, partners_ptr, B, ENTRY: tl.constexpr, BLOCK_B: tl.co
 
 @triton.jit
 def load_partner(partners_ptr, ENTRY: tl.constexpr, image, B):
-    """Loads a partner, clamped: a number out of range must not read out of bounds, and a check would wait for the GPU."""
+    """Loads a partner, clamped: a number out of range must not read out of bounds, a check would make a GPU wait."""
     j = tl.load(partners_ptr + ENTRY * B + image, mask=image < B, other=0)
     return tl.minimum(tl.maximum(j, 0), B - 1)
 
@@ -111,7 +111,7 @@ def largest_upstream(
     total_ptr, energy_ptr, distance_ptr, h, stride_total, T: tl.constexpr,
     HAS_TOTAL: tl.constexpr, HAS_ENERGY: tl.constexpr, HAS_DISTANCE: tl.constexpr,
 ):  # fmt: skip
-    """Returns the largest upstream gradient, or 1 where all are 0. Relative to it, a loss scale never meets a 16-bit range."""
+    """Returns the largest upstream gradient, or 1 for none. Relative to it, a loss scale meets no 16-bit range."""
     largest = tl.zeros((), tl.float32)
     for t in tl.static_range(T):
         g = upstream(total_ptr, energy_ptr, h, t, stride_total, T, HAS_TOTAL, HAS_ENERGY)
@@ -160,7 +160,8 @@ def pair_sums_kernel(
     SLICES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Z: tl.constexpr,
     BLOCK_N: tl.constexpr,
     # switches
-    RELATIVE: tl.constexpr, CENTER: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_DATA: tl.constexpr,
+    RELATIVE: tl.constexpr, CENTER: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_MEAN: tl.constexpr,
+    HAS_DATA: tl.constexpr,
     STUDENT_GRADIENT: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_ENERGY: tl.constexpr, HAS_DISTANCE: tl.constexpr,
     ENERGIES: tl.constexpr,  # forward: add up the energies
     GRADIENT: tl.constexpr,  # write the inputs of the backward pass
@@ -172,7 +173,8 @@ def pair_sums_kernel(
         if STUDENT_GRADIENT:
             weight = tl.sum(tl.load(totals_ptr + images, mask=images < B, other=0.0), 0)
             store_prototype_gradient(
-                out_ptr=d_student_ptr + h * K * Z, partial_ptr=student_sums_ptr + h * B * SPLITS * K * Z, share_ptr=totals_ptr,
+                out_ptr=d_student_ptr + h * K * Z, partial_ptr=student_sums_ptr + h * B * SPLITS * K * Z,
+                share_ptr=totals_ptr,
                 prototypes_ptr=student_ptr + h * K * Z, k=task - B * SLICES, parts=B * SPLITS,
                 total_share=tl.maximum(weight, 1e-38) * LIFT, PARTS_PER_SHARE=SPLITS, K=K, Z=Z, BLOCK_Z=BLOCK_Z,
                 BLOCK_N=BLOCK_N, HAS_SHARE=True,
@@ -249,7 +251,8 @@ def pair_sums_kernel(
                 finish_energies(
                     parts_ptr=parts_ptr, entropy_ptr=entropy_ptr, totals_ptr=totals_ptr, partners_ptr=partners_ptr,
                     thresholds_ptr=thresholds_ptr, given_mean_ptr=given_mean_ptr,
-                    total_ptr=total_ptr, energy_ptr=energy_ptr, data_ptr=data_ptr, distance_ptr=distance_ptr, mean_ptr=mean_ptr,
+                    total_ptr=total_ptr, energy_ptr=energy_ptr, data_ptr=data_ptr, distance_ptr=distance_ptr,
+                    mean_ptr=mean_ptr,
                     h=h, B=B, stride_th=stride_th, stride_tt=stride_tt,
                     T=T, ENTRIES=ENTRIES, SPLITS=SPLITS, SLICES=SLICES, BLOCK_B=BLOCK_B,
                     RELATIVE=RELATIVE, CENTER=CENTER, HAS_MEAN=HAS_MEAN, HAS_DATA=HAS_DATA,
@@ -268,7 +271,7 @@ def finish_energies(
     # switches
     RELATIVE: tl.constexpr, CENTER: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_DATA: tl.constexpr,
 ):  # fmt: skip
-    """Adds up one head: energy = (M - b) distance - inner / pairs; not centred uu / pairs - b distance - inner / pairs."""
+    """Adds up a head: energy = (M - b) distance - inner / pairs; not centred uu / pairs instead of M distance."""
     scale, total = 1.0 / (LIFT * LIFT), tl.zeros((), tl.float32)
     for t in tl.static_range(T):
         part_ptr = parts_ptr + (h * T + t) * 3 * B * SLICES

@@ -16,7 +16,7 @@ from .pair_sums import add_up
 
 @triton.jit
 def met_image(partner_ptr, n, N, HAS_PARTNER: tl.constexpr):
-    """Returns the partner, clamped: a number out of range must not read out of bounds, and a check would wait for the GPU."""
+    """Returns the partner, clamped: a number out of range must not read out of bounds; a check would be a wait."""
     j = n
     if HAS_PARTNER:
         j = tl.minimum(tl.maximum(tl.load(partner_ptr + n), 0), N - 1)
@@ -63,7 +63,7 @@ def pair_tiles_kernel(
     threshold_ptr,  # [] fp32
     # out
     energy_ptr,  # [B,blocks] fp32, with ENERGY: the sum of V clamp(c.c') over a block of rows
-    gradient_ptr,  # [B,P,ZP] fp32, with GRADIENT: sum of V c' over the other side where the clamp passes it; B images of the i side
+    gradient_ptr,  # [B,P,ZP] fp32, with GRADIENT: sum of V c' over the other side where the clamp passes it
     # sizes
     N, P, Q, parts,
     row_mean_count,  # the number of row means

@@ -37,7 +37,7 @@ class Scratch(NamedTuple):
     sums_j: Tensor  # [N,S,Z] fp32
     row_means: Tensor  # [B,P_i] fp32: mean_j S_ij
     mean_parts: Tensor  # [B,parts] fp32 sums of row means
-    rows_i: Tensor  # [B,P_i,ZP] fp32 gradient toward unit_i for an upstream gradient of 1; [0,P_i,ZP] where it is not asked for
+    rows_i: Tensor  # [B,P_i,ZP] fp32 gradient toward unit_i for an upstream gradient of 1; [0,P_i,ZP] for none
 
 
 class Side(NamedTuple):
@@ -345,7 +345,8 @@ def empty_gradients(codes_i: Tensor, codes_j: Tensor, i_gradient: bool, j_gradie
 
 @pair_energy_backward.register_fake
 def _(
-    d_energy, d_similarity, features_i, codes_i, features_j, codes_j, threshold, partner, kept, low, high, hinge, center,
+    d_energy, d_similarity, features_i, codes_i, features_j, codes_j, threshold, partner, kept, low, high, hinge,
+    center,
     i_gradient, j_gradient,
 ):  # fmt: skip
     return empty_gradients(codes_i, codes_j, i_gradient, j_gradient)
@@ -365,7 +366,8 @@ def backward(ctx, d_energy, d_similarity, *_):
     if i_gradient or j_gradient:
         d_i, d_j = pair_energy_backward(
             d_energy=d_energy, d_similarity=d_similarity, features_i=features_i, codes_i=codes_i, features_j=features_j,
-            codes_j=codes_j, threshold=threshold, partner=partner, kept=kept, low=ctx.low, high=ctx.high, hinge=ctx.hinge,
+            codes_j=codes_j, threshold=threshold, partner=partner, kept=kept, low=ctx.low, high=ctx.high,
+            hinge=ctx.hinge,
             center=ctx.center, i_gradient=i_gradient, j_gradient=j_gradient,
         )  # fmt: skip
         gradients[1], gradients[3] = d_i if i_gradient else None, d_j if j_gradient else None

@@ -1,4 +1,4 @@
-"""The plan of one call of the objective: block sizes, and the tensors that its launches leave to each other and to the caller."""
+"""The plan of one call of the objective: block sizes, and the tensors that launches leave to each other."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Outputs(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Tensors that the forward pass leaves to the backward pass. N is B where the rows need a gradient, else 0; S counts splits."""
+    """Tensors that the forward pass leaves to the backward pass. N is B if rows need a gradient, else 0; S splits."""
 
     norms: Tensor  # [B,P] fp32 feature norms; [0,P] where the caller gives them
     totals: Tensor  # [B] fp32 sums of the patch weights
@@ -43,7 +43,7 @@ def partial_dtype(like: Tensor) -> torch.dtype:
 
 
 class Plan:
-    """Block sizes and splits of one problem: the same numbers for the launches and for the fake operators (symbolic sizes)."""
+    """Block sizes and splits of one problem, the same for the launches and for the fake operators (symbolic sizes)."""
 
     def __init__(self, features: Tensor, rows: Tensor, teacher: Tensor | None, pair_sets: int):
         self.B, self.P = features.shape[:2]
@@ -56,7 +56,7 @@ class Plan:
         tiles = -(-self.D // self.sums["BLOCK_D"])
         self.slices = -(-tiles // self.sums["TILES"])
         self.sums["TILES"] = -(-tiles // self.slices)
-        # with whole rows in one program their norms come with the sums, once for each block of heads; else in a launch before
+        # whole rows in one program give their norms with the sums, once a block of heads; else a launch before does
         self.norms_alone = self.slices > 1
         programs = self.B * self.slices * (self.H // self.sums["HEADS"])
         patch_blocks = (self.P + self.sums["BLOCK_P"] - 1) // self.sums["BLOCK_P"]

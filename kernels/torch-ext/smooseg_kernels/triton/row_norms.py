@@ -1,4 +1,4 @@
-"""The lengths of feature rows, |m f_p| for every patch, for blocks of heads that share them and programs without whole rows."""
+"""The lengths of feature rows, |m f_p|, for blocks of heads that share them and programs without whole rows."""
 
 from __future__ import annotations
 

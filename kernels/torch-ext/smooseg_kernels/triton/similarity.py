@@ -71,7 +71,8 @@ def feature_block(
 
 @triton.jit
 def project_rows(
-    features_ptr, inverse, vector_ptr, start, P, stride_fp, D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr
+    features_ptr, inverse, vector_ptr, start, P, stride_fp,
+    D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Multiplies unit rows of an image from `start` on by a vector [D]: [BLOCK_P] fp32."""
     d = tl.arange(0, BLOCK_D)
@@ -106,7 +107,7 @@ def row_means_kernel(
 
 @triton.jit
 def partner_range(partner_ptr, n, B, ENTRY: tl.constexpr):
-    """Returns the first and the end of the images that image n is paired with. With "all" the caller leaves out n itself."""
+    """Returns the first and the end of the images that image n meets; with "all" the caller leaves out n itself."""
     if ENTRY == OTHERS:
         first, end = 0, B
     else:
@@ -176,7 +177,8 @@ def similarity_blocks_kernel(
     stride_fb, stride_fp, D: tl.constexpr,
     BINS: tl.constexpr,  # of the histogram, or 0
     K: tl.constexpr,  # neighbours, or 0; one of the two at a time
-    BLOCK_BINS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_BINS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     # switches
     ENTRY: tl.constexpr, CENTER: tl.constexpr, HAS_WEIGHT: tl.constexpr, FEATURE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -309,7 +311,7 @@ def similarity_statistics(
 
 
 def unit_means(features: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns row norms [B,P], the weighted mean of the unit rows [B,D], and 1 where an image has any weight, else 0 [B]."""
+    """Returns row norms [B,P], the weighted mean unit rows [B,D], and 1 where an image has any weight, else 0 [B]."""
     B, P, D = features.shape
     norms, sums = features.new_empty(B, P, dtype=torch.float32), features.new_empty(B, SPLITS, D, dtype=torch.float32)
     settings = config("row_norms", features)

@@ -1,4 +1,4 @@
-"""Public functions compute the same, to the bit, inside torch.autocast as outside of it, with arguments passed by keyword."""
+"""Inside torch.autocast, with arguments by keyword, public functions compute the same as outside of it, to the bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A partner number out of range is taken as the nearest image where it may not be read: traced, under vmap, in kernels."""
+"""Partner numbers out of range: the nearest image takes their place where they are not read (traced, vmap, kernels)."""
 
 from __future__ import annotations
 

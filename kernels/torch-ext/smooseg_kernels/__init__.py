@@ -8,15 +8,9 @@ arXiv 2310.17874.
 """
 
 from . import layers
-from .api import (
-    assign,
-    pair_energy,
-    prototype_loss,
-    prototype_probabilities,
-    resolve_impl,
-    smooseg_loss,
-    smoothness_energy,
-)
+from .dispatch import resolve_impl
+from .energies import pair_energy, smooseg_loss, smoothness_energy
+from .prototypes import assign, prototype_loss, prototype_probabilities
 from .similarity import histogram_quantiles, similarity_statistics
 from .types import PairEnergy, SimilarityStatistics, SmooSegLoss, SmoothnessLossTerms, SmoothnessTerms
 

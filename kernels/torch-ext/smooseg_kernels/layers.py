@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .api import pair_energy, smoothness_energy
+from .energies import pair_energy, smoothness_energy
 from .rows import accumulation_dtype
 from .types import PairEnergy, SmoothnessLossTerms
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import checks, dense, similarity_blocks
-from .api import implementation, resolve_impl
+from .dispatch import implementation, resolve_impl
 from .precision import outside_autocast
 from .problem import ClosenessProblem
 from .rows import accumulation_dtype

@@ -98,8 +98,9 @@ def energy_gradient_kernel(
                 largest += tl.load(d_total_ptr + h * stride_total)
             else:
                 largest += largest_upstream(
-                    d_total_ptr, d_energy_ptr, d_distance_ptr, h, stride_total, T, HAS_TOTAL, HAS_ENERGY, HAS_DISTANCE
-                )
+                    d_total_ptr, d_energy_ptr, d_distance_ptr, h, stride_total, T=T,
+                    HAS_TOTAL=HAS_TOTAL, HAS_ENERGY=HAS_ENERGY, HAS_DISTANCE=HAS_DISTANCE,
+                )  # fmt: skip
             constant = tl.zeros((BLOCK_K,), tl.float32)
             for i in tl.static_range(SLICES):
                 constant -= tl.load(drift_ptr + ((h * B + b) * SLICES + i) * BLOCK_K + k)
@@ -113,7 +114,10 @@ def energy_gradient_kernel(
                 if CENTER:
                     slope += mean
                 if not UNIT:
-                    slope *= upstream(d_total_ptr, d_energy_ptr, h, t, stride_total, T, HAS_TOTAL, HAS_ENERGY) / largest
+                    arriving = upstream(
+                        d_total_ptr, d_energy_ptr, h, t, stride_total, T=T, HAS_TOTAL=HAS_TOTAL, HAS_ENERGY=HAS_ENERGY
+                    )
+                    slope *= arriving / largest
                     if HAS_DISTANCE:
                         slope += tl.load(d_distance_ptr + h * T + t) / largest
                 share = B / tl.maximum(count_pairs(totals_ptr, partners_ptr, B, ENTRIES[t], BLOCK_B), 1.0)
@@ -143,7 +147,7 @@ def energy_gradient_kernel(
             z = tl.arange(0, BLOCK_Z)
             for j in tl.static_range(HEADS):
                 h = (head + j).to(tl.int64)
-                g = upstream(d_total_ptr, d_data_ptr, h, 0, stride_total, 1, HAS_TOTAL, False)
+                g = upstream(d_total_ptr, d_data_ptr, h, 0, stride_total, T=1, HAS_TOTAL=HAS_TOTAL, HAS_ENERGY=False)
                 if HAS_DATA:
                     g += tl.load(d_data_ptr + h * stride_data)
                 offset = h * K * Z + k[:, None] * Z + z[None, :]

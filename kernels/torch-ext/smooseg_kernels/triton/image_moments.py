@@ -136,7 +136,9 @@ def image_moments_kernel(
             new_prob_sums = new_prob_sums + (prob_sums[j] + c * weight[:, None],)
             sides = sides + (tl.where(k[None, :] == K, 1.0, c),)
 
-        tiles = load_feature_tiles(features_ptr, start, last, stride_fp, channels, D, TILES, BLOCK_P, BLOCK_D)
+        tiles = load_feature_tiles(
+            features_ptr, start, last, stride_fp, channels, D=D, TILES=TILES, BLOCK_P=BLOCK_P, BLOCK_D=BLOCK_D
+        )
         if NORMS_GIVEN:
             norms = tl.load(norms_ptr + b * P + start + row, mask=inside, other=0.0)
         else:

@@ -52,7 +52,7 @@ def crowd_kernel(
     plain, centred = tl.zeros((BLOCK_D, BLOCK_K), tl.float32), tl.zeros((BLOCK_D, BLOCK_K), tl.float32)
     probs = tl.zeros((BLOCK_K,), tl.float32)
     for image in range(0, B):
-        g, u, s = load_moments(sums_ptr, prob_sums_ptr, image, h, B, d, k, D, K, SPLITS, BLOCK_K)
+        g, u, s = load_moments(sums_ptr, prob_sums_ptr, image, h, B, d, k=k, D=D, K=K, SPLITS=SPLITS, BLOCK_K=BLOCK_K)
         plain += tl.where(k[None, :] == K, u[:, None], g)
         centred += other_side(g, u, s, CENTER)
         probs += s
@@ -114,7 +114,7 @@ def largest_upstream(
     """Returns the largest upstream gradient, or 1 for none. Relative to it, a loss scale meets no 16-bit range."""
     largest = tl.zeros((), tl.float32)
     for t in tl.static_range(T):
-        g = upstream(total_ptr, energy_ptr, h, t, stride_total, T, HAS_TOTAL, HAS_ENERGY)
+        g = upstream(total_ptr, energy_ptr, h, t, stride_total, T=T, HAS_TOTAL=HAS_TOTAL, HAS_ENERGY=HAS_ENERGY)
         largest = tl.maximum(largest, tl.abs(g))
         if HAS_DISTANCE:
             largest = tl.maximum(largest, tl.abs(tl.load(distance_ptr + h * T + t)))
@@ -182,7 +182,7 @@ def pair_sums_kernel(
     else:
         n, slice_ = (task // SLICES).to(tl.int64), task % SLICES
         k, d = tl.arange(0, BLOCK_K), slice_ * BLOCK_D + tl.arange(0, BLOCK_D)
-        g, u, s = load_moments(sums_ptr, prob_sums_ptr, n, h, B, d, k, D, K, SPLITS, BLOCK_K)
+        g, u, s = load_moments(sums_ptr, prob_sums_ptr, n, h, B, d, k=k, D=D, K=K, SPLITS=SPLITS, BLOCK_K=BLOCK_K)
         seen = other_side(g, u, s, CENTER)
         pull, drift = tl.zeros((BLOCK_D, BLOCK_K), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
         for t in tl.static_range(T):
@@ -201,7 +201,7 @@ def pair_sums_kernel(
             else:
                 j = load_partner(partners_ptr, ENTRIES[t], n, B)
                 partner_g, partner_u, partner_s = load_moments(
-                    sums_ptr, prob_sums_ptr, j, h, B, d, k, D, K, SPLITS, BLOCK_K
+                    sums_ptr, prob_sums_ptr, j, h, B, d, k=k, D=D, K=K, SPLITS=SPLITS, BLOCK_K=BLOCK_K
                 )
                 partner_g = other_side(partner_g, partner_u, partner_s, CENTER)
                 back_g, back_s = tl.zeros((BLOCK_D, BLOCK_K), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
@@ -209,7 +209,9 @@ def pair_sums_kernel(
                     towards = tl.where(images < B, load_partner(partners_ptr, ENTRIES[t], images, B), -1) == n
                     m = tl.min(tl.where(towards, images, B), 0)
                     while m < B:
-                        g_m, _, s_m = load_moments(sums_ptr, prob_sums_ptr, m, h, B, d, k, D, K, SPLITS, BLOCK_K)
+                        g_m, _, s_m = load_moments(
+                            sums_ptr, prob_sums_ptr, m, h, B, d, k=k, D=D, K=K, SPLITS=SPLITS, BLOCK_K=BLOCK_K
+                        )
                         back_g, back_s = back_g + g_m, back_s + s_m
                         m = tl.min(tl.where(towards & (images > m), images, B), 0)
             if ENERGIES:

@@ -101,7 +101,7 @@ def row_means_kernel(
     inverse = invert(tl.load(norms_ptr + b * P + p, mask=p < P, other=0.0))
     features_ptr += b * stride_fb
     toward_ptr += (t * B + b) * D
-    means = project_rows(features_ptr, inverse, toward_ptr, start, P, stride_fp, D, BLOCK_P, BLOCK_D)
+    means = project_rows(features_ptr, inverse, toward_ptr, start, P, stride_fp, D=D, BLOCK_P=BLOCK_P, BLOCK_D=BLOCK_D)
     tl.store(means_ptr + (t * B + b) * P + p, means, mask=p < P)
 
 
@@ -126,7 +126,9 @@ def row_shift(
     """Returns what centring adds to an image's rows against a partner whose mean unit row is u: M - f_i . u."""
     shift = tl.zeros((BLOCK_I,), tl.float32)
     if CENTER:
-        shift = mean - project_rows(features_ptr, inverse, u_ptr, start, P, stride_fp, D, BLOCK_I, BLOCK_D)
+        shift = mean - project_rows(
+            features_ptr, inverse, u_ptr, start, P, stride_fp, D=D, BLOCK_P=BLOCK_I, BLOCK_D=BLOCK_D
+        )
     return shift
 
 
@@ -202,8 +204,9 @@ def similarity_blocks_kernel(
             other = tl.cast(image, tl.int64)
             other_ptr = features_ptr + other * stride_fb
             shift = row_shift(
-                mine_ptr, inverse, u_ptr + other * D, mean, start_i, P, stride_fp, D, CENTER, BLOCK_I, BLOCK_D
-            )
+                mine_ptr, inverse, u_ptr + other * D, mean, start_i, P,
+                stride_fp=stride_fp, D=D, CENTER=CENTER, BLOCK_I=BLOCK_I, BLOCK_D=BLOCK_D,
+            )  # fmt: skip
             for start in range(0, P, BLOCK_J):
                 j = start + column
                 # the norms divide the products: features are read as they are

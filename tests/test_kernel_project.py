@@ -75,7 +75,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     done = lay_out(tmp_path)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "holds something else" in done.stderr
+    assert "is not a build of kernels" in done.stderr
     assert files_of(tmp_path) == {"build/lib/mine.py": b"mine"}
 
 

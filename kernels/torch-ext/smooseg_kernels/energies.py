@@ -197,13 +197,12 @@ def pair_energy(
     center: bool = True,
     impl: str = "auto",
 ) -> PairEnergy:
-    """Computes the correlation energy of two sets of patches, with a clamp on the codes' similarity, as in STEGO,
-    DepthG and EAGLE.
+    """Computes the correlation energy of two sets of patches, with a clamp on the codes' similarity.
 
-    energy = mean over (image, i, j) of -clamp(cos(c_i, c_j), low, high) V_ij with V = W - b, or max(W - b, 0) with
-    `hinge`. With S_ij = cos(f_i, f_j), the closeness is W_ij = S_ij - mean_j S_ij + mean(S), where the last mean is
-    over all pairs of all images; without `center` it is W = S. In Hamilton et al., ICLR 2022, arXiv 2203.08414, b is
-    called the shift, and the clamp is (0, None), or (0, 0.8) where it is stabilised.
+    STEGO, DepthG and EAGLE train on it. energy = mean over (image, i, j) of -clamp(cos(c_i, c_j), low, high) V_ij with
+    V = W - b, or max(W - b, 0) with `hinge`. With S_ij = cos(f_i, f_j), the closeness is W_ij = S_ij - mean_j S_ij +
+    mean(S), where the last mean is over all pairs of all images; without `center` it is W = S. In Hamilton et al., ICLR
+    2022, arXiv 2203.08414, b is called the shift, and the clamp is (0, None), or (0, 0.8) where it is stabilised.
 
     Args:
         features_i: [B,P_i,D] frozen patch features, rows of any length. A constant.
@@ -216,7 +215,7 @@ def pair_energy(
             images of the same number (N = B). Checked on a CPU. On a GPU a number out of range is taken as the nearest
             image, unless SMOOSEG_CHECK_INDICES=1 is set in the environment.
         clamp: (low, high) with low <= high, each a number or None for no bound.
-        hinge: pulls only: V = max(W - b, 0).
+        hinge: keep attraction alone, V = max(W - b, 0).
         center: see above.
         impl: "auto", "triton", "torch" or "dense". "dense" writes [B,P_i,P_j] matrices. "torch" works in blocks of
             bounded size, and in time linear in P without clamp and hinge. "triton" keeps the blocks in registers.

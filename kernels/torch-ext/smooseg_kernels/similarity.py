@@ -86,7 +86,7 @@ def similarity_statistics(
 
 
 def implementation_for(impl: str, problem: ClosenessProblem) -> ModuleType:
-    """Picks the module. "auto" goes past Triton where its kernels do not hold as many bins or neighbours."""
+    """Picks the module. "auto" picks "torch" where Triton's kernels cannot hold as many bins or neighbours."""
     resolved = resolve_impl(impl, NO_PROTOTYPES, problem.features)
     if resolved == "triton":
         fused = implementation(resolved, NO_PROTOTYPES, problem.features)

@@ -114,8 +114,8 @@ def pair_tiles_kernel(
         mine = mine + (tile.to(FEATURE),)
     for i in tl.static_range(PIECES):
         if ALL_PIECES:
-            piece = load_rows(mine_codes_ptr + STARTS[i], start, P, ZP, WIDTHS[i], BLOCK_M, WIDTHS[i])
-            mine_codes = mine_codes + (piece,)
+            mine_piece = load_rows(mine_codes_ptr + STARTS[i], start, P, ZP, WIDTHS[i], BLOCK_M, WIDTHS[i])
+            mine_codes = mine_codes + (mine_piece,)
         gradients = gradients + (tl.zeros((BLOCK_M, WIDTHS[i]), tl.float32),)
     energy = tl.zeros((BLOCK_M,), tl.float32)
 
@@ -138,8 +138,8 @@ def pair_tiles_kernel(
         if ALL_PIECES:
             likeness = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for i in tl.static_range(PIECES):
-                theirs = load_rows(other_codes_ptr + STARTS[i], first, Q, ZP, WIDTHS[i], BLOCK_N, WIDTHS[i])
-                other_codes = other_codes + (theirs,)
+                other_piece = load_rows(other_codes_ptr + STARTS[i], first, Q, ZP, WIDTHS[i], BLOCK_N, WIDTHS[i])
+                other_codes = other_codes + (other_piece,)
                 likeness = tl.dot(mine_codes[i], tl.trans(other_codes[i]), likeness, input_precision=PRECISION)
         else:
             likeness = streamed_products(

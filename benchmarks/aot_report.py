@@ -68,8 +68,10 @@ class Recorder:
         self.launches: list[tuple] = []
         self.label = ""
 
-    def __call__(self, kernel, grid, *args, settings, **constants) -> None:
-        self.launches.append((self.label, kernel, grid, args, {**constants, **settings}))
+    def __call__(self, kernel, grid, *, settings, **arguments) -> None:
+        switches = {kernel.arg_names[i] for i in kernel.constexprs}
+        args = [arguments.pop(name) for name in kernel.arg_names if name in arguments and name not in switches]
+        self.launches.append((self.label, kernel, grid, args, {**arguments, **settings}))
 
 
 def record(target: str, cases: dict) -> list[tuple]:

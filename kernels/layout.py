@@ -1,13 +1,13 @@
-"""Lays this project out as the `kernels` library of Hugging Face loads it: build/torch-<backend>/ with a metadata.json in each.
+"""Lays this project out for the `kernels` library of Hugging Face: build/torch-<backend>/, each with a metadata.json.
 
     python kernels/layout.py                into kernels/build
     python kernels/layout.py --out FOLDER   into FOLDER/build
 
     kernels.get_local_kernel(Path("kernels"))    then imports it, offline, from any folder
 
-The sources are those that pip installs; nothing is compiled. Every variant gets two more files: `_ops.py`, which names the namespace of
-this copy's operators, so that it can be loaded beside the pip package and beside other versions, and `smooseg_kernels/__init__.py`, where
-older loaders look. Needs Python 3.11 or newer (tomllib) and nothing else.
+The sources are those that pip installs; nothing is compiled. Every variant gets two more files: `_ops.py` gives this
+copy's operators their own namespace, so that one process can also load the pip package and other versions, and
+`smooseg_kernels/__init__.py` is where older loaders look. Needs Python 3.11 or newer (tomllib) and nothing else.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ except ImportError:
 
 PROJECT = Path(__file__).resolve().parent
 
-OPS = '''"""The namespace of this copy's operators: no two builds share one."""
+OPS = '''"""The namespace of the operators of this copy: no two builds share one."""
 
 import torch
 
@@ -54,14 +54,14 @@ globals().update({{name: value for name, value in vars(sys.modules["{id}"]).item
 
 
 def sources(module: str, extensions: list[str]) -> dict[str, bytes]:
-    """{path inside the package: content}, sorted, so that the same sources give the same identifier everywhere."""
+    """Returns {path in the package: content}, sorted, so that the same sources give the same identifier everywhere."""
     package = PROJECT / "torch-ext" / module
     paths = sorted(path for path in package.rglob("*") if path.suffix[1:] in extensions and path.is_file())
     return {path.relative_to(package).as_posix(): path.read_bytes() for path in paths}
 
 
 def variant(backend: str, general: dict, module: str, files: dict[str, bytes]) -> dict[str, bytes]:
-    """All files of build/torch-<backend>/."""
+    """Returns all files of build/torch-<backend>/."""
     contents = hashlib.sha256()
     for name, content in files.items():
         contents.update(f"{name} {len(content)}\n".encode() + content)
@@ -85,7 +85,10 @@ def variant(backend: str, general: dict, module: str, files: dict[str, bytes]) -
 
 
 def lay_out(folder: Path) -> list[Path]:
-    """Writes folder/build and returns its variants. An old build is replaced once the new one is whole; any other folder is an error."""
+    """Writes folder/build and returns its variants.
+
+    A new build replaces an old one once it is complete; any other folder called build is an error.
+    """
     config = tomllib.loads((PROJECT / "build.toml").read_text(encoding="utf-8"))
     general, module = config["general"], config["general"]["name"].replace("-", "_")
     files = sources(module, config["torch-noarch"]["pyext"])
@@ -93,9 +96,7 @@ def lay_out(folder: Path) -> list[Path]:
     if build.exists() and not (
         build.is_dir() and all((entry / "metadata.json").is_file() for entry in build.iterdir())
     ):
-        raise FileExistsError(
-            f"{build} holds something else than a build of kernels: move it away, or name another folder with --out"
-        )
+        raise FileExistsError(f"{build} is not a build of kernels: move it away, or choose another folder with --out")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".build-", dir=folder) as scratch:
         for backend in general["backends"]:

@@ -1,4 +1,4 @@
-"""Inputs and error budgets for tests of the objective: exact against a float64 oracle, judged by the size of the terms."""
+"""Inputs and error budgets for tests of the objective: a float64 oracle, rounding judged by the size of the terms."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Inputs(NamedTuple):
 def make_inputs(
     B=3, P=17, D=70, K=5, Z=8, T=2, H=None, dtype=torch.float64, seed=0, structured=True, **options
 ) -> Inputs:
-    """Clustered features and codes that lean on the prototypes (so that the softmax is peaked), or plain noise."""
+    """Makes clustered features and codes near the prototypes (so that the softmax is peaked), or plain noise."""
     g = torch.Generator().manual_seed(seed)
 
     def noise(*shape):
@@ -56,7 +56,7 @@ class Result(NamedTuple):
 
 
 def value_and_grad(inputs: Inputs, impl: str, seed: int = 7, **extra) -> Result:
-    """Values and the gradients to codes and student under upstream gradients that differ from 1 and from each other."""
+    """Returns values, and gradients to codes and student for upstream gradients that differ from 1 and each other."""
     codes, student = inputs.codes.detach().requires_grad_(), inputs.student.detach().requires_grad_()
     out = sk.smooseg_loss(
         inputs.features,
@@ -77,7 +77,7 @@ def value_and_grad(inputs: Inputs, impl: str, seed: int = 7, **extra) -> Result:
 
 
 def pull_and_push(inputs: Inputs, seed: int = 7) -> tuple[Tensor, Tensor]:
-    """The magnitudes of the energy's terms [.., T] and of their gradient to the codes, in float64, with pulls and pushes added up apart."""
+    """Returns the sizes of the energy's terms [.., T] and of their gradient to the codes, in float64, uncancelled."""
     x = inputs.to(torch.float64)
     codes = (x.codes if x.codes.dim() == 4 else x.codes[None]).requires_grad_()
     teacher = x.teacher if x.teacher.dim() == 3 else x.teacher[None]
@@ -106,7 +106,7 @@ def pull_and_push(inputs: Inputs, seed: int = 7) -> tuple[Tensor, Tensor]:
 
 
 def assert_within_budget(got: Tensor, same_dtype: Tensor, truth: Tensor, eps: float, size: Tensor, what: str) -> None:
-    """error <= 2 x (error of the dense formulas in the same dtype) + 2 eps x (size of the terms)."""
+    """Asserts error <= 2 x (error of the dense formulas in the same dtype) + 2 eps x (size of the terms)."""
     error = (got.double() - truth.double()).abs().max().item()
     allowed = 2 * (same_dtype.double() - truth.double()).abs().max().item() + 2 * eps * size.abs().max().item()
     if not error <= allowed:
@@ -114,7 +114,7 @@ def assert_within_budget(got: Tensor, same_dtype: Tensor, truth: Tensor, eps: fl
 
 
 def assert_same_direction(got: Tensor, truth: Tensor, tolerance: float, what: str) -> None:
-    """Relative norm, cosine and signed bias: what a missing term or a wrong factor would change."""
+    """Asserts relative norm, cosine and signed bias, which a missing term or a wrong factor would change."""
     got, truth = got.double().flatten(), truth.double().flatten()
     norm = truth.norm().item()
     if norm == 0.0:

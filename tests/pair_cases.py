@@ -1,4 +1,4 @@
-"""Inputs, values with gradients, and the error budget that tests and benchmarks of `pair_energy` share."""
+"""Inputs, values with gradients, and the error budget for tests and benchmarks of `pair_energy`."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class Pairs:
 def make_pairs(
     B=3, N=None, P_i=17, P_j=97, D=70, Z=9, dtype=torch.float64, device="cpu", seed=0, threshold=0.1, **options
 ) -> Pairs:
-    """Clustered features with a common mean, codes that lean on their cluster: similarities on both sides of every bound.
+    """Makes clustered features and codes, with similarities on both sides of every bound.
 
-    With N the j side has that many images, and `partner` repeats some of them.
+    With N the j side has N images, and `partner` repeats some of them.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -79,11 +79,11 @@ def evaluate(pairs: Pairs, impl: str, upstream: tuple[float, float] = UPSTREAM, 
 
 
 class Sizes(NamedTuple):
-    """What a result is judged by."""
+    """Sizes by which a result is judged."""
 
     energy: float  # the mean magnitude of the energy's terms, none cancelling another
     gradients: dict[str, Tensor]  # the same of a code's gradient, as a norm [.., P]
-    undecided: dict[str, Tensor]  # of that, what comes from pairs so near a bound of the clamp that rounding decides
+    undecided: dict[str, Tensor]  # the part of it from pairs so near a bound of the clamp that rounding decides
 
 
 def sizes_of(pairs: Pairs, eps: float) -> Sizes:
@@ -113,7 +113,7 @@ def sizes_of(pairs: Pairs, eps: float) -> Sizes:
 
 
 def check(pairs: Pairs, impl: str, eps: float) -> Result:
-    """Values and gradients of `impl` against float64, within twice the dense form's error and 2 eps of the size of the terms."""
+    """Checks values and gradients against float64: within twice the dense error plus 2 eps of the terms' size."""
     got, oracle = evaluate(pairs, impl), evaluate(pairs.to(torch.float64), "dense")
     for value in got.values.values():
         assert value.dtype == torch.promote_types(torch.float32, pairs.codes_i.dtype)
@@ -125,7 +125,7 @@ def check(pairs: Pairs, impl: str, eps: float) -> Result:
 
 
 def compare(got: Result, same: Result, oracle: Result, sizes: Sizes, eps: float) -> None:
-    """What was put out alone: a forward has no gradients."""
+    """Compares the results that there are: a forward pass has no gradients."""
     for name, truth in oracle.values.items():
         assert_within_budget(
             got.values[name], same.values[name], truth, eps, torch.tensor(max(1.0, sizes.energy)), name
@@ -138,7 +138,7 @@ def compare(got: Result, same: Result, oracle: Result, sizes: Sizes, eps: float)
             sizes.undecided[name],
         )
         assert_within_budget(gradient, same.gradients[name], truth, rounding, size + undecided / (2 * rounding), what)
-        for rows in (undecided >= 0, undecided == 0):  # all, and without doubt those that no rounding decides
+        for rows in (undecided >= 0, undecided == 0):  # all, then those that no rounding decides
             norm = max(truth[rows].norm().item(), 1e-300)
             tolerance = 4 * rounding * max(1.0, size[rows].norm().item() / norm) + undecided[rows].norm().item() / norm
             assert_same_direction(gradient[rows], truth[rows], tolerance, what)

@@ -8,7 +8,7 @@ from smooseg_kernels import moments
 
 
 def near_tie(codes, prototypes, grid, size, slack=1e-9):
-    """Pixels whose two best cosines differ by less than rounding: either answer is right there."""
+    """Finds pixels whose two best cosines differ by less than rounding, where either answer is right."""
     planes = codes.double().mT.unflatten(-1, grid)
     fine = torch.nn.functional.interpolate(planes, size=size, mode="bilinear", align_corners=False).flatten(2).mT
     cosines = (

@@ -1,4 +1,4 @@
-"""Every Python example about the kernels runs as it stands, and every public name of the package is explained."""
+"""Every Python example about the kernels runs, and the guide explains every public name of the package."""
 
 import re
 from pathlib import Path
@@ -13,14 +13,14 @@ GUIDE = ROOT / "docs" / "kernels.md"
 
 
 def examples():
-    found = []
+    blocks = []
     for path in (GUIDE, ROOT / "README.md"):
         text = path.read_text(encoding="utf-8")
         for block in re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
             line = text[: block.start(1)].count("\n")
             if "import smooseg_kernels" in block[1]:
-                found.append(pytest.param(block[1], path, line, id=f"{path.name}:{line}"))
-    return found
+                blocks.append(pytest.param(block[1], path, line, id=f"{path.name}:{line}"))
+    return blocks
 
 
 @pytest.mark.parametrize(("code", "path", "line"), examples())

@@ -1,4 +1,4 @@
-"""kernels/ as a Hugging Face kernel project: what layout.py writes, and that it loads offline, beside the pip package, from any folder."""
+"""kernels/ as a Hugging Face kernel project: layout.py's build loads offline, together with the pip package."""
 
 from __future__ import annotations
 
@@ -75,12 +75,12 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     done = lay_out(tmp_path)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "holds something else" in done.stderr
+    assert "is not a build of kernels" in done.stderr
     assert files_of(tmp_path) == {"build/lib/mine.py": b"mine"}
 
 
 def test_imports_are_relative_or_of_torch_and_triton():
-    """A hub copy has another name than smooseg_kernels and may import nothing else."""
+    """A hub copy is not called smooseg_kernels, and may import nothing else."""
     for path in SOURCES.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             absolute = [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
@@ -138,7 +138,7 @@ print("loaded", hub.smooseg_loss.__module__)
     ],
 )
 def test_loads_beside_the_pip_package(way, folder, tmp_path):
-    """The same losses and gradients, bit for bit, from each implementation of both copies; neither takes the other's operators."""
+    """Both copies give the same losses and gradients, bit for bit, and keep their operators apart."""
     fused = "triton" if importlib.util.find_spec("triton") else "plain"
     environment = {
         **os.environ,

@@ -1,4 +1,4 @@
-"""The layers against a training loop of dense formulas in the NCHW style of the field, step by step, and what they draw and refuse."""
+"""The layers against training loops of dense NCHW formulas, step by step; their draws and their errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STEPS = 6
 
 
 def dense_smoothness(features: Tensor, probs: Tensor, partners: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Energy and mean label distance of images and their partners, from the equations: all P x P cosines, centred."""
+    """Returns energy and mean label distance of images and partners, by the equations, from P x P cosines."""
     f, c = F.normalize(features.flatten(2), dim=1), F.normalize(probs.flatten(2), dim=1)
     closeness = torch.einsum("ncp,ncq->npq", f, f[partners])
     centred = closeness - closeness.mean(2, keepdim=True) + closeness.mean()
@@ -26,7 +26,7 @@ def dense_smoothness(features: Tensor, probs: Tensor, partners: Tensor, threshol
 def dense_correlation(
     features_1, features_2, codes_1, codes_2, threshold: float, low: float, center: bool
 ) -> tuple[Tensor, Tensor]:
-    """Energy and mean similarity of two batches, from the equations, as [B,h,w,h',w'] tensors."""
+    """Returns energy and mean similarity of two batches, by the equations, from [B,h,w,h',w'] tensors."""
     closeness, similarity = (
         torch.einsum("nchw,ncij->nhwij", F.normalize(x, dim=1), F.normalize(y, dim=1))
         for x, y in ((features_1, features_2), (codes_1, codes_2))
@@ -39,7 +39,7 @@ def dense_correlation(
 
 
 class Loop:
-    """A projection of fixed features to codes and prototypes, learnt with a loss of (features, codes, label distributions)."""
+    """Learns a projection of fixed features to codes, and prototypes, with a loss of (features, codes, probs)."""
 
     def __init__(self, dtype: torch.dtype, B=4, D=20, Z=8, K=5, h=6, w=5):
         torch.manual_seed(0)
@@ -54,7 +54,7 @@ class Loop:
         cosines = torch.einsum("nchw,kc->nkhw", F.normalize(codes, dim=1), F.normalize(self.prototypes, dim=1))
         terms = loss(self.features, codes, torch.softmax(cosines / 0.1, 1))
         self.optimizer.zero_grad()
-        sum(terms[::2]).backward()  # energies; what stands between them is reported
+        sum(terms[::2]).backward()  # the energies; the terms between them are only reported
         self.optimizer.step()
         return torch.stack(list(terms)).tolist()
 
@@ -99,7 +99,7 @@ def test_a_training_loop_has_the_same_smoothness_losses(impl, dtype, tolerance):
 @pytest.mark.parametrize("impl", ["auto", "dense"])
 @pytest.mark.parametrize("center", [True, False])
 def test_a_training_loop_has_the_same_correlation_losses(center, impl, dtype, tolerance):
-    """Each image against itself, and against a smaller grid of another image."""
+    """Pairs each image with itself, and with a smaller grid of another image."""
     within = sk.layers.CorrelationLoss(0.2, clamp=(0.0, None), center=center, impl=impl)
     across = sk.layers.CorrelationLoss(0.4, clamp=(0.0, None), center=center, impl=impl)
 
@@ -166,6 +166,10 @@ def test_partners_are_a_permutation_whose_fixed_points_move_on():
         partners = sk.layers.draw_partners(7, generator=torch.Generator().manual_seed(seed))
         assert partners.dtype == torch.int64
         assert not (partners == torch.arange(7)).any()
+        order = torch.randperm(7, generator=torch.Generator().manual_seed(seed))
+        own = torch.arange(7)
+        assert torch.equal(partners, torch.where(order == own, (order + 1) % 7, order))
+        assert partners.device == torch.device("cpu")
     assert sk.layers.draw_partners(2).tolist() == [1, 0]
 
 

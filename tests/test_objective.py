@@ -181,7 +181,7 @@ def test_weight_zero_is_absence(impl):
     b = sk.smooseg_loss(*few[:6], impl=impl)
     for left, right in zip(a, b):
         torch.testing.assert_close(left, right)
-    # an image without any weight is as good as not there
+    # an image without any weight counts as absent
     weight = torch.ones(3, 17, dtype=torch.float64)
     weight[2] = 0.0
     two = x._replace(features=x.features[:2], codes=x.codes[:2])
@@ -255,20 +255,20 @@ def test_gradient_cuts():
 @pytest.mark.parametrize("output", ["total", "energy", "distance", "data"])
 def test_each_output_alone_has_its_gradient(output, center, H):
     x = make_inputs(T=5, H=H, channel_scale=torch.rand(3, 70, dtype=torch.float64), center=center)
-    found = []
+    results = []
     for impl in ("torch", "dense"):
         codes, student = x.codes.detach().requires_grad_(), x.student.detach().requires_grad_()
         value = getattr(sk.smooseg_loss(x.features, codes, student, *x[3:6], impl=impl, **x.options), output)
         weight = torch.linspace(0.5, 2.0, value.numel(), dtype=torch.float64).view(value.shape)
-        found.append(torch.autograd.grad(value, (codes, student), weight, allow_unused=True))
-    for got, truth in zip(*found):
+        results.append(torch.autograd.grad(value, (codes, student), weight, allow_unused=True))
+    for got, truth in zip(*results):
         assert (got is None) == (truth is None)
         if got is not None:
             torch.testing.assert_close(got, truth, rtol=1e-9, atol=1e-13)
 
 
 def test_the_written_gradient_is_that_of_the_form_that_traces():
-    """torch.func takes the plain form; autocast changes neither; a second derivative is refused, not wrong."""
+    """torch.func takes the form that traces; autocast changes neither form; a second derivative raises an error."""
     x = make_inputs(H=3, dtype=torch.float32, patch_weight=torch.rand(3, 17))
     whole = lambda z: sk.smooseg_loss(x.features, z, *x[2:6], **x.options).total.sum()  # noqa: E731
     codes = x.codes.requires_grad_()
@@ -281,7 +281,7 @@ def test_the_written_gradient_is_that_of_the_form_that_traces():
 
 
 def test_a_second_derivative_of_the_data_term_is_refused():
-    """Its upstream gradient is a constant; what is missing would be taken for zero."""
+    """Its upstream gradient is a constant, so PyTorch would take the missing derivative for zero."""
     x = make_inputs()
     student = x.student.requires_grad_()
     loss = sk.smooseg_loss(x.features, x.codes, student, *x[3:6]).data
@@ -291,7 +291,7 @@ def test_a_second_derivative_of_the_data_term_is_refused():
 
 @pytest.mark.parametrize("impl", ["torch", "dense"])
 def test_prototypes_alone_in_float64(impl):
-    """Weights, thresholds and all sums then are too."""
+    """fp64 prototypes make weights, thresholds and all sums fp64."""
     x = make_inputs(patch_weight=torch.rand(3, 17, dtype=torch.float64)).to(torch.float32)
     x = x._replace(student=x.student.double(), teacher=x.teacher.double())
     got, truth = value_and_grad(x, impl), value_and_grad(x.to(torch.float64), "dense")
@@ -306,7 +306,7 @@ def test_prototypes_alone_in_float64(impl):
 @pytest.mark.parametrize("impl", ["torch", "dense"])
 @pytest.mark.parametrize("size", [1e-25, 1e20])
 def test_weights_of_any_size(impl, size):
-    """Their products leave fp32's range, their shares do not."""
+    """Products of weights leave the range of fp32; shares of them do not."""
     x = make_inputs(T=3, dtype=torch.float32)
     weight = torch.rand(3, 17, generator=torch.Generator().manual_seed(2))
     got, truth = (sk.smooseg_loss(*x[:6], patch_weight=weight * factor, impl=impl) for factor in (size, 1.0))
@@ -315,7 +315,7 @@ def test_weights_of_any_size(impl, size):
 
 @pytest.mark.parametrize("impl", ["torch", "dense"])
 def test_the_measured_mean_keeps_no_graph(impl):
-    """It is logged; a graph behind it would keep every step's arrays."""
+    """A training loop logs the mean; a graph behind it would keep every step's arrays."""
     x = make_inputs()
     codes = x.codes.requires_grad_()
     assert not sk.smooseg_loss(x.features, codes, *x[2:6], impl=impl).mean.requires_grad
@@ -323,7 +323,7 @@ def test_the_measured_mean_keeps_no_graph(impl):
 
 
 def test_another_default_device():
-    """What is made on the way is made where the inputs are."""
+    """Intermediate tensors are on the inputs' device."""
     x = make_inputs(dtype=torch.float32, channel_scale=torch.rand(3, 70))
     x = x._replace(features=x.features.half())
     truth = value_and_grad(x, "torch")
@@ -342,7 +342,7 @@ def test_another_default_device():
 
 @pytest.mark.parametrize("impl", ["torch", "dense"])
 def test_vmap_over_partners_and_weights(impl):
-    """What is batched cannot be looked at, so partners are clamped there."""
+    """Values of batched tensors cannot be read, so partners are clamped."""
     x = make_inputs(T=1, dtype=torch.float32)
     partners, weights = (
         torch.tensor([[1, 2, 0], [0, 0, 1]]),
@@ -414,7 +414,7 @@ def test_fullgraph_compile_and_fake_tensors(impl):
 
 @pytest.mark.parametrize("name", ["channel_scale", "patch_weight", "feature_norms"])
 def test_smoothness_alone_takes_the_options_as_the_oracle_does(name):
-    """The form that traces: `smooseg_loss` on a CPU has another."""
+    """Tests the form that traces; `smooseg_loss` on a CPU takes another."""
     g = torch.Generator().manual_seed(0)
     features, probs = (torch.rand(*shape, generator=g, dtype=torch.float64) for shape in ((3, 17, 20), (3, 17, 5)))
     options = {

@@ -1,4 +1,4 @@
-"""Energies of patch pairs with clamp and hinge: the oracle against loops and finite differences, the tiled form against the oracle."""
+"""Energies of patch pairs: the oracle against loops and finite differences, the tiled form against the oracle."""
 
 import itertools
 import json
@@ -67,7 +67,7 @@ def test_gradcheck(impl, options):
 @pytest.mark.parametrize("pairs_a_block", [1, 200, 4000, 1 << 20])
 @pytest.mark.parametrize("shape", SHAPES, ids=name)
 def test_tiles_equal_the_oracle_in_float64(shape, pairs_a_block, monkeypatch):
-    """Blocks of one row, of some rows of an image, of several images, and of all."""
+    """Covers blocks of one row, of some rows of an image, of several images, and of all."""
     monkeypatch.setattr(tiles, "CPU_PAIRS", pairs_a_block)
     for options in OPTIONS:
         check(make_pairs(**shape).with_options(**options), "torch", torch.finfo(torch.float64).eps)
@@ -81,7 +81,7 @@ def test_tiles_within_the_error_budget(shape, dtype):
 
 
 def on_the_kink(clamp):
-    """Codes along three axes and their negatives: cosines are -1, 0 and 1 exactly. Features alike, so that every V is 1."""
+    """Makes codes along axes, with cosines of exactly -1, 0 and 1, and equal features, so that every V is 1."""
     axes = torch.tensor([[2.0, 0, 0], [0, 4, 0], [-2, 0, 0]])
     codes_j = torch.tensor([[0.0, 2, 0], [4, 0, 0]])
     feature = torch.ones(1, 1, 4)
@@ -116,7 +116,7 @@ def test_hinge_at_its_bound(impl):
     assert sk.pair_energy(f_i, c_i, f_j, c_j, 1.0, hinge=True, impl=impl, **options).energy == 0
     assert sk.pair_energy(f_i, c_i, f_j, c_j, 2.0, hinge=True, impl=impl, **options).energy == 0
     c_i.requires_grad_()
-    for threshold in (1.0, 2.0):  # V is 0, and so is what it multiplies
+    for threshold in (1.0, 2.0):  # V is 0, and so is its gradient
         energy = sk.pair_energy(f_i, c_i, f_j, c_j, threshold, hinge=True, impl=impl, **options).energy
         assert not torch.autograd.grad(energy, c_i)[0].any()
 
@@ -132,7 +132,7 @@ def test_rows_without_length_have_cosine_and_gradient_zero(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_one_side_alone(impl):
-    """The i side of a whole, and a gradient to one side only."""
+    """The gradient to one side alone equals that of both."""
     x = make_pairs(N=2, clamp=(0.0, None), hinge=True)
     both = evaluate(x, impl)
     for at, side in ((1, "codes_i"), (3, "codes_j")):
@@ -254,7 +254,7 @@ print(run(16384))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_memory_of_a_whole_picture():
-    """16,384 patches against as many: a matrix of pairs would be 1.07 GB, and the dense form has several. (benchmarks: at D = 384.)"""
+    """A matrix of 16,384 x 16,384 pairs would take 1.07 GB, and the dense form has several."""
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) <= 0.5e9, f"{int(done.stdout) / 1e6:.0f} MB"
 

@@ -1,4 +1,4 @@
-"""Means, histograms and neighbours of the closeness: every implementation against the definition in float64, pair by pair."""
+"""Means, histograms and neighbours of the closeness: every implementation against the definition in float64."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EPS = {
 
 
 def make_features(B, P, D, dtype=torch.float32, seed=0) -> Tensor:
-    """A mean common to each image and one common to all; a row that is 0 and one that is too short."""
+    """Makes features with a mean for each image and one for all, a row of 0 and one that is too short."""
     g = torch.Generator().manual_seed(seed)
     features = (
         torch.randn(B, P, D, generator=g) + torch.randn(B, 1, D, generator=g) + 0.5 * torch.randn(1, 1, D, generator=g)
@@ -35,7 +35,7 @@ def make_features(B, P, D, dtype=torch.float32, seed=0) -> Tensor:
 
 
 def make_weight(B, P) -> Tensor:
-    """Some patches without weight, and of three or more images one."""
+    """Makes weights with some patches at 0, and one image of three or more."""
     weight = torch.rand(B, P, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 3
     weight[:, ::3] = 0.0
     if B > 2:
@@ -63,8 +63,8 @@ class Truth:
                 else [int(entry[n])]
             )
         ]
-        whole = [(n, j) for n, j in pairs if w[n].sum() > 0 and w[j].sum() > 0]
-        means = [torch.einsum("i,j,ij", w[n], w[j], f[n] @ f[j].T) / w[n].sum() / w[j].sum() for n, j in whole]
+        present = [(n, j) for n, j in pairs if w[n].sum() > 0 and w[j].sum() > 0]
+        means = [torch.einsum("i,j,ij", w[n], w[j], f[n] @ f[j].T) / w[n].sum() / w[j].sum() for n, j in present]
         measured = sum(means) / max(len(means), 1)
         self.mean = torch.tensor(float(measured if mean is None else mean), dtype=torch.float64)
         self.blocks, values, rows = [], [], [[] for _ in range(self.B)]
@@ -88,7 +88,7 @@ class Truth:
         self.check_neighbours(got.neighbour_values[t].double().cpu(), got.neighbour_indices[t].cpu(), eps)
 
     def check_histogram(self, histogram: Tensor, eps: float, bins: int, limits) -> None:
-        """Rounding moves a value over an edge no further than eps: counts up to every edge lie between those up to edge -+ eps."""
+        """Allows rounding by eps: counts up to an edge lie between those up to edge - eps and edge + eps."""
         assert histogram.shape == (bins,)
         assert int(histogram.sum()) == len(self.values)
         edges = limits[0] + torch.arange(1, bins, dtype=torch.float64) * (limits[1] - limits[0]) / bins
@@ -97,11 +97,11 @@ class Truth:
         assert (below <= torch.searchsorted(self.values, edges + eps)).all()
 
     def check_neighbours(self, values: Tensor, indices: Tensor, eps: float) -> None:
-        """The values are the largest, each is that of its index, no index comes twice, and none is the patch itself or without weight."""
+        """Values are the largest and match their indices; no index repeats, is the patch itself or lacks weight."""
         k = values.shape[-1]
         table = torch.full((self.B, self.P, self.B * self.P), -torch.inf, dtype=torch.float64)
-        for n, j, closeness, there in self.blocks:
-            table[n, :, j * self.P : (j + 1) * self.P] = torch.where(there, closeness, -torch.inf)
+        for n, j, closeness, weighted in self.blocks:
+            table[n, :, j * self.P : (j + 1) * self.P] = torch.where(weighted, closeness, -torch.inf)
             if n == j:
                 table[n, range(self.P), range(n * self.P, (n + 1) * self.P)] = -torch.inf
         kept = min(k, self.B * self.P)
@@ -110,14 +110,14 @@ class Truth:
         none = values == -torch.inf
         assert (none[..., kept:]).all()
         assert torch.equal(indices == -1, none)
-        there = table.gather(2, indices.clamp(min=0))
-        torch.testing.assert_close(there[~none], values[~none], rtol=0, atol=eps)
+        indexed = table.gather(2, indices.clamp(min=0))
+        torch.testing.assert_close(indexed[~none], values[~none], rtol=0, atol=eps)
         ordered = torch.where(none, -1 - torch.arange(k), indices).sort(2).values
         assert (ordered.diff(dim=2) != 0).all()
 
 
 def partners_for(B):
-    repeated = torch.zeros(B, dtype=torch.int64)  # of everybody image 0, so image 0 is its own
+    repeated = torch.zeros(B, dtype=torch.int64)  # image 0 for every image, so image 0 meets itself
     return ["self", torch.arange(B).roll(1).to(DEVICE), repeated.to(DEVICE), *(["all"] if B > 1 else [])]
 
 
@@ -159,7 +159,7 @@ def test_a_given_mean_moves_everything_by_the_same(impl):
     assert torch.equal(plain.mean, mean)  # and without centring W is the cosine, whatever M is
     Truth(features, "all", center=False, mean=-0.2).check(plain, 1, EPS[torch.float32])
     got.mean.add_(1.0)
-    assert mean.tolist() == pytest.approx([0.3, -0.2])  # what comes back is not what was given
+    assert mean.tolist() == pytest.approx([0.3, -0.2])  # the result is a copy
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -172,13 +172,13 @@ def test_bins_and_limits(impl, bins, limits):
     truth.check_histogram(got.histogram[0].cpu(), EPS[torch.float32], bins, limits)
     assert got.neighbour_values.shape == (1, 2, 33, 0)
     if bins == 100:
-        assert got.histogram[0, 0] > 200  # else nothing was beyond them
+        assert got.histogram[0, 0] > 200  # values beyond the limits
         assert got.histogram[0, -1] > 10
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_value_on_an_edge_is_of_the_upper_bin(impl):
-    """Cosines that are exact: -1, 0 and 1, with edges there; 1 is the upper limit and stays in the last bin."""
+    """Puts edges at the exact cosines -1, 0 and 1; 1 is the upper limit and stays in the last bin."""
     features = torch.tensor([[[2.0, 0.0], [0.0, 4.0], [-8.0, 0.0]]], device=DEVICE)
     got = statistics_of(features, ["self"], impl, center=False, bins=4, limits=(-1.0, 1.0))
     assert got.histogram.tolist() == [[2, 0, 4, 3]]
@@ -240,7 +240,7 @@ def test_means_are_those_of_the_energy(impl):
 
 @pytest.mark.parametrize("impl", ["torch", *TRITON])
 def test_strides_and_blocks(impl, monkeypatch):
-    """Features in any order in memory, in blocks smaller than an image."""
+    """Takes features in any memory order, in blocks smaller than an image."""
     from smooseg_kernels import similarity_blocks
 
     for name in ("BLOCK_ROWS", "BLOCK_COLUMNS", "LARGE_ROWS", "LARGE_COLUMNS"):
@@ -262,7 +262,7 @@ def test_reruns_are_bit_equal(impl):
 
 
 def test_a_block_is_all_that_is_kept_of_a_large_image():
-    """No [P,P] beyond one block: what one allocates at most, by the profiler."""
+    """No allocation exceeds a block, by the profiler; [P,P] would."""
     from torch.profiler import ProfilerActivity, profile
 
     features = torch.randn(1, 3000, 8)

@@ -1,4 +1,4 @@
-"""What only a card can show: real sizes in every dtype, graph capture, no waiting for the device, long offsets, memory, the compiler."""
+"""Tests that need a card: real sizes in every dtype, graph capture, no waits, long offsets, memory, the compiler."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
     ids=str,
 )
 def test_real_sizes(dtype, H):
-    """Against the moment form in float64, which the tests of smooseg_kernels hold to the dense form."""
+    """Compares with the moment form in float64, which other tests compare with the dense form."""
     check_against_dense(make_case(**REAL, H=H, dtype=dtype), oracle_impl="torch")
 
 
@@ -76,7 +76,7 @@ def test_graph_capture_and_bit_equal_reruns(H):
 
 
 def test_a_captured_layer_draws_new_partners_each_time():
-    """Nothing in it waits for the device or comes from the host."""
+    """A layer never waits for the device and copies nothing from the host."""
     features = torch.randn(16, 384, 14, 14, device="cuda", dtype=torch.bfloat16)
     probs = torch.randn(16, 27, 14, 14, device="cuda").softmax(1).requires_grad_()
     layer = layers.SmoothnessLoss(within=-0.02, across=0.5)
@@ -204,7 +204,7 @@ def test_assignment_at_real_sizes(dtype, size):
 
 
 def test_labels_of_nan_codes_stay_within_the_prototypes():
-    """The interpreter's argmax does not show it; a label beyond K would be counted beyond the counts."""
+    """A label beyond K would be counted outside of the counts. The interpreter's argmax never returns one."""
     codes = torch.full((2, 100, 64), torch.nan, device="cuda")
     labels = torch.zeros(2, 100, dtype=torch.int64, device="cuda")
     assigned, counts = assign(codes, torch.randn(5, 64, device="cuda"), labels=labels, classes=3, impl="triton")

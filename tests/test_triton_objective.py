@@ -89,7 +89,7 @@ def test_feature_norms_are_used():
 @pytest.mark.parametrize("H", [1, 2, 3, 4])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_heads_equal_single_calls(H, dtype, poisoned):
-    """Whole rows in one program and in slices, a block of heads and one at a time."""
+    """Covers rows whole in one program and in slices, a block of heads and one at a time."""
     case = make_case(B=2, P=40, D=150, K=7, H=H, dtype=dtype, device=DEVICE, channel_scale=torch.rand(2, 150))
     got = check_against_dense(case)  # every head
     alone = make_case(
@@ -106,7 +106,7 @@ def test_heads_equal_single_calls(H, dtype, poisoned):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_channel_that_outweighs_all_others_is_dropped(dtype, poisoned):
-    """Rows are unit after the mask: a dropped channel of 5,000 beside norms of a few must leave no trace, nor overflow 16 bits."""
+    """Rows are unit after the mask: a dropped channel of 5,000, far above the norms, must leave no trace in 16 bits."""
     case = make_case(
         B=3,
         P=33,
@@ -137,7 +137,7 @@ def test_inputs_of_different_dtypes_and_strides():
     case = make_case(B=3, P=33, D=20, K=5, device=DEVICE)
     case.features = case.features.half()
     check_against_dense(case)
-    case.features = make_case(B=3, P=20, D=33, device=DEVICE).features.mT  # rows are not side by side
+    case.features = make_case(B=3, P=20, D=33, device=DEVICE).features.mT  # the elements of a row are not adjacent
     case.codes = case.codes.repeat(1, 2, 2)[:, ::2, :6]
     case.teacher = case.teacher.t().contiguous().t()
     case.thresholds = case.thresholds[:1].expand(2)
@@ -290,7 +290,7 @@ def test_without_triton_an_explicit_choice_says_so(monkeypatch):
 
 
 def test_a_fresh_process_says_what_is_missing():
-    """On a CPU without the interpreter."""
+    """Runs on a CPU without the interpreter."""
     code = """
 import sys, torch
 import smooseg_kernels as sk

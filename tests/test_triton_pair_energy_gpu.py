@@ -1,4 +1,4 @@
-"""What only a card can show of `pair_energy`: real sizes in every dtype, graph capture, no waiting for the device, memory, long offsets."""
+"""Tests of `pair_energy` that need a card: real sizes in every dtype, graph capture, no waits, memory, long offsets."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_memory_of_a_whole_picture(impl):
 
 
 def test_offsets_past_2_31():
-    """1.1e9 elements an image: the third image, and rows far down in it, against that image alone."""
+    """Compares the last rows of the third image, of 1.1e9 elements each, with that image alone."""
     B, P, Q, D, Z = 3, 3_000_000, 16, 384, 16
     generator = torch.Generator("cuda").manual_seed(0)
     features = torch.empty(B, P, D, dtype=torch.bfloat16, device="cuda").normal_(generator=generator)

@@ -1,4 +1,4 @@
-"""Soft labels, the data term and assignment in Triton, against the dense oracle."""
+"""Probs, the data term and assignment in Triton, against the dense oracle."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_upsampled_assignment(grid, size, dtype):
 @pytest.mark.parametrize("grid", [(28, 28), (3, 5)], ids=str)
 @pytest.mark.parametrize("size", [(320, 320), (321, 159), (1024, 2048), (27, 1000)], ids=str)
 def test_every_row_of_pixels_belongs_to_one_program(grid, size):
-    """The bands' heights are counted, not run: their pieces must reach every row."""
+    """Counts the heights of the bands without running them: their pieces must reach every row."""
     for patches, pixels in zip(grid, size):
         position = (
             (torch.arange(pixels, dtype=torch.float32) + 0.5) * torch.tensor(patches / pixels, dtype=torch.float32)
@@ -199,7 +199,7 @@ def test_compiles_whole():
 
 
 def test_derivatives_that_operators_lack_are_refused():
-    """A second derivative of the data term came out as 0, and tangents were dropped."""
+    """PyTorch would return 0 for a second derivative of the data term, and drop tangents."""
     generator = torch.Generator().manual_seed(0)
     codes, student = (torch.randn(*shape, generator=generator).to(DEVICE) for shape in ((1, 5, 4), (3, 4)))
     loss = prototype_loss(codes, student.requires_grad_(), student.detach(), impl="triton")

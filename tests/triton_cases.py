@@ -1,4 +1,4 @@
-"""Inputs, values with gradients, and the error budget that tests and benchmarks of the Triton kernels share."""
+"""Inputs, values with gradients, and the error budget for tests and benchmarks of the Triton kernels."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Case:
     options: dict = field(default_factory=dict)
 
     def to(self, dtype: torch.dtype) -> Case:
-        """Every tensor in `dtype`."""
+        """Converts every tensor to `dtype`."""
         tensors = (
             x.detach().to(dtype) for x in (self.features, self.codes, self.student, self.teacher, self.thresholds)
         )
@@ -37,7 +37,7 @@ class Case:
 def make_case(
     B=2, P=17, D=5, K=3, Z=6, H=None, dtype=torch.float32, device="cpu", partners=("self", "index"), seed=0, **options
 ) -> Case:
-    """Correlated features with a common mean, codes near prototypes (a peaked softmax), prototypes of any length in fp32."""
+    """Makes features with a common mean, codes near prototypes (a peaked softmax), fp32 prototypes of any length."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -68,7 +68,7 @@ class Result:
 
 
 def evaluate(case: Case, impl: str, upstream: dict[str, Tensor] | None = None) -> Result:
-    """All outputs, and the gradients for the given upstream gradients (the total's is 1.7 where nothing is said)."""
+    """Returns all outputs, and the gradients for the given upstream gradients (default: 1.7 to the total)."""
     codes, student = case.codes.detach().clone().requires_grad_(), case.student.detach().clone().requires_grad_()
     out = smooseg_loss(
         case.features, codes, student, case.teacher, case.partners, case.thresholds, impl=impl, **case.options
@@ -82,14 +82,14 @@ def evaluate(case: Case, impl: str, upstream: dict[str, Tensor] | None = None) -
 
 
 def term_size(case: Case) -> float:
-    """The mean magnitude of the energies' terms, |W_ij - b| (1 - cos), for the budget: the energy itself nearly cancels. An upper bound."""
+    """Bounds the mean magnitude of the energies' terms, |W_ij - b| (1 - cos). The energy itself nearly cancels."""
     thresholds = float(case.thresholds.abs().max())
     mean = case.options.get("mean")
     return 1.0 + 2.0 * thresholds + (0.0 if mean is None else float(mean.abs().max()))
 
 
 def gradient_term_size(case: Case) -> float:
-    """The same for the gradient of the total to the codes, as a norm: every |W_ij - b| at its bound, both sides of every pair set."""
+    """Bounds the norm of the terms of the total's gradient to the codes, on both sides of every pair set."""
     codes, teacher = case.codes.double(), case.teacher.double()
     length = codes.norm(dim=-1)
     cosine = torch.nn.functional.cosine_similarity(codes[..., None, :], teacher[..., None, None, :, :], dim=-1)
@@ -108,9 +108,10 @@ def gradient_term_size(case: Case) -> float:
 
 
 def check(got: Result, same: Result, oracle: Result, eps: float, size: float, gradient_size: float = 0.0) -> None:
-    """Values: error <= 2 x that of the same dtype's dense form + 2 eps x size of the terms. Gradients: relative norm, cosine, signed bias.
+    """Checks values and gradients.
 
-    Sums are kept in fp32 whatever the inputs are, so it is fp32's eps that counts against the size of a gradient's terms.
+    Values: error <= 2 x that of the same dtype's dense form + 2 eps x size of the terms. Gradients: relative norm,
+    cosine, signed bias. Sums are in fp32 whatever the inputs are, so a gradient's terms count with the eps of fp32.
     """
     for name, truth in oracle.values.items():
         error = (got.values[name].double() - truth).abs().max()

@@ -1,21 +1,16 @@
-"""The SmooSeg objective and its parts, exact and in time linear in the number of patches, and energies of patch pairs that need tiles.
+"""The SmooSeg objective and related energies over all pairs of patches, exact, without the patch-by-patch matrix.
 
-Needs torch alone, and Triton on a GPU. Every function validates its arguments and takes `impl`: "dense" (the formulas as written, any
-dtype, the oracle), "torch" (sums over patches instead of a patch-by-patch matrix, everywhere), "triton" (the same in fused kernels) or
-"auto". Letters in every docstring: B images, P patches of one image, D feature channels, Z code channels, K prototypes, T pair sets, H
-heads. Mathematics: Lan et al., NeurIPS 2023, arXiv 2310.17874.
+The package needs PyTorch, and Triton on a GPU. Every function checks its arguments and takes `impl`: "dense" (the
+formulas as written, any dtype, the oracle), "torch" (sums over patches instead of a patch-by-patch matrix, everywhere),
+"triton" (the same in fused kernels) or "auto". Letters mean the same in every docstring: B images, P patches of one
+image, D feature channels, Z code channels, K prototypes, T pair sets, H heads. Mathematics: Lan et al., NeurIPS 2023,
+arXiv 2310.17874.
 """
 
 from . import layers
-from .api import (
-    assign,
-    pair_energy,
-    prototype_loss,
-    prototype_probabilities,
-    resolve_impl,
-    smooseg_loss,
-    smoothness_energy,
-)
+from .dispatch import resolve_impl
+from .energies import pair_energy, smooseg_loss, smoothness_energy
+from .prototypes import assign, prototype_loss, prototype_probabilities
 from .similarity import histogram_quantiles, similarity_statistics
 from .types import PairEnergy, SimilarityStatistics, SmooSegLoss, SmoothnessLossTerms, SmoothnessTerms
 

@@ -1,4 +1,4 @@
-"""Checks of the public functions' arguments: each error names the argument, what came and what was expected."""
+"""Checks of the public functions' arguments. Each error names the argument, what was expected and what came."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
 def is_inspectable(tensor: Tensor) -> bool:
-    """Whether values may be looked at: real CPU tensors, or any real tensor under SMOOSEG_CHECK_INDICES=1 (a sync on a GPU)."""
+    """Tells whether values may be read: on a CPU, or anywhere with SMOOSEG_CHECK_INDICES=1, which makes a GPU sync."""
     real = (
         type(tensor) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
@@ -28,7 +28,7 @@ def is_inspectable(tensor: Tensor) -> bool:
 def float_tensor(
     name: str, tensor: Tensor, shape: tuple[int | str, ...], like: Tensor | None = None, constant: bool = False
 ) -> None:
-    """`shape` holds sizes, or letters for sizes that are free (at least 1)."""
+    """Checks a tensor of floats. `shape` holds sizes, or letters for free sizes of at least 1."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor of shape {describe(shape)}, got {type(tensor).__name__}")
     if tensor.dtype not in FLOATS:
@@ -49,11 +49,11 @@ def describe(shape: tuple[int | str, ...]) -> str:
 
 
 def number(name: str, value: float, expected: str = "a number") -> float:
+    """Checks a finite number."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
-    if (
-        not -math.inf < value < math.inf
-    ):  # traced with dynamic shapes a number is a symbol, which math.isfinite does not take
+    # traced with dynamic shapes a number is a symbol, which math.isfinite does not take
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be finite, got {value}")
     return float(value)
 
@@ -68,7 +68,7 @@ def temperature(value: float) -> float:
 def pair_sets(
     partners: Tensor | Sequence, B: int, device: torch.device, clamp: bool = True
 ) -> tuple[str | Tensor, ...]:
-    """-> one entry a pair set: "self", "all" or an int64 [B] tensor, clamped (unless kernels do it) where it cannot be looked at."""
+    """Returns "self", "all" or int64 [B] for each pair set. Values that may not be read are clamped with `clamp`."""
     if isinstance(partners, str) or not isinstance(partners, (Tensor, Sequence)):
         raise TypeError(f"partners must be an int64 tensor [T, B] or a sequence of T entries, got {partners!r}")
     if isinstance(partners, Tensor) and partners.dim() != 2:
@@ -80,6 +80,7 @@ def pair_sets(
 
 
 def partner_entry(name: str, entry: str | Tensor, B: int, device: torch.device, clamp: bool) -> str | Tensor:
+    """Checks one entry of `partners`."""
     if isinstance(entry, str):
         if entry not in ("self", "all"):
             raise ValueError(f'{name} must be "self", "all" or an int64 tensor [{B}], got {entry!r}')
@@ -94,7 +95,7 @@ def partner_entry(name: str, entry: str | Tensor, B: int, device: torch.device, 
 
 
 def index_vector(name: str, numbers: Tensor, B: int, N: int, device: torch.device, clamp: bool) -> Tensor:
-    """int64 [B], each 0 to N - 1."""
+    """Checks int64 [B] image numbers, 0 to N - 1. Values that may not be read are clamped with `clamp`."""
     if not isinstance(numbers, Tensor):
         raise TypeError(f"{name} must be an int64 tensor [{B}], got {type(numbers).__name__}")
     if numbers.dtype != torch.int64:
@@ -114,14 +115,14 @@ def index_vector(name: str, numbers: Tensor, B: int, N: int, device: torch.devic
 def threshold_table(
     values: Tensor | Sequence[float] | float, T: int, H: int | None, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """-> [H or 1, T] in `dtype`."""
+    """Returns thresholds [H,T] in `dtype`, with H = 1 where there are no heads."""
     if isinstance(values, Tensor):
         if values.requires_grad:
             raise ValueError("thresholds is a constant of this function and gets no gradient: pass thresholds.detach()")
         table = values.to(device=device, dtype=dtype)
     else:
         if isinstance(values, Sequence) and any(isinstance(value, Tensor) and value.requires_grad for value in values):
-            raise ValueError("thresholds is a constant of this function and gets no gradient: detach what it holds")
+            raise ValueError("thresholds is a constant of this function and gets no gradient: detach its elements")
         try:
             table = torch.tensor(values, dtype=dtype, device=device)
         except (TypeError, ValueError):
@@ -140,7 +141,7 @@ def describe_thresholds(T: int, H: int | None) -> str:
 
 
 def scalar(name: str, value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """-> a 0-dim tensor: what came as one is read when it is used, so a captured graph may be given another value."""
+    """Returns a 0-dim tensor. A tensor is read only when it is used, so a captured graph can be given another value."""
     if isinstance(value, Tensor):
         if value.dim() != 0:
             raise ValueError(f"{name} must be a number or a tensor of shape [], got shape {list(value.shape)}")
@@ -151,7 +152,7 @@ def scalar(name: str, value: float | Tensor, dtype: torch.dtype, device: torch.d
 
 
 def bounds(name: str, pair: Sequence[float | None]) -> tuple[float | None, float | None]:
-    """(low, high), each a number or None for no bound."""
+    """Checks (low, high), each a number or None for no bound."""
     if isinstance(pair, (str, Tensor)) or not isinstance(pair, Sequence) or len(pair) != 2:
         raise TypeError(f"{name} must be a pair (low, high), each a number or None, got {pair!r}")
     if any(isinstance(side, bool) or not isinstance(side, (int, float, type(None))) for side in pair):
@@ -167,6 +168,7 @@ def bounds(name: str, pair: Sequence[float | None]) -> tuple[float | None, float
 def optional_constant(
     name: str, tensor: Tensor | None, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype
 ) -> Tensor | None:
+    """Checks a constant that may be left out, and converts it to `dtype`."""
     if tensor is None:
         return None
     float_tensor(name, tensor, shape, like, constant=True)
@@ -174,6 +176,7 @@ def optional_constant(
 
 
 def weights(tensor: Tensor | None, shape: tuple[int, int], like: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Checks patch_weight."""
     tensor = optional_constant("patch_weight", tensor, shape, like, dtype)
     if tensor is not None and is_inspectable(tensor) and not bool(((tensor >= 0) & (tensor < math.inf)).all()):
         low, high = tensor.aminmax()
@@ -181,7 +184,19 @@ def weights(tensor: Tensor | None, shape: tuple[int, int], like: Tensor, dtype: 
     return tensor
 
 
+def truth(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    """Checks ground truth: integers of the given shape, on the device of `like`."""
+    if not isinstance(tensor, Tensor) or tensor.dtype not in INTEGERS:
+        got = getattr(tensor, "dtype", type(tensor).__name__)
+        raise TypeError(f"{name} must be an integer tensor {list(shape)}, got {got}")
+    if tuple(tensor.shape) != shape or tensor.device != like.device:
+        raise ValueError(
+            f"{name} must have shape {list(shape)} on {like.device}, got {list(tensor.shape)} on {tensor.device}"
+        )
+
+
 def count(name: str, value: int) -> int:
+    """Checks an integer that is 0 or more."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     if value < 0:
@@ -190,6 +205,7 @@ def count(name: str, value: int) -> int:
 
 
 def size_pair(name: str, pair: Sequence[int] | None) -> tuple[int, int] | None:
+    """Checks (rows, columns), or None."""
     if pair is None:
         return None
     if (

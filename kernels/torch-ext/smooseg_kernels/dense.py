@@ -1,44 +1,46 @@
-"""The formulas as written: every patch pair's closeness and label distance as a matrix. The oracle, in any dtype; O(P^2 (D + K)).
+"""The formulas as written: every patch pair's closeness and label distance as a matrix; O(P^2 (D + K)) time and memory.
 
-Arguments come canonical from `api`: a head axis in front (codes [H,B,P,Z], prototypes [H,K,Z], probabilities [H,B,P,K], thresholds [H,T]),
-partners as a tuple of "self", "all" or int64 [B], constants already in the accumulation dtype.
+This is the oracle of the tests. It takes any dtype and has gradients of any order. Tensors have a head axis in front:
+codes [H,B,P,Z], prototypes [H,K,Z], probs [H,B,P,K].
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .problem import ClosenessProblem, PairProblem, Problem
 from .rows import accumulation_dtype, invert_norms, unit_rows
 
 
-def smoothness(
-    features, probs, partners, thresholds, relative, center, channel_scale, patch_weight, feature_norms, mean
-):
-    """-> energy [H,T], distance [H,T], mean [T]."""
-    dtype = accumulation_dtype(features, probs)
-    B, P, _ = features.shape
-    f = features.to(dtype)
-    if channel_scale is not None:
-        f = f * channel_scale[:, None, :]
-    f = unit_rows(f) if feature_norms is None else f * invert_norms(feature_norms)[..., None]
+def smoothness(problem: Problem, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns energy [H,T], distance [H,T] and mean [T] for probs [H,B,P,K]."""
+    dtype = accumulation_dtype(problem.features, probs)
+    B, P, _ = problem.features.shape
+    f = problem.features.to(dtype)
+    if problem.channel_scale is not None:
+        f = f * problem.channel_scale[:, None, :]
+    f = unit_rows(f) if problem.feature_norms is None else f * invert_norms(problem.feature_norms)[..., None]
     c = unit_rows(probs.to(dtype))
-    w = torch.ones(B, P, dtype=dtype, device=f.device) if patch_weight is None else patch_weight
+    weight = problem.patch_weight
+    w = torch.ones(B, P, dtype=dtype, device=f.device) if weight is None else weight
     energies, distances, means = [], [], []
-    for t, entry in enumerate(partners):
+    for t, entry in enumerate(problem.partners):
         closeness, pair_weights, sides = [], [], partner_vectors(entry, B, f.device)
         for j in sides:
             closeness.append(f @ f[j].mT)
             pair_weights.append(mean_weights(w, w[j]))
-        # every (image, i, j) of the pair set: images without any weight are left out of the mean
-        images = sum((pw.sum((1, 2)) > 0).sum() for pw in pair_weights).clamp(min=1)
-        measured = sum((pw * s).sum() for pw, s in zip(pair_weights, closeness)) / images
-        m = measured if mean is None else mean[t]
-        bias = thresholds[:, t] + (m if relative else 0.0)
-        energy, distance = 0.0, 0.0
+        # images without any weight are left out of the mean over (image, i, j)
+        images, measured = measured_mean(pair_weights, closeness)
+        m = measured if problem.mean is None else problem.mean[t]
+        bias = problem.thresholds[:, t] + (m if problem.relative else 0.0)
+        energy = distance = f.new_zeros(c.shape[0])
         for j, s, pw in zip(sides, closeness, pair_weights):
-            closer = s - (s * shares(w[j])[:, None, :]).sum(2, keepdim=True) + m if center else s
+            closer = s - (s * shares(w[j])[:, None, :]).sum(2, keepdim=True) + m if problem.center else s
             d = 1.0 - c @ c[:, j].mT  # [H,B,P,P]
             energy = energy + (pw * (closer - bias[:, None, None, None]) * d).sum((1, 2, 3)) / images
             distance = distance + (pw * d).sum((1, 2, 3)) / images
@@ -49,89 +51,111 @@ def smoothness(
 
 
 def partner_vectors(entry: str | Tensor, B: int, device: torch.device) -> list[Tensor]:
-    """The partner of every image, once per time that an image stands on the i side."""
-    here = torch.arange(B, device=device)
+    """Lists the partners of all images, int64 [B], once for each time that an image stands on the i side."""
+    own = torch.arange(B, device=device)
     if isinstance(entry, Tensor):
         return [entry]
-    return [here] if entry == "self" else [(here + shift) % B for shift in range(1, B)]
+    return [own] if entry == "self" else [(own + shift) % B for shift in range(1, B)]
 
 
 def mean_weights(w_i: Tensor, w_j: Tensor) -> Tensor:
-    """[B,P], [B,P] -> [B,P,P] weights of one image's pairs that add up to 1, or to 0 where an image has no weight."""
+    """Turns weights [B,P] and [B,P] into [B,P,P] weights of an image's pairs; they add up to 1, or 0 without weight."""
     return shares(w_i)[:, :, None] * shares(w_j)[:, None, :]
 
 
 def shares(w: Tensor) -> Tensor:
-    """[B,P] weights -> the same with a sum of 1 over an image, or 0. Products of two raw weights could leave the dtype's range."""
+    """Scales weights [B,P] to add up to 1 over an image, or 0. Products of two raw weights could overflow the dtype."""
     return w / w.sum(1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
 
 
-def pair_energy(features_i, codes_i, features_j, codes_j, threshold, partner, clamp, hinge, center):
-    """[B,P_i,.] against [N,P_j,.], partner int64 [B] or None -> energy [], similarity []."""
-    dtype = accumulation_dtype(features_i, codes_i, features_j, codes_j)
-    f_i, c_i, f_j, c_j = (unit_rows(rows.to(dtype)) for rows in (features_i, codes_i, features_j, codes_j))
-    if partner is not None:
-        f_j, c_j = f_j[partner], c_j[partner]
+def added(parts: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, parts)
+
+
+def measured_mean(pair_weights: list[Tensor], closeness: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Returns the number of image pairs that have any weight, at least 1, and the mean closeness M over them."""
+    images = added((pw.sum((1, 2)) > 0).sum() for pw in pair_weights).clamp(min=1)
+    return images, added((pw * s).sum() for pw, s in zip(pair_weights, closeness)) / images
+
+
+def pair_energy(problem: PairProblem) -> tuple[Tensor, Tensor]:
+    """Returns energy [] and similarity []."""
+    tensors = (problem.features_i, problem.codes_i, problem.features_j, problem.codes_j)
+    dtype = accumulation_dtype(*tensors)
+    f_i, c_i, f_j, c_j = (unit_rows(rows.to(dtype)) for rows in tensors)
+    if problem.partner is not None:
+        f_j, c_j = f_j[problem.partner], c_j[problem.partner]
     closeness, likeness = f_i @ f_j.mT, c_i @ c_j.mT  # [B,P_i,P_j]
-    if center:
+    if problem.center:
         closeness = closeness - closeness.mean(2, keepdim=True) + closeness.mean()
-    force = closeness - threshold
-    if hinge:
+    force = closeness - problem.threshold
+    if problem.hinge:
         force = force.clamp(min=0.0)
-    clamped = likeness if clamp == (None, None) else likeness.clamp(*clamp)
+    clamped = likeness if problem.clamp == (None, None) else likeness.clamp(*problem.clamp)
     return -(clamped * force).mean(), likeness.mean()
 
 
-def similarity_statistics(features, partners, patch_weight, mean, center, bins, limits, neighbours):
-    """-> mean [T], row_mean [T,B,P], histogram int64 [T,bins], neighbour_values and neighbour_indices [T,B,P,k]."""
-    dtype = accumulation_dtype(features)
-    B, P, _ = features.shape
-    f = unit_rows(features.to(dtype))
-    w = torch.ones(B, P, dtype=dtype, device=f.device) if patch_weight is None else patch_weight
-    here = (w > 0)[:, :, None]
-    flat = torch.arange(B * P, device=f.device).view(B, P)
-    found = []
-    for t, entry in enumerate(partners):
+def similarity_statistics(problem: ClosenessProblem) -> tuple[Tensor, ...]:
+    """Returns mean [T], row_mean [T,B,P], histogram int64 [T,bins], neighbour values and indices [T,B,P,k]."""
+    dtype = accumulation_dtype(problem.features)
+    B, P, _ = problem.features.shape
+    f = unit_rows(problem.features.to(dtype))
+    w = torch.ones(B, P, dtype=dtype, device=f.device) if problem.patch_weight is None else problem.patch_weight
+    results = []
+    for t, entry in enumerate(problem.partners):
         sides = partner_vectors(entry, B, f.device)
         closeness, pair_weights = [f @ f[j].mT for j in sides], [mean_weights(w, w[j]) for j in sides]
-        images = sum((pw.sum((1, 2)) > 0).sum() for pw in pair_weights).clamp(min=1)
-        m = sum((pw * s).sum() for pw, s in zip(pair_weights, closeness)) / images if mean is None else mean[t]
+        m = measured_mean(pair_weights, closeness)[1] if problem.mean is None else problem.mean[t]
         rows = [(s * shares(w[j])[:, None]).sum(2) for j, s in zip(sides, closeness)]
-        partners_here = sum((w[j].sum(1) > 0).to(dtype) for j in sides).clamp(min=1)
-        counts = torch.zeros(bins, dtype=torch.int64, device=f.device)
-        table = torch.full((B, P, B * P if neighbours else 0), -torch.inf, dtype=dtype, device=f.device)
-        for j, s, r in zip(sides, closeness, rows):
-            closer = s - r[:, :, None] + m if center else s
-            there = (w[j] > 0)[:, None, :].expand(s.shape)
-            if bins:
-                place = ((closer - limits[0]) * (bins / (limits[1] - limits[0]))).floor().clamp(0, bins - 1).long()
-                counts.scatter_add_(0, place.flatten(), (here & there).long().flatten())
-            if neighbours:
-                other = flat[j][:, None, :].expand(s.shape)
-                itself = other == flat[:, :, None]  # a patch is no neighbour of its own
-                table.scatter_(2, other, torch.where(there & ~itself, closer, -torch.inf))
-        best = table.sort(dim=2, descending=True, stable=True)
-        values, indices = best.values[:, :, :neighbours], best.indices[:, :, :neighbours]
-        missing = neighbours - values.shape[2]
-        values, indices = F.pad(values, (0, missing), value=-torch.inf), F.pad(indices, (0, missing), value=-1)
-        found.append(
-            (m, sum(rows) / partners_here[:, None], counts, values, torch.where(values > -torch.inf, indices, -1))
-        )
-    return tuple(torch.stack(parts) for parts in zip(*found))
+        present_partners = added((w[j].sum(1) > 0).to(dtype) for j in sides).clamp(min=1)
+        closer = [s - r[:, :, None] + m if problem.center else s for s, r in zip(closeness, rows)]
+        row_mean = added(rows) / present_partners[:, None]
+        results.append((m, row_mean, histogram(problem, closer, sides, w), *neighbours(problem, closer, sides, w)))
+    return tuple(torch.stack(parts) for parts in zip(*results))
+
+
+def histogram(problem: ClosenessProblem, closeness: list[Tensor], sides: list[Tensor], w: Tensor) -> Tensor:
+    """Counts pairs [B,P,P] in int64 [bins], each once, where both weights are above 0."""
+    bins, (low, high) = problem.bins, problem.limits
+    counts = torch.zeros(bins, dtype=torch.int64, device=w.device)
+    for j, closer in zip(sides, closeness if bins else ()):
+        place = ((closer - low) * (bins / (high - low))).floor().clamp(0, bins - 1).long()
+        both = (w > 0)[:, :, None] & (w[j] > 0)[:, None, :]
+        counts.scatter_add_(0, place.flatten(), both.long().flatten())
+    return counts
+
+
+def neighbours(
+    problem: ClosenessProblem, closeness: list[Tensor], sides: list[Tensor], w: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Finds the k closest patches of each patch: values and indices [B,P,k], -inf and -1 where there are fewer."""
+    k, (B, P) = problem.neighbours, w.shape
+    flat = torch.arange(B * P, device=w.device).view(B, P)
+    table = torch.full((B, P, B * P if k else 0), -torch.inf, dtype=w.dtype, device=w.device)
+    for j, closer in zip(sides, closeness if k else ()):
+        other = flat[j][:, None, :].expand(closer.shape)
+        candidate = (w[j] > 0)[:, None, :] & (other != flat[:, :, None])  # a patch is not its own neighbour
+        table.scatter_(2, other, torch.where(candidate, closer, -torch.inf))
+    best = table.sort(dim=2, descending=True, stable=True)
+    values, indices = best.values[:, :, :k], best.indices[:, :, :k]
+    missing = k - values.shape[2]
+    values, indices = F.pad(values, (0, missing), value=-torch.inf), F.pad(indices, (0, missing), value=-1)
+    return values, torch.where(values > -torch.inf, indices, -1)
 
 
 def cosines(codes: Tensor, prototypes: Tensor) -> Tensor:
-    """[H,B,P,Z], [H,K,Z] -> [H,B,P,K]."""
+    """Takes [H,B,P,Z] and [H,K,Z] to [H,B,P,K]."""
     dtype = accumulation_dtype(codes, prototypes)
     return unit_rows(codes.to(dtype)) @ unit_rows(prototypes.to(dtype))[:, None].mT
 
 
 def probabilities(codes: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
+    """Returns probs [H,B,P,K]."""
     return torch.softmax(cosines(codes, prototypes) / temperature, -1)
 
 
 def data_term(codes: Tensor, student: Tensor, teacher: Tensor, patch_weight: Tensor | None) -> Tensor:
-    """-> [H]."""
+    """Returns the data term [H]."""
     labels = cosines(codes.detach(), teacher).argmax(-1)
     logits = cosines(codes.detach(), student)
     loss = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), reduction="none").view(labels.shape)
@@ -141,31 +165,16 @@ def data_term(codes: Tensor, student: Tensor, teacher: Tensor, patch_weight: Ten
 
 
 def loss(
-    features,
-    codes,
-    student,
-    teacher,
-    partners,
-    thresholds,
-    temperature,
-    relative,
-    center,
-    channel_scale,
-    patch_weight,
-    feature_norms,
-    mean,
-):
-    """-> total [H], energy [H,T], data [H], distance [H,T], mean [T]."""
-    probs = probabilities(codes, teacher, temperature)
-    energy, distance, mean = smoothness(
-        features, probs, partners, thresholds, relative, center, channel_scale, patch_weight, feature_norms, mean
-    )
-    data = data_term(codes, student, teacher, patch_weight)
+    problem: Problem, codes: Tensor, student: Tensor, teacher: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns total [H], energy [H,T], data [H], distance [H,T] and mean [T]."""
+    energy, distance, mean = smoothness(problem, probabilities(codes, teacher, temperature))
+    data = data_term(codes, student, teacher, problem.patch_weight)
     return energy.sum(1) + data, energy, data, distance, mean
 
 
 def assign(codes: Tensor, prototypes: Tensor, grid: tuple[int, int] | None, size: tuple[int, int] | None) -> Tensor:
-    """The argmax of cosines to bilinearly upsampled codes; -> [B,P] or [B,H,W]."""
+    """Returns labels, int64 [B,P] or [B,H,W]: the argmax of cosines, to bilinearly upsampled codes with a grid."""
     codes = codes.to(accumulation_dtype(codes, prototypes))
     if grid is None:
         return cosines(codes[None], prototypes[None])[0].argmax(-1)

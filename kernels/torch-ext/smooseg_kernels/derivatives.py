@@ -1,4 +1,4 @@
-"""Derivatives that an implementation does not have are refused: left to PyTorch, some would come out as zeros."""
+"""Refuses derivatives that an implementation does not have. PyTorch would return zeros for some of them."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from torch.autograd import forward_ad
 
 
 def refuse_second(function: str, impl: str) -> None:
-    """For a backward pass whose own operations leave no graph.
+    """Raises in a backward pass whose own operations leave no graph, where a graph is asked for.
 
-    once_differentiable would not do: a constant upstream gradient passes it, and torch.autograd.grad never gets to its error.
+    once_differentiable does not suffice: a constant upstream gradient passes it, and torch.autograd.grad never reaches
+    its error.
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
-            f'{function}: impl="{impl}" has no gradient of its gradient; use impl="dense" where create_graph=True is needed'
+            f'{function}: impl="{impl}" has no gradient of its gradient; use impl="dense" with create_graph=True'
         )
 
 
 def refuse_forward_mode(*tensors: Tensor) -> None:
-    """Registered operators would drop the tangents without a word."""
+    """Raises for forward-mode tangents, which registered operators would drop silently."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):

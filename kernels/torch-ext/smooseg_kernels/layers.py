@@ -1,4 +1,4 @@
-"""The energies as modules without state, for training loops whose tensors are images: NCHW in, scalars out, nothing to train or save."""
+"""The energies as stateless modules for training loops with NCHW tensors: scalars out, nothing to train or save."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .api import pair_energy, smoothness_energy
+from .energies import pair_energy, smoothness_energy
 from .rows import accumulation_dtype
 from .types import PairEnergy, SmoothnessLossTerms
 
@@ -16,31 +16,48 @@ __all__ = ["CorrelationLoss", "SmoothnessLoss", "draw_partners"]
 def draw_partners(
     B: int, *, device: torch.device | str | None = None, generator: torch.Generator | None = None
 ) -> Tensor:
-    """int64 [B]: another image of the batch for each one. A random permutation in which an image that drew itself takes the next number
-    modulo B, so two images can have the same partner (Lan et al. 2023, arXiv 2310.17874).
+    """Draws another image of the batch for each image.
 
-    B is at least 2. Draws where the generator is, which has to be on `device`; never waits for a GPU, and can be captured in a CUDA graph.
+    The partners are a random permutation in which an image that drew itself takes the next number modulo B. Two images
+    can therefore share a partner (Lan et al. 2023, arXiv 2310.17874). The draw is that of `torch.randperm(B)`. It never
+    waits for a GPU, and a CUDA graph can capture it.
+
+    Args:
+        B: number of images, at least 2.
+        device: where to draw. Default: the generator's device, or PyTorch's default device without a generator.
+        generator: source of the randomness, on `device`. Default: PyTorch's global generator.
+
+    Returns:
+        int64 [B] image numbers, none equal to its own position.
+
+    Raises:
+        ValueError: B is below 2.
     """
     if B < 2:
-        raise ValueError(f"B must be at least 2, as every image needs another one as its partner, got {B}")
-    here = torch.arange(B, device=device)
-    # sorted random numbers: a permutation made on the device itself
-    partners = torch.rand(B, device=device, generator=generator).argsort()
-    return torch.where(partners == here, (partners + 1) % B, partners)
+        raise ValueError(f"B must be at least 2, because every image needs another one as its partner, got {B}")
+    if device is None and generator is not None:
+        device = generator.device
+    partners = torch.randperm(B, device=device, generator=generator)
+    own = torch.arange(B, device=device)
+    return torch.where(partners == own, (partners + 1) % B, partners)
 
 
 class SmoothnessLoss(nn.Module):
-    """SmooSeg's smoothness energies within every image and across to another one: `smooseg_kernels.smoothness_energy` for NCHW tensors.
+    """Computes SmooSeg's smoothness energies within every image and across to another one, for NCHW tensors.
 
-    E = mean over (image, i, j) of (W_ij - b) (1 - cos(p_i, p_j)); cost and memory are linear in h * w. The energy to minimise is the sum
-    of the two that come back.
+    E = mean over (image, i, j) of (W_ij - b) (1 - cos(p_i, p_j)), as in `smooseg_kernels.smoothness_energy` (Lan et al.
+    2023, arXiv 2310.17874). Cost and memory are linear in h * w. Minimise the sum of the two energies.
 
     Args:
-        within: threshold b of the pairs inside an image; patches more alike than b are pulled together, the others pushed apart.
-        across: threshold of the pairs with another image of the batch.
+        within: threshold b of the pairs inside an image, a finite number. Pairs with W > b are pulled together, the
+            others pushed apart.
+        across: threshold of the pairs with another image of the batch, a finite number.
         center: W_ij = cos(f_i, f_j) less its mean over j, plus the mean over all pairs; else W_ij = cos(f_i, f_j).
         relative: thresholds are an excess over the measured mean closeness.
         impl: "auto", "triton", "torch" or "dense".
+
+    Raises:
+        ValueError, TypeError: name the argument, what came and what was expected.
     """
 
     def __init__(
@@ -51,10 +68,13 @@ class SmoothnessLoss(nn.Module):
         self.center, self.relative, self.impl = bool(center), bool(relative), impl
 
     def forward(self, features: Tensor, probs: Tensor, partners: Tensor | str | None = None) -> SmoothnessLossTerms:
-        """features [B,D,h,w], frozen (no gradient); probs [B,K,h,w], label distributions or rows of any positive length, gets gradients.
+        """Computes the terms of one batch.
 
-        partners: int64 [B], the other image of each one, or "all" for every ordered pair of different images; None draws them with
-        `draw_partners` from torch's global generator. B >= 2.
+        Args:
+            features: [B,D,h,w], frozen (no gradient), B >= 2.
+            probs: [B,K,h,w] label distributions, or rows of any positive length. Get gradients.
+            partners: int64 [B], the other image of each image, or "all" for every ordered pair of different images.
+                None draws them with `draw_partners` from PyTorch's global generator.
         """
         checks.float_tensor("features", features, ("B", "D", "h", "w"), constant=True)
         B, _, h, w = features.shape
@@ -64,10 +84,9 @@ class SmoothnessLoss(nn.Module):
         if partners is None:
             partners = draw_partners(B, device=features.device)
         partners = checks.partner_entry("partners", partners, B, features.device, clamp=False)
-        # made on the device: a copy from the host would wait for it, and could not be captured
-        thresholds = torch.linspace(
-            self.within, self.across, 2, dtype=accumulation_dtype(features, probs), device=features.device
-        )
+        # made on the device: a copy from the host would wait for it and could not be captured
+        dtype = accumulation_dtype(features, probs)
+        thresholds = torch.linspace(self.within, self.across, 2, dtype=dtype, device=features.device)
         terms = smoothness_energy(
             patch_rows(features),
             patch_rows(probs),
@@ -77,25 +96,27 @@ class SmoothnessLoss(nn.Module):
             center=self.center,
             impl=self.impl,
         )
-        (energy_within, energy_across), (distance_within, distance_across) = (
-            terms.energy.unbind(),
-            terms.distance.unbind(),
-        )
+        energy_within, energy_across = terms.energy.unbind()
+        distance_within, distance_across = terms.distance.unbind()
         return SmoothnessLossTerms(energy_within, distance_within, energy_across, distance_across)
 
 
 class CorrelationLoss(nn.Module):
-    """The clamped correlation energy of two batches of feature maps and their codes: `smooseg_kernels.pair_energy` for NCHW tensors.
+    """Computes the clamped correlation energy of two batches of feature maps and their codes, for NCHW tensors.
 
-    energy = mean over (image, i, j) of -clamp(cos(c_i, c_j), low, high) * (W_ij - b), as in STEGO (Hamilton et al., ICLR 2022, arXiv
-    2203.08414), whose intra, nearest-neighbour and random terms are three of these with shifts of their own.
+    energy = mean over (image, i, j) of -clamp(cos(c_i, c_j), low, high) (W_ij - b), as in `smooseg_kernels.pair_energy`
+    and in STEGO (Hamilton et al., ICLR 2022, arXiv 2203.08414), whose intra, nearest-neighbour and random terms are
+    three of these with different shifts b.
 
     Args:
-        threshold: b, a finite number: pairs of patches more alike than b are pulled together, the others pushed apart.
-        clamp: (low, high) of the codes' similarity, each a number or None for no bound; (0, None) is STEGO's.
+        threshold: b, a finite number. Pairs with W > b are pulled together, the others pushed apart.
+        clamp: (low, high) of the codes' similarity, each a number or None for no bound; STEGO's is (0, None).
         center: W_ij = cos(f_i, f_j) less its mean over j, plus the mean over all pairs; else W_ij = cos(f_i, f_j).
         hinge: max(W_ij - b, 0) in place of W_ij - b.
         impl: "auto", "triton", "torch" or "dense".
+
+    Raises:
+        ValueError, TypeError: name the argument, what came and what was expected.
     """
 
     def __init__(
@@ -112,26 +133,31 @@ class CorrelationLoss(nn.Module):
         self.center, self.hinge, self.impl = bool(center), bool(hinge), impl
 
     def forward(self, features_1: Tensor, features_2: Tensor, codes_1: Tensor, codes_2: Tensor) -> PairEnergy:
-        """-> (energy, mean similarity of the codes before the clamp).
+        """Computes the energy of one batch, image n against image n, and the mean similarity of the codes before the
+        clamp.
 
-        features_1 [B,D,h,w] and features_2 [B,D,h',w'], frozen (no gradient), image n against image n; codes_1 [B,Z,h,w] and codes_2
-        [B,Z,h',w'] both get gradients. The two sides may have grids of different sizes.
+        Args:
+            features_1: [B,D,h,w], frozen (no gradient).
+            features_2: [B,D,h',w'], frozen; its grid may differ.
+            codes_1: [B,Z,h,w]. Get gradients.
+            codes_2: [B,Z,h',w']. Get gradients.
         """
         checks.float_tensor("features_1", features_1, ("B", "D", "h", "w"), constant=True)
         B, D, h, w = features_1.shape
         checks.float_tensor("codes_1", codes_1, (B, "Z", h, w), features_1)
         checks.float_tensor("features_2", features_2, (B, D, "h'", "w'"), features_1, constant=True)
         checks.float_tensor("codes_2", codes_2, (B, codes_1.shape[1], *features_2.shape[2:]), features_1)
-        # one tensor on both sides stays one: its unit rows are then made once
-        f, c = patch_rows(features_1), patch_rows(codes_1)
-        f_2 = f if features_2 is features_1 else patch_rows(features_2)
-        c_2 = c if codes_2 is codes_1 else patch_rows(codes_2)
-        options = {"clamp": self.clamp, "hinge": self.hinge, "center": self.center, "impl": self.impl}
-        return pair_energy(f, c, f_2, c_2, self.threshold, **options)
+        # one tensor on both sides stays one, so that its unit rows are computed once
+        f_1, c_1 = patch_rows(features_1), patch_rows(codes_1)
+        f_2 = f_1 if features_2 is features_1 else patch_rows(features_2)
+        c_2 = c_1 if codes_2 is codes_1 else patch_rows(codes_2)
+        return pair_energy(
+            f_1, c_1, f_2, c_2, self.threshold, clamp=self.clamp, hinge=self.hinge, center=self.center, impl=self.impl
+        )
 
 
 def patch_rows(planes: Tensor) -> Tensor:
-    """[B,C,h,w] -> [B,h*w,C], a view of channels-last planes, and of any on a CPU."""
+    """Takes [B,C,h,w] to [B,h*w,C], without a copy of channels-last planes, nor of any on a CPU."""
     rows = planes.flatten(2).mT
-    # kernels read rows that lie together: one copy here spares one in every pass
+    # kernels read rows whose elements are adjacent: one copy here spares one in every pass
     return rows.contiguous() if planes.is_cuda else rows

@@ -1,10 +1,10 @@
-"""Public functions inside a torch.autocast region compute as they do outside of it."""
+"""Public functions compute the same inside a torch.autocast region as outside of it."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +13,10 @@ Function = TypeVar("Function", bound=Callable)
 
 
 def outside_autocast(function: Function) -> Function:
-    """Autocast would round the sums to 16 bits, and energies are what is left of terms that nearly cancel. Inputs may be 16 bits wide."""
+    """Turns autocast off inside a function, whichever way its tensors are passed. Inputs may have 16 bits.
+
+    Autocast would round the sums to 16 bits, and the terms of an energy nearly cancel.
+    """
 
     @functools.wraps(function)
     def run(*args, **kwargs):
@@ -24,4 +27,4 @@ def outside_autocast(function: Function) -> Function:
         with torch.autocast(kind, enabled=False):
             return function(*args, **kwargs)
 
-    return run
+    return cast(Function, run)

@@ -1,4 +1,4 @@
-"""Row norms, the one rule that every implementation shares: fp32 at least, and a row shorter than 1e-10 has cosine 0 and gradient 0."""
+"""Row norms, by one rule for all: fp32 at least, and a row shorter than 1e-10 has cosine 0 and gradient 0."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ SHORTEST = 1e-10
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
-    """fp64 if any input is, else fp32."""
+    """Returns fp64 if any input has it, else fp32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def invert_norms(norms: Tensor) -> Tensor:
-    """1 / norms, and 0 (with gradient 0) where a norm is below 1e-10."""
+    """Returns 1 / norms, and 0 with gradient 0 where a norm is below 1e-10."""
     short = norms < SHORTEST
     return torch.where(short, 0.0, 1.0 / torch.where(short, 1.0, norms))
 
 
 def inverse_norms(rows: Tensor) -> Tensor:
-    """[..., N] -> [..., 1]."""
+    """Takes rows [..., N] to [..., 1]."""
     return invert_norms(torch.linalg.vector_norm(rows, dim=-1, keepdim=True))
 
 
 def unit_rows(rows: Tensor) -> Tensor:
-    """[..., N] -> the same rows with length 1, or 0."""
+    """Scales rows [..., N] to length 1, or 0."""
     return rows * inverse_norms(rows)

@@ -1,4 +1,4 @@
-"""What the public functions return."""
+"""Results of the public functions."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import Tensor
 
 
 class SmoothnessTerms(NamedTuple):
-    """Smoothness energies of T pair sets, fp32 (fp64 for fp64 inputs)."""
+    """Smoothness energies of T pair sets, fp32 (fp64 with any fp64 input)."""
 
     energy: Tensor  # [T] mean over (image, i, j) of (W_ij - b) * (1 - cos(p_i, p_j))
     distance: Tensor  # [T] mean label distance, 1 - cos(p_i, p_j)
-    mean: Tensor  # [T] mean closeness M of each pair set: measured, or the one that was given
+    mean: Tensor  # [T] mean closeness M of each pair set, measured or as given
 
 
 class SmooSegLoss(NamedTuple):
-    """The whole objective, fp32 (fp64 for fp64 inputs); a head axis of the codes puts [H] in front of all but `mean`."""
+    """The whole objective, fp32 (fp64 with any fp64 input). With heads all but `mean` have a leading [H]."""
 
     total: Tensor  # [] energy.sum() + data
     energy: Tensor  # [T]
@@ -26,28 +26,28 @@ class SmooSegLoss(NamedTuple):
 
 
 class PairEnergy(NamedTuple):
-    """A clamped energy of patch pairs, fp32 (fp64 for fp64 inputs)."""
+    """A clamped energy of patch pairs, fp32 (fp64 with any fp64 input)."""
 
     energy: Tensor  # [] mean over (image, i, j) of -clamp(cos(c_i, c_j)) * V_ij
     similarity: Tensor  # [] mean of cos(c_i, c_j), before the clamp
 
 
 class SmoothnessLossTerms(NamedTuple):
-    """What `layers.SmoothnessLoss` returns: scalars, fp32 (fp64 for fp64 inputs), all with gradients to the label distributions."""
+    """Results of `layers.SmoothnessLoss`: scalars with gradients to probs, fp32 (fp64 with any fp64 input)."""
 
-    energy_within: Tensor  # [] of the pairs inside an image
+    energy_within: Tensor  # [] over the pairs inside an image
     distance_within: Tensor  # [] mean label distance of those pairs, 1 - cos(p_i, p_j)
-    energy_across: Tensor  # [] of the pairs with another image
+    energy_across: Tensor  # [] over the pairs with another image
     distance_across: Tensor  # []
 
 
 class SimilarityStatistics(NamedTuple):
-    """What is known of the closeness W of T pair sets, fp32 (fp64 for fp64 inputs)."""
+    """Statistics of the closeness W of T pair sets, fp32 (fp64 for fp64 features)."""
 
-    mean: Tensor  # [T] mean closeness M of each pair set: measured, or the one that was given
+    mean: Tensor  # [T] mean closeness M of each pair set, measured or as given
     row_mean: Tensor  # [T,B,P] each patch's mean cosine to its partner's patches; with "all" the mean over its partners
-    histogram: Tensor  # int64 [T,bins] pairs whose W lies in each bin, lower edge included; those beyond the limits in the end bins
-    neighbour_values: Tensor  # [T,B,P,k] the largest W of each patch, descending; -inf where there are fewer than k
-    neighbour_indices: (
-        Tensor  # int64 [T,B,P,k] image * P + patch of each, a row of features.flatten(0, 1); -1 where there is none
+    histogram: (
+        Tensor  # int64 [T,bins] pairs by their W; a bin includes its lower edge, the end bins all beyond the limits
     )
+    neighbour_values: Tensor  # [T,B,P,k] the largest W of each patch, descending; -inf where there are fewer than k
+    neighbour_indices: Tensor  # int64 [T,B,P,k] image * P + patch of each, a row of features.flatten(0, 1); -1 for none

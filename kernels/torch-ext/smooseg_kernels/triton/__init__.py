@@ -1,6 +1,7 @@
-"""The objective in Triton (`impl="triton"`): one read of the features for the sums, one for the gradients; registered operators.
+"""The objective in Triton (`impl="triton"`): the features are read once for the sums and once for the gradients.
 
-Arguments come canonical from `api`, as `dense` takes them.
+The launchers are registered operators with flat signatures, as torch.library requires; here they meet the front door's
+problems.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..problem import ClosenessProblem, PairProblem, Problem
 from . import assignment, code_rows, objective, pairs, similarity
 from .launch import INTERPRETED, fits, require_interpreter
 from .pair_sums import ALL, SELF
@@ -27,12 +29,12 @@ __all__ = [
     "statistics_excess",
 ]
 
-# kernels clamp partner numbers themselves, and spare a launch
+# kernels clamp partner numbers themselves, which spares a launch
 CLAMPS_PARTNERS = True
 
 
 def pair_table(partners: tuple[str | Tensor, ...]) -> tuple[Tensor | None, list[int]]:
-    """-> the index entries as one table [rows,B], and for each pair set SELF, ALL or its row there."""
+    """Returns the index entries as one table [rows,B], and for each pair set SELF, ALL or its row there."""
     table = [entry for entry in partners if isinstance(entry, Tensor)]
     rows = iter(range(len(table)))
     entries = [next(rows) if isinstance(entry, Tensor) else SELF if entry == "self" else ALL for entry in partners]
@@ -45,131 +47,100 @@ def wants_gradient(tensor: Tensor | None) -> bool:
     return tensor is not None and torch.is_grad_enabled() and tensor.requires_grad
 
 
-def run(
-    features,
-    rows,
-    student,
-    teacher,
-    partners,
-    thresholds,
-    temperature,
-    relative,
-    center,
-    channel_scale,
-    patch_weight,
-    feature_norms,
-    mean,
-):
-    table, entries = pair_table(partners)
-    outputs = objective.objective(
-        features,
-        rows,
-        student,
-        teacher,
-        table,
-        entries,
-        thresholds,
-        channel_scale,
-        patch_weight,
-        feature_norms,
-        mean,
-        temperature,
-        relative,
-        center,
-        wants_gradient(rows),
-        wants_gradient(student),
+def energies(
+    problem: Problem, rows: Tensor, *, student: Tensor | None, teacher: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns total [H], energy [H,T], data [H], distance [H,T], mean [T]. `rows`: codes with a teacher, else probs."""
+    partners, entries = pair_table(problem.partners)
+    total, energy, data, distance, mean, *_ = objective.objective(
+        features=problem.features,
+        rows=rows,
+        student=student,
+        teacher=teacher,
+        partners=partners,
+        entries=entries,
+        thresholds=problem.thresholds,
+        channel_scale=problem.channel_scale,
+        patch_weight=problem.patch_weight,
+        feature_norms=problem.feature_norms,
+        mean=problem.mean,
+        temperature=temperature,
+        relative=problem.relative,
+        center=problem.center,
+        rows_gradient=wants_gradient(rows),
+        student_gradient=wants_gradient(student),
     )
-    return (*outputs[:4], outputs[4].detach())
+    return total, energy, data, distance, mean.detach()
 
 
-def smoothness(
-    features, probs, partners, thresholds, relative, center, channel_scale, patch_weight, feature_norms, mean
-):
-    """-> energy [H,T], distance [H,T], mean [T]."""
-    _, energy, _, distance, mean = run(
-        features,
-        probs,
-        None,
-        None,
-        partners,
-        thresholds,
-        1.0,
-        relative,
-        center,
-        channel_scale,
-        patch_weight,
-        feature_norms,
-        mean,
-    )
+def smoothness(problem: Problem, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns energy [H,T], distance [H,T] and mean [T] for probs [H,B,P,K]."""
+    _, energy, _, distance, mean = energies(problem, probs, student=None, teacher=None, temperature=1.0)
     return energy, distance, mean
 
 
 def loss(
-    features,
-    codes,
-    student,
-    teacher,
-    partners,
-    thresholds,
-    temperature,
-    relative,
-    center,
-    channel_scale,
-    patch_weight,
-    feature_norms,
-    mean,
-):
-    """-> total [H], energy [H,T], data [H], distance [H,T], mean [T]."""
-    return run(
-        features,
-        codes,
-        student,
-        teacher,
-        partners,
-        thresholds,
-        temperature,
-        relative,
-        center,
-        channel_scale,
-        patch_weight,
-        feature_norms,
-        mean,
-    )
+    problem: Problem, codes: Tensor, student: Tensor, teacher: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns total [H], energy [H,T], data [H], distance [H,T] and mean [T]."""
+    return energies(problem, codes, student=student, teacher=teacher, temperature=temperature)
 
 
-def similarity_statistics(features, partners, patch_weight, mean, center, bins, limits, neighbours):
-    """-> mean [T], row_mean [T,B,P], histogram int64 [T,bins], neighbour_values and neighbour_indices [T,B,P,k]."""
-    table, entries = pair_table(partners)
+def similarity_statistics(problem: ClosenessProblem) -> tuple[Tensor, ...]:
+    """Returns mean [T], row_mean [T,B,P], histogram int64 [T,bins], neighbour values and indices [T,B,P,k]."""
+    partners, entries = pair_table(problem.partners)
+    low, high = problem.limits
     return similarity.similarity_statistics(
-        features, table, entries, patch_weight, mean, center, bins, *limits, neighbours
+        features=problem.features,
+        partners=partners,
+        entries=entries,
+        weight=problem.patch_weight,
+        mean=problem.mean,
+        center=problem.center,
+        bins=problem.bins,
+        low=low,
+        high=high,
+        neighbours=problem.neighbours,
     )
 
 
 def statistics_excess(bins: int, neighbours: int) -> str | None:
-    """Why these kernels do not serve such a request, or None."""
+    """Says why these kernels do not serve such a request, or returns None."""
     return similarity.excess(bins, neighbours)
 
 
 def probabilities(codes: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
+    """Returns probs [H,B,P,K]."""
     return code_rows.probabilities(codes, prototypes, temperature)
 
 
 def data_term(codes: Tensor, student: Tensor, teacher: Tensor, patch_weight: Tensor | None) -> Tensor:
-    """-> [H]."""
+    """Returns the data term [H]."""
     return code_rows.data_term(codes.detach(), student, teacher, patch_weight, wants_gradient(student))[0]
 
 
-def pair_energy(features_i, codes_i, features_j, codes_j, threshold, partner, clamp, hinge, center):
-    """-> energy [], similarity []."""
-    dtype = torch.promote_types(features_i.dtype, features_j.dtype)  # one matrix product takes both
-    features_i, features_j = features_i.to(dtype), features_j.to(dtype)
-    return pairs.pair_energy(
-        features_i, codes_i, features_j, codes_j, threshold, partner, *clamp, hinge, center, wants_gradient(codes_i)
-    )[:2]
+def pair_energy(problem: PairProblem) -> tuple[Tensor, Tensor]:
+    """Returns energy [] and similarity []."""
+    dtype = torch.promote_types(problem.features_i.dtype, problem.features_j.dtype)  # one matrix product takes both
+    low, high = problem.clamp
+    energy, similarity, *_ = pairs.pair_energy(
+        features_i=problem.features_i.to(dtype),
+        codes_i=problem.codes_i,
+        features_j=problem.features_j.to(dtype),
+        codes_j=problem.codes_j,
+        threshold=problem.threshold,
+        partner=problem.partner,
+        low=low,
+        high=high,
+        hinge=problem.hinge,
+        center=problem.center,
+        i_gradient=wants_gradient(problem.codes_i),
+    )
+    return energy, similarity
 
 
 def assign(codes: Tensor, prototypes: Tensor, grid: tuple[int, int] | None, size: tuple[int, int] | None) -> Tensor:
-    """-> [B,P] or [B,H,W]."""
+    """Returns labels, int64 [B,P] or [B,H,W]."""
     return assign_counted(codes, prototypes, grid, size, None, 0)[0]
 
 
@@ -178,9 +149,9 @@ def assign_counted(
     prototypes: Tensor,
     grid: tuple[int, int] | None,
     size: tuple[int, int] | None,
-    labels: Tensor | None,
+    truth: Tensor | None,
     classes: int,
 ) -> tuple[Tensor, Tensor]:
-    """The same and the counts [K, classes] from one kernel."""
-    pairs = (None if pair is None else list(pair) for pair in (grid, size))
-    return assignment.assign(codes, prototypes, *pairs, labels, classes)
+    """Returns labels and the counts [K,classes] against the ground truth, from one kernel."""
+    lists = (None if pair is None else list(pair) for pair in (grid, size))
+    return assignment.assign(codes, prototypes, *lists, truth, classes)

@@ -1,4 +1,8 @@
-"""Soft labels and the data term on their own: one pass over the codes, one more for the gradient, then the sums over patches."""
+"""Probs and the data term alone: one pass over the codes, one more for the gradient, then the sums over patches."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,32 +19,38 @@ from .labels import (
     load_unit_prototypes,
     split,
     store_prototype_gradient,
-    unit_labels,
+    unit_probs,
 )
-from .launch import block_k, block_z, config, launch, narrow, operator, precision, with_rows_together
+from .launch import (
+    block_k,
+    block_z,
+    config,
+    contiguous,
+    launch,
+    narrow,
+    operator,
+    or_nothing,
+    precision,
+    with_rows_together,
+)
 
 
 @triton.jit
 def probabilities_kernel(
+    # in
     codes_ptr,  # [H,B,P,Z]
     prototypes_ptr,  # [H,K,Z]
-    out_ptr,  # [H,B,P,K] fp32 out: probabilities; with GRADIENT their upstream gradient, in
-    d_codes_ptr,  # [H,B,P,Z] out, contiguous
-    partial_ptr,  # [H,B*TILES,K,Z] fp32 out: sum_p (gradient to the cosine) code_p / |code_p| of a tile
-    P,
-    temperature,
-    stride_h,
-    stride_b,
-    stride_p,
-    K: tl.constexpr,
-    Z: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_Z: tl.constexpr,
-    CODE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    # out; with GRADIENT in
+    out_ptr,  # [H,B,P,K] fp32: probs; with GRADIENT their upstream gradient
+    # out, with GRADIENT
+    d_codes_ptr,  # [H,B,P,Z], contiguous
+    partial_ptr,  # [H,B*TILES,K,Z] fp32: sum_p (gradient to the cosine) code_p / |code_p| of a tile
+    # sizes
+    P, temperature, stride_h, stride_b, stride_p, K: tl.constexpr, Z: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Z: tl.constexpr,
+    # switches
+    GRADIENT: tl.constexpr, CODE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     tile, b, h = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     B, start = tl.num_programs(1), tile * BLOCK_P
     row, k, z = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_Z)
@@ -48,7 +58,7 @@ def probabilities_kernel(
     codes = load_rows(codes_ptr + h * stride_h + b * stride_b, start, P, stride_p, Z, BLOCK_P, BLOCK_Z).to(CODE)
     inverse = inverse_norms(codes)
     cosine = cosines(codes, inverse, high, low, CODE, PRECISION)
-    e = unit_labels(cosine, k, temperature, K)
+    e = unit_probs(cosine, k, temperature, K)
     probability = e / tl.sum(e, 1)[:, None]
     first_row = (h * B + b) * P + start
     tile_ptr = out_ptr + first_row * K + row[:, None] * K + k[None, :]
@@ -65,37 +75,30 @@ def probabilities_kernel(
         tl.store(d_ptr, d_codes.to(d_codes_ptr.dtype.element_ty), mask=inside & (z < Z)[None, :])
         unit_codes = (codes.to(tl.float32) * inverse[:, None]).to(CODE)
         sums = tl.dot(tl.trans(unit_codes), d_cosine.to(CODE), input_precision=PRECISION) * largest
-        part = (h * B + b) * tl.num_programs(0) + tile
-        tl.store(
-            partial_ptr + part * K * Z + k[None, :] * Z + z[:, None], sums, mask=(k < K)[None, :] & (z < Z)[:, None]
-        )
+        part_ptr = partial_ptr + ((h * B + b) * tl.num_programs(0) + tile) * K * Z
+        tl.store(part_ptr + k[None, :] * Z + z[:, None], sums, mask=(k < K)[None, :] & (z < Z)[:, None])
     else:
         tl.store(tile_ptr, probability, mask=inside & (k < K)[None, :])
 
 
 @triton.jit
 def data_term_kernel(
+    # in
     codes_ptr,  # [H,B,P,Z]
     student_ptr,  # [H,K,Z]
     teacher_ptr,  # [H,K,Z]
     weight_ptr,  # [B,P] fp32
-    losses_ptr,  # [H,2,B*TILES] fp32 out: weighted cross-entropy and weight of a tile
-    partial_ptr,  # [H,B*TILES,K,Z] fp32 out: sum_p w_p (gradient to the cosine) code_p / |code_p| over the tile's largest weight
-    largest_ptr,  # [B*TILES] fp32 out: the tile's largest weight
-    P,
-    stride_h,
-    stride_b,
-    stride_p,
-    K: tl.constexpr,
-    Z: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_Z: tl.constexpr,
-    CODE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    # out
+    losses_ptr,  # [H,2,B*TILES] fp32: weighted cross-entropy and weight of a tile
+    # out, with GRADIENT
+    partial_ptr,  # [H,B*TILES,K,Z] fp32: sum_p w_p (gradient to the cosine) code_p / |code_p|, over the largest w_p
+    largest_ptr,  # [B*TILES] fp32: the tile's largest weight
+    # sizes
+    P, stride_h, stride_b, stride_p, K: tl.constexpr, Z: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Z: tl.constexpr,
+    # switches
+    HAS_WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, CODE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     tile, b, h = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     start, parts = tile * BLOCK_P, tl.num_programs(1) * tl.num_programs(0)
     row, k, z = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_Z)
@@ -124,20 +127,20 @@ def data_term_kernel(
 
 @triton.jit
 def prototype_gradient_kernel(
+    # in
     partial_ptr,  # [H,parts,K,Z] fp32
-    share_ptr,  # [parts] fp32: what a part's sums count for
-    losses_ptr,  # [H,2,parts] fp32: with MEAN, the gradient is divided by the weights' sum and the mean loss is written
+    share_ptr,  # [parts] fp32: the weight of a part's sums
+    losses_ptr,  # [H,2,parts] fp32, with MEAN: weighted losses and weights
     prototypes_ptr,  # [H,K,Z]
-    d_prototypes_ptr,  # [H,K,Z] out
-    mean_ptr,  # [H] fp32 out
-    parts,
-    K: tl.constexpr,
-    Z: tl.constexpr,
-    MEAN: tl.constexpr,
+    # out
+    d_prototypes_ptr,  # [H,K,Z], with GRADIENT
+    mean_ptr,  # [H] fp32, with MEAN
+    # sizes
+    parts, K: tl.constexpr, Z: tl.constexpr, BLOCK_Z: tl.constexpr, BLOCK_N: tl.constexpr,
+    # switches
+    MEAN: tl.constexpr,  # divide the gradient by the sum of the weights
     GRADIENT: tl.constexpr,
-    BLOCK_Z: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+):  # fmt: skip
     k, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     total_weight = tl.zeros((), tl.float32) + 1.0
     if MEAN:
@@ -151,20 +154,11 @@ def prototype_gradient_kernel(
             tl.store(mean_ptr + h, tl.sum(loss, 0) / total_weight)
     if GRADIENT:
         store_prototype_gradient(
-            d_prototypes_ptr + h * K * Z,
-            partial_ptr + h * parts * K * Z,
-            share_ptr,
-            prototypes_ptr + h * K * Z,
-            k,
-            parts,
-            total_weight,
-            MEAN,
-            1,
-            K,
-            Z,
-            BLOCK_Z,
-            BLOCK_N,
-        )
+            out_ptr=d_prototypes_ptr + h * K * Z, partial_ptr=partial_ptr + h * parts * K * Z, share_ptr=share_ptr,
+            prototypes_ptr=prototypes_ptr + h * K * Z, k=k, parts=parts, total_share=total_weight, PARTS_PER_SHARE=1,
+            K=K, Z=Z,
+            BLOCK_Z=BLOCK_Z, BLOCK_N=BLOCK_N, HAS_SHARE=MEAN,
+        )  # fmt: skip
 
 
 def settings_for(codes: Tensor, K: int) -> dict[str, int]:
@@ -172,15 +166,22 @@ def settings_for(codes: Tensor, K: int) -> dict[str, int]:
     return {name: value for name, value in settings.items() if name not in ("BLOCK_D", "HEADS")}
 
 
-def shape_constants(codes: Tensor, K: int) -> dict:
-    Z = codes.shape[-1]
+def code_arguments(codes: Tensor, K: int) -> dict[str, Any]:
+    """Returns the arguments that both kernels over codes [H,B,P,Z] share."""
+    P, Z = codes.shape[2:]
+    stride_h, stride_b, stride_p, _ = codes.stride()
     return dict(
+        codes_ptr=codes,
+        P=P,
+        stride_h=stride_h,
+        stride_b=stride_b,
+        stride_p=stride_p,
         K=K,
         Z=Z,
         BLOCK_K=block_k(K),
         BLOCK_Z=block_z(Z),
-        # fp32 operands for codes of any dtype: these operators are not the hot path, and from 16-bit ones the assembler of Triton 3.6
-        # made a wrong gradient of the data term (benchmarks/aot_report.py: unset_registers)
+        # fp32 operands for codes of any dtype: these operators are not the hot path, and from 16-bit operands the
+        # assembler of Triton 3.6 made a wrong gradient of the data term (benchmarks/aot_report.py: unset_registers)
         CODE=tl.float32,
         PRECISION=precision(codes.device),
         settings=settings_for(codes, K),
@@ -189,27 +190,18 @@ def shape_constants(codes: Tensor, K: int) -> dict:
 
 @operator("probabilities")
 def probabilities(codes: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
-    """codes [H,B,P,Z], prototypes [H,K,Z] -> softmax_k(cos / temperature) [H,B,P,K] fp32."""
+    """Takes codes [H,B,P,Z] and prototypes [H,K,Z] to softmax_k(cos / temperature) [H,B,P,K] fp32."""
     (H, B, P, _), K = codes.shape, prototypes.shape[1]
     codes, prototypes = with_rows_together(codes), prototypes.contiguous()
     out = torch.empty(H, B, P, K, dtype=torch.float32, device=codes.device)
-    constants = shape_constants(codes, K)
+    arguments = code_arguments(codes, K)
     with torch.cuda.device_of(codes):
-        grid = (triton.cdiv(P, constants["settings"]["BLOCK_P"]), B, H)
         launch(
-            probabilities_kernel,
-            grid,
-            codes,
-            prototypes,
-            out,
-            out,
-            out,
-            P,
-            temperature,
-            *codes.stride()[:3],
+            probabilities_kernel, (triton.cdiv(P, arguments["settings"]["BLOCK_P"]), B, H),
+            prototypes_ptr=prototypes, out_ptr=out, d_codes_ptr=out, partial_ptr=out, temperature=temperature,
             GRADIENT=False,
-            **constants,
-        )
+            **arguments,
+        )  # fmt: skip
     return out
 
 
@@ -222,31 +214,21 @@ def _(codes, prototypes, temperature):
 def probabilities_backward(
     d_out: Tensor, codes: Tensor, prototypes: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of codes and prototypes, in their dtypes."""
     (H, B, P, Z), K = codes.shape, prototypes.shape[1]
-    d_codes, d_prototypes = (
-        torch.empty(codes.shape, dtype=codes.dtype, device=codes.device),
-        torch.empty_like(prototypes.contiguous()),
-    )
+    d_codes = torch.empty(codes.shape, dtype=codes.dtype, device=codes.device)
+    d_prototypes = torch.empty_like(prototypes.contiguous())
     codes, prototypes, d_out = with_rows_together(codes), prototypes.contiguous(), d_out.contiguous()
-    constants = shape_constants(codes, K)
-    tiles = triton.cdiv(P, constants["settings"]["BLOCK_P"])
+    arguments = code_arguments(codes, K)
+    tiles = triton.cdiv(P, arguments["settings"]["BLOCK_P"])
     partial = torch.empty(H, B * tiles, K, Z, dtype=torch.float32, device=codes.device)
     with torch.cuda.device_of(codes):
         launch(
-            probabilities_kernel,
-            (tiles, B, H),
-            codes,
-            prototypes,
-            d_out,
-            d_codes,
-            partial,
-            P,
-            temperature,
-            *codes.stride()[:3],
-            GRADIENT=True,
-            **constants,
-        )
-        finish(partial, partial, partial, prototypes, d_prototypes, partial, MEAN=False, GRADIENT=True)
+            probabilities_kernel, (tiles, B, H),
+            prototypes_ptr=prototypes, out_ptr=d_out, d_codes_ptr=d_codes, partial_ptr=partial, temperature=temperature,
+            GRADIENT=True, **arguments,
+        )  # fmt: skip
+        finish(partial, prototypes, d_prototypes, gradient=True)
     return d_codes, d_prototypes
 
 
@@ -255,26 +237,27 @@ def _(d_out, codes, prototypes, temperature):
     return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (codes, prototypes))
 
 
-def finish(partial, share, losses, prototypes, d_prototypes, mean, MEAN: bool, GRADIENT: bool) -> None:
+class MeanLoss(NamedTuple):
+    """A weighted mean over tiles, which the gradient is divided by."""
+
+    losses: Tensor  # [H,2,tiles] fp32: weighted losses and weights
+    largest: Tensor  # [tiles] fp32: the largest weight
+    mean: Tensor  # [H] fp32, to be filled
+
+
+def finish(
+    partial: Tensor, prototypes: Tensor, d_prototypes: Tensor, mean_loss: MeanLoss | None = None, *, gradient: bool
+) -> None:
+    """Launches the sums over the tiles' partial gradients [H,tiles,K,Z], and the mean loss."""
     H, K, Z = prototypes.shape
+    losses, largest, mean = mean_loss or (partial, partial, partial)
     launch(
-        prototype_gradient_kernel,
-        (K if GRADIENT else 1, H),
-        partial,
-        share,
-        losses,
-        prototypes,
-        d_prototypes,
-        mean,
-        losses.shape[-1] if MEAN else partial.shape[1],
-        K=K,
-        Z=Z,
-        MEAN=MEAN,
-        GRADIENT=GRADIENT,
-        BLOCK_Z=block_z(Z),
-        BLOCK_N=16,
-        settings={},
-    )
+        prototype_gradient_kernel, (K if gradient else 1, H), settings={},
+        partial_ptr=partial, share_ptr=largest, losses_ptr=losses, prototypes_ptr=prototypes,
+        d_prototypes_ptr=d_prototypes, mean_ptr=mean,
+        parts=partial.shape[1] if mean_loss is None else losses.shape[-1], K=K, Z=Z, BLOCK_Z=block_z(Z), BLOCK_N=16,
+        MEAN=mean_loss is not None, GRADIENT=gradient,
+    )  # fmt: skip
 
 
 def setup_probabilities(ctx, inputs, output):
@@ -294,33 +277,23 @@ probabilities.register_autograd(backward_probabilities, setup_context=setup_prob
 def data_term(
     codes: Tensor, student: Tensor, teacher: Tensor, patch_weight: Tensor | None, student_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """-> the mean cross-entropy [H] fp32 and its gradient to the student [H,K,Z] fp32 (empty where not asked for)."""
+    """Returns the mean cross-entropy [H] and its gradient to the student [H,K,Z], fp32 (empty where not asked for)."""
     (H, B, P, Z), K = codes.shape, student.shape[1]
     codes, student, teacher = with_rows_together(codes), student.contiguous(), teacher.contiguous()
-    patch_weight = None if patch_weight is None else patch_weight.contiguous()
+    patch_weight = contiguous(patch_weight)
     loss, d_student = empty_data_term(student, student_gradient)
-    constants = shape_constants(codes, K)
-    tiles = triton.cdiv(P, constants["settings"]["BLOCK_P"])
+    arguments = code_arguments(codes, K)
+    tiles = triton.cdiv(P, arguments["settings"]["BLOCK_P"])
     losses, largest = loss.new_empty(H, 2, B * tiles), loss.new_empty(B * tiles)
     partial = loss.new_empty(H, B * tiles, K, Z) if student_gradient else losses
     with torch.cuda.device_of(codes):
         launch(
-            data_term_kernel,
-            (tiles, B, H),
-            codes,
-            student,
-            teacher,
-            losses if patch_weight is None else patch_weight,
-            losses,
-            partial,
-            largest,
-            P,
-            *codes.stride()[:3],
-            HAS_WEIGHT=patch_weight is not None,
-            GRADIENT=student_gradient,
-            **constants,
-        )
-        finish(partial, largest, losses, student, d_student, loss, MEAN=True, GRADIENT=student_gradient)
+            data_term_kernel, (tiles, B, H),
+            student_ptr=student, teacher_ptr=teacher, weight_ptr=or_nothing(patch_weight, losses),
+            losses_ptr=losses, partial_ptr=partial, largest_ptr=largest,
+            HAS_WEIGHT=patch_weight is not None, GRADIENT=student_gradient, **arguments,
+        )  # fmt: skip
+        finish(partial, student, d_student, MeanLoss(losses, largest, loss), gradient=student_gradient)
     return loss, d_student
 
 

@@ -1,7 +1,7 @@
-"""The gradient of the energies to the codes (or to the label rows), from one more read of the features.
+"""The gradient of the energies to the codes (or to the probs), from one more read of the features.
 
-An image's sums act on each of its patches alone: dE/dc_p = -w_p / B (pull^T f_p + label pull), and from there through the unit label row,
-the softmax and the cosine to the code, all recomputed from the code in registers.
+An image's sums act on each of its patches alone: dE/dc_p = -w_p / B (pull^T f_p + prob pull). The gradient goes on
+through the unit probs, the softmax and the cosine to the code, all recomputed from the code in registers.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from .labels import (
     load_rows,
     load_unit_prototypes,
     split,
-    unit_labels,
-    unit_labels_backward,
+    unit_probs,
+    unit_probs_backward,
 )
 from .pair_sums import count_pairs, largest_upstream, upstream
 
 
 @triton.jit
 def energy_gradient_kernel(
+    # in
     features_ptr,  # [B,P,D]
-    rows_ptr,  # codes [H,B,P,Z], or label rows [H,B,P,K] without FROM_CODES
+    rows_ptr,  # codes [H,B,P,Z], or probs [H,B,P,K] without FROM_CODES
     teacher_ptr,  # [H,K,Z]
     weight_ptr,  # [B,P] fp32
     norms_ptr,  # [B,P] fp32
@@ -36,61 +37,34 @@ def energy_gradient_kernel(
     thresholds_ptr,  # [H,T] fp32
     mean_ptr,  # [T] fp32
     pull_ptr,  # [H,B,D,BLOCK_K]
-    label_pull_ptr,  # [H,B,T,BLOCK_K] fp32
+    prob_pull_ptr,  # [H,B,T,BLOCK_K] fp32
     drift_ptr,  # [H,B,SLICES,BLOCK_K] fp32
     unit_d_student_ptr,  # [H,K,Z] fp32
     d_total_ptr,  # [H] fp32
     d_energy_ptr,  # [H,T] fp32
     d_distance_ptr,  # [H,T] fp32
     d_data_ptr,  # [H] fp32
-    d_rows_ptr,  # like rows, contiguous, out
-    d_student_ptr,  # [H,K,Z] out
-    B,
-    P,
-    head_blocks,
-    temperature,
-    stride_fb,
-    stride_fp,
-    stride_rh,
-    stride_rb,
-    stride_rp,
-    stride_th,
-    stride_tt,
-    stride_total,
-    stride_data,
-    D: tl.constexpr,
-    K: tl.constexpr,
-    Z: tl.constexpr,
-    T: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    SLICES: tl.constexpr,
-    FROM_CODES: tl.constexpr,
-    RELATIVE: tl.constexpr,
-    CENTER: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    ROWS_GRADIENT: tl.constexpr,
-    STUDENT_GRADIENT: tl.constexpr,
-    UNIT: tl.constexpr,  # pull was made for upstream gradients of 1; the total's is applied here
-    HAS_TOTAL: tl.constexpr,
-    HAS_ENERGY: tl.constexpr,
-    HAS_DISTANCE: tl.constexpr,
-    HAS_DATA: tl.constexpr,
-    HEADS: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    # out
+    d_rows_ptr,  # like rows, contiguous
+    d_student_ptr,  # [H,K,Z]
+    # sizes
+    B, P, head_blocks, temperature,
+    stride_fb, stride_fp, stride_rh, stride_rb, stride_rp, stride_th, stride_tt, stride_total, stride_data,
+    D: tl.constexpr, K: tl.constexpr, Z: tl.constexpr, T: tl.constexpr, ENTRIES: tl.constexpr, SLICES: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_Z: tl.constexpr,
-    FEATURE: tl.constexpr,
+    # switches
+    FROM_CODES: tl.constexpr, RELATIVE: tl.constexpr, CENTER: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    ROWS_GRADIENT: tl.constexpr, STUDENT_GRADIENT: tl.constexpr,
+    HAS_TOTAL: tl.constexpr, HAS_ENERGY: tl.constexpr, HAS_DISTANCE: tl.constexpr, HAS_DATA: tl.constexpr,
+    UNIT: tl.constexpr,  # pull is for upstream gradients of 1; the total's is applied here
+    FEATURE: tl.constexpr,  # the types in which the matrix unit reads features and codes
     CODE: tl.constexpr,
     PRECISION: tl.constexpr,
-):
-    # heads of one tile run side by side, so that they find its features in the cache; tiles may exceed the 65,535 of a second axis
-    head, tile, b = (
-        tl.program_id(0) % head_blocks * HEADS,
-        tl.program_id(0) // head_blocks,
-        tl.program_id(1).to(tl.int64),
-    )
+):  # fmt: skip
+    # heads of one tile run next to each other and find its features in the cache; a second axis ends at 65,535
+    head, tile = tl.program_id(0) % head_blocks * HEADS, tl.program_id(0) // head_blocks
+    b = tl.program_id(1).to(tl.int64)
     row, k = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_K)
     WIDTH: tl.constexpr = Z if FROM_CODES else K
     column = tl.arange(0, BLOCK_Z if FROM_CODES else BLOCK_K)
@@ -103,16 +77,13 @@ def energy_gradient_kernel(
             feature_inside, pull_inside = inside[:, None], (k < BLOCK_K)[None, :]
             if D % BLOCK_D != 0:
                 feature_inside, pull_inside = feature_inside & (d < D)[None, :], pull_inside & (d < D)[:, None]
-            feature_ptr = (
-                features_ptr + b * stride_fb + start.to(tl.int64) * stride_fp + row[:, None] * stride_fp + d[None, :]
-            )
-            features = tl.load(feature_ptr, mask=feature_inside, other=0.0).to(FEATURE)
+            first_ptr = features_ptr + b * stride_fb + start.to(tl.int64) * stride_fp
+            tile_ptr = first_ptr + row[:, None] * stride_fp + d[None, :]
+            features = tl.load(tile_ptr, mask=feature_inside, other=0.0).to(FEATURE)
             new_pulls = ()
             for j in tl.static_range(HEADS):
-                tile_ptr = (
-                    pull_ptr + ((head + j).to(tl.int64) * B + b) * D * BLOCK_K + d[:, None] * BLOCK_K + k[None, :]
-                )
-                pull = tl.load(tile_ptr, mask=pull_inside, other=0.0).to(FEATURE)
+                image_ptr = pull_ptr + ((head + j).to(tl.int64) * B + b) * D * BLOCK_K
+                pull = tl.load(image_ptr + d[:, None] * BLOCK_K + k[None, :], mask=pull_inside, other=0.0).to(FEATURE)
                 new_pulls = new_pulls + (tl.dot(features, pull, pulls[j], input_precision=PRECISION),)
             pulls = new_pulls
         inverse = invert(tl.load(norms_ptr + b * P + start + row, mask=inside, other=0.0))
@@ -127,8 +98,9 @@ def energy_gradient_kernel(
                 largest += tl.load(d_total_ptr + h * stride_total)
             else:
                 largest += largest_upstream(
-                    d_total_ptr, d_energy_ptr, d_distance_ptr, h, stride_total, T, HAS_TOTAL, HAS_ENERGY, HAS_DISTANCE
-                )
+                    d_total_ptr, d_energy_ptr, d_distance_ptr, h, stride_total, T=T,
+                    HAS_TOTAL=HAS_TOTAL, HAS_ENERGY=HAS_ENERGY, HAS_DISTANCE=HAS_DISTANCE,
+                )  # fmt: skip
             constant = tl.zeros((BLOCK_K,), tl.float32)
             for i in tl.static_range(SLICES):
                 constant -= tl.load(drift_ptr + ((h * B + b) * SLICES + i) * BLOCK_K + k)
@@ -142,11 +114,14 @@ def energy_gradient_kernel(
                 if CENTER:
                     slope += mean
                 if not UNIT:
-                    slope *= upstream(d_total_ptr, d_energy_ptr, h, t, stride_total, T, HAS_TOTAL, HAS_ENERGY) / largest
+                    arriving = upstream(
+                        d_total_ptr, d_energy_ptr, h, t, stride_total, T=T, HAS_TOTAL=HAS_TOTAL, HAS_ENERGY=HAS_ENERGY
+                    )
+                    slope *= arriving / largest
                     if HAS_DISTANCE:
                         slope += tl.load(d_distance_ptr + h * T + t) / largest
                 share = B / tl.maximum(count_pairs(totals_ptr, partners_ptr, B, ENTRIES[t], BLOCK_B), 1.0)
-                constant += share * slope * tl.load(label_pull_ptr + ((h * B + b) * T + t) * BLOCK_K + k)
+                constant += share * slope * tl.load(prob_pull_ptr + ((h * B + b) * T + t) * BLOCK_K + k)
             d_c = pulls[j] * inverse[:, None] + constant[None, :]
             factor = weight * (-largest / (B * LIFT))
 
@@ -157,13 +132,13 @@ def energy_gradient_kernel(
                 codes = load_rows(head_ptr, start, P, stride_rp, Z, BLOCK_P, BLOCK_Z).to(CODE)
                 code_inverse = inverse_norms(codes)
                 cosine = cosines(codes, code_inverse, high, low, CODE, PRECISION)
-                d_cosine = unit_labels_backward(unit_labels(cosine, k, temperature, K), d_c) / temperature
+                d_cosine = unit_probs_backward(unit_probs(cosine, k, temperature, K), d_c) / temperature
                 d_row = codes_backward(d_cosine, cosine, codes, code_inverse, high, CODE, PRECISION) * factor[:, None]
             else:
-                labels = load_rows(head_ptr, start, P, stride_rp, K, BLOCK_P, BLOCK_K).to(tl.float32)
-                label_inverse = inverse_norms(labels)
-                c = labels * label_inverse[:, None]
-                d_row = (d_c - c * tl.sum(c * d_c, 1)[:, None]) * (label_inverse * factor)[:, None]
+                probs = load_rows(head_ptr, start, P, stride_rp, K, BLOCK_P, BLOCK_K).to(tl.float32)
+                prob_inverse = inverse_norms(probs)
+                c = probs * prob_inverse[:, None]
+                d_row = (d_c - c * tl.sum(c * d_c, 1)[:, None]) * (prob_inverse * factor)[:, None]
             out_ptr = d_rows_ptr + ((h * B + b) * P + start) * WIDTH + row[:, None] * WIDTH + column[None, :]
             tl.store(out_ptr, d_row.to(d_rows_ptr.dtype.element_ty), mask=inside[:, None] & (column < WIDTH)[None, :])
 
@@ -172,7 +147,7 @@ def energy_gradient_kernel(
             z = tl.arange(0, BLOCK_Z)
             for j in tl.static_range(HEADS):
                 h = (head + j).to(tl.int64)
-                g = upstream(d_total_ptr, d_data_ptr, h, 0, stride_total, 1, HAS_TOTAL, False)
+                g = upstream(d_total_ptr, d_data_ptr, h, 0, stride_total, T=1, HAS_TOTAL=HAS_TOTAL, HAS_ENERGY=False)
                 if HAS_DATA:
                     g += tl.load(d_data_ptr + h * stride_data)
                 offset = h * K * Z + k[:, None] * Z + z[None, :]

@@ -1,7 +1,8 @@
-"""Label rows from codes, as functions for the kernels: cosines to unit prototypes, soft labels, the data term, and their gradients.
+"""Functions for the kernels that take codes to probs and to the data term: cosines to unit prototypes, and the
+gradients.
 
-With c = e / |e|, e = exp(cosine / temperature) the softmax's own denominator cancels, so the unit label row needs no division by it, and
-its gradient is short: dl_k = c_k dc_k - c_k^2 sum_j c_j dc_j for logits l.
+With c = e / |e| and e = exp(cosine / temperature) the softmax's own denominator cancels, so unit probs need no division
+by it, and their gradient is short: dl_k = c_k dc_k - c_k^2 sum_j c_j dc_j for logits l.
 """
 
 from __future__ import annotations
@@ -16,27 +17,26 @@ SHORTEST = tl.constexpr(rows.SHORTEST)
 
 @triton.jit
 def invert(norms):
-    """1 / norms, and 0 where a norm is below 1e-10: that row has cosine 0 and gradient 0."""
+    """Returns 1 / norms, and 0 where a norm is below 1e-10: that row has cosine 0 and gradient 0."""
     short = norms < SHORTEST
     return tl.where(short, 0.0, 1.0 / tl.where(short, 1.0, norms))
 
 
 @triton.jit
 def load_rows(ptr, start, count, stride, width: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows start .. start + BLOCK of a matrix whose columns lie side by side, [BLOCK, WIDTH], zero beyond count and width."""
+    """Loads rows start .. start + BLOCK of a matrix with adjacent columns: [BLOCK,WIDTH], zero beyond the matrix."""
     row, column = tl.arange(0, BLOCK), tl.arange(0, WIDTH)
     inside = (start + row < count)[:, None]
     if width != WIDTH:
         inside = inside & (column < width)[None, :]
     # int64 once for the tile, so that offsets hold past 2^31 elements while those within the tile stay short
-    return tl.load(
-        ptr + tl.cast(start, tl.int64) * stride + row[:, None] * stride + column[None, :], mask=inside, other=0.0
-    )
+    tile_ptr = ptr + tl.cast(start, tl.int64) * stride + row[:, None] * stride + column[None, :]
+    return tl.load(tile_ptr, mask=inside, other=0.0)
 
 
 @triton.jit
 def load_unit_prototypes(ptr, K: tl.constexpr, Z: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Z: tl.constexpr):
-    """[K,Z] of any length -> unit rows [BLOCK_K, BLOCK_Z] fp32 and 1 / length [BLOCK_K]."""
+    """Loads [K,Z] of any length as unit rows [BLOCK_K, BLOCK_Z] fp32, and 1 / length [BLOCK_K]."""
     prototypes = load_rows(ptr, 0, K, Z, Z, BLOCK_K, BLOCK_Z).to(tl.float32)
     inverse = invert(tl.sqrt(tl.sum(prototypes * prototypes, 1)))
     return prototypes * inverse[:, None], inverse
@@ -44,7 +44,7 @@ def load_unit_prototypes(ptr, K: tl.constexpr, Z: tl.constexpr, BLOCK_K: tl.cons
 
 @triton.jit
 def split(unit, OPERAND: tl.constexpr):
-    """fp32 as a sum of two operands of the matrix unit: 16 bits of mantissa and more, where one bf16 would keep 8."""
+    """Splits fp32 into a sum of two operands of the matrix unit: at least 16 bits of mantissa instead of 8."""
     high = unit.to(OPERAND)
     return high, (unit - high.to(tl.float32)).to(OPERAND)
 
@@ -57,7 +57,7 @@ def inverse_norms(tile):
 
 @triton.jit
 def cosines(codes, inverse, high, low, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
-    """codes [N,Z] as they came, unit prototypes [K,Z] in two parts -> [N,K]; the code norms divide the smaller product."""
+    """Takes codes [N,Z] and unit prototypes [K,Z] in two parts to [N,K]. The norms divide the smaller product."""
     products = tl.dot(codes, tl.trans(high), input_precision=PRECISION)
     if tl.float32 != OPERAND:
         products = tl.dot(codes, tl.trans(low), products)
@@ -65,22 +65,22 @@ def cosines(codes, inverse, high, low, OPERAND: tl.constexpr, PRECISION: tl.cons
 
 
 @triton.jit
-def unit_labels(cosine, column, temperature, K: tl.constexpr):
-    """softmax(cosine / temperature) scaled to length 1, [N, BLOCK_K], zero beyond K."""
+def unit_probs(cosine, column, temperature, K: tl.constexpr):
+    """Returns softmax(cosine / temperature) scaled to length 1, [N, BLOCK_K], zero beyond K."""
     logits = tl.where(column[None, :] < K, cosine / temperature, float("-inf"))
     e = tl.exp(logits - tl.max(logits, 1)[:, None])
     return e * (1.0 / tl.sqrt(tl.sum(e * e, 1)))[:, None]
 
 
 @triton.jit
-def unit_labels_backward(c, d_c):
-    """-> the gradient of the logits."""
+def unit_probs_backward(c, d_c):
+    """Returns the gradient of the logits."""
     return c * d_c - c * c * tl.sum(c * d_c, 1)[:, None]
 
 
 @triton.jit
 def codes_backward(d_cosine, cosine, codes, inverse, high, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
-    """Through cos(code, prototype): (sum_k d_k t_k - (sum_k d_k cos_k) code / |code|) / |code|, [N,Z] fp32."""
+    """Goes through cos(code, prototype): (sum_k d_k t_k - (sum_k d_k cos_k) code / |code|) / |code|, [N,Z] fp32."""
     toward = tl.dot(d_cosine.to(OPERAND), high, input_precision=PRECISION)
     along = tl.sum(d_cosine * cosine, 1) * inverse
     return (toward - along[:, None] * codes.to(tl.float32)) * inverse[:, None]
@@ -88,9 +88,9 @@ def codes_backward(d_cosine, cosine, codes, inverse, high, OPERAND: tl.constexpr
 
 @triton.jit
 def cross_entropy(toward_student, toward_teacher, column, K: tl.constexpr):
-    """Cosines [N,K] to both -> loss [N] against the teacher's nearest prototype, and its gradient to the student's cosines [N,K].
+    """Returns the loss [N] against the teacher's nearest prototype, and its gradient to the student's cosines [N,K].
 
-    A cosine cannot exceed 1, so the softmax needs no maximum taken off; ties go to the lowest index.
+    A cosine cannot exceed 1, so the softmax needs no shift by the maximum. Ties go to the lowest index.
     """
     inside = column[None, :] < K
     label = tl.argmax(tl.where(inside, toward_teacher, float("-inf")), 1)
@@ -103,32 +103,29 @@ def cross_entropy(toward_student, toward_teacher, column, K: tl.constexpr):
 
 @triton.jit
 def store_prototype_gradient(
+    # out
     out_ptr,  # [K,Z]: row k is written
+    # in
     partial_ptr,  # [parts,K,Z]: sum_p d_pk code_p / |code_p| of one part
-    share_ptr,  # [parts // PARTS_PER_SHARE] fp32: what a part's sums count for
+    share_ptr,  # [parts // PARTS_PER_SHARE] fp32: the weight of a part's sums
     prototypes_ptr,  # [K,Z]
-    k,
-    parts,
-    total_share,
+    # sizes
+    k, parts, total_share, PARTS_PER_SHARE: tl.constexpr, K: tl.constexpr, Z: tl.constexpr,
+    BLOCK_Z: tl.constexpr, BLOCK_N: tl.constexpr,
+    # switches
     HAS_SHARE: tl.constexpr,
-    PARTS_PER_SHARE: tl.constexpr,
-    K: tl.constexpr,
-    Z: tl.constexpr,
-    BLOCK_Z: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+):  # fmt: skip
     """Adds up the parts in a fixed order and goes through the prototype's own normalisation."""
     z, part = tl.arange(0, BLOCK_Z), tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_N, BLOCK_Z), tl.float32)
     for start in range(0, parts, BLOCK_N):
         i = start + part
         inside = (i < parts)[:, None] & (z < Z)[None, :]
-        rows_ = tl.load(partial_ptr + (i[:, None].to(tl.int64) * K + k) * Z + z[None, :], mask=inside, other=0.0).to(
-            tl.float32
-        )
+        part_ptr = partial_ptr + (i[:, None].to(tl.int64) * K + k) * Z + z[None, :]
+        partial = tl.load(part_ptr, mask=inside, other=0.0).to(tl.float32)
         if HAS_SHARE:
-            rows_ *= tl.load(share_ptr + i // PARTS_PER_SHARE, mask=i < parts, other=0.0)[:, None]
-        acc += rows_
+            partial *= tl.load(share_ptr + i // PARTS_PER_SHARE, mask=i < parts, other=0.0)[:, None]
+        acc += partial
     gradient = tl.sum(acc, 0) / total_share
     prototype = tl.load(prototypes_ptr + k * Z + z, mask=z < Z, other=0.0).to(tl.float32)
     inverse = invert(tl.sqrt(tl.sum(prototype * prototype, 0)))

@@ -1,4 +1,6 @@
-"""What every launch shares: operators that run on a GPU or in the interpreter, configurations from data files, block sizes."""
+"""Shared by all launches: operators for a GPU or the interpreter, configurations from data files, block sizes."""
+
+from __future__ import annotations
 
 import functools
 import json
@@ -23,15 +25,15 @@ except ImportError:
 
 INTERPRETED = not isinstance(invert, triton.JITFunction)
 CONFIGS = Path(__file__).parent / "configs"
-# what a tuner or a test puts here goes before the data files: {kernel: {setting: value}}
+# set by a tuner or a test, these go before the data files: {kernel: {setting: value}}
 OVERRIDES: dict[str, dict[str, int]] = {}
 OPERANDS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-# elements of one matrix of unit prototypes: two or four of them stay in shared memory
+# elements of one matrix of unit prototypes, of which two or four stay in shared memory
 LARGEST_PROTOTYPES = 8192
 
 
 def operator(name: str) -> Callable:
-    """Registers a launcher as a custom operator on CUDA and ROCm devices, and on the CPU where the interpreter is on."""
+    """Registers a launcher as a custom operator on CUDA and ROCm devices, and on the CPU for the interpreter."""
 
     def register(launcher: Callable):
         def on_cpu(*args):
@@ -40,7 +42,7 @@ def operator(name: str) -> Callable:
 
         op = custom_op(add_op_namespace_prefix(name), mutates_args=(), device_types="cuda")(launcher)
         op.register_kernel("cpu")(on_cpu)
-        op.launcher = launcher
+        op.launcher = launcher  # type: ignore[attr-defined]
         return op
 
     return register
@@ -49,8 +51,8 @@ def operator(name: str) -> Callable:
 def require_interpreter() -> None:
     if not INTERPRETED:
         raise RuntimeError(
-            'impl="triton" needs tensors on a GPU; on CPU tensors it runs only in the interpreter, with TRITON_INTERPRET=1 set before '
-            'smooseg_kernels is imported. Use impl="torch" (or "auto") on a CPU'
+            'impl="triton" needs tensors on a GPU; on CPU tensors it runs only in the interpreter, with '
+            'TRITON_INTERPRET=1 set before smooseg_kernels is imported. Use impl="torch" (or "auto") on a CPU'
         )
 
 
@@ -59,7 +61,7 @@ def fits(K: int, Z: int) -> bool:
 
 
 def block_k(K: int) -> int:
-    """Label columns: the K labels and one more that is 1 everywhere, filled up to what the matrix unit takes."""
+    """Returns the columns of probs: K groups and one that is 1 everywhere, rounded up to a size of the matrix unit."""
     return max(16, triton.next_power_of_2(K + 1))
 
 
@@ -69,7 +71,7 @@ def block_z(Z: int) -> int:
 
 @functools.cache
 def family(device: torch.device) -> str:
-    """The data file that serves a device: one for each generation of matrix units."""
+    """Names the data file that serves a device: one for each generation of matrix units."""
     if device.type != "cuda":
         return "interpreter"
     if torch.version.hip:
@@ -89,17 +91,21 @@ def load_configs(name: str) -> dict[str, dict[str, dict[str, int]]]:
 
 
 def config(kernel: str, like: Tensor, heads: int = 1) -> dict[str, int]:
-    """A copy of a kernel's settings for the dtype of `like`: "full" (fp32), "half" (16 bits), "half_heads" or "fp16_heads" (several)."""
+    """Copies a kernel's settings for the dtype of `like`.
+
+    Their names in the data files are "full" (fp32), "half" (16 bits), and with several heads "half_heads" or
+    "fp16_heads".
+    """
     variants = load_configs(family(like.device))[kernel]
-    wanted = ["full"] if like.dtype == torch.float32 else ["half"]
-    if heads > 1 and wanted == ["half"]:
-        wanted = ["fp16_heads", "half_heads", "half"] if like.dtype == torch.float16 else ["half_heads", "half"]
-    chosen = next((variants[name] for name in wanted if name in variants), variants.get("any"))
-    return {**chosen, **OVERRIDES.get(kernel, {})}
+    names = ["full"] if like.dtype == torch.float32 else ["half"]
+    if heads > 1 and names == ["half"]:
+        names = ["fp16_heads", "half_heads", "half"] if like.dtype == torch.float16 else ["half_heads", "half"]
+    name = next((name for name in names if name in variants), "any")
+    return {**variants[name], **OVERRIDES.get(kernel, {})}
 
 
 def narrow(settings: dict[str, int], heads: int, columns: int) -> dict[str, int]:
-    """Settings were picked for 32 label columns; more of them take smaller blocks, and heads go in blocks that divide them."""
+    """Shrinks blocks for more than the 32 columns that settings were picked for, and fits HEADS to the heads."""
     settings = dict(settings)
     if columns > 32 or heads % settings.get("HEADS", 1):
         settings["HEADS"] = 1
@@ -112,22 +118,32 @@ def narrow(settings: dict[str, int], heads: int, columns: int) -> dict[str, int]
 
 
 def operand(dtype: torch.dtype):
-    """What the matrix unit takes of a tensor. The interpreter computes bf16 wrongly, and is exact once it is fp32."""
+    """Returns the type in which the matrix unit reads a tensor. The interpreter gets bf16 wrong and reads fp32."""
     return tl.float32 if INTERPRETED and dtype == torch.bfloat16 else OPERANDS[dtype]
 
 
 def precision(device: torch.device) -> str:
-    """How dots of fp32 operands are made: as three tf32 products where there is no exact unit, as one if torch's own may use it."""
+    """Returns the precision of fp32 dots: three tf32 products without an exact unit, or one where PyTorch uses one."""
     if family(device) in ("interpreter", "gfx942"):
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def with_rows_together(tensor: Tensor) -> Tensor:
-    """Kernels take any strides but that of the last axis."""
+    """Copies a tensor unless the elements of its rows are adjacent. Kernels take any strides of the other axes."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def launch(kernel, grid: tuple[int, ...], *args, settings: dict, **constants) -> None:
-    options = {name: value for name, value in settings.items() if name not in ("PROGRAMS",)}
-    kernel[grid](*args, **constants, **options, enable_fp_fusion=True)
+def or_nothing(tensor: Tensor | None, nothing: Tensor) -> Tensor:
+    """Fills the place of a missing tensor with one that the kernel does not touch."""
+    return nothing if tensor is None else tensor
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def launch(kernel, grid: tuple[int, ...], *, settings: dict[str, int], **arguments) -> None:
+    """Starts a kernel, with its parameters by name."""
+    options = {name: value for name, value in settings.items() if name != "PROGRAMS"}
+    kernel[grid](**arguments, **options, enable_fp_fusion=True)

@@ -1,4 +1,4 @@
-"""What is linear in the patches around the blocks of pairs: row lengths, unit codes, means, and the gradient through the codes' lengths."""
+"""Kernels linear in the patches, around the blocks of pairs: lengths, unit codes, means, gradients through lengths."""
 
 from __future__ import annotations
 
@@ -12,20 +12,17 @@ from .pair_tiles import met_image
 
 @triton.jit
 def unit_rows_kernel(
+    # in
     rows_ptr,  # [B,P,W]
-    inverse_ptr,  # [B,P] fp32 out: 1 / length, or 0
-    sums_ptr,  # [B,S,W] fp32 out: the sum of a split's unit rows
-    unit_ptr,  # [B,P,WP] out: the unit rows, zero beyond W
-    P,
-    stride_b,
-    stride_p,
-    W: tl.constexpr,
-    WP: tl.constexpr,
-    SUMS: tl.constexpr,
-    WRITE: tl.constexpr,  # the unit rows
-    BLOCK_P: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
+    # out
+    inverse_ptr,  # [B,P] fp32: 1 / length, or 0
+    sums_ptr,  # [B,S,W] fp32, with SUMS: the sum of a split's unit rows
+    unit_ptr,  # [B,P,WP], with WRITE: the unit rows, zero beyond W
+    # sizes
+    P, stride_b, stride_p, W: tl.constexpr, WP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr,
+    # switches
+    SUMS: tl.constexpr, WRITE: tl.constexpr,
+):  # fmt: skip
     s, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     splits = tl.num_programs(0)
     per_split = tl.cdiv(tl.cdiv(P, BLOCK_P), splits) * BLOCK_P
@@ -49,7 +46,7 @@ def unit_rows_kernel(
 
 @triton.jit
 def added_splits(sums_ptr, image, w, W, SPLITS: tl.constexpr):
-    """[SPLITS,W] of one image -> [W]."""
+    """Adds up [SPLITS,W] of one image to [W]."""
     total = tl.zeros((w.shape[0],), tl.float32)
     for s in tl.static_range(SPLITS):
         total += tl.load(sums_ptr + (image * SPLITS + s) * W + w, mask=w < W, other=0.0)
@@ -58,31 +55,24 @@ def added_splits(sums_ptr, image, w, W, SPLITS: tl.constexpr):
 
 @triton.jit
 def row_means_kernel(
+    # in
     features_ptr,  # [B,P,D] of the i side
     feature_sums_ptr,  # [N,S,D] fp32: sums of unit features of the j side
     codes_i_sums_ptr,  # [B,SI,Z] fp32
     codes_j_sums_ptr,  # [N,SJ,Z] fp32
     partner_ptr,  # [B] int64
-    inverse_ptr,  # [B,P] fp32 out: 1 / |f|
-    row_means_ptr,  # [B,P] fp32 out: mean_j S_ij
-    parts_ptr,  # [B,blocks] fp32 out: the sum of a block's row means
-    similarity_ptr,  # [B] fp32 out: s_i . s_j, the sum of an image pair's code cosines
-    N,
-    P,
-    Q,
-    stride_b,
-    stride_p,
-    D: tl.constexpr,
-    Z: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SPLITS_I: tl.constexpr,
-    SPLITS_J: tl.constexpr,
-    HAS_PARTNER: tl.constexpr,
-    CENTER: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Z: tl.constexpr,
-):
+    # out
+    inverse_ptr,  # [B,P] fp32: 1 / |f|
+    row_means_ptr,  # [B,P] fp32, with CENTER: mean_j S_ij
+    parts_ptr,  # [B,blocks] fp32, with CENTER: the sum of a block's row means
+    similarity_ptr,  # [B] fp32: s_i . s_j, the sum of an image pair's code cosines
+    # sizes
+    N, P, Q, stride_b, stride_p, D: tl.constexpr, Z: tl.constexpr,
+    SPLITS: tl.constexpr, SPLITS_I: tl.constexpr, SPLITS_J: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Z: tl.constexpr,
+    # switches
+    HAS_PARTNER: tl.constexpr, CENTER: tl.constexpr,
+):  # fmt: skip
     block, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     j, start = met_image(partner_ptr, n, N, HAS_PARTNER), tl.program_id(0) * BLOCK_P
     row, d = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_D)
@@ -103,46 +93,41 @@ def row_means_kernel(
 
 @triton.jit
 def finish_pairs_kernel(
+    # in
     energy_parts_ptr,  # [parts] fp32
     similarity_parts_ptr,  # [B] fp32
-    energy_ptr,  # [] fp32 out
-    similarity_ptr,  # [] fp32 out
-    parts,
-    B,
+    # out
+    energy_ptr,  # [] fp32
+    similarity_ptr,  # [] fp32
+    # sizes
+    parts, B,
     share,  # 1 / the number of pairs
-):
+):  # fmt: skip
     tl.store(energy_ptr, -share * add_up(energy_parts_ptr, parts))
     tl.store(similarity_ptr, share * add_up(similarity_parts_ptr, B))
 
 
 @triton.jit
 def code_gradient_kernel(
-    codes_ptr,  # [images,P,Z] as they came
+    # in
+    codes_ptr,  # [images,P,Z] of any length
     inverse_ptr,  # [images,P] fp32
     rows_ptr,  # [B,P,ZP] fp32: gradient rows toward the unit codes, of every image of the i side
     sums_ptr,  # [other images,S,Z] fp32: sums of the other side's unit codes
     partner_ptr,  # [B] int64
     d_energy_ptr,  # [] fp32
     d_similarity_ptr,  # [] fp32
-    d_codes_ptr,  # [images,P,Z] out
-    B,
-    N,
-    P,
+    # out
+    d_codes_ptr,  # [images,P,Z]
+    # sizes
+    B, N, P,
     share,  # 1 / the number of pairs
-    stride_b,
-    stride_p,
-    Z: tl.constexpr,
-    ZP: tl.constexpr,
-    SPLITS: tl.constexpr,
-    FROM_I: tl.constexpr,
-    HAS_PARTNER: tl.constexpr,
-    HAS_ENERGY: tl.constexpr,
-    HAS_SIMILARITY: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_Z: tl.constexpr,
-):
-    """Adds up what an image's rows got from every image that met it, in a fixed order, and goes through the rows' lengths."""
+    stride_b, stride_p, Z: tl.constexpr, ZP: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Z: tl.constexpr,
+    # switches
+    FROM_I: tl.constexpr, HAS_PARTNER: tl.constexpr, HAS_ENERGY: tl.constexpr, HAS_SIMILARITY: tl.constexpr,
+):  # fmt: skip
+    """Adds up the gradient rows of all images that met this one, in a fixed order, and goes through the lengths."""
     image, start = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK_P
     row, z, images = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_Z), tl.arange(0, BLOCK_B)
     toward, mean = tl.zeros((BLOCK_P, BLOCK_Z), tl.float32), tl.zeros((BLOCK_Z,), tl.float32)
@@ -168,10 +153,8 @@ def code_gradient_kernel(
         gradient += (mean * (tl.load(d_similarity_ptr) * share))[None, :]
     inside = start + row < P
     inverse = tl.load(inverse_ptr + image * P + start + row, mask=inside, other=0.0)
-    unit = (
-        load_rows(codes_ptr + image * stride_b, start, P, stride_p, Z, BLOCK_P, BLOCK_Z).to(tl.float32)
-        * inverse[:, None]
-    )
+    codes = load_rows(codes_ptr + image * stride_b, start, P, stride_p, Z, BLOCK_P, BLOCK_Z)
+    unit = codes.to(tl.float32) * inverse[:, None]
     gradient = (gradient - tl.sum(gradient * unit, 1)[:, None] * unit) * inverse[:, None]
     out_ptr = d_codes_ptr + (image * P + start) * Z + row[:, None] * Z + z[None, :]
     tl.store(out_ptr, gradient.to(d_codes_ptr.dtype.element_ty), mask=inside[:, None] & (z < Z)[None, :])

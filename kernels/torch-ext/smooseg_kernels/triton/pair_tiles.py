@@ -1,8 +1,8 @@
 """Blocks of patch pairs: both similarities of every pair in registers, from which row sums and gradient rows leave.
 
-One program holds a block of rows of one image ("mine") and walks over all patches of the image that it meets ("other"). The i side is mine
-in the forward pass, the j side in the backward: each gradient row has one writer. Codes come as unit rows, features as they are with one
-over their lengths beside them.
+One program holds a block of rows of one image ("mine") and walks over all patches of the image that it meets ("other").
+The i side is mine in the forward pass and the j side in the backward pass, so each gradient row has one writer. Codes
+come as unit rows; features come as they are, with 1 / length next to them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .pair_sums import add_up
 
 @triton.jit
 def met_image(partner_ptr, n, N, HAS_PARTNER: tl.constexpr):
-    """Clamped: an index that is out of range must not read out of bounds, and a check would wait for the GPU."""
+    """Returns the partner, clamped: a number out of range must not read out of bounds; a check would be a wait."""
     j = n
     if HAS_PARTNER:
         j = tl.minimum(tl.maximum(tl.load(partner_ptr + n), 0), N - 1)
@@ -25,44 +25,32 @@ def met_image(partner_ptr, n, N, HAS_PARTNER: tl.constexpr):
 
 @triton.jit
 def streamed_products(
-    mine_ptr,
-    other_ptr,
-    mine_start,
-    other_start,
-    P,
-    Q,
-    stride_m,
-    stride_o,
-    width: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """[BLOCK_M, BLOCK_N] inner products of rows that are too wide to stay on chip."""
+    # in
+    mine_ptr, other_ptr,
+    # sizes
+    mine_start, other_start, P, Q, stride_m, stride_o, width: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
+    # switches
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Returns [BLOCK_M, BLOCK_N] inner products of rows that are too wide to stay on chip."""
     products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     row, other, w = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_W)
     mine_ptr += tl.cast(mine_start, tl.int64) * stride_m
     other_ptr += tl.cast(other_start, tl.int64) * stride_o
     for first in range(0, width, BLOCK_W):
         inside = (first + w < width)[None, :]
-        a = tl.load(
-            mine_ptr + row[:, None] * stride_m + first + w[None, :],
-            mask=(mine_start + row < P)[:, None] & inside,
-            other=0.0,
-        )
-        b = tl.load(
-            other_ptr + other[:, None] * stride_o + first + w[None, :],
-            mask=(other_start + other < Q)[:, None] & inside,
-            other=0.0,
-        )
+        a_ptr = mine_ptr + row[:, None] * stride_m + first + w[None, :]
+        a = tl.load(a_ptr, mask=(mine_start + row < P)[:, None] & inside, other=0.0)
+        b_ptr = other_ptr + other[:, None] * stride_o + first + w[None, :]
+        b = tl.load(b_ptr, mask=(other_start + other < Q)[:, None] & inside, other=0.0)
         products = tl.dot(a.to(OPERAND), tl.trans(b.to(OPERAND)), products, input_precision=PRECISION)
     return products
 
 
 @triton.jit
 def pair_tiles_kernel(
+    # in
     mine_features_ptr,  # [B or N,P,D]
     mine_inverse_ptr,  # [B or N,P] fp32: 1 / |f|
     mine_codes_ptr,  # [B or N,P,ZP] unit rows
@@ -73,43 +61,27 @@ def pair_tiles_kernel(
     row_means_ptr,  # [B,P_i] fp32: mean_j S_ij
     mean_parts_ptr,  # [parts] fp32: they add up to the sum of all row means
     threshold_ptr,  # [] fp32
-    energy_ptr,  # [B,blocks] fp32 out: the sum of V clamp(c.c') over a block of rows
-    gradient_ptr,  # [B,P,ZP] fp32 out: sum over the other side of V c', where the clamp passes a gradient; B counts images of the i side
-    N,
-    P,
-    Q,
-    parts,
-    row_mean_count,  # how many row means there are
-    low,
-    high,
-    first_column,
-    stride_mb,
-    stride_mp,
-    stride_ob,
-    stride_op,
-    D: tl.constexpr,
-    ZP: tl.constexpr,
-    STARTS: tl.constexpr,  # the code columns in pieces whose widths are powers of two,
-    WIDTHS: tl.constexpr,  # from first_column on: those whose gradient is wanted
+    # out
+    energy_ptr,  # [B,blocks] fp32, with ENERGY: the sum of V clamp(c.c') over a block of rows
+    gradient_ptr,  # [B,P,ZP] fp32, with GRADIENT: sum of V c' over the other side where the clamp passes it
+    # sizes
+    N, P, Q, parts,
+    row_mean_count,  # the number of row means
+    low, high, first_column, stride_mb, stride_mp, stride_ob, stride_op, D: tl.constexpr, ZP: tl.constexpr,
+    STARTS: tl.constexpr,  # the code columns from first_column on whose gradient is asked for,
+    WIDTHS: tl.constexpr,  # in pieces whose widths are powers of two
     PIECES: tl.constexpr,
-    ALL_PIECES: tl.constexpr,  # they are all columns there are; else codes are streamed
-    FROM_I: tl.constexpr,  # mine is the i side
-    HAS_PARTNER: tl.constexpr,
-    CENTER: tl.constexpr,
-    HINGE: tl.constexpr,
-    HAS_LOW: tl.constexpr,
-    HAS_HIGH: tl.constexpr,
-    ENERGY: tl.constexpr,
-    GRADIENT: tl.constexpr,
     TILES: tl.constexpr,  # feature tiles of my rows that stay on chip; 0: both sides are streamed
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Z: tl.constexpr,
-    FEATURE: tl.constexpr,  # what the matrix unit takes of features and of codes
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Z: tl.constexpr,
+    # switches
+    ALL_PIECES: tl.constexpr,  # the pieces are all columns; else codes are streamed
+    FROM_I: tl.constexpr,  # mine is the i side
+    HAS_PARTNER: tl.constexpr, CENTER: tl.constexpr, HINGE: tl.constexpr, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr,
+    ENERGY: tl.constexpr, GRADIENT: tl.constexpr,
+    FEATURE: tl.constexpr,  # the types in which the matrix unit reads features and codes
     CODE: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     n, start = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK_M
     j = met_image(partner_ptr, n, N, HAS_PARTNER)
     if FROM_I:
@@ -142,9 +114,8 @@ def pair_tiles_kernel(
         mine = mine + (tile.to(FEATURE),)
     for i in tl.static_range(PIECES):
         if ALL_PIECES:
-            mine_codes = mine_codes + (
-                load_rows(mine_codes_ptr + STARTS[i], start, P, ZP, WIDTHS[i], BLOCK_M, WIDTHS[i]),
-            )
+            mine_piece = load_rows(mine_codes_ptr + STARTS[i], start, P, ZP, WIDTHS[i], BLOCK_M, WIDTHS[i])
+            mine_codes = mine_codes + (mine_piece,)
         gradients = gradients + (tl.zeros((BLOCK_M, WIDTHS[i]), tl.float32),)
     energy = tl.zeros((BLOCK_M,), tl.float32)
 
@@ -159,42 +130,30 @@ def pair_tiles_kernel(
                 closeness = tl.dot(mine[i], tl.trans(theirs), closeness, input_precision=PRECISION)
         else:
             closeness = streamed_products(
-                mine_features_ptr, other_features_ptr, start, first, P, Q, stride_mp, stride_op, D, BLOCK_M, BLOCK_N, BLOCK_D, FEATURE,
-                PRECISION,
+                mine_ptr=mine_features_ptr, other_ptr=other_features_ptr, mine_start=start, other_start=first, P=P, Q=Q,
+                stride_m=stride_mp, stride_o=stride_op, width=D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_W=BLOCK_D,
+                OPERAND=FEATURE, PRECISION=PRECISION,
             )  # fmt: skip
         other_codes = ()
         if ALL_PIECES:
             likeness = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for i in tl.static_range(PIECES):
-                other_codes = other_codes + (
-                    load_rows(other_codes_ptr + STARTS[i], first, Q, ZP, WIDTHS[i], BLOCK_N, WIDTHS[i]),
-                )
+                other_piece = load_rows(other_codes_ptr + STARTS[i], first, Q, ZP, WIDTHS[i], BLOCK_N, WIDTHS[i])
+                other_codes = other_codes + (other_piece,)
                 likeness = tl.dot(mine_codes[i], tl.trans(other_codes[i]), likeness, input_precision=PRECISION)
         else:
             likeness = streamed_products(
-                mine_codes_ptr,
-                other_codes_ptr,
-                start,
-                first,
-                P,
-                Q,
-                ZP,
-                ZP,
-                ZP,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_Z,
-                CODE,
-                PRECISION,
-            )
+                mine_ptr=mine_codes_ptr, other_ptr=other_codes_ptr, mine_start=start, other_start=first, P=P, Q=Q,
+                stride_m=ZP, stride_o=ZP, width=ZP, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_W=BLOCK_Z,
+                OPERAND=CODE, PRECISION=PRECISION,
+            )  # fmt: skip
 
         scale = tl.load(other_inverse_ptr + it * Q + first + column, mask=here, other=0.0)
         force = closeness * scale[None, :] * mine_scale[:, None]
         if FROM_I:
             force += mine_bias[:, None]
-            if (
-                HAS_LOW or HAS_HIGH
-            ):  # a padded column still carries my bias, and its cosine of 0 may be clamped to another number
+            # a padded column still carries my bias, and its cosine of 0 may be clamped to another number
+            if HAS_LOW or HAS_HIGH:
                 force = tl.where(here[None, :], force, 0.0)
         else:
             bias = tl.zeros((BLOCK_N,), tl.float32) + shift

@@ -1,4 +1,4 @@
-"""The lengths of feature rows: |m f_p| for every patch, where a block of heads shares them or one program does not see a whole row."""
+"""The lengths of feature rows, |m f_p|, for blocks of heads that share them and programs without whole rows."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ import triton.language as tl
 
 @triton.jit
 def row_norms_kernel(
+    # in
     features_ptr,  # [B,P,D]
     scale_ptr,  # [B,D] fp32
-    norms_ptr,  # [B,P] fp32 out
-    P,
-    stride_fb,
-    stride_fp,
-    D: tl.constexpr,
+    # out
+    norms_ptr,  # [B,P] fp32
+    # sizes
+    P, stride_fb, stride_fp, D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    # switches
     HAS_SCALE: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+):  # fmt: skip
     b, start = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK_P
     row, d = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_D)
     squares = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)

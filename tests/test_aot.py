@@ -1,4 +1,4 @@
-"""Every shipped configuration compiles for its target without spills, within its shared memory, with matrix instructions where a dot is."""
+"""Every shipped configuration compiles for its target: no spills, enough shared memory, matrix instructions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TARGETS = ["sm_90", "sm_80", "sm_86", "sm_100", "gfx942"]  # the longest first
 
 
 def report(target):
-    """In a process of its own: the interpreter cannot compile. The whole set for one target, a training step's launches for the rest."""
+    """In its own process, as the interpreter cannot compile: all cases for one target, a training step for the rest."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(REPORT), "--target", target, *([] if target == "sm_90" else ["--quick"])]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -24,7 +24,7 @@ def report(target):
 
 @pytest.fixture(scope="module")
 def reports(request):
-    """Of the targets that are asked for, two at a time."""
+    """Reports of the selected targets, two at a time."""
     wanted = {item.callspec.params["target"] for item in request.session.items if item.path == request.path}
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(found := [t for t in TARGETS if t in wanted], pool.map(report, found)))

@@ -20,6 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 if os.environ.pop("TRITON_INTERPRET", None):
@@ -56,127 +57,97 @@ POINTERS = {
 }
 
 
-class Recorder:
-    """Stands in for `launch` and keeps its arguments."""
-
-    def __init__(self) -> None:
-        self.launches: list[tuple] = []
-        self.label = ""
-
-    def __call__(self, kernel, grid, *args, settings, **constants) -> None:
-        self.launches.append((self.label, kernel, grid, args, {**constants, **settings}))
-
-
 def record(target: str, cases: dict) -> list[tuple]:
     """Runs the operators' launchers on tensors without memory, with the configurations of `target`."""
-    recorder = Recorder()
+    launches = []
+
+    def keep(kernel, grid, *args, settings, **constants) -> None:
+        launches.append((label, kernel, grid, args, {**constants, **settings}))
+
     for module in (objective, code_rows, assignment, pairs, similarity):
-        module.launch = recorder
+        module.launch = keep
     launching.family = lambda device: target
-    for label, case in cases.items():
-        recorder.label = label
+    for label, case in cases.items():  # noqa: B007  # `keep` reads it
         case()
-    return recorder.launches
+    return launches
 
 
-def objective_case(dtype: torch.dtype, H: int, entries=(-1, 0), *, full=False, scaled=False, B=32, P=784):
+def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def objective_case(dtype: torch.dtype, H: int, entries=(-1, 0), *, full=False, scaled=False) -> None:
     """Forward and backward. `scaled`: channel masks of dropout; `full`: every option, every upstream gradient."""
-    D, Z, K = 384, 64, 27
-
-    def tensor(*shape, dtype=torch.float32):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    def run():
-        T = len(entries)
-        features, codes = tensor(B, P, D, dtype=dtype), tensor(H, B, P, Z, dtype=dtype)
-        student, teacher = tensor(H, K, Z), tensor(H, K, Z)
-        partners, thresholds = tensor(1, B, dtype=torch.int64), tensor(H, T)
-        scale, weight = tensor(B, D) if full or scaled else None, tensor(B, P) if full else None
-        common = (features, codes, student, teacher, partners, entries, thresholds, scale, weight)
-        out = objective.objective.launcher(*common, None, None, 0.1, full, True, True, True)
-        upstream = [x if full or i == 0 else None for i, x in enumerate(out[:4])]
-        objective.objective_backward.launcher(*upstream, *common, out[4], list(out[5:]), 0.1, full, True, True, True)
-
-    return run
+    B, P, D, Z, K, T = 32, 784, 384, 64, 27, len(entries)
+    features, codes = tensor(B, P, D, dtype=dtype), tensor(H, B, P, Z, dtype=dtype)
+    student, teacher = tensor(H, K, Z), tensor(H, K, Z)
+    partners, thresholds = tensor(1, B, dtype=torch.int64), tensor(H, T)
+    scale, weight = tensor(B, D) if full or scaled else None, tensor(B, P) if full else None
+    common = (features, codes, student, teacher, partners, entries, thresholds, scale, weight)
+    out = objective.objective.launcher(*common, None, None, 0.1, full, True, True, True)
+    upstream = [x if full or i == 0 else None for i, x in enumerate(out[:4])]
+    objective.objective_backward.launcher(*upstream, *common, out[4], list(out[5:]), 0.1, full, True, True, True)
 
 
-def rows_case(dtype: torch.dtype, B=32, P=784, Z=64, K=27):
-    def run():
-        codes, prototypes = torch.empty(1, B, P, Z, dtype=dtype, device="meta"), torch.empty(1, K, Z, device="meta")
-        out = code_rows.probabilities.launcher(codes, prototypes, 0.1)
-        code_rows.probabilities_backward.launcher(out, codes, prototypes, 0.1)
-        code_rows.data_term.launcher(codes, prototypes, prototypes, None, True)
-        labels = torch.empty(B, 320, 320, dtype=torch.uint8, device="meta")
-        assignment.assign.launcher(codes[0], prototypes[0], [28, 28], [320, 320], labels, 27)
-
-    return run
+def rows_case(dtype: torch.dtype) -> None:
+    codes, prototypes = tensor(1, 32, 784, 64, dtype=dtype), tensor(1, 27, 64)
+    out = code_rows.probabilities.launcher(codes, prototypes, 0.1)
+    code_rows.probabilities_backward.launcher(out, codes, prototypes, 0.1)
+    code_rows.data_term.launcher(codes, prototypes, prototypes, None, True)
+    labels = tensor(32, 320, 320, dtype=torch.uint8)
+    assignment.assign.launcher(codes[0], prototypes[0], [28, 28], [320, 320], labels, 27)
 
 
-def statistics_case(dtype: torch.dtype, entries: tuple[int, ...] = (-1,), full: bool = False, B=32, P=784, D=384):
+def statistics_case(dtype: torch.dtype, entries: tuple[int, ...] = (-1,), full: bool = False) -> None:
     """Means, histogram and 32 neighbours; `full`: centred, weighted, the most bins and neighbours."""
-
-    def run():
-        features, partners = (
-            torch.empty(B, P, D, dtype=dtype, device="meta"),
-            torch.empty(1, B, dtype=torch.int64, device="meta"),
-        )
-        weight = torch.empty(B, P, device="meta") if full else None
-        bins, neighbours = (similarity.LARGEST_BINS, similarity.LARGEST_NEIGHBOURS) if full else (512, 32)
-        similarity.similarity_statistics.launcher(
-            features, partners, list(entries), weight, None, True, bins, -1.5, 1.5, neighbours
-        )
-
-    return run
+    features, partners = tensor(32, 784, 384, dtype=dtype), tensor(1, 32, dtype=torch.int64)
+    weight = tensor(32, 784) if full else None
+    bins, neighbours = (similarity.LARGEST_BINS, similarity.LARGEST_NEIGHBOURS) if full else (512, 32)
+    similarity.similarity_statistics.launcher(
+        features, partners, list(entries), weight, None, True, bins, -1.5, 1.5, neighbours
+    )
 
 
-def pairs_case(dtype: torch.dtype, points: int = 784, full: bool = False, B=32, D=384, Z=70):
+def pairs_case(dtype: torch.dtype, points: int = 784, full: bool = False, D: int = 384, Z: int = 70) -> None:
     """Forward and backward; `full`: a partner index, hinge, and upstream gradients to both outputs."""
-
-    def run():
-        rows = (
-            torch.empty(B, points, D, dtype=dtype, device="meta"),
-            torch.empty(B, points, Z, dtype=dtype, device="meta"),
-        )
-        number = torch.empty((), device="meta")
-        partner = torch.empty(B, dtype=torch.int64, device="meta") if full else None
-        common = (*rows, *rows, number, partner)
-        out = pairs.pair_energy.launcher(*common, 0.0, 0.8, full, True, True)
-        upstream = (number, number if full else None)
-        pairs.pair_energy_backward.launcher(*upstream, *common, list(out[2:]), 0.0, 0.8, full, True, True, True)
-
-    return run
+    rows, number = (tensor(32, points, D, dtype=dtype), tensor(32, points, Z, dtype=dtype)), tensor()
+    partner = tensor(32, dtype=torch.int64) if full else None
+    common = (*rows, *rows, number, partner)
+    out = pairs.pair_energy.launcher(*common, 0.0, 0.8, full, True, True)
+    upstream = (number, number if full else None)
+    pairs.pair_energy_backward.launcher(*upstream, *common, list(out[2:]), 0.0, 0.8, full, True, True, True)
 
 
 def shipped_cases(quick: bool = False) -> dict:
-    """`quick`: the launches of a training step alone."""
+    """Calls by name; `quick`: the launches of a training step alone."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    every, both = (-1, 0, -2), (0, -2)
     cases = {
-        "bf16 dropout": objective_case(bf16, 1, scaled=True),
-        "bf16 dropout, H=16": objective_case(bf16, 16, scaled=True),
-        "bf16 pairs": pairs_case(bf16),
+        "bf16 dropout": partial(objective_case, bf16, 1, scaled=True),
+        "bf16 dropout, H=16": partial(objective_case, bf16, 16, scaled=True),
+        "bf16 pairs": partial(pairs_case, bf16),
     }
     if quick:
         return cases
-    every = (-1, 0, -2)
     return cases | {
-        "bf16 H=1": objective_case(bf16, 1),
-        "bf16 H=16": objective_case(bf16, 16),
-        "fp16 H=1": objective_case(fp16, 1),
-        "fp32 H=1": objective_case(fp32, 1),
-        "bf16 every option": objective_case(bf16, 1, every, full=True),
-        "bf16 every option, H=16": objective_case(bf16, 16, every, full=True),
-        "fp16 every option, H=16": objective_case(fp16, 16, every, full=True),
-        "bf16 pairs, P=121": pairs_case(bf16, 121),
-        "bf16 pairs, options": pairs_case(bf16, full=True),
-        "fp32 pairs": pairs_case(fp32),
-        "bf16 pairs, D=768": pairs_case(bf16, D=768),
-        "bf16 pairs, Z=200": pairs_case(bf16, Z=200),
-        "bf16 rows": rows_case(bf16),
-        "fp32 rows": rows_case(fp32),
-        "bf16 statistics": statistics_case(bf16),
-        "fp32 statistics": statistics_case(fp32),
-        "bf16 statistics, every option": statistics_case(bf16, (0, -2), full=True),
-        "fp32 statistics, every option": statistics_case(fp32, (0, -2), full=True),
+        "bf16 H=1": partial(objective_case, bf16, 1),
+        "bf16 H=16": partial(objective_case, bf16, 16),
+        "fp16 H=1": partial(objective_case, fp16, 1),
+        "fp32 H=1": partial(objective_case, fp32, 1),
+        "bf16 every option": partial(objective_case, bf16, 1, every, full=True),
+        "bf16 every option, H=16": partial(objective_case, bf16, 16, every, full=True),
+        "fp16 every option, H=16": partial(objective_case, fp16, 16, every, full=True),
+        "bf16 pairs, P=121": partial(pairs_case, bf16, 121),
+        "bf16 pairs, options": partial(pairs_case, bf16, full=True),
+        "fp32 pairs": partial(pairs_case, fp32),
+        "bf16 pairs, D=768": partial(pairs_case, bf16, D=768),
+        "bf16 pairs, Z=200": partial(pairs_case, bf16, Z=200),
+        "bf16 rows": partial(rows_case, bf16),
+        "fp32 rows": partial(rows_case, fp32),
+        "bf16 statistics": partial(statistics_case, bf16),
+        "fp32 statistics": partial(statistics_case, fp32),
+        "bf16 statistics, every option": partial(statistics_case, bf16, both, full=True),
+        "fp32 statistics, every option": partial(statistics_case, fp32, both, full=True),
     }
 
 
@@ -205,10 +176,9 @@ def compile_launch(kernel, args, constants, target: str) -> dict:
     options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
     types, attributes, fixed = signature(kernel, args, constants)
     source = ASTSource(fn=kernel, signature=types, constexprs=fixed, attrs=attributes)
+    options["enable_fp_fusion"] = True
     with contextlib.redirect_stdout(io.StringIO()):  # an assembler's error comes with the whole program
-        compiled = triton.compile(
-            source, target=GPUTarget(backend, architecture, warp), options={**options, "enable_fp_fusion": True}
-        )
+        compiled = triton.compile(source, target=GPUTarget(backend, architecture, warp), options=options)
     row = {"warps": compiled.metadata.num_warps, "shared": compiled.metadata.shared, "shared_limit": shared_limit}
     if backend == "hip":
         text = compiled.asm["amdgcn"]
@@ -259,11 +229,8 @@ def unset_registers(cubin: bytes) -> list[str]:
         while re.match(r"U?P(\d|T)", target) and rest:  # predicates that come out before the register
             target, *rest = rest
         if re.fullmatch(r"UR\d+", target) and not operation.startswith(STORES):
-            first, wide = (
-                int(target[2:]),
-                4 if ".128" in operation else 2 if re.search(r"\.64|\.WIDE", operation) else 1,
-            )
-            written.update(range(first, first + wide))
+            count = 4 if ".128" in operation else 2 if re.search(r"\.64|\.WIDE", operation) else 1
+            written.update(range(int(target[2:]), int(target[2:]) + count))
         else:
             rest = [target, *rest]
         read.update(int(n) for x in rest for n in re.findall(r"\bUR(\d+)\b", x))
@@ -290,11 +257,11 @@ def report(target: str, cases: dict) -> list[dict]:
 
 
 def faults(row: dict, needs_matrix: bool) -> list[str]:
+    unset, shared, limit = row.get("unset", []), row["shared"], row["shared_limit"]
     conditions = {
         f"spills {row['spills']}": row["spills"],
-        f"reads {', '.join(row.get('unset', []))}, which nothing writes": row.get("unset"),
-        f"{row['shared']} bytes of shared memory, the card has {row['shared_limit']}": row["shared"]
-        > row["shared_limit"],
+        f"reads {', '.join(unset)}, which nothing writes": unset,
+        f"{shared} bytes of shared memory, the card has {limit}": shared > limit,
         "no matrix instruction": needs_matrix and not row["matrix"],
     }
     return [text for text, present in conditions.items() if present]

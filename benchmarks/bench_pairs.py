@@ -5,19 +5,9 @@ import torch
 from floors import PairProblem
 
 # the dense form has several matrices of pairs: on a CPU fewer pictures, on a card as many as 24 GB hold
-CPU = {
-    "stego_b32": PairProblem(P=121),
-    "all_784_b8": PairProblem(B=8),
-    "all_1600_b4": PairProblem(B=4, P=1600),
-    "all_4096_b1": PairProblem(B=1, P=4096),
-}
-CARD = {
-    "stego_b32": PairProblem(P=121),
-    "all_784": PairProblem(),
-    "all_1600": PairProblem(P=1600),
-    "all_4096": PairProblem(B=8, P=4096),
-}
-SHAPES = CARD if torch.cuda.is_available() else CPU
+CPU = {"all_784_b8": PairProblem(B=8), "all_1600_b4": PairProblem(B=4, P=1600), "all_4096_b1": PairProblem(B=1, P=4096)}
+CARD = {"all_784": PairProblem(), "all_1600": PairProblem(P=1600), "all_4096": PairProblem(B=8, P=4096)}
+SHAPES = {"stego_b32": PairProblem(P=121), **(CARD if torch.cuda.is_available() else CPU)}
 COMPILED = tuple(SHAPES)[:2]  # in the default run: each takes seconds to compile, or minutes
 
 

@@ -111,10 +111,10 @@ class Bench:
             run, outputs = measure.captured(runs)
             run()
             first.check(outputs)
-        row |= self.repeat(run, len(runs))
-        floor_ms = floors.floor_ms(first.floor_bytes, first.floor_flops, *self.session.ceilings(dtype))
-        row |= {"floor_bytes": first.floor_bytes, "floor_flops": first.floor_flops, "floor_ms": floor_ms}
-        row["times_floor"] = row["median_ms"] / floor_ms
+        floor = {"floor_bytes": first.floor_bytes, "floor_flops": first.floor_flops}
+        floor["floor_ms"] = floors.floor_ms(*floor.values(), *self.session.ceilings(dtype))
+        row |= self.repeat(run, len(runs)) | floor
+        row["times_floor"] = row["median_ms"] / row["floor_ms"]
         if peak and not self.smoke:
             extra.pop("function", None)
             on_card = self.device == "cuda"

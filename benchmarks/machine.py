@@ -24,14 +24,12 @@ def describe(device: str = "cpu") -> dict[str, Any]:
     return {
         "machine": torch.cuda.get_device_name() if card else cpu.get("model name") or platform.machine(),
         "device": device,
-        "driver": ask("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if card else None,
+        "driver": query("driver_version") if card else None,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": torch.cuda.get_device_properties(0).total_memory if card else host_memory(),
         "governor": None if card else ask("cat", "/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
-        "clock": ask("nvidia-smi", "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader")
-        if card
-        else cpu.get("cpu MHz") and f"{float(cpu['cpu MHz']):.0f} MHz",
+        "clock": query("clocks.sm,clocks.mem") if card else cpu.get("cpu MHz") and f"{float(cpu['cpu MHz']):.0f} MHz",
         "load": None if card or not hasattr(os, "getloadavg") else round(os.getloadavg()[0], 2),
         "os": platform.platform(terse=True),
         "python": platform.python_version(),
@@ -60,6 +58,10 @@ def ask(*command: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return (done.stdout.strip().splitlines() or [""])[0]
+
+
+def query(fields: str) -> str | None:
+    return ask("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")
 
 
 def version(package: str) -> str | None:

@@ -26,27 +26,16 @@ from problems import PairProblem, Problem
 
 from smooseg_kernels.triton import launch
 
-MATRICES = {"num_warps": (4, 8), "num_stages": (2, 3, 4)}
+LAUNCH = dict(num_warps=(4, 8), num_stages=(2, 3, 4))
+BLOCKS = dict(BLOCK_P=(32, 64, 128), BLOCK_D=(32, 64, 128))
 SPACES = {
-    "image_moments": {
-        "PROGRAMS": (64, 96, 128, 192, 256),
-        "HEADS": (1, 2),
-        "TILES": (1, 2, 3),
-        "BLOCK_P": (32, 64),
-        "BLOCK_D": (64, 128),
-        **MATRICES,
-    },
-    "pair_sums": {"BLOCK_D": (16, 32, 64, 128), "num_warps": (2, 4, 8), "num_stages": (1,)},
-    "energy_gradient": {"HEADS": (1, 2, 4), "BLOCK_P": (32, 64, 128), "BLOCK_D": (32, 64, 128), **MATRICES},
-    "pair_tiles": {
-        "RESIDENT": (0, 1, 4, 6),
-        "BLOCK_M": (64, 128),
-        "BLOCK_N": (16, 32, 64, 128),
-        "BLOCK_D": (64, 128),
-        "num_warps": (4, 8),
-        "num_stages": (1, 2, 3, 4),
-    },
-    "row_norms": {"BLOCK_P": (4, 8, 16, 32), "BLOCK_D": (128, 512), "num_warps": (4, 8), "num_stages": (1, 2)},
+    "image_moments": dict(PROGRAMS=(64, 96, 128, 192, 256), HEADS=(1, 2), TILES=(1, 2, 3), BLOCK_P=(32, 64))
+    | dict(BLOCK_D=(64, 128), **LAUNCH),
+    "pair_sums": dict(BLOCK_D=(16, 32, 64, 128), num_warps=(2, 4, 8), num_stages=(1,)),
+    "energy_gradient": dict(HEADS=(1, 2, 4), **BLOCKS, **LAUNCH),
+    "pair_tiles": dict(RESIDENT=(0, 1, 4, 6), BLOCK_M=(64, 128), BLOCK_N=(16, 32, 64, 128), BLOCK_D=(64, 128))
+    | dict(num_warps=(4, 8), num_stages=(1, 2, 3, 4)),
+    "row_norms": dict(BLOCK_P=(4, 8, 16, 32), BLOCK_D=(128, 512), num_warps=(4, 8), num_stages=(1, 2)),
 }
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +118,10 @@ class Bench:
         row["times_floor"] = row["median_ms"] / row["floor_ms"]
         if peak and not self.smoke:
             extra.pop("function", None)
-            on_card = self.device == "cuda"
-            own = (subject, problem, impl, mode, dtype)
-            row["peak_bytes"] = memory.peak_on_card(first.run) if on_card else memory.peak_bytes(*own, **extra)
+            if self.device == "cuda":
+                row["peak_bytes"] = memory.peak_on_card(first.run)
+            else:
+                row["peak_bytes"] = memory.peak_bytes(subject, problem, impl, mode, dtype, **extra)
         self.add(row)
         if mode == "graph" and impl == "triton":
             for kernel, mean_us in measure.kernel_times(run, len(runs)).items():
@@ -189,11 +191,13 @@ class Bench:
 
 
 @pytest.fixture
-def bench(benchmark, request) -> Bench:
+def bench(benchmark, request) -> Iterator[Bench]:
     stash = request.config.stash
     if SESSION not in stash:
         stash[SESSION] = Session(request.config)
-    return Bench(stash[SESSION], benchmark)
+    yield Bench(stash[SESSION], benchmark)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the next benchmark asks how much is free
 
 
 def pytest_terminal_summary(terminalreporter, config):

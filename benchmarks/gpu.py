@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import torch
@@ -69,9 +70,10 @@ def main() -> int:
     if not (args.no_tests or run_tests(args.smoke)):
         failed.append("tests")
     options = ["--benchmark-only", "--benchmark-quiet", "--bench-results", str(args.out.resolve() / "gpu.jsonl")]
-    variables = {"TRITON_INTERPRET": "1"} if args.smoke else {}
+    variables = {"SMOOSEG_RUN": uuid.uuid4().hex[:12]}
     if args.smoke:
         options += ["--bench-smoke", "--bench-triton"]
+        variables["TRITON_INTERPRET"] = "1"
     for name, cases, limit_s in CASES:
         if args.no_compile and limit_s == COMPILE_S:
             continue

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-RUN = uuid.uuid4().hex[:12]  # one process is one run: ratios are taken within it
+# ratios are taken within one run: one process, or all those that gpu.py starts
+RUN = os.environ.get("SMOOSEG_RUN") or uuid.uuid4().hex[:12]
 
 
 def describe(device: str = "cpu") -> dict[str, Any]:

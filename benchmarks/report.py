@@ -123,9 +123,10 @@ def letter_of(run: pd.DataFrame, runs: dict[str, list[pd.DataFrame]]) -> str:
 
 def table(lines: pd.DataFrame, figure: str = "median_ms") -> str:
     """Rows of cases and sizes, columns of implementations, dense over the better of ours, and the run."""
-    runs, body = {}, []
-    impls = [impl for impl in IMPLS if impl in set(lines["impl"][lines[[figure, "skipped"]].notna().any(axis=1)])]
-    for key, run in rows_of(lines, figure):
+    runs, body, rows = {}, [], list(rows_of(lines, figure))
+    shown = {impl for _, run in rows for impl in run.index[run[[figure, "skipped"]].notna().any(axis=1)]}
+    impls = [impl for impl in IMPLS if impl in shown]
+    for key, run in rows:
         what = ", ".join([key["case"], "GPU" if key["device"] == "cuda" else "CPU", key["dtype"], key["mode"]])
         entries = [entry(run.loc[impl], figure) if impl in run.index else "" for impl in impls]
         body.append([what, key["sizes"], *entries, gain(run, figure), letter_of(run, runs)])

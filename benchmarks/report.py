@@ -41,14 +41,19 @@ TRAINED = "B 32, P 784, D 384, K 27"
 README = [("cpu", "objective", "B 8, P 784, D 384, K 27"), ("cpu", "head step", TRAINED)]
 README += [("cuda", "objective", TRAINED), ("cuda", "objective", TRAINED + ", H 16")]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-LEGEND = "Median milliseconds; in brackets the multiple of the counted floor. A dash was left out: its matrices' size."
+LEGEND = "Median milliseconds; in brackets the multiple of a counted lower bound (docs/performance.md)."
 
 
 def collect(rows: list[results.Row]) -> pd.DataFrame:
     """A line for each cell (KEY, impl) and run, the oldest first. Lines of one run add up; a later one wins."""
-    rows = [{**row, "sizes": results.sizes_text(row), "at": row.get("sizes") or {}} for row in rows]
-    lines = pd.DataFrame(sorted(rows, key=results.age), columns=[*COLUMNS, "at"])
-    lines.loc[lines["device"] == "cuda", "threads"] = np.nan  # those of a card's host do not count
+    lines = [
+        {**row, "sizes": results.sizes_text(row), "at": row.get("sizes") or {}} for row in sorted(rows, key=results.age)
+    ]
+    for line in lines:
+        line["threads"] = (
+            line.get("threads") if line["device"] == "cpu" else None
+        )  # those of a card's host do not count
+    lines = pd.DataFrame(lines, columns=[*COLUMNS, "at"])
     return lines.groupby([*KEY, "impl", "run"], sort=False, dropna=False).last().reset_index()
 
 

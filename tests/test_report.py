@@ -61,6 +61,13 @@ def test_other_machines_and_threads_have_rows_of_their_own():
     ]
 
 
+def test_the_threads_of_a_cards_host_do_not_count():
+    card = dict(device="cuda", machine="a card", mode="graph")
+    (row,) = rows(line("dense", 60.0, threads=16, **card), line("triton", 3.0, threads=8, **card))
+    assert row["dense over ours"] == "20× (triton)"
+    assert row[""] == "objective, GPU, float32, graph"
+
+
 def test_a_skipped_cell_says_what_it_needs_until_it_is_measured():
     skip = dict(skipped="too large", counted_bytes=11_400_000_000)
     (row,) = rows(line(), line("dense", None, **skip))

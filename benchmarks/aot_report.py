@@ -1,24 +1,26 @@
-"""What every Triton kernel compiles to in every shipped configuration, without a GPU: registers, spills, shared memory, matrix unit.
+"""What every shipped Triton kernel compiles to, without a GPU: registers, spills, shared memory, matrix unit.
 
-    python benchmarks/aot_report.py                                  # the table, for all targets
-    python benchmarks/aot_report.py --target sm_90 --json out.json   # one target, as data
-    python benchmarks/aot_report.py --markdown docs/kernels_aot.md   # writes the page
+    python benchmarks/aot_report.py                                    # prints a line a kernel, for all targets
+    python benchmarks/aot_report.py --target sm_90 --quick             # one target, the launches of a training step
+    python benchmarks/aot_report.py --csv benchmarks/results/aot.csv   # data of docs/kernels_aot.md; then run report.py
 
-The launchers themselves run, on tensors without memory, and their launches are compiled instead of started: the report is of the kernels,
-arguments and alignments that run on a card. Exits 1 where a configuration spills or asks for more shared memory than the card has.
+The launchers themselves run, on tensors without memory, and their launches are compiled instead of started: kernels,
+arguments and alignments are those of a card. Exits 1 where a configuration has a fault.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import io
-import json
+import math
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 if os.environ.pop("TRITON_INTERPRET", None):
@@ -41,26 +43,21 @@ TARGETS = {
     "sm_100": ("cuda", 100, 32, 232_448),
     "gfx942": ("hip", "gfx942", 64, 65_536),
 }
-# registers, shared memory and warps of one multiprocessor: how many programs it holds at once
-MULTIPROCESSORS = {
-    80: (65536, 164 << 10, 64),
-    86: (65536, 100 << 10, 48),
-    90: (65536, 228 << 10, 64),
-    100: (65536, 228 << 10, 64),
-}
+# shared memory and warps of one multiprocessor: they limit how many programs it holds at once
+MULTIPROCESSORS = {80: (164 << 10, 64), 86: (100 << 10, 48), 90: (228 << 10, 64), 100: (228 << 10, 64)}
+REGISTERS = 65536
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-STORES = ("ST", "RED.", "REDG", "REDS", "ATOM", "BAR", "UTM", "UBLKCP", "SYNCS")  # what comes first there is read
+STORES = ("ST", "RED.", "REDG", "REDS", "ATOM", "BAR", "UTM", "UBLKCP", "SYNCS")  # their first operand is read
 MATRIX = r"wgmma\.mma_async|tcgen05\.mma|(?<![\w.])mma\.sync|v_mfma_\w+"
+FIELDS = ["target", "case", "kernel", "pass", "programs", "warps", "registers", "spills", "shared", "shared_limit"]
+FIELDS += ["resident", "matrix", "unset", "faults", "triton"]
 POINTERS = {
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.int64: "*i64",
-    torch.int32: "*i32",
-    torch.uint8: "*u8",
+    **{torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"},
+    **{torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8"},
 }
 
 
+<<<<<<< HEAD
 class Recorder:
     """Stands in for `launch`: keeps what would have been launched."""
 
@@ -74,129 +71,104 @@ class Recorder:
         self.launches.append((self.label, kernel, grid, args, {**arguments, **settings}))
 
 
+=======
+>>>>>>> bench
 def record(target: str, cases: dict) -> list[tuple]:
     """Runs the operators' launchers on tensors without memory, with the configurations of `target`."""
-    recorder = Recorder()
+    launches = []
+
+    def keep(kernel, grid, *args, settings, **constants) -> None:
+        launches.append((label, kernel, grid, args, {**constants, **settings}))
+
     for module in (objective, code_rows, assignment, pairs, similarity):
-        module.launch = recorder
+        module.launch = keep
     launching.family = lambda device: target
-    for label, case in cases.items():
-        recorder.label = label
+    for label, case in cases.items():  # noqa: B007  # `keep` reads it
         case()
-    return recorder.launches
+    return launches
 
 
-def objective_case(
-    dtype: torch.dtype,
-    H: int,
-    entries=(-1, 0),
-    full: bool = False,
-    scaled: bool = False,
-    B=32,
-    P=784,
-    D=384,
-    Z=64,
-    K=27,
-):
-    """Forward and backward; `scaled`: channel masks, as training with dropout has them; `full`: every option, every upstream gradient."""
-
-    def tensor(*shape, dtype=torch.float32):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    def run():
-        T = len(entries)
-        features, codes = tensor(B, P, D, dtype=dtype), tensor(H, B, P, Z, dtype=dtype)
-        student, teacher = tensor(H, K, Z), tensor(H, K, Z)
-        partners, thresholds = tensor(1, B, dtype=torch.int64), tensor(H, T)
-        scale, weight = tensor(B, D) if full or scaled else None, tensor(B, P) if full else None
-        common = (features, codes, student, teacher, partners, entries, thresholds, scale, weight)
-        out = objective.objective.launcher(*common, None, None, 0.1, full, True, True, True)
-        upstream = [x if full or i == 0 else None for i, x in enumerate(out[:4])]
-        objective.objective_backward.launcher(*upstream, *common, out[4], list(out[5:]), 0.1, full, True, True, True)
-
-    return run
+def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def rows_case(dtype: torch.dtype, B=32, P=784, Z=64, K=27):
-    def run():
-        codes, prototypes = torch.empty(1, B, P, Z, dtype=dtype, device="meta"), torch.empty(1, K, Z, device="meta")
-        out = code_rows.probabilities.launcher(codes, prototypes, 0.1)
-        code_rows.probabilities_backward.launcher(out, codes, prototypes, 0.1)
-        code_rows.data_term.launcher(codes, prototypes, prototypes, None, True)
-        labels = torch.empty(B, 320, 320, dtype=torch.uint8, device="meta")
-        assignment.assign.launcher(codes[0], prototypes[0], [28, 28], [320, 320], labels, 27)
-
-    return run
-
-
-def statistics_case(dtype: torch.dtype, entries: tuple[int, ...] = (-1,), full: bool = False, B=32, P=784, D=384):
-    """Means, histogram and 32 neighbours; `full`: centred, weighted and with as many bins and neighbours as there can be."""
-
-    def run():
-        features, partners = (
-            torch.empty(B, P, D, dtype=dtype, device="meta"),
-            torch.empty(1, B, dtype=torch.int64, device="meta"),
-        )
-        weight = torch.empty(B, P, device="meta") if full else None
-        bins, neighbours = (similarity.LARGEST_BINS, similarity.LARGEST_NEIGHBOURS) if full else (512, 32)
-        similarity.similarity_statistics.launcher(
-            features, partners, list(entries), weight, None, True, bins, -1.5, 1.5, neighbours
-        )
-
-    return run
+def objective_case(dtype: torch.dtype, H: int, entries=(-1, 0), *, full=False, scaled=False) -> None:
+    """Forward and backward. `scaled`: channel masks of dropout; `full`: every option, every upstream gradient."""
+    B, P, D, Z, K, T = 32, 784, 384, 64, 27, len(entries)
+    features, codes = tensor(B, P, D, dtype=dtype), tensor(H, B, P, Z, dtype=dtype)
+    student, teacher = tensor(H, K, Z), tensor(H, K, Z)
+    partners, thresholds = tensor(1, B, dtype=torch.int64), tensor(H, T)
+    scale, weight = tensor(B, D) if full or scaled else None, tensor(B, P) if full else None
+    common = (features, codes, student, teacher, partners, entries, thresholds, scale, weight)
+    out = objective.objective.launcher(*common, None, None, 0.1, full, True, True, True)
+    upstream = [x if full or i == 0 else None for i, x in enumerate(out[:4])]
+    objective.objective_backward.launcher(*upstream, *common, out[4], list(out[5:]), 0.1, full, True, True, True)
 
 
-def pairs_case(dtype: torch.dtype, points: int = 784, full: bool = False, B=32, D=384, Z=70):
+def rows_case(dtype: torch.dtype) -> None:
+    codes, prototypes = tensor(1, 32, 784, 64, dtype=dtype), tensor(1, 27, 64)
+    out = code_rows.probabilities.launcher(codes, prototypes, 0.1)
+    code_rows.probabilities_backward.launcher(out, codes, prototypes, 0.1)
+    code_rows.data_term.launcher(codes, prototypes, prototypes, None, True)
+    labels = tensor(32, 320, 320, dtype=torch.uint8)
+    assignment.assign.launcher(codes[0], prototypes[0], [28, 28], [320, 320], labels, 27)
+
+
+def statistics_case(dtype: torch.dtype, entries: tuple[int, ...] = (-1,), full: bool = False) -> None:
+    """Means, histogram and 32 neighbours; `full`: centred, weighted, the most bins and neighbours."""
+    features, partners = tensor(32, 784, 384, dtype=dtype), tensor(1, 32, dtype=torch.int64)
+    weight = tensor(32, 784) if full else None
+    bins, neighbours = (similarity.LARGEST_BINS, similarity.LARGEST_NEIGHBOURS) if full else (512, 32)
+    similarity.similarity_statistics.launcher(
+        features, partners, list(entries), weight, None, True, bins, -1.5, 1.5, neighbours
+    )
+
+
+def pairs_case(dtype: torch.dtype, points: int = 784, full: bool = False, D: int = 384, Z: int = 70) -> None:
     """Forward and backward; `full`: a partner index, hinge, and upstream gradients to both outputs."""
-
-    def run():
-        rows = (
-            torch.empty(B, points, D, dtype=dtype, device="meta"),
-            torch.empty(B, points, Z, dtype=dtype, device="meta"),
-        )
-        number = torch.empty((), device="meta")
-        partner = torch.empty(B, dtype=torch.int64, device="meta") if full else None
-        common = (*rows, *rows, number, partner)
-        out = pairs.pair_energy.launcher(*common, 0.0, 0.8, full, True, True)
-        upstream = (number, number if full else None)
-        pairs.pair_energy_backward.launcher(*upstream, *common, list(out[2:]), 0.0, 0.8, full, True, True, True)
-
-    return run
+    rows, number = (tensor(32, points, D, dtype=dtype), tensor(32, points, Z, dtype=dtype)), tensor()
+    partner = tensor(32, dtype=torch.int64) if full else None
+    common = (*rows, *rows, number, partner)
+    out = pairs.pair_energy.launcher(*common, 0.0, 0.8, full, True, True)
+    upstream = (number, number if full else None)
+    pairs.pair_energy_backward.launcher(*upstream, *common, list(out[2:]), 0.0, 0.8, full, True, True, True)
 
 
 def shipped_cases(quick: bool = False) -> dict:
-    """`quick`: the launches of a training step alone."""
+    """Calls by name; `quick`: the launches of a training step alone."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    every, both = (-1, 0, -2), (0, -2)
     cases = {
-        "bf16 dropout": objective_case(torch.bfloat16, 1, scaled=True),
-        "bf16 dropout, H=16": objective_case(torch.bfloat16, 16, scaled=True),
+        "bf16 dropout": partial(objective_case, bf16, 1, scaled=True),
+        "bf16 dropout, H=16": partial(objective_case, bf16, 16, scaled=True),
+        "bf16 pairs": partial(pairs_case, bf16),
     }
-    cases["bf16 pairs"] = pairs_case(torch.bfloat16)
     if quick:
         return cases
     return cases | {
-        "bf16 H=1": objective_case(torch.bfloat16, 1),
-        "bf16 H=16": objective_case(torch.bfloat16, 16),
-        "fp16 H=1": objective_case(torch.float16, 1),
-        "fp32 H=1": objective_case(torch.float32, 1),
-        "bf16 every option": objective_case(torch.bfloat16, 1, (-1, 0, -2), full=True),
-        "bf16 every option, H=16": objective_case(torch.bfloat16, 16, (-1, 0, -2), full=True),
-        "fp16 every option, H=16": objective_case(torch.float16, 16, (-1, 0, -2), full=True),
-        "bf16 pairs, P=121": pairs_case(torch.bfloat16, 121),
-        "bf16 pairs, options": pairs_case(torch.bfloat16, full=True),
-        "fp32 pairs": pairs_case(torch.float32),
-        "bf16 pairs, D=768": pairs_case(torch.bfloat16, D=768),
-        "bf16 pairs, Z=200": pairs_case(torch.bfloat16, Z=200),
-        "bf16 rows": rows_case(torch.bfloat16),
-        "fp32 rows": rows_case(torch.float32),
-        "bf16 statistics": statistics_case(torch.bfloat16),
-        "fp32 statistics": statistics_case(torch.float32),
-        "bf16 statistics, every option": statistics_case(torch.bfloat16, (0, -2), full=True),
-        "fp32 statistics, every option": statistics_case(torch.float32, (0, -2), full=True),
+        "bf16 H=1": partial(objective_case, bf16, 1),
+        "bf16 H=16": partial(objective_case, bf16, 16),
+        "fp16 H=1": partial(objective_case, fp16, 1),
+        "fp32 H=1": partial(objective_case, fp32, 1),
+        "bf16 every option": partial(objective_case, bf16, 1, every, full=True),
+        "bf16 every option, H=16": partial(objective_case, bf16, 16, every, full=True),
+        "fp16 every option, H=16": partial(objective_case, fp16, 16, every, full=True),
+        "bf16 pairs, P=121": partial(pairs_case, bf16, 121),
+        "bf16 pairs, options": partial(pairs_case, bf16, full=True),
+        "fp32 pairs": partial(pairs_case, fp32),
+        "bf16 pairs, D=768": partial(pairs_case, bf16, D=768),
+        "bf16 pairs, Z=200": partial(pairs_case, bf16, Z=200),
+        "bf16 rows": partial(rows_case, bf16),
+        "fp32 rows": partial(rows_case, fp32),
+        "bf16 statistics": partial(statistics_case, bf16),
+        "fp32 statistics": partial(statistics_case, fp32),
+        "bf16 statistics, every option": partial(statistics_case, bf16, both, full=True),
+        "fp32 statistics, every option": partial(statistics_case, fp32, both, full=True),
     }
 
 
 def signature(kernel, args, constants):
-    """What Triton's own launcher would specialise on: types, 16-byte alignment, sizes of 1."""
+    """Types, 16-byte alignments and sizes of 1, on which Triton's own launcher specialises."""
     names = kernel.arg_names
     types, attributes, fixed = {}, {}, {}
     values = {**dict(zip(names, args)), **{n: constants[n] for n in names if n in constants}}
@@ -220,10 +192,9 @@ def compile_launch(kernel, args, constants, target: str) -> dict:
     options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
     types, attributes, fixed = signature(kernel, args, constants)
     source = ASTSource(fn=kernel, signature=types, constexprs=fixed, attrs=attributes)
+    options["enable_fp_fusion"] = True
     with contextlib.redirect_stdout(io.StringIO()):  # an assembler's error comes with the whole program
-        compiled = triton.compile(
-            source, target=GPUTarget(backend, architecture, warp), options={**options, "enable_fp_fusion": True}
-        )
+        compiled = triton.compile(source, target=GPUTarget(backend, architecture, warp), options=options)
     row = {"warps": compiled.metadata.num_warps, "shared": compiled.metadata.shared, "shared_limit": shared_limit}
     if backend == "hip":
         text = compiled.asm["amdgcn"]
@@ -235,22 +206,24 @@ def compile_launch(kernel, args, constants, target: str) -> dict:
     row["registers"], row["spills"] = resources(compiled.asm["cubin"])
     if any(name.startswith(("wgmma", "tcgen05")) for name in row["matrix"]):  # the others' operands have no addresses
         row["unset"] = unset_registers(compiled.asm["cubin"])
-    registers, shared, warps = MULTIPROCESSORS[architecture]
+    shared, warps = MULTIPROCESSORS[architecture]
     per_warp = -(-row["registers"] * 32 // 256) * 256  # registers are handed out in lots of 256 a warp
-    row["resident"] = min(
-        registers // per_warp // row["warps"], shared // (row["shared"] + 1024), warps // row["warps"]
-    )
-    return row
+    limits = (REGISTERS // per_warp // row["warps"], shared // (row["shared"] + 1024), warps // row["warps"])
+    return row | {"resident": min(limits)}
 
 
-def resources(cubin: bytes) -> tuple[int, int]:
-    """Registers, and bytes of stack, which is where registers spill to, of the very binary that Triton's options made."""
+def tool(name: str, *arguments: str, cubin: bytes) -> str:
+    """The text that one of CUDA's tools prints about a binary."""
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(cubin)
-        text = subprocess.run(
-            [str(TOOLS / "cuobjdump"), "-res-usage", str(binary)], capture_output=True, text=True, check=True
-        ).stdout
+        command = [str(TOOLS / name), *arguments, str(binary)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers, and bytes of stack, where registers spill to, of the binary that Triton's own options make."""
+    text = tool("cuobjdump", "-res-usage", cubin=cubin)
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
     return int(registers), int(stack)
 
@@ -258,17 +231,12 @@ def resources(cubin: bytes) -> tuple[int, int]:
 def unset_registers(cubin: bytes) -> list[str]:
     """Uniform registers that instructions read and none writes.
 
-    The assembler that came with Triton 3.6 made one so: the addresses of a matrix instruction's later operands were lost, and the product
-    of codes and their gradients was wrong on a card with no other sign of it. A matrix descriptor gdesc[URn] names the first of four, of
-    which an operand in registers leaves two unused, so descriptors do not count as reads.
+    The assembler that came with Triton 3.6 lost the addresses of a matrix instruction's later operands: the product of
+    codes and their gradients was wrong on a card, with no other sign of it. A matrix descriptor gdesc[URn] names the
+    first of four registers, of which an operand in registers leaves two unused, so descriptors do not count as reads.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        binary = Path(folder) / "kernel.cubin"
-        binary.write_bytes(cubin)
-        # without its analysis of jumps, which names their targets and takes a quarter of the time
-        text = subprocess.run(
-            [str(TOOLS / "nvdisasm"), "-c", "-ndf", str(binary)], capture_output=True, text=True, check=True
-        ).stdout
+    # -ndf: without its analysis of jumps it takes a quarter of the time
+    text = tool("nvdisasm", "-c", "-ndf", cubin=cubin)
     read, written = set(), set()
     for code in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", text):
         code = re.sub(r"^@!?U?P\w+\s+|gdesc\[UR\d+\]", "", code)
@@ -277,122 +245,70 @@ def unset_registers(cubin: bytes) -> list[str]:
         while re.match(r"U?P(\d|T)", target) and rest:  # predicates that come out before the register
             target, *rest = rest
         if re.fullmatch(r"UR\d+", target) and not operation.startswith(STORES):
-            first = int(target[2:])
-            written.update(
-                range(
-                    first,
-                    first + (4 if ".128" in operation else 2 if ".64" in operation or ".WIDE" in operation else 1),
-                )
-            )
+            count = 4 if ".128" in operation else 2 if re.search(r"\.64|\.WIDE", operation) else 1
+            written.update(range(int(target[2:]), int(target[2:]) + count))
         else:
             rest = [target, *rest]
         read.update(int(n) for x in rest for n in re.findall(r"\bUR(\d+)\b", x))
     return [f"UR{n}" for n in sorted(read - written)]
 
 
-def report(target: str, cases: dict, verbose: bool = False) -> list[dict]:
+def report(target: str, cases: dict) -> list[dict]:
+    """A row for every kernel and set of arguments, printed as it is compiled."""
     rows, seen = [], set()
     for label, kernel, grid, args, constants in record(target, cases):
         key = (kernel.__name__, str(signature(kernel, args, constants)))
         if key in seen:
             continue
         seen.add(key)
-        row = {
-            "target": target,
-            "case": label,
-            "kernel": kernel.__name__.removesuffix("_kernel"),
-            "programs": count(grid),
-        }
-        row["pass"] = (
-            "backward"
-            if False in (constants.get("UNIT"), constants.get("FROM_I")) or "_gradient" in kernel.__name__
-            else "forward"
-        )
-        row["dot"] = re.search(r"\bdot\(|cosines\(", kernel.src) is not None
-        row["fp32"] = label.startswith("fp32")
-        row.update(compile_launch(kernel, args, constants, target))
-        row["triton"] = triton.__version__
+        backward = False in (constants.get("UNIT"), constants.get("FROM_I")) or "_gradient" in kernel.__name__
+        row = {"target": target, "case": label, "kernel": kernel.__name__.removesuffix("_kernel")}
+        row |= {"pass": "backward" if backward else "forward", "programs": math.prod(map(int, grid))}
+        row |= {**compile_launch(kernel, args, constants, target), "triton": triton.__version__}
+        needs_matrix = re.search(r"\bdot\(|cosines\(", kernel.src) and not label.startswith("fp32")
+        row["faults"] = "; ".join(faults(row, bool(needs_matrix)))
         rows.append(row)
-        if verbose:
-            print(line(row), flush=True)
+        print(line(row), flush=True)
     return rows
 
 
-def count(grid: tuple[int, ...]) -> int:
-    total = 1
-    for size in grid:
-        total *= int(size)
-    return total
-
-
-def faults(row: dict) -> list[str]:
-    found = []
-    if row["spills"]:
-        found.append(f"spills {row['spills']}")
-    if row.get("unset"):
-        found.append(f"reads {', '.join(row['unset'])}, which nothing writes")
-    if row["shared"] > row["shared_limit"]:
-        found.append(f"{row['shared']} bytes of shared memory, the card has {row['shared_limit']}")
-    if row["dot"] and not row["fp32"] and not row["matrix"]:
-        found.append("no matrix instruction")
-    return found
+def faults(row: dict, needs_matrix: bool) -> list[str]:
+    unset, shared, limit = row.get("unset", []), row["shared"], row["shared_limit"]
+    conditions = {
+        f"spills {row['spills']}": row["spills"],
+        f"reads {', '.join(unset)}, which nothing writes": unset,
+        f"{shared} bytes of shared memory, the card has {limit}": shared > limit,
+        "no matrix instruction": needs_matrix and not row["matrix"],
+    }
+    return [text for text, present in conditions.items() if present]
 
 
 def line(row: dict) -> str:
     return (
-        f"{row['target']:7s} {row['case']:23s} {row['kernel']:18s} {row['pass']:8s} programs {row['programs']:5d} warps {row['warps']:2d} "
-        f"registers {row['registers']:3d} spills {row['spills']:4d} shared {row['shared']:6d} resident {row.get('resident', '-')!s:>2s} "
-        f"{', '.join(row['matrix']) or '-'} {'; '.join(faults(row))}"
+        f"{row['target']:7s} {row['case']:23s} {row['kernel']:18s} {row['pass']:8s} programs {row['programs']:5d} "
+        f"warps {row['warps']:2d} registers {row['registers']:3d} spills {row['spills']:4d} shared {row['shared']:6d} "
+        f"resident {row.get('resident', '-')!s:>2s} {', '.join(row['matrix']) or '-'} {row['faults']}"
     )
 
 
-def markdown(rows: list[dict]) -> str:
-    head = [
-        "target",
-        "case",
-        "kernel",
-        "pass",
-        "programs",
-        "warps",
-        "registers",
-        "spilled bytes",
-        "shared bytes",
-        "resident",
-        "matrix unit",
-    ]
-    names = ("target", "case", "kernel", "pass", "programs", "warps", "registers", "spills", "shared")
-    body = [
-        [*(row[name] for name in names), row.get("resident", ""), ", ".join(f"`{m}`" for m in row["matrix"])]
-        for row in rows
-    ]
-    table = ["| " + " | ".join(map(str, cells)) + " |" for cells in (head, ["---"] * len(head), *body)]
-    return "\n".join(
-        [
-            "# What the Triton kernels compile to",
-            "",
-            f"Ahead of time with Triton {triton.__version__}, by `benchmarks/aot_report.py --markdown docs/kernels_aot.md`: none of it was",
-            "measured on a card. B=32, P=784, D=384, Z=64 (70 for `pairs`), K=27, two pair sets. `resident`: programs that one",
-            "multiprocessor holds. fp32 dots are three tf32 products on NVIDIA cards. Another Triton version gives other register counts.",
-            "",
-            *table,
-            "",
-        ]
-    )
+def write_csv(path: Path, rows: list[dict]) -> None:
+    joined = [{name: " ".join(x) if isinstance(x, list) else x for name, x in row.items()} for row in rows]
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(joined)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", action="append", choices=TARGETS, help="default: all")
     parser.add_argument("--quick", action="store_true", help="the launches of a training step alone")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
-    rows = [row for target in args.target or TARGETS for row in report(target, shipped_cases(args.quick), verbose=True)]
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
-    if args.markdown:
-        args.markdown.write_text(markdown(rows))
-    bad = [row for row in rows if faults(row)]
+    rows = [row for target in args.target or TARGETS for row in report(target, shipped_cases(args.quick))]
+    if args.csv:
+        write_csv(args.csv, rows)
+    bad = [row for row in rows if row["faults"]]
     for row in bad:
         print("FAULT", line(row))
     return 1 if bad else 0

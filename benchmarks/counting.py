@@ -1,7 +1,4 @@
-"""Counts instead of clocks: how many operations PyTorch dispatches, and the bytes of the tensors they make.
-
-Tensors without memory (device "meta") count alike, so what an implementation would hold is known where it cannot be run.
-"""
+"""Counts operations that PyTorch dispatches and bytes of their tensors: no clock, and no memory on device "meta"."""
 
 from __future__ import annotations
 
@@ -22,33 +19,23 @@ class Counts:
 
 
 class Counter(TorchDispatchMode):
-    """Counts what happens within it, forward and backward."""
+    """Counts everything within it, forward and backward."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.counts, self._alive, self._sizes = Counts(), 0, {}
+        self.counts, self._sizes = Counts(), {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         old = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         out = function(*args, **(kwargs or {}))
         self.counts.operations += 1
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self._add(tensor.untyped_storage(), old)
+        for storage in (x.untyped_storage() for x in tree_leaves(out) if isinstance(x, torch.Tensor)):
+            if storage._cdata not in old and storage._cdata not in self._sizes:
+                self._sizes[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self._sizes.pop, storage._cdata)
+                self.counts.largest_bytes = max(self.counts.largest_bytes, storage.nbytes())
+                self.counts.peak_bytes = max(self.counts.peak_bytes, sum(self._sizes.values()))
         return out
-
-    def _add(self, storage: torch.UntypedStorage, old: set[int]) -> None:
-        key = storage._cdata
-        if key in old or key in self._sizes:
-            return
-        size = self._sizes[key] = storage.nbytes()
-        weakref.finalize(storage, self._remove, key)
-        self._alive += size
-        self.counts.largest_bytes = max(self.counts.largest_bytes, size)
-        self.counts.peak_bytes = max(self.counts.peak_bytes, self._alive)
-
-    def _remove(self, key: int) -> None:
-        self._alive -= self._sizes.pop(key)
 
 
 def count(run: Callable[[], object]) -> Counts:

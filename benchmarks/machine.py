@@ -1,7 +1,8 @@
-"""Who measured: the processor or card, its clocks as far as they can be read, versions and commit; what every line of results carries."""
+"""Who measured: processor or card, clocks, versions and commit; every line of results carries this."""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import platform
@@ -14,25 +15,27 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-RUN = uuid.uuid4().hex[:12]  # one process, one run: ratios are made within it
+# ratios are taken within one run: one process, or all those that gpu.py starts
+RUN = os.environ.get("SMOOSEG_RUN") or uuid.uuid4().hex[:12]
 
 
 def describe(device: str = "cpu") -> dict[str, Any]:
-    """`device`: "cpu" or "cuda". What cannot be read is None."""
-    on_gpu = device == "cuda"
+    """`device`: "cpu" or "cuda". Values that cannot be read are None."""
+    card, cpu = device == "cuda", {} if device == "cuda" else cpu_facts()
     return {
-        "machine": torch.cuda.get_device_name() if on_gpu else processor(),
+        "machine": torch.cuda.get_device_name() if card else cpu.get("model name") or platform.machine(),
         "device": device,
-        "driver": ask("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,
+        "driver": query("driver_version") if card else None,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_bytes": torch.cuda.get_device_properties(0).total_memory if on_gpu else host_memory(),
-        "governor": None if on_gpu else first_line("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
-        "clock": ask("nvidia-smi", "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader") if on_gpu else clock(),
-        "load": None if on_gpu or not hasattr(os, "getloadavg") else round(os.getloadavg()[0], 2),
+        "memory_bytes": torch.cuda.get_device_properties(0).total_memory if card else host_memory(),
+        "governor": None if card else ask("cat", "/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        "clock": query("clocks.sm,clocks.mem") if card else cpu.get("cpu MHz") and f"{float(cpu['cpu MHz']):.0f} MHz",
+        "load": None if card or not hasattr(os, "getloadavg") else round(os.getloadavg()[0], 2),
         "os": platform.platform(terse=True),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "triton", "numpy")},
+        "torch": torch.__version__,  # the build too, which the metadata leaves out
+        **{name: version(name) for name in ("triton", "numpy")},
         **revision(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "run": RUN,
@@ -40,12 +43,11 @@ def describe(device: str = "cpu") -> dict[str, Any]:
 
 
 def revision() -> dict[str, Any]:
-    """Of the checkout; SMOOSEG_COMMIT names it where the checkout came without its history."""
-    named = os.environ.get("SMOOSEG_COMMIT")
-    if named:
-        return {"commit": named, "dirty": None}
+    """Commit of this checkout; SMOOSEG_COMMIT gives it for a checkout without its history."""
+    if commit := os.environ.get("SMOOSEG_COMMIT"):
+        return {"commit": commit, "dirty": None}
     commit = ask("git", "rev-parse", "HEAD")
-    # lines that this very run appends to results are no change of what is measured
+    # a run appends to results, which does not change the code that it measures
     changes = ask("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
     return {"commit": commit, "dirty": None if commit is None else bool(changes)}
 
@@ -59,24 +61,17 @@ def ask(*command: str) -> str | None:
     return (done.stdout.strip().splitlines() or [""])[0]
 
 
+def query(fields: str) -> str | None:
+    return ask("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")
+
+
 def version(package: str) -> str | None:
-    try:
-        return (
-            torch.__version__ if package == "torch" else metadata.version(package)
-        )  # the build, too, which the metadata leaves out
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def first_line(path: str) -> str | None:
-    try:
-        return Path(path).read_text().splitlines()[0]
-    except (OSError, IndexError):
-        return None
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version(package)
 
 
 def cpu_facts() -> dict[str, str]:
-    """/proc/cpuinfo of the first processor; empty elsewhere than on Linux."""
+    """/proc/cpuinfo of the first processor; empty on systems other than Linux."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
@@ -84,17 +79,6 @@ def cpu_facts() -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
-def processor() -> str:
-    return cpu_facts().get("model name") or platform.processor() or platform.machine()
-
-
-def clock() -> str | None:
-    megahertz = cpu_facts().get("cpu MHz")
-    return None if megahertz is None else f"{float(megahertz):.0f} MHz"
-
-
 def host_memory() -> int | None:
-    try:
+    with contextlib.suppress(ValueError, OSError, AttributeError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return None

@@ -1,4 +1,4 @@
-"""How time is taken, on a CPU and on a card: percentiles, inputs in turn, CUDA graphs, and the ceilings of this machine."""
+"""How time is taken on a CPU and on a card: percentiles, inputs in turn, CUDA graphs, a profiler, ceilings."""
 
 from __future__ import annotations
 
@@ -11,11 +11,6 @@ from typing import Any
 import torch
 
 Run = Callable[[], Any]
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def elapsed(run: Run, device: str) -> float:
@@ -33,41 +28,35 @@ def elapsed(run: Run, device: str) -> float:
 
 
 def percentiles(times: list[float], calls: int = 1) -> dict[str, Any]:
-    """Of times in milliseconds, each of one of `calls` calls that were timed together; one time stands for all three."""
-    if len(times) == 1:
-        p20 = median = p80 = times[0]
-    else:
-        p20, median, p80 = (statistics.quantiles(times, n=10, method="inclusive")[i] for i in (1, 4, 7))
-    return {"n": len(times), "calls": calls, "median_ms": median, "p20_ms": p20, "p80_ms": p80}
+    """p20, median and p80 of times in milliseconds a call, each the mean of `calls` calls timed together."""
+    quantiles = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else times * 9
+    return {"n": len(times), "calls": calls, "median_ms": quantiles[4], "p20_ms": quantiles[1], "p80_ms": quantiles[7]}
 
 
-def timed(
-    run: Run, device: str, calls: int = 1, seconds: float = 1.5, warm: int = 3, most: int = 200
-) -> dict[str, Any]:
-    """Percentiles of the time of one of the `calls` that `run` makes."""
+def timed(run: Run, device: str, calls: int = 1, seconds: float = 1.5, warm: int = 3) -> dict[str, Any]:
+    """Percentiles of the time of one of the `calls` that `run` makes, from 3 to 200 samples."""
     for _ in range(warm):
         run()
-    synchronize(device)
+    if device == "cuda":
+        torch.cuda.synchronize()
     times, stop = [], time.perf_counter() + seconds
-    while len(times) < min(3, most) or (time.perf_counter() < stop and len(times) < most):
+    while len(times) < 3 or (time.perf_counter() < stop and len(times) < 200):
         times.append(elapsed(run, device) / calls)
     return percentiles(times, calls)
 
 
 def in_turn(runs: list[Run]) -> Run:
-    """One call of each; for a single one, the call itself."""
-    if len(runs) == 1:
-        return runs[0]
+    """One call of each; a single one is returned as it is, without a loop around it."""
 
     def call() -> None:
         for run in runs:
             run()
 
-    return call
+    return call if len(runs) > 1 else runs[0]
 
 
 def captured(runs: list[Run]) -> tuple[Run, Any]:
-    """-> replay of one CUDA graph of all the calls, and what the first of them puts out (filled by every replay)."""
+    """-> replay of one CUDA graph of all the calls, and the outputs of the first (filled by every replay)."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -82,35 +71,39 @@ def captured(runs: list[Run]) -> tuple[Run, Any]:
     return graph.replay, outputs
 
 
+def kernel_times(run: Run, calls: int) -> dict[str, float]:
+    """Mean microseconds of each kernel in one call, from the profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for _ in range(10):
+            run()
+        torch.cuda.synchronize()
+    events = profiled.key_averages()
+    return {event.key[:60]: event.device_time_total / 10 / calls for event in events if event.device_time_total > 0}
+
+
 def copies_beyond_cache(impl: str, touched_bytes: int, device: str) -> int:
-    """How many sets of inputs a rotation needs so that none is still in a card's L2 when its turn comes; 1 on a CPU."""
+    """How many sets of inputs to rotate so that none is still in a card's L2 when its turn comes; 1 on a CPU."""
     if device != "cuda":
         return 1
     if impl.startswith("dense"):
-        return 2  # what it writes is many times the cache
+        return 2  # its matrices are many times the cache
     return max(2, math.ceil(3 * torch.cuda.get_device_properties(0).L2_cache_size / touched_bytes))
 
 
 def ceilings(device: str, dtype: torch.dtype, tiny: bool = False) -> list[dict[str, Any]]:
-    """Two rows: bytes a second of a large copy (read and written), and the rate of a large matrix product in `dtype`.
+    """Two rows: bytes a second of a large copy (read and written), operations a second of a large matrix product.
 
-    A ceiling is what the machine can do: the time that a fifth of the calls reach, whoever else was busy.
+    Both rates come from p20: other programs may slow the machine, never speed it up.
     """
-    on_gpu = device == "cuda"
-    size, n = (1 << 20, 64) if tiny else (1 << 31, 8192) if on_gpu else (1 << 28, 2048)
+    size, n = (1 << 20, 64) if tiny else (1 << 31, 8192) if device == "cuda" else (1 << 28, 2048)
     pace = {"seconds": 0.0, "warm": 1} if tiny else {}
     source = torch.empty(size, dtype=torch.uint8, device=device).random_(0, 255)
     target = torch.empty_like(source)
     copy = timed(lambda: target.copy_(source), device, **pace)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in "ab")
     product = timed(lambda: a @ b, device, **pace)
-    return [
-        {"case": "ceiling", "impl": "copy", "mode": "eager", "bytes_per_s": 2 * size / copy["p20_ms"] * 1e3, **copy},
-        {
-            "case": "ceiling",
-            "impl": "matmul",
-            "mode": "eager",
-            "flops_per_s": 2 * n**3 / product["p20_ms"] * 1e3,
-            **product,
-        },
-    ]
+    rates = {"bytes_per_s": 2e3 * size / copy["p20_ms"]}, {"flops_per_s": 2e3 * n**3 / product["p20_ms"]}
+    common = {"case": "ceiling", "mode": "eager"}
+    return [{**common, "impl": "copy", **rates[0], **copy}, {**common, "impl": "matmul", **rates[1], **product}]

@@ -1,8 +1,8 @@
-"""What is measured: named sizes, structured inputs, the calls that are timed, and the gate that each of them passes first.
+"""What is measured: named sizes, structured inputs, the calls that are timed, and the gate that each passes first.
 
-Inputs are clustered features and codes near prototypes, so that the softmax is peaked as in training. The oracle is the dense form in
-float64. Where its P x P matrices would be too large, the patches of the inputs are a smaller image's, repeated and shuffled: every mean
-over patches is then the smaller image's, and a patch's gradient is its share of it, so the dense oracle serves any P.
+Inputs are clustered features and codes near prototypes, so that the softmax is peaked as in training. The oracle is the
+dense form in float64. Where its P x P matrices would be too large, the patches are those of a smaller image, repeated
+and shuffled: every mean over patches is then the smaller image's, and a patch's gradient is its share of it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ for folder in (ROOT / "tests", ROOT / "kernels" / "torch-ext", ROOT):  # what is
         sys.path.insert(0, str(folder))
 
 import floors  # noqa: E402
+import measure  # noqa: E402
 import pair_cases  # noqa: E402
 import torch  # noqa: E402
 from floors import PairProblem, Problem  # noqa: E402
@@ -95,12 +96,9 @@ def make_inputs(problem: Problem, dtype: torch.dtype, device: str, seed: int = 0
     partners = ["self", *(torch.arange(B).roll(shift).to(device) for shift in range(1, problem.T))]
     thresholds = torch.tensor([WITHIN] + [ACROSS] * (problem.T - 1)).to(device)
     small = Case(features, codes, student, teacher, partners, thresholds)
-    full = (
-        Case(features[:, index], codes[..., index, :], student, teacher, partners, thresholds)
-        if P < problem.P
-        else small
-    )
-    return Inputs(full, small, index)
+    if P == problem.P:
+        return Inputs(small, small, index)
+    return Inputs(replace(small, features=features[:, index], codes=codes[..., index, :]), small, index)
 
 
 def oracle_patches(problem: Problem) -> int:
@@ -116,11 +114,8 @@ def truth(problem: Problem, dtype: torch.dtype, device: str, same: str) -> tuple
     copies = problem.P / inputs.small.codes.shape[-2]
 
     def at_full_size(result: Result) -> Result:
-        gradients = {
-            "codes": result.gradients["codes"][..., inputs.index, :] / copies,
-            "student": result.gradients["student"],
-        }
-        return Result({"total": result.values["total"]}, gradients)
+        codes = result.gradients["codes"][..., inputs.index, :] / copies
+        return Result({"total": result.values["total"]}, {**result.gradients, "codes": codes})
 
     oracle = at_full_size(evaluate(inputs.small.to(torch.float64), "dense"))
     size = gradient_term_size(inputs.small) / math.sqrt(copies)
@@ -132,7 +127,7 @@ class Subject:
     """One call to be timed."""
 
     run: Callable[[], Any]
-    check: Callable[[Any], None]  # what a run put out; AssertionError where it is wrong
+    check: Callable[[Any], None]  # takes the outputs of a run; AssertionError where they are wrong
     floor_bytes: int
     floor_flops: int
 
@@ -145,36 +140,22 @@ def pair_energy_of(form: str, features_i, codes_i, features_j, codes_j, partner)
     return sk.pair_energy(features_i, codes_i, features_j, codes_j, SHIFT, partner=partner, clamp=CLAMP, impl=form)
 
 
-def function_of(impl: str, device: str, quick_compile: bool = False, of: Callable | None = None) -> Callable[..., Any]:
-    """`impl` "torch" or "torch + compile", to be called as `of` (`total_of`) without its first argument."""
+FUNCTIONS = {"objective": total_of, "pairs": pair_energy_of}  # what torch.compile gets
+
+
+def function_of(subject: str, impl: str, device: str, quick_compile: bool = False) -> Callable[..., Any]:
+    """FUNCTIONS[subject] without its first argument; `impl` is a form, or "torch + compile"."""
     form, _, compiled = impl.partition(" + ")
-    if form == "keops":
-        import keops_form
-
-        return keops_form.total
     if not compiled:
-        return functools.partial(of or total_of, form)
+        return functools.partial(FUNCTIONS[subject], form)
     torch.compiler.reset()  # otherwise a second size gets a program for any size
-    options = (
-        {"backend": "aot_eager"}
-        if quick_compile
-        else {"mode": "max-autotune-no-cudagraphs"}
-        if device == "cuda"
-        else {}
-    )
-    return functools.partial(torch.compile(of or total_of, dynamic=False, **options), form)
+    options = {"mode": "max-autotune-no-cudagraphs"} if device == "cuda" else {}
+    options = {"backend": "aot_eager"} if quick_compile else options
+    return functools.partial(torch.compile(FUNCTIONS[subject], dynamic=False, **options), form)
 
 
-def objective(
-    problem: Problem,
-    impl: str,
-    mode: str,
-    dtype: torch.dtype,
-    device: str,
-    seed: int = 0,
-    function: Callable | None = None,
-) -> Subject:
-    """smooseg_loss, and in every `mode` but "forward" the gradients to codes and student for an upstream gradient that is given.
+def objective(problem: Problem, impl: str, mode: str, dtype, device: str, seed: int = 0, function=None) -> Subject:
+    """smooseg_loss, and in every `mode` but "forward" its gradients to codes and student.
 
     Several seeds share a `function`, so that it is compiled once.
     """
@@ -182,9 +163,8 @@ def objective(
     backward = mode != "forward"
     codes, student = case.codes.requires_grad_(backward), case.student.clone().requires_grad_(backward)
     upstream = torch.full(codes.shape[:-3], UPSTREAM, device=device)
-    call = functools.partial(
-        function or function_of(impl, device), case.features, codes, student, case.teacher, case.partners
-    )
+    function = function or function_of("objective", impl, device)
+    call = functools.partial(function, case.features, codes, student, case.teacher, case.partners)
 
     def run():
         if not backward:
@@ -201,9 +181,8 @@ def objective(
         got = Result({"total": outputs[0]}, dict(zip(("codes", "student"), outputs[1:])))
         check(got, same, oracle, max(FP32_EPS, EPS[dtype]), size, gradient_size)
 
-    return Subject(
-        run, check_outputs, floors.objective_floor(problem, backward), floors.objective_flops(problem, backward)
-    )
+    counts = floors.objective_floor(problem, backward), floors.objective_flops(problem, backward)
+    return Subject(run, check_outputs, *counts)
 
 
 def without_memory(problem: Problem, dtype: torch.dtype) -> Case:
@@ -218,9 +197,9 @@ def without_memory(problem: Problem, dtype: torch.dtype) -> Case:
 
 
 def head_step(problem: Problem, impl: str, mode: str, dtype: torch.dtype, device: str, seed: int = 0) -> Subject:
-    """A whole iteration on cached features: draws, projection, objective, gradients, teacher, Adam. Only the first run can be checked.
+    """A whole iteration on cached features: draws, projection, objective, gradients, teacher, Adam.
 
-    As in training, the features are resident on a card, and on a CPU rows of a store in fp16.
+    Only its first run can be checked. As in training, features are resident on a card, and on a CPU in an fp16 store.
     """
     from smooseg_fast.learn.loop import Loop
     from smooseg_fast.learn.schedule import Schedule, Settings
@@ -231,7 +210,7 @@ def head_step(problem: Problem, impl: str, mode: str, dtype: torch.dtype, device
     thresholds = torch.tensor([[WITHIN, ACROSS]] * problem.H)
 
     def make(form: str, dtype: torch.dtype, capture: bool = False):
-        """-> the step, and its parameters by name, from the same start every time."""
+        """-> the step, and its parameters by name; every call starts alike."""
         wide = dtype == torch.float64
         heads = Heads([Head(problem.D, problem.K, problem.Z, seed) for seed in range(problem.H)])
         heads = heads.to(device, torch.float64 if wide else torch.float32)
@@ -254,7 +233,7 @@ def head_step(problem: Problem, impl: str, mode: str, dtype: torch.dtype, device
         dense_fits = problem.B * problem.P**2 <= STEP_ORACLE_PAIRS
         oracle = reference("dense" if dense_fits else "torch", torch.float64)
         same = reference("torch" if impl == "dense" or not dense_fits else "dense", dtype)
-        # 16-bit features make the projection's products bf16; in fp32, weights' gradients sum over all patches, which cancel further
+        # 16-bit features make the projection's products bf16; in fp32, weights' gradients sum over patches that cancel
         eps = EPS[torch.bfloat16] if dtype.itemsize == 2 else 16 * EPS[torch.float32]
         check(got, same, oracle, eps, 1.0 + 2.0 * ACROSS)
 
@@ -262,25 +241,21 @@ def head_step(problem: Problem, impl: str, mode: str, dtype: torch.dtype, device
 
 
 def stored(features: Tensor) -> Callable[[torch.dtype], Callable[[Tensor], Tensor]]:
-    """Features [N,P,D] as a store keeps them -> what gives rows of them in a dtype."""
+    """Features [N,P,D] as a store keeps them -> a function from a dtype to a reader of rows."""
     from smooseg_fast.features.store import Contents, FeatureStore, Shard, to_storage
 
     N, P, _ = features.shape
-    store = FeatureStore(
-        [Shard(Contents((0, 0), (N, 0), (1, P), ("",) * N, ((0, 0),) * N, ()), to_storage(features), 0)]
-    )
+    contents = Contents((0, 0), (N, 0), (1, P), ("",) * N, ((0, 0),) * N, ())
+    store = FeatureStore([Shard(contents, to_storage(features), 0)])
     return lambda dtype: functools.partial(store.rows, dtype=dtype)
 
 
-def assignment(
-    problem: Problem, impl: str, mode: str, dtype: torch.dtype, device: str, seed: int = 0, pixels: int = 320
-) -> Subject:
+def assignment(problem: Problem, impl: str, mode: str, dtype, device: str, seed: int = 0, pixels: int = 320) -> Subject:
     """Labels at `pixels` x `pixels` from a square grid of patches, and the counts against labels to compare with."""
     side = math.isqrt(problem.P)
     case = make_inputs(replace(problem, D=1), dtype, device, seed).case
-    labels = torch.randint(
-        0, problem.K, (problem.B, pixels, pixels), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
-    ).to(device)
+    generator, shape = torch.Generator().manual_seed(seed), (problem.B, pixels, pixels)
+    labels = torch.randint(0, problem.K, shape, dtype=torch.uint8, generator=generator).to(device)
     sizes = {"grid": (side, side), "size": (pixels, pixels), "labels": labels, "classes": problem.K}
 
     def run():
@@ -293,99 +268,46 @@ def assignment(
             want, _ = sk.assign(case.codes[n : n + 1].double(), case.teacher.double(), impl="dense", **part)
             wrong = (assigned[n : n + 1] != want).float().mean().item()
             assert wrong < 1e-4, f"{wrong:.2%} of the pixels of picture {n} differ from float64"
-        cells = (assigned * problem.K + labels).flatten()
-        assert torch.equal(counts, torch.bincount(cells, minlength=problem.K**2).view(problem.K, problem.K)), (
-            "wrong counts"
-        )
+        wanted = torch.bincount((assigned * problem.K + labels).flatten(), minlength=problem.K**2)
+        assert torch.equal(counts, wanted.view(problem.K, problem.K)), "wrong counts"
 
     sides = (problem.Z, problem.K, pixels, pixels)
     floor_bytes = floors.assignment_floor(problem.B, problem.P, problem.Z, pixels, pixels, problem.element, 1)
     return Subject(run, check_outputs, floor_bytes, floors.assignment_flops(problem.B, problem.P, *sides))
 
 
-def step_products(problem: Problem, impl: str, mode: str, dtype: torch.dtype, device: str, seed: int = 0) -> Subject:
-    """The matrix products of a head step and nothing else, into memory that is there already: what a step cannot be faster than.
-
-    In `dtype` those of the projection, and on a card those of the objective too, which a CPU has in fp32.
-    """
-    B, P, D, Z, K = problem.B, problem.P, problem.D, problem.Z, problem.K
-    generator = torch.Generator().manual_seed(seed)
-
-    def matrix(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
-
-    inner = torch.float32 if device == "cpu" and dtype.itemsize == 2 else dtype
-    flat, wide, codes, hidden, linear = matrix(B * P, D), matrix(B * P, D), matrix(B * P, Z), matrix(D, D), matrix(Z, D)
-    rows, sides, features, z = (
-        matrix(*shape, dtype=inner) for shape in ((B * P, K), (B, P, K + 1), (B, P, D), (B * P, Z))
-    )
-    prototypes, moments = matrix(K, Z, dtype=inner), matrix(B, K + 1, D, dtype=inner)
-    pairs = [
-        *((flat, hidden.mT), (flat, linear.mT), (wide, linear.mT)),  # W2 f, W1 f, W3 s
-        *((z, prototypes.mT), (z, prototypes.mT), (sides.mT, features)),  # cosines to teacher and student, moments
-        *(
-            (features, moments.mT),
-            (rows, prototypes),
-            (rows.mT, z),
-        ),  # back from the moments, to codes and to the student
-        *((codes, linear), (codes.mT, wide), (wide.mT, flat), (codes.mT, flat)),  # through W3, and to W3, W2 and W1
-    ]
-    outputs = [a @ b for a, b in pairs]
-
-    def run():
-        for (a, b), out in zip(pairs, outputs):
-            torch.matmul(a, b, out=out)
-        return outputs
-
-    def check_outputs(got):
-        for (a, b), out in zip(pairs, got):
-            torch.testing.assert_close(out, a @ b)
-
-    return Subject(run, check_outputs, floors.head_step_floor(problem), floors.head_step_flops(problem))
-
-
-def pairs(
-    problem: PairProblem,
-    impl: str,
-    mode: str,
-    dtype: torch.dtype,
-    device: str,
-    seed: int = 0,
-    function: Callable | None = None,
-) -> Subject:
-    """pair_energy with each image's neighbour as its partner, centred and clamped on both sides; gradients to both codes."""
+def pairs(problem: PairProblem, impl: str, mode: str, dtype, device: str, seed: int = 0, function=None) -> Subject:
+    """pair_energy with the next image as partner, centred and clamped on both sides; gradients to both codes."""
     inputs, oracle = pair_inputs(problem, dtype, device, seed)
     backward = mode != "forward"
     codes = [x.detach().requires_grad_(backward) for x in (inputs.codes_i, inputs.codes_j)]
-    call = function or function_of(impl, device, of=pair_energy_of)
-    upstream = torch.full((), UPSTREAM, device=device)
+    function, upstream = function or function_of("pairs", impl, device), torch.full((), UPSTREAM, device=device)
+    rows = (inputs.features_i, codes[0], inputs.features_j, codes[1], inputs.options["partner"])
 
     def run():
         if not backward:
             with torch.no_grad():
-                return (*call(inputs.features_i, codes[0], inputs.features_j, codes[1], inputs.options["partner"]),)
-        out = call(inputs.features_i, codes[0], inputs.features_j, codes[1], inputs.options["partner"])
+                return tuple(function(*rows))
+        out = function(*rows)
         return (out.energy.detach(), out.similarity.detach(), *torch.autograd.grad(out.energy, codes, upstream))
 
     def check_outputs(outputs):
-        got = pair_cases.Result(
-            dict(zip(("energy", "similarity"), outputs)), dict(zip(("codes_i", "codes_j"), outputs[2:]))
-        )
+        values, gradients = zip(("energy", "similarity"), outputs), zip(("codes_i", "codes_j"), outputs[2:])
+        got = pair_cases.Result(dict(values), dict(gradients))
         pair_cases.compare(got, *oracle(impl), max(FP32_EPS, EPS[dtype]))
 
     return Subject(run, check_outputs, floors.pairs_floor(problem, backward), floors.pairs_flops(problem, backward))
 
 
 def pair_inputs(problem: PairProblem, dtype: torch.dtype, device: str, seed: int) -> tuple[pair_cases.Pairs, Callable]:
-    """-> inputs, and what gives the truth, the dense (else torch) form in their own dtype and the sizes of terms for an implementation."""
+    """-> inputs, and a function from an implementation to another form in their dtype, the truth and term sizes."""
     B, D, Z, P = problem.B, problem.D, problem.Z, oracle_patches(problem)
     if device == "meta":
         rows = [torch.empty(B, problem.P, width, dtype=dtype, device=device) for width in (D, Z, D, Z)]
         return pair_cases.Pairs(*rows, SHIFT, {"partner": torch.empty(B, dtype=torch.int64, device=device)}), None
     options = {"partner": torch.arange(B).roll(1).to(device), "clamp": CLAMP}
-    small = pair_cases.make_pairs(
-        B=B, P_i=P, P_j=P, D=D, Z=Z, dtype=dtype, device=device, seed=seed, threshold=SHIFT, **options
-    )
+    sizes = dict(B=B, P_i=P, P_j=P, D=D, Z=Z)
+    small = pair_cases.make_pairs(**sizes, dtype=dtype, device=device, seed=seed, threshold=SHIFT, **options)
     generator = torch.Generator().manual_seed(seed)
     indices = [(torch.randperm(problem.P, generator=generator) % P).to(device) for _ in "ij"]
     i, j = indices
@@ -398,10 +320,8 @@ def pair_inputs(problem: PairProblem, dtype: torch.dtype, device: str, seed: int
     @functools.lru_cache(maxsize=2)
     def oracle(impl: str):
         # a form's own rounding would excuse anything that it does
-        same, truth = (
-            pair_cases.evaluate(x, form, (UPSTREAM, 0.0))
-            for x, form in ((small, "torch" if impl == "dense" else "dense"), (small.to(torch.float64), "dense"))
-        )
+        same = pair_cases.evaluate(small, "torch" if impl == "dense" else "dense", (UPSTREAM, 0.0))
+        truth = pair_cases.evaluate(small.to(torch.float64), "dense", (UPSTREAM, 0.0))
         sizes = pair_cases.sizes_of(small, max(FP32_EPS, EPS[dtype]))
         sizes = pair_cases.Sizes(sizes.energy, at_full_size(sizes.gradients), at_full_size(sizes.undecided))
         results = (pair_cases.Result(result.values, at_full_size(result.gradients)) for result in (same, truth))
@@ -410,10 +330,13 @@ def pair_inputs(problem: PairProblem, dtype: torch.dtype, device: str, seed: int
     return pair_cases.Pairs(*rows, SHIFT, options), oracle
 
 
-SUBJECTS = {
-    "pairs": pairs,
-    "objective": objective,
-    "head step": head_step,
-    "step products": step_products,
-    "assign": assignment,
-}
+SUBJECTS = {"pairs": pairs, "objective": objective, "head step": head_step, "assign": assignment}
+
+
+def rotation(subject: str, problem: Problem, impl: str, mode: str, dtype: str, device: str, **extra) -> list[Subject]:
+    """One call on as many sets of inputs as a card's cache cannot hold; the first has run and passed its check."""
+    build = functools.partial(SUBJECTS[subject], problem, impl, mode, DTYPES[dtype], device, **extra)
+    first = build()
+    first.check(first.run())
+    copies = measure.copies_beyond_cache(impl, first.floor_bytes, device)
+    return [first, *(build(seed=seed) for seed in range(1, copies))]

@@ -1,11 +1,11 @@
-"""Writes what results files say into the marked blocks of README.md and docs/performance.md, and the pictures beside them. Nothing else.
+"""Writes the generated blocks of README.md and docs/, the pictures and cells.csv from benchmarks/results.
 
-    python benchmarks/report.py benchmarks/results/cpu.jsonl benchmarks/results/gpu.jsonl
-    python benchmarks/report.py benchmarks/results/*.jsonl --check     # writes nothing; exit 1 and the names of what would change
+    python benchmarks/report.py               # after a measurement, or after aot_report.py
+    python benchmarks/report.py --check       # writes nothing; exits 1 and names what is out of date
 
-A block stands between `<!-- report: NAME -->` and `<!-- end report -->`. A picture is up to date when it was drawn from the same data:
-another matplotlib draws them in other bytes. Exit status: 0, 1 with --check where something would change, 2 for a file that cannot be
-read or a block without a name that is known (one line says which).
+A block stands between `<!-- report: NAME -->` and `<!-- end report -->`. A row of a table comes from one run, the
+newest of those with the most numbers in it, so every ratio does too. A picture is up to date when it was drawn from the
+same data: another matplotlib draws other bytes. Exit status 2: a file cannot be read, or a block is unknown.
 """
 
 from __future__ import annotations
@@ -13,129 +13,236 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import numpy as np
+import pandas as pd
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import cells  # noqa: E402
 import charts  # noqa: E402
-import goals  # noqa: E402
 import results  # noqa: E402
-import tables  # noqa: E402
 
+<<<<<<< HEAD
 from smooseg_fast.errors import UserError  # noqa: E402
 from smooseg_fast.system.files import write_atomic  # noqa: E402
+=======
+from smooseg_fast.files import write_atomic  # noqa: E402
+>>>>>>> bench
 
-PAGES = ("README.md", "docs/performance.md")
-PICTURES = "docs/pictures"
+PAGES = ("README.md", "docs/performance.md", "docs/kernels_aot.md")
+RESULTS, PICTURES = "benchmarks/results", "docs/pictures"
 BLOCK = re.compile(r"(<!-- report: (?P<name>[^>]*?) -->\n).*?(<!-- end report -->)", re.DOTALL)
-BLOCKS = {
-    "measured": goals.measured,
-    "goals": goals.goals,
-    **{
-        name: getattr(tables, name)
-        for name in ("objective", "memory", "assign", "rest", "ceilings", "floors", "kernels", "scaling")
-    },
-    **{name: getattr(tables, name) for name in ("head_step", "extract", "pairs", "skipped", "repeats", "spread")},
-}
+KEY = ["device", "machine", "threads", "case", "shape", "sizes", "mode", "dtype"]
+COLUMNS = [*KEY, "impl", "n", "median_ms", "p20_ms", "p80_ms", "mean_us", "times_floor", "floor_ms", "floor_bytes"]
+COLUMNS += ["floor_flops", "images_per_s", "peak_bytes", "counted_bytes", "bytes_per_s", "flops_per_s", "skipped"]
+COLUMNS += ["date", "commit", "dirty", "torch", "triton", "driver", "python", "run"]
+IMPLS = ["dense", "dense + compile", "torch", "torch + compile", "triton"]
+CASES = ["objective", "memory objective", "head step", "assign", "pairs"]  # in the order of tables
+STATED = {"P": (784, 12544)}  # a slope over this range, next to the one over everything measured
+TRAINED = "B 32, P 784, D 384, K 27"
+README = [("cpu", "objective", "B 8, P 784, D 384, K 27"), ("cpu", "head step", TRAINED)]
+README += [("cuda", "objective", TRAINED), ("cuda", "objective", TRAINED + ", H 16")]
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+LEGEND = "Median milliseconds; in brackets the multiple of a counted lower bound (docs/performance.md)."
 
 
-def blocks(found: tables.Cells, drawn: dict[str, charts.Chart], folder: str) -> dict[str, str]:
-    """Every block's text; `folder` is where a page finds the pictures."""
-    texts = {name: function(found) for name, function in BLOCKS.items()}
-    for name in ("objective", "scaling"):
-        pictures = [charts.embed(stem, chart, folder) for stem, chart in drawn.items() if stem.startswith(name)]
-        texts[f"{name} picture"] = "\n\n".join(pictures)
-    return texts
+def collect(rows: list[results.Row]) -> pd.DataFrame:
+    """A line for each cell (KEY, impl) and run, the oldest first. Lines of one run add up; a later one wins."""
+    lines = [
+        {**row, "sizes": results.sizes_text(row), "at": row.get("sizes") or {}} for row in sorted(rows, key=results.age)
+    ]
+    for line in lines:
+        line["threads"] = (
+            line.get("threads") if line["device"] == "cpu" else None
+        )  # those of a card's host do not count
+    lines = pd.DataFrame(lines, columns=[*COLUMNS, "at"])
+    return lines.groupby([*KEY, "impl", "run"], sort=False, dropna=False).last().reset_index()
 
 
-def rewritten(page: str, texts: dict[str, str]) -> tuple[str, list[str]]:
-    """The page with its blocks filled, and the names of those that changed. ValueError for an unknown or unfinished block."""
-    changed = []
-
-    def fill(match: re.Match) -> str:
-        name = match["name"]
-        if name not in texts or "<!-- report:" in match[0][len(match[1]) :]:
-            raise ValueError(f"block {name!r}: no such block, or no end; there are: {', '.join(sorted(texts))}")
-        new = f"{match[1]}{texts[name]}\n{match[3]}"
-        if new != match[0]:
-            changed.append(name)
-        return new
-
-    filled = BLOCK.sub(fill, page)
-    if page.count("<!-- report:") != len(BLOCK.findall(page)):
-        raise ValueError("a block begins and does not end; write <!-- end report --> on a line of its own")
-    return filled, changed
+def cells_csv(lines: pd.DataFrame) -> str:
+    """Every cell: its newest run with a number, or the newest that says why there is none."""
+    lines = lines.assign(numbered=lines[["median_ms", "mean_us", "peak_bytes"]].notna().any(axis=1))
+    newest = lines.sort_values("numbered", kind="stable").groupby([*KEY, "impl"], sort=False, dropna=False).tail(1)
+    return newest.sort_values([*KEY, "impl"])[COLUMNS].to_csv(index=False, float_format="%.10g", lineterminator="\n")
 
 
-def pages(root: Path, found: tables.Cells, drawn: dict[str, charts.Chart]) -> tuple[dict[Path, str], list[str]]:
-    """New texts of the pages that would change, and what of them would."""
-    texts, names = {}, []
+def milliseconds(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:#.3g}".rstrip(".")
+
+
+def size(value: float) -> str:
+    unit, scale = next(pair for pair in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1)) if value >= pair[1])
+    return f"{value / scale:#.3g}".rstrip(".") + f" {unit}"
+
+
+def times(value: float) -> str:
+    return f"{value:.1f}×" if value < 10 else f"{value:.0f}×"
+
+
+def rows_of(lines: pd.DataFrame, figure: str) -> Iterator[tuple[pd.Series, pd.DataFrame]]:
+    """The key and the lines by implementation of every row of a table, all of one run."""
+    order = lines["case"].map(CASES.index), lines["dtype"] != "float32"
+    lines = lines.assign(order=order[0], half=order[1]).sort_values(["device", "order", "half"], kind="stable")
+    for _, group in lines.groupby(KEY, sort=False, dropna=False):
+        runs = [run.set_index("impl") for _, run in group.groupby("run", sort=False)]
+        best = max(reversed(runs), key=lambda run: run[figure].notna().sum())
+        if best[figure].notna().any():
+            yield group.iloc[0], best
+
+
+def entry(line: pd.Series, figure: str) -> str:
+    """A number with its multiple of the floor; a dash with the needed bytes where it was left out."""
+    if pd.notna(line[figure]):
+        floor = f" ({times(line['times_floor'])})" if figure == "median_ms" and pd.notna(line["times_floor"]) else ""
+        return (size if figure == "peak_bytes" else milliseconds)(line[figure]) + floor
+    return "" if pd.isna(line["skipped"]) else f"– ({size(line['counted_bytes'])})"
+
+
+def gain(run: pd.DataFrame, figure: str) -> str:
+    """Dense over the better of ours."""
+    ours = run[figure].reindex(["torch", "triton"]).dropna().astype(float)
+    dense = run[figure].get("dense", np.nan)
+    return f"{times(dense / ours.min())} ({ours.idxmin()})" if len(ours) and dense > 0 else ""
+
+
+def footnotes(runs: dict[str, list[pd.DataFrame]]) -> str:
+    """A letter a run: when, which code, where, with which versions, and how many samples."""
+    notes = []
+    for letter, parts in zip(LETTERS, runs.values()):
+        lines, one = pd.concat(parts), parts[0].iloc[0]
+        dirty = {True: " with uncommitted changes", False: ""}.get(one["dirty"], " (uncommitted changes not recorded)")
+        where = [one["date"][:10], f"commit {one['commit'][:7]}{dirty}", one["machine"]]
+        where += [] if pd.isna(one["threads"]) else [f"{one['threads']:.0f} threads"]
+        where += [f"{name} {one[name]}" for name in ("driver", "torch", "triton", "python") if pd.notna(one[name])]
+        where += [f"n = {lines['n'].min():.0f} to {lines['n'].max():.0f}"] if lines["n"].notna().any() else []
+        notes.append(f"{letter}: {', '.join(where)}")
+    return "<br>\n".join(notes)
+
+
+def markdown(head: list[str], body: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *body))
+
+
+def letter_of(run: pd.DataFrame, runs: dict[str, list[pd.DataFrame]]) -> str:
+    runs.setdefault(run["run"].iloc[0], []).append(run)
+    return LETTERS[list(runs).index(run["run"].iloc[0])]
+
+
+def table(lines: pd.DataFrame, figure: str = "median_ms") -> str:
+    """Rows of cases and sizes, columns of implementations, dense over the better of ours, and the run."""
+    runs, body, rows = {}, [], list(rows_of(lines, figure))
+    shown = {impl for _, run in rows for impl in run.index[run[[figure, "skipped"]].notna().any(axis=1)]}
+    impls = [impl for impl in IMPLS if impl in shown]
+    for key, run in rows:
+        what = ", ".join([key["case"], "GPU" if key["device"] == "cuda" else "CPU", key["dtype"], key["mode"]])
+        entries = [entry(run.loc[impl], figure) if impl in run.index else "" for impl in impls]
+        body.append([what, key["sizes"], *entries, gain(run, figure), letter_of(run, runs)])
+    return "\n\n".join([markdown(["", "sizes", *impls, "dense over ours", "run"], body), footnotes(runs)])
+
+
+def sweeps(lines: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """Device, letter and lines by the letter's value `at`: of every scaling the newest run with the most numbers."""
+    lines = lines[lines["case"].str.startswith("scaling ")]
+    for device, letter in sorted(set(zip(lines["device"], lines["case"].str[-1])), key=str):
+        group = lines[(lines["device"] == device) & (lines["case"].str[-1] == letter)]
+        runs = [run for _, run in group.groupby(["machine", "threads", "run"], sort=False, dropna=False)]
+        best = max(reversed(runs), key=lambda run: run["median_ms"].notna().sum())
+        at = [sizes.get(letter, results.USUAL.get(letter)) for sizes in best["at"]]
+        yield device, letter, best.assign(at=at).sort_values("at")
+
+
+def slope(points: pd.DataFrame, figure: str) -> str:
+    """Least squares of log y on log x: 1 is linear, 2 quadratic."""
+    points = points[["at", figure]].dropna().astype(float)
+    return f"{np.polyfit(*np.log(points.to_numpy().T), 1)[0]:.2f}" if len(points) > 1 else ""
+
+
+def scaling(lines: pd.DataFrame) -> str:
+    runs, body = {}, []
+    for _, letter, sweep in sweeps(lines):
+        mark = letter_of(sweep, runs)
+        for impl, curve in sweep.groupby("impl", sort=False):
+            timed = curve[curve["median_ms"].notna()]
+            stop = charts.stop_of(curve, "median_ms")
+            part = timed[timed["at"].between(*STATED.get(letter, (0, 0)))]
+            for points in [timed] + [part] * (1 < len(part) < len(timed) and impl != "dense"):
+                slopes = [slope(points, figure) for figure in ("median_ms", "peak_bytes")]
+                body.append([letter, impl, f"{points['at'].min()} to {points['at'].max()}", *slopes, stop, mark])
+    head = ["against", "implementation", "range", "slope of time", "slope of memory", "dense stops", "run"]
+    return markdown(head, body) + "\n\n" + footnotes(runs)
+
+
+def aot(rows: pd.DataFrame) -> str:
+    """Faults, and the most registers, stack and shared memory of each target."""
+    body = []
+    for target, group in rows.groupby("target", sort=False):
+        registers = group.loc[group["registers"].idxmax()]
+        shared = group.loc[(group["shared"] / group["shared_limit"]).idxmax()]
+        counts = [len(group), group["faults"].notna().sum(), group["spills"].max()]
+        worst = f"{registers['registers']} ({registers['kernel']}, {registers['case']})"
+        most = f"{shared['shared']:,} of {shared['shared_limit']:,} ({shared['kernel']}, {shared['case']})"
+        body.append([target, *map(str, counts), worst, most])
+    head = ["target", "kernels", "faults", "most bytes spilled", "most registers", "most shared bytes"]
+    return markdown(head, body) + f"\n\nCompiled by Triton {', '.join(sorted(set(rows['triton'])))}."
+
+
+def outputs(root: Path) -> tuple[dict[Path, str], dict[str, charts.Chart]]:
+    """The texts of every page and of cells.csv, and the pictures by the stem of their files."""
+    lines = collect(results.read(sorted((root / RESULTS).glob("*.jsonl"))))
+    shown = lines[lines["case"].isin(CASES) & ((lines["mode"] != "forward") | (lines["case"] == "assign"))]
+    shown = shown[shown["impl"].isin(IMPLS) & ~shown["mode"].str.startswith("kernel")]
+    main = shown[["device", "case", "sizes"]].apply(tuple, axis=1).isin(README)
+    main &= (shown["dtype"] == "float32") | shown["mode"].isin(["graph", "captured step"])
+    trained = shown["case"].isin(CASES[:3])
+    drawn = charts.charts(list(rows_of(shown[main], "median_ms")), list(sweeps(lines)))
+    blocks = {
+        "measured": table(shown[main]) + "\n\n" + LEGEND,
+        "speed": table(shown[trained]),
+        "other": table(shown[~trained]),
+        "memory": table(shown[trained & (shown["dtype"] != "bfloat16")], "peak_bytes"),
+        "scaling": scaling(lines),
+        **{f"{name} picture": charts.embed(drawn, name, "pictures/") for name in ("objective", "scaling")},
+        "aot": aot(pd.read_csv(root / RESULTS / "aot.csv", dtype={"triton": str})),
+    }
+    texts = {root / RESULTS / "cells.csv": cells_csv(lines)}
     for page in PAGES:
-        path = root / page
-        try:
-            folder = PICTURES + "/" if page == "README.md" else PICTURES.removeprefix("docs/") + "/"
-            filled, changed = rewritten(path.read_text(encoding="utf-8"), blocks(found, drawn, folder))
-        except ValueError as error:
-            raise ValueError(f"{page}: {error}") from error
-        if changed:
-            texts[path] = filled
-            names += [f"{page}: {name}" for name in changed]
-    return texts, names
+        text = (root / page).read_text(encoding="utf-8")
+        matches = list(BLOCK.finditer(text))
+        unknown = [match["name"] for match in matches if match["name"] not in blocks or match[0].count("<!--") > 2]
+        if unknown or len(matches) != text.count("<!-- report:"):
+            raise ValueError(f"{page}: unknown or unfinished block {', '.join(unknown)}; there are {', '.join(blocks)}")
+        texts[root / page] = BLOCK.sub(lambda match: f"{match[1]}{blocks[match['name']]}\n{match[3]}", text)
+    return texts, drawn
 
 
-def pictures(
-    root: Path, drawn: dict[str, charts.Chart]
-) -> tuple[dict[Path, tuple[charts.Chart, str]], list[Path], list[str]]:
-    """What to draw, what to remove, and the names of both."""
-    wanted = {
-        root / PICTURES / f"{stem}-{theme}.svg": (chart, theme)
-        for stem, chart in drawn.items()
-        for theme in charts.THEMES
-    }
-    stale = {
-        path: what
-        for path, what in wanted.items()
-        if not path.exists() or charts.digest_of(path.read_text(encoding="utf-8")) != what[0].digest
-    }
-    unwanted = sorted(set((root / PICTURES).glob("*.svg")) - set(wanted))
-    return stale, unwanted, [f"{path.relative_to(root)}" for path in [*stale, *unwanted]]
-
-
-def run(files: list[Path], root: Path, check: bool) -> int:
-    found = cells.collect(results.read(files))
-    drawn = charts.charts(found)
-    texts, names = pages(root, found, drawn)
-    stale, unwanted, more = pictures(root, drawn)
-    names += more
+def run(root: Path, check: bool) -> int:
+    texts, drawn = outputs(root)
+    files = {root / PICTURES / f"{stem}-{theme}.svg": (drawn[stem], theme) for stem in drawn for theme in charts.THEMES}
+    present = {path: path.read_text(encoding="utf-8") for path in [*texts, *files] if path.exists()}
+    stale = [path for path, text in texts.items() if present.get(path) != text]
+    stale += [path for path, (chart, _) in files.items() if f"digest {chart.digest}" not in present.get(path, "")]
+    unwanted = sorted(set((root / PICTURES).glob("*.svg")) - set(files))
     if not check:
-        write(texts, stale, unwanted)
-    print(
-        "\n".join(f"{'would change' if check else 'wrote'} {name}" for name in names)
-        or "everything says what the files say"
-    )
+        for path in stale:
+            write_atomic(path, texts[path] if path in texts else files[path][0].svg(files[path][1]))
+        for path in unwanted:
+            path.unlink()
+    names = [f"{'out of date:' if check else 'wrote'} {path.relative_to(root)}" for path in [*stale, *unwanted]]
+    print("\n".join(names) or "everything is up to date")
     return int(check and bool(names))
-
-
-def write(texts: dict[Path, str], stale: dict[Path, tuple[charts.Chart, str]], unwanted: list[Path]) -> None:
-    for path, text in texts.items():
-        write_atomic(path, text)
-    for path, (chart, theme) in stale.items():
-        write_atomic(path, chart.svg(theme))
-    for path in unwanted:
-        path.unlink()
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE.jsonl")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--root", type=Path, default=ROOT, help="the checkout to write to (this one)")
     args = parser.parse_args(arguments)
     try:
-        return run(args.files, args.root, args.check)
-    except (OSError, ValueError, UserError) as error:
+        return run(args.root, args.check)
+    except (OSError, ValueError) as error:
         print(f"report.py: {error}", file=sys.stderr)
         return 2
 

@@ -1,80 +1,89 @@
-"""Measurements on disk: one JSON object a line, appended, never rewritten. `machine.describe` says who; the rest of a line is:
+"""Measurements on disk: one JSON object a line, appended, never rewritten.
 
-    case        what was measured: "objective", "head step", "assign", "extract", "pairs", "memory objective", "scaling P", "ceiling"
+`machine.describe` says who measured; the rest of a line is:
+
+    case        what was measured: "objective", "head step", "assign", "extract", "pairs", "scaling P", "ceiling"
     shape       name of the sizes ("P784", "H16" in a scaling)
-    sizes       {"B": 8, "P": 784, "D": 384, "Z": 64, "K": 27, "T": 2, "H": 1}, and the "pixels" of a side where labels are made;
-                of an extraction the images, their height and width, and the pixels of their squares
-    impl        "dense", "torch", "triton", "keops"; with " + compile" where it went through torch.compile; "products alone": the matrix
-                products of a head step and nothing else; of an extraction "extraction", "backbone alone", "decoding, 2 threads";
-                "dense, own process": in a process that gives freed memory back, as PyTorch comes, where all others keep it
-    mode        "forward", "forward + backward", "step", "kernel NAME"; from a CUDA graph: "graph" (forward + backward), "captured step"
+    sizes       {"B": 8, "P": 784, "D": 384, "Z": 64, "K": 27, "T": 2, "H": 1}; "pixels" is the side of labels, or
+                of an extraction's squares, which also has its images, their height and width
+    impl        "dense", "torch", "triton"; with " + compile" through torch.compile; "extraction", "backbone alone"
+    mode        "forward", "forward + backward", "step", "kernel NAME"; from a CUDA graph: "graph" (forward + backward),
+                "captured step"
     dtype       "float32", "bfloat16", "float16"
-    n, median_ms, p20_ms, p80_ms              of one call; n calls were timed (each of them `calls` at once)
-    mean_us                                   of one kernel in one call, from a profiler
-    floor_bytes, floor_flops, floor_ms        what must move and be computed, counted; the time of the slower at the run's own ceilings
-    times_floor                               median_ms / floor_ms
-    images_per_s                              by the median
-    peak_bytes                                memory beyond inputs at its highest, measured in a process of its own
-    counted_bytes                             of tensors alive at one time, from shapes: beside peak_bytes, or where nothing could run
-    bytes_per_s, flops_per_s                  of a ceiling
-    skipped                                   why there is no number: a size that the memory or the default run's time does not hold
+    n, median_ms, p20_ms, p80_ms          time of one call; n samples were taken, each of `calls` calls at once
+    mean_us                               time of one kernel in one call, from a profiler
+    floor_bytes, floor_flops, floor_ms    counted bytes and operations; the slower of the two at this run's ceilings
+    times_floor                           median_ms / floor_ms
+    images_per_s                          from the median
+    peak_bytes                            highest memory use beyond the inputs
+    counted_bytes                         tensors alive at one time, counted from shapes
+    bytes_per_s, flops_per_s              of a ceiling
+    skipped                               why there is no number, e.g. matrices larger than the memory
 
-A cell that nobody measured has no line; a line without a number says why in `skipped`.
+A line without a number says why in `skipped`; a cell that nobody measured has no line. Older lines also have "memory
+objective" (its peak alone), "products alone" (the matrix products of a head step), "dense, own process" (a process that
+returns freed memory to the system, as PyTorch does by default) and "decoding, 2 threads".
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).resolve().parent / "results"
-
+USUAL = {"Z": 64, "T": 2, "H": 1}  # not shown; older lines leave them out
 Row = dict[str, Any]
 
 
 def append(path: Path, row: Row) -> None:
-    """A run that is cut off keeps every line it wrote."""
+    """Write at once, so that a run that is cut off keeps every line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def read(paths: Iterable[Path]) -> list[Row]:
-    """The rows of all files in order. ValueError names the file and line that is not one JSON object."""
+    """All rows in order. ValueError names the file and the line that is not one JSON object with a case."""
     rows = []
     for path in paths:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            if not line.strip():
-                continue
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}:{number}: not a line of results ({error}); remove it") from error
             if not isinstance(row, dict) or "case" not in row:
                 raise ValueError(f"{path}:{number}: not a line of results (no case); remove it")
-            rows.append(_renamed(row))
+            rows.append(row)
     return rows
 
 
-def _renamed(row: Row) -> Row:
-    """Lines of the first GPU run as they would be written today."""
-    if "gpu" not in row:
-        return row
-    row = {"machine": row.pop("gpu"), "device": "cuda", "run": row["date"], "dirty": None, **row}
-    row["dtype"] = row.get("dtype", "").removeprefix("torch.") or None
-    name, _, heads = row["case"].partition(" H=")
-    if heads:
-        row |= {
-            "case": name,
-            "shape": "cityscapes_s8" if heads == "1" else f"heads{heads}",
-            "sizes": {**row.get("sizes", {}), "H": int(heads)},
-        }
-    elif name.startswith("assign "):
-        sizes = {"B": 32, "P": 784, "D": 384, "K": 27, "pixels": int(name.rpartition("x")[2])}
-        row |= {"case": "assign", "shape": "cityscapes_s8", "sizes": sizes, "dtype": "bfloat16"}
-    row["impl"] = row["impl"].replace(" compiled", " + compile")
-    if row["mode"] == "eager" and row["case"] != "ceiling":
-        row["mode"] = "forward + backward" if row["case"] == "objective" else "forward"
-    return row
+def age(row: Row) -> tuple[bool, str]:
+    """A key that sorts the oldest first; a run with uncommitted changes counts as older than any without."""
+    return row.get("dirty") is not True, row.get("date") or ""
+
+
+def sizes_text(row: Row) -> str:
+    """ "B 8, P 784, D 384, K 27": sizes at their usual value are left out."""
+    sizes = {name: value for name, value in (row.get("sizes") or {}).items() if USUAL.get(name) != value}
+    ordered = sorted(sizes.items(), key=lambda item: f"BPDKZTH{item[0]}".index(item[0]))
+    return ", ".join(f"{name} {value}" for name, value in ordered)
+
+
+def summary(rows: list[Row]) -> Iterator[str]:
+    """One line a measurement, printed at the end of a run."""
+    yield (
+        f"{'case':16s} {'shape':24s} {'implementation':16s} {'mode':18s} "
+        f"{'median ms':>10s} {'p20':>9s} {'p80':>9s} {'n':>4s} {'x floor':>8s} {'peak MB':>8s}"
+    )
+    for row in rows:
+        name = f"{row['case']:16s} {row.get('shape', ''):24s} {row['impl']:16s} {row['mode'][:18]:18s}"
+        if "skipped" in row:
+            yield f"{name} {row['skipped']}"
+            continue
+        times = "".join(f"{row[key]:10.3f}" if key in row else " " * 10 for key in ("median_ms", "p20_ms", "p80_ms"))
+        rate = row.get("bytes_per_s") or row.get("flops_per_s")
+        ratio = f"{row['times_floor']:8.2f}" if "times_floor" in row else f"{rate / 1e9:6.1f} G" if rate else " " * 8
+        peak = f"{row['peak_bytes'] / 1e6:8.1f}" if "peak_bytes" in row else ""
+        yield f"{name} {times} {row.get('n', ''):>4} {ratio} {peak}".rstrip()

@@ -1,11 +1,11 @@
-"""Times settings of one kernel on this GPU and prints a ranking; a person edits the data files. Nothing tunes by itself.
+"""Times settings of one kernel on this GPU and prints a ranking, from which a person edits the data files.
 
-    python benchmarks/tune.py                                   # every kernel of the objective, H=1 and H=16, a minute each
+    python benchmarks/tune.py                                 # kernels of a training step, H=1 and H=16, a minute each
     python benchmarks/tune.py --kernel energy_gradient --heads 16 --seconds 120
-    python benchmarks/tune.py --kernel pair_tiles --heads 1      # of energies of pairs, at all 784 patches
+    python benchmarks/tune.py --kernel pair_tiles --heads 1   # of energies of pairs, all 784 patches
 
-Each setting must pass the error budget first; it is the whole forward and backward that is timed, under a CUDA graph, since one kernel's
-blocks change what the next finds in the cache.
+A setting must pass the error budget first. The whole forward and backward is timed under a CUDA graph, since one
+kernel's blocks change what the next finds in the cache.
 """
 
 from __future__ import annotations
@@ -19,71 +19,58 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import gpu
 import measure
+import problems
 import torch
+from problems import PairProblem, Problem
 
 from smooseg_kernels.triton import launch
 
-WARPS = {"num_warps": (4, 8), "num_stages": (2, 3, 4)}
+LAUNCH = dict(num_warps=(4, 8), num_stages=(2, 3, 4))
+BLOCKS = dict(BLOCK_P=(32, 64, 128), BLOCK_D=(32, 64, 128))
 SPACES = {
-    "image_moments": {
-        "PROGRAMS": (64, 96, 128, 192, 256),
-        "HEADS": (1, 2),
-        "TILES": (1, 2, 3),
-        "BLOCK_P": (32, 64),
-        "BLOCK_D": (64, 128),
-        **WARPS,
-    },
-    "pair_sums": {"BLOCK_D": (16, 32, 64, 128), "num_warps": (2, 4, 8), "num_stages": (1,)},
-    "energy_gradient": {"HEADS": (1, 2, 4), "BLOCK_P": (32, 64, 128), "BLOCK_D": (32, 64, 128), **WARPS},
-    "pair_tiles": {
-        "RESIDENT": (0, 1, 4, 6),
-        "BLOCK_M": (64, 128),
-        "BLOCK_N": (16, 32, 64, 128),
-        "BLOCK_D": (64, 128),
-        "num_warps": (4, 8),
-        "num_stages": (1, 2, 3, 4),
-    },
-    "row_norms": {"BLOCK_P": (4, 8, 16, 32), "BLOCK_D": (128, 512), "num_warps": (4, 8), "num_stages": (1, 2)},
+    "image_moments": dict(PROGRAMS=(64, 96, 128, 192, 256), HEADS=(1, 2), TILES=(1, 2, 3), BLOCK_P=(32, 64))
+    | dict(BLOCK_D=(64, 128), **LAUNCH),
+    "pair_sums": dict(BLOCK_D=(16, 32, 64, 128), num_warps=(2, 4, 8), num_stages=(1,)),
+    "energy_gradient": dict(HEADS=(1, 2, 4), **BLOCKS, **LAUNCH),
+    "pair_tiles": dict(RESIDENT=(0, 1, 4, 6), BLOCK_M=(64, 128), BLOCK_N=(16, 32, 64, 128), BLOCK_D=(64, 128))
+    | dict(num_warps=(4, 8), num_stages=(1, 2, 3, 4)),
+    "row_norms": dict(BLOCK_P=(4, 8, 16, 32), BLOCK_D=(128, 512), num_warps=(4, 8), num_stages=(1, 2)),
 }
 
 
 def settings_of(kernel: str, heads: int, default: dict) -> list[dict]:
-    """The shipped one first, then the whole space in a fixed random order."""
+    """The shipped setting first, then the whole space in a fixed random order."""
     space = SPACES[kernel]
-    every = [dict(zip(space, values)) for values in itertools.product(*space.values())]
+    settings = [dict(zip(space, values)) for values in itertools.product(*space.values())]
     if heads == 1:
-        every = [s for s in every if s.get("HEADS", 1) == 1]
-    random.Random(0).shuffle(every)
-    return [default, *every]
+        settings = [setting for setting in settings if setting.get("HEADS", 1) == 1]
+    random.Random(0).shuffle(settings)
+    return [default, *settings]
 
 
-def rank(kernel: str, heads: int, seconds: float) -> list[tuple[float, dict]]:
-    if kernel == "pair_tiles":
-        subjects = gpu.pair_subjects(gpu.PAIRS["all_784"], "triton")
-    else:
-        subjects = gpu.subjects_beyond_the_cache(heads, "triton")
-    ranking, stop = [], time.perf_counter() + seconds
+def rank(kernel: str, heads: int, seconds: float) -> None:
+    """Times settings until `seconds` are over and prints the best eight."""
+    subject, problem = ("pairs", PairProblem()) if kernel == "pair_tiles" else ("objective", Problem(H=heads))
+    subjects = problems.rotation(subject, problem, "triton", "forward + backward", "bfloat16", "cuda")
+    runs, ranking, stop_s = [one.run for one in subjects], [], time.perf_counter() + seconds
     launch.OVERRIDES.clear()
-    default = launch.config(kernel, torch.empty(0, dtype=torch.bfloat16, device=gpu.DEVICE), heads)
-    for settings in settings_of(kernel, heads, default):
-        if time.perf_counter() > stop:
+    default = launch.config(kernel, torch.empty(0, dtype=torch.bfloat16, device="cuda"), heads)
+    for setting in settings_of(kernel, heads, default):
+        if time.perf_counter() > stop_s:
             break
-        launch.OVERRIDES[kernel] = settings
+        launch.OVERRIDES[kernel] = setting
         try:
             subjects[0].check(subjects[0].run())
-            runs = [subject.run for subject in subjects]
-            timing = gpu.timed(measure.captured(runs)[0], len(runs), seconds=0.1)
-            ranking.append((timing["median_ms"], settings))
-        except Exception as error:  # does not fit the card, or is wrong: not a candidate
-            print(f"{kernel} H={heads} {settings}: {type(error).__name__}: {str(error)[:120]}")
+            timing = measure.timed(measure.captured(runs)[0], "cuda", len(runs), seconds=0.1)
+            ranking.append((timing["median_ms"], setting))
+        except Exception as error:  # does not fit the card, or is wrong: no candidate
+            print(f"{kernel} H={heads} {setting}: {type(error).__name__}: {str(error)[:120]}")
             torch.cuda.synchronize()
     launch.OVERRIDES.clear()
     print(f"\n{kernel} H={heads}: {len(ranking)} settings; shipped {ranking[0][0] * 1e3:.1f} us" if ranking else "none")
-    for milliseconds, settings in sorted(ranking, key=lambda row: row[0])[:8]:
-        print(f"  {milliseconds * 1e3:8.1f} us  {settings}", flush=True)
-    return ranking
+    for median_ms, setting in sorted(ranking, key=lambda row: row[0])[:8]:
+        print(f"  {median_ms * 1e3:8.1f} us  {setting}", flush=True)
 
 
 def main() -> None:

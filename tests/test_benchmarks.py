@@ -1,13 +1,14 @@
-"""The benchmarks' own parts: nothing wrong gets a number, repeated patches keep the oracle, what a run prints and writes."""
+"""The benchmarks' own parts: nothing wrong gets a number, repeated patches keep the oracle, what a run prints."""
 
 from __future__ import annotations
 
 import functools
 
 import measure
+import memory
 import problems
 import pytest
-import summary
+import results
 import torch
 from floors import PairProblem, Problem
 
@@ -37,12 +38,6 @@ def test_a_right_answer_passes(repeated, H, impl, mode, monkeypatch):
         monkeypatch.setattr(problems, "ORACLE_PAIRS", 2 * H * 8**2)
         assert problems.oracle_patches(size) == 8
     passes(impl, size, mode)
-
-
-@pytest.mark.parametrize("mode", ["forward", MODE])
-def test_keops_computes_the_same(mode):
-    pytest.importorskip("pykeops")
-    passes("keops", mode=mode)
 
 
 def scaled(features, codes, student, teacher, partners, thresholds):
@@ -121,20 +116,17 @@ def test_percentiles():
     assert got == {"n": 11, "calls": 4, "median_ms": 5.0, "p20_ms": 2.0, "p80_ms": 8.0}
 
 
-def test_slopes_of_a_known_power():
-    rows = [
-        {
-            "case": "scaling P",
-            "impl": "torch",
-            "mode": MODE,
-            "sizes": {"P": P},
-            "median_ms": 1e-3 * P**1.5,
-            "peak_bytes": 8 * P,
-        }
-        for P in (196, 784, 3136, 12544)
-    ]
-    rows.append({"case": "scaling P", "impl": "dense", "mode": MODE, "sizes": {"P": 784}, "skipped": "too large"})
-    time, memory = summary.slopes(rows)
-    assert time.endswith("time grows with P to the power 1.50 from 196 to 12544, 1.50 from 784 to 12544")
-    assert "peak memory grows with P to the power 1.00" in memory
-    assert "too large" in list(summary.table(rows))[-1]
+def test_the_printed_summary():
+    row = {"case": "assign", "shape": "s8", "impl": "torch", "mode": "forward"}
+    numbers = {"n": 5, "median_ms": 2.0, "p20_ms": 1.5, "p80_ms": 3.0, "times_floor": 4.0, "peak_bytes": 7e6}
+    _, timed, skipped = results.summary([row | numbers, row | {"skipped": "too large"}])
+    assert timed.split() == ["assign", "s8", "torch", "forward", "2.000", "1.500", "3.000", "5", "4.00", "7.0"]
+    assert skipped.endswith("too large")
+
+
+def test_memory_and_times_on_a_rotation():
+    first, *others = problems.rotation("objective", SIZE, "torch", MODE, "float32", "cpu")
+    assert not others  # a CPU's cache is not rotated
+    assert measure.timed(first.run, "cpu", seconds=0)["n"] == 3
+    large = Problem(B=2, P=784, D=20, Z=6, K=5)
+    assert memory.peak_bytes("objective", large, "dense", MODE, "float32") > 2 * 784**2 * 4  # one matrix of pairs

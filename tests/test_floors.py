@@ -1,4 +1,4 @@
-"""What must not grow: launches and counted bytes of the fused kernels, operations and tensors of the moment form. Counts, not clocks.
+"""What must not grow: launches and counted bytes of the fused kernels, operations and tensors of the moment form.
 
 A change that lowers a number here lowers it in the table too.
 """
@@ -63,7 +63,7 @@ def test_fused_launches_and_their_bytes(H, target, monkeypatch):
     )
 
 
-# H: operations PyTorch dispatches (five to spare for its versions), bytes of the largest tensor, and of all that live at one time
+# H: operations PyTorch dispatches (five to spare for its versions), bytes of the largest tensor, of all alive at once
 SMALL = problems.of_dtype(floors.Problem(B=4, P=196, D=64, K=11), torch.float32)
 COUNTS = {1: (341, 200_704, 611_988), 16: (335, 3_211_264, 9_791_808)}
 

@@ -24,6 +24,7 @@ from .segment.checkpoint import Checkpoint
 from .segment.segmenter import pick_device
 from .show import charts, pictures
 from .system.files import write_json
+from .system.outfolder import mark_as_ours
 from .system.processes import ALONE, Processes
 from .system.sizes import parse_size
 
@@ -105,6 +106,7 @@ def main(args: Sequence[str], processes: Processes = ALONE) -> None:
         **{name: scores.as_dict(names) for name, scores in matched.items()},
         "confusion": counts.tolist(),
     }
+    mark_as_ours(out, "confusion.png")
     write_json(out / "scores.json", summary)
     pictures.save(out / "confusion.png", charts.confusion_picture(counts, matched["hungarian"], names))
     print(table(matched, names))

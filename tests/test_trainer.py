@@ -29,7 +29,7 @@ from smooseg_fast.segment.checkpoint import read_checkpoint, read_training_state
 from smooseg_fast.system.locks import Lock
 
 EVERYTHING = {"checkpoint.safetensors", "training.safetensors", "heads", "metrics.jsonl", "run.json", "report.json"}
-EVERYTHING |= {"groups.png", "curves.png", "ladder.png"}
+EVERYTHING |= {"groups.png", "curves.png", "ladder.png", ".smooseg"}
 FIRST = "granularity_0.06_seed_0"  # of the heads that are learnt when nothing is said
 SMALL = [
     "--size",

@@ -14,16 +14,9 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from ..errors import UserError
-from . import reading
+from ..system.outfolder import MARKER, written_by_us
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
-# pictures that a command leaves beside each of these files; where that lies among the photos, they are none of them
-MADE = {
-    "metrics.jsonl": ("groups.png", "curves.png", "ladder.png", "samples"),
-    "predict.json": ("masks", "overlays", "sheet.jpg"),
-    "scores.json": ("confusion.png",),
-    "similarity.json": ("similarity.png",),
-}
 MAX_PIXELS = 2**30  # 32,768 pixels square: beyond this a header is more likely damaged than true
 
 Crops = Literal["center", "slide", "five"]
@@ -83,8 +76,8 @@ def find_images(path: Path | str, argument: str = "--data") -> list[Path]:
             f"{count} {suffix or 'without suffix'}" for suffix, count in Counter(f.suffix for f in files).most_common(5)
         )
         found = f"only other files ({others})" if files else "no files"
-        ours = [name for name in sorted(_made_beside(os.listdir(path))) if (path / name).exists()]
-        found += f", beside what a command made of others ({', '.join(ours)})" if ours else ""
+        ours = [name for name in sorted(written_by_us(path)) if (path / name).exists()]
+        found += f", next to smooseg's own output ({', '.join(ours)})" if ours else ""
         raise UserError(
             f"{argument} {path}: no images in it; looked in all folders below for {_listed(SUFFIXES)} and found {found}"
         )
@@ -92,7 +85,10 @@ def find_images(path: Path | str, argument: str = "--data") -> list[Path]:
 
 
 def visible_files(folder: Path, argument: str) -> list[Path]:
-    """All files below `folder` that are neither hidden nor MADE, sorted by relative path; UserError naming a folder that cannot be read."""
+    """List all files below `folder`, sorted by relative path, but for hidden ones and those that smooseg itself wrote (`written_by_us`).
+
+    UserError naming a folder that cannot be read.
+    """
 
     def unreadable(error: OSError) -> None:
         raise UserError(
@@ -106,15 +102,10 @@ def visible_files(folder: Path, argument: str) -> list[Path]:
             folders.clear()
             continue
         seen.add(real)
-        made = _made_beside(names)
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in made)
-        files += [Path(parent, name) for name in names if not name.startswith(".") and name not in made]
+        ours = written_by_us(parent) if MARKER in names else set()
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in ours)
+        files += [Path(parent, name) for name in names if not name.startswith(".") and name not in ours]
     return sorted(files, key=Path.as_posix)  # all begin alike
-
-
-def _made_beside(names: Iterable[str]) -> set[str]:
-    """Names of what commands made in a folder that holds files of these `names`."""
-    return {made for record in MADE.keys() & set(names) for made in MADE[record]}
 
 
 def read_image(path: Path | str) -> np.ndarray:
@@ -285,7 +276,7 @@ _pixel_limit = _PixelLimit()
 def _opened(path: Path | str) -> Iterator[Image.Image]:
     """The file as a Pillow image that decodes on demand; whatever goes wrong meanwhile is raised as ImageError."""
     try:
-        with _pixel_limit.lifted(), reading.opened(path) as file, Image.open(file) as image:
+        with _pixel_limit.lifted(), Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ImageError(
                     path, f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,} in all", "cut it into tiles"

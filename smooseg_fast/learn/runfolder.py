@@ -11,14 +11,14 @@ from ..system.outfolder import Journal, OutFolder
 
 CHECKPOINT, TRAINING, HEADS = "checkpoint.safetensors", "training.safetensors", "heads"
 METRICS, BOARD, RUN, REPORT = "metrics.jsonl", "tensorboard", "run.json", "report.json"
-GROUPS, CURVES, LADDER = "groups.png", "curves.png", "ladder.png"
+GROUPS, CURVES, LADDER, SAMPLES = "groups.png", "curves.png", "ladder.png", "samples"
 
 
 class RunFolder(OutFolder):
     """The folder of one run: its settings, heads, state and metrics. UserError when it holds another run."""
 
     def __init__(self, path: Path, config: TrainConfig):
-        super().__init__(path, config.learning(), record=RUN, made=(CHECKPOINT,), below=(HEADS,))
+        super().__init__(path, config.learning(), record=RUN, made=(CHECKPOINT, GROUPS, CURVES, LADDER, SAMPLES), below=(HEADS,))
         self.metrics = Journal(path / METRICS)
         self._heads = {variant.name for variant in config.variants()}
         self.pictures = (

@@ -246,7 +246,7 @@ def test_a_picture_has_a_mark_for_each_threshold():
 
     assert near(plain, histograms.MARK, 150).sum() == 0
     assert near(marked, histograms.MARK, 150).max() > 80  # a line from the axis to its name
-    heights = near(plain, histograms.BLUES[2], 12)
+    heights = near(plain, histograms.BLUE, 12)
     tall, low = (
         np.median(heights[heights > 0.75 * heights.max()]),
         np.median(heights[(heights > 20) & (heights < 0.5 * heights.max())]),

@@ -55,7 +55,7 @@ def test_confusion_picture_has_every_name_and_number(monkeypatch):
     """Rows of 25, 75 and 100 %, in cells large enough for numbers; 0 % stays empty."""
     written, put = [], charts.put
     monkeypatch.setattr(
-        charts, "put", lambda axes, x, y, text, *a, **o: written.append(text) or put(axes, x, y, text, *a, **o)
+        charts, "put", lambda axes, at, text, *a, **o: written.append(text) or put(axes, at, text, *a, **o)
     )
     counts = np.array([[10, 40, 0], [30, 0, 0], [0, 0, 0]])
     confusion_picture(counts, hungarian(counts), ["sky", "road", "sea"])

@@ -1,4 +1,4 @@
-"""Charts for people: the confusion picture and training curves, drawn by matplotlib without a display or pyplot's global state."""
+"""Charts for people: the confusion picture and training curves, by matplotlib without pyplot or a display."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ SHADES = "Blues"  # matplotlib's name for the colours of 0 to 100 % in the confu
 DPI = 100
 NAME_PX = 240  # room for a class name
 
-Curve = list[tuple[float, float]]  # (step, value)
+Point = tuple[float, float]
 
 
 def confusion_picture(confusion: np.ndarray, scores: Scores, class_names: Sequence[str] | None = None) -> Image.Image:
-    """Draw the counts int64 [K, C] of pixels in group k of class c: a row a class (its pixels are 100 %), a column a group.
+    """Draw the counts int64 [K, C] of pixels in group k and class c: a row is a class (100 %), a column a group.
 
-    Groups of one class stand together, and groups without a class apart on the right. Cells that `scores` counts as right are
-    outlined. Next to each row stand the class's share of the labelled pixels and its IoU. Numbers below 0.5 % are left out, and so
-    are all numbers where the cells are too small. ValueError when the counts, the scores and the names do not fit.
+    Groups of one class stand together, and groups without a class apart on the right. Cells that `scores` counts as
+    right are outlined. Next to each row stand the class's share of the labelled pixels and its IoU. Numbers below 0.5 %
+    are left out, and so are all numbers where the cells are too small. ValueError when the counts, the scores and the
+    names do not fit.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
@@ -39,9 +40,7 @@ def confusion_picture(confusion: np.ndarray, scores: Scores, class_names: Sequen
         raise ValueError(
             f"confusion {confusion.shape}, {len(scores.mapping)} mapped groups and {len(names)} class names do not fit"
         )
-    order = sorted(range(groups), key=lambda k: (scores.mapping[k] % (classes + 1), -confusion[k].sum(), k))  # -1 last
-    matched = sum(c >= 0 for c in scores.mapping)
-    columns = [*order[:matched], None, *order[matched:]] if 0 < matched < groups else order  # None: an empty column
+    columns = _columns(confusion, scores)
     pixels = confusion.sum(0)
     with np.errstate(invalid="ignore"):
         shares = confusion.T / pixels[:, None]  # [C, K], nan for absent classes
@@ -56,46 +55,52 @@ def confusion_picture(confusion: np.ndarray, scores: Scores, class_names: Sequen
     mesh = axes.pcolormesh(cells, cmap=SHADES, vmin=0, vmax=1, edgecolors=PAPER, linewidth=1.5)
     share_x, iou_x, name_x, head_y = len(columns) + 70 * px, len(columns) + 140 * px, -12 * px, -14 * px
     for x, heading in ((name_x, "class"), (share_x, "share"), (iou_x, "IoU")):
-        put(axes, x, head_y, heading, size, GREY, ha="right")
+        put(axes, (x, head_y), heading, size, GREY, ha="right")
     for c, name in enumerate(names):
-        put(axes, name_x, c + 0.5, name, size, INK if pixels[c] else GREY, ha="right", room=NAME_PX)
-        put(axes, share_x, c + 0.5, percent(pixels[c] / pixels.sum()) if pixels[c] else "-", size, GREY, ha="right")
-        put(axes, iou_x, c + 0.5, percent(scores.iou[c]), size, ha="right", bold=True)
+        put(axes, (name_x, c + 0.5), name, size, INK if pixels[c] else GREY, ha="right", room=NAME_PX)
+        put(axes, (share_x, c + 0.5), percent(pixels[c] / pixels.sum()) if pixels[c] else "-", size, GREY, ha="right")
+        put(axes, (iou_x, c + 0.5), percent(scores.iou[c]), size, ha="right", bold=True)
         for column in np.flatnonzero(cells[c] >= 0.005) if side >= 22 else ():
             ink = PAPER if cells[c, column] > 0.65 else INK
-            put(axes, column + 0.5, c + 0.5, f"{100 * cells[c, column]:.0f}", small, ink, ha="center")
-    put(axes, 0, -36 * px, "groups", size, GREY)
+            put(axes, (column + 0.5, c + 0.5), f"{100 * cells[c, column]:.0f}", small, ink, ha="center")
+    put(axes, (0, -36 * px), "groups", size, GREY)
     stride = math.ceil((length(str(groups - 1), small) + 4) * px)  # number every column where there is room
     for column, k in enumerate(columns):
         if k is None:
-            put(axes, column + 1, -36 * px, "no class", size, GREY)
+            put(axes, (column + 1, -36 * px), "no class", size, GREY)
             continue
         if column % stride == 0:
-            put(axes, column + 0.5, head_y, str(k), small, ha="center")
+            put(axes, (column + 0.5, head_y), str(k), small, ha="center")
         if (c := scores.mapping[k]) >= 0 and pixels[c]:
             place, width = (column + 2 * px, c + 2 * px), 1 - 4 * px
             axes.add_patch(Rectangle(place, width, width, fill=False, edgecolor=MARK, linewidth=144 / DPI))
     left = name_x - min(max(length(name, size) for name in names), NAME_PX) * px
-    put(axes, left, -100 * px, f"{scores.matching.capitalize()} matching", 22, bold=True)
-    summary = (
-        f"accuracy {percent(scores.accuracy)} %,  mean IoU {percent(scores.miou)} %,  {scores.pixels:,} labelled pixels"
-    )
-    put(axes, left, -70 * px, summary, 15, GREY)
+    put(axes, (left, -100 * px), f"{scores.matching.capitalize()} matching", 22, bold=True)
+    means = f"accuracy {percent(scores.accuracy)} %,  mean IoU {percent(scores.miou)} %"
+    put(axes, (left, -70 * px), f"{means},  {scores.pixels:,} labelled pixels", 15, GREY)
     key = axes.inset_axes((0, classes + 26 * px, 180 * px, 10 * px), transform=axes.transData)
-    bar = figure.colorbar(mesh, cax=key, orientation="horizontal", ticks=(0, 0.5, 1), format="{x:.0%}")
-    bar.outline.set_visible(False)
+    figure.colorbar(mesh, cax=key, orientation="horizontal", ticks=(0, 0.5, 1), format="{x:.0%}")
+    key.spines["outline"].set_visible(False)
     key.tick_params(colors=GREY, labelsize=9, length=0)
-    put(axes, 196 * px, classes + 31 * px, "of the class's pixels;  outlined: counted as right", 13, GREY)
+    put(axes, (196 * px, classes + 31 * px), "of the class's pixels;  outlined: counted as right", 13, GREY)
     return rendered(figure)
+
+
+def _columns(confusion: np.ndarray, scores: Scores) -> list[int | None]:
+    """Return the groups in the order of their classes, the largest first; those without one follow an empty column."""
+    groups, classes = confusion.shape
+    order = sorted(range(groups), key=lambda k: (scores.mapping[k] % (classes + 1), -confusion[k].sum(), k))  # -1 last
+    matched = sum(c >= 0 for c in scores.mapping)
+    return [*order[:matched], None, *order[matched:]] if 0 < matched < groups else order
 
 
 def curves_picture(
     records: Sequence[Mapping[str, Any]], panels: Mapping[str, Sequence[str]], title: str = ""
 ) -> Image.Image:
-    """Draw training curves: a small panel for each entry of `panels` (panel title -> keys of the records), over the records' "step".
+    """Draw training curves over the records' "step": a small panel for each entry of `panels` (title -> keys).
 
-    Skips values that are not finite numbers, keys without any value, and panels without any key. Each curve's name stands at its end.
-    Says so when there is nothing to draw.
+    Skips values that are not finite numbers, keys without any value, and panels without any key. Each curve's name
+    stands at its end. Says so when there is nothing to draw.
     """
     from matplotlib.figure import Figure
 
@@ -116,12 +121,12 @@ def curves_picture(
     return rendered(figure, title)
 
 
-def _points(records: Sequence[Mapping[str, Any]], key: str) -> Curve:
+def _points(records: Sequence[Mapping[str, Any]], key: str) -> list[Point]:
     pairs = [(record.get("step"), record.get(key)) for record in records]
     return [(x, y) for x, y in pairs if all(isinstance(v, (int, float)) and math.isfinite(v) for v in (x, y))]
 
 
-def _panel(axes: Any, name: str, curves: Mapping[str, Curve]) -> None:
+def _panel(axes: Any, name: str, curves: Mapping[str, list[Point]]) -> None:
     """Draw one panel, the curves' names at their ends, pushed apart where they would overlap.
 
     Of more than 12 curves, names the 11 that end highest and draws the others grey.
@@ -143,7 +148,7 @@ def _panel(axes: Any, name: str, curves: Mapping[str, Curve]) -> None:
     ends.sort(key=lambda end: end[0])
     heights = _pushed_apart([(value - low) / (high - low) for value, _, _ in ends], 0.075)
     for height, (_, key, colour) in zip(heights, ends):
-        put(axes, 1.02, height, key, 12, colour, transform=axes.transAxes)
+        put(axes, (1.02, height), key, 12, colour, transform=axes.transAxes)
 
 
 def _pushed_apart(heights: Sequence[float], gap: float) -> list[float]:
@@ -170,26 +175,25 @@ def plain_axes(axes: Any, name: str) -> None:
 
 def put(
     axes: Any,
-    x: float,
-    y: float,
+    at: Point,
     text: str,
     size: int,
     ink: str = INK,
     *,
     bold: bool = False,
     room: float = math.inf,
-    **options: Any,
+    **more: Any,
 ) -> None:
-    """Write one line of any language on a matplotlib `axes`; size and room in pixels. Text wider than `room` loses its middle."""
+    """Write one line in any language on a matplotlib `axes`, shortened to `room`; size and room in pixels."""
     from matplotlib.font_manager import FontProperties
 
     text = shorten(text, size, bold, room)
     font = FontProperties(fname=font_file(text, bold), size=size * 72 / DPI)
-    axes.text(x, y, text, color=ink, font=font, parse_math=False, **{"va": "center_baseline"} | options)
+    axes.text(*at, text, color=ink, font=font, parse_math=False, **{"va": "center_baseline"} | more)
 
 
 def rendered(figure: Any, title: str = "") -> Image.Image:
-    """Draw a matplotlib `figure` below its title. Without a layout, what stands outside the figure widens the picture."""
+    """Draw a matplotlib `figure` below its title. Without a layout, text outside the figure widens the picture."""
     if title:
         text = shorten(title, 22, True, figure.get_figwidth() * DPI - 32)
         figure.suptitle(text, x=0.014, ha="left", color=INK, font=font_file(text, True), size=16, parse_math=False)

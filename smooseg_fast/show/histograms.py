@@ -70,6 +70,6 @@ def _histogram_panel(axes: Any, name: str, panel: Histogram) -> None:
         top, at = 1 - row_height * row, x + (0.004 if right else -0.004) * (high - low)
         axes.axvline(x, ymax=top, color=colour, linewidth=1.2, linestyle=dashes)
         place = {"transform": axes.get_xaxis_transform(), "ha": "left" if right else "right", "va": "top"}
-        put(axes, at, top, label, 12, colour, **place)
+        put(axes, (at, top), label, 12, colour, **place)
     axes.set_ylabel(f"% of pairs in {merged * width:.2g}", fontsize=9, color=GREY)
     plain_axes(axes, name)

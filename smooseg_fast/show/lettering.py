@@ -55,7 +55,7 @@ def write(
 
 
 def font_file(text: str, bold: bool = False) -> Path:
-    """Return the font that has every character of `text`: matplotlib's DejaVu Sans, else one of the system's wide fonts."""
+    """Return the font for `text`: matplotlib's DejaVu Sans if it has every character, else a system font."""
     path, known = _dejavu(bold)
     return Path(path if known.issuperset(map(ord, text)) else _wide_font() or path)
 

@@ -378,7 +378,7 @@ def test_infrared_multiplied_in_is_refused(tmp_path):
     Image.fromarray(np.zeros((4, 4, 4), np.uint8)).save(path)
     entry = struct.pack("<HHI", 338, 3, 1)
     path.write_bytes(path.read_bytes().replace(entry + b"\x02", entry + b"\x01"))
-    with pytest.raises(ImageError, match=r"x\.tif: calls its fourth channel transparency"):
+    with pytest.raises(ImageError, match=r"x\.tif: declares its fourth channel as transparency"):
         next(potsdam.read_strips(path, 2))
     Image.fromarray(np.zeros((4, 4), np.uint8)).save(path)
     with pytest.raises(ImageError, match=r"x\.tif: an image of mode L"):

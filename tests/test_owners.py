@@ -244,7 +244,7 @@ def test_cocostuff_without_lists_or_maps_or_listed_images(tmp_path):
     lists.write_text("nowhere\n")
     with pytest.raises(
         UserError,
-        match=r"7\.txt: none of the 1 images that it lists, such as nowhere, is there; unpack the images beside it",
+        match=r"7\.txt: none of the 1 images that it lists, such as nowhere, is there; unpack the images next to it",
     ):
         open_dataset(root, "train")
     shutil.rmtree(root / "annotations")
@@ -285,7 +285,7 @@ def test_potsdam_tiles_without_lists(tmp_path):
     train, val = open_splits(tmp_path)
     assert (len(train), len(val)) == (7, 2)
     assert not set(train.names) & set(val.names)
-    assert train.notes[0] == f"no {tmp_path}/labelled_train.txt: all 7 other tiles are learnt from"
+    assert train.notes[0] == f"no {tmp_path}/labelled_train.txt: training uses all 7 other tiles"
     for path in tmp_path.glob("*.txt"):
         path.unlink()
     assert len(open_dataset(tmp_path, "train")) == len(open_dataset(tmp_path, "val")) == 9

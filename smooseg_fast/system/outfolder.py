@@ -19,14 +19,16 @@ MARKER_TEXT = "smooseg wrote the files and folders named below, and ignores them
 
 
 class OutFolder:
-    """A folder that belongs to one set of settings and records them as JSON; the same settings resume there, others are refused.
+    """A folder that belongs to one set of settings and records them as JSON; the same settings resume there, others are
+    refused.
 
     Args:
         path: the folder given as --out; need not exist.
         settings: everything that decides the content, ready for JSON.
         record: name of the JSON file.
-        made: names of the files and folders that the command writes into it. One of them without the record belongs to somebody else.
-            Once the folder is claimed, nothing by these names counts as an image to read (`written_by_us`).
+        made: names of the files and folders that the command writes into it. One of them without the record belongs to
+            somebody else. Once the folder is claimed, nothing by these names counts as an image to read
+            (`written_by_us`).
         below: names of the folders in it that are written into.
 
     Raises:
@@ -56,7 +58,8 @@ class OutFolder:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep other processes out of the folder. UserError when one is at work there, or when the folder cannot be written.
+        """Keep other processes out of the folder. UserError when one is at work there, or when the folder cannot be
+        written.
 
         Makes the folder, and removes it again at the end if it is empty.
         """
@@ -71,9 +74,8 @@ class OutFolder:
                     f"--out {self.path}: cannot be written ({error.strerror}); give another folder"
                 ) from error
             if not lock.take():
-                raise UserError(
-                    f"--out {self.path}: {lock.signature()} is at work there; wait until it ends, or give another folder"
-                )
+                holder = f"{lock.signature()} is at work there"
+                raise UserError(f"--out {self.path}: {holder}; wait until it ends, or give another folder")
             lock.sign()
             yield
         finally:
@@ -83,7 +85,8 @@ class OutFolder:
                     folder.rmdir()
 
     def claim(self) -> None:
-        """Make the folder this run's: record the settings, mark what will be written, remove half-written files of a killed process.
+        """Make the folder this run's: record the settings, mark what will be written, remove half-written files of a
+        killed process.
 
         Call it as late as possible, so that a run that fails early leaves nothing behind.
         """
@@ -108,8 +111,8 @@ class OutFolder:
 def mark_as_ours(folder: Path, *names: str) -> None:
     """Add `names` to the MARKER of `folder`, so that smooseg never takes its own pictures there for images to segment.
 
-    The marker names files instead of standing for the whole folder: photos in the same folder are still read. Makes the folder;
-    WriteError when it cannot be written.
+    The marker names files instead of standing for the whole folder: photos in the same folder are still read. Makes the
+    folder; WriteError when it cannot be written.
     """
     known = written_by_us(folder)
     if not known.issuperset(names):
@@ -125,13 +128,15 @@ def written_by_us(folder: Path | str) -> set[str]:
 
 
 class Journal:
-    """A file with a JSON object a line, appended to as things get done: a stop at any time loses at most the last line."""
+    """A file with one JSON object a line, appended to as things get done: a stop loses at most the last line."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def read(self) -> list[dict[str, Any]]:
-        """Return the whole records, without lines that a stop or a full disk cut short. UserError when the file cannot be read."""
+        """Return the whole records, without lines that a stop or a full disk cut short. UserError when the file cannot
+        be read.
+        """
         records = []
         try:
             text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
@@ -149,7 +154,9 @@ class Journal:
         return records
 
     def rewrite(self, records: Iterable[dict[str, Any]]) -> None:
-        """Replace the file. Call it before the first `append` of a process, whose record would glue to a line that was cut short."""
+        """Replace the file. Call it before the first `append` of a process, whose record would glue to a line that was
+        cut short.
+        """
         write_atomic(self.path, "".join(self._line(record) for record in records))
 
     def append(self, *records: dict[str, Any]) -> None:

@@ -118,7 +118,8 @@ def test_names_pushed_apart_keep_order_and_distance():
 def test_matplotlib_comes_late_and_without_pyplot():
     code = (
         "import sys, numpy as np; from smooseg_fast.show import charts as c, pictures as p\n"
-        "i = np.zeros((4, 4, 3), np.uint8); p.overlay(i, i[..., 0], p.palette(30)); assert 'matplotlib' not in sys.modules\n"
+        "i = np.zeros((4, 4, 3), np.uint8); p.overlay(i, i[..., 0], p.palette(30))\n"
+        "assert 'matplotlib' not in sys.modules\n"
         "c.curves_picture([{'step': 1, 'a': 1.0}], {'a': ['a']}); assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

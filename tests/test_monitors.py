@@ -92,7 +92,8 @@ DRIFT = [
     0.27,
     0.30,
 ]  # between points measured with published thresholds
-# every 40 steps of runs on CamVid, filterbank features: published thresholds, and granularity -0.05, which settles lower
+# every 40 steps of runs on CamVid, filterbank features: published thresholds, and granularity -0.05, which settles
+# lower
 MEASURED = [0.135, 0.148, 0.153, 0.160, 0.165, 0.170, 0.175, 0.181, 0.188, 0.191, 0.194, 0.195, 0.198, 0.198, 0.203]
 SETTLING = [0.139, 0.139, 0.142, 0.147, 0.149, 0.144, 0.142, 0.144, 0.146, 0.143, 0.128, 0.105, 0.078, 0.070, 0.064]
 QUIET = {
@@ -223,7 +224,10 @@ def test_a_broken_head_is_left_out_also_after_a_resume(folder, capsys, monkeypat
         assert call(*args) == 0
     (folder.parent / "out" / "report.json").unlink()
     assert call(*args) == 0
-    assert "warning    step 2: granularity 0.1, seed 0: loss is NaN or infinite; this head is dropped" in capsys.readouterr().out
+    assert (
+        "warning    step 2: granularity 0.1, seed 0: loss is NaN or infinite; this head is dropped"
+        in capsys.readouterr().out
+    )
     report = json.load(open("out/report.json"))
     assert (report["default"], report["broken"]) == ("granularity_0.2_seed_0", ["granularity_0.1_seed_0"])
 

@@ -61,7 +61,9 @@ def test_pictures_of_somebody_else_are_not_written_over(tmp_path):
 
 
 def test_resuming_drops_a_line_of_metrics_that_was_cut_short(tmp_path):
-    """At every byte of the last line: the whole lines stay, the half one goes, and the next record stands on a line of its own."""
+    """At every byte of the last line: the whole lines stay, the half one goes, and the next record stands on a line of
+    its own.
+    """
     folder = RunFolder(tmp_path, TrainConfig())
     head = TrainConfig().variants()[0].name
     records = [{"step": step, "head": head, "total": 0.5 * step} for step in (1, 2)]

@@ -136,7 +136,7 @@ class Scene:
 
 
 def photograph(rng: Generator, scene: Scene, canvas: np.ndarray) -> np.ndarray:
-    """Photograph the canvas in uneven, coloured light, through haze and lens, on a noisy sensor: uint8 [size,size,3]."""
+    """Photograph the canvas in uneven light, through haze and lens, on a noisy sensor: uint8 [size,size,3]."""
     size = len(canvas)
     slope = rng.uniform(0, 2 * np.pi)
     x, y = (scene.x - UNITS / 2) / UNITS, (scene.y - UNITS / 2) / UNITS

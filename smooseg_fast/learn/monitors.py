@@ -23,7 +23,7 @@ RISE = 0.04  # and above it by as much
 
 
 def drifts(information: Sequence[float]) -> bool:
-    """Whether the last LINES values of I(image;label)/H(label), oldest first, lie well above the lowest earlier ones."""
+    """Whether the last LINES values of I(image;label)/H(label) lie well above the lowest earlier ones; oldest first."""
     levels = [median(information[end - LINES : end]) for end in range(LINES, len(information) + 1)]
     return bool(levels) and levels[-1] > max(FLOOR, RATIO * min(levels), RISE + min(levels))
 

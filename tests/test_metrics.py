@@ -129,8 +129,8 @@ def test_nothing_labelled():
     "bad", [np.zeros(3, int), np.zeros((0, 3), int), np.zeros((2, 2)), np.array([[1, -1]])], ids=repr
 )
 @pytest.mark.parametrize("match", [hungarian, majority])
-def test_matching_refuses_what_is_no_table_of_counts(match, bad):
-    with pytest.raises(ValueError, match="table"):
+def test_matching_refuses_anything_but_counts(match, bad):
+    with pytest.raises(ValueError, match="must hold counts"):
         match(bad)
 
 

@@ -219,7 +219,7 @@ def cells(rng: Generator, u: np.ndarray, v: np.ndarray, jitter: float) -> tuple[
 
     Returns the distances to the nearest and the second nearest point, and the nearest one's number in 0 to 1.
     """
-    right, down, own = random_numbers(rng), random_numbers(rng), random_numbers(rng)
+    right, down, tone = random_numbers(rng), random_numbers(rng), random_numbers(rng)
     right, down = (0.5 + np.float32(jitter) * (place - np.float32(0.5)) for place in (right, down))
     column, row = np.floor(u).astype(np.int32), np.floor(v).astype(np.int32)
     u, v = u - column, v - row
@@ -232,7 +232,7 @@ def cells(rng: Generator, u: np.ndarray, v: np.ndarray, jitter: float) -> tuple[
             winner = np.where(distance < nearest, place, winner)
             second = np.minimum(second, np.maximum(nearest, distance))
             nearest = np.minimum(nearest, distance)
-    return np.sqrt(nearest), np.sqrt(second), own[winner]
+    return np.sqrt(nearest), np.sqrt(second), tone[winner]
 
 
 # Textures: (rng, u, v), points in periods -> (mix, relief). mix: 0 is the dark colour, 1 the light one; relief: 1 is
@@ -272,8 +272,8 @@ def weave(rng: Generator, u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def spots(rng: Generator, u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    nearest, _, own = cells(rng, u, v, 0.55)
-    ragged, radius = nearest + 0.22 * (noise(rng, u, v, 24) - 0.5), 0.22 + 0.16 * own
+    nearest, _, tone = cells(rng, u, v, 0.55)
+    ragged, radius = nearest + 0.22 * (noise(rng, u, v, 24) - 0.5), 0.22 + 0.16 * tone
     spot = 1 - smooth_step(ragged - radius, -0.05, 0.05)
     rim = smooth_step(ragged - 0.45 * radius, -0.05, 0.05)
     return 0.82 + 0.18 * noise(rng, u, v, 10) - spot * (0.35 + 0.5 * rim), np.ones_like(u)
@@ -281,9 +281,9 @@ def spots(rng: Generator, u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.
 
 def moss(rng: Generator, u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     bend = np.float32(0.22) * noise(rng, u, v, 10)
-    nearest, second, own = cells(rng, u + bend, v - bend, 0.95)
+    nearest, second, tone = cells(rng, u + bend, v - bend, 0.95)
     cushion = smooth_step(second - nearest, 0.03, 0.13)
-    mix = cushion * (0.45 + 0.35 * own + 0.2 * noise(rng, u, v, 30))
+    mix = cushion * (0.45 + 0.35 * tone + 0.2 * noise(rng, u, v, 30))
     return mix, 0.6 + 0.4 * smooth_step(second - nearest, 0.05, 0.4)
 
 
@@ -301,9 +301,9 @@ def marble(rng: Generator, u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np
 
 
 def gravel(rng: Generator, u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    nearest, second, own = cells(rng, u, v, 0.9)
+    nearest, second, tone = cells(rng, u, v, 0.9)
     stone, dome = smooth_step(second - nearest, 0.02, 0.22), np.sqrt(np.clip(1 - 1.6 * nearest * nearest, 0, 1))
-    return 0.1 + 0.8 * own + 0.25 * (noise(rng, u, v, 22) - 0.5), 0.2 + stone * (0.35 + 0.5 * dome)
+    return 0.1 + 0.8 * tone + 0.25 * (noise(rng, u, v, 22) - 0.5), 0.2 + stone * (0.35 + 0.5 * dome)
 
 
 @dataclass(frozen=True)

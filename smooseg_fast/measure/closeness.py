@@ -1,6 +1,4 @@
-"""How alike patches are before training, over a whole feature store: exact means, histograms of W, effects of
-thresholds.
-"""
+"""The closeness of patches before training over a feature store: exact means, histograms of W, effect of thresholds."""
 
 from __future__ import annotations
 

@@ -125,4 +125,4 @@ def _health(counts: Tensor, agreement: float, moments: Moments) -> Health:
 
 def entropy(p: Tensor) -> Tensor:
     """Return the entropy over the last axis, in nats."""
-    return -(p * p.clamp(min=1e-30).log()).sum(-1)
+    return torch.special.entr(p).sum(-1)

@@ -19,11 +19,12 @@ from .errors import UserError
 from .features.extract import open_or_extract
 from .features.room import require_room
 from .measure.confusion import LabelSquares, confusion_of, head_codes, require_same_rows
-from .measure.scores import hungarian, majority, percent, table
+from .measure.scores import hungarian, majority, percent, scores_table
 from .segment.checkpoint import Checkpoint
 from .segment.segmenter import pick_device
 from .show import charts, pictures
 from .system.files import write_json
+from .system.outfolder import mark_as_ours
 from .system.processes import ALONE, Processes
 from .system.sizes import parse_size
 
@@ -105,9 +106,10 @@ def main(args: Sequence[str], processes: Processes = ALONE) -> None:
         **{name: scores.as_dict(names) for name, scores in matched.items()},
         "confusion": counts.tolist(),
     }
+    mark_as_ours(out, "confusion.png")
     write_json(out / "scores.json", summary)
     pictures.save(out / "confusion.png", charts.confusion_picture(counts, matched["hungarian"], names))
-    print(table(matched, names))
+    print(scores_table(matched, names))
     print(
         f"\n{len(store)} images of {dataset.name}, {matched['hungarian'].pixels:,} labelled pixels at {size} px, "
         f"{'mirror averaged' if config.mirror else 'no mirror'}; {segmenter.groups} groups, {len(names)} classes"

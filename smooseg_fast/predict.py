@@ -146,7 +146,7 @@ def main(args: Sequence[str]) -> None:
         "mean": mean,
         "images": images,
         "skipped": skipped,
-        "model": {"checkpoint": config.checkpoint, **segmenter.describe()},
+        "model": {"checkpoint": config.checkpoint, **segmenter.about()},
     }
     write_json(out / SHARES, summary)
     draw_sheet(out / SHEET, done, made, segmenter, mean)

@@ -25,6 +25,7 @@ from .segment.segmenter import pick_device
 from .show.histograms import Histogram, histograms_picture
 from .show.pictures import save
 from .system.files import write_json
+from .system.outfolder import mark_as_ours
 
 SHARES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 PICTURE, RECORD = "similarity.png", "similarity.json"
@@ -105,6 +106,7 @@ def main(args: Sequence[str]) -> None:
         "backbone": backbone.name,
         **{name: getattr(config, name) for name in ("size", "crops", "resample")},
     }
+    mark_as_ours(out, PICTURE)
     save(out / PICTURE, picture(found, rows, f"Closeness of patches: {dataset.name}, {backbone.name}"))
     write_json(out / RECORD, record(found, rows) | about | {"skipped": store.skipped})
     print(f"saved      {out / PICTURE}, {out / RECORD}")

@@ -69,7 +69,9 @@ def make_cocostuff(root: Path, curated: bool = True) -> Path:
 
 
 def make_potsdam_tiles(root: Path) -> Path:
-    """Six tiles learnt from, two measured on, one without labels; infrared as a fourth channel, zeros that would be transparent."""
+    """Six tiles learnt from, two measured on, one without labels; infrared as a fourth channel, zeros that would be
+    transparent.
+    """
     lists = {"labelled_train": range(6), "labelled_test": range(6, 8), "unlabelled_train": range(8, 9), "all": range(9)}
     for folder in ("imgs", "gt"):
         (root / folder).mkdir(parents=True)
@@ -90,7 +92,7 @@ COLOURS = np.array(
 
 
 def make_potsdam_mosaics(root: Path, infrared: bool = False) -> Path:
-    """Two mosaics with labels and one without, of 2 x 3 tiles each; class `number` of COLOURS in squares of 50 pixels."""
+    """Two mosaics with labels and one without, of 2 x 3 tiles each; the classes of COLOURS in 50-pixel squares."""
     folder, kind = ("4_Ortho_RGBIR", "RGBIR") if infrared else ("2_Ortho_RGB", "RGB")
     size = (2 * potsdam.WINDOW, 3 * potsdam.WINDOW)
     for seed, place in enumerate(("2_10", "7_7", "2_13")):

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib import colormaps
 from test_pictures import NASTY_NAMES, boxes, rgb
 
 from smooseg_fast.measure.scores import hungarian, majority
@@ -14,7 +15,12 @@ from smooseg_fast.show.pictures import palette
 
 
 def outlined(picture):
-    return len(boxes(picture, rgb(charts.MARK))) - 1  # one is the key's
+    return len(boxes(picture, rgb(charts.MARK)))
+
+
+def shade(share):
+    """The colour of a share, as matplotlib has it."""
+    return colormaps[charts.SHADES](share, bytes=True)[:3]
 
 
 @pytest.mark.parametrize(("K", "C"), [(1, 3), (3, 3), (3, 1), (27, 27), (64, 27), (5, 40), (150, 2)])
@@ -35,17 +41,27 @@ def test_confusion_picture_colours_cells_by_share():
     picture = confusion_picture(counts, hungarian(counts), ["sky", "road"])
     first, second = sorted(boxes(picture, rgb(charts.MARK)))[:2]
     pixels = np.asarray(picture)
-    inside = [tuple(pixels[box[0] + 4, box[1] + 4]) for box in (first, second)]
-    assert inside == [charts._shade(0.75), charts._shade(1.0)]
-    assert tuple(pixels[first[0] + 4, second[1] + 4]) == charts._shade(0.25)  # a row is a class
-    assert tuple(pixels[second[0] + 4, first[1] + 4]) == charts._shade(0.0)
+    inside = {
+        (row, column): pixels[y[0] + 4, x[1] + 4]
+        for row, y in enumerate((first, second))
+        for column, x in enumerate((first, second))
+    }
+    for cell, share in {(0, 0): 0.75, (1, 1): 1.0, (0, 1): 0.25, (1, 0): 0.0}.items():  # a row is a class
+        np.testing.assert_allclose(inside[cell], shade(share), atol=1)
     assert second[1] > first[1]  # the columns follow the classes
 
 
-def test_shade_darkens_from_end_to_end():
-    assert (charts._shade(0), charts._shade(1)) == (rgb(charts.BLUES[0]), rgb(charts.BLUES[-1]))
-    luminance = [sum(charts._shade(share)) for share in np.linspace(0, 1, 50)]
-    assert (np.diff(luminance) < 0).all()
+def test_confusion_picture_has_every_name_and_number(monkeypatch):
+    """Rows of 25, 75 and 100 %, in cells large enough for numbers; 0 % stays empty."""
+    written, put = [], charts.put
+    monkeypatch.setattr(
+        charts, "put", lambda axes, at, text, *a, **o: written.append(text) or put(axes, at, text, *a, **o)
+    )
+    counts = np.array([[10, 40, 0], [30, 0, 0], [0, 0, 0]])
+    confusion_picture(counts, hungarian(counts), ["sky", "road", "sea"])
+    assert {"sky", "road", "sea", "25", "75", "100", "0", "1", "2", "no class", "50.0", "75.0", "80.0"} <= set(written)
+    assert "accuracy 87.5 %,  mean IoU 77.5 %,  80 labelled pixels" in written
+    assert written.count("0") == 1  # the number of a group, and no share
 
 
 def test_confusion_picture_of_absent_classes_and_nothing():
@@ -89,10 +105,10 @@ def test_curves_at_the_edges():
     assert (crowd == rgb(charts.RULE)).all(-1).sum() > 1000  # the curves beyond the named ones are grey
 
 
-def test_spread_keeps_order_and_distance():
-    assert charts._spread([0.1, 0.5, 0.9], 0.1) == [0.1, 0.5, 0.9]
+def test_names_pushed_apart_keep_order_and_distance():
+    assert charts._pushed_apart([0.1, 0.5, 0.9], 0.1) == [0.1, 0.5, 0.9]
     for heights in ([0.5] * 5, [0.97, 0.98, 0.99], [0.0] * 40):
-        placed = charts._spread(heights, 0.1)
+        placed = charts._pushed_apart(heights, 0.1)
         gaps = np.diff(placed)
         assert (gaps >= min(0.1, 1 / (len(heights) - 1)) - 1e-9).all()
         assert placed[0] >= -1e-9
@@ -101,8 +117,9 @@ def test_spread_keeps_order_and_distance():
 
 def test_matplotlib_comes_late_and_without_pyplot():
     code = (
-        "import sys, numpy as np; from smooseg_fast import charts as c, pictures as p\n"
-        "i = np.zeros((4, 4, 3), np.uint8); p.overlay(i, i[..., 0], p.palette(30)); assert 'matplotlib' not in sys.modules\n"
+        "import sys, numpy as np; from smooseg_fast.show import charts as c, pictures as p\n"
+        "i = np.zeros((4, 4, 3), np.uint8); p.overlay(i, i[..., 0], p.palette(30))\n"
+        "assert 'matplotlib' not in sys.modules\n"
         "c.curves_picture([{'step': 1, 'a': 1.0}], {'a': ['a']}); assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

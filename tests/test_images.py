@@ -24,6 +24,7 @@ from smooseg_fast.datasets.images import (
     square_offsets,
 )
 from smooseg_fast.errors import UserError
+from smooseg_fast.system.outfolder import mark_as_ours
 
 LOSSLESS = {"tif": {}, "tiff": {"compression": "tiff_lzw"}, "png": {}, "bmp": {}, "webp": {"lossless": True}}
 LOSSY = {"jpg": {"quality": 100, "subsampling": 0}, "jpeg": {"quality": 100, "subsampling": 0}}
@@ -90,6 +91,28 @@ def test_follows_links_to_folders_but_not_in_circles(tmp_path):
     (tmp_path / "data" / "link").symlink_to(tmp_path / "real")
     (tmp_path / "real" / "back").symlink_to(tmp_path / "data")
     assert find_images(tmp_path / "data") == [tmp_path / "data" / "link" / "x.png"]
+
+
+def test_output_of_smooseg_is_ignored_and_photos_next_to_it_are_not(tmp_path):
+    photos = [tmp_path / name for name in ("a.png", "masks/b.png", "out/c.png", "out/deep/masks/d.png")]
+    ours = [tmp_path / name for name in ("out/masks/x.png", "out/sheet.jpg")]
+    for file in (*photos, *ours):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"")
+    mark_as_ours(tmp_path / "out", "masks", "sheet.jpg")
+    assert find_images(tmp_path) == photos
+    assert find_images(tmp_path / "out") == photos[2:]
+    assert find_images(tmp_path / "out" / "masks") == ours[:1]  # a folder that the user names is read whoever wrote it
+
+
+@pytest.mark.parametrize("name", ["checkpoint.safetensors", "metrics.jsonl", "predict.json", ".smooseg", ".smooseg/x"])
+def test_only_a_marker_of_ours_hides_photos(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"masks\nsheet.jpg\n\xff")
+    for photo in ("groups.png", "masks/x.png", "sheet.jpg"):
+        (tmp_path / photo).parent.mkdir(exist_ok=True)
+        (tmp_path / photo).write_bytes(b"")
+    assert len(find_images(tmp_path)) == 3
 
 
 def test_a_single_file_is_found_as_it_is(tmp_path):

@@ -139,7 +139,7 @@ def test_without_tensorboard_one_line_says_so(folder, monkeypatch, capsys):
 
 def test_a_full_disk_under_tensorboard(tmp_path):
     from smooseg_fast.errors import WriteError
-    from smooseg_fast.learn.board import said
+    from smooseg_fast.learn.board import disk_errors
 
-    with pytest.raises(WriteError, match="cannot be written"), said(tmp_path):
+    with pytest.raises(WriteError, match="cannot be written"), disk_errors(tmp_path):
         raise OSError(28, "No space left on device")

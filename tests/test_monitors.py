@@ -92,7 +92,8 @@ DRIFT = [
     0.27,
     0.30,
 ]  # between points measured with published thresholds
-# every 40 steps of runs on CamVid, filterbank features: published thresholds, and granularity -0.05, which settles lower
+# every 40 steps of runs on CamVid, filterbank features: published thresholds, and granularity -0.05, which settles
+# lower
 MEASURED = [0.135, 0.148, 0.153, 0.160, 0.165, 0.170, 0.175, 0.181, 0.188, 0.191, 0.194, 0.195, 0.198, 0.198, 0.203]
 SETTLING = [0.139, 0.139, 0.142, 0.147, 0.149, 0.144, 0.142, 0.144, 0.146, 0.143, 0.128, 0.105, 0.078, 0.070, 0.064]
 QUIET = {
@@ -131,14 +132,14 @@ def test_every_trouble_is_named_once():
     watch = Watch(variants)
     said = [watch.see(record) for record in records(drifting, DRIFT) if record]
     assert sum(line is not None for line in said) == 1
-    assert "step 160: the labels of granularity 0.1, seed 0 turn into kinds of images" in said[7]
-    assert "I(image;label)/H(label) is 0.18 and was 0.10" in said[7]
+    assert "step 160: granularity 0.1, seed 0 labels whole images instead of the things in them" in said[7]
+    assert "I(image;label)/H(label) rose from 0.10 to 0.18; use fewer --steps" in said[7]
     said = [watch.see(record) for record in records(collapsing, [0.1] * 3, perplexity=1.04)]
     assert said[1:] == [None, None]
-    assert "step 20: granularity 0.2, seed 0 has collapsed, one label is in use (perplexity 1.04)" in said[0]
+    assert "step 20: granularity 0.2, seed 0 has collapsed, one group is in use (perplexity 1.04)" in said[0]
     assert not watch.all_drifted
     said = [watch.see(record) for total in (float("nan"), None) for record in records(breaking, [0.1], total=total)]
-    assert "the losses of granularity 0.3, seed 0 are no numbers any more" in said[0]
+    assert said[0] == "step 20: granularity 0.3, seed 0: loss is NaN or infinite; this head is dropped"
     assert said[1] is None
     assert not watch.all_drifted
     for record in records(collapsing, DRIFT):
@@ -192,7 +193,7 @@ def test_a_run_that_drifts(folder, capsys, monkeypatch, choice):
     args = ["--data", folder, *SMALL, *LONG, "--on-drift", choice]
     assert call(*args, "--out", "out") == 0
     said, last = capsys.readouterr().out, 12 if choice == "warn" else 4
-    assert said.count("turn into kinds of images") == 1
+    assert said.count("labels whole images") == 1
     assert ("stop       at step 4 of 12, as --on-drift stop asks" in said) == (choice == "stop")
     assert metrics("out", "granularity_0.1_seed_0")[-1]["step"] == last
     assert read_checkpoint("out/checkpoint.safetensors").step == last
@@ -223,7 +224,10 @@ def test_a_broken_head_is_left_out_also_after_a_resume(folder, capsys, monkeypat
         assert call(*args) == 0
     (folder.parent / "out" / "report.json").unlink()
     assert call(*args) == 0
-    assert "warning    step 2: the losses of granularity 0.1, seed 0 are no numbers any more" in capsys.readouterr().out
+    assert (
+        "warning    step 2: granularity 0.1, seed 0: loss is NaN or infinite; this head is dropped"
+        in capsys.readouterr().out
+    )
     report = json.load(open("out/report.json"))
     assert (report["default"], report["broken"]) == ("granularity_0.2_seed_0", ["granularity_0.1_seed_0"])
 

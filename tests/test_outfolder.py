@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from smooseg_fast.config import TrainConfig
+from smooseg_fast.datasets.images import find_images
 from smooseg_fast.errors import UserError
+from smooseg_fast.learn.runfolder import RunFolder
 from smooseg_fast.system.files import write_json
-from smooseg_fast.system.outfolder import Journal, OutFolder
+from smooseg_fast.system.outfolder import Journal, OutFolder, mark_as_ours, written_by_us
 
 
 def open_folder(path, **settings):
@@ -25,6 +28,57 @@ def test_a_folder_takes_the_same_settings_again_and_no_others(tmp_path):
         UserError, match=r"^--out .*out: holds another run \(a is 1 there and 2 here\); give another folder"
     ):
         open_folder(path, a=2)
+
+
+def test_a_claimed_folder_names_its_output(tmp_path):
+    open_folder(tmp_path).claim()
+    assert written_by_us(tmp_path) == {"things", "stuff"}
+    mark_as_ours(tmp_path, "more")
+    assert written_by_us(tmp_path) == {"things", "stuff", "more"}
+    assert (tmp_path / ".smooseg").read_text().startswith("smooseg wrote the files")
+    before = (tmp_path / ".smooseg").stat().st_ino
+    mark_as_ours(tmp_path, "stuff")
+    assert (tmp_path / ".smooseg").stat().st_ino == before  # nothing new, nothing written
+    assert written_by_us(tmp_path / "nowhere") == set()
+
+
+def test_a_run_in_the_folder_of_photos_does_not_hide_them(tmp_path):
+    for name in ("a.png", "sub/b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    photos = find_images(tmp_path)
+    RunFolder(tmp_path, TrainConfig()).claim()
+    (tmp_path / "samples").mkdir()
+    for name in ("groups.png", "curves.png", "ladder.png", "samples/0.png"):
+        (tmp_path / name).write_bytes(b"")
+    assert find_images(tmp_path) == photos
+
+
+def test_pictures_of_somebody_else_are_not_written_over(tmp_path):
+    (tmp_path / "groups.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"holds groups\.png but no run\.json; give another folder"):
+        RunFolder(tmp_path, TrainConfig())
+
+
+def test_resuming_drops_a_line_of_metrics_that_was_cut_short(tmp_path):
+    """At every byte of the last line: the whole lines stay, the half one goes, and the next record stands on a line of
+    its own.
+    """
+    folder = RunFolder(tmp_path, TrainConfig())
+    head = TrainConfig().variants()[0].name
+    records = [{"step": step, "head": head, "total": 0.5 * step} for step in (1, 2)]
+    folder.metrics.append(*records)
+    whole = folder.metrics.path.read_bytes()
+    first = whole.index(b"\n") + 1
+    for length in range(first, len(whole)):
+        folder.metrics.path.write_bytes(whole[:length])
+        kept = folder.resume(step=9)
+        assert (
+            kept == records[: 1 + (length == len(whole) - 1)]
+        )  # without its line break alone the last record is whole
+        folder.metrics.append({"step": 3, "head": head, "total": 1.5})
+        lines = folder.metrics.path.read_text().splitlines()
+        assert [json.loads(line) for line in lines] == [*kept, {"step": 3, "head": head, "total": 1.5}]
 
 
 def test_opening_leaves_nothing_behind(tmp_path):
@@ -59,6 +113,9 @@ def test_a_journal_cut_at_any_byte_keeps_its_whole_lines(tmp_path):
         found = journal.read()
         assert found == records[: (length >= first - 1) + (length >= len(whole) - 1)]
         journal.rewrite(found)
+        assert journal.path.read_bytes() == b"".join(
+            whole.splitlines(keepends=True)[: len(found)]
+        )  # no half line stays
         journal.append({"n": 3})
         assert journal.read() == [*found, {"n": 3}]
 

@@ -1,4 +1,4 @@
-"""Datasets in their owners' layouts: what is recognised, listed and read, and what is said when something is missing."""
+"""Datasets in their owners' layouts: recognised, listed and read, with errors and notes when something is missing."""
 
 import itertools
 import pickle
@@ -155,11 +155,12 @@ def test_cityscapes_without_some_labels_or_images(tmp_path):
     (tmp_path / "leftImg8bit/train/aachen/aachen_000000_000000_leftImg8bit.png").unlink()
     train, val = open_splits(tmp_path)
     assert len(train) == 3
-    assert train.notes == (f"1 labels in {tmp_path}/gtFine/train (*_gtFine_labelIds.png) belong to no image, first "
-                           "aachen_000000_000000_gtFine_labelIds.png",)  # fmt: skip
+    labels = "{}/gtFine/{} (*_gtFine_labelIds.png)".format
+    stray = "aachen_000000_000000_gtFine_labelIds.png"
+    assert train.notes == (f"1 labels in {labels(tmp_path, 'train')} belong to no image, first {stray}",)
     assert val.label(3) is None
-    assert val.notes == (f"1 of 4 images of Cityscapes val have no label in {tmp_path}/gtFine/val (*_gtFine_labelIds.png), "
-                         "first lindau_000000_000001_leftImg8bit.png",)  # fmt: skip
+    missing = f"1 of 4 images of Cityscapes val have no label in {labels(tmp_path, 'val')}"
+    assert val.notes == (f"{missing}, first lindau_000000_000001_leftImg8bit.png",)
     shutil.rmtree(tmp_path / "gtFine")
     train, val = open_splits(tmp_path)
     assert (train.labelled, train.class_names, val) == (False, None, None)
@@ -188,12 +189,13 @@ def test_cityscapes_without_images_to_learn_from(tmp_path):
 
 # the 27 numbers that the benchmark gives to 0..181, as (number, how often in a row)
 PUBLISHED = (
-    (9, 1), (11, 8), (8, 6), (7, 10), (6, 8), (10, 10), (5, 8), (2, 10), (3, 10), (0, 6), (1, 6), (4, 8), (17, 2), (22, 1), (20, 2),
-    (22, 1), (15, 1), (25, 1), (16, 1), (13, 1), (12, 2), (17, 2), (23, 1), (15, 2), (17, 1), (15, 1), (21, 1), (15, 1), (25, 1),
-    (13, 5), (22, 1), (26, 1), (14, 2), (15, 1), (22, 1), (21, 2), (24, 1), (20, 1), (22, 1), (15, 1), (17, 1), (16, 1), (15, 1),
-    (22, 1), (24, 1), (21, 1), (17, 1), (25, 1), (16, 1), (21, 1), (17, 1), (22, 1), (16, 1), (21, 2), (25, 1), (21, 1), (26, 1),
-    (21, 1), (24, 1), (20, 1), (17, 1), (14, 1), (21, 1), (26, 1), (15, 1), (23, 1), (20, 1), (21, 1), (24, 1), (15, 1), (24, 1),
-    (22, 1), (25, 1), (15, 1), (20, 1), (17, 2), (22, 1), (14, 1), (18, 7), (26, 2), (19, 2), (24, 1),
+    (9, 1), (11, 8), (8, 6), (7, 10), (6, 8), (10, 10), (5, 8), (2, 10), (3, 10), (0, 6), (1, 6), (4, 8), (17, 2),
+    (22, 1), (20, 2), (22, 1), (15, 1), (25, 1), (16, 1), (13, 1), (12, 2), (17, 2), (23, 1), (15, 2), (17, 1),
+    (15, 1), (21, 1), (15, 1), (25, 1), (13, 5), (22, 1), (26, 1), (14, 2), (15, 1), (22, 1), (21, 2), (24, 1),
+    (20, 1), (22, 1), (15, 1), (17, 1), (16, 1), (15, 1), (22, 1), (24, 1), (21, 1), (17, 1), (25, 1), (16, 1),
+    (21, 1), (17, 1), (22, 1), (16, 1), (21, 2), (25, 1), (21, 1), (26, 1), (21, 1), (24, 1), (20, 1), (17, 1),
+    (14, 1), (21, 1), (26, 1), (15, 1), (23, 1), (20, 1), (21, 1), (24, 1), (15, 1), (24, 1), (22, 1), (25, 1),
+    (15, 1), (20, 1), (17, 2), (22, 1), (14, 1), (18, 7), (26, 2), (19, 2), (24, 1),
 )  # fmt: skip
 
 
@@ -233,8 +235,9 @@ def test_cocostuff_without_lists_or_maps_or_listed_images(tmp_path):
     root = make_cocostuff(tmp_path / "coco", curated=False)
     train, val = open_splits(root)
     assert (len(train), len(val)) == (5, 3)
-    assert train.notes == (f"no curated list ({root}/curated/train2017/Coco164kFull_Stuff_Coarse_7.txt): all 5 images of train2017, "
-                           "not the benchmark's choice of them",)  # fmt: skip
+    curated = f"{root}/curated/train2017/Coco164kFull_Stuff_Coarse_7.txt"
+    images = "all 5 images of train2017, not the benchmark's choice of them"
+    assert train.notes == (f"no curated list ({curated}): {images}",)
     lists = root / "curated" / "train2017" / "Coco164kFull_Stuff_Coarse_7.txt"
     lists.parent.mkdir(parents=True)
     lists.write_text("000000000101\n000000000007.jpg\n\n000000000100\n000000000101\n000000000008\n")
@@ -244,7 +247,7 @@ def test_cocostuff_without_lists_or_maps_or_listed_images(tmp_path):
     lists.write_text("nowhere\n")
     with pytest.raises(
         UserError,
-        match=r"7\.txt: none of the 1 images that it lists, such as nowhere, is there; unpack the images beside it",
+        match=r"7\.txt: none of the 1 images that it lists, such as nowhere, is there; unpack the images next to it",
     ):
         open_dataset(root, "train")
     shutil.rmtree(root / "annotations")
@@ -285,7 +288,7 @@ def test_potsdam_tiles_without_lists(tmp_path):
     train, val = open_splits(tmp_path)
     assert (len(train), len(val)) == (7, 2)
     assert not set(train.names) & set(val.names)
-    assert train.notes[0] == f"no {tmp_path}/labelled_train.txt: all 7 other tiles are learnt from"
+    assert train.notes[0] == f"no {tmp_path}/labelled_train.txt: training uses all 7 other tiles"
     for path in tmp_path.glob("*.txt"):
         path.unlink()
     assert len(open_dataset(tmp_path, "train")) == len(open_dataset(tmp_path, "val")) == 9
@@ -378,7 +381,7 @@ def test_infrared_multiplied_in_is_refused(tmp_path):
     Image.fromarray(np.zeros((4, 4, 4), np.uint8)).save(path)
     entry = struct.pack("<HHI", 338, 3, 1)
     path.write_bytes(path.read_bytes().replace(entry + b"\x02", entry + b"\x01"))
-    with pytest.raises(ImageError, match=r"x\.tif: calls its fourth channel transparency"):
+    with pytest.raises(ImageError, match=r"x\.tif: declares its fourth channel as transparency"):
         next(potsdam.read_strips(path, 2))
     Image.fromarray(np.zeros((4, 4), np.uint8)).save(path)
     with pytest.raises(ImageError, match=r"x\.tif: an image of mode L"):

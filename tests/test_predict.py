@@ -391,7 +391,7 @@ def test_what_any_command_made_among_the_images_is_not_taken_for_images(trained,
     capsys.readouterr()
     assert call(checkpoint, "coarse", "again") == 2
     assert (
-        "found only other files (2 .json, 1 .jsonl), beside what a command made of others (masks, over"
+        "found only other files (1 .jsonl, 1 .json), next to smooseg's own output (masks, over"
         in capsys.readouterr().err
     )
 

@@ -129,6 +129,16 @@ def test_an_image_smaller_than_a_patch_is_refused(trained, tmp_path, shape):
             segmenter.predict(tmp_path / "tiny.png")
 
 
+def test_repr_says_what_it_is(trained, monkeypatch):
+    segmenter = smooseg_fast.Segmenter.load(trained, device="cpu")
+    config = segmenter.config
+    learnt = f"groups={segmenter.groups}, backbone='filterbank', size=64, device='cpu', step=6"
+    assert repr(segmenter) == f"Segmenter({learnt}, granularity={config.granularity[0]}, path={str(trained)!r})"
+    unsaved = smooseg_fast.Segmenter(segmenter.checkpoint, segmenter.backbone)
+    monkeypatch.setattr(unsaved.checkpoint, "config", dataclasses.replace(config, granularity=None), raising=False)
+    assert repr(unsaved) == f"Segmenter({learnt})"
+
+
 def test_evaluate(trained, labelled, capsys):
     args = ["--checkpoint", str(trained), "--data", str(labelled), "--no-mirror"]
     assert run(evaluate.main, args) == 0

@@ -16,7 +16,7 @@ from smooseg_fast import similarity, train
 from smooseg_fast.command import run
 from smooseg_fast.features.store import Contents, FeatureStore, Shard
 from smooseg_fast.measure import closeness as measured
-from smooseg_fast.measure.closeness import BINS, REACH, Closeness, Spread, closeness, warning
+from smooseg_fast.measure.closeness import BINS, REACH, Closeness, Distribution, closeness, warning
 from smooseg_fast.show import histograms
 from smooseg_fast.show.histograms import Histogram, histograms_picture
 
@@ -117,8 +117,8 @@ def test_two_squares_are_enough():
 
 
 def test_thresholds_and_their_warning():
-    spread = Spread(0.2, torch.bincount(torch.tensor([700, 720, 800, 810]), minlength=BINS))
-    found = measured.Similarity(9, 9, 1, spread, Spread(0.1, spread.counts))
+    kind = Distribution(0.2, torch.bincount(torch.tensor([700, 720, 800, 810]), minlength=BINS))
+    found = measured.Similarity(9, 9, 1, kind, Distribution(0.1, kind.counts))
     within, across = closeness(found, (-0.02, 0.5), relative=False)
     assert (within.threshold, across.threshold) == (-0.02, 0.5)
     assert within.force == pytest.approx(0.22)
@@ -174,7 +174,7 @@ def test_what_it_prints_is_what_training_says(folder, capsys):
         assert report[kind]["pulled"] == found["thresholds"][0][kind]["pulled"]
         assert report[kind]["pairs"] == found[kind]["pairs"]
     assert (
-        "means over every pair of patches of 18 squares; spread from 0.0737 million pairs within all of them"
+        "means over every pair of patches of 18 squares; quantiles over 0.0737 million pairs within all of them"
         in capsys.readouterr().out
     )
 
@@ -246,7 +246,7 @@ def test_a_picture_has_a_mark_for_each_threshold():
 
     assert near(plain, histograms.MARK, 150).sum() == 0
     assert near(marked, histograms.MARK, 150).max() > 80  # a line from the axis to its name
-    heights = near(plain, histograms.BLUES[2], 12)
+    heights = near(plain, histograms.BLUE, 12)
     tall, low = (
         np.median(heights[heights > 0.75 * heights.max()]),
         np.median(heights[(heights > 20) & (heights < 0.5 * heights.max())]),

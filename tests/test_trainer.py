@@ -29,7 +29,7 @@ from smooseg_fast.segment.checkpoint import read_checkpoint, read_training_state
 from smooseg_fast.system.locks import Lock
 
 EVERYTHING = {"checkpoint.safetensors", "training.safetensors", "heads", "metrics.jsonl", "run.json", "report.json"}
-EVERYTHING |= {"groups.png", "curves.png", "ladder.png"}
+EVERYTHING |= {"groups.png", "curves.png", "ladder.png", ".smooseg"}
 FIRST = "granularity_0.06_seed_0"  # of the heads that are learnt when nothing is said
 SMALL = [
     "--size",
@@ -609,7 +609,7 @@ def test_heads_whose_losses_are_no_numbers_are_named_and_left_out(folder, capsys
     monkeypatch.setattr(loop, "train_step", breaking)
     assert call("--data", folder, "--out", "out", *SMALL, "--granularity", "0.1", "0.2", "--prototypes", "3") == 0
     out = capsys.readouterr().out
-    assert "warning    step 2: the losses of granularity 0.1, seed 0 are no numbers any more" in out
+    assert "warning    step 2: granularity 0.1, seed 0: loss is NaN or infinite; this head is dropped" in out
     report = json.load(open("out/report.json"))
     assert (report["default"], report["broken"]) == ("granularity_0.2_seed_0", ["granularity_0.1_seed_0"])
     assert read_checkpoint("out/checkpoint.safetensors").config.granularity == (0.2,)

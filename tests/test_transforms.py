@@ -1,7 +1,9 @@
-"""What PyTorch does to a function must not change it: torch.compile(fullgraph=True), torch.export, activation checkpointing, autocast.
+"""What PyTorch does to a function must not change it: torch.compile(fullgraph=True), torch.export, activation
+checkpointing, autocast.
 
-Every public function and layer, values and gradients against plain calls. The functions of the objective and the statistics are compiled
-in their own tests, with shapes that change. pair_energy has all of this in its own, for each implementation: here is its layer.
+Every public function and layer, values and gradients against plain calls. The functions of the objective and the
+statistics are compiled in their own tests, with shapes that change. pair_energy has all of this in its own, for each
+implementation: here is its layer.
 """
 
 from __future__ import annotations
@@ -122,7 +124,9 @@ class Module(torch.nn.Module):
 
 @pytest.mark.parametrize(("name", "impl"), PAIRS)
 def test_exports(name, impl):
-    """The exported program takes gradients too, but for energies in blocks, whose autograd function it loses: there it gives values."""
+    """The exported program takes gradients too, but for energies in blocks, whose autograd function it loses: there it
+    gives values.
+    """
     function, differentiable, constants = CALLS[name]
     inputs = [x.detach().clone().requires_grad_() for x in differentiable]
     program = torch.export.export(Module(name, impl), (*inputs, *constants)).module()

@@ -1,4 +1,4 @@
-"""Images that are in memory already."""
+"""Images in memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import UserError
 
 
 class ArrayDataset:
-    """Images that are in memory already, uint8 [H,W,3] each, without labels. UserError naming the first that is not."""
+    """Images in memory, each uint8 [H,W,3], without labels. UserError naming the first that is something else."""
 
     name, labelled, held_out, class_names, notes = "arrays", False, False, None, ()
 
@@ -19,15 +19,11 @@ class ArrayDataset:
         if not len(images):
             raise UserError("images: empty; give at least one uint8 [H,W,3] array")
         for place, image in enumerate(images):
-            if (
-                not isinstance(image, np.ndarray)
-                or image.dtype != np.uint8
-                or image.ndim != 3
-                or image.shape[2] != 3
-                or not image.size
-            ):
-                what = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
-                raise UserError(f"images[{place}]: must be a uint8 [H,W,3] array, got {what}")
+            if not isinstance(image, np.ndarray):
+                raise UserError(f"images[{place}]: must be a uint8 [H,W,3] array, got {type(image).__name__}")
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+                actual = f"{image.dtype} {list(image.shape)}"
+                raise UserError(f"images[{place}]: must be a uint8 [H,W,3] array, got {actual}")
         self.images = tuple(images)
         self.names = tuple(f"image {place}" for place in range(len(images)))
 
@@ -41,7 +37,7 @@ class ArrayDataset:
         return None
 
     def fingerprint(self) -> str:
-        """Of the shapes and pixels."""
+        """Hash the shapes and pixels."""
         digest = hashlib.sha256()
         for image in self.images:
             digest.update(repr(image.shape).encode() + np.ascontiguousarray(image).tobytes())

@@ -1,9 +1,11 @@
-"""COCO-Stuff as its owners pack it: images/{train,val}2017/*.jpg and the stuff+thing pixel maps annotations/{train,val}2017/*.png.
+"""COCO-Stuff as its owners pack it: images/{train,val}2017/*.jpg and the stuff+thing pixel maps
+annotations/{train,val}2017/*.png.
 
-Pixel maps hold 182 numbers (0 to 90 things, 91 to 181 stuff: the number of labels.txt less one) and 255 for nothing. The 27 classes of
-the unsupervised benchmark are the 12 groups of things and 15 groups of stuff of the owners' hierarchy (Caesar et al., CVPR 2018, and
-github.com/nightrome/cocostuff), in the order that Ji et al. (ICCV 2019) gave them. Their curated lists,
-curated/{train,val}2017/Coco164kFull_Stuff_Coarse_7.txt, say which images the benchmark uses; without them all are used, which is said.
+Pixel maps hold 182 numbers (0 to 90 things, 91 to 181 stuff: the number in labels.txt minus one) and 255 for nothing.
+The 27 classes of the unsupervised benchmark are the 12 groups of things and 15 groups of stuff in the owners' hierarchy
+(Caesar et al., CVPR 2018, and github.com/nightrome/cocostuff), in the order of Ji et al. (ICCV 2019). Their curated
+lists, curated/{train,val}2017/Coco164kFull_Stuff_Coarse_7.txt, name the images of the benchmark; without them all
+images are used, and a note says so.
 """
 
 from __future__ import annotations
@@ -15,20 +17,22 @@ from .base import Layout, NumberedFiles, Numbering, files_below, first_folder, n
 
 # labels.txt, numbers 1 to 182: on disk one less
 _FINE = (
-    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, street sign, stop sign, "
-    "parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, hat, backpack, umbrella, shoe, eye "
-    "glasses, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, "
-    "surfboard, tennis racket, bottle, plate, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, "
-    "carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, mirror, dining table, window, desk, toilet, door, tv, "
-    "laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, blender, book, clock, vase, "
-    "scissors, teddy bear, hair drier, toothbrush, hair brush, banner, blanket, branch, bridge, building-other, bush, cabinet, "
-    "cage, cardboard, carpet, ceiling-other, ceiling-tile, cloth, clothes, clouds, counter, cupboard, curtain, desk-stuff, dirt, "
-    "door-stuff, fence, floor-marble, floor-other, floor-stone, floor-tile, floor-wood, flower, fog, food-other, fruit, "
-    "furniture-other, grass, gravel, ground-other, hill, house, leaves, light, mat, metal, mirror-stuff, moss, mountain, mud, "
-    "napkin, net, paper, pavement, pillow, plant-other, plastic, platform, playingfield, railing, railroad, river, road, rock, "
-    "roof, rug, salad, sand, sea, shelf, sky-other, skyscraper, snow, solid-other, stairs, stone, straw, structural-other, table, "
-    "tent, textile-other, towel, tree, vegetable, wall-brick, wall-concrete, wall-other, wall-panel, wall-stone, wall-tile, "
-    "wall-wood, water-other, waterdrops, window-blind, window-other, wood"
+    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, street sign, "
+    "stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, hat, "
+    "backpack, umbrella, shoe, eye glasses, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, "
+    "baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, plate, wine glass, cup, fork, knife, "
+    "spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, "
+    "potted plant, bed, mirror, dining table, window, desk, toilet, door, tv, laptop, mouse, remote, keyboard, cell "
+    "phone, microwave, oven, toaster, sink, refrigerator, blender, book, clock, vase, scissors, teddy bear, hair "
+    "drier, toothbrush, hair brush, banner, blanket, branch, bridge, building-other, bush, cabinet, cage, cardboard, "
+    "carpet, ceiling-other, ceiling-tile, cloth, clothes, clouds, counter, cupboard, curtain, desk-stuff, dirt, "
+    "door-stuff, fence, floor-marble, floor-other, floor-stone, floor-tile, floor-wood, flower, fog, food-other, "
+    "fruit, furniture-other, grass, gravel, ground-other, hill, house, leaves, light, mat, metal, mirror-stuff, moss, "
+    "mountain, mud, napkin, net, paper, pavement, pillow, plant-other, plastic, platform, playingfield, railing, "
+    "railroad, river, road, rock, roof, rug, salad, sand, sea, shelf, sky-other, skyscraper, snow, solid-other, "
+    "stairs, stone, straw, structural-other, table, tent, textile-other, towel, tree, vegetable, wall-brick, "
+    "wall-concrete, wall-other, wall-panel, wall-stone, wall-tile, wall-wood, water-other, waterdrops, window-blind, "
+    "window-other, wood"
 )
 FINE = tuple(_FINE.split(", "))
 
@@ -43,12 +47,14 @@ HIERARCHY = {
     "animal": "bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe",
     "outdoor": "traffic light, fire hydrant, street sign, stop sign, parking meter, bench",
     "person": "person",
-    "sports": "frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket",
+    "sports": "frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, "
+    "tennis racket",
     "vehicle": "bicycle, car, motorcycle, airplane, bus, train, truck, boat",
     "ceiling-stuff": "ceiling-tile, ceiling-other",
     "floor-stuff": "carpet, floor-tile, floor-wood, floor-marble, floor-stone, floor-other",
     "food-stuff": "fruit, salad, vegetable, food-other",
-    "furniture-stuff": "door-stuff, desk-stuff, table, shelf, cabinet, cupboard, mirror-stuff, counter, light, stairs, furniture-other",
+    "furniture-stuff": "door-stuff, desk-stuff, table, shelf, cabinet, cupboard, mirror-stuff, counter, light, stairs, "
+    "furniture-other",
     "rawmaterial-stuff": "cardboard, paper, plastic, metal",
     "textile-stuff": "rug, mat, towel, napkin, clothes, cloth, curtain, blanket, pillow, banner, textile-other",
     "wall-stuff": "wall-tile, wall-panel, wall-wood, wall-brick, wall-stone, wall-concrete, wall-other",
@@ -76,41 +82,40 @@ MAPS = (
 
 
 def recognise(root: Path) -> Layout | None:
-    images = {
-        split: first_folder(root / "images" / (split + YEAR), root / (split + YEAR))
-        for split in ("train", "val", "test")
-    }
-    images = {split: folder for split, folder in images.items() if folder is not None}
+    places = {split: (root / "images" / (split + YEAR), root / (split + YEAR)) for split in ("train", "val", "test")}
+    images = {split: folder for split, both in places.items() if (folder := first_folder(*both)) is not None}
     if not {"train", "val"} & set(images):
         return None
     maps = first_folder(*(root / place / (split + YEAR) for place in MAPS for split in images))
-    # without pixel maps it may be anything: somebody's own labels beside these images, or a folder of images alone
+    # without pixel maps it may be anything: somebody's own labels next to these images, or a folder of images alone
     if maps is None and ((root / "labels").is_dir() or not (root / "images").is_dir()):
         return None
     where = root / MAPS[0] if maps is None else maps.parent
-    title = f"COCO-Stuff ({'images without pixel maps' if maps is None else f'images and pixel maps in {where.name}'}, 27 classes)"
-    parts = {split: partial(_open, root, folder, where / (split + YEAR), split) for split, folder in images.items()}
+    contents = "images without pixel maps" if maps is None else f"images and pixel maps in {where.name}"
     return Layout(
-        title=title, preset="cocostuff27", root=root, parts=parts, pictures=images.get("val", images.get("train"))
+        title=f"COCO-Stuff ({contents}, 27 classes)",
+        preset="cocostuff27",
+        root=root,
+        parts={split: partial(_open, root, folder, where / (split + YEAR), split) for split, folder in images.items()},
+        pictures=images.get("val", images.get("train")),
     )
 
 
 def _open(root: Path, images: Path, maps: Path, split: str) -> NumberedFiles:
-    present = files_below(images)
-    found, notes = present, []
-    # some keep the lists beside the folder, not in it
+    present = chosen = files_below(images)
+    notes: list[str] = []
+    # some people keep the lists next to the folder, not in it
     lists = [home / "curated" / (split + YEAR) / CURATED for home in (root, root.resolve().parent)]
     curated = next((path for path in lists if path.is_file()), None)
     if curated is not None:
-        found, notes = pick(read_list(curated), present, curated)
+        chosen, notes = pick(read_list(curated), present, curated)
     elif split != "test":
-        notes = [
-            f"no curated list ({lists[0]}): all {len(present)} images of {split + YEAR}, not the benchmark's choice of them"
-        ]
+        images_of = f"all {len(present)} images of {split + YEAR}"
+        notes = [f"no curated list ({lists[0]}): {images_of}, not the benchmark's choice of them"]
     return numbered_files(
         f"COCO-Stuff {split}",
         images,
-        found,
+        chosen,
         files_below(maps, (".png",)),
         NUMBERING,
         label_name=str,

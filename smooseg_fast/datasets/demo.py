@@ -1,4 +1,4 @@
-"""The embedded demo, and the images that a configuration asks for."""
+"""Open the images that a configuration asks for; without a folder, the embedded demo."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from .mosaic import Mosaic
 
 
 def demo_datasets() -> tuple[Mosaic, Mosaic]:
-    """(train, held out) of the embedded demo."""
+    """Return the (training, held-out) images of the embedded demo."""
     return Mosaic("train", count=128), Mosaic("val", count=48)
 
 
 def datasets_of(config: TrainConfig) -> tuple[Dataset, Dataset | None]:
-    """(training images, labelled images to take figures on or None)."""
-    if config.data is None:
-        return demo_datasets()
-    return open_splits(config.data)
+    """Return (training images, labelled images to evaluate on, or None)."""
+    return demo_datasets() if config.data is None else open_splits(config.data)

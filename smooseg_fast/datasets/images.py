@@ -1,11 +1,11 @@
-"""Images and label masks on disk: finding, decoding, resizing and cutting into squares. Arrays are uint8, [H,W,3] or [H,W]."""
+"""Images and label masks on disk: find, decode, resize, cut into squares. Arrays are uint8, [H,W,3] or [H,W]."""
 
 from __future__ import annotations
 
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -14,24 +14,19 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from ..errors import UserError
-from . import reading
+from ..system.outfolder import MARKER, written_by_us
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
-# pictures that a command leaves beside each of these files; where that lies among the photos, they are none of them
-MADE = {
-    "metrics.jsonl": ("groups.png", "curves.png", "ladder.png", "samples"),
-    "predict.json": ("masks", "overlays", "sheet.jpg"),
-    "scores.json": ("confusion.png",),
-    "similarity.json": ("similarity.png",),
-}
+SUFFIX_LIST = " ".join(SUFFIXES)
 MAX_PIXELS = 2**30  # 32,768 pixels square: beyond this a header is more likely damaged than true
 
 Crops = Literal["center", "slide", "five"]
-FIVE_RATIO = 0.5  # of the image's height and width: the size of each of five crops, as in the paper
+FIVE_RATIO = 0.5  # height and width of each of five crops, as a share of the image's (the paper's value)
 Resample = Literal["nearest", "bilinear"]
 
+DEFAULT_ADVICE = "copy it again, export it as 8-bit PNG or JPEG, or take it out"
 _FILTERS = {"nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR}
-_EXTRA_SAMPLES = 338  # the TIFF tag that says what channels beyond the colours are
+_EXTRA_SAMPLES = 338  # the TIFF tag for the meaning of channels beyond the colours
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -44,55 +39,52 @@ _UPRIGHT = {
 
 
 class ImageError(UserError):
-    """One image that cannot be used: `path`, the `reason`, and a message that adds what to do. A run may skip the image."""
+    """One image that cannot be used: its `path`, the `reason` and `advice`. A run may skip the image."""
 
-    def __init__(
-        self,
-        path: Path | str,
-        reason: str,
-        advice: str = "copy it again, export it as 8-bit PNG or JPEG, or take it out",
-    ):
+    def __init__(self, path: Path | str, reason: str, advice: str = DEFAULT_ADVICE):
         super().__init__(f"{path}: {reason}; {advice}")
-        self.path = Path(path)
-        self.reason, self.advice = reason, advice
+        self.path, self.reason, self.advice = Path(path), reason, advice
 
     def __reduce__(self) -> tuple:  # so that processes can hand it on
         return ImageError, (self.path, self.reason, self.advice)
 
 
 def find_images(path: Path | str, argument: str = "--data") -> list[Path]:
-    """Every image in `path`, a file or a folder in any nesting, sorted by relative path.
+    """List every image in `path`, a file or a folder in any nesting, sorted by relative path.
 
-    Known by suffix (SUFFIXES, in upper or lower case). Hidden files and folders are left out, and so is what commands made (MADE);
-    links to folders are followed.
-    Raises UserError naming `argument` when there is no such path, when a folder cannot be read, and when it holds no image.
+    Recognises images by suffix (SUFFIXES, upper or lower case) and follows links to folders. Ignores hidden files and
+    folders, and files written by smooseg (`visible_files`), so runs and predictions can live inside a photo folder.
+    UserError naming `argument` when the path does not exist, cannot be read, or holds no image.
     """
     path = Path(path).expanduser()
     if path.is_file():
         if path.suffix.lower() not in SUFFIXES:
             raise UserError(
-                f"{argument} {path}: not an image by its suffix; give a folder, or a file that ends in {_listed(SUFFIXES)}"
+                f"{argument} {path}: not an image by its suffix; give a folder, or a file that ends in {SUFFIX_LIST}"
             )
         return [path]
     if not path.is_dir():
-        raise UserError(f"{argument} {path}: no such file or folder; give a folder of images ({_listed(SUFFIXES)})")
+        raise UserError(f"{argument} {path}: no such file or folder; give a folder of images ({SUFFIX_LIST})")
     files = visible_files(path, argument)
     images = [file for file in files if file.suffix.lower() in SUFFIXES]
     if not images:
         others = ", ".join(
             f"{count} {suffix or 'without suffix'}" for suffix, count in Counter(f.suffix for f in files).most_common(5)
         )
-        found = f"only other files ({others})" if files else "no files"
-        ours = [name for name in sorted(_made_beside(os.listdir(path))) if (path / name).exists()]
-        found += f", beside what a command made of others ({', '.join(ours)})" if ours else ""
+        contents = f"only other files ({others})" if files else "no files"
+        ours = [name for name in sorted(written_by_us(path)) if (path / name).exists()]
+        contents += f", next to smooseg's own output ({', '.join(ours)})" if ours else ""
         raise UserError(
-            f"{argument} {path}: no images in it; looked in all folders below for {_listed(SUFFIXES)} and found {found}"
+            f"{argument} {path}: no images in it; looked in all folders below for {SUFFIX_LIST} and found {contents}"
         )
     return images
 
 
 def visible_files(folder: Path, argument: str) -> list[Path]:
-    """All files below `folder` that are neither hidden nor MADE, sorted by relative path; UserError naming a folder that cannot be read."""
+    """List all files below `folder`, sorted by relative path, except hidden ones and those that smooseg wrote.
+
+    A marker in the folder names the latter (`written_by_us`). UserError naming a folder that cannot be read.
+    """
 
     def unreadable(error: OSError) -> None:
         raise UserError(
@@ -102,28 +94,23 @@ def visible_files(folder: Path, argument: str) -> list[Path]:
     files, seen = [], set()
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=unreadable):
         real = os.path.realpath(parent)
-        if real in seen:  # a link back to a folder above would go round for ever
+        if real in seen:  # a link back to a folder above would never end
             folders.clear()
             continue
         seen.add(real)
-        made = _made_beside(names)
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in made)
-        files += [Path(parent, name) for name in names if not name.startswith(".") and name not in made]
+        ours = written_by_us(parent) if MARKER in names else set()
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in ours)
+        files += [Path(parent, name) for name in names if not name.startswith(".") and name not in ours]
     return sorted(files, key=Path.as_posix)  # all begin alike
 
 
-def _made_beside(names: Iterable[str]) -> set[str]:
-    """Names of what commands made in a folder that holds files of these `names`."""
-    return {made for record in MADE.keys() & set(names) for made in MADE[record]}
-
-
 def read_image(path: Path | str) -> np.ndarray:
-    """The image as RGB, uint8 [H,W,3], turned upright by its EXIF orientation. ImageError when it cannot be decoded whole.
+    """Read an image as RGB uint8 [H,W,3], upright by its EXIF orientation. ImageError if it cannot be decoded whole.
 
-    Anything transparent is laid on white. Deeper images come down to 8 bits: 16-bit grey by v / 257, rounded, so that 65535 becomes
-    255; 16-bit colour by its high byte (Pillow's own reading); 32-bit integer and float grey, which have no fixed white, from their
-    own smallest..largest finite value to 0..255 (a constant image becomes black, nan too). Only the first frame is read. An
-    embedded colour profile is ignored.
+    Lays transparent images on white. Brings deeper images down to 8 bits: 16-bit grey by v / 257, rounded, so that
+    65535 becomes 255; 16-bit colour by its high byte (Pillow's own reading); 32-bit integer and float grey, which have
+    no fixed white, by stretching their smallest..largest finite value to 0..255 (a constant image becomes black, and so
+    does nan). Reads the first frame only, and ignores an embedded colour profile.
     """
     with _opened(path) as image:
         source = image.format
@@ -132,9 +119,9 @@ def read_image(path: Path | str) -> np.ndarray:
 
 
 def read_label(path: Path | str) -> np.ndarray:
-    """The class numbers of a label mask, uint8 [H,W]: grey values as they are, palette indices, or 0 and 1 of a 1-bit image.
+    """Read the class numbers uint8 [H,W] of a label mask: grey values, palette indices, or 0 and 1 of a 1-bit image.
 
-    Raises ImageError for other kinds (colours, 16 bits, transparency) and when the file cannot be decoded whole.
+    ImageError for other kinds (colours, 16 bits, transparency), and if the file cannot be decoded whole.
     """
     with _opened(path) as image:
         if image.mode not in ("L", "P", "1"):
@@ -145,19 +132,18 @@ def read_label(path: Path | str) -> np.ndarray:
 
 
 def read_strips(path: Path | str, rows: int) -> Iterator[np.ndarray]:
-    """An 8-bit colour image from top to bottom in strips, uint8 [at most `rows`,W,3]: the first three channels as they are, because in
-    satellite images the fourth is infrared and not transparency. ImageError for other images; only the decoded image and a strip are in
-    memory.
+    """Read an 8-bit colour image from top to bottom in strips uint8 [at most `rows`,W,3]. ImageError for other images.
+
+    Yields the first three channels as they are: in satellite images the fourth is infrared and not transparency. Memory
+    holds the decoded image and one strip.
     """
     with _opened(path) as image:
         if image.mode not in ("RGB", "RGBA", "RGBX", "P"):
             raise ImageError(path, f"an image of mode {image.mode}, not of 8-bit colours")
-        if (
-            image.format == "TIFF" and image.mode == "RGBA" and image.tag_v2.get(_EXTRA_SAMPLES) == (1,)
-        ):  # decoding would divide by it
-            raise ImageError(
-                path, "calls its fourth channel transparency that is multiplied in", "export it with three channels"
-            )
+        premultiplied = image.format == "TIFF" and image.mode == "RGBA" and image.tag_v2.get(_EXTRA_SAMPLES) == (1,)
+        if premultiplied:  # decoding would divide by the fourth channel
+            reason = "declares its fourth channel as transparency that is multiplied in"
+            raise ImageError(path, reason, "export it with three channels")
         image.load()
         for top in range(0, image.height, rows):
             strip = image.crop((0, top, image.width, min(top + rows, image.height)))
@@ -165,54 +151,53 @@ def read_strips(path: Path | str, rows: int) -> Iterator[np.ndarray]:
 
 
 def image_size(path: Path | str) -> tuple[int, int]:
-    """(height, width) that `read_image` would return, from the file's header; ImageError when there is none.
+    """Return the (height, width) of what `read_image` gives, from the file's header; ImageError when there is none.
 
-    The one exception: a PNG that notes its orientation after its pixels is taken as it lies.
+    One exception: a PNG that notes its orientation after its pixels counts as upright.
     """
     with _opened(path) as image:
         width, height = image.size
         if image.format == "TIFF":  # releases of Pillow differ in whether its size is turned already
             width, height = (image.tag_v2[tag] for tag in (ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength))
-        elif {"exif", "xmp"}.isdisjoint(image.info):  # asking on would decode the whole of a PNG
+        elif {"exif", "xmp"}.isdisjoint(image.info):  # to ask further would decode all of a PNG
             return height, width
         return (width, height) if _orientation(image) >= 5 else (height, width)
 
 
 def require_patch(image: np.ndarray, patch: int, path: Path | str) -> None:
-    """ImageError naming `path` when `image` [H,W,3] is smaller than one patch of the backbone (`patch` pixels) in its own pixels.
+    """Raise ImageError naming `path` when `image` [H,W,3] is smaller than one patch of the backbone (`patch` pixels).
 
-    Enlarging could fill one, but there is hardly anything in so few pixels to tell groups apart by.
+    Enlarging could fill a patch, but so few pixels hold hardly anything that tells groups apart.
     """
     height, width = image.shape[:2]
     if min(height, width) < patch:
-        raise ImageError(
-            path, f"{width} x {height} pixels, less than one patch of the backbone ({patch} pixels)", "take it out"
-        )
+        reason = f"{width} x {height} pixels, less than one patch of the backbone ({patch} pixels)"
+        raise ImageError(path, reason, "take it out")
 
 
 def whole_patches(size: int, patch: int) -> int:
-    """The multiple of `patch`, at least one of it, that is nearest to `size` pixels."""
+    """Return the multiple of `patch` that is nearest to `size` pixels, at least one patch."""
     return max(1, round(size / patch)) * patch
 
 
 def resize_short_side(image: np.ndarray, size: int, resample: Resample = "nearest") -> np.ndarray:
-    """`image` [H,W,3] or label [H,W], uint8, with its short side at `size` pixels and the long side rounded down, as the paper does.
+    """Resize an image [H,W,3] or label [H,W], uint8, to a short side of `size` pixels, the long side rounded down.
 
-    Labels are always resized by nearest neighbour, whatever `resample` says. An image of that size comes back as it is.
+    Labels are always resized by nearest neighbour. An image of that size comes back as it is.
     """
     height, width = image.shape[:2]
     short = min(height, width)
     if short == size:
         return image
-    kind = _FILTERS[resample] if image.ndim == 3 else Image.Resampling.NEAREST
-    return np.array(Image.fromarray(image).resize((width * size // short, height * size // short), kind))
+    resampling = _FILTERS[resample if image.ndim == 3 else "nearest"]
+    return np.array(Image.fromarray(image).resize((width * size // short, height * size // short), resampling))
 
 
 def square_offsets(height: int, width: int, crops: Literal["center", "slide"]) -> list[tuple[int, int]]:
-    """(top, left) of squares of side min(height, width).
+    """Return (top, left) of the squares of side min(height, width) to cut.
 
-    "center": the one in the middle. "slide": evenly spaced along the long side, the first at its start, the last at its end,
-    neighbours at most a quarter of the side apart, so that the whole image is seen; a square image has one.
+    "center": the one in the middle. "slide": evenly spaced along the long side from its start to its end, neighbours at
+    most a quarter of the side apart, so that they cover the image; a square image has one.
     """
     side, spare = min(height, width), abs(height - width)
     if crops == "center":
@@ -226,8 +211,10 @@ def square_offsets(height: int, width: int, crops: Literal["center", "slide"]) -
 
 
 def five_windows(height: int, width: int) -> list[tuple[int, int, int, int]]:
-    """(top, left, height, width) of the five crops of an image: its corners (top left, top right, bottom left, bottom right) and its
-    centre, each FIVE_RATIO of the height and of the width, rounded down, at least a pixel."""
+    """Return (top, left, height, width) of five crops: top left, top right, bottom left, bottom right and centre.
+
+    Each has FIVE_RATIO of the height and of the width, rounded down, at least a pixel.
+    """
     h, w = max(1, int(height * FIVE_RATIO)), max(1, int(width * FIVE_RATIO))
     bottom, right = height - h, width - w
     return [
@@ -238,27 +225,28 @@ def five_windows(height: int, width: int) -> list[tuple[int, int, int, int]]:
 def cut_squares(
     image: np.ndarray, size: int, crops: Crops, resample: Resample = "nearest"
 ) -> list[tuple[tuple[int, int], np.ndarray]]:
-    """The squares [size,size,3] (of a label [size,size]) that training or evaluation sees of an image, each with its place.
+    """Cut the squares [size,size,3] (of a label [size,size]) that training or evaluation sees -> [(place, square)].
 
-    "center" and "slide": the image's short side is brought to `size`, then squares are cut at `square_offsets` of the result. "five":
-    each of `five_windows` has its own short side brought to `size`, and the square in its middle is cut. A place is (top, left) in the
-    image at the scale of its squares: the short side is `size` there, and for "five" `size` / FIVE_RATIO, up to rounding. An image and
-    its label of the same size are cut at the same places. Squares are copies, which do not keep the whole image in memory.
+    "center" and "slide" resize the short side to `size`, then cut at `square_offsets`. "five" resizes the short side of
+    each of `five_windows` to `size`, and cuts the square in its middle. A place is (top, left) in the image at the
+    scale of its squares: the short side is `size` there, and for "five" `size` / FIVE_RATIO, up to rounding. An image
+    and its label of the same size are cut at the same places. Squares are copies, which do not keep the whole image in
+    memory.
     """
     height, width = image.shape[:2]
-    within = "center" if crops == "five" else crops
-    found = []
+    inside_window = "center" if crops == "five" else crops
+    squares = []
     for top, left, h, w in five_windows(height, width) if crops == "five" else [(0, 0, height, width)]:
         resized = resize_short_side(image[top : top + h, left : left + w], size, resample)
         scaled_h, scaled_w = resized.shape[:2]
-        for y, x in square_offsets(scaled_h, scaled_w, within):
+        for y, x in square_offsets(scaled_h, scaled_w, inside_window):
             place = (top * scaled_h // h + y, left * scaled_w // w + x)
-            found.append((place, resized[y : y + size, x : x + size].copy()))
-    return found
+            squares.append((place, resized[y : y + size, x : x + size].copy()))
+    return squares
 
 
 class _PixelLimit:
-    """Lifts Pillow's global limit on pixels while any thread of ours is inside, and puts it back when the last one leaves."""
+    """Lifts Pillow's global limit on pixels while any thread of ours is inside; the last one to leave restores it."""
 
     def __init__(self) -> None:
         self._lock, self._inside, self._saved = threading.Lock(), 0, Image.MAX_IMAGE_PIXELS
@@ -283,13 +271,12 @@ _pixel_limit = _PixelLimit()
 
 @contextmanager
 def _opened(path: Path | str) -> Iterator[Image.Image]:
-    """The file as a Pillow image that decodes on demand; whatever goes wrong meanwhile is raised as ImageError."""
+    """Open the file as a Pillow image that decodes on demand; whatever goes wrong inside is raised as ImageError."""
     try:
-        with _pixel_limit.lifted(), reading.opened(path) as file, Image.open(file) as image:
+        with _pixel_limit.lifted(), Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise ImageError(
-                    path, f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,} in all", "cut it into tiles"
-                )
+                reason = f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,} in all"
+                raise ImageError(path, reason, "cut it into tiles")
             yield image
     except ImageError:
         raise
@@ -303,7 +290,7 @@ def _opened(path: Path | str) -> Iterator[Image.Image]:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 (upright) also when the EXIF block is damaged, which is no reason to lose the picture."""
+    """Return the EXIF orientation, 1 to 8; 1 (upright) when the block is damaged, no reason to lose the picture."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # as in _opened: damaged blocks raise nearly anything
@@ -311,13 +298,13 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    # not ImageOps.exif_transpose: it writes the EXIF block anew, and fails on pictures whose block has odd entries
+    # not ImageOps.exif_transpose: it rewrites the EXIF block, and fails on pictures whose block has odd entries
     turn = _UPRIGHT.get(_orientation(image))
     return image if turn is None else image.transpose(turn)
 
 
 def as_rgb(image: Image.Image, source: str | None) -> np.ndarray:
-    """uint8 [H,W,3] of a Pillow image of any mode, as of `read_image` but as it lies. source: the format of the file it came from."""
+    """Convert a Pillow image of any mode to uint8 [H,W,3] as `read_image` does, but unturned; `source`: its format."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         # some releases of Pillow open a 16-bit PNG in mode I
         sixteen = image.mode.startswith("I;16") or (image.mode == "I" and source == "PNG")
@@ -343,7 +330,3 @@ def _stretch_to_eight(image: Image.Image) -> np.ndarray:
         return np.zeros(values.shape, np.uint8)
     scaled = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) * (255 / (high - low))
     return np.rint(scaled).astype(np.uint8)
-
-
-def _listed(suffixes: tuple[str, ...]) -> str:
-    return " ".join(suffixes)

@@ -1,10 +1,11 @@
-"""The embedded demo: pictures of materials fitted together, with exact labels, made from a seed; nothing on disk.
+"""The embedded demo: pictures of materials fitted together, with exact labels, drawn from a seed; nothing on disk.
 
-An image is a scene of one of a few kinds (each kind does without some of the materials), cut into irregular regions of one procedural
-material each. What varies without changing the label: from image to image the colour and strength of the light, the distance, focus,
-haze and sensor noise; from image to image and material to material the contrast, colour, size and pattern; from region to region the
-rotation; within an image the slope, patches and shadows of the light. Lengths are in units of a 224-pixel picture, so that another
-size shows the same scene finer or coarser, its sensor noise apart.
+An image is a scene of one of a few kinds (each kind does without some of the materials), cut into irregular regions of
+one procedural material each. What varies without changing the label: from image to image the colour and strength of the
+light, the distance, focus, haze and sensor noise; from image to image and material to material the contrast, colour,
+size and pattern; from region to region the rotation; within an image the slope, patches and shadows of the light.
+Lengths are in units of a 224-pixel picture, so that another size shows the same scene finer or coarser, its sensor
+noise apart.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ..errors import UserError
 VERSION = 1  # part of the fingerprint: raise it with every change that alters an image
 UNITS = 224  # the side of every scene
 TILE = 256  # the side of the periodic noise; a power of two, so that wrapping is a bit mask
-TABLE = 4096  # random numbers of the squares of a grid; a power of two for the same reason
+NUMBERS = 4096  # random numbers for the squares of a grid; a power of two for the same reason
 SPLITS = {"train": 0, "val": 1}
 
 Colour = tuple[int, int, int]
@@ -34,7 +35,8 @@ Texture = Callable[[Generator, np.ndarray, np.ndarray], tuple[np.ndarray, np.nda
 class Mosaic:
     """`count` labelled images of size x size pixels. Image i depends on (seed, split, i) and the size alone.
 
-    The same arguments give the same labels and pixels on every machine, but for a last digit where its sine rounds differently.
+    The same arguments give the same labels and pixels on every machine, up to a last digit where its sine rounds
+    differently.
 
     Args:
         split: "train" or "val", which share no image of any seed.
@@ -67,19 +69,18 @@ class Mosaic:
         return self.count
 
     def image(self, index: int) -> np.ndarray:
-        """uint8 [size,size,3]."""
+        """Draw image `index`, uint8 [size,size,3]."""
         rng = self._generator(index)
         scene = Scene(rng, self.size)
         return photograph(rng, scene, scene.paint(rng))
 
     def label(self, index: int) -> np.ndarray:
-        """uint8 [size,size], the class of every pixel."""
+        """Draw the class of every pixel, uint8 [size,size]."""
         return Scene(self._generator(index), self.size).label
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(
-            f"mosaic {VERSION} {self.split} {self.count} {self.size} {self.seed}".encode()
-        ).hexdigest()
+        arguments = f"mosaic {VERSION} {self.split} {self.count} {self.size} {self.seed}"
+        return hashlib.sha256(arguments.encode()).hexdigest()
 
     def _generator(self, index: int) -> Generator:
         if not 0 <= index < self.count:
@@ -90,8 +91,8 @@ class Mosaic:
 class Scene:
     """Where the regions lie and what they are made of: a Voronoi diagram of random points, seen through a bumpy pane.
 
-    Attributes, all [size,size]: x, y, the place of every pixel in units; region, its number; label, its class; seam, 0 to 1, how close
-    the border of its region is.
+    Attributes, all [size,size]: x, y, the place of every pixel in units; region, its number; label, its class; seam, 0
+    to 1, how close the border of its region is.
     """
 
     def __init__(self, rng: Generator, size: int) -> None:
@@ -118,28 +119,24 @@ class Scene:
         self.seam = np.exp(-(np.sqrt(second) - np.sqrt(nearest)) / 3)
 
     def paint(self, rng: Generator) -> np.ndarray:
-        """float32 [size,size,3]: linear reflectances."""
+        """Paint linear reflectances, float32 [size,size,3]."""
         distance = 2 ** rng.uniform(-0.5, 0.5)
         looks = {number: Look.of(MATERIALS[number], rng, distance) for number in sorted(set(self.materials))}
         canvas = np.empty((self.label.size, 3), np.float32)
         for region, number in enumerate(self.materials):
             inside = np.flatnonzero(self.region == region)
-            look, angle, (du, dv) = (
-                looks[number],
-                rng.uniform(0, 2 * np.pi),
-                rng.uniform(100, 200, 2).astype(np.float32),
-            )
+            look, angle = looks[number], rng.uniform(0, 2 * np.pi)
+            du, dv = rng.uniform(100, 200, 2).astype(np.float32)
             c, s = np.float32(np.cos(angle) / look.period), np.float32(np.sin(angle) / look.period)
             x, y = self.x.ravel()[inside], self.y.ravel()[inside]
             mix, relief = MATERIALS[number].texture(rng, c * x + s * y + du, c * y - s * x + dv)
-            canvas[inside] = (look.dark + np.clip(mix, 0, 1)[:, None] * (look.light - look.dark)) * (relief * relief)[
-                :, None
-            ]
+            colour = look.dark + np.clip(mix, 0, 1)[:, None] * (look.light - look.dark)
+            canvas[inside] = colour * (relief * relief)[:, None]
         return canvas.reshape(*self.label.shape, 3) * (1 - 0.6 * self.seam)[:, :, None]
 
 
 def photograph(rng: Generator, scene: Scene, canvas: np.ndarray) -> np.ndarray:
-    """uint8 [size,size,3]: the canvas in uneven, coloured light, through haze and a lens, on a noisy sensor."""
+    """Photograph the canvas in uneven light, through haze and lens, on a noisy sensor: uint8 [size,size,3]."""
     size = len(canvas)
     slope = rng.uniform(0, 2 * np.pi)
     x, y = (scene.x - UNITS / 2) / UNITS, (scene.y - UNITS / 2) / UNITS
@@ -155,7 +152,7 @@ def photograph(rng: Generator, scene: Scene, canvas: np.ndarray) -> np.ndarray:
     linear = canvas * (light[:, :, None] * tint * (1 - haze)) + haze * 0.6 * tint
     focus = rng.uniform(0.3, 0.8) * size / UNITS
     linear = ndimage.gaussian_filter(linear, (focus, focus, 0), mode="nearest", truncate=3)
-    # shown are square roots of linear values, on which the noise of counting photons is the same everywhere
+    # pictures hold square roots of linear values, on which the noise of counting photons is the same everywhere
     noise = np.float32(rng.uniform(0.01, 0.03)) * rng.standard_normal(linear.shape, np.float32)
     return np.rint(255 * np.clip(np.sqrt(np.clip(linear, 0, 1)) + noise, 0, 1)).astype(np.uint8)
 
@@ -165,7 +162,7 @@ def photograph(rng: Generator, scene: Scene, canvas: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def noise_tile() -> np.ndarray:
-    """float32 [TILE*TILE]: periodic smooth noise, evenly spread over 0 to 1, with bumps about 8 samples across."""
+    """Return periodic smooth noise float32 [TILE*TILE], uniform over 0 to 1, with bumps about 8 samples across."""
     rough = Generator(PCG64(TILE)).random((TILE, TILE))
     order = np.argsort(ndimage.gaussian_filter(rough, 2.5, mode="wrap"), axis=None, kind="stable")
     tile = np.empty(TILE * TILE, np.float32)
@@ -174,7 +171,7 @@ def noise_tile() -> np.ndarray:
 
 
 def noise(rng: Generator, u: np.ndarray, v: np.ndarray, frequency: float) -> np.ndarray:
-    """Smooth noise in 0 to 1 at the points (u, v); about `frequency` / 8 bumps a unit. From a random place of the tile, bilinear."""
+    """Sample smooth noise in 0 to 1 at the points (u, v), bilinear: about `frequency` / 8 bumps a unit."""
     tile, (du, dv) = noise_tile(), TILE * rng.random(2, dtype=np.float32)
     u, v = u * np.float32(frequency) + du, v * np.float32(frequency) + dv
     column, row = np.floor(u), np.floor(v)
@@ -188,7 +185,7 @@ def noise(rng: Generator, u: np.ndarray, v: np.ndarray, frequency: float) -> np.
 
 
 def smooth_field(rng: Generator, size: int, knots: int) -> np.ndarray:
-    """float32 [size,size]: cubic B-spline through random numbers of -2 to 2 at knots x knots places; standard deviation about 0.5.
+    """Draw float32 [size,size], a cubic B-spline through knots x knots random numbers of -2 to 2; deviation about 0.5.
 
     Summed element by element: the rounding of a matrix product would depend on the machine.
     """
@@ -202,27 +199,27 @@ def smooth_field(rng: Generator, size: int, knots: int) -> np.ndarray:
 
 
 def smooth_step(x: np.ndarray, low: float, high: float) -> np.ndarray:
-    """From 0 at `low` to 1 at `high` without a corner."""
+    """Rise from 0 at `low` to 1 at `high` without a corner."""
     t = np.clip((x - np.float32(low)) / np.float32(high - low), 0, 1)
     return t * t * (3 - 2 * t)
 
 
-def table(rng: Generator) -> np.ndarray:
-    """float32 [TABLE] in 0 to 1, to be read at `square`."""
-    return rng.random(TABLE, dtype=np.float32)
+def random_numbers(rng: Generator) -> np.ndarray:
+    """Draw float32 [NUMBERS] in 0 to 1, one for each `square`."""
+    return rng.random(NUMBERS, dtype=np.float32)
 
 
 def square(column: np.ndarray, row: np.ndarray) -> np.ndarray:
-    """The place in a table of a square of the grid; whole numbers of either sign and any number type."""
-    return (column.astype(np.int32) * 37 + row.astype(np.int32) * 1031) & (TABLE - 1)
+    """Return the index of a square of the grid in `random_numbers`; whole numbers of either sign and any type."""
+    return (column.astype(np.int32) * 37 + row.astype(np.int32) * 1031) & (NUMBERS - 1)
 
 
 def cells(rng: Generator, u: np.ndarray, v: np.ndarray, jitter: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Worley's cells, one point in every unit square, up to `jitter` / 2 from its middle.
+    """Draw Worley's cells: one point in every unit square, up to `jitter` / 2 from its middle.
 
-    Returns the distances to the nearest and the second nearest point and the nearest one's own number in 0 to 1.
+    Returns the distances to the nearest and the second nearest point, and the nearest one's number in 0 to 1.
     """
-    right, down, own = table(rng), table(rng), table(rng)
+    right, down, tone = random_numbers(rng), random_numbers(rng), random_numbers(rng)
     right, down = (0.5 + np.float32(jitter) * (place - np.float32(0.5)) for place in (right, down))
     column, row = np.floor(u).astype(np.int32), np.floor(v).astype(np.int32)
     u, v = u - column, v - row
@@ -235,14 +232,15 @@ def cells(rng: Generator, u: np.ndarray, v: np.ndarray, jitter: float) -> tuple[
             winner = np.where(distance < nearest, place, winner)
             second = np.minimum(second, np.maximum(nearest, distance))
             nearest = np.minimum(nearest, distance)
-    return np.sqrt(nearest), np.sqrt(second), own[winner]
+    return np.sqrt(nearest), np.sqrt(second), tone[winner]
 
 
-# Textures: (rng, u, v), points in periods -> (mix, relief): 0 for the dark and 1 for the light colour; 1 where fully lit, lower in dents
+# Textures: (rng, u, v), points in periods -> (mix, relief). mix: 0 is the dark colour, 1 the light one; relief: 1 is
+# fully lit, lower in dents
 
 
 def bricks(rng: Generator, u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    tones, length, joint = table(rng), np.float32(rng.uniform(1.7, 2.4)), rng.uniform(0.07, 0.11)
+    tones, length, joint = random_numbers(rng), np.float32(rng.uniform(1.7, 2.4)), rng.uniform(0.07, 0.11)
     row = np.floor(v)
     along = u / length + (row.astype(np.int32) & 1) * np.float32(0.5)
     column = np.floor(along)
@@ -253,7 +251,7 @@ def bricks(rng: Generator, u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np
 
 
 def planks(rng: Generator, u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    tones, board = table(rng), np.floor(v)
+    tones, board = random_numbers(rng), np.floor(v)
     tone = tones[square(board, board)]
     rings = noise(rng, 0.12 * u + 40 * tone, 0.55 * v + 40 * tone, 8)
     grain = 0.5 + 0.5 * np.sin(np.float32(rng.uniform(34, 48)) * rings)
@@ -270,12 +268,12 @@ def weave(rng: Generator, u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.
     across, along, thread = np.where(over, v, u), np.where(over, u, v), np.where(over, row, column + 97)
     twist = np.sin(np.float32(8 * np.pi) * across + 2 * along)
     bulge = np.sqrt(np.clip(1 - (1.85 * across) ** 2, 0, 1)) * (1 - 1.5 * along * along)
-    return 0.08 + 0.5 * over + 0.3 * table(rng)[square(thread, thread)] + 0.08 * twist, 0.35 + 0.7 * bulge
+    return 0.08 + 0.5 * over + 0.3 * random_numbers(rng)[square(thread, thread)] + 0.08 * twist, 0.35 + 0.7 * bulge
 
 
 def spots(rng: Generator, u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    nearest, _, own = cells(rng, u, v, 0.55)
-    ragged, radius = nearest + 0.22 * (noise(rng, u, v, 24) - 0.5), 0.22 + 0.16 * own
+    nearest, _, tone = cells(rng, u, v, 0.55)
+    ragged, radius = nearest + 0.22 * (noise(rng, u, v, 24) - 0.5), 0.22 + 0.16 * tone
     spot = 1 - smooth_step(ragged - radius, -0.05, 0.05)
     rim = smooth_step(ragged - 0.45 * radius, -0.05, 0.05)
     return 0.82 + 0.18 * noise(rng, u, v, 10) - spot * (0.35 + 0.5 * rim), np.ones_like(u)
@@ -283,9 +281,9 @@ def spots(rng: Generator, u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.
 
 def moss(rng: Generator, u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     bend = np.float32(0.22) * noise(rng, u, v, 10)
-    nearest, second, own = cells(rng, u + bend, v - bend, 0.95)
+    nearest, second, tone = cells(rng, u + bend, v - bend, 0.95)
     cushion = smooth_step(second - nearest, 0.03, 0.13)
-    mix = cushion * (0.45 + 0.35 * own + 0.2 * noise(rng, u, v, 30))
+    mix = cushion * (0.45 + 0.35 * tone + 0.2 * noise(rng, u, v, 30))
     return mix, 0.6 + 0.4 * smooth_step(second - nearest, 0.05, 0.4)
 
 
@@ -303,14 +301,16 @@ def marble(rng: Generator, u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np
 
 
 def gravel(rng: Generator, u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    nearest, second, own = cells(rng, u, v, 0.9)
+    nearest, second, tone = cells(rng, u, v, 0.9)
     stone, dome = smooth_step(second - nearest, 0.02, 0.22), np.sqrt(np.clip(1 - 1.6 * nearest * nearest, 0, 1))
-    return 0.1 + 0.8 * own + 0.25 * (noise(rng, u, v, 22) - 0.5), 0.2 + stone * (0.35 + 0.5 * dome)
+    return 0.1 + 0.8 * tone + 0.25 * (noise(rng, u, v, 22) - 0.5), 0.2 + stone * (0.35 + 0.5 * dome)
 
 
 @dataclass(frozen=True)
 class Material:
-    """One class: its texture, the usual length of a period in units, and the colours that the texture mixes, as shown in white light."""
+    """One class: its texture, the usual length of a period in units, and the colours that the texture mixes, as shown
+    in white light.
+    """
 
     name: str
     texture: Texture
@@ -329,16 +329,14 @@ MATERIALS = (
     Material("marble", marble, 44, (138, 122, 118), (250, 244, 238)),
     Material("gravel", gravel, 10, (76, 62, 92), (186, 168, 204)),
 )
-# A kind of scene does without two of the materials.
-KINDS = tuple(
-    tuple(number for number in range(len(MATERIALS)) if number not in pair) for pair in ((0, 5), (1, 7), (2, 4), (3, 6))
-)
+MISSING = ((0, 5), (1, 7), (2, 4), (3, 6))  # each kind of scene does without two of the materials
+KINDS = tuple(tuple(number for number in range(len(MATERIALS)) if number not in pair) for pair in MISSING)
 WARP = ((3, 26.0), (9, 9.0), (26, 2.5))  # (knots, height in units) of the bumps that bend the borders of regions
 
 
 @dataclass(frozen=True)
 class Look:
-    """What one image makes of a material: the length of a period in units and its two colours as linear reflectances."""
+    """How one image shows a material: the length of a period in units, and its two colours as linear reflectances."""
 
     period: float
     dark: np.ndarray
@@ -348,8 +346,7 @@ class Look:
     def of(cls, material: Material, rng: Generator, distance: float) -> Look:
         dark, light = (np.array(colour, np.float32) / 255 for colour in (material.dark, material.light))
         half = (light - dark) / 2 * np.float32(rng.uniform(0.7, 1.1))
-        middle = (
-            (dark + light) / 2 + 0.04 * rng.standard_normal(3, np.float32) + np.float32(0.05 * rng.standard_normal())
-        )
+        colour, shade = 0.04 * rng.standard_normal(3, np.float32), np.float32(0.05 * rng.standard_normal())
+        middle = (dark + light) / 2 + colour + shade
         period = material.period * distance * 2 ** rng.uniform(-0.1, 0.1)
         return cls(period, *(np.clip(shown, 0.02, 1) ** 2 for shown in (middle - half, middle + half)))

@@ -1,8 +1,9 @@
-"""Potsdam-3 in either of two forms: the tiles that Ji et al. (ICCV 2019) prepared, or the mosaics of the ISPRS, cut here as they did.
+"""Potsdam-3 in either form: tiles prepared by Ji et al. (ICCV 2019), or mosaics of the ISPRS, cut here in their way.
 
-Tiles: imgs/N.mat (`img`, uint8 [200,200,4], red, green, blue and infrared) and gt/N.mat (`gt`, [200,200], 0 to 5), with the lists
-labelled_train.txt, labelled_test.txt and unlabelled_train.txt. Mosaics: 2_Ortho_RGB/top_potsdam_X_Y_RGB.tif (or 4_Ortho_RGBIR) and
-5_Labels_for_participants/top_potsdam_X_Y_label.tif, 6000 x 6000 pixels each, labels as colours. Six classes become three.
+Tiles: imgs/N.mat (`img`, uint8 [200,200,4], red, green, blue and infrared) and gt/N.mat (`gt`, [200,200], 0 to 5), with
+the lists labelled_train.txt, labelled_test.txt and unlabelled_train.txt. Mosaics: 2_Ortho_RGB/top_potsdam_X_Y_RGB.tif
+(or 4_Ortho_RGBIR) and 5_Labels_for_participants/top_potsdam_X_Y_label.tif, 6000 x 6000 pixels each, labels as colours.
+Six classes become three.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ COLOURS = {1: BUILDING, 2: VEGETATION, 3: VEGETATION, 4: BUILDING, 6: ROAD, 7: R
 WINDOW = 400  # pixels of a mosaic that become one tile
 SHRINK = 2  # images by the mean of 2 x 2 pixels, labels by the first of them
 SIDE = WINDOW // SHRINK
-TEST_SHARE = 0.1  # of all tiles
+TEST_SHARE = 0.1  # of all tiles, as published
 
 MOSAICS = {"2_Ortho_RGB": "RGB", "4_Ortho_RGBIR": "RGBIR"}
 FALSE_COLOUR = "3_Ortho_IRRG"
@@ -51,6 +52,9 @@ LABELS = {
     "5_Labels_all": "label",
     "5_Labels_for_participants_no_Boundary": "label_noBoundary",
 }
+
+
+ADVICE = "give the prepared tiles"
 
 
 def recognise(root: Path) -> Layout | None:
@@ -65,21 +69,17 @@ class MatTiles(NumberedFiles):
     """Tiles in MATLAB files."""
 
     def image(self, index: int) -> np.ndarray:
-        """uint8 [H,W,3], without the infrared; ImageError when the file is none of these."""
+        """Read uint8 [H,W,3] without the infrared; ImageError for another kind of file."""
         path = self.images[index]
         image = read_mat(path, "img")
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (3, 4):
-            raise ImageError(
-                path, f"img is {image.dtype} {list(image.shape)}, not uint8 [h,w,3 or 4]", "give the prepared tiles"
-            )
+            raise ImageError(path, f"img is {image.dtype} {list(image.shape)}, not uint8 [h,w,3 or 4]", ADVICE)
         return np.ascontiguousarray(image[..., :3])
 
     def class_numbers(self, path: Path) -> np.ndarray:
         label = read_mat(path, "gt")
         if label.dtype.kind not in "iu" or label.ndim != 2:
-            raise ImageError(
-                path, f"gt is {label.dtype} {list(label.shape)}, not integers [h,w]", "give the prepared tiles"
-            )
+            raise ImageError(path, f"gt is {label.dtype} {list(label.shape)}, not integers [h,w]", ADVICE)
         return self.numbering(label, path)
 
     def size(self, index: int) -> tuple[int, int]:
@@ -87,19 +87,19 @@ class MatTiles(NumberedFiles):
 
 
 def read_mat(path: Path, name: str) -> np.ndarray:
-    """The array `name` of a MATLAB file up to version 7; nothing in it is executed. ImageError when it is not there."""
+    """Read the array `name` of a MATLAB file up to version 7, executing nothing. ImageError when it is not there."""
     from scipy.io import loadmat  # here, because few need it
 
     try:
-        found = loadmat(path, variable_names=[name]).get(name)
+        array = loadmat(path, variable_names=[name]).get(name)
     except NotImplementedError as error:  # version 7.3 is another format
         raise ImageError(path, "a MATLAB 7.3 file", "save it with -v7") from error
     except Exception as error:  # a damaged file makes the reader raise nearly anything
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ImageError(path, f"cannot be read as a MATLAB file ({reason.splitlines()[0]})") from error
-    if not isinstance(found, np.ndarray):
-        raise ImageError(path, f"holds no {name}", "give the prepared tiles")
-    return found
+    if not isinstance(array, np.ndarray):
+        raise ImageError(path, f"holds no {name}", ADVICE)
+    return array
 
 
 def _prepared(root: Path) -> Layout | None:
@@ -107,28 +107,25 @@ def _prepared(root: Path) -> Layout | None:
     lists = {split: root / f"{name}.txt" for split, name in lists.items()}
     if not (root / "imgs").is_dir() or not ((root / "gt").is_dir() or any(path.is_file() for path in lists.values())):
         return None
-    there = {split: path for split, path in lists.items() if path.is_file()}
-    parts = {split: partial(_open_prepared, root, split, path) for split, path in there.items()}
-    if "train" not in parts:
-        parts["train"] = partial(_open_prepared, root, "train", None)
-    return Layout(
-        title="Potsdam-3 (prepared .mat tiles, 3 classes)", preset="potsdam", root=root, parts=parts, pictures=None
-    )
+    parts = {split: partial(_open_prepared, root, split, path) for split, path in lists.items() if path.is_file()}
+    parts.setdefault("train", partial(_open_prepared, root, "train", None))
+    title = "Potsdam-3 (prepared .mat tiles, 3 classes)"
+    return Layout(title=title, preset="potsdam", root=root, parts=parts, pictures=None)
 
 
 def _open_prepared(root: Path, split: str, path: Path | None) -> NumberedFiles:
     present = files_below(root / "imgs", (".mat",))
     if path is not None:
-        found, notes = pick(read_list(path), present, path)
-    else:  # learn from everything but what is measured on
+        chosen, notes = pick(read_list(path), present, path)
+    else:  # learn from everything but the evaluation's tiles
         test = root / "labelled_test.txt"
-        kept = set(read_list(test)) if test.is_file() else set()
-        found = [file for file in present if file.stem not in kept]
-        notes = [f"no {root / 'labelled_train.txt'}: all {len(found)} other tiles are learnt from"]
+        held_out = set(read_list(test)) if test.is_file() else set()
+        chosen = [file for file in present if file.stem not in held_out]
+        notes = [f"no {root / 'labelled_train.txt'}: training uses all {len(chosen)} other tiles"]
     return numbered_files(
         f"Potsdam-3 {split}",
         root / "imgs",
-        found,
+        chosen,
         files_below(root / "gt", (".mat",)),
         NUMBERING,
         label_name=str,
@@ -145,7 +142,9 @@ def _open_prepared(root: Path, split: str, path: Path | None) -> NumberedFiles:
 
 @dataclass(frozen=True, kw_only=True)
 class MosaicTiles:
-    """Tiles of SIDE pixels, windows of WINDOW pixels of mosaics. The last two mosaics stay decoded, 27 MB each, and two label mosaics."""
+    """Tiles of SIDE pixels from windows of WINDOW pixels. The last two mosaics (27 MB each) and their labels stay
+    decoded.
+    """
 
     name: str
     tiles: tuple[tuple[Path, Path | None, int, int], ...]  # mosaic, its labels, row and column of the tile
@@ -168,18 +167,18 @@ class MosaicTiles:
         return len(self.tiles)
 
     def image(self, index: int) -> np.ndarray:
-        """uint8 [SIDE,SIDE,3]; ImageError when the mosaic cannot be decoded."""
+        """Cut uint8 [SIDE,SIDE,3]; ImageError when the mosaic cannot be decoded."""
         path, _, row, column = self.tiles[index]
         return _tile(colours_of(path), row, column)
 
     def label(self, index: int) -> np.ndarray | None:
-        """uint8 [SIDE,SIDE]; UserError when the label mosaic has another size than its image."""
+        """Cut uint8 [SIDE,SIDE], or None; UserError when the label mosaic's size is not the image's."""
         image, path, row, column = self.tiles[index]
         if path is None:
             return None
-        if (found := image_size(path)) != (wanted := image_size(image)):
+        if (label_size := image_size(path)) != (size := image_size(image)):
             raise UserError(
-                f"{path}: the label is {extent(found)} pixels but {image} is {extent(wanted)}; copy both again"
+                f"{path}: the label is {extent(label_size)} pixels but {image} is {extent(size)}; copy both again"
             )
         return _tile(classes_of(path), row, column)
 
@@ -197,38 +196,36 @@ def _tile(mosaic: np.ndarray, row: int, column: int) -> np.ndarray:
     return mosaic[row * SIDE : (row + 1) * SIDE, column * SIDE : (column + 1) * SIDE].copy()
 
 
-_decoding = (
-    threading.Lock()
-)  # threads that want tiles of one mosaic wait for the first of them, instead of decoding it each
+_decoding = threading.Lock()  # threads that need one mosaic wait for the first to decode it
 
 
 def colours_of(path: Path) -> np.ndarray:
-    """A mosaic shrunk, uint8 [H/SHRINK,W/SHRINK,3]."""
+    """Shrink a mosaic to uint8 [H/SHRINK,W/SHRINK,3]."""
     with _decoding:
         return _colours_of(path)
 
 
 def classes_of(path: Path) -> np.ndarray:
-    """The classes of a label mosaic shrunk, uint8 [H/SHRINK,W/SHRINK]; colours are rounded to 0 or 255, and those of no class IGNORE."""
+    """Shrink a label mosaic to classes uint8 [H/SHRINK,W/SHRINK]; rounds colours to 0 or 255, IGNORE for other ones."""
     with _decoding:
         return _classes_of(path)
 
 
-@lru_cache(maxsize=2)  # where one mosaic ends and the next begins, both are wanted
+@lru_cache(maxsize=2)  # where one mosaic ends and the next begins, both are needed
 def _colours_of(path: Path) -> np.ndarray:
     return np.concatenate([_mean(strip) for strip in read_strips(path, WINDOW)])
 
 
 @lru_cache(maxsize=2)
 def _classes_of(path: Path) -> np.ndarray:
-    table = np.full(8, IGNORE, np.uint8)
-    table[list(COLOURS)] = list(COLOURS.values())
+    class_of = np.full(8, IGNORE, np.uint8)
+    class_of[list(COLOURS)] = list(COLOURS.values())
     strips = (strip[::SHRINK, ::SHRINK] >= 128 for strip in read_strips(path, WINDOW))
-    return np.concatenate([table[strip @ np.array([4, 2, 1], np.uint8)] for strip in strips])
+    return np.concatenate([class_of[strip @ np.array([4, 2, 1], np.uint8)] for strip in strips])
 
 
 def _mean(strip: np.ndarray) -> np.ndarray:
-    """uint8 [h,w,3] -> [h/2,w/2,3], halves rounded up; a last odd row or column is left out."""
+    """Average uint8 [h,w,3] -> [h/2,w/2,3], halves rounded up, without a last odd row or column."""
     h, w = strip.shape[0] // SHRINK * SHRINK, strip.shape[1] // SHRINK * SHRINK
     corners = [strip[y:h:SHRINK, x:w:SHRINK].astype(np.uint16) for y in range(SHRINK) for x in range(SHRINK)]
     return ((sum(corners) + SHRINK**2 // 2) // SHRINK**2).astype(np.uint8)
@@ -238,9 +235,8 @@ def _mosaics(root: Path) -> Layout | None:
     folder = first_folder(*(root / name for name in MOSAICS))
     if folder is None:
         if (root / FALSE_COLOUR).is_dir():
-            raise UserError(
-                f"--data {root}: Potsdam with {FALSE_COLOUR} alone, which has no blue; unpack {' or '.join(MOSAICS)} beside it"
-            )
+            advice = f"unpack {' or '.join(MOSAICS)} next to it"
+            raise UserError(f"--data {root}: Potsdam with {FALSE_COLOUR} alone, which has no blue; {advice}")
         return None
     mosaics = _by_place(folder, MOSAICS[folder.name])
     if not mosaics:
@@ -250,25 +246,24 @@ def _mosaics(root: Path) -> Layout | None:
     paired = {mosaics[place]: labels.get(place) for place in sorted(mosaics)}
     where = "no labels" if labels_folder is None else labels_folder.name
     parts = {split: partial(_open_mosaics, paired, split) for split in ("train", "val", "unlabelled")}
-    if not any(paired.values()):  # all that there is
+    if not any(paired.values()):
         parts = {"train": partial(_open_mosaics, paired, "unlabelled")}
     elif all(paired.values()):
         del parts["unlabelled"]
     title = f"Potsdam-3 (mosaics in {folder.name} and {where}, cut into {SIDE}-pixel tiles, 3 classes)"
-    return Layout(
-        title=title, preset="potsdam", root=root, parts=parts, pictures=None
-    )  # a mosaic is not at the scale of its tiles
+    # no pictures: a mosaic is not at the scale of its tiles
+    return Layout(title=title, preset="potsdam", root=root, parts=parts, pictures=None)
 
 
 def _by_place(folder: Path, kind: str) -> dict[tuple[int, int], Path]:
-    """The mosaics of a folder by their numbers."""
+    """List the mosaics of a folder by their two numbers."""
     pattern = re.compile(rf"top_potsdam_(\d+)_(\d+)_{kind}", re.IGNORECASE)
     matches = ((pattern.fullmatch(file.stem), file) for file in files_below(folder, (".tif", ".tiff")))
     return {(int(match[1]), int(match[2])): file for match, file in matches if match}
 
 
 def _open_mosaics(paired: dict[Path, Path | None], split: str) -> MosaicTiles:
-    """The published test tiles were drawn at random from the labelled ones, a tenth of all; here as many, by a hash of their names."""
+    """Cut the tiles of a split. As many test tiles as published, a tenth of all, are drawn by a hash of their names."""
     tiles, small, broken = [], [], []
     for image, label in paired.items():
         try:
@@ -290,9 +285,9 @@ def _open_mosaics(paired: dict[Path, Path | None], split: str) -> MosaicTiles:
     notes = [] if not small else [f"{len(small)} mosaics are smaller than a tile of {WINDOW} pixels, first {small[0]}"]
     notes += [] if not broken else [f"{len(broken)} mosaics cannot be used, first {broken[0]}"]
     if not chosen:
-        raise UserError("; ".join([f"--data: no tiles of {WINDOW} x {WINDOW} pixels to be cut for {split}", *notes]))
+        raise UserError("; ".join([f"--data: no tiles of {WINDOW} x {WINDOW} pixels can be cut for {split}", *notes]))
     if split != "unlabelled":
         notes.append(
-            "tiles to measure on are drawn by name from the labelled mosaics; they are not those of the published list"
+            "evaluation tiles are drawn by name from the labelled mosaics; they differ from the published list"
         )
     return MosaicTiles(name=f"Potsdam-3 {split}", tiles=tuple(chosen), held_out=split == "val", notes=tuple(notes))

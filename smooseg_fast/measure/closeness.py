@@ -1,4 +1,4 @@
-"""How alike patches are before training, over a whole feature store: exact means, histograms of W, and what thresholds make of them."""
+"""The closeness of patches before training over a feature store: exact means, histograms of W, effect of thresholds."""
 
 from __future__ import annotations
 
@@ -16,21 +16,19 @@ from ..system.progress import Bar
 
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
 BINS, REACH = 1500, 1.5  # bins 0.002 wide, over W - M from -REACH to REACH
-# multiplications that the histogram of each kind may take where nobody asked for more: about a third of a second of one thread
+# default cost of the histograms of each kind, in multiplications: about a third of a second of one thread
 WORK = 2e10
-BESIDE_PRODUCT = 150  # what counting a pair takes beside its product, in the same unit
-BESIDE_SQUARE = 1e7  # and what a square takes beside its pairs, in calls: of tiny squares there may be many
-PATCHES = BATCH * 784  # looked at together; by squares alone, 10,000 tiny ones would take seconds of calls
-SLOW_BYTES = 2**30  # of features, from which on the pass over them has a progress line
+PAIR_WORK = 150  # cost of counting a pair, on top of its product
+SQUARE_WORK = 1e7  # cost of the calls for a square, on top of its pairs: there may be many tiny squares
+PATCHES = BATCH * 784  # counted together; square by square, 10,000 tiny ones would take seconds of calls
+SLOW_BYTES = 2**30  # of features, from which on the pass shows a progress line
 
 
 @dataclass(frozen=True)
-class Spread:
-    """The distribution of W = cos - its mean over j + M over pairs of patches of one kind: within squares, or across them."""
+class Distribution:
+    """The distribution of W = cos - its mean over j + M over one kind of pairs: within squares, or across them."""
 
-    mean: (
-        float  # M over every pair of the whole store, and so the mean of any histogram of W, whichever squares it is of
-    )
+    mean: float  # M over every pair of the store, and so the mean of W over any squares
     counts: Tensor  # int64 [BINS] of W - M between -REACH and REACH
 
     @property
@@ -47,40 +45,40 @@ class Spread:
         return float(((self.counts * middles.square()).sum() / max(self.pairs, 1)).sqrt())
 
     def quantiles(self, shares: Sequence[float]) -> tuple[float, ...]:
-        """Exact to the width of a bin."""
+        """Return quantiles of W, exact to the width of a bin."""
         return tuple(sk.histogram_quantiles(self.counts, shares, self.limits).tolist())
 
     def pulled(self, threshold: float) -> float:
-        """The share of pairs above `threshold`, which it pulls together; it pushes the others apart. Exact to those in one bin."""
+        """Return the share of pairs above `threshold`, which pulls them together and pushes the others apart."""
         place = min(max((threshold - self.limits[0]) * BINS / (2 * REACH), 0.0), float(BINS))
-        whole = min(int(place), BINS - 1)
-        below = float(self.counts[:whole].sum()) + (place - whole) * float(self.counts[whole])
+        full = min(int(place), BINS - 1)  # bins below the threshold; the last one counts in proportion
+        below = float(self.counts[:full].sum()) + (place - full) * float(self.counts[full])
         return 1.0 - below / max(self.pairs, 1)
 
 
 @dataclass(frozen=True)
 class Similarity:
-    """`squares` of a store, of which `counted`, drawn at random, are in the histograms, each with `partners` others across."""
+    """Closeness over `squares` of a store; histograms of `counted` random ones, each with `partners` others across."""
 
     squares: int
     counted: int
     partners: int
-    within: Spread
-    across: Spread
+    within: Distribution
+    across: Distribution
 
     def line(self) -> str:
-        """What exactly was counted."""
+        """Say exactly which pairs were counted."""
         which = "all of them" if self.counted == self.squares else f"{self.counted} of them, drawn at random"
         others = "another" if self.partners == 1 else f"{self.partners} others"
         return (
-            f"means over every pair of patches of {self.squares} squares; spread from {self.within.pairs / 1e6:.3g} million pairs "
-            f"within {which}, and {self.across.pairs / 1e6:.3g} million of each with {others}"
+            f"means over every pair of patches of {self.squares} squares; quantiles over {self.within.pairs / 1e6:.3g} "
+            f"million pairs within {which}, and {self.across.pairs / 1e6:.3g} million of each with {others}"
         )
 
 
 @dataclass(frozen=True)
 class Closeness:
-    """W of patch pairs of one kind, and what a threshold b makes of it."""
+    """W of one kind of patch pairs, and the effect of a threshold b on it."""
 
     mean: float
     std: float
@@ -90,37 +88,40 @@ class Closeness:
 
     @property
     def force(self) -> float:
-        """mean(W) - b: above 0 the average pair is pulled together, below 0 pushed apart."""
+        """mean(W) - b: the average pair is pulled together above 0, and pushed apart below."""
         return self.mean - self.threshold
 
     def line(self) -> str:
-        spread = "  ".join(f"{100 * q:g} % {value:+.3f}" for q, value in zip(QUANTILES, self.quantiles))
+        """Write all figures in one line."""
+        quantiles = "  ".join(f"{100 * q:g} % {value:+.3f}" for q, value in zip(QUANTILES, self.quantiles))
         return (
-            f"mean {self.mean:+.3f}  std {self.std:.3f}  [{spread}]  threshold {self.threshold:+.3f} pulls {100 * self.pulled:.3g} %  "
-            f"net force {self.force:+.3f}"
+            f"mean {self.mean:+.3f}  std {self.std:.3f}  [{quantiles}]  "
+            f"threshold {self.threshold:+.3f} pulls {100 * self.pulled:.3g} %  net force {self.force:+.3f}"
         )
 
 
-def closeness(found: Similarity, thresholds: Sequence[float], relative: bool) -> tuple[Closeness, Closeness]:
-    """(within, across) with their thresholds, an excess over M where they are relative."""
+def closeness(measured: Similarity, thresholds: Sequence[float], relative: bool) -> tuple[Closeness, Closeness]:
+    """Apply the thresholds (within, across), an excess over M if `relative` -> (within, across)."""
 
-    def of(spread: Spread, threshold: float) -> Closeness:
-        b = threshold + spread.mean if relative else threshold
-        return Closeness(spread.mean, spread.std, spread.quantiles(QUANTILES), b, spread.pulled(b))
+    def apply(kind: Distribution, threshold: float) -> Closeness:
+        b = threshold + kind.mean if relative else threshold
+        return Closeness(kind.mean, kind.std, kind.quantiles(QUANTILES), b, kind.pulled(b))
 
-    return of(found.within, thresholds[0]), of(found.across, thresholds[1])
+    return apply(measured.within, thresholds[0]), apply(measured.across, thresholds[1])
 
 
 def warning(within: Closeness, across: Closeness) -> str | None:
-    """Why labels may turn into kinds of images, or None."""
+    """Say why labels may come to stand for whole images; None if they have no such tendency."""
     if within.force * across.force >= 0:
         return None
-    tendency = "pull an image's patches together and push different images apart: labels may turn into kinds of images in a long run"
-    if within.force < 0:
-        tendency = "push an image's patches apart and pull different images together"
+    tendency = "push an image's patches apart and pull different images together"
+    if within.force > 0:
+        tendency = (
+            "pull an image's patches together and push different images apart: labels may come to stand for images"
+        )
     return (
-        f"net forces differ in sign (within {within.force:+.3f}, across {across.force:+.3f}): on average they {tendency}; "
-        "--granularity has no such tendency"
+        f"net forces differ in sign (within {within.force:+.3f}, across {across.force:+.3f}): "
+        f"on average they {tendency}; --granularity has no such tendency"
     )
 
 
@@ -135,30 +136,29 @@ def similarity(
     seed: int = 0,
     progress: bool = True,
 ) -> Similarity:
-    """W over a store of at least 2 squares, from one pass over it.
+    """Measure W over a store of at least 2 squares in one pass.
 
-    Of the features as they are: in training a mask hides a share p of each square's channels, which leaves M within as it is and brings M
-    across to about 1 - p of it.
+    Takes the features as they are: in training a mask hides a share p of each square's channels, which keeps M within
+    and brings M across to about 1 - p of it.
 
-    M is exact: sums of unit rows give the mean of all P^2 pairs of every square with itself (within), and of every two different squares
-    (across), N (N - 1) P^2 pairs, in time O(N P D). The histograms are of whole squares drawn at random, each with itself and with
-    `partners` others drawn at random (fewer in a small store); of all squares where no more than `largest` pairs of patches of a kind
-    come of it, by default what WORK allows, and of two at least. Rows short of 1e-10 have cosine 0 to all, themselves too. Depends on
-    `seed` and the store alone, on one machine.
+    M is exact: sums of unit rows give the mean of all P^2 pairs of every square with itself (within), and of every two
+    different squares (across), N (N - 1) P^2 pairs, in time O(N P D). Histograms count random squares, each with itself
+    and with `partners` random others (fewer in a small store): all squares if that makes at most `largest` pairs of a
+    kind, by default as many as WORK allows, and at least two. Rows shorter than 1e-10 have cosine 0 to every row. On
+    one machine the result depends on `seed` and the store alone.
     """
-    if device.type != "cuda":  # others lack some of the integer types that counting takes
+    if device.type != "cuda":  # others lack integer types that counting needs
         device = torch.device("cpu")
     N, P, D = len(store), store.P, store.D
     if largest is None:
-        largest = int(WORK / (D + BESIDE_PRODUCT + BESIDE_SQUARE / (P * P)))
+        largest = int(WORK / (D + PAIR_WORK + SQUARE_WORK / (P * P)))
     counted = min(N, max(2, largest // (P * P * partners)))
     order = torch.randperm(N, generator=torch.Generator().manual_seed(seed))
-    each = max(BATCH, PATCHES // P)
-    drawn = [
-        part.tolist() for part in order[:counted].tensor_split(-(-counted // each))
-    ]  # of two squares at least: nobody is left alone
+    batch = max(BATCH, PATCHES // P)
+    # batches of at least two squares, so that each has a partner
+    drawn = [part.tolist() for part in order[:counted].tensor_split(-(-counted // batch))]
     partners = min(partners, min(map(len, drawn)) - 1)
-    rest = [part.tolist() for part in order[counted:].sort().values.split(each)]
+    rest = [part.tolist() for part in order[counted:].sort().values.split(batch)]
     sums, squares, counts = torch.zeros(D, dtype=torch.float64), 0.0, torch.zeros(2, BINS, dtype=torch.int64)
     with Bar(total=N, desc="closeness", unit="square", disable=not progress or store.nbytes < SLOW_BYTES) as bar:
         for number, rows in enumerate(drawn + rest):
@@ -170,21 +170,20 @@ def similarity(
                 counts += histograms(f, partners, impl)
             bar.update(len(rows))
     within, across = squares / N, float(sums.square().sum() - squares) / (N * (N - 1))
-    return Similarity(N, counted, partners, Spread(within, counts[0]), Spread(across, counts[1]))
+    return Similarity(N, counted, partners, Distribution(within, counts[0]), Distribution(across, counts[1]))
 
 
 def mean_unit_rows(f: Tensor) -> Tensor:
-    """[B,P,D] -> [B,D]; the rows themselves are never made unit, which would take more passes over them."""
+    """Average the unit rows of f [B,P,D] -> [B,D], without storing them."""
     norms = f.norm(dim=-1)
     return (torch.where(norms < 1e-10, 0.0, 1.0 / norms)[:, None] @ f)[:, 0] / f.shape[1]
 
 
 def histograms(f: Tensor, partners: int, impl: str) -> Tensor:
-    """int64 [2,BINS] of W - M within the features [B,P,D] of squares in random order, and of each with the `partners` next ones."""
-    here = torch.arange(len(f), device=f.device)
-    others = [here.roll(-step) for step in range(1, partners + 1)]
-    zero = torch.zeros(1 + len(others), device=f.device)
-    found = sk.similarity_statistics(
-        f, ["self", *others], bins=BINS, limits=(-REACH, REACH), mean=zero, impl=impl
-    ).histogram.cpu()
-    return torch.stack((found[0], found[1:].sum(0)))
+    """Count W - M of squares f [B,P,D] in random order, int64 [2,BINS]: within, and with the `partners` next ones."""
+    rows = torch.arange(len(f), device=f.device)
+    pairs = ["self", *(rows.roll(-step) for step in range(1, partners + 1))]
+    zero = torch.zeros(len(pairs), device=f.device)
+    statistics = sk.similarity_statistics(f, pairs, bins=BINS, limits=(-REACH, REACH), mean=zero, impl=impl)
+    counts = statistics.histogram.cpu()
+    return torch.stack((counts[0], counts[1:].sum(0)))

@@ -1,4 +1,4 @@
-"""Label-free figures: what the labels of a trained head look like."""
+"""Label-free figures about the labels of a trained head."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from ..segment.model import Heads
 
 @dataclass(frozen=True)
 class Health:
-    """Of the labels that a head gives to N unlabelled squares."""
+    """Figures about the labels that a head gives to N unlabelled squares."""
 
     shares: tuple[float, ...]  # [K] of all patches
     perplexity: float  # exp(H(label)), the effective number of labels in use: 1 to K
     labels_per_image: float  # mean over images of exp(H(label | image))
     image_information: (
-        float  # I(image; label) / H(label): 0 when every image has the same mix, 1 when a label tells the image
+        float  # I(image; label) / H(label): 0 when all images have the same mix, 1 when a label tells the image
     )
-    agreement: float  # share of patches that teacher and student label alike
+    agreement: float  # share of patches with one label from teacher and student
     modularity: float  # of the closeness graph, see `Moments.modularity`
     explained_variance: float  # of the frozen features, see `Moments.explained_variance`
     modularity_x_explained: float  # their product
 
     def figures(self) -> dict[str, float]:
-        """All but the shares, of which the largest."""
-        named = dataclasses.asdict(self)
-        return {"largest_share": max(named.pop("shares")), **named}
+        """Return every figure, with the largest share in place of all shares."""
+        figures = dataclasses.asdict(self)
+        return {"largest_share": max(figures.pop("shares")), **figures}
 
 
 class Moments:
-    """Sums over hard labels of the frozen features' unit rows f, from which both figures follow in time linear in the number N of rows.
+    """Sums of the frozen features' unit rows f over each label; both figures follow in time linear in the N rows.
 
-    A row shorter than 1e-10 counts as 0. Sums are float64 from batches in float32.
+    Rows shorter than 1e-10 count as 0. Sums are float64, of batches in float32.
     """
 
     def __init__(self, K: int, D: int):
@@ -49,10 +49,9 @@ class Moments:
         self.squares = torch.zeros(K, dtype=torch.float64)  # sum of |f|^2: the rows that are not 0
 
     def add(self, unit: Tensor, labels: Tensor) -> None:
-        """unit [N,D] rows of length 1 or 0, labels int64 [N] of them."""
-        member = F.one_hot(labels, len(self.counts)).to(
-            unit.dtype
-        )  # [N,K]; products of matrices rerun bit for bit, atomic sums do not
+        """Add unit [N,D], rows of length 1 or 0, with their labels int64 [N]."""
+        # [N,K]: matrix products rerun bit for bit, atomic sums do not
+        member = F.one_hot(labels, len(self.counts)).to(unit.dtype)
         self.sums += (member.mT @ unit).cpu()
         self.counts += member.sum(0, dtype=torch.float64).cpu()
         self.squares += (member.mT @ unit.square().sum(1)).cpu()
@@ -60,20 +59,21 @@ class Moments:
     def modularity(self) -> float:
         """Q = sum over labels k of [ L_k / 2m - (d_k / 2m)^2 ], at most 1 (Newman, PNAS 103:8577, 2006).
 
-        The graph joins any two different patches i != j, of one image or of two, by the weight w_ij = f_i . f_j. Negative closeness keeps
-        its sign: it lowers L_k, the weight inside label k (both directions), and the degrees, whose sum over a label is d_k; 2m is the
-        weight of the whole graph. With S the sum of all rows and z_k the rows of k that are not 0: L_k = |S_k|^2 - z_k,
-        d_k = S_k . S - z_k, 2m = |S|^2 - sum z_k. 0 where 2m <= 0, as for centred features: then chance expects nothing.
+        The graph joins any two different patches i != j, of one image or of two, by the weight w_ij = f_i . f_j.
+        Negative closeness keeps its sign: it lowers L_k, the weight inside label k (both directions), and the degrees,
+        whose sum over a label is d_k; 2m is the weight of the whole graph. With S the sum of all rows and z_k the
+        number of rows of k that are not 0: L_k = |S_k|^2 - z_k, d_k = S_k . S - z_k, 2m = |S|^2 - sum z_k. Returns 0
+        where 2m <= 0, as for centred features, which give no expectation by chance.
         """
-        whole = self.sums.sum(0)
-        total = float(whole @ whole - self.squares.sum())
+        all_rows = self.sums.sum(0)
+        total = float(all_rows @ all_rows - self.squares.sum())
         if total <= 1e-9 * float(self.squares.sum()):
             return 0.0
-        inside, degrees = self.sums.square().sum(1) - self.squares, self.sums @ whole - self.squares
+        inside, degrees = self.sums.square().sum(1) - self.squares, self.sums @ all_rows - self.squares
         return float((inside / total - (degrees / total).square()).sum())
 
     def explained_variance(self) -> float:
-        """BSS / TSS of f, 0 to 1: sum_k n_k |S_k / n_k - S / N|^2 over sum_i |f_i - S / N|^2. 0 where all rows are alike."""
+        """BSS / TSS of f in 0..1: sum_k n_k |S_k / n_k - S / N|^2 over sum_i |f_i - S / N|^2; 0 if all rows agree."""
         mean = self.sums.sum(0).square().sum() / self.counts.sum()  # N |S / N|^2
         between = (self.sums.square().sum(1) / self.counts.clamp(min=1.0)).sum() - mean
         total = self.squares.sum() - mean
@@ -81,7 +81,7 @@ class Moments:
 
 
 def unit_rows(features: Tensor) -> Tensor:
-    """features [...,D] of any float type -> float32 rows of length 1, or 0 where they are shorter than 1e-10."""
+    """Normalise features [...,D] of any float type to float32 rows of length 1, or 0 if shorter than 1e-10."""
     f = features.float()
     norms = f.norm(dim=-1, keepdim=True)
     return torch.where(norms < 1e-10, 0.0, f / norms)
@@ -89,14 +89,14 @@ def unit_rows(features: Tensor) -> Tensor:
 
 @torch.no_grad()
 def health(heads: Heads, batches: Iterable[Tensor]) -> list[Health]:
-    """Of every head, from one pass over `batches` of features [B,P,D] on the heads' device."""
+    """Measure every head in one pass over `batches` of features [B,P,D] on the heads' device."""
     H, K, _ = heads.student.shape
     D = heads.projection.linear.weight.shape[2]
     counts, agree, total, moments = [[] for _ in range(H)], [0] * H, 0, [Moments(K, D) for _ in range(H)]
     for features in batches:
-        every, unit = heads.codes(features), unit_rows(features).flatten(0, 1)
+        codes_of_heads, unit = heads.codes(features), unit_rows(features).flatten(0, 1)
         total += len(unit)
-        for h, codes in enumerate(every):
+        for h, codes in enumerate(codes_of_heads):
             labels = sk.assign(codes, heads.teacher[h])
             agree[h] += int((labels == sk.assign(codes, heads.student[h])).sum())
             seen = torch.zeros(len(labels), K, dtype=torch.int64, device=labels.device)
@@ -106,16 +106,16 @@ def health(heads: Heads, batches: Iterable[Tensor]) -> list[Health]:
 
 
 def _health(counts: Tensor, agreement: float, moments: Moments) -> Health:
-    """counts [N,K] of the labels of each image."""
+    """Take the figures from counts [N,K] of the labels in each image."""
     per_image = counts / counts.sum(1, keepdim=True)
     shares = per_image.mean(0)
-    whole, inside = float(entropy(shares)), entropy(per_image)
+    overall, inside = float(entropy(shares)), entropy(per_image)  # H(label), H(label | image)
     modularity, explained = moments.modularity(), moments.explained_variance()
     return Health(
         shares=tuple(shares.tolist()),
-        perplexity=math.exp(whole),
+        perplexity=math.exp(overall),
         labels_per_image=float(inside.exp().mean()),
-        image_information=float((whole - inside.mean()) / whole) if whole > 1e-9 else 0.0,
+        image_information=float((overall - inside.mean()) / overall) if overall > 1e-9 else 0.0,
         agreement=agreement,
         modularity=modularity,
         explained_variance=explained,
@@ -124,5 +124,5 @@ def _health(counts: Tensor, agreement: float, moments: Moments) -> Health:
 
 
 def entropy(p: Tensor) -> Tensor:
-    """Of the last axis, in nats."""
-    return -(p * p.clamp(min=1e-30).log()).sum(-1)
+    """Return the entropy over the last axis, in nats."""
+    return torch.special.entr(p).sum(-1)

@@ -1,7 +1,8 @@
-"""Scores of a segmentation that was learnt without labels: clusters are matched to classes, then counted pixel by pixel.
+"""Scores of a segmentation learnt without labels: match groups to classes, then count pixels.
 
-K clusters, C classes. Everything starts from one table of counts, `confusion` [K, C], summed over the images of a set; which cluster
-stands for which class is chosen with the labels (as everywhere in the field), by `hungarian` or by `majority`.
+K groups, C classes. Everything starts from the counts `confusion` [K, C] of pixels in group k of class c, summed over
+the images of a set. The ground truth decides which group stands for which class (as everywhere in the field), by
+`hungarian` or by `majority`.
 """
 
 from __future__ import annotations
@@ -16,20 +17,18 @@ from scipy.optimize import linear_sum_assignment
 
 from ..system.files import finite
 
-_CHUNK = 1 << 22  # pixels counted at once: the working memory stays at some 100 MB whatever the image
-
 
 @dataclass(frozen=True)
 class Scores:
-    """What a mapping from clusters to classes is worth. Fractions lie in 0..1.
+    """Accuracy and IoU under one mapping from groups to classes. Fractions lie in 0..1.
 
-    Every labelled pixel counts in `accuracy`; those of a cluster without a class are wrong, whatever their label. The IoU of a class is
-    its right pixels over those that are labelled so or predicted so. A class is absent when no pixel is labelled so: its IoU is nan and
-    left out of `miou`; a cluster mapped to it counts as a false positive of no class, and as missed pixels of the true ones.
-    A class that is present but has no cluster has IoU 0. Without any labelled pixel accuracy and miou are nan.
+    Every labelled pixel counts in `accuracy`; those in a group without a class are wrong. The IoU of a class is its
+    right pixels over all pixels of that truth or that prediction. A class is absent when no pixel has it as truth: its
+    IoU is nan and `miou` leaves it out; a group mapped to it is a false positive of no class, and missed pixels of the
+    true ones. A class that is present but has no group has IoU 0. Without any labelled pixel accuracy and miou are nan.
     """
 
-    mapping: tuple[int, ...]  # [K] the class of each cluster, -1 none
+    mapping: tuple[int, ...]  # [K] the class of each group, -1 none
     accuracy: float
     miou: float
     iou: tuple[float, ...]  # [C]
@@ -38,48 +37,23 @@ class Scores:
 
     @property
     def pixels(self) -> int:
-        """All labelled pixels."""
+        """The number of all labelled pixels."""
         return sum(self.class_pixels)
 
     def as_dict(self, class_names: Sequence[str] | None = None) -> dict[str, Any]:
-        """Ready for JSON: nan becomes None; classes are named by `class_names` (C of them), else by their numbers."""
+        """Convert to a dict ready for JSON: nan becomes None; without `class_names` [C], numbers name the classes."""
         names = _names(class_names, len(self.iou))
         classes = [{"name": n, "pixels": p, "iou": v} for n, p, v in zip(names, self.class_pixels, self.iou)]
         clusters = [{"cluster": k, "class": names[c] if c >= 0 else None} for k, c in enumerate(self.mapping)]
-        whole = {"matching": self.matching, "accuracy": self.accuracy, "miou": self.miou, "pixels": self.pixels}
-        return finite({**whole, "classes": classes, "clusters": clusters})
-
-
-def confusion(prediction: np.ndarray, label: np.ndarray, clusters: int, classes: int) -> np.ndarray:
-    """Counts int64 [K, C] of pixels in cluster k with label c. Add the tables of several images.
-
-    `prediction` and `label`: integers of one shape; predictions lie in 0..clusters-1; labels outside 0..classes-1 are ignored.
-    ValueError for different shapes, other dtypes, a prediction out of range, and for clusters or classes below 1.
-    """
-    prediction, label = np.asarray(prediction), np.asarray(label)
-    if clusters < 1 or classes < 1:
-        raise ValueError(f"clusters and classes must be at least 1, got {clusters} and {classes}")
-    if prediction.shape != label.shape:
-        raise ValueError(f"prediction {prediction.shape} and label {label.shape} must have the same shape")
-    for name, array in (("prediction", prediction), ("label", label)):
-        if not np.issubdtype(array.dtype, np.integer):
-            raise ValueError(f"{name} must hold integers, got {array.dtype}")
-    if prediction.size and not 0 <= prediction.min() <= prediction.max() < clusters:
-        raise ValueError(f"prediction must lie in 0..{clusters - 1}, got {prediction.min()}..{prediction.max()}")
-    counts = np.zeros(clusters * classes, np.int64)
-    prediction, label = prediction.reshape(-1), label.reshape(-1)
-    for start in range(0, label.size, _CHUNK):
-        k, c = prediction[start : start + _CHUNK], label[start : start + _CHUNK]
-        known = (c >= 0) & (c < classes)
-        counts += np.bincount(k[known].astype(np.int64) * classes + c[known].astype(np.int64), minlength=counts.size)
-    return counts.reshape(clusters, classes)
+        means = {"matching": self.matching, "accuracy": self.accuracy, "miou": self.miou, "pixels": self.pixels}
+        return finite({**means, "classes": classes, "clusters": clusters})
 
 
 def hungarian(confusion: np.ndarray) -> Scores:
-    """One cluster to one class so that the most pixels of `confusion` [K, C] are right (Kuhn 1955).
+    """Match one group to one class so that the most pixels of `confusion` [K, C] are right (Kuhn 1955).
 
-    With K > C the clusters left over have no class, with K < C the classes left over no cluster. A pair that shares no pixel is left
-    apart (-1), which changes no score. ValueError when `confusion` is not a table of counts.
+    With K > C some groups have no class, with K < C some classes no group. Pairs that share no pixel stay unmatched
+    (-1), which changes no score. ValueError when `confusion` does not hold counts.
     """
     counts = _checked(confusion)
     mapping = np.full(len(counts), -1)
@@ -90,19 +64,21 @@ def hungarian(confusion: np.ndarray) -> Scores:
 
 
 def majority(confusion: np.ndarray) -> Scores:
-    """Every cluster to the class that most of its pixels in `confusion` [K, C] have (ties: the lowest), many to one; an empty one to none.
+    """Match every group to the class of most of its pixels in `confusion` [K, C] (ties: the lowest); an empty one to
+    none.
 
-    With many clusters this is close to 1 whatever was learnt (one cluster a pixel is perfect): compare it at equal K only.
-    ValueError when `confusion` is not a table of counts.
+    With many groups the scores come close to 1 whatever was learnt (one group a pixel is perfect): compare at equal K
+    only. ValueError when `confusion` does not hold counts.
     """
     counts = _checked(confusion)
     return _scores(counts, np.where(counts.any(1), counts.argmax(1), -1), "majority")
 
 
-def table(scores_by_name: Mapping[str, Scores], class_names: Sequence[str] | None = None) -> str:
-    """Plain text: a row a class (name, share of the labelled pixels, IoU in each of the scores), then mean IoU and accuracy, in %.
+def scores_table(scores_by_name: Mapping[str, Scores], class_names: Sequence[str] | None = None) -> str:
+    """Write a table in %: a row a class (name, share of the labelled pixels, an IoU for each scores), then the means.
 
-    Absent classes show "-". The shares are those of the first scores. ValueError without scores, or when the numbers of classes differ.
+    Absent classes show "-". The shares are those of the first scores. ValueError without scores, or when they differ in
+    the number of classes.
     """
     scores = list(scores_by_name.values())
     if not scores:
@@ -126,14 +102,14 @@ def table(scores_by_name: Mapping[str, Scores], class_names: Sequence[str] | Non
 
 
 def percent(value: float) -> str:
-    """A fraction in %, one decimal, without the sign; "-" for nan."""
+    """Write a fraction in %, with one decimal and without the sign; "-" for nan."""
     return "-" if value != value else f"{100 * value:.1f}"
 
 
 def _checked(confusion: np.ndarray) -> np.ndarray:
     counts = np.asarray(confusion)
     if counts.ndim != 2 or not counts.size or not np.issubdtype(counts.dtype, np.integer) or counts.min() < 0:
-        raise ValueError(f"confusion must be a table [K, C] of counts, got {counts.dtype} {counts.shape}")
+        raise ValueError(f"confusion must hold counts [K, C], got {counts.dtype} {counts.shape}")
     return counts.astype(np.int64, copy=False)
 
 
@@ -162,7 +138,7 @@ def _names(class_names: Sequence[str] | None, classes: int) -> tuple[str, ...]:
 
 
 def _width(text: str) -> int:
-    """Columns of a terminal that `text` takes: two for a wide character, none for a combining mark."""
+    """Return the columns that `text` takes in a terminal: two for a wide character, none for a combining mark."""
     return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
 
 

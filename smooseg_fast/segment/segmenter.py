@@ -1,4 +1,4 @@
-"""A trained segmenter: an image of any size in, a label of every pixel out."""
+"""A trained segmenter: an image of any size in, a label for every pixel out."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ from .tiles import code_map
 
 
 class Segmenter:
-    """Frozen backbone, learnt projection and prototypes. Made by `fit`, or by `Segmenter.load` from a checkpoint."""
+    """A frozen backbone with learnt projection and prototypes, from `fit` or, by `Segmenter.load`, from a file."""
+
+    path: Path | None = None  # the file it was loaded from
 
     def __init__(self, checkpoint: Checkpoint, backbone: Backbone):
         if backbone.dim != checkpoint.head.projection.linear.in_features:
@@ -36,60 +38,88 @@ class Segmenter:
         self.checkpoint, self.backbone = checkpoint, backbone
         self.head = checkpoint.head.to(backbone.device).eval()
 
+    def __repr__(self) -> str:
+        granularity = self.config.granularity
+        parts = {
+            "groups": self.groups,
+            "backbone": self.backbone.name,
+            "size": self.config.eval_size,
+            "device": str(self.backbone.device),
+            "step": self.checkpoint.step,
+            **({} if granularity is None else {"granularity": granularity[0]}),
+            **({} if self.path is None else {"path": str(self.path)}),
+        }
+        return f"Segmenter({', '.join(f'{name}={value!r}' for name, value in parts.items())})"
+
     @classmethod
     def load(
         cls, path: str | Path, *, backbone: str | None = None, device: str = "auto", precision: str = "auto"
     ) -> Segmenter:
-        """Read a checkpoint, or a published SmooSeg .ckpt; nothing in it is executed. UserError for a damaged or foreign file.
+        """Read a checkpoint or a published SmooSeg .ckpt without executing anything in it.
 
-        `backbone` is needed where the checkpoint was trained on a `module:callable`, and may name a local copy of a hub model.
-        `precision`: what a ViT backbone computes in, as of `backbones.load_backbone`.
+        Args:
+            backbone: required if the checkpoint was trained on a `module:callable`; may name a local copy of a hub
+                model.
+            device: "auto", or any device of PyTorch.
+            precision: of a ViT backbone's computations, as in `backbones.load_backbone`.
+
+        Raises:
+            UserError: for a damaged or foreign file, and when the backbone is missing.
         """
         path, device = Path(path).expanduser(), pick_device(device)
-        if is_pickle(path):
-            published = read_published(path, f"--checkpoint {path}")
-            if backbone is None:
-                return cls(published.checkpoint, build_vit(str(path), published.vit, device, precision))
-            return cls(published.checkpoint, load_backbone(backbone, device, precision))
-        checkpoint = read_checkpoint(path)
-        if backbone is None and ":" in checkpoint.backbone_name:
+        published = read_published(path, f"--checkpoint {path}") if is_pickle(path) else None
+        checkpoint = read_checkpoint(path) if published is None else published.checkpoint
+        if published is not None and backbone is None:
+            frozen = build_vit(str(path), published.vit, device, precision)
+        elif backbone is None and ":" in checkpoint.backbone_name:
             raise UserError(
-                f"--backbone: missing; {path} was trained on {checkpoint.backbone_name}, and a checkpoint never imports code by itself: "
-                f"add --backbone {checkpoint.backbone_name}"
+                f"--backbone: missing; {path} was trained on {checkpoint.backbone_name}, and a checkpoint never "
+                f"imports code by itself: add --backbone {checkpoint.backbone_name}"
             )
-        return cls(checkpoint, load_backbone(backbone or _beside(path, checkpoint.backbone_name), device, precision))
+        else:
+            frozen = load_backbone(backbone or _next_to(path, checkpoint.backbone_name), device, precision)
+        segmenter = cls(checkpoint, frozen)
+        segmenter.path = path
+        return segmenter
 
     def save(self, path: str | Path) -> Path:
+        """Write a checkpoint that `load` reads. UserError when it cannot be written."""
         return self.checkpoint.write(path)
 
     @property
     def config(self) -> TrainConfig:
+        """The settings it was trained with."""
         return self.checkpoint.config
 
     @property
     def groups(self) -> int:
-        """K, the number of prototypes: labels are 0 to K - 1."""
+        """K, the number of prototypes: labels lie in 0..K-1."""
         return len(self.head.teacher)
 
     @property
     def same_backbone(self) -> bool:
-        """Whether the backbone is, weight for weight, the one that the checkpoint was trained on."""
+        """Whether the backbone has the very weights that the checkpoint was trained on."""
         return self.backbone.digest == self.checkpoint.backbone_digest
 
     @property
     def digest(self) -> str:
-        """Hex; another one where anything else was learnt. Of the head and how images are resized, not of the backbone."""
+        """A hex digest of all that was learnt and of how images are resized, without the backbone."""
         return digest_of(self.head.state_dict(), self.config.resample)
 
     @torch.no_grad()
     def predict(
         self, image: np.ndarray | Image.Image | str | Path, *, mirror: bool = True, short_side: int | None = None
     ) -> np.ndarray:
-        """int64 [H,W] labels of an image: uint8 [H,W,3] RGB, uint8 [H,W] grey, a Pillow image as it lies, or a path (upright, by EXIF).
+        """Label every pixel of an image -> int64 [H,W] in 0..K-1.
 
-        mirror: average the codes with those of the mirrored image, as the paper does (twice the time). short_side: pixels that the
-        short side is brought to before features are taken, at least one patch; the evaluation size of training by default. Larger
-        sees finer detail and less context. Errors as of `pixels`.
+        Args:
+            image: uint8 [H,W,3] RGB, uint8 [H,W] grey, a Pillow image (not turned), or a path (turned upright by EXIF).
+            mirror: average the codes with those of the mirrored image, as the paper does, in twice the time.
+            short_side: pixels of the short side when features are computed, at least one patch; by default the
+                evaluation size of training. More pixels give finer detail and less context.
+
+        Raises:
+            UserError: as for `pixels`, for a short side below one patch, and when memory runs out.
         """
         pixels = self.pixels(image)
         side = self.config.eval_size if short_side is None else short_side
@@ -97,33 +127,31 @@ class Segmenter:
         if side < patch:
             raise UserError(f"--short-side: must be at least one patch, {patch} pixels, got {side}")
         try:
-            found = code_map(pixels, self.codes, patch, short_side=side, resample=self.config.resample, mirror=mirror)
+            codes = code_map(pixels, self.codes, patch, short_side=side, resample=self.config.resample, mirror=mirror)
         except MemoryError as error:
             reason = f"does not fit into memory with its short side at {side} pixels"
             raise ImageError(_name(image), reason, "give a smaller --short-side, or cut it into tiles") from error
         H, W = pixels.shape[:2]
-        labels = sk.assign(
-            found.codes.flatten(0, 1)[None], self.head.teacher, grid=found.codes.shape[:2], size=found.size
-        )
-        return labels[0, :H, :W].cpu().numpy()
+        grid, rows = codes.codes.shape[:2], codes.codes.flatten(0, 1)[None]
+        return sk.assign(rows, self.head.teacher, grid=grid, size=codes.size)[0, :H, :W].cpu().numpy()
 
     def pixels(self, image: np.ndarray | Image.Image | str | Path) -> np.ndarray:
-        """uint8 [H,W,3] of what `predict` takes.
+        """Read what `predict` takes as uint8 [H,W,3].
 
-        ImageError, which is a UserError, for a file that cannot be decoded and for an image smaller than one patch of the backbone;
-        UserError for other arrays.
+        ImageError, a UserError, for a file that cannot be decoded and for an image smaller than one patch of the
+        backbone; UserError for other arrays.
         """
         pixels = rgb_of(image)
         require_patch(pixels, self.backbone.patch, _name(image))
         return pixels
 
     def codes(self, images: Tensor) -> Tensor:
-        """uint8 [B,3,S,T] -> codes [B,h,w,Z]."""
+        """Compute the codes [B,h,w,Z] of images uint8 [B,3,S,T]."""
         features, grid = self.backbone(images)
         return project(self.head, features).unflatten(1, grid)
 
-    def describe(self) -> dict[str, Any]:
-        """What it is, ready for JSON."""
+    def about(self) -> dict[str, Any]:
+        """Return its backbone, step, groups and report, ready for JSON."""
         return {
             "backbone": self.checkpoint.backbone_name,
             "step": self.checkpoint.step,
@@ -133,37 +161,38 @@ class Segmenter:
 
 
 def rgb_of(image: np.ndarray | Image.Image | str | Path) -> np.ndarray:
+    """Read an image of any kind as uint8 [H,W,3]. UserError for other arrays and objects."""
     if isinstance(image, (str, Path)):
         return read_image(image)
-    if isinstance(image, Image.Image):  # as an array, one with a palette would be the numbers of its colours
+    if isinstance(image, Image.Image):  # np.asarray would give the palette indices of some
         return as_rgb(image, image.format)
     given, image = image, np.asarray(image)
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
-        what = type(given).__name__ if image.dtype == object or not image.ndim else f"{image.dtype} {list(image.shape)}"
-        raise UserError(f"image: must be uint8 [H,W,3] RGB or [H,W] grey, a Pillow image, or a path; got {what}")
+        got = type(given).__name__ if image.dtype == object or not image.ndim else f"{image.dtype} {list(image.shape)}"
+        raise UserError(f"image: must be uint8 [H,W,3] RGB or [H,W] grey, a Pillow image, or a path; got {got}")
     return np.repeat(image[..., None], 3, 2) if image.ndim == 2 else image
 
 
 def _name(image: np.ndarray | Image.Image | str | Path) -> str | Path:
-    """What an error calls an image."""
+    """Return the name of an image in errors."""
     return image if isinstance(image, (str, Path)) else "image"
 
 
-def _beside(checkpoint: Path, name: str) -> str:
-    """A backbone of a relative path is looked for beside the checkpoint first, so that the two can be moved together."""
+def _next_to(checkpoint: Path, name: str) -> str:
+    """Find a backbone with a relative path next to the checkpoint first, so that the two can be moved together."""
     place = checkpoint.parent / name
     if (place / "config.json").is_file() or is_pickle(place):
         return str(place)
     if name.startswith("./") and not Path(name).exists():
         raise UserError(
-            f"--backbone: missing; {checkpoint} names {name}, and no such folder is beside it: give that folder, wherever it is now, "
-            "or the file that it was made of"
+            f"--backbone: missing; {checkpoint} names {name}, and no such folder is next to it: give that folder, "
+            "wherever it is now, or the file that it was made from"
         )
     return name
 
 
 def pick_device(name: str) -> str:
-    """The device that `name` stands for: "auto" is the first CUDA or ROCm GPU, else Apple's, else the CPU."""
+    """Choose the device called `name`: "auto" is the first CUDA or ROCm GPU, else Apple's, else the CPU."""
     if name != "auto":
         return name
     if torch.cuda.is_available():

@@ -1,4 +1,6 @@
-"""Codes of an image of any size: features at the training scale, tiles with overlap beyond what fits, padded and never stretched."""
+"""Codes of an image of any size: at the training scale, in overlapping tiles if it is large, padded and never
+stretched.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,7 @@ OVERLAP = 0.25  # of a tile's side, at least
 
 class CodeMap(NamedTuple):
     codes: Tensor  # [h,w,Z]
-    size: tuple[
-        int, int
-    ]  # (H, W) pixels of the image that the h x w patches cover: at least the image's own, the rest is padding
+    size: tuple[int, int]  # (H, W) pixels under the h x w patches: the image's own and padding
 
 
 def code_map(
@@ -32,11 +32,14 @@ def code_map(
     mirror: bool,
     tile: int = TILE,
 ) -> CodeMap:
-    """Codes of a uint8 [H,W,3] image.
+    """Compute the codes of an image uint8 [H,W,3].
 
-    `features` takes uint8 [B,3,S,T] (sides multiples of `patch`) and gives codes [B,S/patch,T/patch,Z]. The image's short side is brought
-    to `short_side` pixels and both sides are padded to whole patches with mirrored content. `mirror` averages the codes with those of the
-    mirrored image.
+    Resizes the short side to `short_side` pixels, and pads both sides to whole patches with mirrored content.
+
+    Args:
+        features: takes uint8 [B,3,S,T] (sides multiples of `patch`), gives codes [B,S/patch,T/patch,Z].
+        mirror: average the codes with those of the mirrored image.
+        tile: pixels of a tile's side; larger images are cut.
     """
     resized = resize_short_side(image, short_side, resample)
     height, width = resized.shape[:2]
@@ -56,7 +59,7 @@ def code_map(
                 continue
             if total is None:
                 total, weight = codes.new_zeros(h, w, codes.shape[-1]), codes.new_zeros(h, w, 1)
-            # a tile's border patches see least around them: they count least where tiles overlap
+            # patches at the border of a tile see least around them, so they count least where tiles overlap
             ramp = (tent(rows)[:, None] * tent(columns)[None, :])[..., None].to(codes)
             total[top : top + rows, left : left + columns] += codes * ramp
             weight[top : top + rows, left : left + columns] += ramp
@@ -67,7 +70,7 @@ def code_map(
 
 
 def spans(length: int, side: int) -> list[tuple[int, int]]:
-    """(start, length) of evenly spaced pieces of at most `side` that cover 0..length and overlap by a quarter of `side` at least."""
+    """Return (start, length) of evenly spaced pieces of at most `side` that cover 0..length, overlapping by OVERLAP."""
     if length <= side:
         return [(0, length)]
     stride = max(1, int(side * (1 - OVERLAP)))
@@ -76,5 +79,5 @@ def spans(length: int, side: int) -> list[tuple[int, int]]:
 
 
 def tent(n: int) -> Tensor:
-    """[n] weights that rise from the ends to the middle, never 0."""
+    """Return weights [n] that rise from the ends to the middle, never 0."""
     return torch.minimum(torch.arange(1, n + 1), torch.arange(n, 0, -1)).float()

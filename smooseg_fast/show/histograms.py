@@ -1,4 +1,4 @@
-"""A picture of histograms, with what divides them."""
+"""A picture of histograms and of the values that divide them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .charts import BLUES, MARK, plain_axes, under_title
+from .charts import BLUE, DPI, MARK, plain_axes, put, rendered
 from .pictures import GREY, INK, PAPER
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """What `histograms_picture` draws: counts between edges of one distance, one more than them; values marked by a name."""
+    """Counts [n] between evenly spaced edges [n + 1], their mean, and named values to mark."""
 
     edges: Sequence[float]
     counts: Sequence[int]
@@ -23,64 +23,53 @@ class Histogram:
     marks: Mapping[str, float]
 
     def span(self) -> tuple[float, float]:
-        """The edges around all but half a thousandth of the counts on either side."""
+        """Return the edges around all but half a thousandth of the counts on either side."""
         share = np.cumsum(self.counts) / sum(self.counts)
         first, last = np.searchsorted(share, 0.0005), min(np.searchsorted(share, 0.9995), len(share) - 1)
         return self.edges[first], self.edges[last + 1]
 
 
 def histograms_picture(panels: Mapping[str, Histogram], title: str = "", note: str = "") -> Image.Image:
-    """Histograms below each other, their values on one x axis, each with its mean and its marks.
+    """Draw histograms one below the other on one x axis, each with its mean and its marks.
 
-    The axis spans what holds all but a thousandth of each histogram, its mean and its marks. ValueError without panels or counts.
+    The axis spans all but a thousandth of each histogram, its mean and its marks. ValueError without panels or counts.
     """
     from matplotlib.figure import Figure
 
     if not panels or not all(sum(panel.counts) for panel in panels.values()):
         raise ValueError("a picture of histograms needs at least one, each with something counted")
     rows = 1 + max(len(panel.marks) for panel in panels.values())
-    figure = Figure(figsize=(11.2, (3 + 0.3 * rows) * len(panels)), dpi=100, facecolor=PAPER, layout="constrained")
+    height = (3 + 0.3 * rows) * len(panels) + 0.5 * bool(title)
+    figure = Figure((11.2, height), dpi=DPI, facecolor=PAPER, layout="constrained")
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     ends = [end for panel in panels.values() for end in (*panel.span(), panel.mean, *panel.marks.values())]
     edge = 0.03 * (max(ends) - min(ends)) or 0.01
     axes[0].set_xlim(min(ends) - edge, max(ends) + edge)
     for axis, (name, panel) in zip(axes, panels.items()):
         _histogram_panel(axis, name, panel)
-    axes[-1].set_xlabel(
-        "W, closeness of two patches" + (f"; {note}" if note else ""), fontsize=9, color=GREY, parse_math=False
-    )
-    return under_title(figure, title)
+    label = "W, closeness of two patches" + (f"; {note}" if note else "")
+    axes[-1].set_xlabel(label, fontsize=9, color=GREY, parse_math=False)
+    return rendered(figure, title)
 
 
 def _histogram_panel(axes: Any, name: str, panel: Histogram) -> None:
-    """One histogram on a matplotlib `axes`; marks are lines across it, named in rows above it from left to right."""
+    """Draw one histogram; marks are lines across it, their names in rows above the bars from left to right."""
     edges, shares = np.asarray(panel.edges), 100 * np.asarray(panel.counts) / sum(panel.counts)
-    # a bin is a pixel or two wide: as many together as make about 200 of the span
     low, high = axes.get_xlim()
     width = (edges[-1] - edges[0]) / len(shares)
-    together = max(1, round((high - low) / 200 / width))
-    whole = len(shares) // together * together
-    bars = shares[:whole].reshape(-1, together).sum(1)
-    axes.stairs(bars, edges[: whole + 1 : together], fill=True, color=BLUES[2], linewidth=0)
-    marks = sorted(
-        [(x, label, MARK) for label, x in panel.marks.items()] + [(panel.mean, f"mean {panel.mean:+.3f}", INK)]
-    )
-    row_height = 0.2 / axes.figure.get_figheight() * len(axes.figure.axes) * 1.25
-    axes.set_ylim(0, bars.max() / (1 - row_height * len(marks)))  # the names stand above the bars, one to a row
-    right = panel.mean < (low + high) / 2
-    for row, (x, label, colour) in enumerate(marks if right else reversed(marks)):
-        top = 1 - row_height * row
-        axes.axvline(x, ymax=top, color=colour, linewidth=1.2, linestyle="-" if colour == INK else (0, (4, 2)))
-        axes.text(
-            x + (0.004 if right else -0.004) * (high - low),
-            top,
-            label,
-            transform=axes.get_xaxis_transform(),
-            color=colour,
-            fontsize=9,
-            ha="left" if right else "right",
-            va="top",
-            parse_math=False,
-        )
-    axes.set_ylabel(f"% of pairs in {together * width:.2g}", fontsize=9, color=GREY)
+    merged = max(1, round((high - low) / 200 / width))  # bins are a pixel or two wide: draw about 200 bars
+    starts = np.arange(0, len(shares) // merged * merged, merged)
+    bars = np.add.reduceat(shares, starts)
+    axes.stairs(bars, edges[[*starts, starts[-1] + merged]], fill=True, color=BLUE, linewidth=0)
+    marks = [(x, label, MARK, (0, (4, 2))) for label, x in panel.marks.items()]
+    marks = sorted([*marks, (panel.mean, f"mean {panel.mean:+.3f}", INK, "-")], key=lambda mark: mark[:2])
+    row_height = 0.25 / axes.figure.get_figheight() * len(axes.figure.axes)
+    axes.set_ylim(0, bars.max() / (1 - row_height * len(marks)))
+    right = panel.mean < (low + high) / 2  # on the emptier side
+    for row, (x, label, colour, dashes) in enumerate(marks if right else reversed(marks)):
+        top, at = 1 - row_height * row, x + (0.004 if right else -0.004) * (high - low)
+        axes.axvline(x, ymax=top, color=colour, linewidth=1.2, linestyle=dashes)
+        place = {"transform": axes.get_xaxis_transform(), "ha": "left" if right else "right", "va": "top"}
+        put(axes, (at, top), label, 12, colour, **place)
+    axes.set_ylabel(f"% of pairs in {merged * width:.2g}", fontsize=9, color=GREY)
     plain_axes(axes, name)

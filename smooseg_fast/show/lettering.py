@@ -1,4 +1,4 @@
-"""Text in pictures: one line of any language, as long as there is room."""
+"""Text in pictures: one line in any language, shortened to the room there is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import ImageDraw, ImageFont
 
-# for what DejaVu Sans lacks (Chinese, Japanese, Korean): the usual fonts of Linux, macOS and Windows
+# usual fonts of Linux, macOS and Windows with the Chinese, Japanese and Korean that DejaVu Sans lacks
 _WIDE_FONTS = (
     "NotoSansCJK-Regular.ttc",
     "wqy-microhei.ttc",
@@ -20,16 +20,17 @@ _WIDE_FONTS = (
 
 
 def length(text: str, size: int, bold: bool = False) -> int:
-    """Pixels that `text` takes."""
-    text = _clean(text)
+    """Return the pixels that `text` takes."""
+    text = _one_line(text)
     return math.ceil(_font(text, size, bold).getlength(text))
 
 
 def shorten(text: str, size: int, bold: bool, room: float) -> str:
-    """`text`, or its two ends around an ellipsis: the ends of a path say most."""
+    """Return `text` as one printable line, or its two ends around an ellipsis when it is wider than `room` pixels."""
+    text = _one_line(text)
     if length(text, size, bold) <= room:
         return text
-    fits, longer = 0, len(text)
+    fits, longer = 0, len(text)  # the ends of a path say most: bisect how many characters of them fit
     while longer - fits > 1:
         keep = (fits + longer) // 2
         shorter = text[: keep - keep // 2] + "…" + text[len(text) - keep // 2 :]
@@ -48,19 +49,25 @@ def write(
     room: float = math.inf,
     anchor: str = "lm",
 ) -> None:
-    """`text` on `draw` with its `anchor` (as Pillow names them) at `at`; what is wider than `room` pixels loses its middle."""
-    text = _clean(shorten(text, size, bold, room))
+    """Draw `text` with its `anchor` (as Pillow names them) at `at`; text wider than `room` pixels loses its middle."""
+    text = shorten(text, size, bold, room)
     draw.text(at, text, fill=ink, font=_font(text, size, bold), anchor=anchor)
 
 
-def _clean(text: str) -> str:
-    """One printable line: file names can hold line breaks and bytes that are no text."""
+def font_file(text: str, bold: bool = False) -> Path:
+    """Return the font for `text`: matplotlib's DejaVu Sans if it has every character, else a system font."""
+    path, known = _dejavu(bold)
+    return Path(path if known.issuperset(map(ord, text)) else _wide_font() or path)
+
+
+def _one_line(text: str) -> str:
+    """Replace what cannot be printed: file names can hold line breaks and bytes that are not text."""
     return "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in text)
 
 
 @lru_cache(maxsize=2)
 def _dejavu(bold: bool) -> tuple[str, frozenset[int]]:
-    """The font that comes with matplotlib, and the characters it has: Latin, Greek, Cyrillic, Arabic, Hebrew and most signs."""
+    """Return matplotlib's font and the characters in it: Latin, Greek, Cyrillic, Arabic, Hebrew and most signs."""
     import matplotlib
     from matplotlib.ft2font import FT2Font
 
@@ -82,5 +89,4 @@ _truetype = lru_cache(maxsize=32)(ImageFont.truetype)
 
 
 def _font(text: str, size: int, bold: bool) -> ImageFont.FreeTypeFont:
-    path, known = _dejavu(bold)
-    return _truetype(path if known.issuperset(map(ord, text)) else _wide_font() or path, size)
+    return _truetype(str(font_file(text, bold)), size)

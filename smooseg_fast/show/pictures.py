@@ -1,6 +1,6 @@
 """Pictures for people: label colours, palette masks, overlays and contact sheets.
 
-Images are uint8 [H, W, 3], label maps uint8 [H, W], colours uint8 [K, 3] with a row a label. Nothing here needs a display.
+Images are uint8 [H, W, 3], label maps uint8 [H, W], colours uint8 [K, 3], one for each label. Nothing needs a display.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .lettering import length, write
 
 INK, GREY, PAPER, WELL = "#1d2126", "#69717b", "#ffffff", "#eef0f2"
 
-# Hand-picked, then moved apart: the closest two differ by 0.11 in OKLab, and by 0.06 as protanopia and deuteranopia see them.
+# hand-picked, then moved apart: the closest two differ by 0.11 in OKLab, and by 0.06 to colour-blind eyes
 _HAND_PICKED = (
     "0c73b4 e6a00c 27a663 c77abe 53aef2 e5480c f8e62d 7f838b 6c3c9d 8d470d "
     "a4db86 0c4f3d a7ddec f89493 820c1a 3fc2b1 313c7c cdb2db 778121 f8cfb8"
@@ -44,11 +44,11 @@ _LIGHTNESS, _CHROMA = (0.66, 0.46, 0.83, 0.56, 0.36, 0.75), (0.17, 0.12, 0.10, 0
 
 
 def palette(k: int) -> np.ndarray:
-    """Distinct colours uint8 [k, 3], always the same ones: palette(j) is the start of palette(k) for j < k.
+    """Return distinct colours uint8 [k, 3], always the same: palette(j) is the start of palette(k) for j < k.
 
-    Twenty are hand-picked with colour-blind eyes in mind. The others take hues a golden angle apart in OKLab, lightness and chroma
-    alternating, and only those far enough from all before: no two of the first 64 are closer than 0.05, about twice a visible step.
-    ValueError for k below 1.
+    The first twenty are hand-picked with colour-blind eyes in mind. The others take hues a golden angle apart in OKLab,
+    alternate in lightness and chroma, and keep their distance from all earlier ones: no two of the first 64 are closer
+    than 0.05, about twice a visible step. ValueError for k below 1.
     """
     if k < 1:
         raise ValueError(f"a palette needs at least one colour, got {k}")
@@ -56,24 +56,24 @@ def palette(k: int) -> np.ndarray:
 
 
 def write_mask(path: str | Path, labels: np.ndarray, colours: np.ndarray) -> Path:
-    """An 8-bit palette PNG (mode P) of labels uint8 [H, W]: the indices are the labels, shown in `colours`; labels beyond them are black.
+    """Write labels uint8 [H, W] as an 8-bit palette PNG (mode P) whose indices are the labels.
 
-    UserError when it cannot be written; ValueError for other shapes or dtypes.
+    Labels beyond `colours` are black. UserError when the file cannot be written; ValueError for other shapes or dtypes.
     """
     colours = _checked_colours(colours)
     mask = Image.fromarray(_checked_labels(labels))
-    # filled up to 256 colours: Pillow packs a smaller palette into 1, 2 or 4 bits a pixel, and 255 needs an entry of its own
+    # all 256 colours: Pillow packs a smaller palette into 1, 2 or 4 bits a pixel, and 255 needs an entry of its own
     mask.putpalette(colours.tobytes().ljust(3 * 256, b"\0"))  # turns mode L into P and keeps the numbers
     return write_atomic(path, lambda target: mask.save(target, "PNG"))
 
 
 def overlay(image: np.ndarray, labels: np.ndarray, colours: np.ndarray, alpha: float = 0.5) -> np.ndarray:
-    """`image` uint8 [H, W, 3] under the colours of labels uint8 [H, W], uint8 [H, W, 3].
+    """Lay the colours of labels uint8 [H, W] over `image` uint8 [H, W, 3] -> uint8 [H, W, 3].
 
-    Inside a region alpha * colour + (1 - alpha) * image; along its border a lighter line, 1 pixel wide up to a short side of some 500
-    pixels and in proportion beyond, so that it survives a thumbnail. alpha 1 is the flat map, without lines. Labels beyond `colours`
-    (255: no label) leave the image bare.
-    ValueError for shapes that do not fit or alpha outside 0..1.
+    Inside a region: alpha * colour + (1 - alpha) * image. Along its border: a lighter line, 1 pixel wide up to a short
+    side of some 500 pixels and in proportion beyond, so that it survives a thumbnail. alpha 1 gives the flat map,
+    without lines. Labels beyond `colours` (255: no label) leave the image bare. ValueError for shapes that do not fit
+    or alpha outside 0..1.
     """
     labels, colours = _checked_labels(labels), _checked_colours(colours)
     if image.shape != (*labels.shape, 3) or image.dtype != np.uint8:
@@ -86,9 +86,8 @@ def overlay(image: np.ndarray, labels: np.ndarray, colours: np.ndarray, alpha: f
     line = max(1, round(min(labels.shape) / 350)) if alpha < 1 else 0
     border = (ndimage.maximum_filter(labels, line + 1) != ndimage.minimum_filter(labels, line + 1)).view(np.uint8)
     blend = np.empty_like(image)
-    for rows in (
-        slice(top, top + 512) for top in range(0, len(image), 512)
-    ):  # bands: a 10,000 pixel scan would take gigabytes at once
+    for top in range(0, len(image), 512):  # bands: a scan of 10,000 pixels would take gigabytes at once
+        rows = slice(top, top + 512)
         weight = weights[border[rows], labels[rows]][..., None]
         blend[rows] = (image[rows] * (256 - weight) + lookup[border[rows], labels[rows]] * weight + 128) >> 8
     return blend
@@ -102,11 +101,18 @@ def contact_sheet(
     title: str = "",
     width: int = 1600,
 ) -> Image.Image:
-    """Thumbnails in equal cells, `width` pixels wide and as tall as it takes: title, legend, column titles, then the rows.
+    """Lay out a sheet `width` pixels wide: title, legend, column titles, and rows of thumbnails in equal cells.
 
-    rows: images of any size, None for an empty cell; short rows are filled up with empty cells. A row's title stands below it. All
-    cells have the median shape of the images (between 2:3 and 16:9), an image is centred in its cell and never cropped or stretched.
-    legend: (colour, text) pairs. Text that does not fit loses its middle. ValueError without images or with a width below 200.
+    All cells have the median shape of the images (between 2:3 and 16:9). An image is centred in its cell, never cropped
+    or stretched. Text that does not fit loses its middle.
+
+    Args:
+        rows: images of any size, None for an empty cell; empty cells fill up short rows.
+        row_titles: stand below their rows.
+        legend: (colour, text) pairs.
+
+    Raises:
+        ValueError: without images, or with a width below 200.
     """
     images = [image for row in rows for image in row if image is not None]
     if not images or width < 200:
@@ -143,9 +149,9 @@ def contact_sheet(
 
 
 def save(path: str | Path, image: Image.Image | np.ndarray) -> Path:
-    """`image` (an array uint8 [H, W, 3] or [H, W], or a Pillow image) as PNG or JPEG, by the suffix of `path`.
+    """Write `image` (an array uint8 [H, W, 3] or [H, W], or a Pillow image) as PNG or JPEG, by the suffix of `path`.
 
-    UserError for another suffix or when it cannot be written.
+    UserError for another suffix, or when the file cannot be written.
     """
     path = Path(path)
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
@@ -176,22 +182,22 @@ def _colours(k: int) -> tuple[tuple[int, ...], ...]:
 
 
 def to_oklab(rgb: np.ndarray) -> np.ndarray:
+    """Convert sRGB [..., 3] in 0..255 to OKLab [..., 3]."""
     encoded = rgb / 255
     linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
     return np.cbrt(linear @ _RGB_TO_LMS.T) @ _LMS_TO_LAB.T
 
 
 def _from_oklab(lightness: float, a: float, b: float) -> np.ndarray:
-    """uint8 [3]; a colour that a screen cannot show becomes greyer until it can."""
+    """Convert to sRGB uint8 [3]; a colour that a screen cannot show becomes greyer until it can."""
     while True:
         linear = np.linalg.solve(_RGB_TO_LMS, np.linalg.solve(_LMS_TO_LAB, np.array([lightness, a, b])) ** 3)
         if linear.min() > -0.001 and linear.max() < 1.001:
             break
         a, b = 0.9 * a, 0.9 * b
     linear = linear.clip(0, 1)
-    return np.rint(255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)).astype(
-        np.uint8
-    )
+    encoded = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    return np.rint(255 * encoded).astype(np.uint8)
 
 
 def _checked_labels(labels: np.ndarray) -> np.ndarray:
@@ -207,14 +213,13 @@ def _checked_colours(colours: np.ndarray) -> np.ndarray:
 
 
 def _legend(legend: Sequence[tuple[Sequence[int], str]], width: int, size: int) -> Image.Image | None:
-    """Swatches with their texts in columns of one width, as many lines as it takes; None when there are none."""
+    """Draw swatches and their texts in columns of one width; None for an empty legend."""
     if not legend:
         return None
     swatch, pad, line = round(1.1 * size), round(0.5 * size), round(1.8 * size)
     longest = max(length(text, size) for _, text in legend)
-    columns = max(
-        width // (swatch + min(longest, width // 5) + 4 * pad), 1
-    )  # one endless name must not make a column of them all
+    # one endless name must not leave a single column
+    columns = max(width // (swatch + min(longest, width // 5) + 4 * pad), 1)
     column = min(swatch + longest + 4 * pad, width // columns)
     lines = math.ceil(len(legend) / columns)
     columns = math.ceil(len(legend) / lines)  # lines of about one length
@@ -229,12 +234,10 @@ def _legend(legend: Sequence[tuple[Sequence[int], str]], width: int, size: int) 
 
 
 def _fit(image: np.ndarray, cell: tuple[int, int]) -> Image.Image:
-    """`image` as large as `cell` (width, height) allows. Averaged down without ringing; far up, its pixels stay squares."""
+    """Fit `image` into `cell` (width, height): shrunk without ringing; far enlarged, its pixels stay squares."""
     height, width = image.shape[:2]
     scale = min(cell[0] / width, cell[1] / height)
     size = [max(round(scale * side), 1) for side in (width, height)]
-    size = [
-        whole if whole - side == 1 else side for side, whole in zip(size, cell)
-    ]  # no sliver of background from rounding
+    size = [room if room - side == 1 else side for side, room in zip(size, cell)]  # rounding must not leave a sliver
     filters = Image.Resampling.HAMMING, Image.Resampling.BILINEAR, Image.Resampling.NEAREST
     return Image.fromarray(image).convert("RGB").resize(size, filters[(scale > 1) + (scale > 3)])

@@ -1,4 +1,4 @@
-"""The sheet that training and prediction end with: images beside their groups."""
+"""The sheet at the end of training and prediction: images next to their groups."""
 
 from __future__ import annotations
 
@@ -10,22 +10,27 @@ from PIL import Image
 from ..errors import UserError
 from . import pictures
 
-THUMBNAIL = 640  # pixels of the long side of what is kept of an image
-NAMED = 0.005  # share of the pixels from which on a group stands in the legend
+THUMBNAIL = 640  # pixels of a thumbnail's long side
+NAMED = 0.005  # the least share of the pixels with which a group stands in the legend
 
 Shown = tuple[str, np.ndarray, np.ndarray]
 
 
 def groups_sheet(shown: Iterable[Shown], colours: np.ndarray, shares: Mapping[int, float], title: str) -> Image.Image:
-    """A contact sheet of (name, image uint8 [H,W,3], labels uint8 [H,W]): each image, its groups over it, and its groups alone.
+    """Draw a contact sheet: each image, its groups over it, and its groups alone. From four images on, two in a row.
 
-    `shown` is gone through once, and only thumbnails of it are kept. shares: of each group, for the legend; colours uint8 [K,3]. From
-    four images on there are two in a row. UserError when `shown` is empty.
+    Args:
+        shown: (name, image uint8 [H,W,3], labels uint8 [H,W]); read once, and only thumbnails are kept.
+        colours: uint8 [K,3].
+        shares: the share of the pixels in each group, for the legend.
+
+    Raises:
+        UserError: when `shown` is empty.
     """
     cells = [(name, *thumbnails(image, labels, colours)) for name, image, labels in shown]
     if not cells:
         raise UserError(
-            "the sheet has no images to show: those meant for it can no longer be read; put them back and try again"
+            "the sheet has no images to show, because none of them can be read any more; put them back and try again"
         )
     across = 2 if len(cells) > 3 else 1
     rows = [cells[start : start + across] for start in range(0, len(cells), across)]
@@ -40,7 +45,7 @@ def groups_sheet(shown: Iterable[Shown], colours: np.ndarray, shares: Mapping[in
 
 
 def thumbnails(image: np.ndarray, labels: np.ndarray, colours: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(image, groups over it, groups), with a long side of THUMBNAIL pixels at most."""
+    """Return (image, groups over it, groups), with a long side of at most THUMBNAIL pixels."""
     small = Image.fromarray(image)
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     labels = np.array(Image.fromarray(labels).resize(small.size, Image.Resampling.NEAREST))

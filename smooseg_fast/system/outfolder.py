@@ -1,4 +1,4 @@
-"""Output folders that a stopped command goes on in: what they belong to, and what in them is done."""
+"""Output folders: which settings a folder belongs to, what in it smooseg wrote, and which work in it is done."""
 
 from __future__ import annotations
 
@@ -14,50 +14,56 @@ from .files import finite, sweep, write_atomic, write_json
 from .locks import Lock
 
 LOCK = ".lock"
+MARKER = ".smooseg"
+MARKER_TEXT = "smooseg wrote the files and folders named below, and ignores them when it looks for images."
 
 
 class OutFolder:
-    """A folder that belongs to one set of settings, kept in a JSON file of it: the same go on there, others are refused.
+    """A folder that belongs to one set of settings and records them as JSON; the same settings resume there, others are
+    refused.
 
     Args:
-        path: of --out; need not exist.
-        settings: what decides the content, ready for JSON.
-        record: name of the file that holds them.
-        made: names of files and folders in it that are another's when one stands there without the record.
+        path: the folder given as --out; need not exist.
+        settings: everything that decides the content, ready for JSON.
+        record: name of the JSON file.
+        made: names of the files and folders that the command writes into it. One of them without the record belongs to
+            somebody else. Once the folder is claimed, nothing by these names counts as an image to read
+            (`written_by_us`).
         below: names of the folders in it that are written into.
 
     Raises:
-        UserError: when the folder is another's.
+        UserError: when the folder belongs to other settings or holds somebody else's files.
     """
 
     def __init__(
         self, path: Path, settings: dict[str, Any], *, record: str, made: Sequence[str], below: Sequence[str] = ()
     ):
-        self.path, self.settings, self._record, self._below = path, finite(settings), record, below
+        self.path, self.settings, self._record, self._made, self._below = path, finite(settings), record, made, below
         try:
             (path / record).exists()
-        except OSError as error:  # a folder on the way that this user may not enter
+        except OSError as error:  # below a folder that this user may not enter
             raise UserError(f"--out {path}: cannot be read ({error.strerror}); give another folder") from error
         if path.exists() and not path.is_dir():
             raise UserError(f"--out {path}: is a file; give a folder")
         if (path / record).exists():
-            there = self._read_settings()
+            recorded = self._read_settings()
             for name, value in self.settings.items():
-                if there.get(name) != value:
+                if recorded.get(name) != value:
                     raise UserError(
-                        f"--out {path}: holds another run ({name} is {there.get(name)!r} there and {value!r} here); "
+                        f"--out {path}: holds another run ({name} is {recorded.get(name)!r} there and {value!r} here); "
                         "give another folder, or the same settings to resume"
                     )
-        elif there := [name for name in made if (path / name).exists()]:
-            raise UserError(f"--out {path}: holds {there[0]} but no {record}; give another folder")
+        elif foreign := [name for name in made if (path / name).exists()]:
+            raise UserError(f"--out {path}: holds {foreign[0]} but no {record}; give another folder")
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Within it no other process has the folder. UserError where one has it already, or where nothing can be written into it.
+        """Keep other processes out of the folder. UserError when one is at work there, or when the folder cannot be
+        written.
 
-        Makes the folder; behind it, it is gone again if nothing was left in it.
+        Makes the folder, and removes it again at the end if it is empty.
         """
-        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        new_folders = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         lock = Lock(self.path / LOCK)
         try:
             try:
@@ -68,53 +74,75 @@ class OutFolder:
                     f"--out {self.path}: cannot be written ({error.strerror}); give another folder"
                 ) from error
             if not lock.take():
-                raise UserError(
-                    f"--out {self.path}: {lock.signature()} is at work there; wait until it ends, or give another folder"
-                )
+                holder = f"{lock.signature()} is at work there"
+                raise UserError(f"--out {self.path}: {holder}; wait until it ends, or give another folder")
             lock.sign()
             yield
         finally:
             lock.release(remove=True)
-            for folder in made:
+            for folder in new_folders:
                 with suppress(OSError):
                     folder.rmdir()
 
     def claim(self) -> None:
-        """From here on the folder is this run's. Called late: a run that fails before it makes anything leaves nothing behind.
+        """Make the folder this run's: record the settings, mark what will be written, remove half-written files of a
+        killed process.
 
-        Half written files of a process that was killed go.
+        Call it as late as possible, so that a run that fails early leaves nothing behind.
         """
         sweep(self.path)
         for name in self._below:
             sweep(self.path / name, below=True)
         write_json(self.path / self._record, self.settings)
+        mark_as_ours(self.path, *self._made)
 
     def _read_settings(self) -> dict[str, Any]:
         try:
-            there = json.loads((self.path / self._record).read_text(encoding="utf-8"))
-            if not isinstance(there, dict):
+            settings = json.loads((self.path / self._record).read_text(encoding="utf-8"))
+            if not isinstance(settings, dict):
                 raise ValueError("not a JSON object")
         except (OSError, ValueError) as error:
             raise UserError(
                 f"--out {self.path}: its {self._record} cannot be read ({error}); give another folder"
             ) from error
-        return there
+        return settings
+
+
+def mark_as_ours(folder: Path, *names: str) -> None:
+    """Add `names` to the MARKER of `folder`, so that smooseg never takes its own pictures there for images to segment.
+
+    The marker names files instead of standing for the whole folder: photos in the same folder are still read. Makes the
+    folder; WriteError when it cannot be written.
+    """
+    known = written_by_us(folder)
+    if not known.issuperset(names):
+        write_atomic(folder / MARKER, "\n".join([MARKER_TEXT, *sorted(known.union(names))]) + "\n")
+
+
+def written_by_us(folder: Path | str) -> set[str]:
+    """Names that the MARKER of `folder` lists; none without a marker that can be read."""
+    with suppress(OSError):
+        text, *names = Path(folder, MARKER).read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+        return set(names) if text == MARKER_TEXT else set()
+    return set()
 
 
 class Journal:
-    """A file with a JSON object a line, appended to as things get done, so that a stop at any time loses at most the last."""
+    """A file with one JSON object a line, appended to as things get done: a stop loses at most the last line."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def read(self) -> list[dict[str, Any]]:
-        """The records, without what a stop or a full disk left half written."""
+        """Return the whole records, without lines that a stop or a full disk cut short. UserError when the file cannot
+        be read.
+        """
         records = []
         try:
             text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
         except OSError as error:
             raise UserError(
-                f"{self.path}: cannot be read ({error.strerror}); change its permissions, or take it away"
+                f"{self.path}: cannot be read ({error.strerror}); change its permissions, or remove it"
             ) from error
         for line in text.splitlines():
             try:
@@ -126,10 +154,13 @@ class Journal:
         return records
 
     def rewrite(self, records: Iterable[dict[str, Any]]) -> None:
-        """Before the first `append` of a process: a half line at the end would swallow it."""
+        """Replace the file. Call it before the first `append` of a process, whose record would glue to a line that was
+        cut short.
+        """
         write_atomic(self.path, "".join(self._line(record) for record in records))
 
     def append(self, *records: dict[str, Any]) -> None:
+        """Add `records` at the end. WriteError when the disk is full."""
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write("".join(self._line(record) for record in records))

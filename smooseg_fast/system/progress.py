@@ -1,4 +1,4 @@
-"""The line that tells how far a command is."""
+"""The line that shows how far a command is."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-PLAIN_S = 30.0  # between lines where nobody watches
+PLAIN_S = 30.0  # between lines in a log file
 
 
 class Bar(tqdm):
-    """tqdm's bar on a terminal; elsewhere, as in a log file, a plain line every PLAIN_S seconds instead of a flood."""
+    """tqdm's bar on a terminal; elsewhere, as in a log file, a plain line every PLAIN_S seconds."""
 
     def __init__(self, **options: Any):
         super().__init__(dynamic_ncols=True, **options)
@@ -32,7 +32,7 @@ class Bar(tqdm):
 
     @property
     def pace(self) -> float | None:
-        """Units a second: of late where the line has been drawn, else since the start."""
+        """Units a second: the recent rate once the line has been drawn, before that the mean."""
         if self.disable:
             return None
         state = self.format_dict
@@ -40,5 +40,5 @@ class Bar(tqdm):
         return state["rate"] or (done / seconds if done and seconds else None)
 
     def tell(self, text: str) -> None:
-        """`text` at the end of the line."""
+        """Show `text` at the end of the line."""
         self.set_postfix_str(text, refresh=not self.disable and self.fp.isatty())

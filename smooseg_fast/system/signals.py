@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: requests that a loop answers between two steps, and exceptions everywhere else."""
+"""Ctrl-C and SIGTERM: a request that a loop answers between two steps, an exception everywhere else."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-PATIENCE_S = 0.8  # that a step under way gets to end: saving, and ending the process, take up to one more
+PATIENCE_S = 0.8  # for a step under way to end; saving, and ending the process, take up to one second more
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal to stop; `kept` tells in words what is kept, as soon as somebody knows."""
+    """A signal to stop; `kept` says in words what is kept, once that is known."""
 
     def __init__(self, number: int = signal.SIGINT, kept: str = ""):
         super().__init__(kept)
@@ -21,13 +21,13 @@ class Interrupted(KeyboardInterrupt):
 
 
 def with_kept(stop: KeyboardInterrupt, kept: str) -> Interrupted:
-    """`stop`, telling what is kept; an earlier word on it stands."""
+    """Return `stop` with a word on what is kept; an earlier word stands."""
     return Interrupted(getattr(stop, "number", signal.SIGINT), getattr(stop, "kept", "") or kept)
 
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Within it SIGTERM raises Interrupted, as Ctrl-C raises KeyboardInterrupt, instead of ending the process without a word."""
+    """Make SIGTERM raise Interrupted inside, as Ctrl-C raises KeyboardInterrupt, instead of ending without a word."""
 
     def stop(number: int, _frame: Any) -> None:
         raise Interrupted(number)
@@ -40,9 +40,9 @@ def terminable() -> Iterator[None]:
 
 
 class StopRequest:
-    """Within it, Ctrl-C and SIGTERM are noted in `number` for the loop to act on between two steps.
+    """Notes Ctrl-C and SIGTERM in `number` while entered, for the loop to act on between two steps.
 
-    Interrupted is raised at once by a second signal, by the first one within `at_once`, and when a step goes on for PATIENCE_S after it.
+    Raises Interrupted for a second signal, for the first one inside `at_once`, and when a step takes PATIENCE_S longer.
     """
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class StopRequest:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Around what may be cut short: a signal ends it, and the loop goes on behind it."""
+        """Let a signal cut short what is inside; the loop continues after it."""
         self._at_once = True
         try:
             yield
@@ -83,7 +83,7 @@ class StopRequest:
 
 
 def _handle(numbers: tuple[int, ...], handler: Any) -> dict[int, Any]:
-    """-> the handlers that were there; none in another thread than the main one, to which Python delivers no signals."""
+    """Set `handler` -> the earlier ones; does nothing outside the main thread, where Python delivers no signals."""
     if threading.current_thread() is not threading.main_thread():
         return {}
     return {number: signal.signal(number, handler) for number in numbers}

@@ -57,28 +57,14 @@ POINTERS = {
 }
 
 
-<<<<<<< HEAD
-class Recorder:
-    """Stands in for `launch`: keeps what would have been launched."""
-
-    def __init__(self) -> None:
-        self.launches: list[tuple] = []
-        self.label = ""
-
-    def __call__(self, kernel, grid, *, settings, **arguments) -> None:
-        switches = {kernel.arg_names[i] for i in kernel.constexprs}
-        args = [arguments.pop(name) for name in kernel.arg_names if name in arguments and name not in switches]
-        self.launches.append((self.label, kernel, grid, args, {**arguments, **settings}))
-
-
-=======
->>>>>>> bench
 def record(target: str, cases: dict) -> list[tuple]:
     """Runs the operators' launchers on tensors without memory, with the configurations of `target`."""
     launches = []
 
-    def keep(kernel, grid, *args, settings, **constants) -> None:
-        launches.append((label, kernel, grid, args, {**constants, **settings}))
+    def keep(kernel, grid, *, settings, **arguments) -> None:
+        switches = {kernel.arg_names[i] for i in kernel.constexprs}
+        args = [arguments.pop(name) for name in kernel.arg_names if name in arguments and name not in switches]
+        launches.append((label, kernel, grid, args, {**arguments, **settings}))
 
     for module in (objective, code_rows, assignment, pairs, similarity):
         module.launch = keep

@@ -25,12 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import charts  # noqa: E402
 import results  # noqa: E402
 
-<<<<<<< HEAD
-from smooseg_fast.errors import UserError  # noqa: E402
 from smooseg_fast.system.files import write_atomic  # noqa: E402
-=======
-from smooseg_fast.files import write_atomic  # noqa: E402
->>>>>>> bench
 
 PAGES = ("README.md", "docs/performance.md", "docs/kernels_aot.md")
 RESULTS, PICTURES = "benchmarks/results", "docs/pictures"

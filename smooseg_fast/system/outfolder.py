@@ -16,6 +16,17 @@ from .locks import Lock
 LOCK = ".lock"
 
 
+class HoldsAnotherRun(UserError):
+    """The folder `path` belongs to a run in which the setting `name` is `there`, and not `here`."""
+
+    def __init__(self, path: Path, name: str, there: Any, here: Any):
+        self.path, self.name, self.there, self.here = path, name, there, here
+        super().__init__(
+            f"--out {path}: holds another run ({name} is {there!r} there and {here!r} here); "
+            "give another folder, or the same settings to resume"
+        )
+
+
 class OutFolder:
     """A folder that belongs to one set of settings, kept in a JSON file of it: the same go on there, others are refused.
 
@@ -44,10 +55,7 @@ class OutFolder:
             there = self._read_settings()
             for name, value in self.settings.items():
                 if there.get(name) != value:
-                    raise UserError(
-                        f"--out {path}: holds another run ({name} is {there.get(name)!r} there and {value!r} here); "
-                        "give another folder, or the same settings to resume"
-                    )
+                    raise HoldsAnotherRun(path, name, there.get(name), value)
         elif there := [name for name in made if (path / name).exists()]:
             raise UserError(f"--out {path}: holds {there[0]} but no {record}; give another folder")
 

@@ -32,7 +32,7 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"smooseg {__version__}")
         return 0
     try:
-        chosen = choose_command(args, COMMANDS, program() or f"python -m {__package__}")
+        chosen = choose_command(args, COMMANDS, program() or f"python -m {__package__}", "train --data")
     except UserError as error:
         print("error: " + printable(str(error)), file=sys.stderr)
         return 2

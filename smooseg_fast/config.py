@@ -97,7 +97,9 @@ class TrainConfig:
     """Maximum size of the feature cache, e.g. 50GB (default: unlimited). Least recently used features go first. If the features of this
     run alone exceed it, training streams: each pass recomputes them, one part of the images after another."""
 
-    prototypes: Annotated[int | None, Group("learning"), Bounds(1, GROUPS, ", the most that an 8-bit mask can hold")] = None
+    prototypes: Annotated[
+        int | None, Group("learning"), Bounds(1, GROUPS, ", the most that an 8-bit mask can hold")
+    ] = None
     """Maximum number of groups [the number of classes, or 16 without labels]."""
     granularity: Annotated[tuple[float, ...] | None, distinct] = (0.06, -0.05, 0.0, 0.03, 0.1)
     """How fine the grouping is: patches pull together when their closeness exceeds the measured mean by this much. Lower values merge

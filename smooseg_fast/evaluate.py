@@ -1,4 +1,4 @@
-"""`python -m smooseg_fast.evaluate`: a checkpoint against labels, over a whole set."""
+"""`smooseg evaluate`: measure a checkpoint against the labels of a whole set."""
 
 from __future__ import annotations
 
@@ -6,60 +6,64 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import tyro
-
-from .command import load_segmenter, parse, run
-from .config import TrainConfig, preset
-from .datasets import Dataset, open_dataset, recognise
-from .datasets.demo import demo_datasets
-from .datasets.images import whole_patches
+from .command import load_segmenter, run
+from .config import Backbone, BackbonePrecision, CacheLimit, Device, Folder, PresetName, Side, TrainConfig, preset
 from .errors import UserError
-from .features.extract import open_or_extract
-from .features.room import require_room
-from .measure.confusion import LabelSquares, confusion_of, head_codes, require_same_rows
-from .measure.scores import hungarian, majority, percent, table
-from .segment.checkpoint import Checkpoint
-from .segment.segmenter import pick_device
-from .show import charts, pictures
+from .system.commandline import parse, starter
+from .system.fields import Group, Value
 from .system.files import write_json
-from .system.processes import ALONE, Processes
 from .system.sizes import parse_size
+
+if TYPE_CHECKING:
+    from .datasets import Dataset
+    from .segment.checkpoint import Checkpoint
+    from .system.processes import Processes
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Accuracy and mIoU of a checkpoint on labelled images: every labelled pixel of every image counts."""
+    """Measure accuracy and mIoU of a checkpoint on labelled images: every labelled pixel of every image counts."""
 
-    checkpoint: str
+    checkpoint: Annotated[str, Group("data"), Value("FILE")]
     """The checkpoint.safetensors that training wrote, or a published SmooSeg .ckpt."""
-    data: str | None = None
+    data: Annotated[str | None, Value("FOLDER", usual=True)] = None
     """DIR with images/ and labels/, or val/ (else test/) above them; or Cityscapes, COCO-Stuff, Potsdam or PASCAL VOC as their owners pack
-    them; without it, the demo's held-out images."""
-    preset: str | None = None
-    """cityscapes, cocostuff27 or potsdam: the paper's protocol for that dataset, whatever the checkpoint was trained with: central
-    squares of 320 pixels (potsdam 224), nearest neighbour, mirror averaging, all images [the checkpoint's sizes]."""
-    out: str | None = None
-    """Folder for scores.json, confusion.png [evaluation beside the checkpoint]."""
-    mirror: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")] = True
+    them [the demo's held-out images]."""
+    preset: PresetName | None = None
+    """The paper's protocol for a dataset, whatever the checkpoint was trained with: central squares of 320 pixels (potsdam 224), nearest
+    neighbour, mirror averaging, all images [the checkpoint's sizes]."""
+    eval_size: Side | None = None
+    """Short side in pixels [the preset's, else the checkpoint's]."""
+    mirror: bool = True
     """Take each image once, which halves the time, instead of averaging its codes with those of its mirror image as the paper does."""
-    eval_size: int | None = None
-    """Pixels of the short side [the preset's, else the checkpoint's]."""
-    backbone: str | None = None
-    """Needed where the checkpoint was trained on a module:callable; else the one it names."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, mps or auto."""
-    backbone_precision: str = "auto"
-    """What a ViT backbone computes in: float32, bfloat16, float16, or auto: what the device is fast in."""
-    cache: str | None = None
+
+    backbone: Annotated[Backbone | None, Group("features")] = None
+    """Needed when the checkpoint was trained on a module:callable [the one that the checkpoint names]."""
+    backbone_precision: BackbonePrecision = "auto"
+    """Number format of a ViT backbone; auto takes one in which the device is fast."""
+    device: Device = "auto"
+    """cpu, cuda, cuda:1, mps, or auto: a GPU if there is one."""
+    cache: Folder | None = None
     """Folder of the feature cache [~/.cache/smooseg_fast]."""
-    cache_limit: str | None = None
-    """Room that the cache may take, such as 50GB [all there is]; the features of other runs go for it, the longest unused first."""
+    cache_limit: CacheLimit | None = None
+    """Maximum size of the feature cache, e.g. 50GB (default: unlimited). Least recently used features go first."""
+
+    out: Annotated[Folder | None, Group("output")] = None
+    """Folder for scores.json and confusion.png [evaluation next to the checkpoint]."""
 
 
-def main(args: Sequence[str], processes: Processes = ALONE) -> None:
-    config = parse(EvaluateConfig, args, prog="python -m smooseg_fast.evaluate")
+def main(args: Sequence[str], processes: Processes | None = None) -> None:
+    config = parse(EvaluateConfig, args, " ".join(starter("smooseg_fast.evaluate")))
+    from .datasets.images import whole_patches
+    from .features.extract import open_or_extract
+    from .features.room import require_room
+    from .measure.confusion import LabelSquares, confusion_of, head_codes, require_same_rows
+    from .measure.scores import hungarian, majority, percent, table
+    from .segment.segmenter import pick_device
+    from .show import charts, pictures
+
     segmenter = load_segmenter(
         config.checkpoint, config.backbone, processes.device(pick_device(config.device)), config.backbone_precision
     )
@@ -123,7 +127,10 @@ def main(args: Sequence[str], processes: Processes = ALONE) -> None:
 
 
 def labelled_images(data: str | None, checkpoint: Checkpoint) -> Dataset:
-    """The held-out images of the folder `data`, or without it those of the demo. UserError when they, or their labels, are not there."""
+    """The held-out images of the folder `data`, or without it those of the demo. UserError when they or their labels are missing."""
+    from .datasets import open_dataset
+    from .datasets.demo import demo_datasets
+
     if data is None:
         config = checkpoint.config
         # arrays given to `fit` have no folder either, but they have no classes
@@ -136,13 +143,15 @@ def labelled_images(data: str | None, checkpoint: Checkpoint) -> Dataset:
     if not dataset.labelled:
         why = "".join(f" ({note})" for note in dataset.notes)
         raise UserError(
-            f"--data {data}: has no labels{why}; evaluation needs DIR/images and DIR/labels, smooseg_fast.predict needs none"
+            f"--data {data}: has no labels{why}; evaluation needs DIR/images and DIR/labels, prediction needs none"
         )
     return dataset
 
 
 def protocol(name: str, data: str | None) -> TrainConfig:
-    """The preset `name`. UserError when `data` is recognised as the dataset of another."""
+    """The preset `name`. UserError when `data` is recognised as the dataset of another one."""
+    from .datasets import recognise
+
     settings = preset(name)
     layout = None if data is None else recognise(data)
     if layout is not None and layout.preset != name:
@@ -151,4 +160,4 @@ def protocol(name: str, data: str | None) -> TrainConfig:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, together=True))
+    sys.exit(run(main))

@@ -1,4 +1,4 @@
-"""`python -m smooseg_fast.predict`: masks, overlays, shares and a contact sheet for any image or folder of images."""
+"""`smooseg predict`: masks, overlays, shares and a contact sheet for any image or folder of images."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-import tyro
 from tqdm import tqdm
 
-from .command import load_segmenter, parse, printable, run
+from .command import load_segmenter, printable, run
+from .config import Backbone, BackbonePrecision, Device, Side
 from .datasets import recognise
 from .datasets.images import ImageError, find_images, read_image, read_label
 from .errors import UserError
-from .features.sample import spread
-from .segment.segmenter import Segmenter
-from .show import pictures
-from .show.sheet import Shown, groups_sheet
+from .system.commandline import parse, starter
+from .system.fields import Group, Value
 from .system.files import write_json
 from .system.outfolder import Journal, OutFolder
 from .system.progress import Bar
 from .system.signals import Interrupted, StopRequest
+
+if TYPE_CHECKING:
+    from .segment.segmenter import Segmenter
+    from .show.sheet import Shown
 
 SHEET_IMAGES = 24
 RUN, DONE, MASKS, OVERLAYS, SHARES, SHEET = (
@@ -41,24 +43,27 @@ Shares = dict[str, float]  # group -> share of an image's pixels
 
 @dataclass(frozen=True, kw_only=True)
 class PredictConfig:
-    """Segment images of any size with a checkpoint. The same command on the same --out goes on where it was stopped."""
+    """Segment images of any size with a checkpoint. The same command on the same --out resumes where it was stopped."""
 
-    checkpoint: str
-    """The checkpoint.safetensors that training wrote, or a published SmooSeg .ckpt."""
-    images: str
+    images: Annotated[str, Group("data"), Value("PATH", usual=True)]
     """An image, or a folder of images in any nesting."""
-    out: str
-    """Folder for masks/ (8-bit palette PNG of the image's own size), overlays/, shares.json, sheet.jpg, all of one checkpoint."""
-    mirror: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")] = True
+    checkpoint: Annotated[str, Value("FILE")]
+    """The checkpoint.safetensors that training wrote, or a published SmooSeg .ckpt."""
+    short_side: Side | None = None
+    """Size in pixels to which the short side of an image is brought before features are taken [the checkpoint's]; larger sees finer
+    detail."""
+    mirror: bool = True
     """Take each image once, which halves the time, instead of averaging its codes with those of its mirror image as the paper does."""
-    short_side: int | None = None
-    """Pixels that an image's short side is brought to before features are taken [the checkpoint's]; larger sees finer detail."""
-    backbone: str | None = None
-    """Needed where the checkpoint was trained on a module:callable; else the one it names."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, mps or auto."""
-    backbone_precision: str = "auto"
-    """What a ViT backbone computes in: float32, bfloat16, float16, or auto: what the device is fast in."""
+
+    backbone: Annotated[Backbone | None, Group("features")] = None
+    """Needed when the checkpoint was trained on a module:callable [the one that the checkpoint names]."""
+    backbone_precision: BackbonePrecision = "auto"
+    """Number format of a ViT backbone; auto takes one in which the device is fast."""
+    device: Device = "auto"
+    """cpu, cuda, cuda:1, mps, or auto: a GPU if there is one."""
+
+    out: Annotated[str, Group("output"), Value("FOLDER")]
+    """Folder for masks/ (8-bit palette PNG of the image's own size), overlays/, shares.json and sheet.jpg, all of one checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,8 @@ class Predictions(OutFolder):
         self, item: Item, stamp: list[str | int] | None, image: np.ndarray, labels: np.ndarray, colours: np.ndarray
     ) -> Shares:
         """`image` uint8 [H,W,3] with labels uint8 [H,W] is done; `stamp` is from before it was read."""
+        from .show import pictures
+
         if not self._claimed:
             self.claim()
             self._journal.rewrite(self._done.values())
@@ -120,7 +127,7 @@ class Predictions(OutFolder):
 
 
 def main(args: Sequence[str]) -> None:
-    config = parse(PredictConfig, args, prog="python -m smooseg_fast.predict")
+    config = parse(PredictConfig, args, " ".join(starter("smooseg_fast.predict")))
     segmenter = load_segmenter(config.checkpoint, config.backbone, config.device, config.backbone_precision)
     root, out = Path(config.images).expanduser(), Path(config.out).expanduser()
     items = items_below(root)
@@ -174,6 +181,8 @@ def segment(
 
     -> (reasons of the images that were skipped, by name; the number of the signal that stopped it, None when all are through).
     """
+    from .show import pictures
+
     skipped: dict[str, str] = {}
     colours = pictures.palette(segmenter.groups)
     todo = [item for item in items if item.name not in shares]
@@ -204,6 +213,9 @@ def mean_shares(shares: Collection[Shares]) -> Shares:
 
 def draw_sheet(path: Path, done: Sequence[Item], made: Predictions, segmenter: Segmenter, mean: Shares) -> None:
     """Of images evenly spaced over all that are done, read back: also those that were done by an earlier command."""
+    from .features.sample import spread
+    from .show import pictures
+    from .show.sheet import groups_sheet
 
     def shown() -> Iterator[Shown]:
         for place in spread(len(done), SHEET_IMAGES).tolist():

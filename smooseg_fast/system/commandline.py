@@ -34,7 +34,11 @@ def starter(module: str, processes: int = 1) -> list[str]:
     words = program().split()
     words = [*words, module.removeprefix(f"{PACKAGE}.")] if words else ["python", "-m", module]
     if processes > 1:
-        words = ["torchrun", f"--nproc-per-node={processes}", *(words[1:] if words[0] == "python" else ["--no-python", *words])]
+        words = [
+            "torchrun",
+            f"--nproc-per-node={processes}",
+            *(words[1:] if words[0] == "python" else ["--no-python", *words]),
+        ]
     return words
 
 
@@ -44,13 +48,18 @@ def command_line(command: str, *words: str) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """"; did you mean X", or nothing when nothing is near."""
+    """ "; did you mean X", or nothing when nothing is near."""
     close = difflib.get_close_matches(word, list(known), 1, 0.6)
     return f"; did you mean {close[0]}" if close else ""
 
 
-def choose_command(args: Sequence[str], about: Mapping[str, str], program: str) -> tuple[str, list[str]] | None:
-    """(the command that `args` begin with, the words after it); None when the list of commands was asked for, and printed."""
+def choose_command(
+    args: Sequence[str], about: Mapping[str, str], program: str, folder: str = ""
+) -> tuple[str, list[str]] | None:
+    """(the command that `args` begin with, the words after it); None when the list of commands was asked for, and printed.
+
+    `folder`: the words that a folder would follow, for the message about one that stands in place of the command.
+    """
     if not args or args[0] in HELP:
         width = max(map(len, about))
         print(f"usage: {program} COMMAND ...\n")
@@ -60,6 +69,8 @@ def choose_command(args: Sequence[str], about: Mapping[str, str], program: str) 
         return None
     if args[0] not in about:
         hint = nearest(args[0], about) or f"; there are {', '.join(about)}"
+        if folder and Path(args[0]).exists():
+            hint = f"; did you mean {program} {folder} {shlex.quote(args[0])}"
         raise UserError(f"{args[0]}: is not a command of {program}{hint}")
     return args[0], list(args[1:])
 
@@ -84,7 +95,7 @@ def read(kind: type, args: Sequence[str], program: str) -> dict[str, Any]:
     words, values = list(args), {}
     fields = fields_of(kind)
     flags = {field.flag: field for field in fields.values() if not field.value.positional}
-    switches = {name: (field, not off) for field in flags.values() for name, off in _switches(field)}
+    toggles = {name: (field, not off) for field in flags.values() for name, off in switches(field)}
     positional = [field for field in fields.values() if field.value.positional]
     last = None  # the flag that took the word before
     while words:
@@ -96,10 +107,10 @@ def read(kind: type, args: Sequence[str], program: str) -> dict[str, Any]:
                 raise UserError(_stray(word, last, fields, values, program))
             taken = [word, *_until_flag(words)] if positional[0].many else [word]
             values[positional[0].name] = positional.pop(0).read(taken)
-        elif key in switches:
+        elif key in toggles:
             if equals:
                 raise UserError(f"{key}: takes no value, got {value!r:.80}")
-            field, on = switches[key]
+            field, on = toggles[key]
             values[field.name] = on
         elif key in flags:
             field = flags[key]
@@ -108,7 +119,7 @@ def read(kind: type, args: Sequence[str], program: str) -> dict[str, Any]:
                 raise UserError(f"{key}: has no value; give {_shown(field)}")
             values[field.name], last = field.read(taken), field
         else:
-            hint = nearest(key, (*flags, *switches)) or f"; {program} --help lists the flags"
+            hint = nearest(key, (*flags, *toggles)) or f"; {program} --help lists the flags"
             raise UserError(f"{word if key == '--' else key}: is not a flag{hint}")
     return values
 
@@ -121,7 +132,7 @@ def _until_flag(words: list[str], most: int | None = None) -> list[str]:
     return taken
 
 
-def _switches(field: Field) -> list[tuple[str, bool]]:
+def switches(field: Field) -> list[tuple[str, bool]]:
     """The names that turn a field of True or False on, and off."""
     return [(field.flag, False), ("--no-" + field.flag[2:], True)] if field.kind is bool else []
 
@@ -169,7 +180,7 @@ def _shown(field: Field) -> str:
 
 
 def _entry(field: Field, text: str, default: Any) -> str:
-    head = _switches(field)[bool(default)][0] if field.kind is bool else _usage(field)
+    head = switches(field)[bool(default)][0] if field.kind is bool else _usage(field)
     notes = [] if field.bounds is None else [f"({field.bounds})"]
     if field.kind is not bool and default not in (None, (), dataclasses.MISSING):
         values = default if field.many else (default,)

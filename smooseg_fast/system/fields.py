@@ -1,7 +1,7 @@
 """Fields of settings: a dataclass declares kinds, choices, bounds and help; values from Python, files and command lines are held against it.
 
-    steps: Annotated[int, Bounds(1)] = 200
-    \"\"\"Optimiser steps.\"\"\"
+steps: Annotated[int, Bounds(1)] = 200
+\"\"\"Optimiser steps.\"\"\"
 """
 
 from __future__ import annotations
@@ -135,7 +135,9 @@ class Field:
             raise UserError(f"{self.label}: {value!r:.80} is not known; choose one of {', '.join(self.choices)}")
         if value == "":
             thing = "a folder" if self.value.metavar == "FOLDER" else "a value"
-            raise UserError(f"{self.label}: is empty; give {thing}" + (", or leave it out" if not self.required else ""))
+            raise UserError(
+                f"{self.label}: is empty; give {thing}" + (", or leave it out" if not self.required else "")
+            )
         if self.bounds is not None:
             self.bounds.check(self.label, value)
 
@@ -148,7 +150,7 @@ def flag(name: str) -> str:
 @cache
 def fields_of(kind: type) -> dict[str, Field]:
     """The fields of the dataclass `kind` by their names, in their order."""
-    hints, group, declared = get_type_hints(kind, include_extras=True), "", {}
+    hints, group, declared = get_type_hints(kind, include_extras=True), "flags", {}
     for field in dataclasses.fields(kind):
         hint, notes = _unwrapped(hints[field.name])
         group = next((note.title for note in notes if isinstance(note, Group)), group)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from inspect import signature
 
 from . import __version__
 from .command import printable, run
@@ -40,7 +39,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     command, words = chosen
     module = import_module(f".{command}", __package__)
-    return run(module.main, words, together="processes" in signature(module.main).parameters)
+    return run(module.main, words)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""`smooseg cache ls|rm|verify`: list, remove or verify the features that are kept on disk, so that the backbone runs once."""
+"""`smooseg cache ls|rm|verify`: list, remove or verify the features that are kept on disk, so that the backbone runs
+once."""
 
 from __future__ import annotations
 
@@ -35,8 +36,9 @@ DETAILS = {
 
 @dataclass(frozen=True, kw_only=True)
 class List:
-    """List the contents of the cache, the last used first. Where rows would look alike, further columns show what differs: precision,
-    resample and batch (squares that the backbone took at once), and digests of the backbone's weights and of the image files."""
+    """List the contents of the cache, the last used first. Where rows would look alike, further columns show what
+    differs: precision, resample and batch (squares that the backbone took at once), and digests of the backbone's
+    weights and of the image files."""
 
     cache: Folder | None = None
     """Folder of the feature cache [~/.cache/smooseg_fast]."""
@@ -44,7 +46,8 @@ class List:
 
 @dataclass(frozen=True, kw_only=True)
 class Remove:
-    """Remove features at once, without asking, except those that a run is using. They can be recomputed from their images."""
+    """Remove features at once, without asking, except those that a run is using. They can be recomputed from their
+    images."""
 
     keys: Annotated[tuple[str, ...], Value("KEY", positional=True)] = ()
     """Keys of the features to remove, as `ls` shows them; their first letters are enough."""
@@ -58,7 +61,8 @@ class Remove:
 
 @dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Read every byte and compare checksums. A damaged file is named and removed: the next run that needs it recomputes it."""
+    """Read every byte and compare checksums. A damaged file is named and removed: the next run that needs it recomputes
+    it."""
 
     keys: Annotated[tuple[str, ...], Value("KEY", positional=True)] = ()
     """Keys of the features to verify [all]."""

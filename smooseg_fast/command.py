@@ -1,4 +1,5 @@
-"""What commands share: the checkpoint they name, the next command they print, errors as one line with exit code 2, signals as 130 and 143.
+"""What commands share: the checkpoint they name, the next command they print, errors as one line with exit code 2,
+signals as 130 and 143.
 
 Commands import PyTorch and the rooms only when work starts, so that --help and completion appear at once.
 """
@@ -10,6 +11,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +30,8 @@ def printable(text: str) -> str:
 
 
 def load_segmenter(checkpoint: str, backbone: str | None, device: str, precision: str) -> Segmenter:
-    """The segmenter that a command's flags of these names ask for; warns on stderr when the backbone is not that of training."""
+    """The segmenter that a command's flags of these names ask for; warns on stderr when the backbone is not that of
+    training."""
     from .segment.segmenter import Segmenter
 
     segmenter = Segmenter.load(checkpoint, backbone=backbone, device=device, precision=precision)
@@ -57,17 +60,17 @@ def predict_command(checkpoint: Path, images: Path | str, out: Path, backbone: s
     return command_line("predict", *words, *(["--backbone", backbone] if ":" in backbone else []))
 
 
-def run(main: Callable[..., None], args: Sequence[str] | None = None, *, together: bool = False) -> int:
+def run(main: Callable[..., None], args: Sequence[str] | None = None) -> int:
     """The body of every command: -> the exit code. After a signal or on a full disk it prints the command that resumes.
 
-    together: `main` takes the processes as its second argument; other commands refuse torchrun.
+    `main` takes the words after the command, and `processes` if torchrun may start it; other commands refuse torchrun.
     """
     args = sys.argv[1:] if args is None else args
     try:
         try:
             if HELP & set(args):
                 return _help(main, args)
-            return _run(main, args, together)
+            return _run(main, args)
         finally:
             sys.stdout.flush()  # at Python's own end nobody could catch that it fails
     except BrokenPipeError:  # the reader of stdout has gone, as `head` does: no news for the user
@@ -87,13 +90,13 @@ def _help(main: Callable[..., None], args: Sequence[str]) -> int:
     return 0
 
 
-def _run(main: Callable[..., None], args: Sequence[str], together: bool) -> int:
+def _run(main: Callable[..., None], args: Sequence[str]) -> int:
     from .system.processes import PATIENCE, joined
 
     with joined() as processes, terminable() if processes.size == 1 else contextlib.nullcontext():
         try:
             with processes.first_heard():
-                if together:
+                if "processes" in signature(main).parameters:
                     main(args, processes)
                 elif processes.size > 1:
                     raise UserError(f"torchrun: this command runs in one process, not {processes.size}; start it alone")

@@ -29,7 +29,8 @@ class CompletionConfig:
     """Print a script that completes smooseg's commands, flags and values: source <(smooseg completion bash)"""
 
     shell: Annotated[Literal["bash", "zsh", "fish"], Value("{bash,zsh,fish}", positional=True)]
-    """The shell: in ~/.bashrc or ~/.zshrc write `source <(smooseg completion bash)` (zsh), for fish `smooseg completion fish | source`."""
+    """The shell: in ~/.bashrc or ~/.zshrc write `source <(smooseg completion bash)` (zsh), for fish `smooseg completion
+    fish | source`."""
 
 
 # the words after `smooseg`, by the settings that they take

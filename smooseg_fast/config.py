@@ -1,6 +1,7 @@
 """Settings of a run: one flat, typed configuration that is saved with every checkpoint, and presets to start from.
 
-Every field declares its legal values (system/fields): the command line, `fit` and the headers of checkpoints are held against the same.
+Every field declares its legal values (system/fields): the command line, `fit` and the headers of checkpoints are held
+against the same.
 """
 
 from __future__ import annotations
@@ -70,8 +71,9 @@ class TrainConfig:
     """
 
     data: Annotated[str | None, Group("data"), Value("FOLDER", usual=True)] = None
-    """Folder of images in any nesting; or DIR/images and DIR/labels, with train/, val/ or test/ above them; or Cityscapes, COCO-Stuff,
-    Potsdam or PASCAL VOC as their owners pack them (smooseg data check DIR tells what it finds)."""
+    """Folder of images in any nesting; or DIR/images and DIR/labels, with train/, val/ or test/ above them; or
+    Cityscapes, COCO-Stuff, Potsdam or PASCAL VOC as their owners pack them (smooseg data check DIR tells what it
+    finds)."""
     preset: PresetName = "folder"
     """Settings to start from; the flags that are given change them."""
     size: Side = 224
@@ -79,34 +81,38 @@ class TrainConfig:
     eval_size: Side = 320
     """Short side in pixels for evaluation and prediction."""
     crops: Crops = "slide"
-    """slide cuts squares along the long side, so that the whole image is seen. center cuts the middle square alone. five cuts the corners
-    and the centre at half the height and width, as the paper does for Cityscapes and COCO-Stuff."""
+    """slide cuts squares along the long side, so that the whole image is seen. center cuts the middle square alone.
+    five cuts the corners and the centre at half the height and width, as the paper does for Cityscapes and
+    COCO-Stuff."""
     resample: Resample = "nearest"
     """How images are resized; the paper takes nearest."""
 
     backbone: Annotated[Backbone, Group("features")] = "filterbank"
-    """Frozen features: filterbank (built in), a transformers ViT by hub name or folder, a DINO or DINOv2 .pth, or module:callable."""
+    """Frozen features: filterbank (built in), a transformers ViT by hub name or folder, a DINO or DINOv2 .pth, or
+    module:callable."""
     backbone_precision: BackbonePrecision = "auto"
-    """Number format of a ViT backbone. auto takes half precision on a GPU and on a CPU with matrix units (AMX), where it needs a third of
-    the time, and float32 elsewhere."""
+    """Number format of a ViT backbone. auto takes half precision on a GPU and on a CPU with matrix units (AMX), where
+    it needs a third of the time, and float32 elsewhere."""
     device: Device = "auto"
     """cpu, cuda, cuda:1, mps, or auto: a GPU if there is one."""
     cache: Folder | None = None
     """Folder of the feature cache [~/.cache/smooseg_fast]."""
     cache_limit: CacheLimit | None = None
-    """Maximum size of the feature cache, e.g. 50GB (default: unlimited). Least recently used features go first. If the features of this
-    run alone exceed it, training streams: each pass recomputes them, one part of the images after another."""
+    """Maximum size of the feature cache, e.g. 50GB (default: unlimited). Least recently used features go first. If the
+    features of this run alone exceed it, training streams: each pass recomputes them, one part of the images after
+    another."""
 
     prototypes: Annotated[
         int | None, Group("learning"), Bounds(1, GROUPS, ", the most that an 8-bit mask can hold")
     ] = None
     """Maximum number of groups [the number of classes, or 16 without labels]."""
     granularity: Annotated[tuple[float, ...] | None, distinct] = (0.06, -0.05, 0.0, 0.03, 0.1)
-    """How fine the grouping is: patches pull together when their closeness exceeds the measured mean by this much. Lower values merge
-    groups, higher values split them. No single value suits every set of photos, so several are learnt at once and shown side by side; the
-    first one predicts. Replaces both thresholds."""
+    """How fine the grouping is: patches pull together when their closeness exceeds the measured mean by this much.
+    Lower values merge groups, higher values split them. No single value suits every set of photos, so several are
+    learnt at once and shown side by side; the first one predicts. Replaces both thresholds."""
     threshold_within: float | None = None
-    """Closeness above which patches of the same image pull together, as an absolute number; needs --threshold-across."""
+    """Closeness above which patches of the same image pull together, as an absolute number; needs
+    --threshold-across."""
     threshold_across: float | None = None
     """Closeness above which patches of different images pull together; needs --threshold-within."""
     temperature: Annotated[float, Bounds(1e-6, 1e6)] = 0.1
@@ -128,7 +134,8 @@ class TrainConfig:
     code_dim: AtLeastOne = 64
     """Channels of a code, which the projection computes from the features of a patch."""
     init: Init = "pca-kmeans"
-    """Where learning starts. pca-kmeans takes the features' leading singular vectors and k-means, and is steadier; random is the paper's."""
+    """Where learning starts. pca-kmeans takes the features' leading singular vectors and k-means, and is steadier;
+    random is the paper's."""
     heads: AtLeastOne = 1
     """Number of seeds to learn at once, from --seed upwards, on the same batches; every granularity gets as many."""
     seed: Seed = 0
@@ -136,13 +143,14 @@ class TrainConfig:
     data_seed: Seed = 0
     """Seed of the batches, partners and masks."""
     on_drift: Literal["warn", "stop"] = "warn"
-    """warn says when the labels of a head drift; stop ends the run early (all outputs are still written) once every head labels whole
-    images instead of the things in them."""
+    """warn says when the labels of a head drift; stop ends the run early (all outputs are still written) once every
+    head labels whole images instead of the things in them."""
     impl: Impl = "auto"
     """How to compute the objective. A choice that cannot run is refused, never replaced."""
     precision: Precision = "auto"
-    """Number format of the projection's matrix products; weights, sums and the objective stay in float32. auto takes bfloat16 on a GPU and
-    float32 elsewhere. On a CPU with AMX, bfloat16 takes about 0.6 of the time (384 channels, 784 patches)."""
+    """Number format of the projection's matrix products; weights, sums and the objective stay in float32. auto takes
+    bfloat16 on a GPU and float32 elsewhere. On a CPU with AMX, bfloat16 takes about 0.6 of the time (384 channels, 784
+    patches)."""
     deterministic: bool = False
     """Make reruns on a GPU equal bit for bit, a little slower; on a CPU they always are."""
 
@@ -259,7 +267,8 @@ def preset(name: str) -> TrainConfig:
 
 
 def with_changes(base: TrainConfig, **changes: Any) -> TrainConfig:
-    """`base` with changes; giving thresholds switches the granularity off, and the other way round. UserError for illegal values."""
+    """`base` with changes; giving thresholds switches the granularity off, and the other way round. UserError for
+    illegal values."""
     known = fields_of(TrainConfig)
     for name in changes:
         if name not in known:

@@ -25,7 +25,8 @@ TELLING = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """Write a published SmooSeg checkpoint as checkpoint.safetensors, with its backbone next to it. Nothing in the file is executed.
+    """Write a published SmooSeg checkpoint as checkpoint.safetensors, with its backbone next to it. Nothing in the file
+    is executed.
 
     Prediction does not need it: --checkpoint takes the .ckpt too.
     """

@@ -1,4 +1,5 @@
-"""`smooseg data check DIR`: tell what a folder was recognised as, what it holds and what is missing, before a long run."""
+"""`smooseg data check DIR`: tell what a folder was recognised as, what it holds and what is missing, before a long
+run."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ NOT_HELD_OUT = "no images are kept apart: figures would be taken on the images t
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig:
-    """Tell what a folder holds and what is missing. The exit code is 0 when it can be learnt from or measured on, and 2 when not."""
+    """Tell what a folder holds and what is missing. The exit code is 0 when it can be learnt from or measured on, and 2
+    when not."""
 
     data: Annotated[str, Value("DIR", positional=True)]
     """The folder that --data of train and evaluate would be given."""
@@ -72,7 +74,8 @@ def plain_title(data: str, splits: dict[str, Dataset]) -> str:
 
 
 def open_both(data: str, layout: Layout | None) -> tuple[dict[str, Dataset], list[str]]:
-    """("train" and "val", where they differ and as far as a run would open them; why one is missing). UserError when neither opens."""
+    """("train" and "val", where they differ and as far as a run would open them; why one is missing). UserError when
+    neither opens."""
     from .datasets import open_dataset, open_splits
 
     try:
@@ -125,7 +128,8 @@ def tell_classes(labelled: dict[str, Inspection]) -> None:
 
 
 def judge(split: str, inspection: Inspection, measured: bool) -> list[str]:
-    """Warn of files that a run would skip; -> those at which it would stop. measured: some images are held out for figures."""
+    """Warn of files that a run would skip; -> those at which it would stop. measured: some images are held out for
+    figures."""
     from .datasets.inspection import TINY_PIXELS
 
     problems = []

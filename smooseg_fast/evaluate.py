@@ -29,15 +29,16 @@ class EvaluateConfig:
     checkpoint: Annotated[str, Group("data"), Value("FILE")]
     """The checkpoint.safetensors that training wrote, or a published SmooSeg .ckpt."""
     data: Annotated[str | None, Value("FOLDER", usual=True)] = None
-    """DIR with images/ and labels/, or val/ (else test/) above them; or Cityscapes, COCO-Stuff, Potsdam or PASCAL VOC as their owners pack
-    them [the demo's held-out images]."""
+    """DIR with images/ and labels/, or val/ (else test/) above them; or Cityscapes, COCO-Stuff, Potsdam or PASCAL VOC
+    as their owners pack them [the demo's held-out images]."""
     preset: PresetName | None = None
-    """The paper's protocol for a dataset, whatever the checkpoint was trained with: central squares of 320 pixels (potsdam 224), nearest
-    neighbour, mirror averaging, all images [the checkpoint's sizes]."""
+    """The paper's protocol for a dataset, whatever the checkpoint was trained with: central squares of 320 pixels
+    (potsdam 224), nearest neighbour, mirror averaging, all images [the checkpoint's sizes]."""
     eval_size: Side | None = None
     """Short side in pixels [the preset's, else the checkpoint's]."""
     mirror: bool = True
-    """Take each image once, which halves the time, instead of averaging its codes with those of its mirror image as the paper does."""
+    """Take each image once, which halves the time, instead of averaging its codes with those of its mirror image as the
+    paper does."""
 
     backbone: Annotated[Backbone | None, Group("features")] = None
     """Needed when the checkpoint was trained on a module:callable [the one that the checkpoint names]."""
@@ -127,7 +128,8 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
 
 
 def labelled_images(data: str | None, checkpoint: Checkpoint) -> Dataset:
-    """The held-out images of the folder `data`, or without it those of the demo. UserError when they or their labels are missing."""
+    """The held-out images of the folder `data`, or without it those of the demo. UserError when they or their labels
+    are missing."""
     from .datasets import open_dataset
     from .datasets.demo import demo_datasets
 

@@ -50,10 +50,11 @@ class PredictConfig:
     checkpoint: Annotated[str, Value("FILE")]
     """The checkpoint.safetensors that training wrote, or a published SmooSeg .ckpt."""
     short_side: Side | None = None
-    """Size in pixels to which the short side of an image is brought before features are taken [the checkpoint's]; larger sees finer
-    detail."""
+    """Size in pixels to which the short side of an image is brought before features are taken [the checkpoint's];
+    larger sees finer detail."""
     mirror: bool = True
-    """Take each image once, which halves the time, instead of averaging its codes with those of its mirror image as the paper does."""
+    """Take each image once, which halves the time, instead of averaging its codes with those of its mirror image as the
+    paper does."""
 
     backbone: Annotated[Backbone | None, Group("features")] = None
     """Needed when the checkpoint was trained on a module:callable [the one that the checkpoint names]."""
@@ -63,7 +64,8 @@ class PredictConfig:
     """cpu, cuda, cuda:1, mps, or auto: a GPU if there is one."""
 
     out: Annotated[str, Group("output"), Value("FOLDER")]
-    """Folder for masks/ (8-bit palette PNG of the image's own size), overlays/, shares.json and sheet.jpg, all of one checkpoint."""
+    """Folder for masks/ (8-bit palette PNG of the image's own size), overlays/, shares.json and sheet.jpg, all of one
+    checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ class Item:
     stem: str  # of what is written for it, in the folders below --out
 
     def stamp(self) -> list[str | int] | None:
-        """[place, bytes, modification time in ns]: with another stamp it is another image. None when it is gone: reading it says so."""
+        """[place, bytes, modification time in ns]: with another stamp it is another image. None when it is gone:
+        reading it says so."""
         try:
             status = self.file.stat()
         except OSError:
@@ -85,10 +88,11 @@ class Item:
 
 
 class Predictions(OutFolder):
-    """The masks and overlays of one checkpoint and one set of settings, and which images are done. UserError when `path` is another's.
+    """The masks and overlays of one checkpoint and one set of settings, and which images are done. UserError when
+    `path` is another's.
 
-    An image's line of done.jsonl comes after its mask and overlay, so what a line names is there whole. The last line of a stem
-    counts: the files of that name may have been another image's before.
+    An image's line of done.jsonl comes after its mask and overlay, so what a line names is there whole. The last line
+    of a stem counts: the files of that name may have been another image's before.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]):
@@ -179,7 +183,8 @@ def segment(
 ) -> tuple[dict[str, str], int | None]:
     """Everything that is not in `shares` by name, into `made` and `shares`.
 
-    -> (reasons of the images that were skipped, by name; the number of the signal that stopped it, None when all are through).
+    -> (reasons of the images that were skipped, by name; the number of the signal that stopped it, None when all are
+    through).
     """
     from .show import pictures
 
@@ -254,7 +259,8 @@ def is_label(file: Path, root: Path) -> bool:
 
 
 def output_stems(files: Sequence[Path]) -> list[str]:
-    """Names without suffix for what is written, no two alike, also where capitals make no difference; a.jpg and a.png keep theirs."""
+    """Names without suffix for what is written, no two alike, also where capitals make no difference; a.jpg and a.png
+    keep theirs."""
     whole = {file.as_posix().casefold() for file in files}
     stems = [file.with_suffix("").as_posix() for file in files]
     count = Counter(stem.casefold() for stem in stems)

@@ -1,4 +1,5 @@
-"""`smooseg similarity`: measure how alike the patches of a folder are, and what thresholds make of it, before any training."""
+"""`smooseg similarity`: measure how alike the patches of a folder are, and what thresholds make of it, before any
+training."""
 
 from __future__ import annotations
 
@@ -34,8 +35,8 @@ LEARNING = ("backbone", "size", "crops", "resample", "granularity", "threshold_w
 
 @dataclass(frozen=True, kw_only=True)
 class SimilarityConfig:
-    """Measure the closeness of patch pairs within images and across them: mean, spread, histograms, and the shares that thresholds pull
-    together and push apart. Nothing is learnt.
+    """Measure the closeness of patch pairs within images and across them: mean, spread, histograms, and the shares that
+    thresholds pull together and push apart. Nothing is learnt.
 
     Thresholds are those that are given, else those of --checkpoint, else those of --preset.
     """
@@ -49,12 +50,14 @@ class SimilarityConfig:
     size: Side | None = None
     """Short side in pixels; images are cut into squares of this side."""
     crops: Crops | None = None
-    """slide cuts squares along the long side, center the middle square alone, five the corners and the centre at half height and width."""
+    """slide cuts squares along the long side, center the middle square alone, five the corners and the centre at half
+    height and width."""
     resample: Resample | None = None
     """How images are resized."""
 
     backbone: Annotated[Backbone | None, Group("features")] = None
-    """Frozen features: filterbank, a transformers ViT by hub name or folder, a DINO or DINOv2 .pth, or module:callable."""
+    """Frozen features: filterbank, a transformers ViT by hub name or folder, a DINO or DINOv2 .pth, or
+    module:callable."""
     device: Device = "auto"
     """cpu, cuda, cuda:1, mps, or auto: a GPU if there is one."""
     cache: Folder | None = None
@@ -67,8 +70,9 @@ class SimilarityConfig:
     threshold_across: float | None = None
     """Closeness above which patches of different images pull together; needs --threshold-within."""
     pairs: Annotated[int, Bounds(1)] = 1_000_000_000
-    """Maximum number of patch pairs of each kind to count: beyond it, squares drawn at random stand for all. Means are exact anyway."""
-    partners: Annotated[int, Bounds(1, 15, "; squares are looked at 16 at a time")] = 1
+    """Maximum number of patch pairs of each kind to count: beyond it, squares drawn at random stand for all. Means are
+    exact anyway."""
+    partners: Annotated[int, Bounds(1, 15)] = 1
     """How many other squares, drawn at random, to pair each square with across images."""
 
     out: Annotated[Folder | None, Group("output")] = None
@@ -125,7 +129,8 @@ def main(args: Sequence[str]) -> None:
 
 
 def configure(asked: SimilarityConfig) -> TrainConfig:
-    """The run that would learn from this data: the settings of a checkpoint or a preset, changed by those in `asked`."""
+    """The run that would learn from this data: the settings of a checkpoint or a preset, changed by those in
+    `asked`."""
     from .segment.checkpoint import read_checkpoint
 
     given = {name: value for name in LEARNING if (value := getattr(asked, name)) is not None}

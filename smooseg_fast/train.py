@@ -90,7 +90,8 @@ def say(line: str) -> None:
 
 
 def free_folder(config: TrainConfig) -> tuple[Path, str]:
-    """(runs/NAME, or runs/NAME-2 and so on: the first that is free or holds this very run; why it is not runs/NAME, or nothing)."""
+    """(runs/NAME, or runs/NAME-2 and so on: the first that is free or holds this very run; why it is not runs/NAME, or
+    nothing)."""
     from .learn.runfolder import RunFolder
 
     base, reason = Path("runs") / (Path(config.data).resolve().name if config.data else "demo"), ""
@@ -115,7 +116,8 @@ def words(value: Any) -> str:
 
 
 def configure(args: Sequence[str]) -> TrainConfig:
-    """The settings that `args` ask for: those of the preset (folder with --data, demo without), changed by the other flags."""
+    """The settings that `args` ask for: those of the preset (folder with --data, demo without), changed by the other
+    flags."""
     program = " ".join(starter("smooseg_fast.train"))
     given = read(TrainConfig, [word for word in args if word not in HELP], program)
     base = preset(given.get("preset") or ("folder" if given.get("data") is not None else "demo"))

@@ -1,4 +1,5 @@
-"""Opening images and labels to see what a dataset holds: sizes, shares of the classes, and the files that cannot be used."""
+"""Opening images and labels to see what a dataset holds: sizes, shares of the classes, and the files that cannot be
+used."""
 
 from __future__ import annotations
 
@@ -88,7 +89,8 @@ def inspect(dataset: Dataset, split: str, sample: int) -> Inspection:
 
 
 def look(dataset: Dataset, index: int) -> tuple[tuple[int, int] | str, np.ndarray | str | None]:
-    """(height and width of an image, or why it cannot be used; pixels of each class, why its label cannot be used, or None without)."""
+    """(height and width of an image, or why it cannot be used; pixels of each class, why its label cannot be used, or
+    None without)."""
     try:
         size = dataset.image(index).shape[:2]
     except ImageError as error:

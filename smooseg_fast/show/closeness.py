@@ -1,4 +1,5 @@
-"""Closeness of patches in text, as a picture and as JSON: its spread, and the shares that thresholds pull together and push apart."""
+"""Closeness of patches in text, as a picture and as JSON: its spread, and the shares that thresholds pull together and
+push apart."""
 
 from __future__ import annotations
 

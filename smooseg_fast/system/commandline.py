@@ -1,4 +1,5 @@
-"""Command lines: words to settings and back. Errors are one line; --help is a page in groups, as wide as the terminal."""
+"""Command lines: words to settings and back. Errors are one line; --help is a page in groups, as wide as the
+terminal."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ MARGIN = 28  # columns left of the help of a flag
 
 
 def program() -> str:
-    """The words for this program, as it was started: `smooseg`, `python -m smooseg_fast`, or nothing for one of its modules alone."""
+    """The words for this program, as it was started: `smooseg`, `python -m smooseg_fast`, or nothing for one of its
+    modules alone."""
     script = Path(sys.argv[0])
     if script.stem.removesuffix("-script") == "smooseg":
         return "smooseg"
@@ -56,7 +58,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def choose_command(
     args: Sequence[str], about: Mapping[str, str], program: str, folder: str = ""
 ) -> tuple[str, list[str]] | None:
-    """(the command that `args` begin with, the words after it); None when the list of commands was asked for, and printed.
+    """(the command that `args` begin with, the words after it); None when the list of commands was asked for, and
+    printed.
 
     `folder`: the words that a folder would follow, for the message about one that stands in place of the command.
     """
@@ -90,7 +93,8 @@ def parse(kind: type[T], args: Sequence[str], program: str) -> T:
 def read(kind: type, args: Sequence[str], program: str) -> dict[str, Any]:
     """The values that `args` name, by their fields, each checked by itself. UserError for the first that is not legal.
 
-    Words are `--flag value`, `--flag=value`, `--switch` or `--no-switch`, with hyphens or underscores; the last of a flag counts.
+    Words are `--flag value`, `--flag=value`, `--switch` or `--no-switch`, with hyphens or underscores; the last of a
+    flag counts.
     """
     words, values = list(args), {}
     fields = fields_of(kind)
@@ -105,8 +109,9 @@ def read(kind: type, args: Sequence[str], program: str) -> dict[str, Any]:
         if not word.startswith("-") or word == "-":
             if not positional:
                 raise UserError(_stray(word, last, fields, values, program))
-            taken = [word, *_until_flag(words)] if positional[0].many else [word]
-            values[positional[0].name] = positional.pop(0).read(taken)
+            field = positional.pop(0)
+            taken = [word, *_until_flag(words)] if field.many else [word]
+            values[field.name] = field.read(taken)
         elif key in toggles:
             if equals:
                 raise UserError(f"{key}: takes no value, got {value!r:.80}")

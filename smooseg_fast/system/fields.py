@@ -1,7 +1,7 @@
-"""Fields of settings: a dataclass declares kinds, choices, bounds and help; values from Python, files and command lines are held against it.
+"""Fields of settings: a dataclass declares kinds, choices, bounds and help; values from Python, files and command lines
+are held against it.
 
-steps: Annotated[int, Bounds(1)] = 200
-\"\"\"Optimiser steps.\"\"\"
+steps: Annotated[int, Bounds(1)] = 200 \"\"\"Optimiser steps.\"\"\"
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -169,7 +170,7 @@ def helps_of(kind: type) -> dict[str, str]:
     """The docstrings below the fields of the dataclass `kind`, each in one line."""
     (body,) = (node.body for node in ast.parse(textwrap.dedent(inspect.getsource(kind))).body)
     helps = {}
-    for node, below in zip(body, body[1:]):
+    for node, below in pairwise(body):
         if isinstance(node, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
             helps[node.target.id] = " ".join(below.value.value.split())
     return helps

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 
 def aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
-    """One line for each row, columns two blanks apart; those numbered in `left` are flush left, the others flush right."""
+    """One line for each row, columns two blanks apart; those numbered in `left` are flush left, the others flush
+    right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = (
         "  ".join(

@@ -39,7 +39,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     command, words = chosen
     module = import_module(f".{command}", __package__)
-    return run(module.main, words)
+    return run(module.main, words, quick=command == "completion")
 
 
 if __name__ == "__main__":

@@ -203,15 +203,13 @@ def named(home: CacheFolder, keys: Sequence[str]) -> list[StoreFolder]:
     stores, found = home.stores(), {}
     for key in keys:
         fits = [store for store in stores if store.key.startswith(key.lower())]
-        if len(fits) != 1 or not key:
+        if len(fits) != 1:
             which = (
                 f"stands for {len(fits)} stores ({', '.join(store.key[:8] for store in fits)})"
                 if fits
                 else "no store has this key"
             )
-            raise UserError(
-                f"{key or 'an empty key'}: {which}; {command_line('cache', 'ls')} shows the keys in {home.path}"
-            )
+            raise UserError(f"{key}: {which}; {command_line('cache', 'ls')} shows the keys in {home.path}")
         found[fits[0].key] = fits[0]
     return list(found.values())
 

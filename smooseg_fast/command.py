@@ -60,16 +60,17 @@ def predict_command(checkpoint: Path, images: Path | str, out: Path, backbone: s
     return command_line("predict", *words, *(["--backbone", backbone] if ":" in backbone else []))
 
 
-def run(main: Callable[..., None], args: Sequence[str] | None = None) -> int:
+def run(main: Callable[..., None], args: Sequence[str] | None = None, *, quick: bool = False) -> int:
     """The body of every command: -> the exit code. After a signal or on a full disk it prints the command that resumes.
 
     `main` takes the words after the command, and `processes` if torchrun may start it; other commands refuse torchrun.
+    A `quick` command only prints, as --help does, without PyTorch.
     """
     args = sys.argv[1:] if args is None else args
     try:
         try:
-            if HELP & set(args):
-                return _help(main, args)
+            if quick or HELP & set(args):
+                return _print(main, args)
             return _run(main, args)
         finally:
             sys.stdout.flush()  # at Python's own end nobody could catch that it fails
@@ -79,7 +80,7 @@ def run(main: Callable[..., None], args: Sequence[str] | None = None) -> int:
         return 128 + 13  # like a command that SIGPIPE ends
 
 
-def _help(main: Callable[..., None], args: Sequence[str]) -> int:
+def _print(main: Callable[..., None], args: Sequence[str]) -> int:
     try:
         main(args)
     except SystemExit:

@@ -148,4 +148,4 @@ def fish() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run(main, quick=True))

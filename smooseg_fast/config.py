@@ -134,7 +134,7 @@ class TrainConfig:
     code_dim: AtLeastOne = 64
     """Channels of a code, which the projection computes from the features of a patch."""
     init: Init = "pca-kmeans"
-    """Where learning starts. pca-kmeans takes the features' leading singular vectors and k-means, and is steadier;
+    """Start of learning. pca-kmeans takes the features' leading singular vectors and k-means, and is steadier;
     random is the paper's."""
     heads: AtLeastOne = 1
     """Number of seeds to learn at once, from --seed upwards, on the same batches; every granularity gets as many."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from .command import load_segmenter, run
-from .config import Backbone, BackbonePrecision, CacheLimit, Device, Folder, PresetName, Side, TrainConfig, preset
+from .config import Backbone, BackbonePrecision, CacheLimit, Device, Folder, PresetName, TrainConfig, preset
 from .errors import UserError
 from .system.commandline import parse, starter
 from .system.fields import Group, Value
@@ -34,7 +34,7 @@ class EvaluateConfig:
     preset: PresetName | None = None
     """The paper's protocol for a dataset, whatever the checkpoint was trained with: central squares of 320 pixels
     (potsdam 224), nearest neighbour, mirror averaging, all images [the checkpoint's sizes]."""
-    eval_size: Side | None = None
+    eval_size: int | None = None
     """Short side in pixels [the preset's, else the checkpoint's]."""
     mirror: bool = True
     """Take each image once, which halves the time, instead of averaging its codes with those of its mirror image as the

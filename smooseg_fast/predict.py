@@ -13,12 +13,12 @@ import numpy as np
 from tqdm import tqdm
 
 from .command import load_segmenter, printable, run
-from .config import Backbone, BackbonePrecision, Device, Side
+from .config import Backbone, BackbonePrecision, Device
 from .datasets import recognise
 from .datasets.images import ImageError, find_images, read_image, read_label
 from .errors import UserError
 from .system.commandline import parse, starter
-from .system.fields import Group, Value
+from .system.fields import Bounds, Group, Value
 from .system.files import write_json
 from .system.outfolder import Journal, OutFolder
 from .system.progress import Bar
@@ -49,7 +49,7 @@ class PredictConfig:
     """An image, or a folder of images in any nesting."""
     checkpoint: Annotated[str, Value("FILE")]
     """The checkpoint.safetensors that training wrote, or a published SmooSeg .ckpt."""
-    short_side: Side | None = None
+    short_side: Annotated[int | None, Bounds(1, 1 << 16, " pixels")] = None
     """Size in pixels to which the short side of an image is brought before features are taken [the checkpoint's];
     larger sees finer detail."""
     mirror: bool = True

@@ -147,9 +147,8 @@ def telling(rows: Sequence[Row]) -> list[str]:
 
 def remove(home: CacheFolder, command: Remove) -> None:
     if sum((bool(command.keys), command.all, command.older is not None)) != 1:
-        raise UserError(
-            f"rm: say what to remove, in one way: KEY ..., --older DAYS or --all ({command_line('cache', 'ls')} shows the keys)"
-        )
+        keys = f"{command_line('cache', 'ls')} shows the keys"
+        raise UserError(f"rm: say what to remove, in one way: KEY ..., --older DAYS or --all ({keys})")
     stores = named(home, command.keys) if command.keys else home.stores()
     if command.older is not None:
         stores = [store for store in stores if time.time() - store.last_used > DAY_S * command.older]
@@ -172,9 +171,8 @@ def verify(home: CacheFolder, command: Verify) -> None:
     stores = named(home, command.keys) if command.keys else home.stores()
     others = [store.key[:8] for store in stores if not store.readable]
     if others:
-        print(
-            f"of another version, and left out: {', '.join(others)}; to free them: {command_line('cache', 'rm', *others)}"
-        )
+        free = command_line("cache", "rm", *others)
+        print(f"of another version, and left out: {', '.join(others)}; to free them: {free}")
     stores = [store for store in stores if store.readable]
     paths = [path for store in stores for path in store.shards()]
     damaged = []
@@ -193,8 +191,8 @@ def verify(home: CacheFolder, command: Verify) -> None:
     print(f"read {len(paths)} files of {len(stores)} stores in {home.path}: {len(damaged) or 'none'} damaged")
     if damaged:
         raise UserError(
-            f"{home.path}: {len(damaged)} damaged files are removed; the next run that needs them makes them again: repeat the command "
-            "that uses these features, and look at the disk if it happens again"
+            f"{home.path}: {len(damaged)} damaged files are removed; the next run that needs them makes them again: "
+            "repeat the command that uses these features, and look at the disk if it happens again"
         )
 
 

@@ -41,9 +41,8 @@ def main(args: Sequence[str]) -> None:
         raise UserError(f"--run {out}: holds no finished run; give the --out folder of training")
     files = sorted((out / HEADS).glob("*.safetensors"))
     if not files:
-        raise UserError(
-            f"--run {out}: has one head only; train with several values of --granularity or with --heads to have a choice"
-        )
+        more = "train with several values of --granularity or with --heads to have a choice"
+        raise UserError(f"--run {out}: has one head only; {more}")
     if config.granularity is None and config.seed is None:
         raise UserError(f"--granularity or --seed: missing; the heads are {', '.join(file.stem for file in files)}")
     now = read_checkpoint(out / CHECKPOINT)

@@ -77,11 +77,12 @@ def bash() -> str:
     nested = "|".join(name for name in tree if name)
     lines = [
         "_smooseg() {",
-        '    local word="${COMP_WORDS[COMP_CWORD]}" before="${COMP_WORDS[COMP_CWORD-1]}" command="" words="" first=1',
-        '    if [[ $word == "=" ]]; then word=""; elif [[ $before == "=" ]]; then before="${COMP_WORDS[COMP_CWORD-2]}"; fi',
+        '    local word="${COMP_WORDS[COMP_CWORD]}" before="${COMP_WORDS[COMP_CWORD-1]}" command="" words=""',
+        '    if [[ $word == "=" ]]; then word=""',
+        '    elif [[ $before == "=" ]]; then before="${COMP_WORDS[COMP_CWORD-2]}"; fi',
         "    COMPREPLY=()",
-        '    (( COMP_CWORD > 1 )) && command="${COMP_WORDS[1]}" first=2',
-        f'    case "$command" in {nested}) (( COMP_CWORD > 2 )) && command="$command ${{COMP_WORDS[2]}}" first=3 ;; esac',
+        '    (( COMP_CWORD > 1 )) && command="${COMP_WORDS[1]}"',
+        f'    case "$command" in {nested}) (( COMP_CWORD > 2 )) && command+=" ${{COMP_WORDS[2]}}" ;; esac',
         '    case "$command $before" in',
     ]
     for path, settings in SETTINGS.items():

@@ -215,7 +215,8 @@ class TrainConfig:
             raise UserError("--granularity: missing; give it, or --threshold-within and --threshold-across")
         if self.granularity is not None and self.threshold_within is not None:
             raise UserError(
-                "--granularity: takes the place of the thresholds; leave out either it or --threshold-within and --threshold-across"
+                "--granularity: takes the place of the thresholds; leave out either it or "
+                "--threshold-within and --threshold-across"
             )
         for variant in self.variants():
             if not all(math.isfinite(b) for b in variant.thresholds):
@@ -240,7 +241,7 @@ _PAPER = dict(
 )
 
 PRESETS: dict[str, TrainConfig] = {
-    # a hand-made backbone on made-up textures: many equal classes, so finer than photos, and more to learn, so longer and faster
+    # made-up textures have many classes of equal size: finer than photos, and more to learn, so longer and faster
     "demo": TrainConfig(preset="demo", granularity=(0.2,), lr=3e-4, steps=600, patches=196, eval_size=224),
     "folder": TrainConfig(),
     "cityscapes": TrainConfig(

@@ -52,9 +52,8 @@ def main(args: Sequence[str]) -> None:
     found = read_published(path, str(path))
     checkpoint = dataclasses.replace(found.checkpoint, backbone_name=f"./{BACKBONE}")
     (K, Z), dim = checkpoint.head.teacher.shape, found.architecture.dim
-    print(
-        f"found      SmooSeg after {checkpoint.step} steps: K = {K} prototypes of Z = {Z}, on D = {dim} channels of {found.architecture}"
-    )
+    head = f"K = {K} prototypes of Z = {Z}, on D = {dim} channels of {found.architecture}"
+    print(f"found      SmooSeg after {checkpoint.step} steps: {head}")
     told = {
         name: value
         for name, value in found.settings.items()

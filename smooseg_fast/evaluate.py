@@ -17,7 +17,10 @@ from .system.files import write_json
 from .system.sizes import parse_size
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .datasets import Dataset
+    from .features.store import FeatureStore
     from .segment.checkpoint import Checkpoint
     from .system.processes import Processes
 
@@ -61,23 +64,21 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
     from .features.extract import open_or_extract
     from .features.room import require_room
     from .measure.confusion import LabelSquares, confusion_of, head_codes, require_same_rows
-    from .measure.scores import hungarian, majority, percent, table
     from .segment.segmenter import pick_device
-    from .show import charts, pictures
+    from .system.processes import ALONE
 
+    processes = processes or ALONE
     segmenter = load_segmenter(
         config.checkpoint, config.backbone, processes.device(pick_device(config.device)), config.backbone_precision
     )
     dataset = labelled_images(config.data, segmenter.checkpoint)
-    names = dataset.class_names
     settings = segmenter.config if config.preset is None else protocol(config.preset, config.data)
     size = config.eval_size
     if size is None:
         size = whole_patches(settings.eval_size, segmenter.backbone.patch)
         if size != settings.eval_size:
-            print(
-                f"eval_size: {settings.eval_size} -> {size} pixels, a multiple of the {segmenter.backbone.patch}-pixel patch"
-            )
+            why = f"a multiple of the {segmenter.backbone.patch}-pixel patch"
+            print(f"eval_size: {settings.eval_size} -> {size} pixels, {why}")
     for note in dataset.notes:
         print(f"data       {note}")
     options = dict(size=size, crops="center", resample=settings.resample, cache=config.cache, argument="--eval-size")
@@ -92,12 +93,21 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
         require_same_rows(store, mirrored)
     labels = LabelSquares(dataset, store, size, processes)
     codes = head_codes(segmenter.head, store, mirrored)
-    counts = confusion_of(codes, segmenter.head.teacher, store.grid, labels, len(names))
-    if not processes.first:
-        return
+    counts = confusion_of(codes, segmenter.head.teacher, store.grid, labels, len(dataset.class_names))
+    if processes.first:
+        report(config, dataset, store, counts, groups=segmenter.groups, size=size)
 
+
+def report(
+    config: EvaluateConfig, dataset: Dataset, store: FeatureStore, counts: Tensor, *, groups: int, size: int
+) -> None:
+    """Write the figures of the confusion `counts` [groups, classes] to the output folder, and print them."""
+    from .measure.scores import hungarian, majority, percent, table
+    from .show import charts, pictures
+
+    names = dataset.class_names
     matched = {"hungarian": hungarian(counts), "majority": majority(counts)}
-    out = Path(config.out) if config.out else Path(config.checkpoint).parent / "evaluation"
+    out = Path(config.out).expanduser() if config.out else Path(config.checkpoint).parent / "evaluation"
     summary = {
         "checkpoint": config.checkpoint,
         "data": dataset.name,
@@ -115,15 +125,15 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
     print(table(matched, names))
     print(
         f"\n{len(store)} images of {dataset.name}, {matched['hungarian'].pixels:,} labelled pixels at {size} px, "
-        f"{'mirror averaged' if config.mirror else 'no mirror'}; {segmenter.groups} groups, {len(names)} classes"
+        f"{'mirror averaged' if config.mirror else 'no mirror'}; {groups} groups, {len(names)} classes"
         + (f"; {len(store.skipped)} images could not be used" if store.skipped else "")
     )
     print(
-        "both mappings from groups to classes are chosen by these labels: hungarian one to one (the field's), majority many to one"
+        "both mappings from groups to classes are chosen by these labels: "
+        "hungarian one to one (the field's), majority many to one"
     )
-    print(
-        f"accuracy {percent(matched['hungarian'].accuracy)} %  mIoU {percent(matched['hungarian'].miou)} %  (hungarian)"
-    )
+    scores = matched["hungarian"]
+    print(f"accuracy {percent(scores.accuracy)} %  mIoU {percent(scores.miou)} %  (hungarian)")
     print(f"saved {out / 'scores.json'}, {out / 'confusion.png'}")
 
 

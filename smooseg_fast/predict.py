@@ -145,8 +145,9 @@ def main(args: Sequence[str]) -> None:
         if stopped is not None:
             raise Interrupted(stopped, "no image was done yet")
         name, reason = next(iter(skipped.items()))
+        first = f"first: {name}: {reason}"
         raise UserError(
-            f"--images {root}: none of the {len(items)} images can be used (first: {name}: {reason}); give images that open"
+            f"--images {root}: none of the {len(items)} images can be used ({first}); give images that open"
         )
 
     done = [item for item in items if item.name in shares]
@@ -246,8 +247,8 @@ def items_below(root: Path) -> list[Item]:
     names = [file.relative_to(top) for file in found if not is_label(file, root)]
     if not names:
         raise UserError(
-            f"--images {root}: all {len(found)} image files in it are masks, below a labels/ that stands beside an images/; "
-            "give the folder that holds the pictures"
+            f"--images {root}: all {len(found)} image files in it are masks, below a labels/ that stands beside an "
+            "images/; give the folder that holds the pictures"
         )
     return [Item(top / name, name.as_posix(), stem) for name, stem in zip(names, output_stems(names))]
 

@@ -97,15 +97,13 @@ def main(args: Sequence[str]) -> None:
         print(f"size: {config.size} -> {size} pixels, a multiple of the backbone's {backbone.patch}-pixel patch")
         config = dataclasses.replace(config, size=size)
     dataset, _ = datasets_of(config)
-    print(
-        f"smooseg_fast: {dataset.name} ({len(dataset)} images), backbone {config.backbone}, {config.size} px, crops {config.crops}"
-    )
+    how = f"backbone {config.backbone}, {config.size} px, crops {config.crops}"
+    print(f"smooseg_fast: {dataset.name} ({len(dataset)} images), {how}")
     options = dict(size=config.size, crops=config.crops, resample=config.resample, cache=asked.cache)
     store = open_or_extract(dataset, backbone, **options)
     if len(store) < 2:
-        raise UserError(
-            f"--data: {len(store)} square of {config.size} pixels, but pairs of images need 2; add images, or --crops slide"
-        )
+        more = "add images, or --crops slide"
+        raise UserError(f"--data: {len(store)} square of {config.size} pixels, but pairs of images need 2; {more}")
     found = similarity(store, backbone.device, largest=asked.pairs, partners=asked.partners)
     rows = [(variant, closeness(found, variant.thresholds, config.relative)) for variant in config.variants()]
     print(spread_table(found))
@@ -140,8 +138,8 @@ def configure(asked: SimilarityConfig) -> TrainConfig:
         checkpoint = read_checkpoint(asked.checkpoint)
         if asked.backbone is None and ":" in checkpoint.backbone_name:
             raise UserError(
-                f"--backbone: missing; {asked.checkpoint} was trained on {checkpoint.backbone_name}, and a checkpoint never imports code by "
-                f"itself: add --backbone {checkpoint.backbone_name}"
+                f"--backbone: missing; {asked.checkpoint} was trained on {checkpoint.backbone_name}, and a checkpoint "
+                f"never imports code by itself: add --backbone {checkpoint.backbone_name}"
             )
         base, given = dataclasses.replace(checkpoint.config, heads=1), {"backbone": checkpoint.backbone_name} | given
         data = asked.data or base.data

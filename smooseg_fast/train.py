@@ -30,7 +30,9 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
     config = configure(args)
     from .datasets.demo import datasets_of
     from .learn.trainer import learn
+    from .system.processes import ALONE
 
+    processes = processes or ALONE
     out, reason = (Path(config.out), "") if config.out else free_folder(config)
     say(f"output     {out}{reason}")
     train, held_out = datasets_of(config)

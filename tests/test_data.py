@@ -148,7 +148,8 @@ def test_check_of_folders_that_nobody_owns(folder, labelled, capsys):
     assert check(folder) == 0
     out = capsys.readouterr().out
     assert out.startswith(
-        f"data       {folder}: a folder of images\ntrain      6 images; all opened, 0 of them with a label; 96 x 72 pixels\n"
+        f"data       {folder}: a folder of images\n"
+        "train      6 images; all opened, 0 of them with a label; 96 x 72 pixels\n"
     )
     assert out.endswith(f"next       python -m smooseg_fast.train --data {folder}\n")
     assert check(folder / "0.png") == 0
@@ -257,8 +258,9 @@ def test_the_protocol_of_another_dataset_is_refused(city, tmp_path, capsys):
     args = ["--checkpoint", "out/checkpoint.safetensors", "--data"]
     tiles = make_potsdam_tiles(tmp_path / "tiles")
     assert run(evaluate.main, ["--preset", "cityscapes", *args, str(tiles)]) == 2
+    title = "Potsdam-3 (prepared .mat tiles, 3 classes)"
     assert capsys.readouterr().err.endswith(
-        f"error: --preset cityscapes: but {tiles} is Potsdam-3 (prepared .mat tiles, 3 classes); give --preset potsdam\n"
+        f"error: --preset cityscapes: but {tiles} is {title}; give --preset potsdam\n"
     )
     assert run(evaluate.main, ["--preset", "city", *args, str(city)]) == 2
     assert "error: --preset: 'city' is not known; choose one of" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 from .command import printable, run
 from .config import Folder
 from .errors import UserError
-from .system.commandline import choose_command, command_line, parse, starter
+from .system.commandline import choose_command, command_line, parse
 from .system.fields import Bounds, Value
 from .system.progress import Bar
 from .system.sizes import readable
@@ -78,12 +78,11 @@ COMMANDS = {
 
 
 def main(args: Sequence[str]) -> None:
-    program = " ".join(starter("smooseg_fast.cache"))
-    chosen = choose_command(args, {name: about for name, (about, _) in COMMANDS.items()}, program)
+    chosen = choose_command(args, {name: line for name, (line, _) in COMMANDS.items()}, command_line("cache"))
     if chosen is None:
         return
     name, words = chosen
-    command = parse(COMMANDS[name][1], words, f"{program} {name}")
+    command = parse(COMMANDS[name][1], words, "cache", name)
     from .features.cachefolder import CacheFolder
 
     {List: show, Remove: remove, Verify: verify}[type(command)](CacheFolder(command.cache), command)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from .command import pictures_of, predict_command, run
 from .config import Seed
 from .errors import UserError
-from .system.commandline import parse, starter
+from .system.commandline import parse
 from .system.fields import Value
 from .system.files import write_atomic
 
@@ -32,7 +32,7 @@ class ChooseConfig:
 
 
 def main(args: Sequence[str]) -> None:
-    config = parse(ChooseConfig, args, " ".join(starter("smooseg_fast.choose")))
+    config = parse(ChooseConfig, args, "choose")
     from .learn.runfolder import CHECKPOINT, HEADS, REPORT
     from .segment.checkpoint import read_checkpoint
 

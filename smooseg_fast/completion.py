@@ -1,8 +1,4 @@
-"""`smooseg completion bash|zsh|fish`: print a script that completes commands, flags and values.
-
-source <(smooseg completion bash)            bash: in ~/.bashrc; zsh likewise, in ~/.zshrc
-smooseg completion fish | source             fish: in ~/.config/fish/config.fish
-"""
+"""`smooseg completion bash|zsh|fish`: print a script that completes commands, flags and values in a shell."""
 
 from __future__ import annotations
 
@@ -20,17 +16,20 @@ from .convert import ConvertConfig
 from .evaluate import EvaluateConfig
 from .predict import PredictConfig
 from .similarity import SimilarityConfig
-from .system.commandline import parse, starter, switches
+from .system.commandline import parse, switches
 from .system.fields import Field, Value, fields_of, helps_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompletionConfig:
-    """Print a script that completes smooseg's commands, flags and values: source <(smooseg completion bash)"""
+    """Print a script that completes smooseg's commands, flags and values.
 
-    shell: Annotated[Literal["bash", "zsh", "fish"], Value("{bash,zsh,fish}", positional=True)]
-    """The shell: in ~/.bashrc or ~/.zshrc write `source <(smooseg completion bash)` (zsh), for fish `smooseg completion
-    fish | source`."""
+    For bash write `source <(smooseg completion bash)` into ~/.bashrc, for zsh `source <(smooseg completion zsh)` into
+    ~/.zshrc, and for fish `smooseg completion fish | source` into ~/.config/fish/config.fish.
+    """
+
+    shell: Annotated[Literal["bash", "zsh", "fish"], Value("SHELL", positional=True)]
+    """bash, zsh or fish."""
 
 
 # the words after `smooseg`, by the settings that they take
@@ -48,7 +47,7 @@ SETTINGS: dict[str, type] = {
 
 
 def main(args: Sequence[str]) -> None:
-    config = parse(CompletionConfig, args, " ".join(starter("smooseg_fast.completion")))
+    config = parse(CompletionConfig, args, "completion")
     print({"bash": bash, "zsh": zsh, "fish": fish}[config.shell]())
 
 

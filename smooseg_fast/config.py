@@ -165,7 +165,7 @@ class TrainConfig:
 
     @property
     def limit(self) -> int | None:
-        """Bytes of the cache."""
+        """Maximum size of the feature cache in bytes; None is unlimited."""
         return None if self.cache_limit is None else parse_size(self.cache_limit, "--cache-limit")
 
     @property

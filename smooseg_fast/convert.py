@@ -12,7 +12,7 @@ from typing import Annotated
 
 from .command import predict_command, printable, run
 from .errors import UserError
-from .system.commandline import command_line, parse, starter
+from .system.commandline import command_line, parse
 from .system.fields import Value
 from .system.outfolder import OutFolder
 
@@ -38,7 +38,7 @@ class ConvertConfig:
 
 
 def main(args: Sequence[str]) -> None:
-    config = parse(ConvertConfig, args, " ".join(starter("smooseg_fast.convert")))
+    config = parse(ConvertConfig, args, "convert")
     from .backbones.base import digest_of
     from .learn.runfolder import CHECKPOINT
     from .pickles import is_pickle

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from .command import run
 from .errors import UserError
-from .system.commandline import choose_command, command_line, parse, starter
+from .system.commandline import choose_command, command_line, parse
 from .system.fields import Bounds, Value
 
 if TYPE_CHECKING:
@@ -36,10 +36,10 @@ COMMANDS = {"check": ("tell what DIR was recognised as, what it holds and what i
 
 
 def main(args: Sequence[str]) -> None:
-    program = " ".join(starter("smooseg_fast.data"))
-    chosen = choose_command(args, {name: about for name, (about, _) in COMMANDS.items()}, program, "check")
+    about = {name: line for name, (line, _) in COMMANDS.items()}
+    chosen = choose_command(args, about, command_line("data"), "check")
     if chosen is not None:
-        check(parse(CheckConfig, chosen[1], f"{program} check"))
+        check(parse(CheckConfig, chosen[1], "data", "check"))
 
 
 def check(config: CheckConfig) -> None:

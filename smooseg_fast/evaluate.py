@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from .command import load_segmenter, run
 from .config import Backbone, BackbonePrecision, CacheLimit, Device, Folder, PresetName, TrainConfig, preset
 from .errors import UserError
-from .system.commandline import parse, starter
+from .system.commandline import parse
 from .system.fields import Group, Value
 from .system.files import write_json
 from .system.sizes import parse_size
@@ -59,7 +59,7 @@ class EvaluateConfig:
 
 
 def main(args: Sequence[str], processes: Processes | None = None) -> None:
-    config = parse(EvaluateConfig, args, " ".join(starter("smooseg_fast.evaluate")))
+    config = parse(EvaluateConfig, args, "evaluate")
     from .datasets.images import whole_patches
     from .features.extract import open_or_extract
     from .features.room import require_room

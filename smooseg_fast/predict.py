@@ -17,7 +17,7 @@ from .config import Backbone, BackbonePrecision, Device
 from .datasets import recognise
 from .datasets.images import ImageError, find_images, read_image, read_label
 from .errors import UserError
-from .system.commandline import parse, starter
+from .system.commandline import parse
 from .system.fields import Bounds, Group, Value
 from .system.files import write_json
 from .system.outfolder import Journal, OutFolder
@@ -131,7 +131,7 @@ class Predictions(OutFolder):
 
 
 def main(args: Sequence[str]) -> None:
-    config = parse(PredictConfig, args, " ".join(starter("smooseg_fast.predict")))
+    config = parse(PredictConfig, args, "predict")
     segmenter = load_segmenter(config.checkpoint, config.backbone, config.device, config.backbone_precision)
     root, out = Path(config.images).expanduser(), Path(config.out).expanduser()
     items = items_below(root)

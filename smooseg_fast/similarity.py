@@ -25,7 +25,7 @@ from .config import (
     with_changes,
 )
 from .errors import UserError
-from .system.commandline import command_line, parse, starter
+from .system.commandline import command_line, parse
 from .system.fields import Bounds, Group, Value, flag
 from .system.files import write_json
 
@@ -80,7 +80,7 @@ class SimilarityConfig:
 
 
 def main(args: Sequence[str]) -> None:
-    asked = parse(SimilarityConfig, args, " ".join(starter("smooseg_fast.similarity")))
+    asked = parse(SimilarityConfig, args, "similarity")
     config = configure(asked)
     from .backbones import load_backbone
     from .datasets.demo import datasets_of

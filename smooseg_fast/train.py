@@ -14,7 +14,7 @@ from tqdm import tqdm
 from .command import pictures_of, predict_command, run
 from .config import TrainConfig, preset, with_changes
 from .errors import UserError
-from .system.commandline import HELP, command_line, page, read, starter
+from .system.commandline import HELP, command_line, page, read
 from .system.fields import flag
 from .system.outfolder import HoldsAnotherRun
 
@@ -120,7 +120,7 @@ def words(value: Any) -> str:
 def configure(args: Sequence[str]) -> TrainConfig:
     """The settings that `args` ask for: those of the preset (folder with --data, demo without), changed by the other
     flags."""
-    program = " ".join(starter("smooseg_fast.train"))
+    program = command_line("train")
     given = read(TrainConfig, [word for word in args if word not in HELP], program)
     base = preset(given.get("preset") or ("folder" if given.get("data") is not None else "demo"))
     if HELP & set(args):

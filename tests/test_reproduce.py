@@ -23,11 +23,11 @@ COMMANDS = sorted(
 
 def read_data(args):
     assert args[0] == "check"
-    return parse(data.CheckConfig, args[1:], "smooseg data check")
+    return parse(data.CheckConfig, args[1:], "data", "check")
 
 
 def read_evaluate(args):
-    return parse(evaluate.EvaluateConfig, args, "smooseg evaluate")
+    return parse(evaluate.EvaluateConfig, args, "evaluate")
 
 
 READERS = {"train": train.configure, "evaluate": read_evaluate, "data": read_data}

@@ -78,8 +78,10 @@ def choose_command(
     return args[0], list(args[1:])
 
 
-def parse(kind: type[T], args: Sequence[str], program: str) -> T:
-    """`args` as a `kind`. UserError in one line; `--help` prints the page and exits with 0."""
+def parse(kind: type[T], args: Sequence[str], *command: str) -> T:
+    """`args` of a command, such as "predict", as a `kind`. UserError in one line; `--help` prints the page and exits
+    with 0."""
+    program = command_line(*command)
     if HELP & set(args):
         print(page(kind, program, {}))
         raise SystemExit(0)

@@ -1,6 +1,6 @@
 """Unsupervised semantic segmentation with SmooSeg: `fit(images)` learns without labels, `Segmenter` predicts.
 
-Both are loaded when first asked for, so that importing a part of the package costs that part alone.
+Both are imported when first used, so that importing a part of the package costs that part alone.
 """
 
 from __future__ import annotations
@@ -24,3 +24,7 @@ def __getattr__(name: str):
     from importlib import import_module
 
     return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

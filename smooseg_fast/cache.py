@@ -1,4 +1,5 @@
-"""`python -m smooseg_fast.cache ls|rm|verify`: the features that are kept on disk, so that the backbone runs once."""
+"""`smooseg cache ls|rm|verify`: list, remove or verify the features that are kept on disk, so that the backbone runs
+once."""
 
 from __future__ import annotations
 
@@ -7,16 +8,19 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import tyro
-
-from .command import parse, printable, run
+from .command import printable, run
+from .config import Folder
 from .errors import UserError
-from .features.cachefolder import CacheFolder, StoreFolder
-from .features.store import DamagedShard, read_shard, require_sound
+from .system.commandline import choose_command, command_line, parse
+from .system.fields import Bounds, Value
 from .system.progress import Bar
 from .system.sizes import readable
+from .system.table import aligned
+
+if TYPE_CHECKING:
+    from .features.cachefolder import CacheFolder, StoreFolder
 
 DAY_S = 86_400.0
 SETTINGS = ("dataset", "backbone", "size", "crops", "images")
@@ -32,52 +36,56 @@ DETAILS = {
 
 @dataclass(frozen=True, kw_only=True)
 class List:
-    """What is in the cache, the last used first. Where rows would look alike, further columns tell what differs: precision, resample and
-    batch (squares that the backbone took at once), and digests of the backbone's weights and of the image files."""
+    """List the contents of the cache, the last used first. Where rows would look alike, further columns show what
+    differs: precision, resample and batch (squares that the backbone took at once), and digests of the backbone's
+    weights and of the image files."""
 
-    cache: str | None = None
+    cache: Folder | None = None
     """Folder of the feature cache [~/.cache/smooseg_fast]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Remove:
-    """Remove features at once, without asking; none that a run is using. They can be made again from their images."""
+    """Remove features at once, without asking, except those that a run is using. They can be recomputed from their
+    images."""
 
-    keys: Annotated[
-        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[KEY ...]", help_behavior_hint="")
-    ] = ()
-    """Keys of what to remove, as `ls` shows them; their first letters are enough."""
-    all: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    keys: Annotated[tuple[str, ...], Value("KEY", positional=True)] = ()
+    """Keys of the features to remove, as `ls` shows them; their first letters are enough."""
+    all: bool = False
     """Remove everything."""
-    older: float | None = None
-    """Remove what was not used for this many days."""
-    cache: str | None = None
+    older: Annotated[float | None, Bounds(0)] = None
+    """Remove features that were not used for this many days."""
+    cache: Folder | None = None
     """Folder of the feature cache [~/.cache/smooseg_fast]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Read every byte and compare checksums. A damaged file is named and removed: the next run that needs it makes it again."""
+    """Read every byte and compare checksums. A damaged file is named and removed: the next run that needs it recomputes
+    it."""
 
-    keys: Annotated[
-        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[KEY ...]", help_behavior_hint="")
-    ] = ()
-    """Keys of what to look at [everything]."""
-    cache: str | None = None
+    keys: Annotated[tuple[str, ...], Value("KEY", positional=True)] = ()
+    """Keys of the features to verify [all]."""
+    cache: Folder | None = None
     """Folder of the feature cache [~/.cache/smooseg_fast]."""
 
 
-Command = (
-    Annotated[List, tyro.conf.subcommand("ls")]
-    | Annotated[Remove, tyro.conf.subcommand("rm")]
-    | Annotated[Verify, tyro.conf.subcommand("verify")]
-)
+COMMANDS = {
+    "ls": ("list what is in the cache", List),
+    "rm": ("remove features", Remove),
+    "verify": ("read everything and compare checksums", Verify),
+}
 
 
 def main(args: Sequence[str]) -> None:
-    command = parse(Command, args, prog="python -m smooseg_fast.cache")
-    home = CacheFolder(command.cache)
-    {List: show, Remove: remove, Verify: verify}[type(command)](home, command)
+    chosen = choose_command(args, {name: line for name, (line, _) in COMMANDS.items()}, command_line("cache"))
+    if chosen is None:
+        return
+    name, words = chosen
+    command = parse(COMMANDS[name][1], words, "cache", name)
+    from .features.cachefolder import CacheFolder
+
+    {List: show, Remove: remove, Verify: verify}[type(command)](CacheFolder(command.cache), command)
 
 
 def show(home: CacheFolder, command: List) -> None:
@@ -88,16 +96,10 @@ def show(home: CacheFolder, command: List) -> None:
     rows = [Row(store) for store in stores]
     shown = telling(rows)
     table = [("key", *SETTINGS, *shown, "GB", "last used", "state"), *(row.cells(shown) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*table)]
     right = {table[0].index(name) for name in ("size", "images", "GB")}
-    for line in table:
-        cells = (
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths))
-        )
-        print("  ".join(cells).rstrip())
+    print(aligned(table, left=[column for column in range(len(table[0])) if column not in right]))
     print(f"\n{readable(sum(store.nbytes for store in stores))} in {home.path}")
-    print("to free some: python -m smooseg_fast.cache rm KEY, or rm --older DAYS")
+    print(f"to free some: {command_line('cache', 'rm')} KEY, or rm --older DAYS")
 
 
 class Row:
@@ -144,11 +146,8 @@ def telling(rows: Sequence[Row]) -> list[str]:
 
 def remove(home: CacheFolder, command: Remove) -> None:
     if sum((bool(command.keys), command.all, command.older is not None)) != 1:
-        raise UserError(
-            "rm: say what to remove, in one way: KEY ..., --older DAYS or --all (python -m smooseg_fast.cache ls shows the keys)"
-        )
-    if command.older is not None and not command.older >= 0:
-        raise UserError(f"--older {command.older}: must be a number of days, 0 or more")
+        keys = f"{command_line('cache', 'ls')} shows the keys"
+        raise UserError(f"rm: say what to remove, in one way: KEY ..., --older DAYS or --all ({keys})")
     stores = named(home, command.keys) if command.keys else home.stores()
     if command.older is not None:
         stores = [store for store in stores if time.time() - store.last_used > DAY_S * command.older]
@@ -166,12 +165,13 @@ def remove(home: CacheFolder, command: Remove) -> None:
 
 
 def verify(home: CacheFolder, command: Verify) -> None:
+    from .features.store import DamagedShard, read_shard, require_sound
+
     stores = named(home, command.keys) if command.keys else home.stores()
     others = [store.key[:8] for store in stores if not store.readable]
     if others:
-        print(
-            f"of another version, and left out: {', '.join(others)}; to free them: python -m smooseg_fast.cache rm {' '.join(others)}"
-        )
+        free = command_line("cache", "rm", *others)
+        print(f"of another version, and left out: {', '.join(others)}; to free them: {free}")
     stores = [store for store in stores if store.readable]
     paths = [path for store in stores for path in store.shards()]
     damaged = []
@@ -190,8 +190,8 @@ def verify(home: CacheFolder, command: Verify) -> None:
     print(f"read {len(paths)} files of {len(stores)} stores in {home.path}: {len(damaged) or 'none'} damaged")
     if damaged:
         raise UserError(
-            f"{home.path}: {len(damaged)} damaged files are removed; the next run that needs them makes them again: repeat the command "
-            "that uses these features, and look at the disk if it happens again"
+            f"{home.path}: {len(damaged)} damaged files are removed; the next run that needs them makes them again: "
+            "repeat the command that uses these features, and look at the disk if it happens again"
         )
 
 
@@ -200,15 +200,13 @@ def named(home: CacheFolder, keys: Sequence[str]) -> list[StoreFolder]:
     stores, found = home.stores(), {}
     for key in keys:
         fits = [store for store in stores if store.key.startswith(key.lower())]
-        if len(fits) != 1 or not key:
+        if len(fits) != 1:
             which = (
                 f"stands for {len(fits)} stores ({', '.join(store.key[:8] for store in fits)})"
                 if fits
                 else "no store has this key"
             )
-            raise UserError(
-                f"{key or 'an empty key'}: {which}; python -m smooseg_fast.cache ls shows the keys in {home.path}"
-            )
+            raise UserError(f"{key}: {which}; {command_line('cache', 'ls')} shows the keys in {home.path}")
         found[fits[0].key] = fits[0]
     return list(found.values())
 

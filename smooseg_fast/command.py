@@ -1,57 +1,39 @@
-"""Command lines: arguments from a dataclass, the checkpoint they name, errors as one line with exit code 2, signals as 130 and 143."""
+"""What commands share: the checkpoint they name, the next command they print, errors as one line with exit code 2,
+signals as 130 and 143.
+
+Commands import PyTorch and the rooms only when work starts, so that --help and completion appear at once.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import io
 import os
-import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from inspect import signature
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING
 
-import tyro
-
-from .datasets import recognise
 from .errors import UserError, WriteError
-from .segment.segmenter import Segmenter
-from .system.processes import PATIENCE, Processes, joined
+from .system.commandline import HELP, command_line, starter
 from .system.signals import terminable, with_kept
 
-T = TypeVar("T")
-
-
-def parse(kind: type[T], args: Sequence[str], default: T | None = None, prog: str | None = None) -> T:
-    """`args` as a `kind`; UserError with one line instead of the parser's own page. `--help` prints and exits with 0."""
-    page = io.StringIO()
-    options = {} if default is None else {"default": default}
-    try:
-        with contextlib.redirect_stderr(page):
-            return tyro.cli(kind, args=list(args), prog=prog, **options)
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        raise UserError(one_line(page.getvalue())) from None
-
-
-def one_line(page: str) -> str:
-    """The message of the parser's page: title, rule, message, rule, hints; with a box the title stands in the first rule."""
-    page = re.sub(r"\x1b\[[0-9;]*m", "", page)
-    sections = [" ".join(re.sub(r"[│╭╮╰╯├┤]", " ", part).split()) for part in re.split(r"[^\n]*[─-]{10,}[^\n]*", page)]
-    sections = [part for part in sections if part]
-    message = sections[0 if "╭" in page else 1 : 2][:1]
-    return (message[0] if message else "the arguments could not be read").rstrip(".") + "; --help lists the flags"
+if TYPE_CHECKING:
+    from .segment.segmenter import Segmenter
+    from .system.processes import Processes
 
 
 def printable(text: str) -> str:
-    """As one line that says nothing to the terminal itself: names may come out of anyone's file."""
+    """`text` as one line without control characters: names may come out of anyone's file."""
     return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
 
 
 def load_segmenter(checkpoint: str, backbone: str | None, device: str, precision: str) -> Segmenter:
-    """What a command's flags of these names ask for; a warning on stderr when the backbone is another than that of training."""
+    """The segmenter that a command's flags of these names ask for; warns on stderr when the backbone is not that of
+    training."""
+    from .segment.segmenter import Segmenter
+
     segmenter = Segmenter.load(checkpoint, backbone=backbone, device=device, precision=precision)
     if not segmenter.same_backbone:
         name = segmenter.backbone.name
@@ -63,76 +45,81 @@ def load_segmenter(checkpoint: str, backbone: str | None, device: str, precision
 
 
 def pictures_of(data: str | None, run: Path) -> Path:
-    """What predict can be given after a run on `data`: its images, or the samples of them in the folder `run`."""
+    """The images to predict after a run on `data`: its own, or the samples of them in the folder `run`."""
+    from .datasets import recognise
+
     layout = None if data is None else recognise(data)
     if data is None or (layout is not None and layout.pictures is None):
         return run / "samples"
     return Path(data) if layout is None else layout.pictures
 
 
-def predict_command(checkpoint: Path, images: Path, out: Path, backbone: str) -> str:
-    """What to type next. A `module:callable` has to be named again: a checkpoint never imports code by itself."""
-    words = [
-        "python",
-        "-m",
-        "smooseg_fast.predict",
-        "--checkpoint",
-        str(checkpoint),
-        "--images",
-        str(images),
-        "--out",
-        str(out),
-    ]
-    return shlex.join(words + (["--backbone", backbone] if ":" in backbone else []))
+def predict_command(checkpoint: Path, images: Path | str, out: Path, backbone: str) -> str:
+    """What to type next. A `module:callable` has to be given again: a checkpoint never imports code by itself."""
+    words = ["--checkpoint", str(checkpoint), "--images", str(images), "--out", str(out)]
+    return command_line("predict", *words, *(["--backbone", backbone] if ":" in backbone else []))
 
 
-def run(main: Callable[..., None], args: Sequence[str] | None = None, *, together: bool = False) -> int:
-    """The body of every `python -m smooseg_fast.X`: -> the exit code. After a signal or on a full disk it says by what to resume.
+def run(main: Callable[..., None], args: Sequence[str] | None = None, *, quick: bool = False) -> int:
+    """The body of every command: -> the exit code. After a signal or on a full disk it prints the command that resumes.
 
-    together: `main` takes the processes as its second argument; else torchrun is refused.
+    `main` takes the words after the command, and `processes` if torchrun may start it; other commands refuse torchrun.
+    A `quick` command only prints, as --help does, without PyTorch.
     """
+    args = sys.argv[1:] if args is None else args
     try:
         try:
-            return _run(main, sys.argv[1:] if args is None else args, together)
+            if quick or HELP & set(args):
+                return _print(main, args)
+            return _run(main, args)
         finally:
             sys.stdout.flush()  # at Python's own end nobody could catch that it fails
-    except BrokenPipeError:  # who read stdout has gone, as `head` does: no news for the user
+    except BrokenPipeError:  # the reader of stdout has gone, as `head` does: no news for the user
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13  # as of a command that SIGPIPE ends
+        return 128 + 13  # like a command that SIGPIPE ends
 
 
-def _run(main: Callable[..., None], args: Sequence[str], together: bool) -> int:
+def _print(main: Callable[..., None], args: Sequence[str]) -> int:
+    try:
+        main(args)
+    except SystemExit:
+        return 0
+    except UserError as error:
+        print("error: " + printable(str(error)), file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(main: Callable[..., None], args: Sequence[str]) -> int:
+    from .system.processes import PATIENCE, joined
+
     with joined() as processes, terminable() if processes.size == 1 else contextlib.nullcontext():
-        again = shlex.join([*starter(processes), "-m", sys.modules[main.__module__].__spec__.name, *args])
         try:
             with processes.first_heard():
-                if together:
+                if "processes" in signature(main).parameters:
                     main(args, processes)
                 elif processes.size > 1:
-                    raise UserError(
-                        f"torchrun: this command runs in one process, not {processes.size}; start it with python -m"
-                    )
+                    raise UserError(f"torchrun: this command runs in one process, not {processes.size}; start it alone")
                 else:
                     main(args)
                 processes.wait()  # the first may still be writing
         except UserError as error:
             if processes.last_word():
                 start = "" if processes.first else "\n"  # where the first process may have left a progress bar
-                resume = f"; to resume then: {again}" if isinstance(error, WriteError) else ""
+                resume = f"; to resume then: {_again(main, args, processes)}" if isinstance(error, WriteError) else ""
                 print(start + "error: " + printable(str(error)) + resume, file=sys.stderr)
             return 2
         except KeyboardInterrupt as stop:
             stop = with_kept(stop, "what was finished is kept")
             # the first process, if it lives, knows what is kept
             if processes.last_word(0 if processes.first else PATIENCE):
-                print(f"interrupted; {stop.kept}\nresume     {again}", file=sys.stderr)
+                print(f"interrupted; {stop.kept}\nresume     {_again(main, args, processes)}", file=sys.stderr)
             return 128 + stop.number
     return 0
 
 
-def starter(processes: Processes) -> list[str]:
-    """What stands before the module in the command of this process."""
-    if processes.size == 1:
-        return ["python"]
-    return ["torchrun", f"--nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', processes.size)}"]
+def _again(main: Callable[..., None], args: Sequence[str], processes: Processes) -> str:
+    """This very command."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes.size)) if processes.size > 1 else 1
+    return shlex.join([*starter(sys.modules[main.__module__].__spec__.name, here), *args])

@@ -1,4 +1,8 @@
-"""What a run is: one flat, typed configuration, saved with every checkpoint, and the presets that are starting points for it."""
+"""Settings of a run: one flat, typed configuration that is saved with every checkpoint, and presets to start from.
+
+Every field declares its legal values (system/fields): the command line, `fit` and the headers of checkpoints are held
+against the same.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +10,39 @@ import dataclasses
 import math
 import os
 from dataclasses import dataclass
-from functools import cache
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Annotated, Any, Literal
 
 from .errors import UserError
+from .system.commandline import nearest
+from .system.fields import Bounds, Group, Value, check_fields, fields_of, flag
 from .system.sizes import parse_size
 
-IMPLS = ("auto", "triton", "torch", "dense")
-PRECISIONS = ("auto", "float32", "bfloat16")
-BACKBONE_PRECISIONS = (*PRECISIONS, "float16")
-INITS = ("random", "pca-kmeans")
-CROPS = ("center", "slide", "five")
-RESAMPLES = ("nearest", "bilinear")
-LOGS = (None, "tensorboard")
-ON_DRIFT = ("warn", "stop")
-LARGEST = 1 << 16  # pixels of a side
 GROUPS = 255  # the most that an 8-bit mask holds
-KINDS = {
-    str: (str, "text"),
-    int: (Integral, "a whole number"),
-    float: (Real, "a number"),
-    bool: (bool, "True or False"),
-}
+
+PresetName = Literal["demo", "folder", "cityscapes", "cocostuff27", "potsdam"]
+Impl = Literal["auto", "triton", "torch", "dense"]
+Precision = Literal["auto", "float32", "bfloat16"]
+BackbonePrecision = Literal["auto", "float32", "bfloat16", "float16"]
+Init = Literal["random", "pca-kmeans"]
+Crops = Literal["center", "slide", "five"]
+Resample = Literal["nearest", "bilinear"]
+Side = Annotated[int, Bounds(8, 1 << 16, " pixels")]
+SEEDS = Bounds(0, 2**63 - 1)
+Seed = Annotated[int, SEEDS]
+AtLeastOne = Annotated[int, Bounds(1)]
+Folder = Annotated[str, Value("FOLDER")]
+Device = Annotated[str, Value("DEVICE")]
+Backbone = Annotated[str, Value("NAME")]
+CacheLimit = Annotated[str, Value("SIZE"), parse_size]
+
+
+def distinct(granularity: tuple[float, ...], flag: str) -> None:
+    """UserError when heads would be called alike."""
+    if len({f"{value:g}" for value in granularity}) < max(1, len(granularity)):
+        numbers = " ".join(map(str, granularity)) or "none"
+        raise UserError(f"{flag}: give one or more different numbers, got {numbers}")
 
 
 @dataclass(frozen=True)
@@ -52,101 +65,107 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Learn to segment a folder of images without labels.
+    """Learn to segment a folder of images without labels; without arguments, the embedded demo.
 
-    The defaults shown are those of the preset that was chosen: folder with --data, demo without.
+    The defaults shown are those of the chosen preset: folder with --data, demo without.
     """
 
-    preset: str = "folder"
-    """Where the other defaults come from: demo, folder, cityscapes, cocostuff27 or potsdam."""
-    data: str | None = None
-    """Folder of images in any nesting; or DIR/images and DIR/labels, with train/, val/ or test/ above them; or Cityscapes, COCO-Stuff,
-    Potsdam or PASCAL VOC as their owners pack them (python -m smooseg_fast.data check DIR)."""
-    out: str | None = None
-    """Folder for what the run makes [runs/NAME]. The same command on it resumes an unfinished run."""
-    backbone: str = "filterbank"
-    """Frozen features: filterbank (built in), a transformers ViT by hub name or folder, a DINO or DINOv2 .pth, or module:callable."""
-    backbone_precision: str = "auto"
-    """What a ViT backbone computes in: float32, bfloat16, float16, or auto: half precision on a GPU and on a CPU with matrix units (AMX,
-    a third of the time there), else float32."""
-    device: str = "auto"
+    data: Annotated[str | None, Group("data"), Value("FOLDER", usual=True)] = None
+    """Folder of images in any nesting; or DIR/images and DIR/labels, with train/, val/ or test/ above them; or
+    Cityscapes, COCO-Stuff, Potsdam or PASCAL VOC as their owners pack them (smooseg data check DIR tells what it
+    finds)."""
+    preset: PresetName = "folder"
+    """Settings to start from; the flags that are given change them."""
+    size: Side = 224
+    """Short side in pixels for training; images are cut into squares of this side."""
+    eval_size: Side = 320
+    """Short side in pixels for evaluation and prediction."""
+    crops: Crops = "slide"
+    """slide cuts squares along the long side, so that the whole image is seen. center cuts the middle square alone.
+    five cuts the corners and the centre at half the height and width, as the paper does for Cityscapes and
+    COCO-Stuff."""
+    resample: Resample = "nearest"
+    """How images are resized; the paper takes nearest."""
+
+    backbone: Annotated[Backbone, Group("features")] = "filterbank"
+    """Frozen features: filterbank (built in), a transformers ViT by hub name or folder, a DINO or DINOv2 .pth, or
+    module:callable."""
+    backbone_precision: BackbonePrecision = "auto"
+    """Number format of a ViT backbone. auto takes half precision on a GPU and on a CPU with matrix units (AMX), where
+    it needs a third of the time, and float32 elsewhere."""
+    device: Device = "auto"
     """cpu, cuda, cuda:1, mps, or auto: a GPU if there is one."""
-    impl: str = "auto"
-    """How the objective is computed: auto, triton, torch or dense. Honoured or refused, never swapped."""
-    precision: str = "auto"
-    """Of the projection's matrix products: float32, bfloat16 (weights, sums and the objective stay in float32), or auto: bfloat16 on a GPU,
-    else float32. On a CPU with AMX a step in bfloat16 takes about 0.6 of the time of one in float32 (384 channels, 784 patches)."""
-    cache: str | None = None
+    cache: Folder | None = None
     """Folder of the feature cache [~/.cache/smooseg_fast]."""
-    cache_limit: str | None = None
-    """Room that the cache may take, such as 50GB [all there is]. For it the features of other runs go, the longest unused first. Where
-    those of this run alone take more, training streams: batches come from one part of the images after another, whose features are made
-    anew in every pass."""
+    cache_limit: CacheLimit | None = None
+    """Maximum size of the feature cache, e.g. 50GB (default: unlimited). Least recently used features go first. If the
+    features of this run alone exceed it, training streams: each pass recomputes them, one part of the images after
+    another."""
 
-    size: int = 224
-    """Pixels of the short side for training; squares of this side are cut."""
-    eval_size: int = 320
-    """Pixels of the short side for evaluation and prediction."""
-    crops: str = "slide"
-    """slide: squares along the long side, so that the whole image is seen. center: the middle square alone. five: the corners and
-    the centre at half the height and width, as the paper does for Cityscapes and COCO-Stuff."""
-    resample: str = "nearest"
-    """nearest (as in the paper) or bilinear."""
-
-    prototypes: int | None = None
-    """Number of groups to look for, an upper bound [the number of classes, or 16 without labels]."""
-    granularity: tuple[float, ...] | None = (0.06, -0.05, 0.0, 0.03, 0.1)
-    """How fine the grouping is: patches pull together when their closeness exceeds the measured mean by this much. Lower merges
-    (fewer groups in use), higher splits (more). Several values are learnt at once and shown side by side; the first is what predict uses.
-    Takes the place of both thresholds."""
+    prototypes: Annotated[
+        int | None, Group("learning"), Bounds(1, GROUPS, ", the most that an 8-bit mask can hold")
+    ] = None
+    """Maximum number of groups [the number of classes, or 16 without labels]."""
+    granularity: Annotated[tuple[float, ...] | None, distinct] = (0.06, -0.05, 0.0, 0.03, 0.1)
+    """How fine the grouping is: patches pull together when their closeness exceeds the measured mean by this much.
+    Lower values merge groups, higher values split them. No single value suits every set of photos, so several are
+    learnt at once and shown side by side; the first one predicts. Replaces both thresholds."""
     threshold_within: float | None = None
-    """Closeness above which patches of one image pull together, as an absolute number; goes with --threshold-across."""
+    """Closeness above which patches of the same image pull together, as an absolute number; needs
+    --threshold-across."""
     threshold_across: float | None = None
-    """The same for patches of different images."""
-    temperature: float = 0.1
-    """Of the softmax over cosines to the teacher's prototypes."""
-
-    steps: int = 200
+    """Closeness above which patches of different images pull together; needs --threshold-within."""
+    temperature: Annotated[float, Bounds(1e-6, 1e6)] = 0.1
+    """Temperature of the softmax over cosines to the teacher's prototypes."""
+    steps: AtLeastOne = 200
     """Optimiser steps."""
-    batch_size: int = 16
-    """Squares a step, at least 2; fewer if there are not as many. Several processes (torchrun) share them."""
-    patches: int | None = None
-    """Random patches of each square a step; all by default. 196 learn as well at a quarter of the cost."""
-    lr: float = 1e-4
-    """Adam's learning rate of the projection."""
-    lr_prototypes: float = 5e-4
-    """Adam's learning rate of the student's prototypes."""
-    dropout: float = 0.2
-    """Share of feature channels hidden from an image in each mask."""
-    teacher_decay: float = 0.998
-    """How slowly the teacher's prototypes follow the student's."""
-    code_dim: int = 64
-    """Channels of a code: what the projection makes of a patch's features."""
-    init: str = "pca-kmeans"
-    """Where learning starts: pca-kmeans (the features' leading singular vectors, and k-means; steadier) or random (as in the paper)."""
-    heads: int = 1
-    """How many seeds are learnt at once, from --seed upwards, on the same batches; with several granularities, as many of each."""
-    seed: int = 0
-    """Of the initial weights."""
-    data_seed: int = 0
-    """Of batches, partners and masks."""
-
-    on_drift: str = "warn"
-    """When labels turn into kinds of images (I(image;label)/H(label) well above its early value): warn, or stop once every head does.
-    stop ends the run at that step, with everything a run ends with."""
-
+    batch_size: Annotated[int, Bounds(2)] = 16
+    """Squares per step; fewer if there are not as many. Several processes (torchrun) share them."""
+    patches: AtLeastOne | None = None
+    """Random patches of each square per step [all]. 196 learn as well at a quarter of the cost."""
+    lr: Annotated[float, Bounds(0.0, 1e3)] = 1e-4
+    """Learning rate of the projection (Adam)."""
+    lr_prototypes: Annotated[float, Bounds(0.0, 1e3)] = 5e-4
+    """Learning rate of the student's prototypes (Adam)."""
+    dropout: Annotated[float, Bounds(0.0, 0.99)] = 0.2
+    """Share of the feature channels that each mask hides from an image."""
+    teacher_decay: Annotated[float, Bounds(0.0, 1.0)] = 0.998
+    """How slowly the teacher's prototypes follow the student's: the share that they keep in each step."""
+    code_dim: AtLeastOne = 64
+    """Channels of a code, which the projection computes from the features of a patch."""
+    init: Init = "pca-kmeans"
+    """Start of learning. pca-kmeans takes the features' leading singular vectors and k-means, and is steadier;
+    random is the paper's."""
+    heads: AtLeastOne = 1
+    """Number of seeds to learn at once, from --seed upwards, on the same batches; every granularity gets as many."""
+    seed: Seed = 0
+    """Seed of the initial weights."""
+    data_seed: Seed = 0
+    """Seed of the batches, partners and masks."""
+    on_drift: Literal["warn", "stop"] = "warn"
+    """warn says when the labels of a head drift; stop ends the run early (all outputs are still written) once every
+    head labels whole images instead of the things in them."""
+    impl: Impl = "auto"
+    """How to compute the objective. A choice that cannot run is refused, never replaced."""
+    precision: Precision = "auto"
+    """Number format of the projection's matrix products; weights, sums and the objective stay in float32. auto takes
+    bfloat16 on a GPU and float32 elsewhere. On a CPU with AMX, bfloat16 takes about 0.6 of the time (384 channels, 784
+    patches)."""
     deterministic: bool = False
-    """Bit-equal reruns on a GPU too, a little slower; on a CPU they always are."""
-    log: str | None = None
-    """tensorboard: write the curves for it too, into tensorboard/ below --out."""
-    log_every: int = 20
+    """Make reruns on a GPU equal bit for bit, a little slower; on a CPU they always are."""
+
+    out: Annotated[Folder | None, Group("output")] = None
+    """Folder for all outputs [runs/NAME]. The same command on the same folder resumes an unfinished run."""
+    log: Literal["tensorboard"] | None = None
+    """Write the curves for TensorBoard too, into tensorboard/ below --out."""
+    log_every: AtLeastOne = 20
     """Steps between lines of metrics.jsonl."""
-    checkpoint_every: int = 100
+    checkpoint_every: AtLeastOne = 100
     """Steps between checkpoints."""
 
     @property
     def limit(self) -> int | None:
-        """Bytes of the cache."""
+        """Maximum size of the feature cache in bytes; None is unlimited."""
         return None if self.cache_limit is None else parse_size(self.cache_limit, "--cache-limit")
 
     @property
@@ -156,8 +175,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.granularity is not None:  # a number is a list of one
-            values = [self.granularity] if isinstance(self.granularity, (int, float)) else self.granularity
-            object.__setattr__(self, "granularity", tuple(float(value) + 0.0 for value in values))  # -0.0 is 0.0
+            values = (self.granularity,) if isinstance(self.granularity, Real) else tuple(self.granularity)
+            if all(isinstance(value, Real) for value in values):  # -0.0 is 0.0; others are left for `check`
+                object.__setattr__(self, "granularity", tuple(float(value) + 0.0 for value in values))
         for name in ("data", "out"):  # one name for one folder, however it is typed
             value = getattr(self, name)
             if isinstance(value, str) and value:
@@ -182,76 +202,10 @@ class TrainConfig:
         return dataclasses.replace(self, granularity=granularity, seed=variant.seed, heads=1)
 
     def check(self) -> None:
-        """UserError for the first value that cannot be; names the flag, the value and the legal ones."""
-        self.check_values()
+        """UserError for the first value that is not legal; names the flag, the value and the legal ones."""
+        check_fields(self)
         self._check_thresholds()
-        for name in ("data", "out", "cache"):
-            if getattr(self, name) == "":
-                raise UserError(f"{flag(name)}: is empty; give a folder, or leave it out")
-
-    def check_values(self) -> None:
-        """The part of `check` that looks at each value alone, and not at whether there are thresholds to train with."""
-        for name, (kind, words, optional) in _kinds().items():
-            value = getattr(self, name)
-            if not (value is None and optional) and (
-                not isinstance(value, kind) or (kind is not bool and isinstance(value, bool))
-            ):
-                raise UserError(f"{flag(name)}: must be {words}, got {value!r:.80}")
-        choices = dict(
-            impl=IMPLS, precision=PRECISIONS, backbone_precision=BACKBONE_PRECISIONS, init=INITS, crops=CROPS
-        )
-        choices |= dict(resample=RESAMPLES, log=LOGS, on_drift=ON_DRIFT)
-        for name, legal in choices.items():
-            if getattr(self, name) not in legal:
-                raise UserError(
-                    f"{flag(name)}: {getattr(self, name)!r} is not known; choose one of {', '.join(filter(None, legal))}"
-                )
-        if self.cache_limit is not None:
-            parse_size(self.cache_limit, "--cache-limit")
-        lowest = dict(
-            heads=1,
-            size=8,
-            eval_size=8,
-            prototypes=1,
-            steps=1,
-            batch_size=2,
-            patches=1,
-            code_dim=1,
-            seed=0,
-            data_seed=0,
-            log_every=1,
-            checkpoint_every=1,
-        )
-        for name, low in lowest.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise UserError(f"{flag(name)}: must be at least {low}, got {value}")
-        for name in ("size", "eval_size"):
-            if getattr(self, name) > LARGEST:
-                raise UserError(f"{flag(name)}: must be at most {LARGEST:,} pixels, got {getattr(self, name)}")
-        for name, last in (("seed", self.seed + self.heads - 1), ("data_seed", self.data_seed)):
-            if last >= 2**63:
-                raise UserError(f"{flag(name)}: must be below 2^63, got {last}")
-        if self.prototypes is not None and self.prototypes > GROUPS:
-            raise UserError(
-                f"--prototypes: must be at most {GROUPS}, the most that an 8-bit mask can hold, got {self.prototypes}"
-            )
-        if self.granularity is not None and len({f"{value:g}" for value in self.granularity}) < max(
-            1, len(self.granularity)
-        ):
-            raise UserError(
-                f"--granularity: give one or more different numbers, got {' '.join(map(str, self.granularity)) or 'none'}"
-            )
-        for name, low, high in (
-            ("temperature", 1e-6, 1e6),
-            ("lr", 0, 1e3),
-            ("lr_prototypes", 0, 1e3),
-            ("dropout", 0, 0.99),
-            ("teacher_decay", 0, 1),
-        ):
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise UserError(f"{flag(name)}: must be between {low:g} and {high:g}, got {value}")
+        SEEDS.check("--seed", self.seed + self.heads - 1)  # of the last head
 
     def _check_thresholds(self) -> None:
         if (self.threshold_within is None) != (self.threshold_across is None):
@@ -261,7 +215,8 @@ class TrainConfig:
             raise UserError("--granularity: missing; give it, or --threshold-within and --threshold-across")
         if self.granularity is not None and self.threshold_within is not None:
             raise UserError(
-                "--granularity: takes the place of the thresholds; leave out either it or --threshold-within and --threshold-across"
+                "--granularity: takes the place of the thresholds; leave out either it or "
+                "--threshold-within and --threshold-across"
             )
         for variant in self.variants():
             if not all(math.isfinite(b) for b in variant.thresholds):
@@ -272,21 +227,6 @@ class TrainConfig:
         files = ("out", "cache", "cache_limit", "log", "log_every", "checkpoint_every")
         skip = (*files, "device", "backbone_precision", "precision", "impl", "deterministic")
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in skip}
-
-
-@cache
-def _kinds() -> dict[str, tuple[type, str, bool]]:
-    """The fields of one value, each with its kind, the words for it, and whether it may be None."""
-    found = {}
-    for name, hint in get_type_hints(TrainConfig).items():
-        parts = get_args(hint) or (hint,)
-        if parts[0] in KINDS:
-            found[name] = (*KINDS[parts[0]], type(None) in parts)
-    return found
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 _PAPER = dict(
@@ -301,7 +241,7 @@ _PAPER = dict(
 )
 
 PRESETS: dict[str, TrainConfig] = {
-    # a hand-made backbone on made-up textures: many equal classes, so finer than photos, and more to learn, so longer and faster
+    # made-up textures have many classes of equal size: finer than photos, and more to learn, so longer and faster
     "demo": TrainConfig(preset="demo", granularity=(0.2,), lr=3e-4, steps=600, patches=196, eval_size=224),
     "folder": TrainConfig(),
     "cityscapes": TrainConfig(
@@ -322,18 +262,18 @@ PRESETS: dict[str, TrainConfig] = {
 
 
 def preset(name: str) -> TrainConfig:
-    if name not in PRESETS:
-        raise UserError(f"--preset: {name!r} is not known; choose one of {', '.join(PRESETS)}")
+    """UserError for a name that is none."""
+    fields_of(TrainConfig)["preset"].check(name)
     return PRESETS[name]
 
 
 def with_changes(base: TrainConfig, **changes: Any) -> TrainConfig:
-    """`base` with changes; thresholds that are named switch the granularity off, and the other way round."""
-    unknown = set(changes) - {field.name for field in dataclasses.fields(TrainConfig)}
-    if unknown:
-        raise UserError(
-            f"{sorted(unknown)[0]}: is not a setting; known are {', '.join(f.name for f in dataclasses.fields(TrainConfig))}"
-        )
+    """`base` with changes; giving thresholds switches the granularity off, and the other way round. UserError for
+    illegal values."""
+    known = fields_of(TrainConfig)
+    for name in changes:
+        if name not in known:
+            raise UserError(f"{name}: is not a setting{nearest(name, known) or '; known are ' + ', '.join(known)}")
     changes = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in changes.items()}
     named_thresholds = changes.get("threshold_within") is not None or changes.get("threshold_across") is not None
     if named_thresholds and "granularity" not in changes:

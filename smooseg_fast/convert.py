@@ -1,28 +1,23 @@
-"""`python -m smooseg_fast.convert`: a published checkpoint of SmooSeg as one of ours."""
+"""`smooseg convert`: rewrite a published checkpoint of SmooSeg as one of this program."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-
-from .backbones.base import digest_of
-from .command import parse, predict_command, printable, run
+from .command import predict_command, printable, run
 from .errors import UserError
-from .learn.runfolder import CHECKPOINT
-from .pickles import is_pickle
-from .segment.published import DATASETS, read_published
+from .system.commandline import command_line, parse
+from .system.fields import Value
 from .system.outfolder import OutFolder
 
 RECORD, BACKBONE = "convert.json", "backbone"
-# words of the names of hyper-parameters that say what was trained, and how
+# words in the names of hyper-parameters that describe what was trained, and how
 TELLING = re.compile(
     r"(dataset|arch|patch|feat|res|resolution|crop|thresholds?|shift|b1|b2|batch|steps|lr|classes|alpha|momentum|tau|seed)"
 )
@@ -30,19 +25,25 @@ TELLING = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """Write a published SmooSeg checkpoint as checkpoint.safetensors, with its backbone beside it. Nothing in the file is executed.
+    """Write a published SmooSeg checkpoint as checkpoint.safetensors, with its backbone next to it. Nothing in the file
+    is executed.
 
-    Not needed for prediction: --checkpoint takes the .ckpt too.
+    Prediction does not need it: --checkpoint takes the .ckpt too.
     """
 
-    file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
-    """The .ckpt."""
-    out: str
+    file: Annotated[str, Value("FILE", positional=True)]
+    """The published .ckpt."""
+    out: Annotated[str, Value("FOLDER")]
     """Folder for checkpoint.safetensors and backbone/ (a transformers folder); it can be moved as a whole."""
 
 
 def main(args: Sequence[str]) -> None:
-    config = parse(ConvertConfig, args, prog="python -m smooseg_fast.convert")
+    config = parse(ConvertConfig, args, "convert")
+    from .backbones.base import digest_of
+    from .learn.runfolder import CHECKPOINT
+    from .pickles import is_pickle
+    from .segment.published import DATASETS, read_published
+
     path, out = Path(config.file).expanduser(), Path(config.out).expanduser()
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a published .ckpt")
@@ -51,9 +52,8 @@ def main(args: Sequence[str]) -> None:
     found = read_published(path, str(path))
     checkpoint = dataclasses.replace(found.checkpoint, backbone_name=f"./{BACKBONE}")
     (K, Z), dim = checkpoint.head.teacher.shape, found.architecture.dim
-    print(
-        f"found      SmooSeg after {checkpoint.step} steps: K = {K} prototypes of Z = {Z}, on D = {dim} channels of {found.architecture}"
-    )
+    head = f"K = {K} prototypes of Z = {Z}, on D = {dim} channels of {found.architecture}"
+    print(f"found      SmooSeg after {checkpoint.step} steps: {head}")
     told = {
         name: value
         for name, value in found.settings.items()
@@ -74,10 +74,7 @@ def main(args: Sequence[str]) -> None:
     print(f"written    {made}, and its backbone {out / BACKBONE}; move them together")
     print("next       " + predict_command(made, "IMAGES", out / "predictions", checkpoint.backbone_name))
     protocol = [] if preset is None else ["--preset", preset]
-    print(
-        "           "
-        + shlex.join(["python", "-m", "smooseg_fast.evaluate", *protocol, "--checkpoint", str(made), "--data", "DIR"])
-    )
+    print("           " + command_line("evaluate", *protocol, "--checkpoint", str(made), "--data", "DIR"))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`python -m smooseg_fast.evaluate`: a checkpoint against labels, over a whole set."""
+"""`smooseg evaluate`: measure a checkpoint against the labels of a whole set."""
 
 from __future__ import annotations
 
@@ -6,74 +6,80 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import tyro
-
-from .command import load_segmenter, parse, run
-from .config import TrainConfig, preset
-from .datasets import Dataset, open_dataset, recognise
-from .datasets.demo import demo_datasets
-from .datasets.images import whole_patches
+from .command import load_segmenter, run
+from .config import Backbone, BackbonePrecision, CacheLimit, Device, Folder, PresetName, TrainConfig, preset
 from .errors import UserError
-from .features.extract import open_or_extract
-from .features.room import require_room
-from .measure.confusion import LabelSquares, confusion_of, head_codes, require_same_rows
-from .measure.scores import hungarian, majority, percent, scores_table
-from .segment.checkpoint import Checkpoint
-from .segment.segmenter import pick_device
-from .show import charts, pictures
+from .system.commandline import parse
+from .system.fields import Group, Value
 from .system.files import write_json
 from .system.outfolder import mark_as_ours
-from .system.processes import ALONE, Processes
 from .system.sizes import parse_size
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .datasets import Dataset
+    from .features.store import FeatureStore
+    from .segment.checkpoint import Checkpoint
+    from .system.processes import Processes
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Accuracy and mIoU of a checkpoint on labelled images: every labelled pixel of every image counts."""
+    """Measure accuracy and mIoU of a checkpoint on labelled images: every labelled pixel of every image counts."""
 
-    checkpoint: str
+    checkpoint: Annotated[str, Group("data"), Value("FILE")]
     """The checkpoint.safetensors that training wrote, or a published SmooSeg .ckpt."""
-    data: str | None = None
-    """DIR with images/ and labels/, or val/ (else test/) above them; or Cityscapes, COCO-Stuff, Potsdam or PASCAL VOC as their owners pack
-    them; without it, the demo's held-out images."""
-    preset: str | None = None
-    """cityscapes, cocostuff27 or potsdam: the paper's protocol for that dataset, whatever the checkpoint was trained with: central
-    squares of 320 pixels (potsdam 224), nearest neighbour, mirror averaging, all images [the checkpoint's sizes]."""
-    out: str | None = None
-    """Folder for scores.json, confusion.png [evaluation beside the checkpoint]."""
-    mirror: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")] = True
-    """Take each image once, which halves the time, instead of averaging its codes with those of its mirror image as the paper does."""
+    data: Annotated[str | None, Value("FOLDER", usual=True)] = None
+    """DIR with images/ and labels/, or val/ (else test/) above them; or Cityscapes, COCO-Stuff, Potsdam or PASCAL VOC
+    as their owners pack them [the demo's held-out images]."""
+    preset: PresetName | None = None
+    """The paper's protocol for a dataset, whatever the checkpoint was trained with: central squares of 320 pixels
+    (potsdam 224), nearest neighbour, mirror averaging, all images [the checkpoint's sizes]."""
     eval_size: int | None = None
-    """Pixels of the short side [the preset's, else the checkpoint's]."""
-    backbone: str | None = None
-    """Needed where the checkpoint was trained on a module:callable; else the one it names."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, mps or auto."""
-    backbone_precision: str = "auto"
-    """What a ViT backbone computes in: float32, bfloat16, float16, or auto: what the device is fast in."""
-    cache: str | None = None
+    """Short side in pixels [the preset's, else the checkpoint's]."""
+    mirror: bool = True
+    """Take each image once, which halves the time, instead of averaging its codes with those of its mirror image as the
+    paper does."""
+
+    backbone: Annotated[Backbone | None, Group("features")] = None
+    """Needed when the checkpoint was trained on a module:callable [the one that the checkpoint names]."""
+    backbone_precision: BackbonePrecision = "auto"
+    """Number format of a ViT backbone; auto takes one in which the device is fast."""
+    device: Device = "auto"
+    """cpu, cuda, cuda:1, mps, or auto: a GPU if there is one."""
+    cache: Folder | None = None
     """Folder of the feature cache [~/.cache/smooseg_fast]."""
-    cache_limit: str | None = None
-    """Room that the cache may take, such as 50GB [all there is]; the features of other runs go for it, the longest unused first."""
+    cache_limit: CacheLimit | None = None
+    """Maximum size of the feature cache, e.g. 50GB (default: unlimited). Least recently used features go first."""
+
+    out: Annotated[Folder | None, Group("output")] = None
+    """Folder for scores.json and confusion.png [evaluation next to the checkpoint]."""
 
 
-def main(args: Sequence[str], processes: Processes = ALONE) -> None:
-    config = parse(EvaluateConfig, args, prog="python -m smooseg_fast.evaluate")
+def main(args: Sequence[str], processes: Processes | None = None) -> None:
+    config = parse(EvaluateConfig, args, "evaluate")
+    from .datasets.images import whole_patches
+    from .features.extract import open_or_extract
+    from .features.room import require_room
+    from .measure.confusion import LabelSquares, confusion_of, head_codes, require_same_rows
+    from .segment.segmenter import pick_device
+    from .system.processes import ALONE
+
+    processes = processes or ALONE
     segmenter = load_segmenter(
         config.checkpoint, config.backbone, processes.device(pick_device(config.device)), config.backbone_precision
     )
     dataset = labelled_images(config.data, segmenter.checkpoint)
-    names = dataset.class_names
     settings = segmenter.config if config.preset is None else protocol(config.preset, config.data)
     size = config.eval_size
     if size is None:
         size = whole_patches(settings.eval_size, segmenter.backbone.patch)
         if size != settings.eval_size:
-            print(
-                f"eval_size: {settings.eval_size} -> {size} pixels, a multiple of the {segmenter.backbone.patch}-pixel patch"
-            )
+            why = f"a multiple of the {segmenter.backbone.patch}-pixel patch"
+            print(f"eval_size: {settings.eval_size} -> {size} pixels, {why}")
     for note in dataset.notes:
         print(f"data       {note}")
     options = dict(size=size, crops="center", resample=settings.resample, cache=config.cache, argument="--eval-size")
@@ -88,12 +94,21 @@ def main(args: Sequence[str], processes: Processes = ALONE) -> None:
         require_same_rows(store, mirrored)
     labels = LabelSquares(dataset, store, size, processes)
     codes = head_codes(segmenter.head, store, mirrored)
-    counts = confusion_of(codes, segmenter.head.teacher, store.grid, labels, len(names))
-    if not processes.first:
-        return
+    counts = confusion_of(codes, segmenter.head.teacher, store.grid, labels, len(dataset.class_names))
+    if processes.first:
+        report(config, dataset, store, counts, groups=segmenter.groups, size=size)
 
+
+def report(
+    config: EvaluateConfig, dataset: Dataset, store: FeatureStore, counts: Tensor, *, groups: int, size: int
+) -> None:
+    """Write the figures of the confusion `counts` [groups, classes] to the output folder, and print them."""
+    from .measure.scores import hungarian, majority, percent, table
+    from .show import charts, pictures
+
+    names = dataset.class_names
     matched = {"hungarian": hungarian(counts), "majority": majority(counts)}
-    out = Path(config.out) if config.out else Path(config.checkpoint).parent / "evaluation"
+    out = Path(config.out).expanduser() if config.out else Path(config.checkpoint).parent / "evaluation"
     summary = {
         "checkpoint": config.checkpoint,
         "data": dataset.name,
@@ -112,20 +127,24 @@ def main(args: Sequence[str], processes: Processes = ALONE) -> None:
     print(scores_table(matched, names))
     print(
         f"\n{len(store)} images of {dataset.name}, {matched['hungarian'].pixels:,} labelled pixels at {size} px, "
-        f"{'mirror averaged' if config.mirror else 'no mirror'}; {segmenter.groups} groups, {len(names)} classes"
+        f"{'mirror averaged' if config.mirror else 'no mirror'}; {groups} groups, {len(names)} classes"
         + (f"; {len(store.skipped)} images could not be used" if store.skipped else "")
     )
     print(
-        "both mappings from groups to classes are chosen by these labels: hungarian one to one (the field's), majority many to one"
+        "both mappings from groups to classes are chosen by these labels: "
+        "hungarian one to one (the field's), majority many to one"
     )
-    print(
-        f"accuracy {percent(matched['hungarian'].accuracy)} %  mIoU {percent(matched['hungarian'].miou)} %  (hungarian)"
-    )
+    scores = matched["hungarian"]
+    print(f"accuracy {percent(scores.accuracy)} %  mIoU {percent(scores.miou)} %  (hungarian)")
     print(f"saved {out / 'scores.json'}, {out / 'confusion.png'}")
 
 
 def labelled_images(data: str | None, checkpoint: Checkpoint) -> Dataset:
-    """The held-out images of the folder `data`, or without it those of the demo. UserError when they, or their labels, are not there."""
+    """The held-out images of the folder `data`, or without it those of the demo. UserError when they or their labels
+    are missing."""
+    from .datasets import open_dataset
+    from .datasets.demo import demo_datasets
+
     if data is None:
         config = checkpoint.config
         # arrays given to `fit` have no folder either, but they have no classes
@@ -138,13 +157,15 @@ def labelled_images(data: str | None, checkpoint: Checkpoint) -> Dataset:
     if not dataset.labelled:
         why = "".join(f" ({note})" for note in dataset.notes)
         raise UserError(
-            f"--data {data}: has no labels{why}; evaluation needs DIR/images and DIR/labels, smooseg_fast.predict needs none"
+            f"--data {data}: has no labels{why}; evaluation needs DIR/images and DIR/labels, prediction needs none"
         )
     return dataset
 
 
 def protocol(name: str, data: str | None) -> TrainConfig:
-    """The preset `name`. UserError when `data` is recognised as the dataset of another."""
+    """The preset `name`. UserError when `data` is recognised as the dataset of another one."""
+    from .datasets import recognise
+
     settings = preset(name)
     layout = None if data is None else recognise(data)
     if layout is not None and layout.preset != name:
@@ -153,4 +174,4 @@ def protocol(name: str, data: str | None) -> TrainConfig:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, together=True))
+    sys.exit(run(main))

@@ -1,4 +1,4 @@
-"""`python -m smooseg_fast.predict`: masks, overlays, shares and a contact sheet for any image or folder of images."""
+"""`smooseg predict`: masks, overlays, shares and a contact sheet for any image or folder of images."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-import tyro
 from tqdm import tqdm
 
-from .command import load_segmenter, parse, printable, run
+from .command import load_segmenter, printable, run
+from .config import Backbone, BackbonePrecision, Device
 from .datasets import recognise
 from .datasets.images import ImageError, find_images, read_image, read_label
 from .errors import UserError
-from .features.sample import spread
-from .segment.segmenter import Segmenter
-from .show import pictures
-from .show.sheet import Shown, groups_sheet
+from .system.commandline import parse
+from .system.fields import Bounds, Group, Value
 from .system.files import write_json
 from .system.outfolder import Journal, OutFolder
 from .system.progress import Bar
 from .system.signals import Interrupted, StopRequest
+
+if TYPE_CHECKING:
+    from .segment.segmenter import Segmenter
+    from .show.sheet import Shown
 
 SHEET_IMAGES = 24
 RUN, DONE, MASKS, OVERLAYS, SHARES, SHEET = (
@@ -41,24 +43,29 @@ Shares = dict[str, float]  # group -> share of an image's pixels
 
 @dataclass(frozen=True, kw_only=True)
 class PredictConfig:
-    """Segment images of any size with a checkpoint. The same command on the same --out goes on where it was stopped."""
+    """Segment images of any size with a checkpoint. The same command on the same --out resumes where it was stopped."""
 
-    checkpoint: str
-    """The checkpoint.safetensors that training wrote, or a published SmooSeg .ckpt."""
-    images: str
+    images: Annotated[str, Group("data"), Value("PATH", usual=True)]
     """An image, or a folder of images in any nesting."""
-    out: str
-    """Folder for masks/ (8-bit palette PNG of the image's own size), overlays/, shares.json, sheet.jpg, all of one checkpoint."""
-    mirror: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")] = True
-    """Take each image once, which halves the time, instead of averaging its codes with those of its mirror image as the paper does."""
-    short_side: int | None = None
-    """Pixels that an image's short side is brought to before features are taken [the checkpoint's]; larger sees finer detail."""
-    backbone: str | None = None
-    """Needed where the checkpoint was trained on a module:callable; else the one it names."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, mps or auto."""
-    backbone_precision: str = "auto"
-    """What a ViT backbone computes in: float32, bfloat16, float16, or auto: what the device is fast in."""
+    checkpoint: Annotated[str, Value("FILE")]
+    """The checkpoint.safetensors that training wrote, or a published SmooSeg .ckpt."""
+    short_side: Annotated[int | None, Bounds(1, 1 << 16, " pixels")] = None
+    """Size in pixels to which the short side of an image is brought before features are taken [the checkpoint's];
+    larger sees finer detail."""
+    mirror: bool = True
+    """Take each image once, which halves the time, instead of averaging its codes with those of its mirror image as the
+    paper does."""
+
+    backbone: Annotated[Backbone | None, Group("features")] = None
+    """Needed when the checkpoint was trained on a module:callable [the one that the checkpoint names]."""
+    backbone_precision: BackbonePrecision = "auto"
+    """Number format of a ViT backbone; auto takes one in which the device is fast."""
+    device: Device = "auto"
+    """cpu, cuda, cuda:1, mps, or auto: a GPU if there is one."""
+
+    out: Annotated[str, Group("output"), Value("FOLDER")]
+    """Folder for masks/ (8-bit palette PNG of the image's own size), overlays/, shares.json and sheet.jpg, all of one
+    checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,8 @@ class Item:
     stem: str  # of what is written for it, in the folders below --out
 
     def stamp(self) -> list[str | int] | None:
-        """[place, bytes, modification time in ns]: with another stamp it is another image. None when it is gone: reading it says so."""
+        """[place, bytes, modification time in ns]: with another stamp it is another image. None when it is gone:
+        reading it says so."""
         try:
             status = self.file.stat()
         except OSError:
@@ -80,10 +88,11 @@ class Item:
 
 
 class Predictions(OutFolder):
-    """The masks and overlays of one checkpoint and one set of settings, and which images are done. UserError when `path` is another's.
+    """The masks and overlays of one checkpoint and one set of settings, and which images are done. UserError when
+    `path` is another's.
 
-    An image's line of done.jsonl comes after its mask and overlay, so what a line names is there whole. The last line of a stem
-    counts: the files of that name may have been another image's before.
+    An image's line of done.jsonl comes after its mask and overlay, so what a line names is there whole. The last line
+    of a stem counts: the files of that name may have been another image's before.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]):
@@ -108,6 +117,8 @@ class Predictions(OutFolder):
         self, item: Item, stamp: list[str | int] | None, image: np.ndarray, labels: np.ndarray, colours: np.ndarray
     ) -> Shares:
         """`image` uint8 [H,W,3] with labels uint8 [H,W] is done; `stamp` is from before it was read."""
+        from .show import pictures
+
         if not self._claimed:
             self.claim()
             self._journal.rewrite(self._done.values())
@@ -120,7 +131,7 @@ class Predictions(OutFolder):
 
 
 def main(args: Sequence[str]) -> None:
-    config = parse(PredictConfig, args, prog="python -m smooseg_fast.predict")
+    config = parse(PredictConfig, args, "predict")
     segmenter = load_segmenter(config.checkpoint, config.backbone, config.device, config.backbone_precision)
     root, out = Path(config.images).expanduser(), Path(config.out).expanduser()
     items = items_below(root)
@@ -134,8 +145,9 @@ def main(args: Sequence[str]) -> None:
         if stopped is not None:
             raise Interrupted(stopped, "no image was done yet")
         name, reason = next(iter(skipped.items()))
+        first = f"first: {name}: {reason}"
         raise UserError(
-            f"--images {root}: none of the {len(items)} images can be used (first: {name}: {reason}); give images that open"
+            f"--images {root}: none of the {len(items)} images can be used ({first}); give images that open"
         )
 
     done = [item for item in items if item.name in shares]
@@ -172,8 +184,11 @@ def segment(
 ) -> tuple[dict[str, str], int | None]:
     """Everything that is not in `shares` by name, into `made` and `shares`.
 
-    -> (reasons of the images that were skipped, by name; the number of the signal that stopped it, None when all are through).
+    -> (reasons of the images that were skipped, by name; the number of the signal that stopped it, None when all are
+    through).
     """
+    from .show import pictures
+
     skipped: dict[str, str] = {}
     colours = pictures.palette(segmenter.groups)
     todo = [item for item in items if item.name not in shares]
@@ -204,6 +219,9 @@ def mean_shares(shares: Collection[Shares]) -> Shares:
 
 def draw_sheet(path: Path, done: Sequence[Item], made: Predictions, segmenter: Segmenter, mean: Shares) -> None:
     """Of images evenly spaced over all that are done, read back: also those that were done by an earlier command."""
+    from .features.sample import spread
+    from .show import pictures
+    from .show.sheet import groups_sheet
 
     def shown() -> Iterator[Shown]:
         for place in spread(len(done), SHEET_IMAGES).tolist():
@@ -229,8 +247,8 @@ def items_below(root: Path) -> list[Item]:
     names = [file.relative_to(top) for file in found if not is_label(file, root)]
     if not names:
         raise UserError(
-            f"--images {root}: all {len(found)} image files in it are masks, below a labels/ that stands beside an images/; "
-            "give the folder that holds the pictures"
+            f"--images {root}: all {len(found)} image files in it are masks, below a labels/ that stands beside an "
+            "images/; give the folder that holds the pictures"
         )
     return [Item(top / name, name.as_posix(), stem) for name, stem in zip(names, output_stems(names))]
 
@@ -242,7 +260,8 @@ def is_label(file: Path, root: Path) -> bool:
 
 
 def output_stems(files: Sequence[Path]) -> list[str]:
-    """Names without suffix for what is written, no two alike, also where capitals make no difference; a.jpg and a.png keep theirs."""
+    """Names without suffix for what is written, no two alike, also where capitals make no difference; a.jpg and a.png
+    keep theirs."""
     whole = {file.as_posix().casefold() for file in files}
     stems = [file.with_suffix("").as_posix() for file in files]
     count = Counter(stem.casefold() for stem in stems)

@@ -70,7 +70,7 @@ def test_check_opens_a_sample_and_says_so(tmp_path, capsys):
     assert check(root, "--sample", 0) == 0
     assert "(a sample)" not in capsys.readouterr().out
     assert check(root, "--sample", -1) == 2
-    assert capsys.readouterr().err == "error: --sample: must be 0 (all) or more, got -1\n"
+    assert capsys.readouterr().err == "error: --sample: must be at least 0, got -1\n"
 
 
 def test_check_warns_of_what_a_run_would_skip(tmp_path, capsys):
@@ -148,7 +148,8 @@ def test_check_of_folders_that_nobody_owns(folder, labelled, capsys):
     assert check(folder) == 0
     out = capsys.readouterr().out
     assert out.startswith(
-        f"data       {folder}: a folder of images\ntrain      6 images; all opened, 0 of them with a label; 96 x 72 pixels\n"
+        f"data       {folder}: a folder of images\n"
+        "train      6 images; all opened, 0 of them with a label; 96 x 72 pixels\n"
     )
     assert out.endswith(f"next       python -m smooseg_fast.train --data {folder}\n")
     assert check(folder / "0.png") == 0
@@ -161,12 +162,19 @@ def test_check_of_folders_that_nobody_owns(folder, labelled, capsys):
     assert f"note       1 labels in {labelled}/train/labels belong to no image, first one.png\n" in out
 
 
-def test_the_data_command_without_a_command(capsys):
+def test_the_data_command_without_a_command(folder, capsys):
     assert run(data.main, []) == 0
-    assert capsys.readouterr().out.startswith("usage: python -m smooseg_fast.data check DIR")
+    assert capsys.readouterr().out.startswith(
+        "usage: python -m smooseg_fast.data COMMAND ...\n\n  check  tell what DIR"
+    )
     assert run(data.main, ["cheek", "x"]) == 2
-    assert capsys.readouterr().err == "error: cheek: no such command; it is python -m smooseg_fast.data check DIR\n"
+    assert capsys.readouterr().err == (
+        "error: cheek: is not a command of python -m smooseg_fast.data; did you mean check\n"
+    )
+    assert run(data.main, [str(folder)]) == 2
+    assert capsys.readouterr().err.endswith(f"did you mean python -m smooseg_fast.data check {folder}\n")
     assert run(data.main, ["check"]) == 2
+    assert capsys.readouterr().err.startswith("error: DIR: missing; ")
 
 
 # the paper's protocol
@@ -250,8 +258,9 @@ def test_the_protocol_of_another_dataset_is_refused(city, tmp_path, capsys):
     args = ["--checkpoint", "out/checkpoint.safetensors", "--data"]
     tiles = make_potsdam_tiles(tmp_path / "tiles")
     assert run(evaluate.main, ["--preset", "cityscapes", *args, str(tiles)]) == 2
+    title = "Potsdam-3 (prepared .mat tiles, 3 classes)"
     assert capsys.readouterr().err.endswith(
-        f"error: --preset cityscapes: but {tiles} is Potsdam-3 (prepared .mat tiles, 3 classes); give --preset potsdam\n"
+        f"error: --preset cityscapes: but {tiles} is {title}; give --preset potsdam\n"
     )
     assert run(evaluate.main, ["--preset", "city", *args, str(city)]) == 2
     assert "error: --preset: 'city' is not known; choose one of" in capsys.readouterr().err

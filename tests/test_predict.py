@@ -18,6 +18,7 @@ from smooseg_fast.command import run
 from smooseg_fast.datasets.images import find_images
 from smooseg_fast.segment import segmenter
 from smooseg_fast.segment.segmenter import Segmenter
+from smooseg_fast.show import sheet
 
 
 def test_predict_names_skips_and_counts_images_smaller_than_a_patch(trained, tmp_path, capsys):
@@ -420,7 +421,7 @@ def test_images_that_differ_in_their_folder_alone(trained, segmented):
 
 def test_the_sheet_covers_at_most_so_many_images_spread_over_all(trained, photos, monkeypatch):
     shown = []
-    monkeypatch.setattr(predict, "groups_sheet", lambda images, *_: shown.extend(images) or Image.new("RGB", (9, 9)))
+    monkeypatch.setattr(sheet, "groups_sheet", lambda images, *_: shown.extend(images) or Image.new("RGB", (9, 9)))
     monkeypatch.setattr(predict, "SHEET_IMAGES", 3)
     for _ in range(2):
         assert call(trained, photos, "made") == 0

@@ -36,6 +36,7 @@ from smooseg_fast.learn.trainer import require_same_state, require_shares
 from smooseg_fast.measure.confusion import LabelSquares, confusion_of
 from smooseg_fast.segment.checkpoint import read_checkpoint, read_training_state
 from smooseg_fast.segment.model import Head, Heads
+from smooseg_fast.system import processes as joining
 from smooseg_fast.system.processes import ALONE, Processes, joined
 from smooseg_fast.system.signals import Interrupted
 
@@ -342,22 +343,20 @@ def test_one_process_says_why_all_end(monkeypatch, capsys):
     group = [Processes(rank, 2, store=kept) for rank in range(2)]
 
     def ends(processes, main):
-        monkeypatch.setattr(command, "joined", lambda: contextlib.nullcontext(processes))
+        monkeypatch.setattr(joining, "joined", lambda: contextlib.nullcontext(processes))
         return command.run(main, [])
 
     assert [ends(each, predict.main) for each in group] == [2, 2]
-    assert (
-        capsys.readouterr().err == "error: torchrun: this command runs in one process, not 2; start it with python -m\n"
-    )
+    assert capsys.readouterr().err == "error: torchrun: this command runs in one process, not 2; start it alone\n"
 
 
 def test_a_signal_that_the_first_process_did_not_live_to_tell_of(monkeypatch, capsys):
     def stopped(args):
         raise Interrupted(signal.SIGTERM)
 
-    monkeypatch.setattr(command, "PATIENCE", 0.1)
+    monkeypatch.setattr(joining, "PATIENCE", 0.1)
     monkeypatch.setattr(Processes, "first_heard", contextlib.nullcontext)
-    monkeypatch.setattr(command, "joined", lambda: contextlib.nullcontext(Processes(1, 1, store=kept)))
+    monkeypatch.setattr(joining, "joined", lambda: contextlib.nullcontext(Processes(1, 1, store=kept)))
     kept = dist.HashStore()
     assert command.run(stopped, []) == 128 + signal.SIGTERM
     assert capsys.readouterr().err == "interrupted; what was finished is kept\nresume     python -m test_processes\n"

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from smooseg_fast import data, evaluate, train
-from smooseg_fast.command import parse
 from smooseg_fast.config import PRESETS, preset
+from smooseg_fast.system.commandline import parse
 
 TEXT = (Path(__file__).parent.parent / "docs" / "reproduce.md").read_text(encoding="utf-8")
 COMMANDS = sorted(
@@ -16,24 +16,27 @@ COMMANDS = sorted(
         line
         for block in re.findall(r"^```bash\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
         for line in block.replace("\\\n", " ").splitlines()
-        if "smooseg_fast" in line
+        if line.startswith("smooseg ")
     }
 )
 
 
 def read_data(args):
     assert args[0] == "check"
-    return parse(data.CheckConfig, args[1:])
+    return parse(data.CheckConfig, args[1:], "data", "check")
 
 
-READERS = {"train": train.configure, "evaluate": lambda args: parse(evaluate.EvaluateConfig, args), "data": read_data}
+def read_evaluate(args):
+    return parse(evaluate.EvaluateConfig, args, "evaluate")
+
+
+READERS = {"train": train.configure, "evaluate": read_evaluate, "data": read_data}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_parses(command):
-    python, flag, module, *args = shlex.split(command)
-    assert (python, flag) == ("python", "-m")
-    config = READERS[module.removeprefix("smooseg_fast.")](args)
+    _, name, *args = shlex.split(command)
+    config = READERS[name](args)
     assert config.data == "DIR"
     if getattr(config, "preset", None):
         preset(config.preset)
@@ -41,8 +44,8 @@ def test_command_parses(command):
 
 def test_every_benchmark_has_its_commands():
     for name in ("cityscapes", "cocostuff27", "potsdam"):
-        for module in ("train", "evaluate"):
-            assert any(f"smooseg_fast.{module} --preset {name} " in command for command in COMMANDS)
+        for command in ("train", "evaluate"):
+            assert any(line.startswith(f"smooseg {command} --preset {name} ") for line in COMMANDS)
 
 
 def test_the_table_is_that_of_the_presets():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 
-from ..config import BACKBONE_PRECISIONS
+from ..config import BackbonePrecision
 from ..errors import UserError
 
 
@@ -12,9 +14,9 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     """The dtype that `precision` names. "auto": on a GPU bfloat16 where it is native, else float16; on a CPU with bfloat16 matrix units
     (Intel AMX) bfloat16, which takes a third of the time there; else float32.
     """
-    if precision not in BACKBONE_PRECISIONS:
+    if precision not in get_args(BackbonePrecision):
         raise UserError(
-            f"--backbone-precision {precision}: is not known; choose one of {', '.join(BACKBONE_PRECISIONS)}"
+            f"--backbone-precision {precision}: is not known; choose one of {', '.join(get_args(BackbonePrecision))}"
         )
     if precision != "auto":
         return getattr(torch, precision)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..config import GROUPS, TrainConfig
 from ..errors import UserError
+from ..system.fields import check_fields
 from ..system.files import finite, write_atomic
 from .model import Head, Heads
 
@@ -139,7 +140,7 @@ def _checkpoint(header: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoin
     if type(step) is not int or not isinstance(report, dict) or not all(isinstance(text, str) for text in texts):
         raise ValueError("its header holds values of the wrong kind")
     config = TrainConfig(**header["config"])
-    config.check_values()
+    check_fields(config)
     return Checkpoint(
         config=config,
         head=_head(_below("head.", tensors)),

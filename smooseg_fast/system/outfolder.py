@@ -18,6 +18,17 @@ MARKER = ".smooseg"
 MARKER_TEXT = "smooseg wrote the files and folders named below, and ignores them when it looks for images."
 
 
+class HoldsAnotherRun(UserError):
+    """The folder `path` belongs to a run in which the setting `name` is `there`, and not `here`."""
+
+    def __init__(self, path: Path, name: str, there: Any, here: Any):
+        self.path, self.name, self.there, self.here = path, name, there, here
+        super().__init__(
+            f"--out {path}: holds another run ({name} is {there!r} there and {here!r} here); "
+            "give another folder, or the same settings to resume"
+        )
+
+
 class OutFolder:
     """A folder that belongs to one set of settings and records them as JSON; the same settings resume there, others are
     refused.
@@ -49,10 +60,7 @@ class OutFolder:
             recorded = self._read_settings()
             for name, value in self.settings.items():
                 if recorded.get(name) != value:
-                    raise UserError(
-                        f"--out {path}: holds another run ({name} is {recorded.get(name)!r} there and {value!r} here); "
-                        "give another folder, or the same settings to resume"
-                    )
+                    raise HoldsAnotherRun(path, name, recorded.get(name), value)
         elif foreign := [name for name in made if (path / name).exists()]:
             raise UserError(f"--out {path}: holds {foreign[0]} but no {record}; give another folder")
 

@@ -1,0 +1,46 @@
+"""`smooseg COMMAND ...`, or `python -m smooseg_fast COMMAND ...`: every command of the package."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from . import __version__
+from .command import printable, run
+from .errors import UserError
+from .system.commandline import choose_command, program
+
+COMMANDS = {
+    "train": "learn to segment a folder of images without labels",
+    "predict": "segment images of any size with a checkpoint",
+    "evaluate": "measure a checkpoint against labels",
+    "choose": "choose which head of a run predicts",
+    "convert": "rewrite a published SmooSeg checkpoint as one of this program",
+    "data": "check what a folder holds before training",
+    "similarity": "measure how alike patches are, and what thresholds make of it",
+    "cache": "list, remove or verify cached features",
+    "completion": "print a script that completes commands, flags and values in your shell",
+}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """The console script: -> the exit code."""
+    args = list(sys.argv[1:] if args is None else args)
+    if args[:1] == ["--version"]:
+        print(f"smooseg {__version__}")
+        return 0
+    try:
+        chosen = choose_command(args, COMMANDS, program() or f"python -m {__package__}", "train --data")
+    except UserError as error:
+        print("error: " + printable(str(error)), file=sys.stderr)
+        return 2
+    if chosen is None:
+        return 0
+    command, words = chosen
+    module = import_module(f".{command}", __package__)
+    return run(module.main, words, quick=command == "completion")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

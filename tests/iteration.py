@@ -1,8 +1,9 @@
-"""The oracle of training: one iteration from the paper's equations (Lan et al. 2023, arXiv 2310.17874) in plain PyTorch.
+"""The oracle of training: one iteration by the equations of Lan et al. 2023 (arXiv 2310.17874) in plain PyTorch.
 
-P x P matrices, explicit formulas, a hand-written Adam and teacher. Nothing comes from smooseg_fast or smooseg_kernels, so an error
-there cannot be repeated here. It learns one head, in float64, or in float32 to measure what rounding costs. Also here: the random
-draws by the rule that resumed runs depend on, small images, and a backbone for them ("iteration:features_of").
+P x P matrices, explicit formulas, a hand-written Adam and teacher. Nothing comes from smooseg_fast or
+smooseg_kernels, so an error there cannot be repeated here. It learns one head, in float64, or in float32 to measure
+what rounding costs. Also here: the random draws by the rule that resumed runs depend on, small images, and a backbone
+for them ("iteration:features_of").
 """
 
 import math
@@ -53,7 +54,7 @@ def features_of_images(images):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides one head's learning. No default is near that of a run, and no two are alike, so that a swap shows."""
+    """What decides one head's learning. No default is near a run's, and no two are alike, so that a swap shows."""
 
     within: float = 0.31
     across: float = -0.12

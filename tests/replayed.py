@@ -1,7 +1,8 @@
 """CUDA graphs played on the CPU, so that a captured loop is tested where there is no card.
 
-As on a card, a capture runs nothing (its changes are put back at its end), and a replay repeats the captured operations on the
-captured memory, with Python's numbers as they were. The host reaches a replay only by writing into that memory.
+As on a card, a capture runs nothing (its changes are put back at its end), and a replay repeats the captured
+operations on the captured memory, with Python's numbers as they were. The host reaches a replay only by writing into
+that memory.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
-"""Training against an independent oracle (iteration.py): the step, the loop, draws, runs from their flags, and what a run is.
+"""Training against an independent oracle (iteration.py): the step, the loop, draws, and runs from their flags.
 
-Every setting has a value of its own, far from the defaults, so that one that is lost, swapped or repeated changes the weights by
-much more than rounding. In float64 a step agrees to 1e-9 of how far it moved a tensor; in float32, where the oracle itself is off
-by 3e-6, to 1e-4.
+Every setting has a value of its own, far from the defaults, so that one that is lost, swapped or repeated changes the
+weights by much more than rounding. In float64 a step agrees to 1e-9 of how far it moved a tensor; in float32, where
+the oracle itself is off by 3e-6, to 1e-4.
 """
 
 import contextlib
@@ -31,6 +31,7 @@ from replayed import play_graphs_on_the_cpu
 from safetensors.torch import load_file
 
 import smooseg_fast
+import smooseg_kernels as sk
 from smooseg_fast import train
 from smooseg_fast.command import run
 from smooseg_fast.config import TrainConfig
@@ -289,7 +290,7 @@ def test_everything_that_is_drawn_differs_from_step_to_step():
 
 
 def test_masks_are_independent():
-    """Between the three kinds, the images and the steps. A share p of the channels is hidden, the rest scaled by 1 / (1 - p)."""
+    """Between kinds, images and steps. A share p of the channels is hidden, the rest scaled by 1 / (1 - p)."""
     recipe, channels = Recipe(batch_size=4), 500
     schedule, settings = schedule_of(recipe, 23), settings_of(recipe)
     masks = torch.stack([schedule.draws(step, P, channels, settings, CPU).masks for step in range(10)])
@@ -420,6 +421,18 @@ def test_the_state_that_a_run_resumes_from(absolute, features):
         assert float(tensors["losses.total"][head]) == pytest.approx(losses[-1]["total"], rel=1e-4)
 
 
+def test_impl_reaches_the_objective(tmp_path, monkeypatch):
+    loss, seen = sk.smooseg_loss, []
+
+    def recorded(features, *args, impl="auto", **options):
+        seen.append((len(features), impl))
+        return loss(features, *args, impl=impl, **options)
+
+    monkeypatch.setattr(sk, "smooseg_loss", recorded)
+    trained(tmp_path, Recipe(), 2, impl="dense")
+    assert [impl for images, impl in seen if images == Recipe.batch_size] == ["dense", "dense"]
+
+
 def test_granularities_and_seeds_reach_their_heads(tmp_path, features):
     granularities, recipe = (0.21, -0.13), Recipe(relative=True, dropout=0.15, seed=3, data_seed=17)
     out, _ = trained(tmp_path, recipe, STEPS, granularity=granularities, heads=2)
@@ -481,7 +494,7 @@ ANOTHER = {  # every setting that decides the result, as another value than the 
     "data_seed": [12],
     "on_drift": ["stop"],
 }
-MACHINE = {  # settings that only say where files go and what the machine does; None where a run here cannot have another
+MACHINE = {  # settings of files and of the machine; None where a run here cannot have another value
     "out": None,
     "cache": ["elsewhere"],
     "cache_limit": ["1GB"],

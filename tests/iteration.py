@@ -213,9 +213,9 @@ class Learner:
 
 
 def learn(recipe, features, steps, rows_of=draw_rows, dtype=torch.float64, **stream):
-    """`steps` iterations on features [N,P,D] -> (the learner, the losses of each step, the head after each step)."""
+    """Iterations numbered as in `steps` on features [N,P,D] -> (the learner, the losses and the head of each)."""
     learner, losses, heads = Learner(recipe, dtype, features.shape[2]), [], []
-    for step in range(steps):
+    for step in steps:
         rows = rows_of(step, len(features), recipe, **stream)
         losses.append(learner.step(features[rows], *draw_rest(step, recipe, *features.shape[1:])))
         heads.append(dict(learner.head))

@@ -1,6 +1,7 @@
-"""Shared fixtures. Without a GPU the Triton kernels run in the interpreter, which has to be on before they are imported."""
+"""Shared fixtures. Without a GPU, Triton kernels run in the interpreter, which has to be on before their import."""
 
 import os
+import shutil
 import signal
 
 import pytest
@@ -11,7 +12,7 @@ from textures import draw, make_photos
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# started in the background, a shell has Ctrl-C ignored for this process and all that it starts: the tests of Ctrl-C need it
+# a shell that starts pytest in the background makes it, and all that it starts, ignore Ctrl-C, which some tests send
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -36,31 +37,48 @@ def folder(tmp_path, monkeypatch):
     return make_photos(tmp_path / "photos")
 
 
+def write_labelled(root):
+    """A labelled set of two textures: five images to train on, three to validate on."""
+    for split, numbers in (("train", range(5)), ("val", range(5, 8))):
+        for kind in ("images", "labels"):
+            (root / split / kind).mkdir(parents=True)
+        for number in numbers:
+            image, label = draw(number)
+            label[:2] = 255
+            Image.fromarray(image).save(root / split / "images" / f"{number}.png")
+            Image.fromarray(label).save(root / split / "labels" / f"{number}.png")
+    (root / "classes.txt").write_text("wall\nfence\n")
+    return root
+
+
 @pytest.fixture
 def labelled(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    for split, numbers in (("train", range(5)), ("val", range(5, 8))):
-        for kind in ("images", "labels"):
-            (tmp_path / "set" / split / kind).mkdir(parents=True)
-        for number in numbers:
-            image, label = draw(number)
-            label[:2] = 255
-            Image.fromarray(image).save(tmp_path / "set" / split / "images" / f"{number}.png")
-            Image.fromarray(label).save(tmp_path / "set" / split / "labels" / f"{number}.png")
-    (tmp_path / "set" / "classes.txt").write_text("wall\nfence\n")
-    return tmp_path / "set"
+    return write_labelled(tmp_path / "set")
 
 
-@pytest.fixture
-def trained(labelled):
-    """The checkpoint of a short run on `labelled`."""
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory):
+    """The folder of a short run on a labelled set, with its cache. Read only: `trained` copies it."""
     from test_trainer import SMALL
 
     from smooseg_fast import train
     from smooseg_fast.command import run
 
-    assert run(train.main, ["--data", str(labelled), "--out", "out", *SMALL]) == 0
+    root = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(root / "cache"))
+        patch.setattr("smooseg_fast.backbones.precision.has_matrix_units", lambda: False)
+        assert run(train.main, ["--data", str(write_labelled(root / "set")), "--out", str(root / "out"), *SMALL]) == 0
+    return root
+
+
+@pytest.fixture
+def trained(labelled, trained_once):
+    """The checkpoint of a short run on a copy of `labelled`, in a folder that a test may change."""
+    for name in ("out", "cache"):
+        shutil.copytree(trained_once / name, labelled.parent / name)
     return labelled.parent / "out" / "checkpoint.safetensors"
 
 

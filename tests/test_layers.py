@@ -166,6 +166,10 @@ def test_partners_are_a_permutation_whose_fixed_points_move_on():
         partners = sk.layers.draw_partners(7, generator=torch.Generator().manual_seed(seed))
         assert partners.dtype == torch.int64
         assert not (partners == torch.arange(7)).any()
+        order = torch.randperm(7, generator=torch.Generator().manual_seed(seed))
+        own = torch.arange(7)
+        assert torch.equal(partners, torch.where(order == own, (order + 1) % 7, order))
+        assert partners.device == torch.device("cpu")
     assert sk.layers.draw_partners(2).tolist() == [1, 0]
 
 

@@ -16,17 +16,30 @@ __all__ = ["CorrelationLoss", "SmoothnessLoss", "draw_partners"]
 def draw_partners(
     B: int, *, device: torch.device | str | None = None, generator: torch.Generator | None = None
 ) -> Tensor:
-    """int64 [B]: another image of the batch for each one. A random permutation in which an image that drew itself takes the next number
-    modulo B, so two images can have the same partner (Lan et al. 2023, arXiv 2310.17874).
+    """Draws another image of the batch for each image.
 
-    B is at least 2. Draws where the generator is, which has to be on `device`; never waits for a GPU, and can be captured in a CUDA graph.
+    The partners are a random permutation in which an image that drew itself takes the next number modulo B. Two images can therefore
+    share a partner (Lan et al. 2023, arXiv 2310.17874). The draw is that of `torch.randperm(B)`. It never waits for a GPU, and a CUDA
+    graph can capture it.
+
+    Args:
+        B: number of images, at least 2.
+        device: where to draw. Default: the generator's device, or PyTorch's default device without a generator.
+        generator: source of the randomness, on `device`. Default: PyTorch's global generator.
+
+    Returns:
+        int64 [B] image numbers, none equal to its own position.
+
+    Raises:
+        ValueError: B is below 2.
     """
     if B < 2:
-        raise ValueError(f"B must be at least 2, as every image needs another one as its partner, got {B}")
-    here = torch.arange(B, device=device)
-    # sorted random numbers: a permutation made on the device itself
-    partners = torch.rand(B, device=device, generator=generator).argsort()
-    return torch.where(partners == here, (partners + 1) % B, partners)
+        raise ValueError(f"B must be at least 2, because every image needs another one as its partner, got {B}")
+    if device is None and generator is not None:
+        device = generator.device
+    partners = torch.randperm(B, device=device, generator=generator)
+    own = torch.arange(B, device=device)
+    return torch.where(partners == own, (partners + 1) % B, partners)
 
 
 class SmoothnessLoss(nn.Module):

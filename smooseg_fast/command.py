@@ -17,7 +17,7 @@ import tyro
 from .datasets import recognise
 from .errors import UserError, WriteError
 from .segment.segmenter import Segmenter
-from .system.processes import PATIENCE, Processes, joined
+from .system.processes import PATIENCE_S, Processes, joined
 from .system.signals import terminable, with_kept
 
 T = TypeVar("T")
@@ -125,7 +125,7 @@ def _run(main: Callable[..., None], args: Sequence[str], together: bool) -> int:
         except KeyboardInterrupt as stop:
             stop = with_kept(stop, "what was finished is kept")
             # the first process, if it lives, knows what is kept
-            if processes.last_word(0 if processes.first else PATIENCE):
+            if processes.last_word(0 if processes.first else PATIENCE_S):
                 print(f"interrupted; {stop.kept}\nresume     {again}", file=sys.stderr)
             return 128 + stop.number
     return 0

@@ -91,7 +91,7 @@ def main(args: Sequence[str]) -> None:
             f"--data: {len(store)} square of {config.size} pixels, but pairs of images need 2; add images, or --crops slide"
         )
     found = similarity(store, backbone.device, largest=asked.pairs, partners=asked.partners)
-    rows = [(variant, closeness(found, variant.thresholds, config.relative)) for variant in config.variants()]
+    rows = [(variant, closeness(found, variant.thresholds)) for variant in config.variants()]
     print(table(found))
     print(found.line())
     print()

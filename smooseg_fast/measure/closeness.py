@@ -10,6 +10,7 @@ from torch import Tensor
 
 import smooseg_kernels as sk
 
+from ..config import Thresholds
 from ..features.sample import BATCH
 from ..features.store import FeatureStore
 from ..system.progress import Bar
@@ -101,14 +102,14 @@ class Closeness:
         )
 
 
-def closeness(found: Similarity, thresholds: Sequence[float], relative: bool) -> tuple[Closeness, Closeness]:
-    """(within, across) with their thresholds, an excess over M where they are relative."""
+def closeness(found: Similarity, thresholds: Thresholds) -> tuple[Closeness, Closeness]:
+    """(within, across) with their thresholds."""
 
     def of(spread: Spread, threshold: float) -> Closeness:
-        b = threshold + spread.mean if relative else threshold
+        b = threshold + spread.mean if thresholds.relative else threshold
         return Closeness(spread.mean, spread.std, spread.quantiles(QUANTILES), b, spread.pulled(b))
 
-    return of(found.within, thresholds[0]), of(found.across, thresholds[1])
+    return of(found.within, thresholds.within), of(found.across, thresholds.across)
 
 
 def warning(within: Closeness, across: Closeness) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -202,6 +202,14 @@ class Heads(nn.Module):
             self.projection.add_module(part, layer)
         self.student = nn.Parameter(stacked["student"])
         self.register_buffer("teacher", stacked["teacher"])
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> Heads:
+        """The heads whose `state_dict` this is. RuntimeError or KeyError where names or shapes do not fit."""
+        (H, K, Z), D = state["student"].shape, state["projection.linear.weight"].shape[2]
+        heads = cls([Head(D, K, Z)] * H)
+        heads.load_state_dict(state)
+        return heads
 
     def __len__(self) -> int:
         return len(self.student)

@@ -107,7 +107,7 @@ def test_the_size_of_a_block_changes_nothing(masks, monkeypatch):
     m1, m2 = torch.rand(2, 5, 6, dtype=torch.float64) if masks else (None, None)
     found = []
     for images in (1, 2, 5):  # 2 leaves a last block of one
-        monkeypatch.setattr(model, "BLOCK", images * 2 * features[0].nbytes)
+        monkeypatch.setattr(model, "BLOCK_BYTES", images * 2 * features[0].nbytes)
         heads.zero_grad()
         codes = heads.codes(features, m1, m2)
         codes.square().sum().backward()

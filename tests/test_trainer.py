@@ -70,7 +70,7 @@ def test_a_folder_without_labels(folder, capsys):
     assert "net force" not in out
     assert "perplexity" not in out
     assert re.search(
-        r"^groups     5 groups asked for, [1-5] in use: \d+ %(, \d+ %)* of the area; teacher and student agree",
+        r"^groups     .*: 5 groups asked for, [1-5] in use: \d+ %(, \d+ %)* of the area; teacher and student agree",
         out,
         re.M,
     )
@@ -486,7 +486,7 @@ def test_an_output_folder_that_cannot_be_written_is_known_before_features_are_ta
 
 
 def test_a_run_that_fails_leaves_no_folder(folder, monkeypatch):
-    monkeypatch.setattr(trainer, "open_features", lambda *_: (_ for _ in ()).throw(UserError("no")))
+    monkeypatch.setattr(trainer, "open_features", lambda *_, **__: (_ for _ in ()).throw(UserError("no")))
     assert call("--data", folder, "--out", "a/b/c", *SMALL) == 2
     assert not Path("a").exists()
 

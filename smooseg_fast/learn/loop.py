@@ -1,4 +1,4 @@
-"""Training steps on cached features, run one by one or replayed from a CUDA graph. Imports torch and smooseg_kernels alone."""
+"""Training steps on cached features, one by one or from a CUDA graph. Imports torch and smooseg_kernels alone."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Loop:
 
     Args:
         heads: on the device that computes.
-        features: [N,P,D] on that device, or a function from int64 [B] row numbers to [B,P,D] on the CPU. 16-bit features make the
-            projection's products bf16, except fp16 on a CPU; others have the heads' own dtype.
+        features: [N,P,D] on that device, or a function from int64 [B] row numbers to [B,P,D] on the CPU. 16-bit
+            features make the projection's products bf16, except fp16 on a CPU; others have the heads' own dtype.
         sizes: (P, D).
         thresholds: [H,2] of every head, within images and across.
         lr, lr_prototypes: Adam's learning rates of projection and student.
@@ -96,7 +96,7 @@ class Loop:
     # capture
 
     def _changing(self, draws: Draws) -> list[Tensor]:
-        """The tensors that change from step to step, on the host. A batch that is not resident is pinned, so that its copy overlaps."""
+        """The inputs of a replay, on the host. A batch that is not resident is pinned, so that its copy overlaps."""
         batch = [] if isinstance(self.features, Tensor) else [self.features(draws.rows).pin_memory()]
         return draws.tensors() + batch
 
@@ -134,7 +134,7 @@ def _copies(state: Any) -> Any:
 
 
 def _put_back(state: Any, before: Any) -> None:
-    """Restores a nested state in place. Tensors that `before` lacks start from 0, as Adam's moments and step counts do."""
+    """Restores a nested state in place. Tensors that `before` lacks become 0, where Adam's moments and counts start."""
     for key, value in state.items():
         if isinstance(value, Tensor):
             value.copy_(before[key]) if key in before else value.zero_()

@@ -82,7 +82,7 @@ class Run:
         self.counted = 0  # the step that `counts` belong to
 
     def learn(self) -> Ended:
-        """Takes all steps; fewer where every head drifts and --on-drift stop is set. Interrupted after a signal, with the state saved."""
+        """Takes all steps, or fewer with --on-drift stop. Interrupted after a signal, with the state saved."""
         loop = self.prepare()
         steps, first = self.config.steps, self.done
         bar = Bar(total=steps, initial=first, desc="train", unit="step", disable=not self.setting.progress)
@@ -94,7 +94,7 @@ class Run:
                     self.say(f"warning    steps run one by one, without a CUDA graph: {loop.not_captured}")
                 bar.update()
                 if self.log_is_due() and not (self.alone and stop.number):
-                    # a line that a signal cuts short is made again from the saved losses; several processes exchange it whole
+                    # a line that a signal cuts short is made again from the saved losses; several processes finish it
                     with stop.at_once() if self.alone else nullcontext():
                         self.log(loop, losses, bar)
                 number, late = self.agree(stop)
@@ -111,7 +111,7 @@ class Run:
         return Ended(self.heads(loop), self.done, frozenset(variants), self.records, counts, self.report)
 
     def prepare(self) -> Loop | None:
-        """The loop of this process's heads before the next step, None for a process without a head; the folder is this run's now."""
+        """Claims the folder; -> the loop of this process's heads, None for a process without a head."""
         setting, state = self.setting, self.state
         loop = None
         if self.variants:
@@ -184,7 +184,7 @@ class Run:
         return functools.partial(store.rows if stream is None else stream.features, dtype=dtype)
 
     def closeness(self) -> dict[str, Any]:
-        """Figures of how alike patches are, for the report; a warning where the thresholds pull in opposite directions."""
+        """Figures on how alike patches are, for the report; warns of thresholds that pull in opposite directions."""
         setting = self.setting
         measured = similarity(setting.store, setting.device, impl=self.config.impl, progress=setting.progress)
         within, across = closeness(measured, setting.variants[0].thresholds)
@@ -204,7 +204,7 @@ class Run:
     # steps
 
     def step(self, loop: Loop | None) -> dict[str, Tensor]:
-        """The losses of this process's heads. Without a head, the process still enters the windows of a stream with the others."""
+        """The losses of this process's heads. One without a head still enters the windows of a stream."""
         if loop is None:
             self.schedule.rows_of(self.done)
         losses = {} if loop is None else loop.step(self.done)._asdict()
@@ -212,7 +212,7 @@ class Run:
         return losses
 
     def agree(self, stop: StopRequest) -> tuple[int, bool]:
-        """(signal that any process received, or 0; whether the saved state is too old), equal and behind the same step on all.
+        """(signal to any process, or 0; whether the saved state is too old): equal on all, after the same step.
 
         Several processes meet about every MEET_S and whenever something is logged or saved; between, each runs on.
         """
@@ -249,7 +249,7 @@ class Run:
             self.log(loop, self.shares.of(state.losses, COMMON), bar)
 
     def log(self, loop: Loop | None, losses: dict[str, Tensor], bar: Bar) -> None:
-        """Writes one line of metrics for each head, all at once, and names heads in trouble. UserError when none is left."""
+        """Writes a line of metrics for each head and names heads in trouble. UserError when all are broken."""
         setting = self.setting
         own = [] if loop is None else self.measure(loop.heads, losses)
         records = [record for part in self.processes.all(own) for record in part]
@@ -269,7 +269,8 @@ class Run:
         self.see(records)
         if self.watch.all_broken:
             raise UserError(
-                f"--lr: at step {self.done} the losses of every head are NaN or infinite; try a lower --lr and --lr-prototypes"
+                f"--lr: at step {self.done} the losses of every head are NaN or infinite; "
+                "try a lower --lr and --lr-prototypes"
             )
 
     def measure(self, heads: Heads, losses: dict[str, Tensor]) -> list[dict[str, Any]]:

@@ -50,7 +50,7 @@ class Shown:
         return next(iter(self.segmenters))
 
     def images(self, count: int) -> Iterator[tuple[str, np.ndarray]]:
-        """Names and pixels of `count` images at most, evenly spaced over the held-out ones (else all) that have features."""
+        """Names and pixels of at most `count` images, evenly spaced over those (held-out ones first) with features."""
         setting = self.setting if self.setting.validation is None else self.setting.validation
         usable = list(dict.fromkeys(setting.store.names))
         chosen = {usable[place] for place in spread(len(usable), count).tolist()}

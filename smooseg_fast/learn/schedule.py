@@ -1,4 +1,4 @@
-"""What a training step draws at random: batches, partners, masks and patches. Imports torch and smooseg_kernels alone."""
+"""The random draws of a step: batches, partners, masks, patches. Imports torch and smooseg_kernels alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import smooseg_kernels as sk
 class Settings:
     """The part of a configuration that a step needs.
 
-    relative: thresholds are an excess over the measured mean closeness M. patches: how many of each square take part, all if None.
+    relative: thresholds are an excess over the measured mean closeness M.
+    patches: how many of each square take part; None for all.
     """
 
     relative: bool

@@ -1,8 +1,10 @@
 """Whole heads shared among processes: which of them each one learns, and how the first gathers them.
 
-Every process takes every step, with the same batches and draws, so its heads learn what they would learn side by side with all others.
-Matrix products of several heads are joined, and their last bits depend on how many heads there are: after 200 steps of five heads on a
-CPU, losses and weights of two processes were within 1e-5 of those of one (relative to the largest weight).
+Every process takes every step, with the same batches and draws, so its heads learn what they would learn side by side
+with all others. A run of one head is the same bit for bit with any number of processes. Several heads share matrix
+products, whose last bits depend on how many heads there are: after 200 steps of 3 and 2 heads in place of 5 (B 16, P
+196, D 104, CPU), losses were equal and weights differed by at most 1e-6 of the largest one. A product for each head
+alone would make a step of 5 heads 8 % slower.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from ..system.processes import Processes
 
 
 class Shares:
-    """The `heads` of a run in order, cut into one part for each process. The first processes have one head more where it does not divide."""
+    """The heads of a run in order, in one part for each process; the first parts have one head more if need be."""
 
     def __init__(self, heads: int, processes: Processes):
         each, extra = divmod(heads, processes.size)

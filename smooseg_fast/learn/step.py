@@ -19,12 +19,12 @@ def train_step(
     thresholds: Tensor,
     settings: Settings,
 ) -> sk.SmooSegLoss:
-    """Runs one iteration: losses with the teacher as it stands, then the teacher's update, then the optimiser's (DESIGN, 2).
+    """Runs one iteration: losses with the teacher as it stands, then the teacher's update, then the optimiser's step.
 
     Args:
         heads: H heads, updated in place.
-        features: [B,P,D]. 16-bit features on a GPU make the projection's matrix products bf16; on a CPU only bf16 features do. Other
-            features have the heads' dtype.
+        features: [B,P,D]. 16-bit features on a GPU make the projection's matrix products bf16; on a CPU only bf16
+            features do. Other features have the heads' dtype.
         draws: partners, masks and patches of this step, common to the heads.
         thresholds: [H,2] of every head, within images and across.
 

@@ -1,11 +1,13 @@
 """Training on features that do not fit the cache: they pass through it in windows, one at a time.
 
-Every pass takes the images in another random order, cut into windows of equal numbers of images. The features of a window are a store like
-any other, made by `open_or_extract`. A window serves a fixed number of steps, as many as its squares make batches, so that a square is seen
-as often as if all features were there; then the window is removed and the next one is made. Everything follows from (data_seed, step) and
-the two numbers of `Windows`, which are saved with the run's state: a stopped run resumes with the same batches, from the shards it left.
+Every pass takes the images in another random order, cut into windows of equal numbers of images. The features of a
+window are a store like any other, made by `open_or_extract`. A window serves a fixed number of steps, as many as its
+squares make batches, so that a square is seen as often as if all features were there; then the window is removed and
+the next one is made. Everything follows from (data_seed, step) and the two numbers of `Windows`, which are saved with
+the run's state: a stopped run resumes with the same batches, from the shards it left.
 
-The next window is not made while the head learns: a backbone takes fifty times as long as the head, so it would save a fiftieth.
+The next window is not made while the head learns: a backbone takes fifty times as long as the head, so it would save a
+fiftieth.
 """
 
 from __future__ import annotations
@@ -91,7 +93,7 @@ class Stream(Schedule):
         return self._store is not None and step // self.windows.steps == self._number
 
     def rows_of(self, step: int) -> Tensor:
-        """int64 [B] squares of the window, in a random order; a window too small for its steps is gone through again in another order."""
+        """int64 [B] squares of the window in random order; one too small for its steps is used again in another."""
         number, place = divmod(step, self.windows.steps)
         if not self.ready(step):
             self._enter(number)
@@ -151,7 +153,7 @@ def open_for_training(
     windows: Windows | None,
     say: Say,
 ) -> tuple[FeatureStore, Stream | None]:
-    """All features and None; or, where they do not fit the limit, those of a sample of the images, and the stream of all.
+    """All features and None; or, where they exceed the limit, those of a sample of images and the stream of all.
 
     Args:
         options: of `open_or_extract`.
@@ -166,7 +168,8 @@ def open_for_training(
         if forecast is not None and not forecast.there and forecast.nbytes + in_use > limit:
             needed = readable(forecast.nbytes + in_use)
             raise UserError(
-                f"--cache-limit {readable(limit)}: this run began with room for all; give about {needed}, or another --out"
+                f"--cache-limit {readable(limit)}: this run began with room for all; "
+                f"give about {needed}, or another --out"
             )
         return open_or_extract(dataset, backbone, **options), None
     say("features   " + described(forecast, windows))
@@ -193,6 +196,6 @@ def open_for_training(
 def described(forecast: Expected, windows: Windows) -> str:
     each = f"{windows.count} windows of {readable(forecast.nbytes // windows.count)} and {windows.steps} steps"
     return (
-        f"streamed: all would take about {readable(forecast.nbytes)}; {each} follow one another through the cache; the start and "
-        f"figures without labels use {sampled(forecast.images)} images"
+        f"streamed: all would take about {readable(forecast.nbytes)}; {each} follow one another through the cache; "
+        f"the start and figures without labels use {sampled(forecast.images)} images"
     )

@@ -127,8 +127,8 @@ def say_groups(setting: Setting, states: Mapping[Variant, Health]) -> None:
         )
         setting.detail(
             f"           perplexity {state.perplexity:.1f}; {state.labels_per_image:.1f} in an image; "
-            f"I(image;label)/H(label) {state.image_information:.2f}; modularity {state.modularity:.3f} x explained variance "
-            f"{state.explained_variance:.3f} = {state.modularity_x_explained:.4f}"
+            f"I(image;label)/H(label) {state.image_information:.2f}; modularity {state.modularity:.3f} x "
+            f"explained variance {state.explained_variance:.3f} = {state.modularity_x_explained:.4f}"
         )
     for variant, state in states.items():
         if state.perplexity < COLLAPSED and asked > 1:
@@ -149,7 +149,7 @@ def sizes(shares: Iterable[float]) -> str:
 
 
 def score(setting: Setting, ended: Ended, places: Mapping[Variant, int]) -> dict[Variant, dict[str, Any]]:
-    """Figures that labels choose (Hungarian matching, as in the field), next to k-means on the same features; for the report."""
+    """Scores for the report, matched to classes by the labels (Hungarian), next to k-means on the same features."""
     validation, names = setting.validation, setting.validation.dataset.class_names
     where = "held-out images" if validation.dataset.held_out else "the training images"
     setting.say(f"scores     {len(validation.store)} {where}; groups are matched to classes by the labels (Hungarian):")

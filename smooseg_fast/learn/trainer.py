@@ -52,16 +52,18 @@ def fit(
     """Learns to segment `images` without labels.
 
     Args:
-        images: a folder (any nesting, the labelled layout, or that of a benchmark's owner), one image file, or a sequence of uint8
-            [H,W,3] arrays.
+        images: a folder (any nesting, the labelled layout, or that of a benchmark's owner), one image file, or a
+            sequence of uint8 [H,W,3] arrays.
         out: folder for checkpoint, figures and pictures; without it, nothing is written except the feature cache.
         preset_name: the preset that the other settings start from.
         say: takes each line of text about the run; nothing is said by default.
-        settings: any field of TrainConfig, such as granularity=0.06, prototypes=12, steps=400, backbone="facebook/dino-vits8".
+        settings: any field of TrainConfig, such as granularity=0.06, prototypes=12, steps=400,
+            backbone="facebook/dino-vits8".
 
     Raises:
         UserError: in one line, for impossible settings or images; WriteError, one of them, for a full disk.
-        Interrupted: a KeyboardInterrupt, after Ctrl-C; its text tells what is kept in `out`, where the same call resumes.
+        Interrupted: a KeyboardInterrupt, after Ctrl-C; its text tells what is kept in `out`, where the same call
+            resumes.
     """
     arrays = None if isinstance(images, (str, Path)) else list(images)
     config = with_changes(preset(preset_name), data=str(images) if arrays is None else None, **settings)
@@ -86,7 +88,7 @@ def learn(
     say: Say,
     processes: Processes = ALONE,
 ) -> Segmenter:
-    """Learns one run; resumes the unfinished one of the same configuration in `out`. Of several processes the first alone writes.
+    """Learns one run; resumes the unfinished one of the same configuration in `out`. The first process alone writes.
 
     Args:
         dataset: images to learn from.
@@ -221,12 +223,13 @@ def require_same_state(state: TrainingState | None, out: Path | None, processes:
     furthest = processes.largest(step)
     if step != furthest:
         raise UserError(
-            f"--out {out}: process {processes.rank} finds step {step} there, and another step {furthest}; give a shared folder"
+            f"--out {out}: process {processes.rank} finds step {step} there, and another step {furthest}; "
+            "give a shared folder"
         )
 
 
 def resolve(config: TrainConfig, backbone: Backbone, dataset: Dataset, say: Say) -> TrainConfig:
-    """Makes every choice that depends on the data and the backbone: number of prototypes, sizes in whole patches, impl, precision.
+    """Makes every choice that depends on data and backbone: prototypes, sizes in whole patches, impl, precision.
 
     dataset: the images to measure on, or else those to learn from; its classes are counted.
     """

@@ -28,9 +28,9 @@ SILENT_S = 2.0  # that reading or counting may take before it shows a bar
 
 
 class LabelSquares:
-    """The labels of the rows of a store of central squares: all are checked at once, and read again whenever they are counted.
+    """The labels of a store of central squares: all are checked at once, and read again whenever they are counted.
 
-    KEPT_BYTES of them stay in memory, which is all of most sets; the others only pass through it, however many there are.
+    KEPT_BYTES of them stay in memory, which is all of most sets; the others only pass through it.
 
     Args:
         size: S, the side of a square in pixels.
@@ -60,8 +60,8 @@ class LabelSquares:
             raise UserError(f"--data: none of the {len(store)} images of {dataset.name} has a label")
         if not pixels:
             raise UserError(
-                f"--data: every pixel in the central squares of all {labels} labels of {dataset.name} is {IGNORE} (ignore), so nothing "
-                "can be measured; write class numbers from 0 into the labels"
+                f"--data: every pixel in the central squares of all {labels} labels of {dataset.name} is {IGNORE} "
+                "(ignore), so nothing can be measured; write class numbers from 0 into the labels"
             )
 
     def bar(self, name: str, unit: str) -> Bar:
@@ -109,7 +109,7 @@ def confusion_of(
 
 
 def head_codes(head: Head, store: FeatureStore, mirrored: FeatureStore | None = None) -> Callable[[Tensor], Tensor]:
-    """A function from row numbers to codes; with a store of the mirrored squares, to the average of both, as in the paper."""
+    """From row numbers to codes; with a store of the mirrored squares, to the average of both, as in the paper."""
 
     def codes(rows: Tensor) -> Tensor:
         device = head.teacher.device
@@ -120,11 +120,11 @@ def head_codes(head: Head, store: FeatureStore, mirrored: FeatureStore | None = 
 
 
 def require_same_rows(store: FeatureStore, mirrored: FeatureStore) -> None:
-    """UserError unless both hold the same images. An image that could not be read while features were made is missing from them for good."""
+    """UserError unless both hold the same images; one that could not be read while features were made is missing."""
     if store.names == mirrored.names:
         return
     odd = sorted(set(store.names) ^ set(mirrored.names))[0]
     raise UserError(
-        f"{odd}: is in only one of {store.folder} and {mirrored.folder}, the features of its image and of its mirror image; "
-        "remove both folders and start again"
+        f"{odd}: is in only one of {store.folder} and {mirrored.folder}, the features of its image and of its mirror "
+        "image; remove both folders and start again"
     )

@@ -1,7 +1,7 @@
 """The two .safetensors files of a run: a head to predict with, and the state that an unfinished run resumes from.
 
-Both carry their configuration as JSON in the header and are written whole by one rename. Reading them executes nothing and imports nothing:
-a `module:callable` backbone is kept for display and has to be given again.
+Both carry their configuration as JSON in the header and are written whole by one rename. Reading them executes nothing
+and imports nothing: a `module:callable` backbone is kept for display and has to be given again.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ KEY, FORMAT = "smooseg_fast.checkpoint", 1
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of file. key: of its header. usual: its usual name. argument: how errors name the flag. advice: how errors end."""
+    """A kind of file, and how errors speak of it."""
 
-    key: str
-    usual: str
-    argument: str
-    advice: str
+    key: str  # of its header
+    usual: str  # its usual name
+    argument: str  # the flag that names it, at the start of an error
+    advice: str  # the end of an error
 
 
 CHECKPOINT = Kind(KEY, "checkpoint.safetensors", "--checkpoint ", "copy it again or train again")
@@ -48,7 +48,7 @@ STATE = Kind(  # nobody names this file: it lies in --out
 
 @dataclass
 class Checkpoint:
-    """One head. `config` has every choice resolved (number of prototypes, sizes that fit the patch) and describes this head alone."""
+    """One head. `config` describes it alone, with every choice resolved (number of prototypes, sizes that fit)."""
 
     config: TrainConfig
     head: Head

@@ -26,7 +26,8 @@ PATIENCE_S = 2.0  # for the first process to say why the run ends
 class Processes:
     """A process and its place among those of its run.
 
-    All processes call an exchange at the same point and wait there for each other. If one is gone, the others end with a UserError.
+    All processes call an exchange at the same point and wait there for each other. If one is gone, the others end with
+    a UserError.
 
     Args:
         rank: number of this process, 0 to size - 1. Process 0 alone writes files and prints.
@@ -43,7 +44,7 @@ class Processes:
         return self.rank == 0
 
     def device(self, name: str) -> str:
-        """`name` for one process; for several cpu, or a card for each. UserError for a device that cannot serve them."""
+        """`name` for one process; for several cpu, or a card each. UserError for a device that cannot serve them."""
         if self.size == 1 or name == "cpu":
             return name
         if name != "cuda":
@@ -136,7 +137,7 @@ class Processes:
     # the end
 
     def last_word(self, patience: float = 0) -> bool:
-        """Whether this process shall say why the run ends: the first that asks. It waits `patience` seconds for others to ask."""
+        """Whether this process, as the first to ask, says why the run ends. Others get `patience` seconds to ask."""
         if self._store is None:
             return True
         self.ending = True
@@ -174,8 +175,8 @@ ALONE = Processes()
 def joined() -> Iterator[Processes]:
     """This process among those that torchrun started; ALONE without torchrun.
 
-    Tensors on the CPU travel by gloo and those on a card by NCCL. SIGTERM, which torchrun sends to all when one ends, raises
-    Interrupted.
+    Tensors on the CPU travel by gloo and those on a card by NCCL. SIGTERM, which torchrun sends to all when one ends,
+    raises Interrupted.
     """
     if any(name not in os.environ for name in LAUNCHER) or os.environ["WORLD_SIZE"] == "1":
         yield ALONE

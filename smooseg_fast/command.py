@@ -113,7 +113,7 @@ def _run(main: Callable[..., None], args: Sequence[str]) -> int:
         except KeyboardInterrupt as stop:
             stop = with_kept(stop, "what was finished is kept")
             # the first process, if it lives, knows what is kept
-            if processes.last_word(0 if processes.first else PATIENCE):
+            if processes.last_word(0 if processes.first else PATIENCE_S):
                 print(f"interrupted; {stop.kept}\nresume     {_again(main, args, processes)}", file=sys.stderr)
             return 128 + stop.number
     return 0

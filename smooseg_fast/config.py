@@ -46,19 +46,36 @@ def distinct(granularity: tuple[float, ...], flag: str) -> None:
 
 
 @dataclass(frozen=True)
+class Thresholds:
+    """Closeness above which a pair of patches is pulled together and below which it is pushed apart.
+
+    within, across: for patches of one image, and of two. relative: they are an excess over the measured mean closeness, so b = M + threshold.
+    """
+
+    within: float
+    across: float
+    relative: bool
+
+
+@dataclass(frozen=True)
 class Variant:
-    """What tells the heads of one run apart."""
+    """What distinguishes one head of a run from the others."""
 
     seed: int
-    thresholds: tuple[float, float]  # (within, across), relative with a granularity
-    granularity: float | None
+    thresholds: Thresholds
+
+    @property
+    def granularity(self) -> float | None:
+        """The one number behind relative thresholds; None for absolute ones."""
+        return self.thresholds.within if self.thresholds.relative else None
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """The stem of the head's file."""
         return self.label().replace(", ", "_").replace(" ", "_")
 
     def label(self) -> str:
+        """Names the head in text."""
         seed = f"seed {self.seed}"
         return seed if self.granularity is None else f"granularity {self.granularity:g}, {seed}"
 
@@ -162,6 +179,8 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: AtLeastOne = 100
     """Steps between checkpoints."""
+    verbose: bool = False
+    """Print the figures for experts too: energies, closeness, perplexity, modularity. They are always in metrics.jsonl and report.json."""
 
     @property
     def limit(self) -> int | None:
@@ -183,21 +202,19 @@ class TrainConfig:
             if isinstance(value, str) and value:
                 object.__setattr__(self, name, str(Path(os.path.expanduser(value))))
 
+    def thresholds(self) -> tuple[Thresholds, ...]:
+        """One for every granularity, or the one pair of absolute thresholds."""
+        if self.granularity is None:
+            return (Thresholds(self.threshold_within, self.threshold_across, relative=False),)
+        return tuple(Thresholds(value, value, relative=True) for value in self.granularity)
+
     def variants(self) -> tuple[Variant, ...]:
-        """The heads that are learnt side by side: every granularity (or the one pair of thresholds) with every seed."""
-        pairs = (
-            [(self.threshold_within, self.threshold_across)]
-            if self.granularity is None
-            else [(g, g) for g in self.granularity]
-        )
-        return tuple(
-            Variant(seed, pair, None if self.granularity is None else pair[0])
-            for pair in pairs
-            for seed in range(self.seed, self.seed + self.heads)
-        )
+        """The heads of a run: every granularity (or the one pair of thresholds) with every seed."""
+        seeds = range(self.seed, self.seed + self.heads)
+        return tuple(Variant(seed, thresholds) for thresholds in self.thresholds() for seed in seeds)
 
     def alone(self, variant: Variant) -> TrainConfig:
-        """The run that learns this head and no other."""
+        """The settings of a run that learns this head and no other."""
         granularity = None if variant.granularity is None else (variant.granularity,)
         return dataclasses.replace(self, granularity=granularity, seed=variant.seed, heads=1)
 
@@ -219,13 +236,14 @@ class TrainConfig:
                 "--threshold-within and --threshold-across"
             )
         for variant in self.variants():
-            if not all(math.isfinite(b) for b in variant.thresholds):
-                raise UserError(f"--granularity or thresholds: must be finite, got {variant.thresholds}")
+            pair = variant.thresholds.within, variant.thresholds.across
+            if not all(map(math.isfinite, pair)):
+                raise UserError(f"--granularity or thresholds: must be finite, got {pair}")
 
     def learning(self) -> dict[str, Any]:
-        """The values that decide what is learnt: everything but where files go and what the machine does."""
-        files = ("out", "cache", "cache_limit", "log", "log_every", "checkpoint_every")
-        skip = (*files, "device", "backbone_precision", "precision", "impl", "deterministic")
+        """The values that decide what is learnt: everything except output, logging and the machine."""
+        output = ("out", "cache", "cache_limit", "log", "log_every", "checkpoint_every", "verbose")
+        skip = (*output, "device", "backbone_precision", "precision", "impl", "deterministic")
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in skip}
 
 

@@ -106,7 +106,7 @@ def main(args: Sequence[str]) -> None:
         more = "add images, or --crops slide"
         raise UserError(f"--data: {len(store)} square of {config.size} pixels, but pairs of images need 2; {more}")
     found = similarity(store, backbone.device, largest=asked.pairs, partners=asked.partners)
-    rows = [(variant, closeness(found, variant.thresholds, config.relative)) for variant in config.variants()]
+    rows = [(variant, closeness(found, variant.thresholds)) for variant in config.variants()]
     print(spread_table(found))
     print(found.line())
     print()

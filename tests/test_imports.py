@@ -9,7 +9,7 @@ import pytest
 
 CASES = {
     "smooseg_fast": ("torch", "numpy", "tyro", "transformers", "matplotlib", "triton"),
-    "smooseg_fast.objective": (
+    "smooseg_fast.learn.loop": (
         "numpy",
         "scipy",
         "PIL",
@@ -20,7 +20,7 @@ CASES = {
         "safetensors",
         "tqdm",
     ),
-    "smooseg_fast.trainer": ("tyro", "transformers", "matplotlib.pyplot", "triton"),
+    "smooseg_fast.learn.trainer": ("tyro", "transformers", "matplotlib.pyplot", "triton"),
 }
 
 

@@ -107,7 +107,7 @@ def test_the_size_of_a_block_changes_nothing(masks, monkeypatch):
     m1, m2 = torch.rand(2, 5, 6, dtype=torch.float64) if masks else (None, None)
     found = []
     for images in (1, 2, 5):  # 2 leaves a last block of one
-        monkeypatch.setattr(model, "BLOCK", images * 2 * features[0].nbytes)
+        monkeypatch.setattr(model, "BLOCK_BYTES", images * 2 * features[0].nbytes)
         heads.zero_grad()
         codes = heads.codes(features, m1, m2)
         codes.square().sum().backward()
@@ -127,7 +127,7 @@ def test_resident_features_decide_the_products(stored, codes, monkeypatch):
         Heads, "codes", lambda self, f, *masks: seen.append(f.dtype) or model.codes_of(f, self.projection, *masks)
     )
     settings, features = Settings(relative=True), torch.randn(4, 9, 6).to(stored)
-    Loop(heads, features, (9, 6), Schedule(4, 2, 0), torch.zeros(1, 2), settings, 1e-3, 1e-3).step(0)
+    Loop(heads, features, (9, 6), Schedule(4, 2, 0), torch.zeros(1, 2), settings, lr=1e-3, lr_prototypes=1e-3).step(0)
     assert seen == [codes]
 
 
@@ -142,8 +142,8 @@ def test_steps_in_bf16_go_on_bit_equal_from_a_copy():
             Schedule(6, 3, 0),
             torch.tensor([[0.0, 0.1]]),
             Settings(relative=True),
-            1e-2,
-            1e-2,
+            lr=1e-2,
+            lr_prototypes=1e-2,
         )
 
     whole = loop(Heads([Head(24, 3, 8)]))
@@ -221,6 +221,15 @@ def test_the_step_in_its_order():
     torch.testing.assert_close(loss.total, loss.energy.sum(1) + loss.data)
 
 
+def test_draws_are_mapped_field_by_field():
+    draws = Schedule(8, 4, 0).draws(0, 9, 6, Settings(True, patches=4), CPU)
+    doubled = draws.map(lambda value: 2 * value)
+    assert len(draws.tensors()) == 4
+    assert all(torch.equal(b, 2 * a) for a, b in zip(draws.tensors(), doubled.tensors()))
+    bare = Schedule(8, 4, 0).draws(0, 9, 6, Settings(True, dropout=0), CPU).map(lambda value: value)
+    assert (bare.masks, bare.patches, len(bare.tensors())) == (None, None, 2)
+
+
 def test_health_by_hand():
     head = Head(2, 2, 2)
     with torch.no_grad():
@@ -251,11 +260,16 @@ def test_one_of_many_heads():
         assert torch.equal(value, single[1].state_dict()[name])
     with pytest.raises(IndexError, match="head 3 of 3"):
         Heads(single)[3]
+    state = Heads(single).state_dict()
+    for name, value in Heads.from_state(state).state_dict().items():
+        assert torch.equal(value, state[name]), name
 
 
 def make_loop(heads, features, thresholds, **settings):
     sizes, schedule = features.shape[1:], Schedule(len(features), 4, data_seed=5)
-    return Loop(heads, features, sizes, schedule, thresholds, Settings(relative=True, **settings), 1e-3, 5e-3)
+    return Loop(
+        heads, features, sizes, schedule, thresholds, Settings(relative=True, **settings), lr=1e-3, lr_prototypes=5e-3
+    )
 
 
 @pytest.mark.parametrize("settings", [{}, {"patches": 5}, {"dropout": 0.0}], ids=str)

@@ -1,6 +1,7 @@
-"""Several processes: the same learning as one, one voice, one writer, and an end in common."""
+"""Several processes: each learns whole heads, one writes and speaks, and all end together."""
 
 import contextlib
+import io
 import itertools
 import json
 import multiprocessing
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from test_evaluation import made_up_labels
@@ -21,7 +23,7 @@ from test_extracting import Short
 from test_store import FakeBackbone
 from test_trainer import SMALL, call, files
 
-from smooseg_fast import command, predict
+from smooseg_fast import command, predict, train
 from smooseg_fast.datasets import open_dataset
 from smooseg_fast.datasets.images import ImageError
 from smooseg_fast.errors import UserError
@@ -30,11 +32,10 @@ from smooseg_fast.features.extract import open_or_extract
 from smooseg_fast.features.store import read_shard
 from smooseg_fast.learn import loop
 from smooseg_fast.learn import run as steps
-from smooseg_fast.learn.loop import Loop
-from smooseg_fast.learn.schedule import Schedule, Settings
-from smooseg_fast.learn.trainer import require_same_state, require_shares
+from smooseg_fast.learn.shares import Shares
+from smooseg_fast.learn.trainer import require_same_state
 from smooseg_fast.measure.confusion import LabelSquares, confusion_of
-from smooseg_fast.segment.checkpoint import read_checkpoint, read_training_state
+from smooseg_fast.segment.checkpoint import read_training_state
 from smooseg_fast.segment.model import Head, Heads
 from smooseg_fast.system import processes as joining
 from smooseg_fast.system.processes import ALONE, Processes, joined
@@ -95,62 +96,139 @@ def free_port():
         return probe.getsockname()[1]
 
 
-# one step, one run
+# whole heads
 
 
-def steps_of(processes, parts, part, settings, dtype=torch.float64):
-    """Ten steps of two heads on features whose mean closeness differs from batch to batch -> losses by step and the heads, as arrays."""
-    g = torch.Generator().manual_seed(0)
-    features = torch.randn(20, 12, 10, generator=g) + 2 * torch.randn(20, 1, 10, generator=g) * torch.rand(
-        20, 1, 1, generator=g
-    )
-    heads = Heads([Head(10, 4, 8, seed) for seed in range(2)]).to(dtype)
-    thresholds = torch.tensor([[0.1, 0.2], [-0.1, 0.3]])
-    schedule = Schedule(20, 8, 5, parts, part)
-    run = Loop(heads, features.to(dtype), (12, 10), schedule, thresholds, settings, 1e-3, 5e-3, processes=processes)
-    losses = [[value.numpy() for value in run.step(step)] for step in range(10)]
-    return losses, {name: value.numpy().copy() for name, value in heads.state_dict().items()}
+@pytest.mark.parametrize("size", range(1, 8))
+def test_heads_are_shared_out_in_order(size):
+    for heads in range(1, 8):
+        shares = [Shares(heads, Processes(rank, size)) for rank in range(size)]
+        parts = [list(range(heads))[share.own] for share in shares]
+        assert list(itertools.chain(*parts)) == list(range(heads))
+        lengths = [len(part) for part in parts]
+        assert max(lengths) - min(lengths) <= 1
+        assert lengths == sorted(lengths, reverse=True)  # the first process always has a head
 
 
-def share_of_steps(processes, settings):
-    return steps_of(processes, processes.size, processes.rank, settings)
+def test_the_line_that_says_who_learns_what():
+    lines = {(size, heads): Shares(heads, Processes(0, size)).line() for size in (1, 2, 3) for heads in (1, 2, 4)}
+    assert lines[1, 4] is None
+    assert lines[2, 4] == "2: each learns 2 of the 4 heads; they share features and evaluation"
+    assert lines[3, 4] == "3: each learns 1 or 2 of the 4 heads; they share features and evaluation"
+    assert lines[2, 1] == "2: the one head is learnt by 1 of them; the other helps with features and evaluation only"
+    assert lines[3, 1] == "3: the one head is learnt by 1 of them; the other 2 help with features and evaluation only"
+    assert lines[3, 2] == "3: the 2 heads are learnt by 2 of them; the other helps with features and evaluation only"
 
 
-@pytest.mark.parametrize("patches", [None, 5])
-@pytest.mark.parametrize("relative", [True, False])
-def test_two_processes_learn_as_one_with_the_whole_batch(pair, relative, patches):
-    settings = Settings(relative, patches=patches)
-    losses, heads = steps_of(ALONE, 2, None, settings)
-    together = pair(share_of_steps, settings)
-    for found_losses, found in together:
-        for expected, got in zip(itertools.chain(*losses), itertools.chain(*found_losses)):
-            np.testing.assert_allclose(got, expected, rtol=0, atol=1e-11)
-        for name, value in heads.items():
-            np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-9, err_msg=name)
-    for name, value in together[0][1].items():
-        np.testing.assert_array_equal(value, together[1][1][name])
-    # the parts' own M differ, so that with absolute thresholds the result tells whether it was exchanged
-    alone = [steps_of(ALONE, 2, part, settings)[0][0][-1] for part in range(2)]
-    assert np.abs(alone[0] - alone[1]).max() > 0.01
+def gathered(processes, heads):
+    """Heads and a state [H,...] of all, cut and put together again; with the first process's own values where there is no head axis."""
+    shares = Shares(heads, processes)
+    state = Heads([Head(6, 3, 4, seed) for seed in range(heads)]).state_dict()
+    own = shares.of(state)
+    part = Heads.from_state(own) if len(own["student"]) else None
+    losses = {"total": torch.arange(heads) + 0.5, "mean": torch.tensor([3.0, 4.0]), "step": torch.tensor(7)}
+    sent = {} if part is None else shares.of(losses, ["mean"])
+    whole, first = shares.everywhere(part, CPU), shares.to_first(sent, ["mean"])
+    same = all(torch.equal(value, state[name]) for name, value in whole.state_dict().items())
+    return same, {name: value.tolist() for name, value in first.items()}
 
 
-def test_parts_of_a_batch_are_the_batch():
-    settings = Settings(True, patches=4)
-    whole, plain = Schedule(23, 8, 1, parts=2), Schedule(23, 8, 1)
-    parts = [Schedule(23, 8, 1, parts=2, part=part) for part in range(2)]
-    for step in range(20):
-        draws = [schedule.draws(step, 9, 6, settings, CPU) for schedule in (whole, plain, *parts)]
-        for name, axis in (("rows", 0), ("masks", 1), ("patches", 0)):
-            a, b, *slices = (getattr(each, name) for each in draws)
-            assert torch.equal(a, b)
-            assert torch.equal(a, torch.cat(slices, axis))
-        first, second = draws[2].partner, draws[3].partner
-        assert torch.equal(draws[0].partner, torch.cat([first, second + 4]))
-        for partner in (first, second):
-            assert (partner != torch.arange(4)).all()
-            assert int(partner.min()) >= 0
-            assert int(partner.max()) < 4
-    assert Schedule(7, 16, 1, parts=2).batch_size == 6  # as many as there are, and divide
+@pytest.mark.parametrize("heads", [1, 2, 5])
+def test_heads_are_put_together_again(pair, heads):
+    losses = {"total": [head + 0.5 for head in range(heads)], "mean": [3.0, 4.0], "step": 7}
+    assert gathered(ALONE, heads) == (True, losses)
+    assert pair(gathered, heads) == [(True, losses), (True, {})]
+
+
+def learn_in(processes, place, args, seconds=None):
+    """`smooseg_fast.train` in a folder, printing nothing; -> what it printed. seconds: between two meetings of the processes."""
+    os.chdir(place)
+    os.environ["XDG_CACHE_HOME"] = str(place / "cache")
+    steps.MEET_S = steps.MEET_S if seconds is None else seconds
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
+        train.main([str(arg) for arg in args], processes)
+    return printed.getvalue()
+
+
+def close(one, two, rel=1e-5):
+    """The runs in two folders, to rounding."""
+    assert {path.name for path in Path(one).rglob("*")} == {path.name for path in Path(two).rglob("*")}
+    for line, other in zip(open(f"{one}/metrics.jsonl"), open(f"{two}/metrics.jsonl"), strict=True):
+        record, other = json.loads(line), json.loads(other)
+        assert record.pop("head") == other.pop("head")
+        assert record == pytest.approx(other, rel=rel, abs=rel)
+    states = [safetensors.torch.load_file(f"{out}/training.safetensors") for out in (one, two)]
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        torch.testing.assert_close(value, states[1][name], rtol=rel, atol=rel, msg=name)
+
+
+def test_a_process_without_a_head_changes_nothing(pair, labelled, tmp_path):
+    """Bit for bit; the second process makes features and counts labels."""
+    args = ["--data", "set", *SMALL, "--granularity", "0.06"]
+    learn_in(ALONE, tmp_path, [*args, "--out", "one", "--cache", "a"])
+    printed, _ = pair(learn_in, tmp_path, [*args, "--out", "two", "--cache", "b"], 0)
+    assert "processes  2: the one head is learnt by 1 of them; the other helps with features and evaluation" in printed
+    assert safetensors.torch.load_file("one/training.safetensors").keys()
+    assert weights("one") == weights("two")
+    assert open("one/metrics.jsonl").read() == open("two/metrics.jsonl").read()
+    assert json.load(open("one/report.json")) == json.load(open("two/report.json"))
+    assert files("a") == files("b")
+
+
+def weights(out):
+    """The run's state as bytes by name, without its settings, which have the folder's name."""
+    state = safetensors.torch.load_file(f"{out}/training.safetensors")
+    return {name: value.numpy().tobytes() for name, value in state.items()}
+
+
+@pytest.mark.parametrize("seconds", [0, 1000], ids=["meet at every step", "meet where something is written"])
+def test_two_processes_learn_the_heads_of_one(pair, labelled, tmp_path, seconds):
+    args = ["--data", "set", *SMALL, "--granularity", "0.06", "0.1", "-0.05"]
+    expected = learn_in(ALONE, tmp_path, [*args, "--out", "one"])
+    printed, _ = pair(learn_in, tmp_path, [*args, "--out", "two"], seconds)
+
+    def shape(text):  # the first word of each line
+        return [line.split()[0] for line in text.splitlines() if not line.startswith("processes")]
+
+    assert "processes  2: each learns 1 or 2 of the 3 heads; they share features and evaluation" in printed
+    assert shape(printed) == shape(expected)
+    close("one", "two")
+    one, two = (json.load(open(f"{out}/report.json")) for out in ("one", "two"))
+    assert {name: head["scores"] for name, head in one["heads"].items()} == {
+        name: head["scores"] for name, head in two["heads"].items()
+    }
+
+
+def test_a_run_resumes_with_any_number_of_processes(pair, folder, tmp_path, monkeypatch):
+    args = ["--data", "photos", *SMALL, "--granularity", "0.06", "0.1", "-0.05", "--prototypes", "3"]
+    learn_in(ALONE, tmp_path, [*args, "--out", "whole"])
+    step, calls = loop.train_step, []
+
+    def stopped(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            signal.raise_signal(signal.SIGINT)
+        return step(*args)
+
+    monkeypatch.setattr(loop, "train_step", stopped)
+    assert call(*args, "--out", "cut") == 130
+    assert read_training_state("cut/training.safetensors").step == 4
+    printed, _ = pair(learn_in, tmp_path, [*args, "--out", "cut"])
+    assert "resume     from step 4 of 6" in printed
+    close("whole", "cut")
+
+
+def test_a_stream_of_two(pair, folder, tmp_path):
+    """One process has the head, and both enter every window."""
+    args = ["--data", "photos", *SMALL, "--granularity", "0.06", "--prototypes", "3", "--steps", "8"]
+    args += ["--cache-limit", "180kB"]
+    learn_in(ALONE, tmp_path, [*args, "--out", "one", "--cache", "a"])
+    pair(learn_in, tmp_path, [*args, "--out", "two", "--cache", "b"])
+    assert read_training_state("two/training.safetensors").windows == (3, 2)
+    assert weights("one") == weights("two")
+    assert open("one/metrics.jsonl").read() == open("two/metrics.jsonl").read()
 
 
 # what is exchanged
@@ -161,9 +239,6 @@ def exchanges(processes):
     held = torch.full((2,), float(rank))
     processes.as_first([held])
     return {
-        "mean": [
-            value.tolist() for value in processes.mean([torch.tensor(1.0 + rank), torch.full((2, 1), 4.0 * rank)])
-        ],
         "sum": processes.sum(torch.tensor([2**62 - 1, rank])).tolist(),
         "largest": processes.largest(rank),
         "as_first": held.tolist(),
@@ -183,7 +258,6 @@ def test_exchanges(pair):
     assert found[0] == found[1]
     assert found[0].pop("error")[1].startswith("1.png: torn; copy it again")
     assert found[0] == {
-        "mean": [1.5, [[2.0], [2.0]]],
         "sum": [2**63 - 2, 1],
         "largest": 1,
         "as_first": [0.0, 0.0],
@@ -301,20 +375,6 @@ def test_a_batch_that_does_not_fit_into_one_is_halved_for_all(pair, photos, tmp_
 # what is refused, and who says so
 
 
-def test_batches_that_cannot_be_shared():
-    require_shares(16, Processes(0, 2))
-    require_shares(5, ALONE)
-    with pytest.raises(
-        UserError,
-        match="--batch-size 16: must be a multiple of the 3 processes, with 2 squares for each; take 15 or 18",
-    ):
-        require_shares(16, Processes(0, 3))
-    with pytest.raises(
-        UserError, match=r"--batch-size 2: must be a multiple of the 2 processes, with 2 squares for each; take 4$"
-    ):
-        require_shares(2, Processes(0, 2))
-
-
 def test_devices_of_several(monkeypatch):
     two = Processes(1, 2, local_rank=1)
     assert two.device("cpu") == "cpu"
@@ -354,7 +414,7 @@ def test_a_signal_that_the_first_process_did_not_live_to_tell_of(monkeypatch, ca
     def stopped(args):
         raise Interrupted(signal.SIGTERM)
 
-    monkeypatch.setattr(joining, "PATIENCE", 0.1)
+    monkeypatch.setattr(joining, "PATIENCE_S", 0.1)
     monkeypatch.setattr(Processes, "first_heard", contextlib.nullcontext)
     monkeypatch.setattr(joining, "joined", lambda: contextlib.nullcontext(Processes(1, 1, store=kept)))
     kept = dist.HashStore()
@@ -393,40 +453,7 @@ def torchrun(*args, **options):
     )
 
 
-def test_a_run_of_two(labelled, monkeypatch, capsys):
-    """Against one process that keeps pairs within each half of a batch. Thresholds are absolute: M is exchanged."""
-    absolute = ["--threshold-within", "0.1", "--threshold-across", "0.3", "--heads", "2"]
-    args = ["--data", "set", *SMALL, *absolute, "--out", "out"]
-    running = torchrun(*args, "--cache", "two")
-    out, err = running.communicate(timeout=100)
-    assert running.returncode == 0, err
-    monkeypatch.setattr(steps, "Schedule", lambda *args: Schedule(*args[:3], parts=2))
-    Path("out").rename("together")
-    assert call(*args, "--cache", "one") == 0
-    expected = capsys.readouterr().out.splitlines()
-
-    def shape(lines):  # of what is said: its first words
-        return [line.split()[0] for line in lines]
-
-    said = out.splitlines()
-    assert "processes  2, each with 2 squares of every batch; partners are found within those" in said
-    assert shape(line for line in said if not line.startswith("processes")) == shape(expected)
-    assert files("one") == files("two")
-    found, alone = json.load(open("together/report.json")), json.load(open("out/report.json"))
-    assert found["scores"] == alone["scores"]
-    assert {path.name for path in Path("together").rglob("*")} == {path.name for path in Path("out").rglob("*")}
-    for line, other in zip(open("together/metrics.jsonl"), open("out/metrics.jsonl"), strict=True):
-        record, other = json.loads(line), json.loads(other)
-        assert record.pop("head") == other.pop("head")
-        assert record == pytest.approx(other, rel=1e-4, abs=1e-5)
-    heads, others = (
-        read_checkpoint(f"{name}/checkpoint.safetensors").head.state_dict() for name in ("together", "out")
-    )
-    for name, value in heads.items():
-        torch.testing.assert_close(value, others[name], rtol=1e-4, atol=1e-5)
-
-
-LONG = [*SMALL, "--granularity", "0.1", "--steps", "100000", "--checkpoint-every", "5", "--out", "out"]
+LONG = [*SMALL, "--granularity", "0.1", "0.2", "--steps", "100000", "--checkpoint-every", "5", "--out", "out"]
 
 
 def process_of(launcher, rank):

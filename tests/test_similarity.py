@@ -14,6 +14,7 @@ from PIL import Image
 
 from smooseg_fast import similarity, train
 from smooseg_fast.command import run
+from smooseg_fast.config import Thresholds
 from smooseg_fast.features.store import Contents, FeatureStore, Shard
 from smooseg_fast.measure import closeness as measured
 from smooseg_fast.measure.closeness import BINS, REACH, Closeness, Distribution, closeness, warning
@@ -119,12 +120,12 @@ def test_two_squares_are_enough():
 def test_thresholds_and_their_warning():
     kind = Distribution(0.2, torch.bincount(torch.tensor([700, 720, 800, 810]), minlength=BINS))
     found = measured.Similarity(9, 9, 1, kind, Distribution(0.1, kind.counts))
-    within, across = closeness(found, (-0.02, 0.5), relative=False)
+    within, across = closeness(found, Thresholds(-0.02, 0.5, relative=False))
     assert (within.threshold, across.threshold) == (-0.02, 0.5)
     assert within.force == pytest.approx(0.22)
     assert (within.pulled, across.pulled) == (1.0, 0.0)
     assert "net forces differ in sign" in warning(within, across)
-    relative = closeness(found, (0.06, 0.06), relative=True)
+    relative = closeness(found, Thresholds(0.06, 0.06, relative=True))
     assert [kind.threshold for kind in relative] == pytest.approx([0.26, 0.16])
     assert [kind.force for kind in relative] == pytest.approx([-0.06, -0.06])
     assert [kind.pulled for kind in relative] == [0.5, 0.5]

@@ -19,7 +19,7 @@ from textures import make_photos
 import smooseg_fast
 from smooseg_fast.backbones.filterbank import Filterbank
 from smooseg_fast.errors import WriteError
-from smooseg_fast.learn import loop, summary
+from smooseg_fast.learn import loop, runpictures, summary, trainer
 from smooseg_fast.learn import run as steps
 from smooseg_fast.segment import model
 from smooseg_fast.segment.checkpoint import read_training_state
@@ -57,7 +57,7 @@ PLACES = {
     "line of metrics": (steps, "health", 2, 4),
     "state": (steps.TrainingState, "write", 1, 4),
     "figures": (summary, "health", 1, 6),
-    "pictures": (summary.Summary, "groups_picture", 1, 6),
+    "pictures": (runpictures, "groups_picture", 1, 6),
 }
 
 
@@ -131,7 +131,7 @@ def test_a_loop_that_answers_in_time_is_left_alone(monkeypatch):
 
 
 def test_from_python_the_exception_tells_what_is_kept(folder, monkeypatch):
-    monkeypatch.setattr(summary.Summary, "finish", lambda self: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(trainer, "finish", lambda *_: signal.raise_signal(signal.SIGINT))
     settings = dict(size=64, eval_size=64, steps=3, batch_size=4, prototypes=3, progress=False)
     with pytest.raises(Interrupted, match=r"^step 3 of 3 is saved, whole, in made$"):
         smooseg_fast.fit(folder, out="made", **settings)

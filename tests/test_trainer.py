@@ -20,11 +20,14 @@ from textures import draw
 import smooseg_fast
 from smooseg_fast import choose, train
 from smooseg_fast.command import run
+from smooseg_fast.config import Thresholds
 from smooseg_fast.datasets import ImageFolder
 from smooseg_fast.datasets.images import ImageError
 from smooseg_fast.errors import UserError
-from smooseg_fast.learn import loop, summary, trainer
+from smooseg_fast.learn import loop, runpictures, trainer
 from smooseg_fast.learn import run as steps
+from smooseg_fast.learn.summary import sizes
+from smooseg_fast.measure.validation import Validation
 from smooseg_fast.segment.checkpoint import read_checkpoint, read_training_state
 from smooseg_fast.system.locks import Lock
 
@@ -64,7 +67,14 @@ def test_a_folder_without_labels(folder, capsys):
     assert call("--data", folder, "--out", "out", "--prototypes", "5", *SMALL) == 0
     out = capsys.readouterr().out
     assert "objective by torch" in out
-    assert "net force" in out
+    assert "net force" not in out
+    assert "perplexity" not in out
+    assert re.search(
+        r"^groups     .*: 5 groups asked for, [1-5] in use: \d+ %(, \d+ %)* of the area; teacher and student agree",
+        out,
+        re.M,
+    )
+    assert re.search(r"^done       the whole run took [\d.]+ s$", out, re.M)
     assert "k-means" not in out
     assert out.strip().splitlines()[-1] == (
         f"next       python -m smooseg_fast.predict --checkpoint out/checkpoint.safetensors --images {folder} --out out/predictions"
@@ -91,11 +101,35 @@ def test_a_folder_without_labels(folder, capsys):
     assert (checkpoint.step, checkpoint.config.prototypes, checkpoint.config.impl) == (6, 5, "torch")
 
 
+def test_figures_for_experts_are_printed_on_demand(folder, capsys):
+    """And --verbose is no other run: the same folder is finished by it."""
+    small = ["--data", folder, "--out", "out", "--prototypes", "5", *SMALL]
+    assert call(*small, "--verbose") == 0
+    out = capsys.readouterr().out
+    for figure in ("net force", "perplexity", "I(image;label)/H(label)", "modularity", "million pairs"):
+        assert figure in out
+    assert call(*small) == 0
+    assert "is finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("shares", "text"),
+    [
+        ((0.25, 0.7, 0.05), "70 %, 25 %, 5 %"),
+        ((0.996, 0.004), "100 %"),
+        ((0.3, *[0.1] * 7), "30 %, 10 %, 10 %, 10 %, 10 %, 10 % and 2 smaller groups"),
+        ((0.4, *[0.1] * 6), "40 %, 10 %, 10 %, 10 %, 10 %, 10 % and 1 smaller group"),
+    ],
+)
+def test_sizes_of_groups_in_words(shares, text):
+    assert sizes(shares) == text
+
+
 def test_labels_give_figures_beside_kmeans(labelled, capsys):
     assert call("--data", labelled, "--out", "out", *SMALL) == 0
     out = capsys.readouterr().out
     assert re.search(r"k-means +accuracy [\d.]+ %  mIoU [\d.]+ %  \(same features\)", out)
-    assert "held out (3 images)" in out
+    assert "3 held-out images" in out
     scores = json.load(open("out/report.json"))["scores"]
     assert {c["name"] for c in scores["hungarian"]["classes"]} == {"wall", "fence"}
     assert scores["hungarian"]["pixels"] == 3 * 64 * 64 - 3 * 64 * round(64 * 2 / 72)
@@ -108,7 +142,7 @@ def test_labels_of_val_alone_are_used(labelled, capsys):
     assert call("--data", labelled, "--out", "out", *SMALL) == 0
     out = capsys.readouterr().out
     assert "at most 2 groups" in out  # as many as val has classes
-    assert "held out (3 images)" in out
+    assert "3 held-out images" in out
     assert read_checkpoint("out/checkpoint.safetensors").class_names == ("wall", "fence")
     segmenter = smooseg_fast.fit(labelled, size=64, eval_size=64, steps=3, batch_size=4, progress=False)
     assert segmenter.groups == 2
@@ -256,7 +290,9 @@ def test_pictures_are_of_held_out_images_that_could_be_read(labelled, monkeypatc
     Image.fromarray(draw(9)[0]).save(images["train"] / "5.png")
     (images["train"] / "6.png").write_bytes(b"junk")
     shown = []
-    monkeypatch.setattr(summary, "groups_sheet", lambda images, *_: shown.extend(images) or Image.new("RGB", (9, 9)))
+    monkeypatch.setattr(
+        runpictures, "groups_sheet", lambda images, *_: shown.extend(images) or Image.new("RGB", (9, 9))
+    )
     assert call("--data", labelled, "--out", "out", *SMALL) == 0
     assert [name for name, *_ in shown] == ["5.png", "6.png", "7.png"]
     assert (shown[0][1] == draw(5)[0]).all()
@@ -268,7 +304,9 @@ def test_pictures_that_could_not_be_used_take_no_place_from_others(folder, monke
         Image.fromarray(draw(number)[0]).save(folder / f"{number}.png")
         (folder / f"broken {number}.png").write_bytes(b"junk")
     shown = []
-    monkeypatch.setattr(summary, "groups_sheet", lambda images, *_: shown.extend(images) or Image.new("RGB", (9, 9)))
+    monkeypatch.setattr(
+        runpictures, "groups_sheet", lambda images, *_: shown.extend(images) or Image.new("RGB", (9, 9))
+    )
     assert call("--data", folder, "--out", "out", *SMALL) == 0
     assert len(shown) == 8
 
@@ -284,7 +322,9 @@ def test_an_image_that_went_since_is_left_out_of_the_picture(folder, monkeypatch
         return image(self, index)
 
     monkeypatch.setattr(ImageFolder, "image", gone)
-    monkeypatch.setattr(summary, "groups_sheet", lambda images, *_: shown.extend(images) or Image.new("RGB", (9, 9)))
+    monkeypatch.setattr(
+        runpictures, "groups_sheet", lambda images, *_: shown.extend(images) or Image.new("RGB", (9, 9))
+    )
     assert call("--data", folder, "--out", "out", *SMALL, "--prototypes", "3") == 0
     assert sorted(name for name, *_ in shown) == ["0.png", "4.png", "sub/1.png", "sub/3.png", "sub/5.png"]
 
@@ -292,7 +332,7 @@ def test_an_image_that_went_since_is_left_out_of_the_picture(folder, monkeypatch
 @pytest.mark.parametrize("name", ["groups_picture", "curves_picture", "ladder_picture"])
 def test_a_picture_that_fails_does_not_lose_the_run(folder, monkeypatch, capsys, name):
     with monkeypatch.context() as patch:
-        patch.setattr(summary.Summary, name, lambda *_: 1 / 0)
+        patch.setattr(runpictures, name, lambda *_: 1 / 0)
         assert call("--data", folder, "--out", "out", *SMALL) == 0
     out = capsys.readouterr().out
     file = name.replace("_picture", ".png")
@@ -332,7 +372,11 @@ def test_published_thresholds_warn_of_opposite_forces(folder, capsys):
     assert call(*args) == 0
     assert "net forces differ in sign" in capsys.readouterr().out
     config = read_checkpoint("out/checkpoint.safetensors").config
-    assert (config.granularity, config.variants()[0].thresholds, config.init) == (None, (-0.9, 0.99), "random")
+    assert (config.granularity, config.thresholds(), config.init) == (
+        None,
+        (Thresholds(-0.9, 0.99, relative=False),),
+        "random",
+    )
 
 
 BAD = [
@@ -442,7 +486,7 @@ def test_an_output_folder_that_cannot_be_written_is_known_before_features_are_ta
 
 
 def test_a_run_that_fails_leaves_no_folder(folder, monkeypatch):
-    monkeypatch.setattr(trainer, "open_features", lambda *_: (_ for _ in ()).throw(UserError("no")))
+    monkeypatch.setattr(trainer, "open_features", lambda *_, **__: (_ for _ in ()).throw(UserError("no")))
     assert call("--data", folder, "--out", "a/b/c", *SMALL) == 2
     assert not Path("a").exists()
 
@@ -470,8 +514,8 @@ def test_lines_of_metrics_that_are_none_of_the_run_go(folder):
 
 
 def test_scores_of_the_last_step_are_counted_once(labelled, monkeypatch):
-    confusion, seen = summary.Validation.confusion, []
-    monkeypatch.setattr(summary.Validation, "confusion", lambda self, head: seen.append(1) or confusion(self, head))
+    confusion, seen = Validation.confusion, []
+    monkeypatch.setattr(Validation, "confusion", lambda self, head: seen.append(1) or confusion(self, head))
     args = ["--data", labelled, *SMALL, "--granularity", "0.1", "0.2"]
     assert call(*args, "--out", "a") == 0
     assert len(seen) == 2
@@ -494,7 +538,7 @@ def test_one_group_is_said_once_and_is_no_collapse(folder, capsys):
     said = capsys.readouterr().out
     assert "at most 1 group," in said
     assert [line for line in said.splitlines() if line.startswith("warning")] == [
-        "warning    every pixel will be of the one group; ask for more with --prototypes"
+        "warning    every pixel will belong to the one group; ask for more with --prototypes"
     ]
 
 
@@ -614,4 +658,4 @@ def test_heads_whose_losses_are_no_numbers_are_named_and_left_out(folder, capsys
     assert (report["default"], report["broken"]) == ("granularity_0.2_seed_0", ["granularity_0.1_seed_0"])
     assert read_checkpoint("out/checkpoint.safetensors").config.granularity == (0.2,)
     assert call("--data", folder, "--out", "none", *SMALL, "--granularity", "0.1", "--prototypes", "3") == 2
-    assert "at step 2 the losses of every head are no numbers any more" in capsys.readouterr().err
+    assert "at step 2 the losses of every head are NaN or infinite" in capsys.readouterr().err

@@ -57,7 +57,17 @@ def test_a_captured_step_is_the_step(resident, patches):
     for capture in (True, False):
         heads = Heads([Head(64, 7, 16, seed) for seed in (0, 1)]).cuda()
         settings = Settings(relative=True, patches=patches)
-        loop = Loop(heads, source, (97, 64), Schedule(24, 8, 3), thresholds, settings, 1e-3, 5e-3, capture)
+        loop = Loop(
+            heads,
+            source,
+            (97, 64),
+            Schedule(24, 8, 3),
+            thresholds,
+            settings,
+            lr=1e-3,
+            lr_prototypes=5e-3,
+            capture=capture,
+        )
         losses = torch.stack([loop.step(step).total.clone() for step in range(20)])
         loops.append((losses, heads.state_dict()))
     torch.testing.assert_close(loops[0][0], loops[1][0], rtol=1e-5, atol=1e-6)

@@ -1,12 +1,13 @@
-"""The steps of one run: its start or its saved state, what each line of metrics says, and what is saved on the way."""
+"""The steps of one run: where its heads start, what is measured on the way, and what is saved so that it can resume."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,115 +16,217 @@ from torch import Tensor
 
 import smooseg_kernels as sk
 
-from ..config import TrainConfig, Variant
+from ..config import Variant
 from ..errors import UserError
 from ..features.sample import batches, sample_patches
-from ..features.store import FeatureStore
 from ..measure.closeness import closeness, similarity, warning
 from ..measure.health import health
 from ..measure.scores import hungarian
-from ..measure.validation import Validation
 from ..segment.checkpoint import TrainingState, optimizer_tensors, restore_optimizer
 from ..segment.model import Head, Heads
-from ..system.processes import ALONE, Processes
 from ..system.progress import Bar
 from ..system.signals import Interrupted, StopRequest
 from .board import Board
 from .loop import Loop
 from .monitors import Watch
-from .runfolder import BOARD, TRAINING, RunFolder
+from .runfolder import BOARD, TRAINING
 from .schedule import Schedule, Settings
-from .stream import Stream
+from .setting import Setting
+from .shares import Shares
 
-SAVE_S = 30.0  # a state is never older, however slow the steps are
+SAVE_S = 30.0  # a saved state is never older, however slow the steps are
+MEET_S = 0.2  # between two exchanges of several processes where nothing is logged: a signal is answered no later
 WATCHED_ROWS = 16  # squares whose labels are looked at for each line of the log
+COMMON = ("mean",)  # losses without a head axis
 
-Say = Callable[[str], None]
+
+@dataclass(frozen=True)
+class Ended:
+    """A run after its last step.
+
+    Args:
+        heads: all H of them, on every process.
+        step: number of steps taken.
+        broken: heads whose losses became NaN or infinite.
+        records: the lines of metrics.jsonl.
+        counts: confusion counts of the heads as they are now, as far as they were taken.
+        report: figures of the run so far.
+    """
+
+    heads: Heads
+    step: int
+    broken: frozenset[Variant]
+    records: list[dict[str, Any]]
+    counts: Mapping[Variant, np.ndarray]
+    report: dict[str, Any]
 
 
 class Run:
-    """The steps of one run and what is told about them."""
+    """The steps of one run, from `state` or from the start."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        store: FeatureStore,
-        device: torch.device,
-        validation: Validation | None,
-        folder: RunFolder | None,
-        say: Say,
-        progress: bool,
-        processes: Processes = ALONE,
-        stream: Stream | None = None,
-    ):
-        self.stream = stream  # where batches come from, if `store` is only a sample
-        self.config, self.store, self.device, self.validation = config, store, device, validation
-        self.folder, self.say, self.progress, self.processes = folder, say, progress, processes
-        self.variants = config.variants()
-        self.records: list[dict[str, Any]] = []
-        self.report: dict[str, Any] = {} if stream is None else {"streamed": dataclasses.asdict(stream.windows)}
-        self.board: Board | None = None
-        self.alone = processes.size == 1
-        self.watch = Watch(self.variants, config.prototypes)
+    def __init__(self, setting: Setting, state: TrainingState | None):
+        self.setting, self.config, self.state = setting, setting.config, state
+        self.say, self.processes, self.alone = setting.say, setting.processes, setting.processes.size == 1
+        self.shares = Shares(len(setting.variants), setting.processes)
+        self.variants = setting.variants[self.shares.own]  # those that this process learns
+        self.schedule = setting.stream or Schedule(len(setting.store), self.config.batch_size, self.config.data_seed)
+        self.watch = Watch(setting.variants, self.config.prototypes)
         self.drift_stops = False  # whether --on-drift asks for an end here
-        self.done = 0  # steps
-        self.counted = 0  # step whose confusion counts are in `counts`
+        self.records: list[dict[str, Any]] = []  # of all heads
+        self.report: dict[str, Any] = {}
+        self.board: Board | None = None
+        self.done = self.saved = 0 if state is None else state.step  # steps taken, and those in the folder's state
+        self.saved_at = self.met_at = time.monotonic()
+        self.met = self.meets = self.done  # step of the last exchange between processes, and of the next
         self.counts: dict[Variant, np.ndarray] = {}
-        self.saved = 0  # steps that the folder's state has; 0: there is none
-        self.written = time.monotonic()  # when that was
+        self.counted = 0  # the step that `counts` belong to
 
-    def learn(self, found: TrainingState | None) -> Heads:
-        """All steps from the saved state, or from the start, to the end; fewer where every head drifts and that shall stop the run."""
-        config, first = self.config, 0 if found is None else found.step
-        self.done = self.saved = first
-        heads = self.start() if found is None else found.heads.to(self.device)
-        self.processes.as_first(list(heads.state_dict().values()))  # machines may differ in the last bits
-        loop = self.loop(heads)
-        if found is not None:
-            restore_optimizer(loop.optimizer, found.optimizer)
-            self.say(f"resume     from step {first} of {config.steps}")
-        if self.folder is not None:
-            self.records = self.folder.resume(first)
-            if config.log == "tensorboard":
-                self.board = Board(self.folder.path / BOARD, self.records)
-        self.records = self.processes.all(self.records)[0]
-        self.tell_closeness()
-        self.tell_troubles(self.records)
-        bar = Bar(total=config.steps, initial=first, desc="train", unit="step", disable=not self.progress)
+    def learn(self) -> Ended:
+        """Takes all steps, or fewer with --on-drift stop. Interrupted after a signal, with the state saved."""
+        loop = self.prepare()
+        steps, first = self.config.steps, self.done
+        bar = Bar(total=steps, initial=first, desc="train", unit="step", disable=not self.setting.progress)
         with closing(self), bar, StopRequest() as stop:
-            if (
-                found is not None
-                and found.losses
-                and self.log_is_due()
-                and not any(r["step"] == first for r in self.records)
-            ):
-                self.log(loop.heads, found.losses, bar)
-            while self.done < config.steps and not self.drift_stops:
-                losses = loop.step(self.done)._asdict()
-                self.done += 1
-                if self.done == first + 1 and loop.not_captured is not None:
-                    self.say(
-                        f"warning    steps are not replayed from a CUDA graph, but run one by one: {loop.not_captured}"
-                    )
+            self.log_again(loop, bar)
+            while self.done < steps and not self.drift_stops:
+                losses = self.step(loop)
+                if self.done == first + 1 and loop is not None and loop.not_captured is not None:
+                    self.say(f"warning    steps run one by one, without a CUDA graph: {loop.not_captured}")
                 bar.update()
                 if self.log_is_due() and not (self.alone and stop.number):
-                    # what a signal cuts short here is made again from the saved losses; several processes exchange counts and end it
+                    # a line that a signal cuts short is made again from the saved losses; several processes finish it
                     with stop.at_once() if self.alone else nullcontext():
-                        self.log(loop.heads, losses, bar)
-                stopped = self.processes.largest(
-                    stop.number or 0
-                )  # by a signal to any of them, and behind the same step
-                late = time.monotonic() - self.written > SAVE_S or not loop.schedule.ready(
-                    self.done
-                )  # before hours in a backbone
-                if self.checkpoint_is_due() or late or self.drift_stops or stopped:
-                    self.write(loop, losses)
-                if stopped:
-                    self.processes.wait()  # the end of one would be the end of another that still writes
-                    raise Interrupted(stopped)
-        if self.done < config.steps:
-            self.say(f"stop       at step {self.done} of {config.steps}, as --on-drift stop asks: every head drifts")
-        return loop.heads
+                        self.log(loop, losses, bar)
+                number, late = self.agree(stop)
+                # a window of a stream takes the backbone minutes, so the state is saved before it
+                if self.checkpoint_is_due() or late or self.drift_stops or number or not self.schedule.ready(self.done):
+                    self.save(loop, losses)
+                if number:
+                    self.processes.wait()  # the end of one would end another that still writes
+                    raise Interrupted(number)
+        if self.done < steps:
+            self.say(f"stop       at step {self.done} of {steps}, as --on-drift stop asks: every head drifts")
+        variants = [variant for variant in self.setting.variants if variant.name in self.watch.broken]
+        counts = self.counts if self.counted == self.done else {}
+        return Ended(self.heads(loop), self.done, frozenset(variants), self.records, counts, self.report)
+
+    def prepare(self) -> Loop | None:
+        """Claims the folder; -> the loop of this process's heads, None for a process without a head."""
+        setting, state = self.setting, self.state
+        loop = None
+        if self.variants:
+            loop = self.loop(self.start() if state is None else Heads.from_state(self.shares.of(state.heads)))
+        if state is not None:
+            if loop is not None:
+                restore_optimizer(loop.optimizer, self.shares.of(state.optimizer))
+            self.say(f"resume     from step {state.step} of {self.config.steps}")
+        if setting.written is not None:
+            self.records = setting.written.resume(self.done)
+            if self.config.log == "tensorboard":
+                self.board = Board(setting.written.path / BOARD, self.records)
+        self.records = self.processes.all(self.records)[0]
+        if setting.stream is not None:
+            self.report["streamed"] = dataclasses.asdict(setting.stream.windows)
+        if self.schedule.batch_size < self.config.batch_size:
+            self.say(f"batch      {self.schedule.batch_size} squares, as many as there are")
+        if self.processes.first:
+            self.report["closeness"] = self.closeness()
+        self.see(self.records)
+        return loop
+
+    def loop(self, heads: Heads) -> Loop:
+        config, store = self.config, self.setting.store
+        pairs = [variant.thresholds for variant in self.variants]
+        settings = Settings(
+            relative=pairs[0].relative,
+            temperature=config.temperature,
+            teacher_decay=config.teacher_decay,
+            dropout=config.dropout,
+            patches=config.patches,
+            impl=config.impl,
+        )
+        return Loop(
+            heads.to(self.setting.device),
+            self.features(),
+            (store.P, store.D),
+            self.schedule,
+            torch.tensor([[pair.within, pair.across] for pair in pairs]),
+            settings,
+            lr=config.lr,
+            lr_prototypes=config.lr_prototypes,
+        )
+
+    def start(self) -> Heads:
+        """Heads of one seed start alike; their thresholds tell them apart later."""
+        starts = {seed: self.start_of(seed) for seed in dict.fromkeys(variant.seed for variant in self.variants)}
+        return Heads([starts[variant.seed] for variant in self.variants])
+
+    def start_of(self, seed: int) -> Head:
+        config, setting = self.config, self.setting
+        head = Head(setting.store.D, config.prototypes, config.code_dim, seed).to(setting.device)
+        if config.init == "pca-kmeans":
+            rows = sample_patches(setting.store, seed).to(setting.device)
+            groups, patches = config.prototypes, len(rows)
+            if patches < groups:
+                raise UserError(f"--prototypes: {groups} groups cannot start from {patches} patches; ask for fewer")
+            self.say(f"start      k-means of {patches:,} patches, seed {seed}")
+            head.start_from_features(rows, seed)
+        return head
+
+    def features(self) -> Tensor | Callable[[Tensor], Tensor]:
+        """All features on a GPU, where they take at most 60 % of its free memory; else rows through the memory map."""
+        store, stream, device = self.setting.store, self.setting.stream, self.setting.device
+        dtype = getattr(torch, self.config.precision)
+        nbytes = len(store) * store.P * store.D * dtype.itemsize
+        resident = device.type == "cuda" and stream is None and nbytes <= 0.6 * torch.cuda.mem_get_info(device)[0]
+        if resident:
+            return store.load(device, dtype)
+        return functools.partial(store.rows if stream is None else stream.features, dtype=dtype)
+
+    def closeness(self) -> dict[str, Any]:
+        """Figures on how alike patches are, for the report; warns of thresholds that pull in opposite directions."""
+        setting = self.setting
+        measured = similarity(setting.store, setting.device, impl=self.config.impl, progress=setting.progress)
+        within, across = closeness(measured, setting.variants[0].thresholds)
+        setting.detail(f"closeness  within images  {within.line()}")
+        setting.detail(f"           across images  {across.line()}")
+        setting.detail(f"           {measured.line()}")
+        problem = warning(within, across)
+        if problem:
+            self.say(f"warning    {problem}")
+        return {
+            "within": dataclasses.asdict(within) | {"pairs": measured.within.pairs},
+            "across": dataclasses.asdict(across) | {"pairs": measured.across.pairs},
+            "squares": measured.squares,
+            "squares_counted": measured.counted,
+        }
+
+    # steps
+
+    def step(self, loop: Loop | None) -> dict[str, Tensor]:
+        """The losses of this process's heads. One without a head still enters the windows of a stream."""
+        if loop is None:
+            self.schedule.rows_of(self.done)
+        losses = {} if loop is None else loop.step(self.done)._asdict()
+        self.done += 1
+        return losses
+
+    def agree(self, stop: StopRequest) -> tuple[int, bool]:
+        """(signal to any process, or 0; whether the saved state is too old): equal on all, after the same step.
+
+        Several processes meet about every MEET_S and whenever something is logged or saved; between, each runs on.
+        """
+        late = time.monotonic() - self.saved_at > SAVE_S
+        if self.alone:
+            return stop.number or 0, late
+        if self.done < self.meets and not self.log_is_due() and not self.checkpoint_is_due():
+            return 0, False
+        seconds = (time.monotonic() - self.met_at) / (self.done - self.met)
+        words = self.processes.all((stop.number or 0, late, seconds))
+        slowest = max(seconds for _, _, seconds in words)
+        self.met, self.meets = self.done, self.done + max(1, int(MEET_S / max(slowest, 1e-6)))
+        self.met_at = time.monotonic()
+        return max(number for number, _, _ in words), words[0][1]
 
     def log_is_due(self) -> bool:
         return self.done % self.config.log_every == 0 or self.done == self.config.steps
@@ -131,99 +234,50 @@ class Run:
     def checkpoint_is_due(self) -> bool:
         return self.done % self.config.checkpoint_every == 0 or self.done == self.config.steps
 
-    def kept(self) -> str:
-        """What a stop at this moment leaves, in words."""
-        if not self.processes.first:
-            return "what was saved is kept"
-        if self.folder is None:
-            return "nothing is kept of a run without an output folder"
-        if not self.saved:
-            return "no step is saved yet; features are"
-        return f"step {self.saved} of {self.config.steps} is saved, whole, in {self.folder.path}"
+    # log and state
 
-    def close(self) -> None:
-        if self.board is not None:
-            self.board.close()
-        if self.stream is not None:
-            self.stream.close(remove=self.done == self.config.steps or self.drift_stops)
+    def heads(self, loop: Loop | None) -> Heads:
+        """All heads of the run, on every process."""
+        return self.shares.everywhere(None if loop is None else loop.heads, self.setting.device)
 
-    def loop(self, heads: Heads) -> Loop:
-        config, store = self.config, self.store
-        schedule = self.stream
-        if schedule is None:
-            schedule = Schedule(
-                len(store), config.batch_size, config.data_seed, self.processes.size, self.processes.rank
-            )
-        if schedule.batch_size < config.batch_size:
-            self.say(f"batch      {schedule.batch_size} squares, as many as there are")
-        settings = Settings(
-            relative=config.relative,
-            temperature=config.temperature,
-            teacher_decay=config.teacher_decay,
-            dropout=config.dropout,
-            patches=config.patches,
-            impl=config.impl,
-        )
-        thresholds = torch.tensor([variant.thresholds for variant in self.variants])
-        sizes, rates = (store.P, store.D), (config.lr, config.lr_prototypes)
-        return Loop(heads, self.features(), sizes, schedule, thresholds, settings, *rates, processes=self.processes)
-
-    def start(self) -> Heads:
-        """Heads of one seed start alike: their thresholds part them."""
-        starts = {seed: self.start_of(seed) for seed in dict.fromkeys(variant.seed for variant in self.variants)}
-        return Heads([starts[variant.seed] for variant in self.variants])
-
-    def start_of(self, seed: int) -> Head:
-        config = self.config
-        head = Head(self.store.D, config.prototypes, config.code_dim, seed).to(self.device)
-        if config.init == "pca-kmeans":
-            rows = sample_patches(self.store, seed).to(self.device)
-            if len(rows) < config.prototypes:
-                raise UserError(
-                    f"--prototypes: {config.prototypes} groups cannot start from {len(rows)} patches; ask for fewer"
-                )
-            head.start_from_features(rows, seed)
-        return head
-
-    def features(self) -> Tensor | Callable[[Tensor], Tensor]:
-        """On a GPU all features, where they take at most 60 % of its free memory; else rows through the memory map."""
-        dtype, rows = (
-            getattr(torch, self.config.precision),
-            self.store.rows if self.stream is None else self.stream.features,
-        )
-        nbytes = len(self.store) * self.store.P * self.store.D * dtype.itemsize
-        if (
-            self.device.type != "cuda"
-            or self.stream is not None
-            or nbytes > 0.6 * torch.cuda.mem_get_info(self.device)[0]
-        ):
-            return functools.partial(rows, dtype=dtype)
-        return self.store.load(self.device, dtype)
-
-    def tell_closeness(self) -> None:
-        """Of the first granularity or pair of thresholds: the closeness itself is common to all."""
-        if not self.processes.first:
+    def log_again(self, loop: Loop | None, bar: Bar) -> None:
+        """Makes the line of metrics that a stop cut short, from the losses that were saved with the state."""
+        state = self.state
+        if state is None or not state.losses or not self.log_is_due():
             return
-        found = similarity(self.store, self.device, impl=self.config.impl, progress=self.progress)
-        within, across = closeness(found, self.variants[0].thresholds, self.config.relative)
-        self.say(f"closeness  within images  {within.line()}")
-        self.say(f"           across images  {across.line()}")
-        self.say(f"           {found.line()}")
-        problem = warning(within, across)
-        if problem:
-            self.say(f"warning    {problem}")
-        self.report["closeness"] = {
-            "within": dataclasses.asdict(within) | {"pairs": found.within.pairs},
-            "across": dataclasses.asdict(across) | {"pairs": found.across.pairs},
-            "squares": found.squares,
-            "squares_counted": found.counted,
-        }
+        if not any(record["step"] == self.done for record in self.records):
+            self.log(loop, self.shares.of(state.losses, COMMON), bar)
 
-    def log(self, heads: Heads, losses: dict[str, Tensor], bar: Bar) -> None:
-        """One line of metrics for each head, written together; heads in trouble are named. UserError when none is left."""
-        states = health(heads, batches(self.store, self.device, WATCHED_ROWS))
+    def log(self, loop: Loop | None, losses: dict[str, Tensor], bar: Bar) -> None:
+        """Writes a line of metrics for each head and names heads in trouble. UserError when all are broken."""
+        setting = self.setting
+        own = [] if loop is None else self.measure(loop.heads, losses)
+        records = [record for part in self.processes.all(own) for record in part]
+        if setting.validation is not None and self.checkpoint_is_due():
+            heads = self.heads(loop)
+            self.counts = {v: setting.validation.confusion(heads[h]) for h, v in enumerate(setting.variants)}
+            self.counted = self.done
+            for variant, record in zip(setting.variants, records):
+                scores = hungarian(self.counts[variant])
+                record |= {"accuracy": scores.accuracy, "miou": scores.miou}
+        if setting.written is not None:
+            setting.written.metrics.append(*records)
+        self.records += records
+        if self.board is not None:
+            self.board.add(records)
+        bar.tell(live(records[0], bar.pace, self.schedule.batch_size, self.config.verbose))
+        self.see(records)
+        if self.watch.all_broken:
+            raise UserError(
+                f"--lr: at step {self.done} the losses of every head are NaN or infinite; "
+                "try a lower --lr and --lr-prototypes"
+            )
+
+    def measure(self, heads: Heads, losses: dict[str, Tensor]) -> list[dict[str, Any]]:
+        """The records of this process's heads at this step."""
+        states = health(heads, batches(self.setting.store, self.setting.device, WATCHED_ROWS))
         total, energy, data, distance, mean = (losses[name].detach().float().cpu() for name in sk.SmooSegLoss._fields)
-        records = [
+        return [
             {
                 "step": self.done,
                 "head": variant.name,
@@ -239,45 +293,51 @@ class Run:
             }
             for h, (variant, state) in enumerate(zip(self.variants, states))
         ]
-        if self.validation is not None and self.checkpoint_is_due():
-            counts = {variant: self.validation.confusion(heads[h]) for h, variant in enumerate(self.variants)}
-            for variant, record in zip(self.variants, records):
-                scores = hungarian(counts[variant])
-                record |= {"accuracy": scores.accuracy, "miou": scores.miou}
-            self.counts, self.counted = counts, self.done
-        if self.folder is not None:
-            self.folder.metrics.append(*records)
-        self.records += records
-        if self.board is not None:
-            self.board.add(records)
-        bar.tell(live(records[0], bar.pace, min(self.config.batch_size, len(self.store))))
-        self.tell_troubles(records)
-        if self.watch.all_broken:
-            raise UserError(
-                f"--lr: at step {self.done} the losses of every head are no numbers any more; try a lower --lr and --lr-prototypes"
-            )
 
-    def tell_troubles(self, records: Iterable[dict[str, Any]]) -> None:
-        """Of records that are new, or that a resumed run has kept."""
+    def see(self, records: Iterable[dict[str, Any]]) -> None:
+        """Names troubles in records that are new, or that a resumed run has kept."""
         for trouble in filter(None, map(self.watch.see, records)):
             self.say(f"warning    {trouble}")
-        self.drift_stops = self.config.on_drift == "stop" and self.processes.decide(self.watch.all_drifted)
+        self.drift_stops = self.config.on_drift == "stop" and self.watch.all_drifted
 
-    def write(self, loop: Loop, losses: dict[str, Tensor]) -> None:
-        if self.folder is not None:
-            windows = None if self.stream is None else dataclasses.astuple(self.stream.windows)
-            state = TrainingState(
-                self.config, self.done, loop.heads, optimizer_tensors(loop.optimizer), losses, windows
-            )
-            state.write(self.folder.path / TRAINING)
-            self.saved, self.written = self.done, time.monotonic()
+    def save(self, loop: Loop | None, losses: dict[str, Tensor]) -> None:
+        """Saves the state after this step, with all heads."""
+        if self.setting.folder is None:
+            return
+        heads = self.shares.to_first({} if loop is None else loop.heads.state_dict())
+        optimizer = self.shares.to_first({} if loop is None else optimizer_tensors(loop.optimizer))
+        losses = self.shares.to_first(losses, COMMON)
+        if self.setting.written is not None:
+            stream = self.setting.stream
+            windows = None if stream is None else dataclasses.astuple(stream.windows)
+            state = TrainingState(self.config, self.done, heads, optimizer, losses, windows)
+            state.write(self.setting.written.path / TRAINING)
+        self.saved, self.saved_at = self.done, time.monotonic()
+
+    def kept(self) -> str:
+        """What a stop at this moment leaves, in words."""
+        if not self.processes.first:
+            return "what was saved is kept"
+        if self.setting.folder is None:
+            return "nothing is kept of a run without an output folder"
+        if not self.saved:
+            return "no step is saved yet; features are"
+        return f"step {self.saved} of {self.config.steps} is saved, whole, in {self.setting.folder.path}"
+
+    def close(self) -> None:
+        if self.board is not None:
+            self.board.close()
+        if self.setting.stream is not None:
+            self.setting.stream.close(remove=self.done == self.config.steps or self.drift_stops)
 
 
-def live(record: dict[str, Any], rate: float | None, squares: int) -> str:
-    """The first head's figures for the progress line, which has to fit in 100 columns; E is energy within / across / data term.
+def live(record: dict[str, Any], rate: float | None, squares: int, verbose: bool = False) -> str:
+    """The first head's figures for the progress line, which has to fit in 100 columns.
 
-    rate: steps a second. squares: of a step.
+    rate: steps a second. squares: in a step. verbose: add the energies, E within / across / data term.
     """
-    speed = f"{rate * squares:.0f} img/s, " if rate else ""
-    within, across = (f"{record[name]:.3f}".replace("-0.", "-.") for name in ("energy_within", "energy_across"))
-    return f"{speed}E {within}/{across}/{record['data']:.2f}, {record['perplexity']:.1f} labels"
+    parts = [f"{rate * squares:.0f} img/s"] if rate else []
+    if verbose:
+        within, across = (f"{record[name]:.3f}".replace("-0.", "-.") for name in ("energy_within", "energy_across"))
+        parts.append(f"E {within}/{across}/{record['data']:.2f}")
+    return ", ".join([*parts, f"{record['perplexity']:.1f} groups"])

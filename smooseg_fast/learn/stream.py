@@ -1,19 +1,20 @@
-"""Training on features that do not fit the cache: through windows, of which one is there at a time.
+"""Training on features that do not fit the cache: they pass through it in windows, one at a time.
 
-The images are taken in a random order, another one in every pass, and that order is cut into windows of equal numbers of images. The
-features of a window are a store like any other, made by `open_or_extract`. Batches are drawn from it for a fixed number of steps, as many
-as its squares make batches, so that a square is seen as often as if all were there; then the window goes and the next is made. Everything
-follows from (data_seed, step) and the two numbers of `Windows`, which are saved with the run's state: a run that was stopped goes on with
-the same batches, from the shards that it left.
+Every pass takes the images in another random order, cut into windows of equal numbers of images. The features of a
+window are a store like any other, made by `open_or_extract`. A window serves a fixed number of steps, as many as its
+squares make batches, so that a square is seen as often as if all features were there; then the window is removed and
+the next one is made. Everything follows from (data_seed, step) and the two numbers of `Windows`, which are saved with
+the run's state: a stopped run resumes with the same batches, from the shards it left.
 
-Windows are not made ahead while the head learns: a backbone takes fifty times as long as the head, so it would gain a fiftieth.
+The next window is not made while the head learns: a backbone takes fifty times as long as the head, so it would save a
+fiftieth.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,7 +39,7 @@ Say = Callable[[str], None]
 
 
 class Part:
-    """Some images of a dataset, by their numbers there. whole: the fingerprint of all."""
+    """Some images of a dataset, by their numbers in it. whole: the fingerprint of the dataset."""
 
     labelled, class_names, notes = False, None, ()
 
@@ -61,12 +62,13 @@ class Part:
 
 
 class Stream(Schedule):
-    """A schedule whose rows are those of the window that a step belongs to, and `features`, which gives them.
+    """A schedule whose rows lie in the window that a step belongs to; `features` reads them.
 
     Args:
-        dataset: of all images.
-        fingerprint: its own.
-        open: from a part of it to that part's features.
+        dataset: all images.
+        fingerprint: the dataset's own.
+        open: makes the features of a part of it.
+        processes: all of them enter and leave every window together.
     """
 
     def __init__(
@@ -74,23 +76,24 @@ class Stream(Schedule):
         dataset: Dataset,
         fingerprint: str,
         windows: Windows,
+        *,
         open: Callable[[Dataset], FeatureStore],
         batch_size: int,
         data_seed: int,
         processes: Processes = ALONE,
         say: Say = lambda line: None,
     ):
-        super().__init__(batch_size, batch_size, data_seed, processes.size, processes.rank)
+        super().__init__(batch_size, batch_size, data_seed)
         self.dataset, self.fingerprint, self.windows = dataset, fingerprint, windows
         self._open, self.processes, self.say = open, processes, say
         self._number, self._store = -1, None
 
     def ready(self, step: int) -> bool:
-        """Whether the window of this step is there."""
+        """Whether the window of this step is open."""
         return self._store is not None and step // self.windows.steps == self._number
 
     def rows_of(self, step: int) -> Tensor:
-        """Of the window, in a random order; where it has less than all its steps need, once more in another."""
+        """int64 [B] squares of the window in random order; one too small for its steps is used again in another."""
         number, place = divmod(step, self.windows.steps)
         if not self.ready(step):
             self._enter(number)
@@ -102,25 +105,25 @@ class Stream(Schedule):
         return self._order[place * self.batch_size : (place + 1) * self.batch_size]
 
     def features(self, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[B,P,D] on the CPU, of the rows that were drawn last."""
+        """[B,P,D] on the CPU, of rows of the open window."""
         return self._store.rows(rows, dtype)
 
     def images_of(self, number: int) -> list[int]:
-        """The images of a window, numbered on through all passes."""
+        """The images of window `number`, counted through all passes."""
         turn, place = divmod(number, self.windows.count)
         order = torch.randperm(len(self.dataset), generator=self.generator(4, turn))
         first, last = (len(order) * edge // self.windows.count for edge in (place, place + 1))
         return order[first:last].tolist()
 
     def close(self, *, remove: bool = False) -> None:
-        """Lets go of the window. remove: takes its features away, where no other run uses them."""
+        """Closes the window. remove: its features too, unless another run uses them."""
         if self._store is None:
             return
         folder = self._store.folder
         self._store.close()
         self._store = None
         if remove:
-            self.processes.wait()  # until all have let go
+            self.processes.wait()  # until all have closed it
             if self.processes.first and folder is not None:
                 StoreFolder(folder).remove()
 
@@ -134,14 +137,14 @@ class Stream(Schedule):
         try:
             self._store, self._number = self._open(part), number
         except KeyboardInterrupt as stop:
-            raise Interrupted(
-                getattr(stop, "number", Interrupted().number)
-            ) from None  # what the run has kept says more
+            # without the words of the features: the run knows better what is kept
+            raise Interrupted(getattr(stop, "number", Interrupted().number)) from None
 
 
 def open_for_training(
     dataset: Dataset,
     backbone: Backbone,
+    options: Mapping[str, Any],
     *,
     batch_size: int,
     data_seed: int,
@@ -149,40 +152,50 @@ def open_for_training(
     resumed: bool,
     windows: Windows | None,
     say: Say,
-    **options: Any,
 ) -> tuple[FeatureStore, Stream | None]:
-    """All features and None; or, where they do not fit the limit, those of a sample of the images, and the stream of all.
+    """All features and None; or, where they exceed the limit, those of a sample of images and the stream of all.
 
     Args:
-        in_use: bytes of the cache that have to stay beside them.
-        resumed, windows: whether a run is gone on with, and the windows that it had; those count, whatever the limit is now.
         options: of `open_or_extract`.
+        in_use: bytes of the cache that have to stay.
+        resumed, windows: whether the run resumes, and the windows that it had. They count, whatever the limit is now.
     """
     limit = options["limit"]
-    found = None if limit is None and windows is None else expected(dataset, backbone, **options)
-    if not resumed and found is not None:
-        windows = windows_of(found, limit, in_use, batch_size)
+    forecast = None if limit is None and windows is None else expected(dataset, backbone, **options)
+    if not resumed and forecast is not None:
+        windows = windows_of(forecast, limit, in_use, batch_size)
     if windows is None:
-        if found is not None and not found.there and found.nbytes + in_use > limit:
-            needed = readable(found.nbytes + in_use)
+        if forecast is not None and not forecast.there and forecast.nbytes + in_use > limit:
+            needed = readable(forecast.nbytes + in_use)
             raise UserError(
-                f"--cache-limit {readable(limit)}: this run began with room for all; give about {needed}, or another --out"
+                f"--cache-limit {readable(limit)}: this run began with room for all; "
+                f"give about {needed}, or another --out"
             )
         return open_or_extract(dataset, backbone, **options), None
-    say("features   " + described(found, windows))
+    say("features   " + described(forecast, windows))
     fingerprint, N = dataset.fingerprint(), len(dataset)
     numbers = [k * N // sampled(N) for k in range(sampled(N))]
     sample = open_or_extract(Part(dataset, numbers, "sample", fingerprint), backbone, **options)
 
-    def opened(part: Dataset) -> FeatureStore:
+    def open_part(part: Dataset) -> FeatureStore:
         return open_or_extract(part, backbone, **options)
 
-    return sample, Stream(dataset, fingerprint, windows, opened, batch_size, data_seed, options["processes"], say)
+    stream = Stream(
+        dataset,
+        fingerprint,
+        windows,
+        open=open_part,
+        batch_size=batch_size,
+        data_seed=data_seed,
+        processes=options["processes"],
+        say=say,
+    )
+    return sample, stream
 
 
-def described(found: Expected, windows: Windows) -> str:
-    each = f"{windows.count} windows of {readable(found.nbytes // windows.count)} and {windows.steps} steps"
+def described(forecast: Expected, windows: Windows) -> str:
+    each = f"{windows.count} windows of {readable(forecast.nbytes // windows.count)} and {windows.steps} steps"
     return (
-        f"streamed: all would take about {readable(found.nbytes)}; {each} follow one another through the cache; the start and the "
-        f"figures without labels are of {sampled(found.images)} images"
+        f"streamed: all would take about {readable(forecast.nbytes)}; {each} follow one another through the cache; "
+        f"the start and figures without labels use {sampled(forecast.images)} images"
     )

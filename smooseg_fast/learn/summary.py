@@ -1,245 +1,181 @@
-"""What a run ends with: figures without labels and with them, every head as a checkpoint, the report and the pictures."""
+"""The end of a run: figures without labels and with them, every head as a checkpoint, the report and the pictures."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL.Image import Image
-from scipy.optimize import linear_sum_assignment
+from torch import Tensor
 
-from ..backbones import Backbone
-from ..backbones.base import reason
-from ..config import TrainConfig, Variant
-from ..datasets import Dataset
-from ..datasets.images import ImageError
-from ..errors import WriteError
-from ..features.sample import batches, sample_patches, spread
-from ..features.store import FeatureStore
+from ..config import Variant
+from ..features.sample import batches, sample_patches
 from ..measure.health import Health, health
 from ..measure.scores import Scores, hungarian, majority, percent
-from ..measure.validation import Validation
 from ..segment.checkpoint import Checkpoint
 from ..segment.kmeans import spherical_kmeans
 from ..segment.model import Heads
 from ..segment.segmenter import Segmenter
-from ..show import charts, pictures
-from ..show.sheet import NAMED, groups_sheet, thumbnails
+from ..show.sheet import NAMED
 from ..system.files import write_json
+from ..system.progress import Bar
 from .monitors import COLLAPSED, collapse
-from .runfolder import CHECKPOINT, CURVES, GROUPS, LADDER, METRICS, REPORT, RunFolder, head_file
+from .run import Ended
+from .runfolder import CHECKPOINT, METRICS, REPORT, head_file
+from .runpictures import Shown, draw, in_use
+from .setting import Setting
+from .shares import Shares
 
-LADDER_IMAGES = 6
-PANELS = {
-    "energy": ("energy_within", "energy_across"),
-    "label distance": ("distance_within", "distance_across"),
-    "data term": ("data",),
-    "labels in use": ("perplexity", "labels_per_image"),
-    "shares": ("agreement", "image_information", "largest_share"),
-    "structure": ("modularity", "explained_variance", "modularity_x_explained"),
-    "with labels": ("accuracy", "miou"),
-}
-
-Say = Callable[[str], None]
+SILENT_S = 2.0  # that counting may take before it shows a bar
+LISTED = 6  # groups whose sizes a line names
 
 
-@dataclass
-class Summary:
-    """The end of a run on `dataset`, whose features are in `store`.
+def finish(setting: Setting, ended: Ended) -> Segmenter:
+    """Writes everything that a run leaves; the report comes last, because with it the run counts as finished.
 
-    step: how many were taken. broken: variants whose figures stopped being numbers; they are named and left out. counts: confusion counts
-    of heads that have been taken already, as they are now. report: what is known of the run so far.
+    Returns:
+        The segmenter of the default head, which is the first that did not break.
     """
+    places = {variant: h for h, variant in enumerate(setting.variants) if variant not in ended.broken}
+    default = next(iter(places))
+    states = dict(zip(setting.variants, health_of_all(setting, ended.heads)))
+    states = {variant: states[variant] for variant in places}
+    report = ended.report | {
+        "images": len(setting.dataset) - len(setting.store.skipped),
+        "skipped": setting.store.skipped,
+        "default": default.name,
+        "broken": sorted(variant.name for variant in ended.broken),
+        "heads": {variant.name: {"health": dataclasses.asdict(state)} for variant, state in states.items()},
+    }
+    say_groups(setting, states)
+    if setting.validation is not None:
+        for variant, scores in score(setting, ended, places).items():
+            report["heads"][variant.name]["scores"] = scores
+    report |= report["heads"][default.name]
+    segmenters = {
+        variant: Segmenter(checkpoint_of(setting, ended, variant, report), setting.backbone) for variant in places
+    }
+    if setting.written is not None:
+        leave(setting, ended, report, segmenters)
+    setting.say(f"done       the whole run took {time.perf_counter() - setting.started:.1f} s")
+    return segmenters[default]
 
-    config: TrainConfig
-    dataset: Dataset
-    store: FeatureStore
-    validation: Validation | None
-    backbone: Backbone
-    heads: Heads
-    step: int
-    broken: frozenset[Variant]
-    folder: RunFolder | None
-    records: Sequence[dict[str, Any]]
-    counts: Mapping[Variant, np.ndarray]
-    report: dict[str, Any]
-    say: Say
 
-    def finish(self) -> Segmenter:
-        """Everything that a run leaves; the report comes last, since with it the run is finished. -> the default head's segmenter."""
-        every = self.config.variants()
-        states = dict(zip(every, health(self.heads, batches(self.store, self.heads.student.device))))
-        self.whole = {variant: place for place, variant in enumerate(every) if variant not in self.broken}
-        self.default = next(iter(self.whole))
-        self.report |= {
-            "images": len(self.dataset) - len(self.store.skipped),
-            "skipped": self.store.skipped,
-            "default": self.default.name,
-            "broken": sorted(variant.name for variant in self.broken),
-            "heads": {variant.name: {"health": dataclasses.asdict(states[variant])} for variant in self.whole},
+def checkpoint_of(setting: Setting, ended: Ended, variant: Variant, report: Mapping[str, Any]) -> Checkpoint:
+    common = {name: report[name] for name in ("closeness", "images", "skipped") if name in report}
+    return Checkpoint(
+        config=setting.config.alone(variant),
+        head=ended.heads[setting.variants.index(variant)],
+        step=ended.step,
+        backbone_name=setting.backbone.name,
+        backbone_digest=setting.backbone.digest,
+        class_names=None if setting.validation is None else setting.validation.dataset.class_names,
+        report=common | report["heads"][variant.name],
+    )
+
+
+def leave(setting: Setting, ended: Ended, report: dict[str, Any], segmenters: Mapping[Variant, Segmenter]) -> None:
+    """Writes checkpoints, pictures and report."""
+    out, say = setting.folder.path, setting.say
+    many = len(segmenters) > 1
+    if many:
+        for variant, segmenter in segmenters.items():
+            segmenter.save(head_file(out, variant))
+    next(iter(segmenters.values())).save(out / CHECKPOINT)
+    drawn = draw(Shown(setting, segmenters, ended.records, report))
+    write_json(out / REPORT, report)
+    say(f"saved      {out / CHECKPOINT}" + (f", and all {len(segmenters)} heads in {out / 'heads'}" if many else ""))
+    say(f"figures    {out / REPORT}, {out / METRICS}")
+    if drawn:
+        say("pictures   " + ", ".join(map(str, drawn)))
+
+
+# without labels
+
+
+def health_of_all(setting: Setting, heads: Heads) -> list[Health]:
+    """Figures without labels of every head over all squares. Each process takes the heads that it learnt."""
+    shares = Shares(len(heads), setting.processes)
+    state = shares.of(heads.state_dict())
+    own = []
+    if len(state["student"]):
+        own = health(Heads.from_state(state).to(setting.device), with_bar(setting))
+    return [state for part in setting.processes.all(own) for state in part]
+
+
+def with_bar(setting: Setting) -> Iterator[Tensor]:
+    """Batches of all features, with a bar if they take long."""
+    total, off = len(setting.store), not setting.progress
+    with Bar(total=total, desc="groups", unit="square", delay=SILENT_S, disable=off) as bar:
+        for features in batches(setting.store, setting.device):
+            yield features
+            bar.update(len(features))
+
+
+def say_groups(setting: Setting, states: Mapping[Variant, Health]) -> None:
+    """Tells how many groups each head has, how large they are and how sure it is of them."""
+    asked = setting.config.prototypes
+    for number, (variant, state) in enumerate(states.items()):
+        default = " (default)" if number == 0 else ""
+        mark = f"{variant.label()}{default}: " if len(states) > 1 else ""
+        groups = "1 group" if asked == 1 else f"{asked} groups"
+        setting.say(
+            f"groups     {mark}{groups} asked for, {in_use(state.shares)} in use: {sizes(state.shares)} of the area; "
+            f"teacher and student agree on {100 * state.agreement:.0f} %"
+        )
+        setting.detail(
+            f"           perplexity {state.perplexity:.1f}; {state.labels_per_image:.1f} in an image; "
+            f"I(image;label)/H(label) {state.image_information:.2f}; modularity {state.modularity:.3f} x "
+            f"explained variance {state.explained_variance:.3f} = {state.modularity_x_explained:.4f}"
+        )
+    for variant, state in states.items():
+        if state.perplexity < COLLAPSED and asked > 1:
+            setting.say(f"warning    {variant.label()} has collapsed, {collapse(state.perplexity)}")
+
+
+def sizes(shares: Iterable[float]) -> str:
+    """The shares of the groups in use, largest first: "31 %, 22 % and 7 smaller groups"."""
+    named = sorted((share for share in shares if share >= NAMED), reverse=True)
+    listed = ", ".join(f"{100 * share:.0f} %" for share in named[:LISTED])
+    smaller = len(named) - LISTED
+    if smaller <= 0:
+        return listed
+    return f"{listed} and {smaller} smaller group{'s' if smaller > 1 else ''}"
+
+
+# with labels
+
+
+def score(setting: Setting, ended: Ended, places: Mapping[Variant, int]) -> dict[Variant, dict[str, Any]]:
+    """Scores for the report, matched to classes by the labels (Hungarian), next to k-means on the same features."""
+    validation, names = setting.validation, setting.validation.dataset.class_names
+    where = "held-out images" if validation.dataset.held_out else "the training images"
+    setting.say(f"scores     {len(validation.store)} {where}; groups are matched to classes by the labels (Hungarian):")
+    rows = sample_patches(setting.store, seed=0).to(setting.device)
+    baseline = validation.kmeans(spherical_kmeans(rows, ended.heads.student.shape[1], starts=10).centres)
+    figures: dict[Variant, dict[str, Any]] = {}
+    by_granularity: dict[float | None, list[Scores]] = {}
+    for variant, h in places.items():
+        counts = ended.counts[variant] if variant in ended.counts else validation.confusion(ended.heads[h])
+        by_granularity.setdefault(variant.granularity, []).append(hungarian(counts))
+        figures[variant] = {
+            "held_out": validation.dataset.held_out,
+            "mirror": False,
+            "hungarian": by_granularity[variant.granularity][-1].as_dict(names),
+            "majority": majority(counts).as_dict(names),
+            "kmeans": baseline.as_dict(names),
         }
-        self.tell_health(states)
-        if self.validation is not None:
-            self.tell_scores()
-        self.report |= self.report["heads"][self.default.name]
-        segmenters = {variant: Segmenter(self.checkpoint(variant), self.backbone) for variant in self.whole}
-        if self.folder is not None:
-            self.leave(segmenters)
-        return segmenters[self.default]
-
-    def checkpoint(self, variant: Variant) -> Checkpoint:
-        common = {name: self.report[name] for name in ("closeness", "images", "skipped") if name in self.report}
-        return Checkpoint(
-            config=self.config.alone(variant),
-            head=self.heads[self.whole[variant]],
-            step=self.step,
-            backbone_name=self.backbone.name,
-            backbone_digest=self.backbone.digest,
-            class_names=None if self.validation is None else self.validation.dataset.class_names,
-            report=common | self.report["heads"][variant.name],
-        )
-
-    def leave(self, segmenters: dict[Variant, Segmenter]) -> None:
-        out = self.folder.path
-        if len(segmenters) > 1:
-            for variant, segmenter in segmenters.items():
-                segmenter.save(head_file(out, variant))
-        segmenters[self.default].save(out / CHECKPOINT)
-        drawn = self.draw(segmenters)
-        write_json(out / REPORT, self.report)
-        self.say(
-            f"saved      {out / CHECKPOINT}"
-            + (f", and all {len(segmenters)} heads in {out / 'heads'}" if len(segmenters) > 1 else "")
-        )
-        self.say(f"figures    {out / REPORT}, {out / METRICS}")
-        if drawn:
-            self.say("pictures   " + ", ".join(map(str, drawn)))
-
-    # figures
-
-    def tell_health(self, states: dict[Variant, Health]) -> None:
-        K = self.heads.student.shape[1]
-        for variant in self.whole:
-            state = states[variant]
-            mark = (
-                "" if len(self.whole) == 1 else f"{variant.label()}{' (default)' if variant == self.default else ''}: "
-            )
-            self.say(
-                f"groups     {mark}{in_use(state.shares)} of {K} in use (each over {100 * NAMED:g} % of the patches), perplexity "
-                f"{state.perplexity:.1f}; {state.labels_per_image:.1f} in an image; I(image;label)/H(label) {state.image_information:.2f}; "
-                f"teacher and student agree on {100 * state.agreement:.1f} %; modularity {state.modularity:.3f} x explained variance "
-                f"{state.explained_variance:.3f} = {state.modularity_x_explained:.4f}"
-            )
-        for variant in self.whole:
-            if states[variant].perplexity < COLLAPSED and K > 1:
-                self.say(f"warning    {variant.label()} has collapsed, {collapse(states[variant].perplexity)}")
-
-    def tell_scores(self) -> None:
-        """With labels: figures chosen by labels (Hungarian matching, as in the field), beside k-means on the same features."""
-        validation, names = self.validation, self.validation.dataset.class_names
-        where = "held out" if validation.dataset.held_out else "the training images"
-        self.say(
-            f"scores     on {where} ({len(validation.store)} images), clusters matched to classes by their labels (Hungarian):"
-        )
-        rows = sample_patches(self.store, seed=0).to(self.heads.student.device)
-        baseline = validation.kmeans(spherical_kmeans(rows, self.heads.student.shape[1], starts=10).centres)
-        scores: dict[float | None, list[Scores]] = {}
-        for variant, place in self.whole.items():
-            counts = self.counts[variant] if variant in self.counts else validation.confusion(self.heads[place])
-            scores.setdefault(variant.granularity, []).append(hungarian(counts))
-            self.report["heads"][variant.name]["scores"] = {
-                "held_out": validation.dataset.held_out,
-                "mirror": False,
-                "hungarian": scores[variant.granularity][-1].as_dict(names),
-                "majority": majority(counts).as_dict(names),
-                "kmeans": baseline.as_dict(names),
-            }
-        for granularity, of_seeds in scores.items():
-            which = "smooseg" if len(scores) == 1 else f"granularity {granularity:g}"
-            accuracy, miou = (mean_and_std([getattr(each, name) for each in of_seeds]) for name in ("accuracy", "miou"))
-            seeds = "" if len(of_seeds) == 1 else f"  ({len(of_seeds)} seeds)"
-            self.say(f"           {which:16s}  accuracy {accuracy} %  mIoU {miou} %{seeds}")
-        self.say(
-            f"           {'k-means':16s}  accuracy {percent(baseline.accuracy)} %  mIoU {percent(baseline.miou)} %  (same features)"
-        )
-
-    # pictures
-
-    def draw(self, segmenters: dict[Variant, Segmenter]) -> list[Path]:
-        """The pictures, of held-out images where there are some; -> those that were drawn. A failure is said, and ends nothing."""
-        makers = {
-            GROUPS: lambda: self.groups_picture(segmenters[self.default]),
-            CURVES: self.curves_picture,
-            LADDER: lambda: self.ladder_picture(segmenters),
-        }
-        drawn = []
-        for name in self.folder.pictures:
-            try:
-                drawn.append(pictures.save(self.folder.path / name, makers[name]()))
-            except WriteError:  # the disk is full: the report would not fit either
-                raise
-            except Exception as error:  # whatever it is, a run that is learnt must not be lost to a picture of it
-                self.say(f"warning    {name} could not be drawn ({reason(error)}); the same command tries again")
-        return drawn
-
-    def curves_picture(self) -> Image:
-        """Of the default head."""
-        records = [record for record in self.records if record["head"] == self.default.name]
-        return charts.curves_picture(records, PANELS, str(self.folder.path))
-
-    def shown(self, count: int) -> Iterator[tuple[str, np.ndarray]]:
-        """Names and pixels of images evenly spaced over those whose features could be taken."""
-        dataset, store = (
-            (self.dataset, self.store) if self.validation is None else (self.validation.dataset, self.validation.store)
-        )
-        usable = list(dict.fromkeys(store.names))
-        chosen = {usable[place] for place in spread(len(usable), count).tolist()}
-        for index, name in enumerate(dataset.names):
-            if name not in chosen:
-                continue
-            try:
-                yield name, dataset.image(index)
-            except ImageError:  # gone since its features were taken
-                continue
-
-    def groups_picture(self, segmenter: Segmenter) -> Image:
-        shares = self.report["health"]["shares"]
-        title = f"{in_use(shares)} of {segmenter.groups} groups in use, found without labels"
-        found = ((name, image, segmenter.predict(image).astype(np.uint8)) for name, image in self.shown(8))
-        return groups_sheet(found, pictures.palette(segmenter.groups), dict(enumerate(shares)), title)
-
-    def ladder_picture(self, segmenters: dict[Variant, Segmenter]) -> Image:
-        """The same images at every granularity, coarse to fine, one seed; a group has the colour of the default's that it meets most."""
-        rungs = sorted((v for v in segmenters if v.seed == self.default.seed), key=lambda variant: variant.granularity)
-        images, labels = [], {variant: [] for variant in rungs}
-        for name, image in self.shown(LADDER_IMAGES):
-            images.append((name, image))
-            for variant in rungs:
-                labels[variant].append(segmenters[variant].predict(image).astype(np.uint8))
-        K = segmenters[self.default].groups
-        colours = pictures.palette(K)
-        rows = [[thumbnails(image, labels[rungs[0]][place], colours)[0]] for place, (_, image) in enumerate(images)]
-        for variant in rungs:
-            own = colours[matching(labels[variant], labels[self.default], K)]
-            for place, (_, image) in enumerate(images):
-                rows[place].append(thumbnails(image, labels[variant][place], own)[2])
-        used = {variant: in_use(self.report["heads"][variant.name]["health"]["shares"]) for variant in rungs}
-        titles = [
-            "image",
-            *(f"{v.granularity:g}: {used[v]} groups{' (default)' if v == self.default else ''}" for v in rungs),
-        ]
-        return pictures.contact_sheet(
-            rows, titles, [name for name, _ in images], (), "granularity, and the groups it leaves in use"
-        )
-
-
-def in_use(shares: Sequence[float]) -> int:
-    """Groups that a legend names."""
-    return sum(share >= NAMED for share in shares)
+    for granularity, of_seeds in by_granularity.items():
+        name = "smooseg" if len(by_granularity) == 1 else f"granularity {granularity:g}"
+        accuracy = mean_and_std([scores.accuracy for scores in of_seeds])
+        miou = mean_and_std([scores.miou for scores in of_seeds])
+        seeds = "" if len(of_seeds) == 1 else f"  ({len(of_seeds)} seeds)"
+        setting.say(f"           {name:16s}  accuracy {accuracy} %  mIoU {miou} %{seeds}")
+    accuracy, miou = percent(baseline.accuracy), percent(baseline.miou)
+    setting.say(f"           {'k-means':16s}  accuracy {accuracy} %  mIoU {miou} %  (same features)")
+    return figures
 
 
 def mean_and_std(values: Sequence[float]) -> str:
@@ -247,11 +183,3 @@ def mean_and_std(values: Sequence[float]) -> str:
     if len(values) == 1:
         return percent(values[0])
     return f"{percent(float(np.mean(values)))} ± {percent(float(np.std(values, ddof=1)))}"
-
-
-def matching(labels: Sequence[np.ndarray], onto: Sequence[np.ndarray], K: int) -> np.ndarray:
-    """int [K]: for each group of `labels` one of `onto`, one to one, so that the most pixels agree."""
-    counts = np.zeros((K, K), np.int64)
-    for ours, theirs in zip(labels, onto):
-        counts += np.bincount(ours.ravel().astype(np.int64) * K + theirs.ravel(), minlength=K * K).reshape(K, K)
-    return linear_sum_assignment(counts, maximize=True)[1]

@@ -1,10 +1,10 @@
-"""A run from images to a trained segmenter: what has to be true before it, its features, its steps and its summary."""
+"""A run from images to a trained segmenter: its checks, its features, its steps and its end."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,12 @@ from ..system.host import deterministic, keep_freed_memory
 from ..system.processes import ALONE, Processes
 from ..system.signals import with_kept
 from .board import require_tensorboard
-from .run import Run, Say
+from .run import Run
 from .runfolder import RunFolder
+from .setting import Say, Setting
+from .shares import Shares
 from .stream import Stream, open_for_training
-from .summary import Summary
+from .summary import finish
 
 GROUPS_WITHOUT_LABELS = 16
 
@@ -47,19 +49,21 @@ def fit(
     say: Say | None = None,
     **settings: Any,
 ) -> Segmenter:
-    """Learn to segment `images` without labels.
+    """Learns to segment `images` without labels.
 
     Args:
-        images: a folder (any nesting, the labelled layout, or that of a benchmark's owner), one image file, or a sequence of uint8
-            [H,W,3] arrays.
-        out: folder for checkpoint, figures and pictures; nothing is written without it but the feature cache.
-        preset_name: where the other settings start from.
-        say: what to do with each line about the run; nothing by default.
-        settings: any field of TrainConfig, such as granularity=0.06, prototypes=12, steps=400, backbone="facebook/dino-vits8".
+        images: a folder (any nesting, the labelled layout, or that of a benchmark's owner), one image file, or a
+            sequence of uint8 [H,W,3] arrays.
+        out: folder for checkpoint, figures and pictures; without it, nothing is written except the feature cache.
+        preset_name: the preset that the other settings start from.
+        say: takes each line of text about the run; nothing is said by default.
+        settings: any field of TrainConfig, such as granularity=0.06, prototypes=12, steps=400,
+            backbone="facebook/dino-vits8".
 
     Raises:
-        UserError: in one line, for settings or images that cannot be; WriteError, one of them, for a disk that is full.
-        Interrupted: a KeyboardInterrupt, by Ctrl-C; its text tells what is kept in `out`, where the same call resumes.
+        UserError: in one line, for impossible settings or images; WriteError, one of them, for a full disk.
+        Interrupted: a KeyboardInterrupt, after Ctrl-C; its text tells what is kept in `out`, where the same call
+            resumes.
     """
     arrays = None if isinstance(images, (str, Path)) else list(images)
     config = with_changes(preset(preset_name), data=str(images) if arrays is None else None, **settings)
@@ -84,158 +88,150 @@ def learn(
     say: Say,
     processes: Processes = ALONE,
 ) -> Segmenter:
-    """One run; resumes the unfinished one of the same configuration in `out`. Of several processes the first alone writes."""
-    require_shares(config.batch_size, processes)
+    """Learns one run; resumes the unfinished one of the same configuration in `out`. The first process alone writes.
+
+    Args:
+        dataset: images to learn from.
+        held_out: labelled images to measure on; None for no figures with labels.
+        out: folder of the run; None to write nothing.
+    """
+    started = time.perf_counter()
     device = processes.device(pick_device(config.device))
     keep_freed_memory()
     if config.log == "tensorboard":
         require_tensorboard()
     backbone = load_backbone(config.backbone, device, config.backbone_precision)
-    wanted, config = config, resolve(config, backbone, dataset if held_out is None else held_out, say)
-    folder = None if out is None else RunFolder(out, wanted)
+    folder = None if out is None else RunFolder(out, config)
+    config = resolve(config, backbone, dataset if held_out is None else held_out, say)
     if folder is not None and folder.finished():
         checkpoint = folder.checkpoint()
-        say(
-            f"{out}: this run is finished, step {checkpoint.step} of {config.steps}; --out another folder to train again"
-        )
+        say(f"{out}: this run is finished, step {checkpoint.step} of {config.steps}; give another --out to train again")
         return Segmenter(checkpoint, backbone)
 
     for note in dict.fromkeys((*dataset.notes, *(() if held_out is None else held_out.notes))):
         say(f"data       {note}")
-    tell_plan(config, backbone, device, say, processes)
-    with nullcontext() if folder is None or not processes.first else folder.held():
-        found = None if folder is None else folder.state()
-        require_same_state(
-            found, out, processes
-        )  # before it nobody has written into the folder, behind it everybody has read
-        store, stream, validation = open_features(config, dataset, held_out, backbone, found, progress, say, processes)
-        extracted = time.perf_counter()
-        run = Run(
-            config,
-            store,
-            backbone.device,
-            validation,
-            folder if processes.first else None,
-            say,
-            progress,
-            processes,
-            stream,
+    say_plan(config, device, say, processes)
+    with folder.held() if folder is not None and processes.first else nullcontext():
+        state = None if folder is None else folder.state()
+        # before this check nobody has written into the folder, and after it everybody has read it
+        require_same_state(state, out, processes)
+        options = dict(
+            resample=config.resample, cache=config.cache, limit=config.limit, progress=progress, processes=processes
         )
-        try:
-            with deterministic(config.deterministic):
-                heads = run.learn(found)
-            say(f"learnt     {run.done} steps in {time.perf_counter() - extracted:.1f} s")
-            return Summary(
-                config,
-                dataset,
-                store,
-                validation,
-                backbone,
-                heads,
-                run.done,
-                frozenset(variant for variant in config.variants() if variant.name in run.watch.broken),
-                run.folder,
-                run.records,
-                run.counts if run.counted == run.done else {},
-                run.report,
-                say,
-            ).finish()
-        except KeyboardInterrupt as stop:
-            raise with_kept(stop, run.kept()) from None
-        except WriteError as error:
-            raise WriteError(f"{error}; {run.kept()}") from error
+        validation = None
+        if held_out is not None:  # first, so that labels that do not fit are known early
+            validation = open_validation(config, held_out, backbone, options)
+        in_use = 0 if validation is None else validation.store.nbytes
+        store, stream = open_features(config, dataset, backbone, options, state=state, in_use=in_use, say=say)
+        setting = Setting(
+            config=config,
+            dataset=dataset,
+            store=store,
+            stream=stream,
+            validation=validation,
+            backbone=backbone,
+            folder=folder,
+            say=say,
+            progress=progress,
+            processes=processes,
+            started=started,
+        )
+        return learn_from(setting, state)
 
 
-def tell_plan(config: TrainConfig, backbone: Backbone, device: str, say: Say, processes: Processes) -> None:
-    every = config.variants()
-    many = (
-        "" if len(every) == 1 else f", {len(every)} heads at once ({'; '.join(variant.label() for variant in every)})"
-    )
+def learn_from(setting: Setting, state: TrainingState | None) -> Segmenter:
+    """Takes the steps of a run and ends it. A stop or a full disk tells what is kept."""
+    run, started = Run(setting, state), time.perf_counter()
+    try:
+        with deterministic(setting.config.deterministic):
+            ended = run.learn()
+        setting.say(f"learnt     {ended.step} steps in {time.perf_counter() - started:.1f} s")
+        return finish(setting, ended)
+    except KeyboardInterrupt as stop:
+        raise with_kept(stop, run.kept()) from None
+    except WriteError as error:
+        raise WriteError(f"{error}; {run.kept()}") from error
+
+
+def say_plan(config: TrainConfig, device: str, say: Say, processes: Processes) -> None:
+    """Tells what is about to be learnt, how and where."""
+    variants = config.variants()
+    labels = "; ".join(variant.label() for variant in variants)
+    heads = "" if len(variants) == 1 else f", {len(variants)} heads at once ({labels})"
     how = f"objective by {config.impl}, projection in {config.precision}"
     groups = "1 group" if config.prototypes == 1 else f"{config.prototypes} groups"
-    say(f"learning   at most {groups}, {config.init} start, {how} on {device}{many}")
+    say(f"learning   at most {groups}, {config.init} start, {how} on {device}{heads}")
     if config.prototypes == 1:
-        say("warning    every pixel will be of the one group; ask for more with --prototypes")
-    if processes.size > 1:
-        eager = "" if backbone.device.type == "cpu" else "; steps are not replayed from a CUDA graph"
-        share = config.batch_size // processes.size
-        say(
-            f"processes  {processes.size}, each with {share} squares of every batch; partners are found within those{eager}"
-        )
+        say("warning    every pixel will belong to the one group; ask for more with --prototypes")
+    shares = Shares(len(variants), processes).line()
+    if shares is not None:
+        say(f"processes  {shares}")
+
+
+def open_validation(
+    config: TrainConfig, held_out: Dataset, backbone: Backbone, options: Mapping[str, Any]
+) -> Validation:
+    """Features and labels of the images to measure on. options: of `open_or_extract`, without the squares."""
+    options = dict(options, size=config.eval_size, crops="center", argument="--eval-size")
+    require_room(held_out, backbone, **options)
+    store = open_or_extract(held_out, backbone, **options)
+    labels = LabelSquares(held_out, store, config.eval_size, options["processes"], options["progress"])
+    return Validation(held_out, store, labels, options["processes"])
 
 
 def open_features(
     config: TrainConfig,
     dataset: Dataset,
-    held_out: Dataset | None,
     backbone: Backbone,
-    found: TrainingState | None,
-    progress: bool,
+    options: Mapping[str, Any],
+    *,
+    state: TrainingState | None,
+    in_use: int,
     say: Say,
-    processes: Processes,
-) -> tuple[FeatureStore, Stream | None, Validation | None]:
-    """(what to learn from, where its batches come from if it is only a sample, what to take figures on if there are labels)."""
+) -> tuple[FeatureStore, Stream | None]:
+    """Features of all squares and None; or those of a sample, and the stream that brings the batches.
+
+    options: of `open_or_extract`, without the squares. in_use: bytes of the cache that have to stay.
+    """
     started = time.perf_counter()
-    options = dict(
-        resample=config.resample, cache=config.cache, limit=config.limit, progress=progress, processes=processes
-    )
-    validation = None
-    if held_out is not None:  # first, because labels that do not fit should be known before hours are spent
-        central = dict(size=config.eval_size, crops="center", argument="--eval-size", **options)
-        require_room(held_out, backbone, **central)
-        squares = open_or_extract(held_out, backbone, **central)
-        labels = LabelSquares(held_out, squares, config.eval_size, processes, progress)
-        validation = Validation(held_out, squares, labels, processes)
     store, stream = open_for_training(
         dataset,
         backbone,
+        dict(options, size=config.size, crops=config.crops),
         batch_size=config.batch_size,
         data_seed=config.data_seed,
-        in_use=0 if validation is None else validation.store.nbytes,
-        resumed=found is not None,
-        windows=None if found is None or found.windows is None else Windows(*found.windows),
+        in_use=in_use,
+        resumed=state is not None,
+        windows=None if state is None or state.windows is None else Windows(*state.windows),
         say=say,
-        size=config.size,
-        crops=config.crops,
-        **options,
     )
-    if len(store) < 2 * processes.size:
-        needed = "pairs of images need 2" if processes.size == 1 else f"{processes.size} processes need 2 each"
+    if len(store) < 2:
         more = "add images" if config.crops == "slide" else "add images, or --crops slide"
-        raise UserError(f"--data: {len(store)} square(s) of {config.size} pixels, but {needed}; {more}")
+        raise UserError(f"--data: {len(store)} square(s) of {config.size} pixels, but pairs of images need 2; {more}")
     say(
         f"{'features' if stream is None else 'sample  '}   {len(store)} squares of {len(set(store.names))} images, "
         f"{store.grid[0]}x{store.grid[1]} patches, {store.D} channels of {backbone.name}, {store.nbytes / 2**20:.0f} MB"
         + (f"; {len(store.skipped)} images could not be used" if store.skipped else "")
         + f"; {time.perf_counter() - started:.1f} s"
     )
-    return store, stream, validation
+    return store, stream
 
 
-def require_shares(batch_size: int, processes: Processes) -> None:
-    """UserError unless every process has the same number of squares of each batch, and a pair of them at least."""
-    n = processes.size
-    if batch_size % n or batch_size < 2 * n:
-        near = " or ".join(str(size) for size in sorted({max(2, batch_size // n) * n, max(2, -(-batch_size // n)) * n}))
-        raise UserError(
-            f"--batch-size {batch_size}: must be a multiple of the {n} processes, with 2 squares for each; take {near}"
-        )
-
-
-def require_same_state(found: TrainingState | None, out: Path | None, processes: Processes) -> None:
-    """UserError where a process has not found what another has."""
-    step = 0 if found is None else found.step
+def require_same_state(state: TrainingState | None, out: Path | None, processes: Processes) -> None:
+    """UserError where a process does not find the state that another finds."""
+    step = 0 if state is None else state.step
     furthest = processes.largest(step)
     if step != furthest:
         raise UserError(
-            f"--out {out}: process {processes.rank} finds step {step} there, and another step {furthest}; give a shared folder"
+            f"--out {out}: process {processes.rank} finds step {step} there, and another step {furthest}; "
+            "give a shared folder"
         )
 
 
 def resolve(config: TrainConfig, backbone: Backbone, dataset: Dataset, say: Say) -> TrainConfig:
-    """Every choice that depends on the data and the backbone made: number of prototypes, sizes that are whole patches, impl.
+    """Makes every choice that depends on data and backbone: prototypes, sizes in whole patches, impl, precision.
 
-    `dataset` is the one that figures are taken on, where there is one: its classes are counted.
+    dataset: the images to measure on, or else those to learn from; its classes are counted.
     """
     changes: dict[str, Any] = {}
     for name in ("size", "eval_size"):
@@ -256,7 +252,7 @@ def resolve(config: TrainConfig, backbone: Backbone, dataset: Dataset, say: Say)
 
 
 def usable_impl(impl: str, K: int, Z: int, device: torch.device) -> str:
-    """What `impl` stands for on this device. UserError when an explicit choice cannot run: before features are taken, not after."""
+    """The implementation that `impl` stands for on this device. UserError when an explicit choice cannot run."""
     features, codes, prototypes = (torch.ones(shape, device=device) for shape in ((1, 1, 2), (1, 1, Z), (K, Z)))
     try:
         sk.smooseg_loss(features, codes, prototypes, prototypes, ["self"], torch.zeros(1, device=device), impl=impl)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import smooseg_kernels as sk
 
+from ..config import Thresholds
 from ..features.sample import BATCH
 from ..features.store import FeatureStore
 from ..system.progress import Bar
@@ -100,14 +101,14 @@ class Closeness:
         )
 
 
-def closeness(measured: Similarity, thresholds: Sequence[float], relative: bool) -> tuple[Closeness, Closeness]:
-    """Apply the thresholds (within, across), an excess over M if `relative` -> (within, across)."""
+def closeness(measured: Similarity, thresholds: Thresholds) -> tuple[Closeness, Closeness]:
+    """Apply the thresholds, an excess over M if they are relative -> (within, across)."""
 
     def apply(kind: Distribution, threshold: float) -> Closeness:
-        b = threshold + kind.mean if relative else threshold
+        b = threshold + kind.mean if thresholds.relative else threshold
         return Closeness(kind.mean, kind.std, kind.quantiles(QUANTILES), b, kind.pulled(b))
 
-    return apply(measured.within, thresholds[0]), apply(measured.across, thresholds[1])
+    return apply(measured.within, thresholds.within), apply(measured.across, thresholds.across)
 
 
 def warning(within: Closeness, across: Closeness) -> str | None:

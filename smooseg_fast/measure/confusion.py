@@ -22,20 +22,20 @@ from ..system.ahead import ahead
 from ..system.processes import ALONE, Processes
 from ..system.progress import Bar
 
-KEPT = 64 * 2**20  # bytes of label squares that a process keeps: 650 of 320 pixels
+KEPT_BYTES = 64 * 2**20  # of label squares that a process keeps: 650 of 320 pixels
 THREADS = 4  # that read labels, at most, each a batch
-SILENT_S = 2.0  # that it may take before it is shown
+SILENT_S = 2.0  # that reading or counting may take before it shows a bar
 
 
 class LabelSquares:
-    """The labels of the rows of a store of central squares: all looked at once, and read again whenever they are counted.
+    """The labels of a store of central squares: all are checked at once, and read again whenever they are counted.
 
-    KEPT bytes of them stay in memory, which is all of most sets; the others only pass through it, however many there are.
+    KEPT_BYTES of them stay in memory, which is all of most sets; the others only pass through it.
 
     Args:
-        size: S, the side of a square.
-        processes: each looks at the batches alone that it will count.
-        progress: whether a first look that takes long is shown.
+        size: S, the side of a square in pixels.
+        processes: each reads the batches alone that it will count.
+        progress: show a bar where reading or counting takes long.
 
     Raises:
         UserError: when a label does not fit its image, or no pixel of any square is labelled.
@@ -44,28 +44,33 @@ class LabelSquares:
     def __init__(
         self, dataset: Dataset, store: FeatureStore, size: int, processes: Processes = ALONE, progress: bool = True
     ):
-        self.dataset, self.size, self.processes = dataset, size, processes
+        self.dataset, self.size, self.processes, self.progress = dataset, size, processes, progress
         places = {name: index for index, name in enumerate(dataset.names)}
         self._images = [places[name] for name in store.names]
         self._kept: dict[int, np.ndarray] = {}
-        found, room = torch.zeros(2, dtype=torch.int64), KEPT // (BATCH * size**2)
-        with Bar(total=len(store), desc="labels", unit="label", disable=not progress, delay=SILENT_S) as bar:
-            for start, squares, labelled in self._read():
-                found += torch.tensor([labelled, np.count_nonzero(squares != IGNORE)])
+        labelled, room = torch.zeros(2, dtype=torch.int64), KEPT_BYTES // (BATCH * size**2)
+        with self.bar("labels", "label") as bar:
+            for start, squares, labels in self._read():
+                labelled += torch.tensor([labels, np.count_nonzero(squares != IGNORE)])
                 if len(self._kept) < room:
                     self._kept[start] = squares
                 bar.update(min(processes.size * BATCH, len(store) - bar.n))
-        labels, pixels = processes.sum(found).tolist()
+        labels, pixels = processes.sum(labelled).tolist()
         if not labels:
             raise UserError(f"--data: none of the {len(store)} images of {dataset.name} has a label")
         if not pixels:
             raise UserError(
-                f"--data: every pixel in the central squares of all {labels} labels of {dataset.name} is {IGNORE} (ignore), and nothing "
-                "can be measured; write class numbers from 0 into the labels"
+                f"--data: every pixel in the central squares of all {labels} labels of {dataset.name} is {IGNORE} "
+                "(ignore), so nothing can be measured; write class numbers from 0 into the labels"
             )
 
+    def bar(self, name: str, unit: str) -> Bar:
+        """A bar over all rows, which shows once they take long."""
+        total, off = len(self._images), not self.progress
+        return Bar(total=total, desc=name, unit=unit, delay=SILENT_S, leave=False, disable=off)
+
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(rows int64 [n], their labels uint8 [n,S,S], 255 where nobody labelled) of every batch of this process."""
+        """(rows int64 [n], their labels uint8 [n,S,S], 255 without a label) of every batch of this process."""
         for start, squares, _ in self._read():
             yield torch.arange(start, start + len(squares)), torch.from_numpy(squares)
 
@@ -75,7 +80,7 @@ class LabelSquares:
         return ahead(self._batch, starts, threads=threads, waiting=threads)
 
     def _batch(self, start: int) -> tuple[int, np.ndarray, int]:
-        """(start, uint8 [n,S,S] of that row and those behind it, how many of them have a label)"""
+        """(start, uint8 [n,S,S] of that row and the next ones, number of them that have a label)"""
         if start in self._kept:
             return start, self._kept[start], 0
         labels = [self.dataset.label(index) for index in self._images[start : start + BATCH]]
@@ -89,36 +94,37 @@ class LabelSquares:
 def confusion_of(
     codes: Callable[[Tensor], Tensor], prototypes: Tensor, grid: tuple[int, int], labels: LabelSquares, classes: int
 ) -> np.ndarray:
-    """int64 [K,classes] over all labelled pixels. `codes` gives [n,P,Z] of the rows numbered by an int64 [n].
+    """int64 [K,classes] over all labelled pixels. `codes` gives [n,P,Z] for int64 [n] numbers of rows.
 
-    Several processes count every so many batches each, and all get the sum, which is that of one process to the last pixel.
+    Several processes count different batches, and all get the sum, which equals that of one process to the last pixel.
     """
     counts = torch.zeros(len(prototypes), classes, dtype=torch.int64)
-    with closing(labels.batches()) as batches:
+    with closing(labels.batches()) as batches, labels.bar("scores", "image") as bar:
         for rows, squares in batches:
             truth = squares.to(prototypes.device)
             _, part = sk.assign(codes(rows), prototypes, grid=grid, size=truth.shape[1:], labels=truth, classes=classes)
             counts += part.cpu()
+            bar.update(min(labels.processes.size * len(rows), bar.total - bar.n))
     return labels.processes.sum(counts).numpy()
 
 
 def head_codes(head: Head, store: FeatureStore, mirrored: FeatureStore | None = None) -> Callable[[Tensor], Tensor]:
-    """Codes of a store's rows; with a store of the mirrored squares their average, as in the paper."""
-    device = head.teacher.device
+    """From row numbers to codes; with a store of the mirrored squares, to the average of both, as in the paper."""
 
-    def codes(index: Tensor) -> Tensor:
-        found = project(head, store.rows(index).to(device))
-        return found if mirrored is None else (found + project(head, mirrored.rows(index).to(device))) / 2
+    def codes(rows: Tensor) -> Tensor:
+        device = head.teacher.device
+        plain = project(head, store.rows(rows).to(device))
+        return plain if mirrored is None else (plain + project(head, mirrored.rows(rows).to(device))) / 2
 
     return codes
 
 
 def require_same_rows(store: FeatureStore, mirrored: FeatureStore) -> None:
-    """UserError unless both hold the same images: one that could not be read at a time is missing for good from what was made then."""
+    """UserError unless both hold the same images; one that could not be read while features were made is missing."""
     if store.names == mirrored.names:
         return
     odd = sorted(set(store.names) ^ set(mirrored.names))[0]
     raise UserError(
-        f"{odd}: could not be read when one of the features in {store.folder} and their mirror images in {mirrored.folder} was made, and "
-        "could for the other; remove both folders, and start again"
+        f"{odd}: is in only one of {store.folder} and {mirrored.folder}, the features of its image and of its mirror "
+        "image; remove both folders and start again"
     )

@@ -18,7 +18,7 @@ from .confusion import LabelSquares, confusion_of, head_codes
 
 @dataclass
 class Validation:
-    """Labelled images that figures are taken on; never seen by training unless the dataset has no split.
+    """Labelled images to measure on; training never sees them unless the dataset has no split.
 
     Several processes share the counting: all ask for the same figures in the same order.
     """
@@ -29,10 +29,11 @@ class Validation:
     processes: Processes = ALONE
 
     def confusion(self, head: Head) -> np.ndarray:
+        """int64 [K,classes] pixels of every group in every class."""
         return self._count(head_codes(head, self.store), head.teacher)
 
     def kmeans(self, centres: Tensor) -> Scores:
-        """Plain k-means centres [K,D] on the same features: what any learning has to beat."""
+        """Scores of plain k-means centres [K,D] on the same features, which any learning has to beat."""
         self.processes.as_first([centres])
         return hungarian(self._count(self.store.rows, centres))
 

@@ -1,14 +1,14 @@
-"""Two kinds of .safetensors files, each with its configuration as JSON in the header: a head to predict with, and the state to go on from.
+"""The two .safetensors files of a run: a head to predict with, and the state that an unfinished run resumes from.
 
-Written whole by one rename. Nothing in it is executed, and nothing in it names code to import: a `module:callable` backbone is kept for
-display and has to be given again.
+Both carry their configuration as JSON in the header and are written whole by one rename. Reading them executes nothing
+and imports nothing: a `module:callable` backbone is kept for display and has to be given again.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,12 +25,31 @@ from ..system.files import finite, write_atomic
 from .model import Head, Heads
 
 T = TypeVar("T")
-KEY, STATE_KEY, FORMAT = "smooseg_fast.checkpoint", "smooseg_fast.training", 1
+KEY, FORMAT = "smooseg_fast.checkpoint", 1
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file, and how errors speak of it."""
+
+    key: str  # of its header
+    usual: str  # its usual name
+    argument: str  # the flag that names it, at the start of an error
+    advice: str  # the end of an error
+
+
+CHECKPOINT = Kind(KEY, "checkpoint.safetensors", "--checkpoint ", "copy it again or train again")
+STATE = Kind(  # nobody names this file: it lies in --out
+    "smooseg_fast.training",
+    "training.safetensors",
+    "",
+    "take it away to train from the first step, or give another --out",
+)
 
 
 @dataclass
 class Checkpoint:
-    """One head. `config` has every choice resolved (number of prototypes, sizes that fit the patch) and names this head alone."""
+    """One head. `config` describes it alone, with every choice resolved (number of prototypes, sizes that fit)."""
 
     config: TrainConfig
     head: Head
@@ -49,89 +68,73 @@ class Checkpoint:
             "config": dataclasses.asdict(self.config),
             "report": self.report,
         }
-        return _write(path, KEY, header, {f"head.{name}": value for name, value in self.head.state_dict().items()})
+        return _write(
+            path, CHECKPOINT, header, {f"head.{name}": value for name, value in self.head.state_dict().items()}
+        )
 
 
 @dataclass
 class TrainingState:
-    """All heads of an unfinished run after `step` steps, what Adam remembers of them, and the losses of that step.
+    """An unfinished run after `step` steps.
 
-    Nothing random needs saving: what is drawn for a step depends on its number and the seeds alone.
+    Nothing random needs saving: the draws of a step depend on its number and the seeds alone.
+
+    Args:
+        heads: the state of all H heads, [H,...] under a head's names.
+        optimizer: Adam's state as `optimizer_tensors` gives it.
+        losses: those of the last step, by their names in SmooSegLoss.
+        windows: number of windows that the features are streamed through, and steps in each; None without streaming.
     """
 
     config: TrainConfig
     step: int
-    heads: Heads
+    heads: Mapping[str, Tensor]
     optimizer: dict[str, Tensor]
-    losses: dict[str, Tensor] = field(default_factory=dict)  # by their names in SmooSegLoss
-    windows: tuple[int, int] | None = None  # how many windows the features are streamed through, and the steps in each
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    windows: tuple[int, int] | None = None
 
     def write(self, path: str | Path) -> Path:
-        header = {
-            "format": FORMAT,
-            "step": self.step,
-            "config": dataclasses.asdict(self.config),
-            "windows": self.windows,
-        }
-        tensors = {f"heads.{name}": value for name, value in self.heads.state_dict().items()}
-        tensors |= {f"optimizer.{name}": value for name, value in self.optimizer.items()}
-        return _write(
-            path, STATE_KEY, header, tensors | {f"losses.{name}": value for name, value in self.losses.items()}
-        )
+        config = dataclasses.asdict(self.config)
+        header = {"format": FORMAT, "step": self.step, "config": config, "windows": self.windows}
+        parts = {"heads": self.heads, "optimizer": self.optimizer, "losses": self.losses}
+        tensors = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
+        return _write(path, STATE, header, tensors)
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """UserError in one line for a missing, damaged or foreign file."""
-    return _read(Path(path).expanduser(), KEY, "checkpoint.safetensors", _checkpoint)
+    return _read(Path(path).expanduser(), CHECKPOINT, _checkpoint)
 
 
 def read_training_state(path: str | Path) -> TrainingState:
     """UserError in one line for a missing, damaged or foreign file."""
-    try:
-        return _read(Path(path), STATE_KEY, "training.safetensors", _training_state)
-    except UserError as error:  # nobody names the file: it lies in --out
-        what = str(error).removeprefix("--checkpoint ").rpartition(";")[0]
-        raise UserError(f"{what}; take it away to train from the first step, or give another --out") from error
+    return _read(Path(path), STATE, _training_state)
 
 
-def _write(path: str | Path, key: str, header: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
+def _write(path: str | Path, kind: Kind, header: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    return write_atomic(path, save(tensors, {key: json.dumps(finite(header))}))
+    return write_atomic(path, save(tensors, {kind.key: json.dumps(finite(header))}))
 
 
-def _read(path: Path, key: str, usual: str, build: Callable[[dict[str, Any], dict[str, Tensor]], T]) -> T:
+def _read(path: Path, kind: Kind, build: Callable[[dict[str, Any], dict[str, Tensor]], T]) -> T:
+    place = f"{kind.argument}{path}"
     if not path.is_file():
-        raise UserError(f"--checkpoint {path}: no such file; give the {usual} that training wrote")
+        raise UserError(f"{place}: no such file; give the {kind.usual} that training wrote")
     try:
         with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get(key)
-            if header is None:
-                raise UserError(
-                    f"--checkpoint {path}: a safetensors file of another kind; give a {usual} that training wrote"
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file is no dict)
-        header = json.loads(header)
-        if header["format"] != FORMAT:
-            raise ValueError(f"format {header['format']}, this version reads {FORMAT}")
-        return build(header, tensors)
+            text = (file.metadata() or {}).get(kind.key)
+            tensors = {} if text is None else {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if text is not None:
+            header = json.loads(text)
+            if header["format"] != FORMAT:
+                raise ValueError(f"format {header['format']}, this version reads {FORMAT}")
+            return build(header, tensors)
     except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"--checkpoint {path}: cut short, damaged or no safetensors file ({error}); copy it again or train anew"
-        ) from error
-    except (
-        KeyError,
-        IndexError,
-        TypeError,
-        ValueError,
-        RuntimeError,
-        AttributeError,
-        OverflowError,
-        UserError,
-    ) as error:
+        raise UserError(f"{place}: cut short, damaged or no safetensors file ({error}); {kind.advice}") from error
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError, UserError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"--checkpoint {path}: damaged, or written by another version ({reason}); copy it again or train anew"
-        ) from error
+        raise UserError(f"{place}: damaged, or written by another version ({reason}); {kind.advice}") from error
+    raise UserError(f"{place}: a safetensors file of another kind; give a {kind.usual} that training wrote")
 
 
 def _checkpoint(header: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoint:
@@ -155,30 +158,26 @@ def _checkpoint(header: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoin
 def _head(weights: dict[str, Tensor]) -> Head:
     (K, Z), (_, D) = weights["student"].shape, weights["projection.linear.weight"].shape
     if not 1 <= K <= GROUPS:
-        raise ValueError(f"{K} prototypes, where 1 to {GROUPS} can be")
-    with torch.device("meta"):  # shapes alone: a small file may claim a network that no memory holds
-        wanted = Head(D, K, Z).state_dict()
-    for name, like in wanted.items():
+        raise ValueError(f"{K} prototypes, and 1 to {GROUPS} are possible")
+    with torch.device("meta"):  # shapes alone: a small file may claim a network that fits into no memory
+        expected = Head(D, K, Z).state_dict()
+    for name, like in expected.items():
         value = weights[name]
         if value.shape != like.shape or not value.is_floating_point():
             raise ValueError(f"{name} is {value.dtype} {list(value.shape)} and not numbers {list(like.shape)}")
         if not value.float().isfinite().all():
-            raise ValueError(f"{name} has numbers that are not finite")
+            raise ValueError(f"{name} has values that are NaN or infinite")
     head = Head(D, K, Z)
     head.load_state_dict(weights)
     return head
 
 
 def _training_state(header: dict[str, Any], tensors: dict[str, Tensor]) -> TrainingState:
-    weights = _below("heads.", tensors)
-    dim, (_, K, Z) = weights["projection.linear.weight"].shape[2], weights["student"].shape
-    heads = Heads([Head(dim, K, Z) for _ in range(len(weights["student"]))])
-    heads.load_state_dict(weights)
-    parts = (_below(f"{part}.", tensors) for part in ("optimizer", "losses"))
+    heads, optimizer, losses = (_below(f"{part}.", tensors) for part in ("heads", "optimizer", "losses"))
+    Heads.from_state(heads)  # raises where names or shapes do not fit
     windows = header.get("windows")
-    return TrainingState(
-        TrainConfig(**header["config"]), header["step"], heads, *parts, None if windows is None else tuple(windows)
-    )
+    config = TrainConfig(**header["config"])
+    return TrainingState(config, header["step"], heads, optimizer, losses, None if windows is None else tuple(windows))
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -186,17 +185,18 @@ def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def optimizer_tensors(optimizer: torch.optim.Adam) -> dict[str, Tensor]:
-    """Adam's state as flat names: the parameter's place and the moment."""
+    """Adam's state under flat names: the parameter's number, a dot and the moment."""
     states = optimizer.state_dict()["state"]
     return {
-        f"{place}.{name}": torch.as_tensor(value) for place, state in states.items() for name, value in state.items()
+        f"{number}.{name}": torch.as_tensor(value) for number, state in states.items() for name, value in state.items()
     }
 
 
-def restore_optimizer(optimizer: torch.optim.Adam, tensors: dict[str, Tensor]) -> None:
-    whole = optimizer.state_dict()
-    whole["state"] = {}
+def restore_optimizer(optimizer: torch.optim.Adam, tensors: Mapping[str, Tensor]) -> None:
+    """Loads the state that `optimizer_tensors` gave."""
+    state = optimizer.state_dict()
+    state["state"] = {}
     for name, value in tensors.items():
-        place, key = name.split(".")
-        whole["state"].setdefault(int(place), {})[key] = value
-    optimizer.load_state_dict(whole)
+        number, moment = name.split(".")
+        state["state"].setdefault(int(number), {})[moment] = value
+    optimizer.load_state_dict(state)

@@ -1,8 +1,8 @@
-"""What is learnt: the projection from features to codes, and the prototypes with their slow teacher. Imports torch alone."""
+"""The model: a projection from features to codes, and prototypes with their slow teacher. Imports torch alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from .kmeans import principal_directions, spherical_kmeans
 
-BLOCK = (
-    1 << 23
-)  # bytes: with 2 MB, which two cores' caches hold, the starts of many operations cost more than the memory saves
+# of a hidden layer; with 2 MB, which two cores' caches hold, starting many operations costs more than the memory saves
+BLOCK_BYTES = 1 << 23
 
 
 def codes_of(
@@ -20,8 +19,8 @@ def codes_of(
 ) -> Tensor:
     """W1 (f * m1) + b1 + W3 SiLU(W2 (f * m2) + b2) + b3 for H heads at once. Lan et al. 2023, section 3.2.
 
-    features [B,P,D] and masks [B,D] are common to the heads; `projection` has linear, hidden and outer with weights [H,.,D] and biases
-    [H,.]. -> [H,B,P,Z]. The heads' W1 and W2 lie side by side, so that each is one matrix product.
+    features [B,P,D] and masks [B,D] are common to the heads; `projection` has linear, hidden and outer with weights
+    [H,.,D] and biases [H,.]. -> [H,B,P,Z]. The heads' W1 and W2 lie side by side, so that each is one matrix product.
     """
     linear, hidden, outer = projection.linear, projection.hidden, projection.outer
     if features.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -40,10 +39,11 @@ def codes_of(
 
 
 class InBlocks(torch.autograd.Function):
-    """`codes_of` for a CPU, whose cost beside its matrix products is memory: what a few images need between them stays in the cache.
+    """`codes_of` for a CPU: it works on a few images at a time, so that their intermediate values stay in the cache.
 
-    Products are of the features' dtype, their sums over blocks of the weights'. Only what W2 gives is kept for the backward; masked
-    features and SiLU are made again there, in memory that all blocks share. Gradients go to the weights alone.
+    Products have the features' dtype, and their sums over blocks the weights'. Only the output of W2 is kept for the
+    backward, which recomputes masked features and SiLU in memory that all blocks share. Gradients go to the weights
+    alone.
     """
 
     @staticmethod
@@ -64,7 +64,7 @@ class InBlocks(torch.autograd.Function):
                 f @ (linear_weight if linear_mask is None else linear_weight * linear_mask[block, None].to(dtype)).mT
             )
             place = before[block if keep else slice(len(f))].flatten(0, 1)
-            # the bias behind the product: with it, `place` would be written first and read again
+            # the bias after the product: together, `place` would be written first and read again
             torch.mm(_times(f, hidden_mask, block, scratch), hidden_t, out=place).add_(hidden_bias)
             curved = torch.ops.aten.silu.out(place, out=scratch[: len(place)])
             for out, b, w, rows, wide in zip(
@@ -115,8 +115,8 @@ class InBlocks(torch.autograd.Function):
 
 
 def images_a_block(features: Tensor, H: int) -> int:
-    """So many that a hidden layer of H heads is about BLOCK bytes; at least one."""
-    return max(1, BLOCK // (H * features[0].nbytes))
+    """Images whose hidden layers of H heads take about BLOCK_BYTES together; at least one."""
+    return max(1, BLOCK_BYTES // (H * features[0].nbytes))
 
 
 def blocks(B: int, step: int) -> Iterator[slice]:
@@ -160,7 +160,7 @@ class Head(nn.Module):
     """Projection, student prototypes [K,Z] and their exponential moving average, the teacher [K,Z]."""
 
     def __init__(self, dim: int, prototypes: int, code_dim: int = 64, seed: int = 0):
-        """Random start as in the paper: PyTorch's default for the projection, Xavier-normal prototypes made unit, teacher = student."""
+        """The paper's start: PyTorch's default projection, Xavier-normal prototypes made unit, teacher = student."""
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -171,9 +171,10 @@ class Head(nn.Module):
 
     @torch.no_grad()
     def start_from_features(self, rows: Tensor, seed: int = 0) -> None:
-        """The steadier start: W1 = the leading singular vectors of feature rows [N,D], W3 = 0, prototypes = k-means of those codes.
+        """The steadier start: W1 = leading singular vectors of feature rows [N,D], W3 = 0, prototypes = their k-means.
 
-        Seeds then end closer to each other than from random starts. N is at least K; k-means is spherical, the best of 4.
+        Seeds then end closer to each other than from random starts. N is at least K. K-means is spherical, the best of
+        4, and runs on the codes.
         """
         directions = principal_directions(rows, self.student.shape[1])
         self.projection.linear.weight.copy_(directions)
@@ -188,7 +189,7 @@ class Head(nn.Module):
 
 
 class Heads(nn.Module):
-    """H heads of one shape, trained side by side on the same features. Its state has a head's names, each with a leading [H]."""
+    """H heads of one shape, trained side by side on the same features. The state has a head's names, each [H,...]."""
 
     def __init__(self, heads: Sequence[Head]):
         super().__init__()
@@ -202,6 +203,14 @@ class Heads(nn.Module):
             self.projection.add_module(part, layer)
         self.student = nn.Parameter(stacked["student"])
         self.register_buffer("teacher", stacked["teacher"])
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> Heads:
+        """The heads whose `state_dict` this is. RuntimeError or KeyError where names or shapes do not fit."""
+        (H, K, Z), D = state["student"].shape, state["projection.linear.weight"].shape[2]
+        heads = cls([Head(D, K, Z)] * H)
+        heads.load_state_dict(state)
+        return heads
 
     def __len__(self) -> int:
         return len(self.student)

@@ -1,4 +1,4 @@
-"""Several processes that learn one model together, as torchrun starts them: who they are, what they exchange, how they end.
+"""The processes that torchrun starts for one run: their ranks, their exchanges, their end.
 
 Imports torch alone. A process by itself is a group of one, for which everything here returns at once.
 """
@@ -20,31 +20,31 @@ from ..errors import UserError
 from .signals import Interrupted
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
-PATIENCE = 2.0  # seconds for the first process to say why the run ends
+PATIENCE_S = 2.0  # for the first process to say why the run ends
 
 
 class Processes:
     """A process and its place among those of its run.
 
-    An exchange is called by all processes at the same point, and they wait there for each other. One that is gone ends the others with a
-    UserError.
+    All processes call an exchange at the same point and wait there for each other. If one is gone, the others end with
+    a UserError.
 
     Args:
-        rank: of this process, 0 to size - 1. The first alone writes files and is heard.
-        local_rank: among those of the same machine, which is the number of its card.
-        store: what torchrun keeps for its processes.
+        rank: number of this process, 0 to size - 1. Process 0 alone writes files and prints.
+        local_rank: number among the processes of the same machine, and so of its card.
+        store: the key-value store that torchrun keeps for its processes.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, store: dist.Store | None = None):
         self.rank, self.size, self.local_rank, self._store = rank, size, local_rank, store
-        self.ending = False  # whether the reason to end is known, so that SIGTERM adds nothing to it
+        self.ending = False  # the reason to end is known, so SIGTERM adds nothing
 
     @property
     def first(self) -> bool:
         return self.rank == 0
 
     def device(self, name: str) -> str:
-        """`name` for one process; for several the cpu, or a card for each. UserError for what cannot be shared out."""
+        """`name` for one process; for several cpu, or a card each. UserError for a device that cannot serve them."""
         if self.size == 1 or name == "cpu":
             return name
         if name != "cuda":
@@ -61,20 +61,8 @@ class Processes:
 
     # exchanges
 
-    def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The average over processes of each of `tensors`, which share dtype and device, in one message; equal bit for bit on all."""
-        if self.size == 1:
-            return list(tensors)
-        flat = torch.cat([tensor.detach().flatten() for tensor in tensors])
-        with self._exchange():
-            dist.all_reduce(flat)
-        flat /= self.size
-        return [
-            part.view(tensor.shape) for part, tensor in zip(flat.split([tensor.numel() for tensor in tensors]), tensors)
-        ]
-
     def sum(self, counts: Tensor) -> Tensor:
-        """Of integers, and so exact."""
+        """The sum over processes of integer `counts`, which is exact."""
         if self.size == 1:
             return counts
         total = counts.clone()
@@ -83,33 +71,33 @@ class Processes:
         return total
 
     def largest(self, number: int) -> int:
-        """Goes from host to host, whatever computes."""
+        """The largest `number` of any process. It travels between hosts, whatever device computes."""
         if self.size == 1:
             return number
-        found = torch.tensor(number)
+        largest = torch.tensor(number)
         with self._exchange():
-            dist.all_reduce(found, dist.ReduceOp.MAX)
-        return int(found)
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
 
     def wait(self) -> None:
-        """Until all have come here."""
+        """Waits until every process is here."""
         self.largest(0)
 
     def as_first(self, tensors: Sequence[Tensor]) -> None:
-        """In place: the first process's values for all."""
+        """Overwrites `tensors` with the first process's values."""
         if self.size > 1:
             with self._exchange():
                 for tensor in tensors:
                     dist.broadcast(tensor, 0)
 
     def decide(self, answer: bool) -> bool:
-        """The first process's answer, for all."""
-        held = torch.tensor(answer)
-        self.as_first([held])
-        return bool(held)
+        """The first process's answer."""
+        value = torch.tensor(answer)
+        self.as_first([value])
+        return bool(value)
 
     def all(self, value: Any) -> list[Any]:
-        """The `value` of every process, in their order."""
+        """The `value` of every process, in order of rank."""
         if self.size == 1:
             return [value]
         values = [None] * self.size
@@ -118,21 +106,21 @@ class Processes:
         return values
 
     def to_first(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-        """The contiguous CPU `tensors` of every process, in their order, for the first; the others get nothing."""
+        """The contiguous CPU `tensors` of every process, in order of rank, for the first; the others get []."""
         if self.size == 1:
             return [list(tensors)]
         kinds = self.all([(tensor.shape, tensor.dtype) for tensor in tensors])
-        with self._exchange():  # as bytes: pickled they would take four times as long
+        with self._exchange():  # as bytes, because pickling would take four times as long
             if not self.first:
                 for tensor in tensors:
                     dist.send(tensor.flatten().view(torch.uint8), 0)
                 return []
-            found = [list(tensors)]
+            gathered = [list(tensors)]
             for source in range(1, self.size):
-                found.append([torch.empty(shape, dtype=dtype) for shape, dtype in kinds[source]])
-                for tensor in found[-1]:
+                gathered.append([torch.empty(shape, dtype=dtype) for shape, dtype in kinds[source]])
+                for tensor in gathered[-1]:
                     dist.recv(tensor.flatten().view(torch.uint8), source)
-            return found
+            return gathered
 
     @contextlib.contextmanager
     def _exchange(self) -> Iterator[None]:
@@ -142,19 +130,19 @@ class Processes:
             self.ending = True
             detail = (str(error).splitlines() or [type(error).__name__])[0].rpartition("] ")[2].partition(". ")[0]
             raise UserError(
-                f"another process of this run ended, or cannot be reached from process {self.rank} of {self.size} ({detail}); "
-                "what was saved is kept: the same command goes on from it"
+                f"another process of this run ended, or cannot be reached from process {self.rank} of {self.size} "
+                f"({detail}); what was saved is kept, and the same command resumes from it"
             ) from error
 
     # the end
 
     def last_word(self, patience: float = 0) -> bool:
-        """Whether this process is to say why the run ends: the first that asks. Others get `patience` seconds to ask before it."""
+        """Whether this process, as the first to ask, says why the run ends. Others get `patience` seconds to ask."""
         if self._store is None:
             return True
         self.ending = True
         if patience:
-            self.leave()  # one that waits for this process in an exchange could not speak
+            self.leave()  # a process that waits for this one in an exchange could not speak
         try:
             limit = time.monotonic() + patience
             while time.monotonic() < limit and not self._store.check(["last word"]):
@@ -164,14 +152,14 @@ class Processes:
             return True
 
     def leave(self) -> None:
-        """No exchange comes after it."""
+        """Leaves the group; no exchange may follow."""
         self.ending = True
         if dist.is_initialized():
             dist.destroy_process_group()
 
     @contextlib.contextmanager
     def first_heard(self) -> Iterator[None]:
-        """What any other process prints within, on either stream, goes nowhere."""
+        """Discards what other processes than the first print to stdout and stderr."""
         with contextlib.ExitStack() as stack:
             if not self.first:
                 nowhere = stack.enter_context(open(os.devnull, "w"))
@@ -185,9 +173,10 @@ ALONE = Processes()
 
 @contextlib.contextmanager
 def joined() -> Iterator[Processes]:
-    """This process among those that torchrun started, within the context; without torchrun, ALONE.
+    """This process among those that torchrun started; ALONE without torchrun.
 
-    Tensors on the CPU go by gloo and those on a card by NCCL. SIGTERM, which torchrun sends to all when one ends, raises Interrupted.
+    Tensors on the CPU travel by gloo and those on a card by NCCL. SIGTERM, which torchrun sends to all when one ends,
+    raises Interrupted.
     """
     if any(name not in os.environ for name in LAUNCHER) or os.environ["WORLD_SIZE"] == "1":
         yield ALONE

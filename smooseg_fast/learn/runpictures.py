@@ -1,0 +1,148 @@
+"""The pictures of a run: images under their groups, curves, and the same images at every granularity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL.Image import Image
+from scipy.optimize import linear_sum_assignment
+
+from ..backbones.base import reason
+from ..config import Variant
+from ..datasets.images import ImageError
+from ..errors import WriteError
+from ..features.sample import spread
+from ..segment.segmenter import Segmenter
+from ..show import charts, pictures
+from ..show.sheet import NAMED, groups_sheet, thumbnails
+from ..system.progress import Bar
+from .runfolder import CURVES, GROUPS, LADDER
+from .setting import Setting
+
+SILENT_S = 2.0  # that drawing may take before it shows a bar
+GROUPS_IMAGES, LADDER_IMAGES = 8, 6
+PANELS = {
+    "energy": ("energy_within", "energy_across"),
+    "label distance": ("distance_within", "distance_across"),
+    "data term": ("data",),
+    "labels in use": ("perplexity", "labels_per_image"),
+    "shares": ("agreement", "image_information", "largest_share"),
+    "structure": ("modularity", "explained_variance", "modularity_x_explained"),
+    "with labels": ("accuracy", "miou"),
+}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the pictures of a run show: its heads, the default one first, its lines of metrics and its report so far."""
+
+    setting: Setting
+    segmenters: Mapping[Variant, Segmenter]
+    records: Sequence[dict[str, Any]]
+    report: Mapping[str, Any]
+
+    @property
+    def default(self) -> Variant:
+        return next(iter(self.segmenters))
+
+    def images(self, count: int) -> Iterator[tuple[str, np.ndarray]]:
+        """Names and pixels of at most `count` images, evenly spaced over those (held-out ones first) with features."""
+        setting = self.setting if self.setting.validation is None else self.setting.validation
+        usable = list(dict.fromkeys(setting.store.names))
+        chosen = {usable[place] for place in spread(len(usable), count).tolist()}
+        for index, name in enumerate(setting.dataset.names):
+            if name not in chosen:
+                continue
+            try:
+                yield name, setting.dataset.image(index)
+            except ImageError:  # gone since its features were taken
+                continue
+
+    def labels(self, variant: Variant, image: np.ndarray, bar: Bar) -> np.ndarray:
+        """uint8 [H,W] groups of an image."""
+        labels = self.segmenters[variant].predict(image).astype(np.uint8)
+        bar.update()
+        return labels
+
+
+def draw(shown: Shown) -> list[Path]:
+    """Draws the pictures of the folder; -> those that succeeded. A failure is said and ends nothing."""
+    setting = shown.setting
+    names = setting.folder.pictures
+    total = GROUPS_IMAGES + (LADDER_IMAGES * len(ladder(shown)) if LADDER in names else 0)
+    drawn = []
+    with Bar(total=total, desc="pictures", unit="image", delay=SILENT_S, disable=not setting.progress) as bar:
+        makers = {
+            GROUPS: lambda: groups_picture(shown, bar),
+            CURVES: lambda: curves_picture(shown),
+            LADDER: lambda: ladder_picture(shown, bar),
+        }
+        for name in names:
+            try:
+                drawn.append(pictures.save(setting.folder.path / name, makers[name]()))
+            except WriteError:  # the disk is full: the report would not fit either
+                raise
+            except Exception as error:  # whatever it is, a picture must not lose a run that is learnt
+                setting.say(f"warning    {name} could not be drawn ({reason(error)}); the same command tries again")
+    return drawn
+
+
+def groups_picture(shown: Shown, bar: Bar) -> Image:
+    """Images of the default head: as they are, under their groups, and the groups alone."""
+    groups, shares = shown.segmenters[shown.default].groups, shown.report["health"]["shares"]
+    title = f"{in_use(shares)} of {groups} groups in use, found without labels"
+    cells = ((name, image, shown.labels(shown.default, image, bar)) for name, image in shown.images(GROUPS_IMAGES))
+    return groups_sheet(cells, pictures.palette(groups), dict(enumerate(shares)), title)
+
+
+def curves_picture(shown: Shown) -> Image:
+    """The default head's figures over the steps."""
+    records = [record for record in shown.records if record["head"] == shown.default.name]
+    return charts.curves_picture(records, PANELS, str(shown.setting.folder.path))
+
+
+def ladder_picture(shown: Shown, bar: Bar) -> Image:
+    """The same images at every granularity, coarse to fine, one seed.
+
+    A group has the colour of the default head's group that shares most pixels with it.
+    """
+    rungs, default = ladder(shown), shown.default
+    images, labels = [], {variant: [] for variant in rungs}
+    for name, image in shown.images(LADDER_IMAGES):
+        images.append((name, image))
+        for variant in rungs:
+            labels[variant].append(shown.labels(variant, image, bar))
+    K = shown.segmenters[default].groups
+    colours = pictures.palette(K)
+    rows = [[thumbnails(image, groups, colours)[0]] for (_, image), groups in zip(images, labels[rungs[0]])]
+    titles = ["image"]
+    for variant in rungs:
+        matched = colours[matching(labels[variant], labels[default], K)]
+        for row, (_, image), groups in zip(rows, images, labels[variant]):
+            row.append(thumbnails(image, groups, matched)[2])
+        used = in_use(shown.report["heads"][variant.name]["health"]["shares"])
+        titles.append(f"{variant.granularity:g}: {used} groups" + (" (default)" if variant == default else ""))
+    names = [name for name, _ in images]
+    return pictures.contact_sheet(rows, titles, names, (), "granularity, and the groups it leaves in use")
+
+
+def ladder(shown: Shown) -> list[Variant]:
+    """The heads of the default one's seed, coarse to fine."""
+    return sorted((v for v in shown.segmenters if v.seed == shown.default.seed), key=lambda v: v.thresholds.within)
+
+
+def in_use(shares: Sequence[float]) -> int:
+    """Number of groups that a legend names."""
+    return sum(share >= NAMED for share in shares)
+
+
+def matching(labels: Sequence[np.ndarray], onto: Sequence[np.ndarray], K: int) -> np.ndarray:
+    """int [K]: for each group of `labels` one of `onto`, one to one, so that the most pixels agree."""
+    counts = np.zeros((K, K), np.int64)
+    for ours, theirs in zip(labels, onto):
+        counts += np.bincount(ours.ravel().astype(np.int64) * K + theirs.ravel(), minlength=K * K).reshape(K, K)
+    return linear_sum_assignment(counts, maximize=True)[1]

@@ -1,0 +1,66 @@
+"""The frozen surroundings of a run: settings, features, labels, folder, processes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from ..backbones import Backbone
+from ..config import TrainConfig, Variant
+from ..datasets import Dataset
+from ..features.store import FeatureStore
+from ..measure.validation import Validation
+from ..system.processes import ALONE, Processes
+from .runfolder import RunFolder
+from .stream import Stream
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Everything that a run needs and does not change. Every process of a run has an equal one.
+
+    Args:
+        config: with every choice resolved (number of prototypes, sizes, impl, precision).
+        dataset: the training images.
+        store: features of all training squares, or of a sample of them where `stream` brings the batches.
+        validation: labelled images to measure on; None without labels.
+        folder: where the first process writes; None to write nothing.
+        say: takes each line of text about the run.
+        started: `time.perf_counter()` at the beginning of the whole run.
+    """
+
+    config: TrainConfig
+    dataset: Dataset
+    store: FeatureStore
+    stream: Stream | None
+    validation: Validation | None
+    backbone: Backbone
+    folder: RunFolder | None
+    say: Say
+    progress: bool = True
+    processes: Processes = ALONE
+    started: float = field(default_factory=time.perf_counter)
+
+    @cached_property
+    def variants(self) -> tuple[Variant, ...]:
+        return self.config.variants()
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.device
+
+    @property
+    def written(self) -> RunFolder | None:
+        """The folder, for the one process that writes into it."""
+        return self.folder if self.processes.first else None
+
+    def detail(self, line: str) -> None:
+        """Says a line for experts, under --verbose alone."""
+        if self.config.verbose:
+            self.say(line)

@@ -92,7 +92,7 @@ def _print(main: Callable[..., None], args: Sequence[str]) -> int:
 
 
 def _run(main: Callable[..., None], args: Sequence[str]) -> int:
-    from .system.processes import PATIENCE, joined
+    from .system.processes import PATIENCE_S, joined
 
     with joined() as processes, terminable() if processes.size == 1 else contextlib.nullcontext():
         try:

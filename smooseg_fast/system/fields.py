@@ -31,11 +31,11 @@ KINDS: dict[type, tuple[type, str, str]] = {
 
 @dataclass(frozen=True)
 class Bounds:
-    """The legal range of a number, both ends included; `unit` follows the upper end in messages."""
+    """The legal range of a number, both ends included; `note` follows the upper end in messages."""
 
     low: float
     high: float | None = None
-    unit: str = ""
+    note: str = ""
 
     def check(self, flag: str, value: float) -> None:
         if value >= self.low and (self.high is None or value <= self.high):
@@ -48,7 +48,7 @@ class Bounds:
     def _most(self) -> str:
         assert self.high is not None
         power = (int(self.high) + 1).bit_length() - 1
-        return f"below 2^{power}" if power > 32 else f"at most {self.high:,}{self.unit}"
+        return f"below 2^{power}" if power > 32 else f"at most {self.high:,}{self.note}"
 
     def __str__(self) -> str:
         if self.high is None or self.high > 2**32:

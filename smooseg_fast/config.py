@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -193,7 +194,7 @@ class TrainConfig:
         return self.granularity is not None
 
     def __post_init__(self) -> None:
-        if self.granularity is not None:  # a number is a list of one
+        if isinstance(self.granularity, (Real, Iterable)):  # a number is a list of one
             values = (self.granularity,) if isinstance(self.granularity, Real) else tuple(self.granularity)
             if all(isinstance(value, Real) for value in values):  # -0.0 is 0.0; others are left for `check`
                 object.__setattr__(self, "granularity", tuple(float(value) + 0.0 for value in values))

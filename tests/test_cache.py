@@ -406,6 +406,7 @@ def test_rm_leaves_what_is_in_use(three, photos, capsys):  # noqa: F811
         (["rm"], "rm: say what to remove, in one way: KEY ..., --older DAYS or --all"),
         (["rm", "--all", "--older", "3"], "rm: say what to remove, in one way"),
         (["rm", "--older", "-1"], "--older: must be at least 0, got -1.0"),
+        (["rm", "--older", "nan"], "--older: must be at least 0, got nan"),
         (["rm", "xyz"], "xyz: no store has this key; python -m smooseg_fast.cache ls shows the keys in"),
         (["rm", ""], "KEY: is empty"),
         (["verify", "xyz"], "xyz: no store has this key"),

@@ -373,6 +373,7 @@ IN_PYTHON = [
     (dict(temperature="hot"), "--temperature: must be a number, got 'hot'"),
     (dict(granularity=["a"]), "--granularity: must be "),
     (dict(granularity="0.1"), "--granularity: must be "),
+    (dict(granularity=object), "--granularity: must be "),
     (dict(deterministic=1), "--deterministic: must be True or False, got 1"),
     (dict(crops=None), "--crops: must be text, got None"),
     (dict(granularty=0.1), "granularty: is not a setting; did you mean granularity"),

@@ -31,24 +31,22 @@ KINDS: dict[type, tuple[type, str, str]] = {
 
 @dataclass(frozen=True)
 class Bounds:
-    """The legal range of a number, both ends included; `unit` follows the upper end in messages."""
+    """The legal range of a number, both ends included; `note` follows the upper end in messages."""
 
     low: float
     high: float | None = None
-    unit: str = ""
+    note: str = ""
 
     def check(self, flag: str, value: float) -> None:
         if value >= self.low and (self.high is None or value <= self.high):
             return
         if isinstance(self.high, float):
             raise UserError(f"{flag}: must be between {self.low:g} and {self.high:g}, got {value}")
-        wrong = f"at least {self.low:,}" if value < self.low else self._most()
-        raise UserError(f"{flag}: must be {wrong}, got {value}")
-
-    def _most(self) -> str:
-        assert self.high is not None
-        power = (int(self.high) + 1).bit_length() - 1
-        return f"below 2^{power}" if power > 32 else f"at most {self.high:,}{self.unit}"
+        legal = f"at least {self.low:,}"  # also for NaN
+        if self.high is not None and value > self.high:
+            power = (int(self.high) + 1).bit_length() - 1
+            legal = f"below 2^{power}" if power > 32 else f"at most {self.high:,}{self.note}"
+        raise UserError(f"{flag}: must be {legal}, got {value}")
 
     def __str__(self) -> str:
         if self.high is None or self.high > 2**32:

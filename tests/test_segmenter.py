@@ -17,9 +17,8 @@ from textures import draw
 import smooseg_fast
 from smooseg_fast import evaluate, predict, train
 from smooseg_fast.command import run
-from smooseg_fast.datasets import images
+from smooseg_fast.datasets import demo, images
 from smooseg_fast.datasets.mosaic import Mosaic
-from smooseg_fast.learn import trainer
 from smooseg_fast.segment.checkpoint import KEY, read_checkpoint
 from smooseg_fast.segment.tiles import code_map, spans
 
@@ -362,10 +361,9 @@ def test_evaluate_without_data(labelled, trained, tmp_path, capsys):
 def test_evaluate_of_the_demo(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        trainer, "demo_datasets", lambda: (Mosaic("train", count=4, size=32), Mosaic("val", count=6, size=32))
-    )
-    monkeypatch.setattr(evaluate, "demo_datasets", trainer.demo_datasets)
+    small = Mosaic("train", count=4, size=32), Mosaic("val", count=6, size=32)
+    for module in (demo, evaluate):
+        monkeypatch.setattr(module, "demo_datasets", lambda: small)
     assert run(train.main, ["--out", "out", *SMALL, "--size", "32", "--eval-size", "32", "--patches", "8"]) == 0
     assert run(evaluate.main, ["--checkpoint", "out/checkpoint.safetensors", "--no-mirror"]) == 0
     assert "6 images of mosaic val" in capsys.readouterr().out

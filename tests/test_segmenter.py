@@ -19,7 +19,6 @@ from smooseg_fast import evaluate, predict, train
 from smooseg_fast.command import run
 from smooseg_fast.datasets import demo, images
 from smooseg_fast.datasets.mosaic import Mosaic
-from smooseg_fast.learn import trainer
 from smooseg_fast.segment.checkpoint import KEY, read_checkpoint
 from smooseg_fast.segment.tiles import code_map, spans
 

@@ -43,6 +43,7 @@ from smooseg_fast.learn.loop import Loop
 from smooseg_fast.learn.schedule import Draws, Schedule, Settings
 from smooseg_fast.learn.step import make_optimizer, train_step
 from smooseg_fast.learn.stream import Stream
+from smooseg_fast.segment import model
 from smooseg_fast.segment.kmeans import spherical_kmeans
 from smooseg_fast.segment.model import Head, Heads
 
@@ -199,7 +200,7 @@ def projection_by(path, monkeypatch):
     """The projection's paths: for a CPU, in one block or in several, and the one for a GPU."""
     with monkeypatch.context() as patch:
         if path == "small blocks":
-            patch.setattr("smooseg_fast.segment.model.BLOCK", 1)
+            patch.setattr(model, next(name for name in vars(model) if name.startswith("BLOCK")), 1)
         if path == "general":
             patch.setattr(torch.compiler, "is_compiling", lambda: True)
         yield

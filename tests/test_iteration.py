@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from iteration import (
@@ -43,6 +44,7 @@ from smooseg_fast.learn.loop import Loop
 from smooseg_fast.learn.schedule import Draws, Schedule, Settings
 from smooseg_fast.learn.step import make_optimizer, train_step
 from smooseg_fast.learn.stream import Stream
+from smooseg_fast.segment import model
 from smooseg_fast.segment.kmeans import spherical_kmeans
 from smooseg_fast.segment.model import Head, Heads
 
@@ -199,7 +201,7 @@ def projection_by(path, monkeypatch):
     """The projection's paths: for a CPU, in one block or in several, and the one for a GPU."""
     with monkeypatch.context() as patch:
         if path == "small blocks":
-            patch.setattr("smooseg_fast.segment.model.BLOCK", 1)
+            patch.setattr(model, next(name for name in vars(model) if name.startswith("BLOCK")), 1)
         if path == "general":
             patch.setattr(torch.compiler, "is_compiling", lambda: True)
         yield
@@ -351,7 +353,13 @@ def test_a_window_is_gone_through_in_another_order_every_time():
         assert sorted(schedule.images_of(2 * turn) + schedule.images_of(2 * turn + 1)) == list(range(12))
 
 
-# the start from features
+# the start
+
+
+def test_a_start_leaves_torchs_generator_alone():
+    before = torch.get_rng_state()
+    heads_of(SEVERAL)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_start_from_features():
@@ -408,8 +416,10 @@ def write_photos(folder, images):
 
 
 def trained(folder, recipe, steps, *, images=7, **more):
-    """A run in `folder` / "out", in a cache of its own."""
-    photos = write_photos(folder / "photos", make_images(images))
+    """A run in `folder` / "out", in a cache of its own. images: how many, or the images."""
+    photos = folder / "photos"
+    if not photos.exists():
+        write_photos(photos, make_images(images) if isinstance(images, int) else images)
     flags = ["--data", str(photos), "--out", str(folder / "out"), "--cache", str(folder / "cache")]
     flags += flags_of(recipe, steps, **more)
     assert run(train.main, flags) == 0
@@ -530,6 +540,38 @@ def test_a_streamed_run_learns_as_the_oracle(tmp_path):
     stream = dict(rows_of=draw_streamed_rows, windows=2, window_steps=2)
     sample, path = features[[0, 11]], out / "checkpoint.safetensors"
     assert_run_learns_as_the_oracle(out, path, "seed_5", recipe, features, steps, sample, **stream)
+
+
+def test_crops_reach_the_step(tmp_path):
+    """Four images that are put together are four of the five crops; the fifth is their middle."""
+    corners = make_images(12)
+    images = [np.block([[[a], [b]], [[c], [d]]]) for a, b, c, d in zip(*(iter(corners),) * 4)]
+    half = SIDE // 2
+    squares = []
+    for place, image in enumerate(images):
+        squares += [*corners[4 * place : 4 * place + 4], image[half : half + SIDE, half : half + SIDE]]
+    recipe = Recipe(batch_size=6)
+    out, _ = trained(tmp_path, recipe, 3, images=images, crops="five")
+    learner, _, _ = learn(recipe, features_of_images(squares), range(3))
+    assert_same_head(head_in(out / "checkpoint.safetensors"), learner, 1e-4)
+
+
+def test_resample_reaches_the_features(tmp_path):
+    images = list(np.random.default_rng(0).integers(0, 256, (4, 2 * SIDE, 2 * SIDE, 3), np.uint8))
+    means = set()
+    for resample in ("nearest", "bilinear"):
+        out, _ = trained(tmp_path / resample, Recipe(), 1, images=images, resample=resample)
+        means.add(json.loads((out / "report.json").read_text())["closeness"]["within"]["mean"])
+    assert len(means) == 2
+
+
+def test_figures_with_labels_are_of_the_evaluation_size(tmp_path):
+    images = make_images(4)
+    write_photos(tmp_path / "photos" / "images", images)
+    write_photos(tmp_path / "photos" / "labels", [image[..., 0] % 2 for image in images])
+    out, _ = trained(tmp_path, Recipe(), 1, eval_size=SIDE + 8)
+    scores = json.loads((out / "report.json").read_text())["scores"]
+    assert scores["hungarian"]["pixels"] == 4 * (SIDE + 8) ** 2
 
 
 # what a run is

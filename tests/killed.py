@@ -1,8 +1,10 @@
-"""python tests/killed.py MOMENTS ARGUMENT...: a run of smooseg_fast.train that is killed again and again, and at last left to end.
+"""python tests/killed.py MOMENTS ARGUMENT...: a run of smooseg_fast.train that is killed again and again, and at last
+left to end.
 
-MOMENTS is JSON, one entry for each process that is killed: [name, n], right before the n-th time that a file of this name would be put in
-its place; or a share (0 to 1) of the time that an undisturbed run takes, which is then made first, in the folder `undisturbed`. Each run
-is a fork of this process, so that PyTorch is imported once. Prints how each was ended.
+MOMENTS is JSON, one entry for each process that is killed: [name, n], right before the n-th time that a file of this
+name would be put in its place; or a share (0 to 1) of the time that an undisturbed run takes, which is then made first,
+in the folder `undisturbed`. Each run is a fork of this process, so that PyTorch is imported once. Prints how each was
+ended.
 """
 
 import json

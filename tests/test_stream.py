@@ -1,4 +1,6 @@
-"""Training whose features do not fit the cache: which images a step sees, what is there at a time, and that a run can be stopped."""
+"""Training whose features do not fit the cache: which images a step sees, what is there at a time, and that a run can
+be stopped.
+"""
 
 import itertools
 import json

@@ -169,7 +169,7 @@ class Run:
             groups, patches = config.prototypes, len(rows)
             if patches < groups:
                 raise UserError(f"--prototypes: {groups} groups cannot start from {patches} patches; ask for fewer")
-            self.say(f"start      k-means of {patches:,} patches, seed {seed}")
+            self.say(f"start      {patches:,} patches sorted into {groups} first groups, seed {seed}")
             head.start_from_features(rows, seed)
         return head
 

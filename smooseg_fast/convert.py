@@ -14,10 +14,10 @@ from typing import Annotated
 import tyro
 
 from .backbones.base import digest_of
+from .backbones.weights import is_pickle
 from .command import parse, predict_command, printable, run
 from .errors import UserError
 from .learn.runfolder import CHECKPOINT
-from .pickles import is_pickle
 from .segment.published import DATASETS, read_published
 from .system.outfolder import OutFolder
 

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UserError
-from ..pickles import read
+from .weights import read
 from .vitfiles import VitFiles
 
 STEM = "patch_embed.proj.weight"

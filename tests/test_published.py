@@ -53,10 +53,10 @@ def picture(height, width, seed=0):
     return blocks.repeat(40, 0).repeat(40, 1)[:height, :width].copy()
 
 
-def assert_labels(found, vit, head, image, **options):
+def assert_labels(labels, vit, head, image, **options):
     expected, margin = labels_by_hand(vit, head, image, **options)
     assert len(np.unique(expected)) > 2
-    differ = found != expected
+    differ = labels != expected
     assert differ.mean() < 1e-3
     assert margin[differ].max(initial=0) < 1e-4  # where two prototypes are equally near, float32 may choose the other
 
@@ -75,10 +75,10 @@ def test_labels_are_those_of_the_formula(tmp_path, dataset, size, mirror, legacy
     image = picture(*size)
     segmenter = smooseg_fast.Segmenter.load(path, device="cpu")
     assert segmenter.same_backbone
-    found = segmenter.predict(image, mirror=mirror)
-    assert_labels(found, vit, head, image, mirror=mirror)
+    labels = segmenter.predict(image, mirror=mirror)
+    assert_labels(labels, vit, head, image, mirror=mirror)
     other = segmenter.predict(image, mirror=not mirror)
-    assert (found != other).mean() > 1e-3  # the mirror matters on this picture
+    assert (labels != other).mean() > 1e-3  # the mirror matters on this picture
     assert sorted(item.name for item in tmp_path.iterdir()) == ["a.ckpt"]  # in memory, nothing written
 
 

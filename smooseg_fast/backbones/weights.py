@@ -1,6 +1,6 @@
 """Reads files of torch.save and runs nothing in them: PyTorch's restricted loader, and inert stand-ins for all else.
 
-A pickle is a program that may call any function by name. `torch.load(weights_only=True)` calls only functions on a list.
+A pickle is a program that may call any function by name. `torch.load(weights_only=True)` calls only those on a list.
 Weights need the few of that list in `REAL`; every other name is refused here, or stands for an `Inert` that stores its
 arguments and does nothing. The size of the file bounds the memory for tensors. A file built to copy its own texts and
 lists over and over, or to nest keys without end, can still exhaust memory and crash the process.
@@ -55,7 +55,7 @@ _LOADING = threading.Lock()  # torch has one list of safe names for the whole pr
 
 
 class Inert:
-    """Stands for an object or a call of something that was not imported: its `kind` by name, its arguments and state."""
+    """Stands for an object, or a call, of something that was not imported: its name (`kind`), arguments and state."""
 
     __slots__ = ("args", "state")
     kind = ""

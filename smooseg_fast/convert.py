@@ -40,8 +40,8 @@ class ConvertConfig:
 def main(args: Sequence[str]) -> None:
     config = parse(ConvertConfig, args, "convert")
     from .backbones.base import digest_of
+    from .backbones.weights import is_pickle
     from .learn.runfolder import CHECKPOINT
-    from .pickles import is_pickle
     from .segment.published import DATASETS, read_published
 
     path, out = Path(config.file).expanduser(), Path(config.out).expanduser()
@@ -49,19 +49,21 @@ def main(args: Sequence[str]) -> None:
         raise UserError(f"{path}: no such file; give a published .ckpt")
     if not is_pickle(path):
         raise UserError(f"{path}: is no file of torch.save; give a published .ckpt")
-    found = read_published(path, str(path))
-    checkpoint = dataclasses.replace(found.checkpoint, backbone_name=f"./{BACKBONE}")
-    (K, Z), dim = checkpoint.head.teacher.shape, found.architecture.dim
-    head = f"K = {K} prototypes of Z = {Z}, on D = {dim} channels of {found.architecture}"
-    print(f"found      SmooSeg after {checkpoint.step} steps: {head}")
-    told = {
+    published = read_published(path, str(path))
+    checkpoint = dataclasses.replace(published.checkpoint, backbone_name=f"./{BACKBONE}")
+    (K, Z), dim = checkpoint.head.teacher.shape, published.architecture.dim
+    print(
+        f"found      SmooSeg after {checkpoint.step} steps: K = {K} prototypes of Z = {Z}, "
+        f"on D = {dim} channels of {published.architecture}"
+    )
+    settings = {
         name: value
-        for name, value in found.settings.items()
+        for name, value in published.settings.items()
         if any(map(TELLING.fullmatch, re.split(r"[._]", name.lower())))
     }
     print(
         "settings   "
-        + (printable(", ".join(f"{name} {value}" for name, value in told.items())) or "none are in the file")
+        + (printable(", ".join(f"{name} {value}" for name, value in settings.items())) or "none are in the file")
     )
     preset = checkpoint.config.preset if checkpoint.config.preset in DATASETS.values() else None
     known = "the paper's; the file names none of its data sets" if preset is None else f"the paper's for {preset}"
@@ -69,7 +71,7 @@ def main(args: Sequence[str]) -> None:
 
     content = {"backbone": checkpoint.backbone_digest, "head": digest_of(checkpoint.head.state_dict())}
     OutFolder(out, content, record=RECORD, made=(CHECKPOINT,)).claim()
-    found.vit.write(out / BACKBONE)
+    published.vit.write(out / BACKBONE)
     made = checkpoint.write(out / CHECKPOINT)
     print(f"written    {made}, and its backbone {out / BACKBONE}; move them together")
     print("next       " + predict_command(made, "IMAGES", out / "predictions", checkpoint.backbone_name))

@@ -77,7 +77,7 @@ def normalised(images: Tensor, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.
     return (images / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
-# ------------------------------------------------------------------------------------------------------------------------ base
+# ----------------------------------------------------------------------------------------------------------------- base
 
 
 class Blocks(Backbone):
@@ -157,7 +157,7 @@ def test_a_digest_sees_names_values_dtypes_shapes_and_boundaries():
     assert digest_of("x", {"a": state["a"].t().contiguous().t()}) == digest_of("x", {"a": state["a"]})
 
 
-# --------------------------------------------------------------------------------------------------------- vision transformers
+# -------------------------------------------------------------------------------------------------- vision transformers
 
 
 def resized_by_dino(table: Tensor, h: int, w: int) -> Tensor:
@@ -286,7 +286,7 @@ def test_auto_is_what_the_device_is_fast_in(monkeypatch):
 
 def test_a_precision_that_cannot_be(folders):
     with pytest.raises(
-        UserError, match="--backbone-precision double: is not known; choose one of auto, float32, bfloat16, float16"
+        UserError, match="--backbone-precision double: unknown; choose one of auto, float32, bfloat16, float16"
     ):
         load_backbone(str(folders / "vit"), precision="double")
     with pytest.raises(
@@ -356,7 +356,7 @@ def test_shards_and_heads_make_no_difference(tmp_path, folders):
     error_of(str(tmp_path / "shards"), "no model.safetensors (or all of its shards)")
 
 
-# ------------------------------------------------------------------------------------------- folders that cannot be used
+# ------------------------------------------------------------------------------------------ folders that cannot be used
 
 
 def test_a_folder_without_a_configuration(tmp_path):
@@ -437,7 +437,7 @@ def test_types_without_one_token_a_patch_are_refused(tmp_path, make):
     error_of(str(tmp_path), "model type ", "use a ")
 
 
-# ---------------------------------------------------------------------------------------------------------------- the hub
+# -------------------------------------------------------------------------------------------------------------- the hub
 
 
 @pytest.fixture
@@ -509,7 +509,7 @@ def test_what_the_hub_refuses(monkeypatch, kind, word):
     error_of("owner/name", word)
 
 
-# -------------------------------------------------------------------------------------------------------------- module:callable
+# ------------------------------------------------------------------------------------------------------ module:callable
 
 MODULE = """
 import torch
@@ -693,7 +693,7 @@ def test_modules_that_cannot_be_imported(module):
     error_of("own_features:net", "importing own_features failed", "SyntaxError")
 
 
-# --------------------------------------------------------------------------------------------------------- what is accepted
+# ----------------------------------------------------------------------------------------------------- what is accepted
 
 
 @pytest.mark.parametrize("spec", ["resnet", "", "facebook", "./models/dino", "/no/such/folder", "models/dino/vits8"])

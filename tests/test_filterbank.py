@@ -1,4 +1,4 @@
-"""The built-in features: where a grating answers, what light may change, and that a patch does not know its batch."""
+"""The built-in features: responses to gratings, invariance to light, and independence of the batch."""
 
 import math
 

@@ -28,8 +28,8 @@ def save(path, value, *, legacy=False):
     return str(path)
 
 
-def deviation(found, expected):
-    return ((found - expected).abs().max() / expected.abs().max()).item()
+def deviation(features, expected):
+    return ((features - expected).abs().max() / expected.abs().max()).item()
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
@@ -98,9 +98,9 @@ def prefixed(prefix, weights):
 def test_the_network_is_found_where_checkpoints_have_it(tmp_path, holder):
     weights, other = make_vit(), make_vit(seed=1)
     plain = load_backbone(save(tmp_path / "plain.pth", weights))
-    found = load_backbone(save(tmp_path / "held.pth", HOLDERS[holder](weights, other)))
-    assert found.digest == plain.digest  # of the network, wherever it lies
-    assert found.digest != load_backbone(save(tmp_path / "other.pth", other)).digest
+    held = load_backbone(save(tmp_path / "held.pth", HOLDERS[holder](weights, other)))
+    assert held.digest == plain.digest  # depends on the network, not on its place
+    assert held.digest != load_backbone(save(tmp_path / "other.pth", other)).digest
 
 
 def test_a_file_and_the_folder_written_of_it_are_one_backbone(tmp_path):
@@ -134,19 +134,19 @@ def test_published_networks_have_their_names(dim, patch, hidden, scaled, name):
     from smooseg_fast.backbones.original import vit_files
 
     with torch.device("meta"):
-        found, files = vit_files(make_vit_like(dim, patch, hidden, scaled), "x")
-    assert str(found) == name
+        architecture, files = vit_files(make_vit_like(dim, patch, hidden, scaled), "x")
+    assert str(architecture) == name
     assert files.config["num_attention_heads"] == dim // 64
 
 
 def make_vit_like(dim, patch, hidden, scaled):
-    """Shapes alone."""
+    """Has the shapes of a network, but no values."""
     small = make_vit(64, 1, patch, patch * 4, scaled=scaled)
     sides = {64: dim, 192: 3 * dim, 256: hidden}
     return {name: torch.empty([sides.get(n, n) for n in value.shape], device="meta") for name, value in small.items()}
 
 
-# ------------------------------------------------------------------------------------------------------ what is not one of them
+# ---------------------------------------------------------------------------------------------- what is not one of them
 
 
 def changed(**changes):

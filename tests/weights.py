@@ -1,4 +1,4 @@
-"""Networks with the names of DINO's and DINOv2's own files, their arithmetic written out, and the checkpoints of SmooSeg around them."""
+"""Networks under the names in DINO's and DINOv2's files, their arithmetic written out, and SmooSeg checkpoints."""
 
 import math
 import sys
@@ -56,7 +56,7 @@ def make_vit(
 
 
 def resized(table, h, w, *, registers):
-    """[1, 1+N, D] -> [1, 1+h*w, D]: bicubic. DINO and DINOv2 scale by (h + 0.1)/sqrt(N); with registers, to h exactly and antialiased."""
+    """[1, 1+N, D] -> [1, 1+h*w, D], bicubic by (h + 0.1)/sqrt(N); with registers to exactly h, antialiased."""
     side = math.isqrt(table.shape[1] - 1)
     if h == w == side:
         return table
@@ -69,7 +69,7 @@ def resized(table, h, w, *, registers):
 
 
 def features_by_hand(weights, images):
-    """Patch tokens after the last norm, [B, h*w, D], of uint8 images, in the tensors' own precision."""
+    """uint8 images -> patch tokens after the last norm, [B, h*w, D], in the precision of `weights`."""
     dtype, dim = weights["cls_token"].dtype, weights["cls_token"].shape[-1]
     registers = weights.get("register_tokens")
 
@@ -114,7 +114,7 @@ def features_by_hand(weights, images):
 
 
 def labels_by_hand(weights, head, image, *, mirror):
-    """The paper's formula in float64 -> (labels [H,W], how far the best cosine is ahead [H,W]) of a uint8 [H,W,3] image, not resized."""
+    """The paper's formula in float64 for a uint8 [H,W,3] image -> (labels [H,W], lead of the best cosine [H,W])."""
     weights = {name: value.double() for name, value in weights.items()}
     W1, b1, W2, b2, W3, b3, teacher = (head[name].double() for name in ("W1", "b1", "W2", "b2", "W3", "b3", "teacher"))
 
@@ -151,13 +151,13 @@ def make_head(dim, prototypes=5, seed=3):
 
 
 def make_published(vit, head, settings=None):
-    """What Lightning saves of the paper's model, by the published names."""
+    """The dict that Lightning saves for the paper's model, by the published names."""
     state = OrderedDict({f"net.model.{name}": value for name, value in vit.items()})
     for theirs, (weight, bias) in {"1.0": ("W1", "b1"), "2.0": ("W2", "b2"), "2.2": ("W3", "b3")}.items():
         state[f"projection.cluster{theirs}.weight"] = head[weight][:, :, None, None]
         state[f"projection.cluster{theirs}.bias"] = head[bias]
     state |= {"prediction.local_clusters": head["student"], "prediction.global_clusters": head["teacher"]}
-    state["linear_probe.weight"] = torch.ones(27, 64, 1, 1)  # and what else such models carry along
+    state["linear_probe.weight"] = torch.ones(27, 64, 1, 1)  # such models carry more along
     return {
         "epoch": 2,
         "global_step": 3000,
@@ -177,14 +177,14 @@ def make_published(vit, head, settings=None):
 
 
 def save_with_omegaconf(path, vit, head, settings, *, legacy=False):
-    """A checkpoint whose hyper-parameters are a pickled omegaconf tree, from classes of its names that are gone afterwards."""
+    """Saves a checkpoint with a pickled omegaconf tree, whose classes are made for the purpose and gone afterwards."""
     names = {"omegaconf.dictconfig": "DictConfig", "omegaconf.listconfig": "ListConfig", "omegaconf.nodes": "AnyNode"}
     names |= {"omegaconf.base": "ContainerMetadata"}
     modules = {"omegaconf": types.ModuleType("omegaconf"), **{name: types.ModuleType(name) for name in names}}
     for module, name in names.items():
         kind = type(name, (), {"__module__": module, "__init__": lambda self, **state: self.__dict__.update(state)})
         setattr(modules[module], name, kind)
-    before = {name: sys.modules.get(name) for name in modules}
+    replaced = {name: sys.modules.get(name) for name in modules}
     sys.modules.update(modules)
 
     def tree(value, parent=None):
@@ -199,19 +199,21 @@ def save_with_omegaconf(path, vit, head, settings, *, legacy=False):
         kind = "dict" if isinstance(value, dict) else "list" if isinstance(value, list) else None
         if kind is None:
             return modules["omegaconf.nodes"].AnyNode(_metadata=metadata, _parent=parent, _val=value)
-        found = getattr(modules[f"omegaconf.{kind}config"], f"{kind.title()}Config")(_metadata=metadata, _parent=parent)
-        items = (
-            {name: tree(item, found) for name, item in value.items()}
-            if kind == "dict"
-            else [tree(item, found) for item in value]
+        container = getattr(modules[f"omegaconf.{kind}config"], f"{kind.title()}Config")(
+            _metadata=metadata, _parent=parent
         )
-        found._content = items
-        return found
+        items = (
+            {name: tree(item, container) for name, item in value.items()}
+            if kind == "dict"
+            else [tree(item, container) for item in value]
+        )
+        container._content = items
+        return container
 
     try:
         torch.save(make_published(vit, head, tree(settings)), path, _use_new_zipfile_serialization=not legacy)
     finally:
-        for name, module in before.items():
+        for name, module in replaced.items():
             sys.modules.pop(name)
             if module is not None:
                 sys.modules[name] = module
@@ -219,7 +221,7 @@ def save_with_omegaconf(path, vit, head, settings, *, legacy=False):
 
 
 def error_of(spec: str, *words: str) -> str:
-    """The one line that loading `spec` ends in, which names it and holds every one of `words`."""
+    """The one error line of loading `spec`; asserts that it names `spec` and contains all of `words`."""
     with pytest.raises(UserError) as caught:
         load_backbone(spec)
     line = str(caught.value)

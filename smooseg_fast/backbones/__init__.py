@@ -1,4 +1,4 @@
-"""Frozen backbones by name: built in, a ViT from the hub, a folder or a weights file, or anyone's own callable."""
+"""Frozen backbones by name: the built-in one, a ViT from the hub, a folder or a weights file, or your own callable."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from .vitfiles import VitFiles, read_folder
 __all__ = ["Backbone", "build_vit", "load_backbone"]
 
 ACCEPTED = (
-    '"filterbank", a hub name such as facebook/dino-vits8, a local transformers folder (config.json and model.safetensors), '
-    "a DINO or DINOv2 .pth, or module:callable"
+    '"filterbank", a hub name such as facebook/dino-vits8, a local transformers folder (config.json and '
+    "model.safetensors), a DINO or DINOv2 .pth, or module:callable"
 )
 
 
 def load_backbone(spec: str, device: str | torch.device = "cpu", precision: str = "auto") -> Backbone:
     """The backbone that `spec` names, on `device`; a vision transformer computes in `precision` (see `compute_dtype`).
 
-    "filterbank" is built in; an existing folder holds a transformers ViT; an existing file the weights of DINO or DINOv2 as torch.save
-    wrote them, alone or in a checkpoint; "module:callable" is imported (see `custom`); "owner/name" is a transformers ViT on the hub,
-    taken from the local cache where it is there whole. UserError in one line for anything that cannot be had, and for a precision asked
-    of another backbone than a vision transformer.
+    "filterbank" is built in. An existing folder holds a transformers ViT; an existing file holds the weights of DINO or
+    DINOv2 as torch.save wrote them, alone or in a checkpoint. "module:callable" is imported (see `custom`).
+    "owner/name" is a transformers ViT on the hub, read from the local cache if that is complete. Raises UserError for a
+    backbone that cannot be loaded and for a precision that it does not support.
     """
     device = usable_device(device)
     path = Path(spec).expanduser()
@@ -52,14 +52,14 @@ def load_backbone(spec: str, device: str | torch.device = "cpu", precision: str 
 def _only_auto(precision: str, backbone: Backbone) -> Backbone:
     if precision in ("auto", backbone.precision):
         return backbone
-    compute_dtype(precision, backbone.device)  # a name that nobody knows is said to be one
+    compute_dtype(precision, backbone.device)  # raises for an unknown precision
     raise UserError(
         f"--backbone-precision {precision}: {backbone.name} computes in {backbone.precision} alone; leave the flag out"
     )
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """`device` as torch names it; UserError when there is no such device here."""
+    """Parses `device`. Raises UserError if this machine has no such device."""
     try:
         device = torch.device(device)
         torch.empty(0, device=device)
@@ -71,7 +71,7 @@ def usable_device(device: str | torch.device) -> torch.device:
 def build_vit(
     name: str, files: VitFiles | None, device: str | torch.device = "cpu", precision: str = "auto"
 ) -> Backbone:
-    """The vision transformer of `files`, or without them that of the hub's `name`. UserError without transformers, or for other files."""
+    """The ViT in `files`, else `name` on the hub. UserError without transformers or if the files hold no ViT."""
     try:
         from . import vit  # imports transformers, which is optional and slow
     except ImportError as error:

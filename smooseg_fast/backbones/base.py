@@ -1,4 +1,4 @@
-"""What every backbone is: a frozen map from uint8 images to one feature row per patch, with a digest that names it exactly."""
+"""The base of all backbones: a frozen map from uint8 images to one feature row per patch, identified by a digest."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Backbone(ABC):
 
     Attributes:
         name: as the user gave it.
-        digest: hex; changes when the weights or the code change, and does not depend on the device or its precision.
+        digest: hex; changes with the weights and the code, not with the device or the precision.
         patch: pixels per side of a patch; image sides must be multiples of it.
         dim: D, channels of a feature row.
-        device: where the images are taken to and the features come out.
-        precision: what it computes in, as torch names it, or "its own"; moves the last bits of the features.
+        device: images are moved there, and features come out there.
+        precision: the dtype it computes in, by torch's name, or "its own"; affects the last bits of the features.
 
     A subclass sets the first five through `__init__` and implements `extract`.
     """
@@ -36,16 +36,17 @@ class Backbone(ABC):
 
     @abstractmethod
     def extract(self, images: Tensor) -> Tensor:
-        """Float32 RGB images [B,3,H,W] in 0..1 on `device`, sides multiples of `patch` -> features [B,P,D], P row-major.
+        """Float32 RGB images [B,3,H,W] in 0..1 on `device` -> features [B,P,D], P row-major.
 
-        Called with gradients off. The result may be float32, float16 or bfloat16.
+        H and W are multiples of `patch`. Called with gradients off. The result may be float32, float16 or bfloat16.
         """
 
     def __call__(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """uint8 RGB images [B,3,H,W] on any device -> (features [B,P,D] on `device`, grid (h, w)), P = h*w row-major.
 
-        The features carry no gradient but are ordinary tensors, so that a loss may use them as constants. ValueError when the images
-        are not uint8 [B,3,H,W] with sides that are multiples of `patch`; UserError when the backbone gives another shape than it must.
+        The features carry no gradient but are ordinary tensors, so a loss may use them as constants. Raises ValueError
+        unless the images are uint8 [B,3,H,W] with sides that are multiples of `patch`, and UserError if the backbone
+        returns a wrong shape or dtype.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or images.shape[0] < 1:
             raise ValueError(f"images must be uint8 [B,3,H,W] with B >= 1, not {describe(images)}")
@@ -67,7 +68,7 @@ class Backbone(ABC):
 
 
 def describe(value: object) -> str:
-    """What a value is, in the few words that an error line has room for."""
+    """Describes a value in a few words, for an error line."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     if isinstance(value, (tuple, list)) and len(value) <= 4:
@@ -78,13 +79,13 @@ def describe(value: object) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """An exception as one short line: its type and the first line of its message."""
+    """Describes an exception in one short line: its type and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 def digest_of(*parts: str | bytes | Mapping[str, Tensor]) -> str:
-    """Hex SHA-256 of texts, bytes and named tensors (names, dtypes, shapes and values), in the order given; names are sorted."""
+    """Hex SHA-256 of texts, bytes and named tensors (names, dtypes, shapes, values), in order; names are sorted."""
     total = hashlib.sha256()
 
     def add(data: bytes | memoryview) -> None:

@@ -1,11 +1,12 @@
-"""A backbone of anyone's own: `module:callable`.
+"""Your own backbone: `module:callable`.
 
-The callable gets float32 RGB images [B,3,H,W] in 0..1 on the chosen device and returns features as [B,D,h,w], or as ([B,P,D], (h, w)) with
-P = h*w row-major. A class is instantiated without arguments; a torch.nn.Module is moved to the device, set to eval and frozen.
+The callable gets float32 RGB images [B,3,H,W] in 0..1 on the chosen device and returns features as [B,D,h,w], or as
+([B,P,D], (h, w)) with P = h*w row-major. A class is instantiated without arguments; a torch.nn.Module is moved to the
+device, set to eval and frozen.
 
-An integer attribute `patch` says how many pixels a patch has on a side; without it, one 224x224 image is tried. A text attribute `digest`
-stands for what the callable depends on beyond its source file and its state dict (weights read from elsewhere, other modules): change it
-when they change, or stored features are taken for current ones.
+An integer attribute `patch` gives the pixels per side of a patch; without it, one 224x224 image is tried. A text
+attribute `digest` stands for anything else that the features depend on besides the source file and the state dict, such
+as weights read from elsewhere or other modules. Change it when they change, or stored features count as current.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ PROBE = 224  # pixels: the side that most backbones are made for
 
 
 class CustomBackbone(Backbone):
-    """`module:callable` behind the contract of `Backbone`; features keep the callable's dtype (float64 becomes float32)."""
+    """`module:callable` as a `Backbone`; features keep the callable's dtype, but float64 becomes float32."""
 
     precision = "its own"
 
@@ -56,7 +57,8 @@ class CustomBackbone(Backbone):
         note = getattr(target, "digest", "")
         if not isinstance(note, str):
             raise UserError(
-                f"--backbone {spec}: its attribute `digest` is {describe(note)}; set it to text that changes with the weights"
+                f"--backbone {spec}: its attribute `digest` is {describe(note)}; "
+                "set it to text that changes with the weights"
             )
         digest = digest_of("custom-1", spec, note, *sources, state)
         super().__init__(name=spec, digest=digest, patch=patch, dim=dim, device=device)
@@ -66,17 +68,19 @@ class CustomBackbone(Backbone):
         expected = (images.shape[2] // self.patch, images.shape[3] // self.patch)
         if grid != expected:
             raise UserError(
-                f"--backbone {self.name}: gave a grid of {grid[0]}x{grid[1]} for {images.shape[2]}x{images.shape[3]} pixels, not "
-                f"{expected[0]}x{expected[1]} (patch {self.patch}); set its attribute `patch` to the pixels of a patch's side"
+                f"--backbone {self.name}: gave a grid of {grid[0]}x{grid[1]} for {images.shape[2]}x{images.shape[3]} "
+                f"pixels, not {expected[0]}x{expected[1]} (patch {self.patch}); "
+                "set its attribute `patch` to the pixels of a patch's side"
             )
         return features.to(self.device)
 
     def _probe(self, spec: str, device: torch.device) -> tuple[int, int]:
-        """(patch, D), from the attribute `patch` where there is one and from one blank image."""
+        """(patch, D) from the attribute `patch`, if it has one, and from one blank image."""
         patch = getattr(self.target, "patch", None)
         if patch is not None and (isinstance(patch, bool) or not isinstance(patch, int) or patch < 1):
             raise UserError(
-                f"--backbone {spec}: its attribute `patch` is {describe(patch)}; set it to the pixels of a patch's side, 1 or more"
+                f"--backbone {spec}: its attribute `patch` is {describe(patch)}; "
+                "set it to the pixels of a patch's side, 1 or more"
             )
         side = PROBE if patch is None else patch * math.ceil(PROBE / patch)
         try:
@@ -90,19 +94,20 @@ class CustomBackbone(Backbone):
         if patch is None:
             if h != w or side % h:
                 raise UserError(
-                    f"--backbone {spec}: gave a grid of {h}x{w} for {side}x{side} pixels, which is no whole patch size; "
-                    "set its attribute `patch` to the pixels of a patch's side"
+                    f"--backbone {spec}: gave a grid of {h}x{w} for {side}x{side} pixels, which is no whole patch "
+                    "size; set its attribute `patch` to the pixels of a patch's side"
                 )
             patch = side // h
         elif (h, w) != (side // patch, side // patch):
             raise UserError(
-                f"--backbone {spec}: its attribute `patch` is {patch}, but it gave a grid of {h}x{w} for {side}x{side} pixels; correct one"
+                f"--backbone {spec}: its attribute `patch` is {patch}, but it gave a grid of {h}x{w} for {side}x{side} "
+                "pixels; correct one"
             )
         return patch, features.shape[-1]
 
 
 def _resolve(spec: str) -> Any:
-    """The attribute that "module:name" names; the working folder counts as importable, as with `python -m`."""
+    """Imports "module:name"; modules in the working folder can be imported, as with `python -m`."""
     module_name, _, name = spec.partition(":")
     if (
         not name.isidentifier()
@@ -112,13 +117,14 @@ def _resolve(spec: str) -> Any:
         raise UserError(f"--backbone {spec}: must read package.module:callable, without folders and without .py")
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    importlib.invalidate_caches()  # a file written since Python last looked would be missed
+    importlib.invalidate_caches()  # else Python misses files written since it last looked
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is not None and (module_name == error.name or module_name.startswith(error.name + ".")):
             raise UserError(
-                f"--backbone {spec}: there is no module {error.name}; run from the folder that holds it, or put that folder on PYTHONPATH"
+                f"--backbone {spec}: there is no module {error.name}; run from the folder that holds it, "
+                "or put that folder on PYTHONPATH"
             ) from error
         raise UserError(f"--backbone {spec}: importing {module_name} failed ({reason(error)})") from error
     except Exception as error:
@@ -128,13 +134,14 @@ def _resolve(spec: str) -> Any:
     target = getattr(module, name)
     if not callable(target):
         raise UserError(
-            f"--backbone {spec}: is {describe(target)}, which cannot be called; name a function, a class or a torch.nn.Module"
+            f"--backbone {spec}: is {describe(target)}, which cannot be called; "
+            "name a function, a class or a torch.nn.Module"
         )
     return target
 
 
 def _sources(spec: str, target: Any) -> list[bytes]:
-    """The source files of the module that was named and of the module that defines the target, which may be another."""
+    """The source files of the module in `spec` and of the module that defines the target, which may differ."""
     defined_by = target if inspect.isclass(target) or inspect.isroutine(target) else type(target)
     modules = dict.fromkeys([spec.partition(":")[0], str(getattr(defined_by, "__module__", ""))])
     files = [getattr(sys.modules.get(module), "__file__", None) for module in modules]
@@ -142,7 +149,7 @@ def _sources(spec: str, target: Any) -> list[bytes]:
 
 
 def _read(spec: str, output: Any, batch: int) -> tuple[Tensor, tuple[int, int]]:
-    """Either accepted form as (features [B,P,D] in a float dtype that we keep, grid)."""
+    """Either accepted form -> (features [B,P,D] in at most float32, grid). Raises UserError for any other."""
     features, grid = output, ()
     if isinstance(output, Tensor) and output.ndim == 4:
         features, grid = output.flatten(2).transpose(1, 2), output.shape[-2:]

@@ -1,9 +1,10 @@
-"""`filterbank`, the built-in backbone: nothing to download, nothing learnt. What 8x8 pixels and their surroundings look like.
+"""`filterbank`, the built-in backbone: describes 8x8 pixels and their surroundings, with no download and no learning.
 
-A row is made of groups of channels, each with a share of its squared length (`GROUPS`): colour, as logarithms, so that the strength and
-tint of the light only shift it; how much colour varies; and texture, from the amplitudes of Gabor pairs on the luminance at 4 scales and
-8 orientations: contrast, profile over the scales, directedness (which rotation leaves alone), patchiness, and the oriented amplitudes
-themselves. Everything is centred by constants, so that cosines spread from about -0.6 for unlike patches to 1.
+A row consists of groups of channels, each with a share of its squared length (`GROUPS`): colour, in logarithms, so that
+the strength and tint of the light only shift it; variation of colour; and texture, from the amplitudes of Gabor pairs
+on the luminance at 4 scales and 8 orientations: contrast, profile over the scales, directedness (invariant to rotation),
+patchiness, and the oriented amplitudes themselves. Constants centre everything, so that cosines spread from about -0.6
+for unlike patches to 1.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ NEAR, WIDE = (1, 2, 1), (1, 4, 6, 4, 1)  # windows over patches: 2 and 3 patches
 
 @dataclass(frozen=True)
 class Group:
-    """The usual mean and standard deviation of each channel, repeated where there are more channels, and the group's share of a row.
+    """Typical mean and standard deviation of the channels, repeated over further ones, and the group's share of a row.
 
-    Rounded from measurements on street photographs and on the mosaic, half and half, without labels; the shares were set by hand.
+    Means and deviations are rounded from measurements on street photographs and on the mosaic, half and half, without
+    labels. The shares are set by hand.
     """
 
     centre: tuple[float, ...]
@@ -65,10 +67,11 @@ DIM = sum(CHANNELS.values())
 
 
 class Filterbank(Backbone):
-    """float32 features [B,P,104] of images whose sides are multiples of 8; borders are mirrored; the mean squared length is about 104."""
+    """Float32 features [B,P,104], of mean squared length about 104; the borders of images are mirrored."""
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
-        recipe = f"filterbank {VERSION} {PATCH} {SCALES} {ORIENTATIONS} {WAVELENGTH} {SIGMA} {RADIUS} {FLOOR} {DARK} {GROUPS}"
+        numbers = (VERSION, PATCH, SCALES, ORIENTATIONS, WAVELENGTH, SIGMA, RADIUS, FLOOR, DARK, GROUPS)
+        recipe = " ".join(("filterbank", *map(str, numbers)))
         super().__init__(name="filterbank", digest=digest_of(recipe), patch=PATCH, dim=DIM, device=device)
         self.kernels = gabor_pairs().to(self.device)
         scales = [
@@ -89,7 +92,7 @@ class Filterbank(Backbone):
         return ((channels - self.centre) * self.scale).flatten(2).mT.contiguous()
 
     def measure(self, images: Tensor) -> dict[str, Tensor]:
-        """float32 images [B,3,H,W] in 0..1 -> every group before it is centred and scaled, [B,C,h,w]."""
+        """Float32 images [B,3,H,W] in 0..1 -> all groups, not yet centred and scaled, each [B,C,h,w]."""
         patches = F.avg_pool2d(images, PATCH)
         surroundings = blur(patches, WIDE)
         colours = [opponent(2 * torch.log(rgb + DARK)) for rgb in (patches, blur(patches, NEAR), surroundings)]
@@ -117,14 +120,13 @@ class Filterbank(Backbone):
         }
 
     def amplitudes(self, grey: Tensor) -> Tensor:
-        """[B,1,H,W] -> mean amplitude in every patch at every scale, fine to coarse, and orientation, [B,SCALES,ORIENTATIONS,h,w]."""
+        """[B,1,H,W] -> mean amplitudes per patch, [B,SCALES,ORIENTATIONS,h,w], scales from fine to coarse."""
         scales = []
         for scale in range(SCALES):
             if scale > 0:
                 grey = blur(grey, WIDE)[..., ::2, ::2]
-            with torch.backends.cudnn.flags(
-                enabled=True, deterministic=True, allow_tf32=False
-            ):  # GPUs would drop 13 bits by default
+            # GPUs drop 13 bits by default
+            with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
                 pairs = F.conv2d(mirrored(grey, RADIUS), self.kernels)
             even, odd = pairs[:, :ORIENTATIONS], pairs[:, ORIENTATIONS:]
             scales.append(F.avg_pool2d(torch.sqrt(even * even + odd * odd), PATCH >> scale))
@@ -132,9 +134,10 @@ class Filterbank(Backbone):
 
 
 def gabor_pairs() -> Tensor:
-    """float32 [2*ORIENTATIONS,1,side,side], side = 2*RADIUS+1: the even filters, then the odd ones; unit length, blind to flat areas.
+    """The even filters, then the odd ones, of unit length and zero mean, float32 [2*ORIENTATIONS,1,side,side].
 
-    Orientation k answers most to a grating whose brightness changes along the direction pi*k/ORIENTATIONS, from x towards y.
+    side = 2*RADIUS+1. Orientation k responds most to a grating whose brightness changes along the direction
+    pi*k/ORIENTATIONS, from x towards y.
     """
     axis = torch.arange(-RADIUS, RADIUS + 1, dtype=torch.float64)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
@@ -150,7 +153,7 @@ def gabor_pairs() -> Tensor:
 
 
 def mirrored(x: Tensor, margin: int) -> Tensor:
-    """The last two axes with `margin` more samples on every side, reflected at the border as often as it takes."""
+    """Extends the last two axes by `margin` samples on every side, reflected at the border as often as needed."""
     for axis in (-2, -1):
         size = x.shape[axis]
         index = torch.arange(-margin, size + margin, device=x.device) % (2 * size)
@@ -185,9 +188,9 @@ def opponent(rgb: Tensor) -> Tensor:
 
 
 def directedness(share: Tensor) -> Tensor:
-    """How far the amplitudes of a scale favour one direction, and how far two at right angles; [B,S,O,h,w] -> [B,2S,h,w] in 0..1.
+    """How much a scale favours one direction, and how much two at right angles; [B,S,O,h,w] -> [B,2S,h,w] in 0..1.
 
-    The lengths of the second and the fourth circular harmonic relative to the sum: the same for an image and the image rotated.
+    These are the lengths of the second and fourth circular harmonic relative to the sum; rotation leaves them alone.
     """
     total = share.sum(2) + FLOOR / SCALES
     lengths = []

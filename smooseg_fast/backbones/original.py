@@ -1,7 +1,7 @@
-"""The weights files that DINO and DINOv2 themselves published, and checkpoints that hold such a network, as transformers' files.
+"""Reads the weights files that DINO and DINOv2 published, and checkpoints around them, as transformers' files.
 
-Which network it is follows from names and shapes alone: DINOv2 has layer scales (`ls1`), with registers `register_tokens`, and the giant
-one SwiGLU (`w12`). Every head has 64 channels in all of them, and every LayerNorm an epsilon of 1e-6.
+Names and shapes alone tell which network it is: DINOv2 has layer scales (`ls1`), with registers also `register_tokens`,
+and the giant model has SwiGLU (`w12`). In all of them a head has 64 channels and LayerNorm an epsilon of 1e-6.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UserError
-from ..pickles import read
 from .vitfiles import VitFiles
+from .weights import read
 
 STEM = "patch_embed.proj.weight"
-HOLDERS = ("teacher", "state_dict", "model", "student")  # of two networks in one file, the teacher is the published one
+HOLDERS = ("teacher", "state_dict", "model", "student")  # in this order: of two networks, the teacher was published
 PREFIXES = ("", "backbone.", "module.backbone.", "module.", "net.model.")
 HEAD_DIM = 64
 SIZES = {192: "Ti", 384: "S", 768: "B", 1024: "L", 1536: "g"}
@@ -47,7 +47,7 @@ SWIGLU = {"norm1": "norm1", "norm2": "norm2", "mlp.w12": "mlp.weights_in", "mlp.
 
 @dataclass(frozen=True)
 class Architecture:
-    """What names and shapes tell. D `dim` channels, `hidden` of them inside an MLP, images of `side` pixels for the table of positions."""
+    """A network by its sizes: D `dim` channels, `hidden` inside an MLP, positions for images of `side` pixels."""
 
     dim: int
     depth: int
@@ -64,7 +64,7 @@ class Architecture:
         return f"{family} ViT-{SIZES.get(self.dim, self.dim)}/{self.patch}{tail}"
 
     def config(self) -> dict[str, Any]:
-        """Of transformers' config.json."""
+        """The content of transformers' config.json."""
         common = {
             "hidden_size": self.dim,
             "num_hidden_layers": self.depth,
@@ -84,7 +84,7 @@ class Architecture:
         return {"model_type": "dinov2", **common}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor of the network by its original name."""
+        """The shape of every tensor in the network by its original name."""
         D, H, P = self.dim, self.hidden, (self.side // self.patch) ** 2
         shapes: dict[str, tuple[int, ...]] = {
             "cls_token": (1, 1, D),
@@ -107,7 +107,7 @@ class Architecture:
 
 
 def read_original(path: Path, source: str) -> tuple[Architecture, VitFiles]:
-    """The network in a file of torch.save; nothing in it is executed. UserError in one line that begins with `source`."""
+    """The network in a file of torch.save. Executes nothing. UserErrors are one line that begins with `source`."""
     value = read(path, source)
     for table in _tables(value):
         prefixes = {name.removesuffix(STEM) for name in table if name.endswith(STEM)}
@@ -118,31 +118,30 @@ def read_original(path: Path, source: str) -> tuple[Architecture, VitFiles]:
 
 
 def vit_files(weights: Mapping[str, Any], source: str) -> tuple[Architecture, VitFiles]:
-    """The network of tensors with DINO's or DINOv2's own names. UserError that begins with `source` when they are not all there."""
-    # blocks in chunks, as DINOv2 trains: blocks.CHUNK.NUMBER; neither the mask's token nor a classifier reaches the patch tokens
+    """The network in tensors by original names. Raises UserError, beginning with `source`, if it is incomplete."""
+    # DINOv2 trains blocks in chunks: blocks.CHUNK.NUMBER; mask token and classifier do not affect the patch tokens
     weights = {re.sub(r"^blocks\.\d+\.(?=\d)", "blocks.", name): value for name, value in weights.items()}
     weights = {name: value for name, value in weights.items() if name != "mask_token" and not name.startswith("head.")}
-    other = sorted(
-        name for name, value in weights.items() if not (isinstance(value, Tensor) and value.is_floating_point())
-    )
-    if other:
-        raise UserError(f"{source}: its {other[0]} is no tensor of floating point; {NEEDS}")
-    found = _architecture(weights, source)
-    expected = found.shapes()
+    for name, value in sorted(weights.items()):
+        if not (isinstance(value, Tensor) and value.is_floating_point()):
+            raise UserError(f"{source}: its {name} is no tensor of floating point; {NEEDS}")
+    architecture = _architecture(weights, source)
+    expected = architecture.shapes()
     missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing or unknown:
-        what = f"{missing[0]} is missing" if missing else f"{unknown[0]} has no place in it"
-        raise UserError(f"{source}: not a whole {found}, or another network ({what}); {NEEDS}")
+        problem = f"{missing[0]} is missing" if missing else f"{unknown[0]} has no place in it"
+        raise UserError(f"{source}: not a whole {architecture}, or another network ({problem}); {NEEDS}")
     for name, shape in expected.items():
         if tuple(weights[name].shape) != shape:
             raise UserError(
-                f"{source}: its {name} is {list(weights[name].shape)}, where a {found} has {list(shape)}; {NEEDS}"
+                f"{source}: its {name} is {list(weights[name].shape)}, where a {architecture} has {list(shape)}; "
+                + NEEDS
             )
-    return found, VitFiles(found.config(), dict(_renamed(weights, found)))
+    return architecture, VitFiles(architecture.config(), dict(_renamed(weights, architecture)))
 
 
 def _tables(value: Any) -> Iterator[dict[str, Any]]:
-    """The dicts in which a network may lie, the likeliest first."""
+    """The dicts that may hold a network, the likeliest first."""
     if isinstance(value, dict):
         for holder in HOLDERS:
             if isinstance(value.get(holder), dict):
@@ -156,18 +155,18 @@ def _below(table: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 def _architecture(weights: Mapping[str, Tensor], source: str) -> Architecture:
     def shape(name: str, sides: int) -> tuple[int, ...]:
-        found = tuple(weights[name].shape) if name in weights else ()
-        if len(found) != sides or 0 in found:
-            what = f"its {name} is {list(found)}" if found else f"it has no {name}"
-            raise UserError(f"{source}: {what}, so it is no DINO or DINOv2; {NEEDS}")
-        return found
+        sizes = tuple(weights[name].shape) if name in weights else ()
+        if len(sizes) != sides or 0 in sizes:
+            problem = f"its {name} is {list(sizes)}" if sizes else f"it has no {name}"
+            raise UserError(f"{source}: {problem}, so it is no DINO or DINOv2; {NEEDS}")
+        return sizes
 
     dim, _, patch, _ = shape(STEM, 4)
     side = math.isqrt(shape("pos_embed", 3)[1] - 1)
     gated = "blocks.0.mlp.w12.weight" in weights
     hidden = shape("blocks.0.mlp.w3.weight", 2)[1] if gated else shape("blocks.0.mlp.fc1.weight", 2)[0]
     blocks = [int(match[1]) for name in weights if (match := re.match(r"blocks\.(\d{1,4})\.", name))]
-    found = Architecture(
+    architecture = Architecture(
         dim=dim,
         depth=1 + max(blocks),
         patch=patch,
@@ -177,30 +176,29 @@ def _architecture(weights: Mapping[str, Tensor], source: str) -> Architecture:
         gated=gated,
         registers=shape("register_tokens", 3)[1] if "register_tokens" in weights else 0,
     )
-    # transformers makes the width of SwiGLU from that of the channels, in this way
+    # transformers derives the width of SwiGLU from the channels in this way
     fits = hidden == (int(dim * 4 * 2 / 3) + 7) // 8 * 8 if gated else hidden % dim == 0
-    if dim % HEAD_DIM or not fits or (not found.scaled and (gated or found.registers)):
+    if dim % HEAD_DIM or not fits or (not architecture.scaled and (gated or architecture.registers)):
         raise UserError(f"{source}: a ViT of {dim} channels with {hidden} in its MLPs is no DINO or DINOv2; {NEEDS}")
-    return found
+    return architecture
 
 
-def _renamed(weights: Mapping[str, Tensor], found: Architecture) -> Iterator[tuple[str, Tensor]]:
+def _renamed(weights: Mapping[str, Tensor], architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
     for name, renamed in COMMON.items():
         yield renamed, weights[name]
-    if found.registers:
+    if architecture.registers:
         yield "embeddings.register_tokens", weights["register_tokens"]
-    if found.scaled:
-        yield "embeddings.mask_token", weights["cls_token"].new_zeros(1, found.dim)  # not used, but else made at random
-    layers = {"attn.proj": "attention.output.dense", **(SWIGLU if found.gated else DINOV2 if found.scaled else DINO)}
-    for i in range(found.depth):
+    if architecture.scaled:  # not used, but random if missing
+        yield "embeddings.mask_token", weights["cls_token"].new_zeros(1, architecture.dim)
+    names = SWIGLU if architecture.gated else DINOV2 if architecture.scaled else DINO
+    layers = {"attn.proj": "attention.output.dense", **names}
+    for i in range(architecture.depth):
         block, renamed = f"blocks.{i}", f"encoder.layer.{i}"
         for kind in ("weight", "bias"):
             for part, rows in zip(("query", "key", "value"), weights[f"{block}.attn.qkv.{kind}"].chunk(3)):
-                yield (
-                    f"{renamed}.attention.attention.{part}.{kind}",
-                    rows.clone(),
-                )  # safetensors writes no two parts of one storage
+                # a copy: safetensors does not write two parts of one storage
+                yield f"{renamed}.attention.attention.{part}.{kind}", rows.clone()
             for name, theirs in layers.items():
                 yield f"{renamed}.{theirs}.{kind}", weights[f"{block}.{name}.{kind}"]
-        for n in (1, 2) if found.scaled else ():
+        for n in (1, 2) if architecture.scaled else ():
             yield f"{renamed}.layer_scale{n}.lambda1", weights[f"{block}.ls{n}.gamma"]

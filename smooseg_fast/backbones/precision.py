@@ -1,4 +1,4 @@
-"""What a vision transformer computes in: by name, or what the device is fast in."""
+"""The dtype that a vision transformer computes in: named by the user, or the fastest on the device."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from ..errors import UserError
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype that `precision` names. "auto": on a GPU bfloat16 where it is native, else float16; on a CPU with bfloat16 matrix units
-    (Intel AMX) bfloat16, which takes a third of the time there; else float32.
+    """The dtype that `precision` names; UserError for an unknown one.
+
+    "auto" is bfloat16 on a GPU with native support, else float16; on a CPU it is bfloat16 with bfloat16 matrix units
+    (Intel AMX), where it takes a third of the time, else float32.
     """
-    if precision not in get_args(BackbonePrecision):
-        raise UserError(
-            f"--backbone-precision {precision}: is not known; choose one of {', '.join(get_args(BackbonePrecision))}"
-        )
+    choices = get_args(BackbonePrecision)
+    if precision not in choices:
+        raise UserError(f"--backbone-precision {precision}: is not known; choose one of {', '.join(choices)}")
     if precision != "auto":
         return getattr(torch, precision)
     if device.type == "cpu":
@@ -30,5 +31,5 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def has_matrix_units() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware, and PyTorch knows."""
+    """True if this CPU multiplies bfloat16 matrices in hardware and PyTorch makes use of it."""
     return bool(torch.cpu.get_capabilities().get("amx_bf16"))

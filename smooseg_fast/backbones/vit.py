@@ -1,7 +1,7 @@
-"""Vision transformers through transformers: DINO, DINOv2 (with registers), DINOv3 and their like, from the hub, a folder or a .pth.
+"""Vision transformers by way of transformers: DINO, DINOv2 (with registers), DINOv3 and similar ones.
 
-transformers only builds the network and maps the names of the weights: it is given a parsed config.json and tensors that were read,
-never a path or a name, so that nothing found in a repository (remote code, pickles, adapters) is run.
+transformers only builds the network and maps the names of the weights. It gets a parsed config.json and loaded tensors,
+never a path or a name, so it cannot run anything in a repository (remote code, pickles, adapters).
 """
 
 from __future__ import annotations
@@ -23,16 +23,14 @@ from .base import Backbone, reason
 from .vitfiles import CONFIG, PREPROCESSOR, WEIGHTS, VitFiles, weight_files
 
 WANTED = [CONFIG, PREPROCESSOR, WEIGHTS, "model.safetensors.index.json", "model-*-of-*.safetensors"]
-DINO_RESIZED = (
-    "vit",
-    "dinov2",
-)  # published with the resizing of DinoPositions; the other families agree with transformers'
+# published with the resizing of DinoPositions; the other families resize as transformers does
+DINO_RESIZED = ("vit", "dinov2")
 
 
 class VitBackbone(Backbone):
-    """The patch tokens of `last_hidden_state`, which these families give after their final LayerNorm.
+    """Patch tokens from `last_hidden_state`, which these families return after their final LayerNorm.
 
-    Weights, arithmetic and features are of one dtype. UserError names what in the files cannot be used.
+    Weights, arithmetic and features share one dtype. Raises UserError, naming the file at fault, for unusable files.
     """
 
     def __init__(self, name: str, files: VitFiles, device: torch.device, dtype: torch.dtype) -> None:
@@ -47,7 +45,7 @@ class VitBackbone(Backbone):
         self.mean, self.std = (
             torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (files.mean, files.std)
         )
-        # transformers resizes position embeddings only on request, in the families that have a table of them
+        # transformers resizes position embeddings only on request, and only families with a table of them can
         accepts_resizing = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
         self.options = {"interpolate_pos_encoding": True} if accepts_resizing else {}
         self.prefix, dim = self._probe(name, patch, device)
@@ -62,8 +60,8 @@ class VitBackbone(Backbone):
         return self.model(pixel_values=pixels, **self.options).last_hidden_state
 
     def _probe(self, name: str, patch: int, device: torch.device) -> tuple[int, int]:
-        """(tokens before the patches, D), the same for two grids, or the last tokens are not the patches."""
-        seen = set()
+        """(tokens before the patches, D); two grids must agree on them, or the last tokens are not the patches."""
+        layouts = set()
         for h, w in ((2, 3), (3, 4)):
             try:
                 with torch.no_grad(), quiet():
@@ -74,9 +72,9 @@ class VitBackbone(Backbone):
                     f"--backbone {name}: model type {self.kind} gives no patch features ({reason(error)}); "
                     "use a ViT that takes images of any size, such as DINO, DINOv2 or DINOv3"
                 ) from error
-            seen.add((count - h * w, dim))
-        prefix, dim = seen.pop()
-        if seen or prefix < 0:
+            layouts.add((count - h * w, dim))
+        prefix, dim = layouts.pop()
+        if layouts or prefix < 0:
             raise UserError(
                 f"--backbone {name}: model type {self.kind} does not give one token per {patch}x{patch} patch; "
                 "use a plain ViT, such as DINO, DINOv2 or DINOv3"
@@ -85,9 +83,10 @@ class VitBackbone(Backbone):
 
 
 class DinoPositions:
-    """Mixed into transformers' embeddings: positions resized the way DINO and DINOv2 (without registers) publish their features.
+    """Mixin for transformers' embeddings: resizes positions as DINO, and DINOv2 without registers, published it.
 
-    Bicubic with the scale factor (h + 0.1)/H for a table of H rows, where transformers asks for the size h: features differ by 4e-3.
+    Bicubic with the scale factor (h + 0.1)/H for a table of H rows; transformers asks for the size h, and features then
+    differ by 4e-3.
     """
 
     def interpolate_pos_encoding(self, embeddings: Tensor, height: int, width: int) -> Tensor:
@@ -104,26 +103,24 @@ class DinoPositions:
 
 
 def _with_dino_positions(embeddings: nn.Module, config: Any) -> nn.Module:
-    """The same embeddings and weights, with the method of DinoPositions."""
+    """The same embeddings and weights, resized by DinoPositions."""
     kind = type(f"Dino{type(embeddings).__name__}", (DinoPositions, type(embeddings)), {})
-    with torch.device("meta"):  # no memory, and no random numbers taken from the caller
+    with torch.device("meta"):  # takes no memory and no random numbers from the caller
         resized = kind(config)
     resized.load_state_dict(embeddings.state_dict(), assign=True)
     return resized
 
 
 def fetch(name: str) -> Path:
-    """The folder of the hub's files for `name`: the local cache's where it is whole (no network is used then), else downloaded.
+    """The folder with the hub's files for `name`: the local cache if complete (without network), else a download.
 
-    UserError when there is no such model, no access, no network or nothing but pickled weights.
+    Raises UserError for an unknown or gated model, without network, and for a model with pickled weights only.
     """
     api = huggingface_hub.HfApi()
     try:
         cached = Path(api.snapshot_download(name, allow_patterns=WANTED, local_files_only=True))
-        for folder in (
-            cached,
-            *sorted(cached.parent.iterdir()),
-        ):  # beside main's may lie the converted one of an earlier call
+        # an earlier call may have put a converted model next to that of the main branch
+        for folder in (cached, *sorted(cached.parent.iterdir())):
             if weight_files(folder) and (folder / CONFIG).is_file():
                 return folder
     except (LocalEntryNotFoundError, HFValidationError):
@@ -132,7 +129,7 @@ def fetch(name: str) -> Path:
         folder = Path(api.snapshot_download(name, allow_patterns=WANTED))
         if weight_files(folder):
             return folder
-        # Older repositories, DINO's among them, may hold pickles alone; then the hub's own bot has offered a safetensors conversion.
+        # older repositories, such as DINO's, hold only pickles; the hub's own bot then offers a conversion
         for offer in api.get_repo_discussions(
             name, author="SFconvertbot", discussion_type="pull_request", discussion_status="open"
         ):
@@ -141,32 +138,33 @@ def fetch(name: str) -> Path:
                 return folder
     except GatedRepoError as error:
         raise UserError(
-            f"--backbone {name}: is gated; ask for access at https://huggingface.co/{name}, run `hf auth login`, then try again"
+            f"--backbone {name}: is gated; ask for access at https://huggingface.co/{name}, run `hf auth login`, "
+            "then try again"
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise UserError(
             f"--backbone {name}: the hub has no such model and there is no such folder here; check the name"
         ) from error
-    except (
-        Exception
-    ) as error:  # the network library, and with it its exceptions, depends on the version of huggingface_hub
+    except Exception as error:  # the network library, and so its exceptions, depend on the version of huggingface_hub
         raise UserError(
-            f"--backbone {name}: the hub could not be reached ({reason(error)}); download the model where there is a network "
-            "and give its folder (config.json and model.safetensors) instead of the name"
+            f"--backbone {name}: the hub could not be reached ({reason(error)}); download the model where there is a "
+            "network and give its folder (config.json and model.safetensors) instead of the name"
         ) from error
     raise UserError(
-        f"--backbone {name}: the hub has no safetensors weights for it, and pickled ones are never loaded; use another model"
+        f"--backbone {name}: the hub has no safetensors weights for it, and pickled ones are never loaded; "
+        "use another model"
     )
 
 
 def _architecture(name: str, kind: str, config: dict[str, Any]) -> tuple[Any, type[Any], int]:
-    """(transformers' configuration, its bare model's class, pixels of a patch's side) for config.json's content."""
+    """The content of config.json -> (transformers' configuration, class of its bare model, pixels per patch side)."""
     try:
         settings = transformers.CONFIG_MAPPING[kind].from_dict(config)
         architecture = transformers.MODEL_MAPPING[type(settings)]
     except KeyError as error:
         raise UserError(
-            f"--backbone {name}: transformers {transformers.__version__} has no model of type {kind}; update it, or use another backbone"
+            f"--backbone {name}: transformers {transformers.__version__} has no model of type {kind}; update it, "
+            "or use another backbone"
         ) from error
     except Exception as error:
         raise UserError(
@@ -177,13 +175,14 @@ def _architecture(name: str, kind: str, config: dict[str, Any]) -> tuple[Any, ty
         patch = patch[0]
     if not isinstance(patch, int) or patch < 1:
         raise UserError(
-            f"--backbone {name}: model type {kind} has no square patches (patch_size {patch}); use a ViT, such as DINO or DINOv2"
+            f"--backbone {name}: model type {kind} has no square patches (patch_size {patch}); "
+            "use a ViT, such as DINO or DINOv2"
         )
     return settings, architecture, patch
 
 
 def _build(name: str, architecture: type[Any], settings: Any, weights: dict[str, Tensor]) -> nn.Module:
-    """The bare model in float32 with every weight of its trunk set; UserError when the weights do not fit."""
+    """The bare model in float32 with every weight of its trunk set. Raises UserError if the weights do not fit."""
     options = (
         {"add_pooling_layer": False}
         if "add_pooling_layer" in inspect.signature(architecture.__init__).parameters
@@ -196,20 +195,21 @@ def _build(name: str, architecture: type[Any], settings: Any, weights: dict[str,
                 config=settings,
                 state_dict=weights,
                 dtype=torch.float32,
-                attn_implementation="sdpa",  # said, for a config.json may name one that is downloaded and run
+                attn_implementation="sdpa",  # a config.json may name one that is downloaded and run
                 output_loading_info=True,
                 **options,
             )
     except Exception as error:
         raise UserError(
-            f"--backbone {name}: the weights do not fit config.json ({reason(error)}); use a folder whose files belong together"
+            f"--backbone {name}: the weights do not fit config.json ({reason(error)}); "
+            "use a folder whose files belong together"
         ) from error
-    # transformers fills what is missing with random numbers; neither of these two reaches the patch tokens
+    # transformers sets missing weights to random numbers; neither of these two affects the patch tokens
     missing = sorted(key for key in report["missing_keys"] if "pooler" not in key and "mask_token" not in key)
     if missing:
         raise UserError(
-            f"--backbone {name}: {len(missing)} weights that config.json asks for are in none of its files ({missing[0]}, ...); "
-            "use a folder whose files belong together"
+            f"--backbone {name}: {len(missing)} weights that config.json asks for are in none of its files "
+            f"({missing[0]}, ...); use a folder whose files belong together"
         )
     if settings.model_type in DINO_RESIZED:
         model.embeddings = _with_dino_positions(model.embeddings, model.config)
@@ -218,7 +218,7 @@ def _build(name: str, architecture: type[Any], settings: Any, weights: dict[str,
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers without its reports and bars, for as long as it lasts."""
+    """Silences the reports and progress bars of transformers inside the `with` block."""
     log = transformers.utils.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()

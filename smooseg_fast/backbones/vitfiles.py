@@ -1,4 +1,4 @@
-"""What a vision transformer is on disk, in transformers' terms: a configuration, named weights, and how images are normalised."""
+"""A vision transformer on disk, in transformers' terms: a configuration, named weights and the image normalisation."""
 
 from __future__ import annotations
 
@@ -17,22 +17,17 @@ from .base import digest_of, reason
 
 CONFIG, PREPROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of RGB in 0..1
-NOTES = (
-    "_name_or_path",
-    "architectures",
-    "dtype",
-    "torch_dtype",
-    "transformers_version",
-)  # in config.json, but not of the function
+# keys of config.json that do not affect the features
+NOTES = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 
 
 @dataclass(frozen=True)
 class VitFiles:
-    """A network that is not built yet.
+    """A network, not built yet.
 
     Attributes:
         config: the content of transformers' config.json.
-        weights: by their names in transformers' files, which are not those of its modules.
+        weights: by their names in transformers' files, which differ from the names of its modules.
         mean, std: of RGB in 0..1.
     """
 
@@ -46,12 +41,12 @@ class VitFiles:
         return str(self.config.get("model_type"))
 
     def digest(self) -> str:
-        """Hex; of weights, configuration and normalisation, wherever they came from."""
+        """Hex digest of weights, configuration and normalisation, independent of the file they came from."""
         function = {key: value for key, value in self.config.items() if key not in NOTES}
         return digest_of("vit-1", json.dumps([function, self.mean, self.std], sort_keys=True), self.weights)
 
     def write(self, folder: Path) -> Path:
-        """As a folder that `read_folder`, and transformers, read; the configuration last."""
+        """Writes a folder that `read_folder` and transformers can read, the configuration last."""
         weights = {name: value.contiguous() for name, value in self.weights.items()}
         write_atomic(folder / WEIGHTS, save(weights, {"format": "pt"}))
         write_json(folder / PREPROCESSOR, {"image_mean": self.mean, "image_std": self.std})
@@ -60,14 +55,14 @@ class VitFiles:
 
 
 def read_folder(name: str, folder: Path) -> VitFiles:
-    """The files of a folder that `save_pretrained` made; UserError names what in it cannot be used, and `name`."""
+    """Reads a folder that `save_pretrained` wrote. Raises UserError, naming `name` and the file at fault."""
     config = _read_json(name, folder / CONFIG)
     mean, std = _statistics(name, folder)
     return VitFiles(config, _read_weights(name, folder), mean, std)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that hold the weights: one, or the shards that the index names; empty unless all are there."""
+    """The safetensors files of the weights: a single one or all shards in the index; empty if any is missing."""
     single, index = folder / WEIGHTS, folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]
@@ -87,8 +82,8 @@ def _read_weights(name: str, folder: Path) -> dict[str, Tensor]:
     files = weight_files(folder)
     if not files:
         raise UserError(
-            f"--backbone {name}: no model.safetensors (or all of its shards) in {folder}; pickled weights are never loaded: "
-            "save the model again with save_pretrained"
+            f"--backbone {name}: no model.safetensors (or all of its shards) in {folder}; pickled weights are never "
+            "loaded: save the model again with save_pretrained"
         )
     for file in files:
         try:
@@ -107,7 +102,8 @@ def _read_json(name: str, path: Path) -> dict[str, Any]:
             raise ValueError("not a JSON object")
     except FileNotFoundError as error:
         raise UserError(
-            f"--backbone {name}: no {path.name} in {path.parent}; give a transformers model's folder, as save_pretrained makes it"
+            f"--backbone {name}: no {path.name} in {path.parent}; give the folder of a transformers model, "
+            "as save_pretrained writes it"
         ) from error
     except (OSError, ValueError) as error:
         raise UserError(
@@ -117,7 +113,7 @@ def _read_json(name: str, path: Path) -> dict[str, Any]:
 
 
 def _statistics(name: str, folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of RGB in 0..1: preprocessor_config.json's where it gives them, else ImageNet's."""
+    """Mean and standard deviation of RGB in 0..1, from preprocessor_config.json, else those of ImageNet."""
     path = folder / PREPROCESSOR
     if not path.is_file():
         return IMAGENET

@@ -14,10 +14,10 @@ import smooseg_kernels as sk
 
 from ..backbones import Backbone, build_vit, load_backbone
 from ..backbones.base import digest_of
+from ..backbones.weights import is_pickle
 from ..config import TrainConfig
 from ..datasets.images import ImageError, as_rgb, read_image, require_patch
 from ..errors import UserError
-from ..pickles import is_pickle
 from .checkpoint import Checkpoint, read_checkpoint
 from .model import project
 from .published import read_published

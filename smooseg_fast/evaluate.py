@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +17,7 @@ from .datasets.demo import demo_datasets
 from .datasets.images import whole_patches
 from .errors import UserError
 from .features.extract import open_or_extract
+from .features.job import FeatureOptions
 from .features.room import require_room
 from .measure.confusion import LabelSquares, confusion_of, head_codes, require_same_rows
 from .measure.scores import hungarian, majority, percent, table
@@ -75,14 +76,17 @@ def main(args: Sequence[str], processes: Processes = ALONE) -> None:
             )
     for note in dataset.notes:
         print(f"data       {note}")
-    options = dict(size=size, crops="center", resample=settings.resample, cache=config.cache, argument="--eval-size")
-    options |= dict(
-        processes=processes,
+    options = FeatureOptions(
+        size=size,
+        resample=settings.resample,
+        argument="--eval-size",
+        cache=config.cache,
         limit=None if config.cache_limit is None else parse_size(config.cache_limit, "--cache-limit"),
+        processes=processes,
     )
-    require_room(dataset, segmenter.backbone, stores=1 + config.mirror, **options)
-    store = open_or_extract(dataset, segmenter.backbone, **options)
-    mirrored = open_or_extract(dataset, segmenter.backbone, mirror=True, **options) if config.mirror else None
+    require_room(dataset, segmenter.backbone, options, stores=1 + config.mirror)
+    store = open_or_extract(dataset, segmenter.backbone, options)
+    mirrored = open_or_extract(dataset, segmenter.backbone, replace(options, mirror=True)) if config.mirror else None
     if mirrored is not None:
         require_same_rows(store, mirrored)
     labels = LabelSquares(dataset, store, size, processes)

@@ -19,6 +19,7 @@ from .config import TrainConfig, Variant, preset, with_changes
 from .datasets.demo import datasets_of
 from .errors import UserError
 from .features.extract import open_or_extract
+from .features.job import FeatureOptions
 from .measure.closeness import BINS, Closeness, Similarity, closeness, similarity, warning
 from .segment.checkpoint import read_checkpoint
 from .segment.segmenter import pick_device
@@ -84,8 +85,8 @@ def main(args: Sequence[str]) -> None:
     print(
         f"smooseg_fast: {dataset.name} ({len(dataset)} images), backbone {config.backbone}, {config.size} px, crops {config.crops}"
     )
-    options = dict(size=config.size, crops=config.crops, resample=config.resample, cache=asked.cache)
-    store = open_or_extract(dataset, backbone, **options)
+    options = FeatureOptions(size=config.size, crops=config.crops, resample=config.resample, cache=asked.cache)
+    store = open_or_extract(dataset, backbone, options)
     if len(store) < 2:
         raise UserError(
             f"--data: {len(store)} square of {config.size} pixels, but pairs of images need 2; add images, or --crops slide"

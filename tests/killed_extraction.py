@@ -24,6 +24,7 @@ from smooseg_fast.backbones.filterbank import Filterbank
 from smooseg_fast.datasets import open_dataset
 from smooseg_fast.features import store
 from smooseg_fast.features.extract import open_or_extract
+from smooseg_fast.features.job import FeatureOptions
 
 SIZE, ROWS = 64, 32  # pixels of a square, squares of a shard
 
@@ -45,7 +46,8 @@ def start(photos, cache):
         return child
     torch.set_num_threads(1)
     store.SHARD_BYTES = ROWS * (SIZE // 8) ** 2 * 104 * 2
-    open_or_extract(open_dataset(photos, "train"), Filterbank(), size=SIZE, crops="slide", cache=cache, progress=False)
+    options = FeatureOptions(size=SIZE, crops="slide", cache=cache, progress=False)
+    open_or_extract(open_dataset(photos, "train"), Filterbank(), options)
     os._exit(0)
 
 

@@ -14,7 +14,6 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from ..errors import UserError
-from . import reading
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
 # pictures that a command leaves beside each of these files; where that lies among the photos, they are none of them
@@ -285,7 +284,7 @@ _pixel_limit = _PixelLimit()
 def _opened(path: Path | str) -> Iterator[Image.Image]:
     """The file as a Pillow image that decodes on demand; whatever goes wrong meanwhile is raised as ImageError."""
     try:
-        with _pixel_limit.lifted(), reading.opened(path) as file, Image.open(file) as image:
+        with _pixel_limit.lifted(), open(path, "rb") as file, Image.open(file) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ImageError(
                     path, f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,} in all", "cut it into tiles"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from ..datasets import Dataset
 from ..errors import UserError
 from ..features.cachefolder import StoreFolder
 from ..features.extract import open_or_extract
+from ..features.job import FeatureOptions
 from ..features.room import Expected, Windows, expected, sampled, windows_of
 from ..features.store import FeatureStore
 from ..system.processes import ALONE, Processes
@@ -142,6 +143,7 @@ class Stream(Schedule):
 def open_for_training(
     dataset: Dataset,
     backbone: Backbone,
+    options: FeatureOptions,
     *,
     batch_size: int,
     data_seed: int,
@@ -149,35 +151,34 @@ def open_for_training(
     resumed: bool,
     windows: Windows | None,
     say: Say,
-    **options: Any,
 ) -> tuple[FeatureStore, Stream | None]:
     """All features and None; or, where they do not fit the limit, those of a sample of the images, and the stream of all.
 
     Args:
+        options: of the features.
         in_use: bytes of the cache that have to stay beside them.
         resumed, windows: whether a run is gone on with, and the windows that it had; those count, whatever the limit is now.
-        options: of `open_or_extract`.
     """
-    limit = options["limit"]
-    found = None if limit is None and windows is None else expected(dataset, backbone, **options)
+    limit = options.limit
+    found = None if limit is None and windows is None else expected(dataset, backbone, options)
     if not resumed and found is not None:
         windows = windows_of(found, limit, in_use, batch_size)
     if windows is None:
-        if found is not None and not found.there and found.nbytes + in_use > limit:
+        if found is not None and not found.on_disk and found.nbytes + in_use > limit:
             needed = readable(found.nbytes + in_use)
             raise UserError(
                 f"--cache-limit {readable(limit)}: this run began with room for all; give about {needed}, or another --out"
             )
-        return open_or_extract(dataset, backbone, **options), None
+        return open_or_extract(dataset, backbone, options), None
     say("features   " + described(found, windows))
     fingerprint, N = dataset.fingerprint(), len(dataset)
     numbers = [k * N // sampled(N) for k in range(sampled(N))]
-    sample = open_or_extract(Part(dataset, numbers, "sample", fingerprint), backbone, **options)
+    sample = open_or_extract(Part(dataset, numbers, "sample", fingerprint), backbone, options)
 
     def opened(part: Dataset) -> FeatureStore:
-        return open_or_extract(part, backbone, **options)
+        return open_or_extract(part, backbone, options)
 
-    return sample, Stream(dataset, fingerprint, windows, opened, batch_size, data_seed, options["processes"], say)
+    return sample, Stream(dataset, fingerprint, windows, opened, batch_size, data_seed, options.processes, say)
 
 
 def described(found: Expected, windows: Windows) -> str:

@@ -20,6 +20,7 @@ from ..datasets import ArrayDataset, Dataset, open_splits
 from ..datasets.images import whole_patches
 from ..errors import UserError, WriteError
 from ..features.extract import open_or_extract
+from ..features.job import FeatureOptions
 from ..features.room import Windows, require_room
 from ..features.store import FeatureStore
 from ..measure.confusion import LabelSquares
@@ -176,28 +177,32 @@ def open_features(
 ) -> tuple[FeatureStore, Stream | None, Validation | None]:
     """(what to learn from, where its batches come from if it is only a sample, what to take figures on if there are labels)."""
     started = time.perf_counter()
-    options = dict(
-        resample=config.resample, cache=config.cache, limit=config.limit, progress=progress, processes=processes
+    options = FeatureOptions(
+        size=config.size,
+        crops=config.crops,
+        resample=config.resample,
+        cache=config.cache,
+        limit=config.limit,
+        progress=progress,
+        processes=processes,
     )
     validation = None
     if held_out is not None:  # first, because labels that do not fit should be known before hours are spent
-        central = dict(size=config.eval_size, crops="center", argument="--eval-size", **options)
-        require_room(held_out, backbone, **central)
-        squares = open_or_extract(held_out, backbone, **central)
+        central = dataclasses.replace(options, size=config.eval_size, crops="center", argument="--eval-size")
+        require_room(held_out, backbone, central)
+        squares = open_or_extract(held_out, backbone, central)
         labels = LabelSquares(held_out, squares, config.eval_size, processes, progress)
         validation = Validation(held_out, squares, labels, processes)
     store, stream = open_for_training(
         dataset,
         backbone,
+        options,
         batch_size=config.batch_size,
         data_seed=config.data_seed,
         in_use=0 if validation is None else validation.store.nbytes,
         resumed=found is not None,
         windows=None if found is None or found.windows is None else Windows(*found.windows),
         say=say,
-        size=config.size,
-        crops=config.crops,
-        **options,
     )
     if len(store) < 2 * processes.size:
         needed = "pairs of images need 2" if processes.size == 1 else f"{processes.size} processes need 2 each"

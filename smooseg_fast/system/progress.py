@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
 
 PLAIN_S = 30.0  # between lines where nobody watches
+SILENT_S = 2.0  # that a phase may last before a line or a bar shows it
 
 
 class Bar(tqdm):
@@ -42,3 +46,21 @@ class Bar(tqdm):
     def tell(self, text: str) -> None:
         """`text` at the end of the line."""
         self.set_postfix_str(text, refresh=not self.disable and self.fp.isatty())
+
+
+def say(line: str) -> None:
+    """Print `line` to stderr, above a bar instead of through it."""
+    tqdm.write(line, file=sys.stderr)
+
+
+@contextmanager
+def announced(line: str) -> Iterator[None]:
+    """Say `line` once the block has lasted SILENT_S; a shorter block is silent."""
+    timer = threading.Timer(SILENT_S, say, (line,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()  # no line after the block

@@ -32,8 +32,9 @@ DETAILS = {
 
 @dataclass(frozen=True, kw_only=True)
 class List:
-    """What is in the cache, the last used first. Where rows would look alike, further columns tell what differs: precision, resample and
-    batch (squares that the backbone took at once), and digests of the backbone's weights and of the image files."""
+    """What is in the cache, the last used first. Where rows would look alike, further columns tell what differs:
+    precision, resample and batch (squares that the backbone took at once), and digests of the backbone's weights and of
+    the image files."""
 
     cache: str | None = None
     """Folder of the feature cache [~/.cache/smooseg_fast]."""
@@ -57,7 +58,10 @@ class Remove:
 
 @dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Read every byte and compare checksums. A damaged file is named and removed: the next run that needs it makes it again."""
+    """Read every byte and compare checksums.
+
+    A damaged file is named and removed: the next run that needs it makes it again.
+    """
 
     keys: Annotated[
         tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[KEY ...]", help_behavior_hint="")
@@ -146,7 +150,8 @@ def telling_details(rows: Sequence[Row]) -> list[str]:
 def remove(home: CacheFolder, command: Remove) -> None:
     if sum((bool(command.keys), command.all, command.older is not None)) != 1:
         raise UserError(
-            "rm: say what to remove, in one way: KEY ..., --older DAYS or --all; python -m smooseg_fast.cache ls shows the keys"
+            "rm: say what to remove, in one way: KEY ..., --older DAYS or --all; "
+            "python -m smooseg_fast.cache ls shows the keys"
         )
     if command.older is not None and not command.older >= 0:
         raise UserError(f"--older {command.older}: must be a number of days, 0 or more")
@@ -192,8 +197,8 @@ def verify(home: CacheFolder, command: Verify) -> None:
     print(f"read {len(paths)} files of {len(stores)} stores in {home.path}: {len(damaged) or 'none'} damaged")
     if damaged:
         raise UserError(
-            f"{home.path}: {len(damaged)} damaged files removed; the next run that needs them recomputes them: repeat the command "
-            "that uses these features, and check the disk if it happens again"
+            f"{home.path}: {len(damaged)} damaged files removed; the next run that needs them recomputes them: "
+            "repeat the command that uses these features, and check the disk if it happens again"
         )
 
 

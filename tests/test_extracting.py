@@ -132,7 +132,8 @@ def test_an_extraction_tells_its_pace_and_a_reader_none(photos, tmp_path, capsys
 def test_the_line_of_a_pace():
     pace = Pace(squares=200, images=50, seconds=10, backbone_seconds=8)
     assert pace.line("16 squares a batch") == (
-        "extracted  200 squares of 50 images in 10.0 s: 5.0 images/s, 80 % of the time in the backbone; 16 squares a batch"
+        "extracted  200 squares of 50 images in 10.0 s: 5.0 images/s, "
+        "80 % of the time in the backbone; 16 squares a batch"
     )
     assert "0.0 images/s, 0 %" in Pace().line("nothing")
 

@@ -34,7 +34,7 @@ PATCH, SIZE, P, D = 4, 8, 4, 5
 
 
 class FakeBackbone:
-    """Mean colour of each patch, the size of the batch and the patch's column: a wrong order, batch or mirror shows in the values."""
+    """Gives mean colour and column of each patch and the batch size, so a wrong order, batch or mirror shows."""
 
     name, digest, patch, dim, device, precision = "fake", "f00d", PATCH, D, torch.device("cpu"), "float32"
 

@@ -158,7 +158,7 @@ def test_windows_fit_beside_what_is_in_use():
         assert windows.steps == round(5000 / windows.count / 32)
     assert windows_of(Expected(1000, 5.0, 1000, on_disk=True), 1, 0, 32) is None
     with pytest.raises(
-        UserError, match=r"--cache-limit 300\.0 kB: too small; .* at least 359\.2 kB, all features 5\.[23] MB"
+        UserError, match=r"--cache-limit 300\.0 kB: too small; .* at least 359\.2 kB at a time, and all features take 5\.[23] MB"
     ):
         windows_of(found, 300_000, 0, 32)
     assert windows_of(found, 359_250, 0, 32) == Windows(156, 1)
@@ -299,7 +299,7 @@ def test_a_full_disk_between_windows(folder, monkeypatch, capsys):
         ("much", "--cache-limit much: no size; give a number above 0 with its unit, such as 50GB"),
         (
             "146kB",
-            "--cache-limit 146.0 kB: too small; what has to be at hand at once takes at least 146.8 kB, all features 251.6 kB",
+            "--cache-limit 146.0 kB: too small; a run needs at least 146.8 kB at a time, and all features take 251.6 kB",
         ),
     ],
 )

@@ -1,4 +1,7 @@
-"""Send batches of squares through a backbone. On a CUDA or ROCm card copies in and out overlap the arithmetic, one batch ahead."""
+"""Send batches of squares through a backbone.
+
+On a CUDA or ROCm card copies in and out overlap the arithmetic, one batch ahead.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,8 @@ class Pace:
         seconds = self.seconds or 1.0
         return (
             f"extracted  {self.squares} squares of {self.images} images in {seconds:.1f} s: "
-            f"{self.images / seconds:.1f} images/s, {100 * self.backbone_seconds / seconds:.0f} % of the time in the backbone; {how}"
+            f"{self.images / seconds:.1f} images/s, "
+            f"{100 * self.backbone_seconds / seconds:.0f} % of the time in the backbone; {how}"
         )
 
 
@@ -71,7 +75,10 @@ class Batches:
         self._streams = [torch.cuda.Stream(backbone.device) for _ in "io"] if backbone.device.type == "cuda" else []
 
     def start(self, squares: Sequence[np.ndarray], names: Sequence[str]) -> Flight:
-        """Send squares uint8 [S,S,3] of the images `names` to the backbone. After TooLarge nothing of them stays in memory."""
+        """Send squares uint8 [S,S,3] of the images `names` to the backbone.
+
+        After TooLarge nothing of them stays in memory.
+        """
         try:
             return self._start(squares, tuple(names))
         except RuntimeError as error:
@@ -83,7 +90,10 @@ class Batches:
         raise TooLarge
 
     def land(self, flight: Flight) -> Tensor:
-        """Wait for a batch -> [B,P,D] on the CPU, in the backbone's own dtype. UserError when a feature is NaN or infinite."""
+        """Wait for a batch -> [B,P,D] on the CPU, in the backbone's own dtype.
+
+        UserError when a feature is NaN or infinite.
+        """
         if flight.done is not None:
             with self.pace.in_backbone():
                 flight.done.synchronize()
@@ -91,7 +101,8 @@ class Batches:
             finite = flight.features.isfinite().flatten(1).all(dim=1).tolist()
             name = flight.names[finite.index(False)]
             raise UserError(
-                f"backbone {self.backbone.name}: gave NaN or infinity for {name}; try another device or take the image out"
+                f"backbone {self.backbone.name}: gave NaN or infinity for {name}; "
+                "try another device or take the image out"
             )
         return flight.features
 
@@ -103,8 +114,9 @@ class Batches:
             if tuple(features.shape) != promised or tuple(grid) != self.grid:
                 size = squares[0].shape[0]
                 raise UserError(
-                    f"backbone {self.backbone.name}: gave {tuple(features.shape)} on grid {tuple(grid)} for squares of {size} pixels, "
-                    f"not {promised} on {self.grid} as its patch of {self.backbone.patch} pixels says; correct its patch or take another size"
+                    f"backbone {self.backbone.name}: gave {tuple(features.shape)} on grid {tuple(grid)} "
+                    f"for squares of {size} pixels, not {promised} on {self.grid} as its patch of "
+                    f"{self.backbone.patch} pixels says; correct its patch or take another size"
                 )
             if self.mirror:
                 features = features.unflatten(1, grid).flip(2).flatten(1, 2)
@@ -141,7 +153,10 @@ class Batches:
 
 
 def default_batch(device: torch.device) -> int:
-    """Squares in a batch by default. It depends on the kind of device alone, so the same command makes the same batches."""
+    """Squares in a batch by default.
+
+    It depends on the kind of device alone, so the same command makes the same batches.
+    """
     return CPU_BATCH if device.type == "cpu" else CARD_BATCH
 
 

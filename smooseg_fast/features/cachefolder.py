@@ -1,8 +1,8 @@
 """Manage the folder of all feature stores: list them, note who uses which, remove some when there is no room.
 
-A store is a folder named by the hash of everything that decides its features. It holds the shards, `meta.json` for people, the file
-`used`, whose time says when the store was last opened and on which every reader has a shared lock, and, while shards are made, the file
-`writing`, locked by the one process that makes them.
+A store is a folder named by the hash of everything that decides its features. It holds the shards, `meta.json` for
+people, the file `used`, whose time says when the store was last opened and on which every reader has a shared lock,
+and, while shards are made, the file `writing`, locked by the one process that makes them.
 """
 
 from __future__ import annotations
@@ -117,7 +117,10 @@ class StoreFolder:
         return not free
 
     def remove(self) -> int | None:
-        """Remove it -> the bytes freed, or None when it is in use. Other files in its folder stay. WriteError when it cannot."""
+        """Remove it -> the bytes freed, or None when it is in use.
+
+        Other files in its folder stay. WriteError when it cannot.
+        """
         lock = Lock(self.path / USED)
         if not lock.take():
             return None
@@ -140,7 +143,10 @@ class StoreFolder:
 
 
 class CacheFolder:
-    """All stores in `path`, by default $XDG_CACHE_HOME/smooseg_fast or ~/.cache/smooseg_fast; `limit` in bytes, or None."""
+    """All stores in `path`, by default $XDG_CACHE_HOME/smooseg_fast or ~/.cache/smooseg_fast.
+
+    limit: bytes that they may take together; None for no limit.
+    """
 
     def __init__(self, path: Path | str | None = None, limit: int | None = None):
         self.path, self.limit = default_cache() if path is None else Path(path).expanduser(), limit
@@ -162,10 +168,10 @@ class CacheFolder:
         return sorted(stores, key=lambda store: (-store.last_used, store.key))
 
     def make_room(self, nbytes: int, keep: StoreFolder) -> tuple[list[tuple[str, int]], int]:
-        """Remove other stores before `nbytes` more are written into `keep`: the least recently used first, none that is in use.
+        """Remove other stores before `nbytes` more are written into `keep`.
 
-        -> (labels of the removed stores with the bytes they freed, bytes by which the limit will be exceeded all the same; 0 from the
-        second time on).
+        The least recently used go first, and none that is in use. -> (labels of the removed stores with the bytes they
+        freed, bytes by which the limit will be exceeded all the same; 0 from the second time on).
         """
         if self.limit is None:
             return [], 0

@@ -1,4 +1,4 @@
-"""Open the features of a dataset: read the shards that are on disk, make the others with a frozen backbone and keep them."""
+"""Open the features of a dataset: read the shards that are on disk, make the others with a frozen backbone."""
 
 from __future__ import annotations
 
@@ -32,21 +32,22 @@ ABANDONED_S = 3600.0  # age at which a half-written shard is nobody's, where no 
 def open_or_extract(dataset: Dataset, backbone: Backbone, options: FeatureOptions) -> FeatureStore:
     """Open the features of every square of every image; `backbone` makes those that are not in the cache yet.
 
-    The features live in a folder of `options.cache` named by a hash of the images, the backbone's digest and the options. A batch ends
-    with its shard, so the features have the same bytes however often the work is interrupted. Where a batch does not fit into the
-    device's memory, it and all that follow are halved.
+    The features live in a folder of `options.cache` named by a hash of the images, the backbone's digest and the
+    options. A batch ends with its shard, so the features have the same bytes however often the work is interrupted.
+    Where a batch does not fit into the device's memory, it and all that follow are halved.
 
-    When a signal (raised as Interrupted, which says what is kept) or an error stops it, the shards written so far are whole, and the next
-    call resumes behind them. Damaged shards are named and recomputed (`turns.Checking`). Images that cannot be used are named on stderr
-    and skipped. Memory: a few shards, however many images. All of several processes call it and get the same store. When another run
-    makes the same features at this moment, its shards are taken as they come.
+    When a signal (raised as Interrupted, which says what is kept) or an error stops it, the shards written so far are
+    whole, and the next call resumes behind them. Damaged shards are named and recomputed (`turns.Checking`). Images
+    that cannot be used are named on stderr and skipped. Memory: a few shards, however many images. All of several
+    processes call it and get the same store. When another run makes the same features at this moment, its shards are
+    taken as they come.
 
-    Before a shard is written, other stores are removed to keep the cache below `options.limit`: the least recently used first, none
-    that is in use.
+    Before a shard is written, other stores are removed to keep the cache below `options.limit`: the least recently used
+    first, none that is in use.
 
     Raises:
-        UserError: for wrong options, when no image can be used, when the cache cannot be written, and when the backbone gives NaN,
-            infinity or another shape than it promised.
+        UserError: for wrong options, when no image can be used, when the cache cannot be written, and when the backbone
+            gives NaN, infinity or another shape than it promised.
     """
     with Opening(Job(dataset, backbone, options)) as opening:
         while not opening.complete:
@@ -55,9 +56,10 @@ def open_or_extract(dataset: Dataset, backbone: Backbone, options: FeatureOption
 
 
 class Opening:
-    """A feature store on its way: the shards so far, the position in the dataset behind them, and ways to the next shard.
+    """A feature store on its way: the shards so far, the position behind them, and three ways to the next shard.
 
-    Its exit ends all that is under way; without a `store()` it also lets go of the folder.
+    A position is (image number, square number within the image). The exit ends all that is under way; without a
+    `store()` it also lets go of the folder.
     """
 
     def __init__(self, job: Job):

@@ -132,12 +132,15 @@ class Job:
         )
 
     def with_memory_of(self, shards: list[Shard]) -> Job:
-        """This job with the batch size of the last of `shards`: where memory was short before, it still counts as short."""
+        """This job with the batch size of the last of `shards`, which is smaller where memory was short before."""
         used = shards[-1].contents.batch if shards else 0
         return self._with_batch(min(self.batch_size, used or self.batch_size))
 
     def halved(self) -> Job:
-        """This job with batches of half the size, after one did not fit. UserError when a single square does not fit."""
+        """This job with batches of half the size, after one did not fit.
+
+        UserError when a single square does not fit.
+        """
         if self.batch_size == 1:
             raise UserError(
                 f"{self.options.argument} {self.options.size}: a single square does not fit into the memory of "

@@ -1,9 +1,10 @@
-"""Make shards of features, one after another: decode images in threads and send their squares through the backbone in batches.
+"""Make shards of features: decode images in threads and send their squares through the backbone in batches.
 
-Several processes make one store together, byte for byte the one that a single process makes. Where a shard starts depends on the shapes
-of all images before it and on whether they can be read, so whole shards cannot be shared out ahead. Decoding and batches can: each
-process decodes a part of the images and gives the squares to all, so that all form the same batches; each sends one batch of every round
-through the backbone; the first process collects the features of a shard and writes it.
+Several processes make one store together, byte for byte the one that a single process makes. Where a shard starts
+depends on the shapes of all images before it and on whether they can be read, so whole shards cannot be shared out
+ahead. Decoding and batches can: each process decodes a part of the images and gives the squares to all, so that all
+form the same batches; each sends one batch of every round through the backbone; the first process collects the features
+of a shard and writes it.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ _Decoded = tuple[int, "list[Square] | ImageError"]  # an image's number and its 
 def produce(job: Job, start: tuple[int, int], pace: Pace) -> Iterator[tuple[Contents, list[Tensor]]]:
     """Make shard after shard, from the position `start` to the end of the dataset, and count them in `pace`.
 
-    Yields what each shard holds and the parts [n,P,D] of its features, one behind the other; only the first process gets the parts.
+    Yields what each shard holds and the parts [n,P,D] of its features, one behind the other; only the first process
+    gets the parts.
     """
     keep_freed_memory()
     bar = Bar(total=job.images, initial=start[0], desc="extract", unit="image", disable=not job.options.progress)
@@ -92,7 +94,10 @@ def produce(job: Job, start: tuple[int, int], pace: Pace) -> Iterator[tuple[Cont
 def _next_shard(
     job: Job, batches: Batches, squares: Iterator[_Square | _Skip], start: tuple[int, int], bar: Bar
 ) -> tuple[Contents, list[Tensor]]:
-    """Make one shard. Its last batch ends with it, so one made after an interruption has the same batches and the same bytes."""
+    """Make one shard.
+
+    Its last batch ends with it, so one made after an interruption has the same batches and the same bytes.
+    """
     end, names, crops, skipped, waiting = start, [], [], [], []
     rounds = _Rounds(job, batches)
     for item in squares:
@@ -140,7 +145,7 @@ class _Rounds:
             self._landed.append(self.batches.land(self._started.popleft()))
 
     def features(self) -> list[Tensor]:
-        """Collect the parts [n,P,D] of the shard in the order of the squares: at least one in the first process, none in others."""
+        """Collect the parts [n,P,D] of the shard in the order of the squares; only the first process gets any."""
         self._landed += [self.batches.land(flight) for flight in self._started]
         processes = self.job.options.processes
         rounds = itertools.zip_longest(*processes.to_first(self._landed))
@@ -152,7 +157,7 @@ class _Rounds:
 
 
 def _squares(job: Job, start: tuple[int, int], reported: set[str]) -> Iterator[_Square | _Skip]:
-    """Give every square from the position `start` on, in order, and a _Skip for an image that cannot be used, which is reported once."""
+    """Give every square from the position `start` on, in order; a _Skip stands for an image that cannot be used."""
     first, done = start
     for index, squares in _decoded(job, first):
         name, after = job.name(index), (index + 1, 0)
@@ -168,7 +173,10 @@ def _squares(job: Job, start: tuple[int, int], reported: set[str]) -> Iterator[_
 
 
 def _decoded(job: Job, first: int) -> Iterator[_Decoded]:
-    """Give the images from number `first` on, in order. Several processes take turns at decoding, a batch of images each."""
+    """Give the images from number `first` on, in order.
+
+    Several processes take turns at decoding, a batch of images each.
+    """
     count, processes, images = job.batch_size, job.options.processes, range(first, job.images)
     if processes.size == 1:
         yield from _decoded_ahead(job, images)

@@ -1,4 +1,4 @@
-"""Foretell how much room features will take, and cut a dataset into windows where that is more than the cache may hold."""
+"""Foretell how much room features will take, and cut a dataset into windows where the cache may hold less."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def windows_of(forecast: Expected, limit: int, in_use: int, batch_size: int) -> 
     if count > most:
         least = in_use + sample_bytes(forecast) + math.ceil(forecast.nbytes / most)
         raise UserError(
-            f"--cache-limit {readable(limit)}: too small; what has to be at hand at once takes at least {readable(least)}, "
-            f"all features {readable(in_use + forecast.nbytes)}, and the more there is room for the better batches are mixed"
+            f"--cache-limit {readable(limit)}: too small; a run needs at least {readable(least)} at a time, and all "
+            f"features take {readable(in_use + forecast.nbytes)}; more room mixes batches better"
         )
     return Windows(count, max(1, round(forecast.images * forecast.squares / count / batch_size)))
 

@@ -1,12 +1,14 @@
-"""Keep patch features on disk in shards of about 64 MB, read through memory maps, so a store may be larger than the memory.
+"""Keep patch features on disk in shards of about 64 MB, read through memory maps, which need little memory.
 
-A shard is a .safetensors file with one tensor, `features` [rows,P,D] in fp16 or bf16. Its header describes the rows, as JSON under one
-key: image name and square of each, the images skipped on the way, and where in the dataset the shard starts and ends. The shards of a
-folder form a chain: each starts where the one before ended. Nothing outside the shards is needed to read them.
+A shard is a .safetensors file with one tensor, `features` [rows,P,D] in fp16 or bf16. Its header describes the rows, as
+JSON under one key: image name and square of each, the images skipped on the way, and where in the dataset the shard
+starts and ends. The shards of a folder form a chain: each starts where the one before ended. Nothing outside the shards
+is needed to read them.
 
-Two CRC-32 guard a shard. One covers the JSON and is checked whenever the shard is opened. The other covers the features; it is part of
-the JSON, and checking it reads them all (`require_sound`). A CRC finds every change within 32 neighbouring bits for certain, and all but
-one in 2^32 of any others; against malice it does nothing. It runs at twice the speed of a hardware SHA-256: 2.2 and 1.15 GB/s.
+Two CRC-32 guard a shard. One covers the JSON and is checked whenever the shard is opened. The other covers the
+features; it is part of the JSON, and checking it reads them all (`require_sound`). A CRC finds every change within 32
+neighbouring bits for certain, and all but one in 2^32 of any others; against malice it does nothing. It runs at twice
+the speed of a hardware SHA-256: 2.2 and 1.15 GB/s.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ SHARD_BYTES = 64 * 2**20
 SHARDS = "shard-*.safetensors"  # names of the files
 
 _DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16"}  # names in the format
-_KEY = "smooseg_fast"  # the only key: safetensors does not keep the order of several, and shards must be equal byte for byte
+_KEY = "smooseg_fast"  # the only key: the order of several may change, and shards must be equal byte for byte
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,10 @@ class DamagedShard(Exception):
 class FeatureStore:
     """Rows of patch features, one for each square of each image, in the order of the dataset.
 
-    `names` and `crops` give the image and the (top, left) of each row's square, at the squares' scale (`images.cut_squares`). A row has
-    `P` = h * w patches of `grid` (h, w), row-major, and `D` channels. `skipped` holds (name, reason) of images that could not be used;
-    `nbytes` is the size of the features on disk. The store holds `lock`, if any, until it is closed or forgotten.
+    `names` and `crops` give the image and the (top, left) of each row's square, at the squares' scale
+    (`images.cut_squares`). A row has `P` = h * w patches of `grid` (h, w), row-major, and `D` channels. `skipped` holds
+    (name, reason) of images that could not be used; `nbytes` is the size of the features on disk. The store holds
+    `lock`, if any, until it is closed or forgotten.
     """
 
     def __init__(self, shards: Sequence[Shard], lock: Lock | None = None):
@@ -95,7 +98,10 @@ class FeatureStore:
         return self._starts[-1]
 
     def rows(self, index: Tensor | Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        """Read the rows `index` [n], in any order, repeats allowed -> [n,P,D] in `dtype` on the CPU. IndexError outside 0..N-1."""
+        """Read the rows `index` [n], in any order, repeats allowed -> [n,P,D] in `dtype` on the CPU.
+
+        IndexError outside 0..N-1.
+        """
         numbers = index.tolist() if isinstance(index, Tensor) else list(index)
         out = torch.empty(len(numbers), self.P, self.D, dtype=dtype)
         for place, number in enumerate(numbers):
@@ -108,7 +114,10 @@ class FeatureStore:
         return out
 
     def load(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
-        """Read everything -> [N,P,D] on `device`. The default dtype is that of the shards, fp16 or bf16, or fp32 where they differ."""
+        """Read everything -> [N,P,D] on `device`.
+
+        The default dtype is that of the shards, fp16 or bf16, or fp32 where they differ.
+        """
         dtypes = {features.dtype for features in self._features}
         dtype = dtype or (dtypes.pop() if len(dtypes) == 1 else torch.float32)
         out = torch.empty(len(self), self.P, self.D, dtype=dtype, device=device)
@@ -122,7 +131,10 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 def write_shard(path: Path, contents: Contents, *parts: Tensor) -> None:
-    """Write a shard whole or not at all. Its rows are `parts` [n,P,D] one behind the other: finite, of any float dtype."""
+    """Write a shard whole or not at all.
+
+    Its rows are `parts` [n,P,D] one behind the other: finite, of any float dtype.
+    """
     features = to_storage(*parts)
     guarded = {
         **asdict(contents),
@@ -136,7 +148,10 @@ def write_shard(path: Path, contents: Contents, *parts: Tensor) -> None:
 
 
 def read_shard(path: Path) -> Shard | None:
-    """The shard at `path`, its features memory-mapped and not read; None when there is none. DamagedShard when it is not whole."""
+    """The shard at `path`, its features memory-mapped and not read; None when there is none.
+
+    DamagedShard when it is not whole.
+    """
     try:
         with safe_open(path, "pt") as file:  # refuses a file whose size is not what its header says
             crc, text = file.metadata()[_KEY][:8], file.metadata()[_KEY][8:]
@@ -181,7 +196,7 @@ def require_sound(path: Path, shard: Shard) -> None:
 
 
 def to_storage(*parts: Tensor) -> Tensor:
-    """Join finite `parts` [n,...] in fp16, or in bf16 where the largest magnitude is above or below fp16's normal numbers."""
+    """Join finite `parts` [n,...] in fp16, or in bf16 where the largest magnitude is no normal number of fp16."""
     half = torch.finfo(torch.float16)
     largest = max((abs(float(end)) for part in parts if part.numel() for end in part.aminmax()), default=0.0)
     wide = largest > half.max or 0 < largest < half.tiny

@@ -1,4 +1,4 @@
-"""Check the shards of a store, and take turns at writing one that several runs want at once or that a killed run left unfinished."""
+"""Check the shards that are on disk, and let one run at a time write the others."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ WAIT_S = 0.5  # between looks at what another run makes
 class Checking:
     """Look for shards that are there already.
 
-    The first process reads every byte of a small store, and of one that is not finished: the machine may have gone down during a write,
-    and reading takes a hundredth of the time of making. Of a large finished store it reads the headers alone, because the features would
-    take minutes; `python -m smooseg_fast.cache verify` reads those.
+    The first process reads every byte of a small store, and of one that is not finished: the machine may have gone down
+    during a write, and reading takes a hundredth of the time of making. Of a large finished store it reads the headers
+    alone, because the features would take minutes; `python -m smooseg_fast.cache verify` reads those.
     """
 
     def __init__(self, job: Job, folder: StoreFolder):
@@ -61,7 +61,8 @@ class Checking:
 class Turn:
     """Let one run at a time write into a store. Others wait and take its shards as they come.
 
-    Where there are no locks every run writes: shards are written whole and have the same bytes whoever made them, so only time is lost.
+    Where there are no locks every run writes: shards are written whole and have the same bytes whoever made them, so
+    only time is lost.
     """
 
     def __init__(self, job: Job, folder: StoreFolder):
@@ -75,7 +76,10 @@ class Turn:
         return self._lock.real
 
     def mine(self, images_done: int) -> bool:
-        """Whether it is this run's turn, and was so at the last call. If not, wait a moment; the caller then looks for shards again."""
+        """Whether it is this run's turn, and was so at the last call.
+
+        If not, wait a moment; the caller then looks for shards again.
+        """
         if self._mine:
             return True
         first = self._processes.first
@@ -86,9 +90,8 @@ class Turn:
             self._bar = closed(self._bar)
             return False
         if self._bar is None:
-            say(
-                f"waiting: {self._lock.signature()} makes these features; they are taken from {self._folder.path} as they come"
-            )
+            where = f"they are taken from {self._folder.path} as they come"
+            say(f"waiting: {self._lock.signature()} makes these features; {where}")
             silent = not self._job.options.progress
             self._bar = Bar(total=self._job.images, initial=images_done, desc="wait", unit="image", disable=silent)
         self._bar.update(images_done - self._bar.n)

@@ -1,4 +1,4 @@
-"""Work done in threads, a bounded number of items before they are asked for."""
+"""Work in threads, a bounded number of items ahead of the reader."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 def ahead(work: Callable[[Item], Result], items: Iterable[Item], *, threads: int, waiting: int) -> Iterator[Result]:
-    """`work(item)` of each of `items`, in their order; at most `waiting` results (1 or more) are begun and not yet taken."""
+    """Give `work(item)` for each of `items`, in order.
+
+    At most `waiting` results (1 or more) are begun and not yet taken by the reader.
+    """
     begun: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
@@ -22,4 +25,4 @@ def ahead(work: Callable[[Item], Result], items: Iterable[Item], *, threads: int
             while begun:
                 yield begun.popleft().result()
         finally:
-            pool.shutdown(cancel_futures=True)  # a reader that stops early must not wait for what nobody wants
+            pool.shutdown(cancel_futures=True)  # a reader that stops early does not wait for the rest

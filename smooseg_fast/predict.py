@@ -5,36 +5,31 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from tqdm import tqdm
 
 from .command import load_segmenter, parse, printable, run
 from .datasets import recognise
 from .datasets.images import ImageError, find_images, read_image, read_label
 from .errors import UserError
 from .features.sample import spread
-from .segment.segmenter import Segmenter
+from .segment.segmenter import Segmenter, pick_device
 from .show import pictures
 from .show.sheet import Shown, groups_sheet
 from .system.files import write_json
 from .system.outfolder import Journal, OutFolder
-from .system.progress import Bar
+from .system.processes import ALONE, Processes
+from .system.progress import Bar, announced, say
 from .system.signals import Interrupted, StopRequest
 
 SHEET_IMAGES = 24
-RUN, DONE, MASKS, OVERLAYS, SHARES, SHEET = (
-    "predict.json",
-    "done.jsonl",
-    "masks",
-    "overlays",
-    "shares.json",
-    "sheet.jpg",
-)
+RUN, DONE, MASKS, OVERLAYS = "predict.json", "done.jsonl", "masks", "overlays"
+SHARES, SHEET = "shares.json", "sheet.jpg"
 
 Shares = dict[str, float]  # group -> share of an image's pixels
 
@@ -67,10 +62,10 @@ class Item:
 
     file: Path
     name: str  # path relative to --images, posix
-    stem: str  # of what is written for it, in the folders below --out
+    stem: str  # of the files written for it, in the folders below --out
 
     def stamp(self) -> list[str | int] | None:
-        """[place, bytes, modification time in ns]: with another stamp it is another image. None when it is gone: reading it says so."""
+        """[place, bytes, modification time in ns], which tell an image that changed; None when it is gone."""
         try:
             status = self.file.stat()
         except OSError:
@@ -79,18 +74,30 @@ class Item:
         return [str(self.file.absolute()), status.st_size, status.st_mtime_ns]
 
 
-class Predictions(OutFolder):
-    """The masks and overlays of one checkpoint and one set of settings, and which images are done. UserError when `path` is another's.
+@dataclass
+class Outcome:
+    """The result of segmenting a share of the images, by their names."""
 
-    An image's line of done.jsonl comes after its mask and overlay, so what a line names is there whole. The last line of a stem
-    counts: the files of that name may have been another image's before.
+    shares: dict[str, Shares] = field(default_factory=dict)
+    skipped: dict[str, ImageError] = field(default_factory=dict)
+    signal: int | None = None  # the number of the one that stopped the work
+
+
+class Predictions(OutFolder):
+    """The masks and overlays of one checkpoint and one set of settings, and a journal of the images that are done.
+
+    An image's line in the journal comes after its mask and overlay, so they are whole. The last line of a stem counts:
+    the files of that name may have been another image's before. Each of several processes appends to a file of its own,
+    so a kill at any time costs no more than the images under way; the next command puts the files together.
+
+    UserError when the folder at `path` is another's.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any]):
+    def __init__(self, path: Path, settings: dict[str, Any], processes: Processes):
         super().__init__(path, settings, record=RUN, made=(MASKS, OVERLAYS, SHARES, SHEET), below=(MASKS, OVERLAYS))
-        self._journal = Journal(path / DONE)
-        self._done = {record.get("stem"): record for record in self._journal.read()}
-        self._claimed = False
+        self._processes = processes
+        self._journal = Journal(self._journal_path(processes.rank))
+        self._done = self._read_journals() if processes.first else {}
 
     def mask(self, item: Item) -> Path:
         return self.path / MASKS / f"{item.stem}.png"
@@ -99,66 +106,88 @@ class Predictions(OutFolder):
         return self.path / OVERLAYS / f"{item.stem}.jpg"
 
     def shares(self, item: Item) -> Shares | None:
-        """Of an image that is done and has not changed since; None when it has to be segmented."""
+        """The shares in an image that is done and has not changed since; None when it has to be segmented."""
         record = self._done.get(item.stem, {})
-        whole = record.get("stamp") == item.stamp() and self.mask(item).is_file() and self.overlay(item).is_file()
-        return record.get("shares") if whole else None
+        done = record.get("stamp") == item.stamp() and self.mask(item).is_file() and self.overlay(item).is_file()
+        return record.get("shares") if done else None
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Hold the folder for this command and let all its processes write into it.
+
+        Nothing is left in a new folder where no image was done. UserError where another command is at work.
+        """
+        with self.held() if self._processes.first else nullcontext():
+            new = not (self.path / RUN).exists()
+            if self._processes.first:
+                self.claim()
+                self._write_journal(self._done)
+            self._processes.wait()
+            try:
+                yield
+            finally:
+                files = [path for path in (self.path / DONE, *self._parts()) if path.exists()]
+                if self._processes.first and new and not any(path.stat().st_size for path in files):
+                    for path in (self.path / RUN, *files):
+                        path.unlink(missing_ok=True)
 
     def write(
         self, item: Item, stamp: list[str | int] | None, image: np.ndarray, labels: np.ndarray, colours: np.ndarray
     ) -> Shares:
-        """`image` uint8 [H,W,3] with labels uint8 [H,W] is done; `stamp` is from before it was read."""
-        if not self._claimed:
-            self.claim()
-            self._journal.rewrite(self._done.values())
-            self._claimed = True
+        """Write mask and overlay of `image` uint8 [H,W,3] with labels uint8 [H,W], then the journal's line with `stamp`."""
         pictures.save(self.overlay(item), pictures.overlay(image, labels, colours))
         pictures.write_mask(self.mask(item), labels, colours)
         shares = {str(k): round(float(n) / labels.size, 6) for k, n in enumerate(np.bincount(labels.ravel())) if n}
         self._journal.append({"stem": item.stem, "stamp": stamp, "shares": shares})
         return shares
 
+    def join_journals(self) -> None:
+        """Put the files of all processes together, once nobody writes any more."""
+        if self._parts():
+            self._write_journal(self._read_journals())
 
-def main(args: Sequence[str]) -> None:
+    def _journal_path(self, rank: int) -> Path:
+        return self.path / (DONE if rank == 0 else f"done-{rank}.jsonl")
+
+    def _parts(self) -> list[Path]:
+        """The files of all processes but the first, also of an earlier command with more of them."""
+        return sorted(self.path.glob("done-*.jsonl"))
+
+    def _read_journals(self) -> dict[str, dict[str, Any]]:
+        records = [record for path in (self.path / DONE, *self._parts()) for record in Journal(path).read()]
+        return {record.get("stem"): record for record in records}
+
+    def _write_journal(self, records: dict[str, dict[str, Any]]) -> None:
+        parts = self._parts()
+        Journal(self.path / DONE).rewrite(records.values())
+        for path in parts:  # a kill before this leaves lines twice, which does no harm
+            path.unlink(missing_ok=True)
+
+
+def main(args: Sequence[str], processes: Processes = ALONE) -> None:
     config = parse(PredictConfig, args, prog="python -m smooseg_fast.predict")
-    segmenter = load_segmenter(config.checkpoint, config.backbone, config.device, config.backbone_precision)
+    device = processes.device(pick_device(config.device))
+    segmenter = load_segmenter(config.checkpoint, config.backbone, device, config.backbone_precision)
     root, out = Path(config.images).expanduser(), Path(config.out).expanduser()
-    items = items_below(root)
-    made = Predictions(out, settings(config, segmenter))
-    shares = {item.name: found for item in items if (found := made.shares(item)) is not None}
-    if shares:
-        print(f"{len(shares)} of {len(items)} images are done in {out}, by this checkpoint and with these settings")
-    skipped, stopped = segment(segmenter, config, items, made, shares)
-    count = f"{len(shares)} of {len(items)} images" + (f", {len(skipped)} could not be used" if skipped else "")
-    if not shares:
-        if stopped is not None:
-            raise Interrupted(stopped, "no image was done yet")
-        name, reason = next(iter(skipped.items()))
-        raise UserError(
-            f"--images {root}: none of the {len(items)} images can be used (first: {name}: {reason}); give images that open"
-        )
-
-    done = [item for item in items if item.name in shares]
-    images = {item.name: shares[item.name] for item in done}
-    mean = mean_shares(images.values())
-    summary = {
-        "groups": segmenter.groups,
-        "mean": mean,
-        "images": images,
-        "skipped": skipped,
-        "model": {"checkpoint": config.checkpoint, **segmenter.describe()},
-    }
-    write_json(out / SHARES, summary)
-    draw_sheet(out / SHEET, done, made, segmenter, mean)
-    if stopped is not None:
-        raise Interrupted(stopped, f"{count} are done, in {out}")
-    print(f"segmented {count}")
-    print(f"masks {out / MASKS}, overlays {out / OVERLAYS}, shares of each group {out / SHARES}")
-    print(f"look at {out / SHEET}")
+    with announced(f"listing    the images in {root}"):
+        items = items_below(root) if processes.first else []
+    folder = Predictions(out, settings(config, segmenter), processes)
+    with announced(f"checking   which of {len(items)} images are done"):
+        done = {item.name: shares for item in items if (shares := folder.shares(item)) is not None}
+    items, done = processes.all((items, done))[0]
+    if done:
+        print(f"{len(done)} of {len(items)} images are done in {out}, by this checkpoint and with these settings")
+    with folder.claimed():
+        outcome = segment(segmenter, config, items, set(done), folder, processes)
+        with announced("waiting    for the other processes"):
+            outcomes = processes.all(outcome)
+        if processes.first:
+            folder.join_journals()
+            finish(segmenter, config, items, done, outcomes, folder)
 
 
 def settings(config: PredictConfig, segmenter: Segmenter) -> dict[str, Any]:
-    """What decides the labels of an image."""
+    """Everything that decides the labels of an image."""
     return {
         "checkpoint": f"step {segmenter.checkpoint.step}, {segmenter.digest[:16]}",
         "backbone": segmenter.backbone.digest[:16],
@@ -168,48 +197,102 @@ def settings(config: PredictConfig, segmenter: Segmenter) -> dict[str, Any]:
 
 
 def segment(
-    segmenter: Segmenter, config: PredictConfig, items: Sequence[Item], made: Predictions, shares: dict[str, Shares]
-) -> tuple[dict[str, str], int | None]:
-    """Everything that is not in `shares` by name, into `made` and `shares`.
-
-    -> (reasons of the images that were skipped, by name; the number of the signal that stopped it, None when all are through).
-    """
-    skipped: dict[str, str] = {}
+    segmenter: Segmenter,
+    config: PredictConfig,
+    items: Sequence[Item],
+    done: Collection[str],
+    folder: Predictions,
+    processes: Processes,
+) -> Outcome:
+    """Segment this process's share of the `items` that are not `done`, until a signal stops it."""
+    outcome = Outcome()
     colours = pictures.palette(segmenter.groups)
-    todo = [item for item in items if item.name not in shares]
+    todo = [item for item in items if item.name not in done]
     bar = Bar(total=len(items), initial=len(items) - len(todo), desc="predict", unit="image")
     with bar, StopRequest() as stop:
-        for item in todo:
+        for item in todo[processes.rank :: processes.size]:
             if stop.number is not None:
-                return skipped, stop.number
+                outcome.signal = stop.number
+                break
             try:
                 stamp, image = item.stamp(), segmenter.pixels(item.file)
                 labels = segmenter.predict(image, mirror=config.mirror, short_side=config.short_side).astype(np.uint8)
             except ImageError as error:
-                skipped[item.name] = error.reason
-                tqdm.write(printable(f"skipped: {item.file}: {error.reason}; {error.advice}"), file=sys.stderr)
+                outcome.skipped[item.name] = error
+                say_skipped(item, error)
             else:
-                shares[item.name] = made.write(item, stamp, image, labels, colours)
-            bar.update()
-    return skipped, None
+                outcome.shares[item.name] = folder.write(item, stamp, image, labels, colours)
+            bar.update(min(processes.size, bar.total - bar.n))  # the others are about as far
+    return outcome
+
+
+def finish(
+    segmenter: Segmenter,
+    config: PredictConfig,
+    items: Sequence[Item],
+    done: dict[str, Shares],
+    outcomes: Sequence[Outcome],
+    folder: Predictions,
+) -> None:
+    """Write the shares and the sheet of all images that are done, and say how it went."""
+    shares, errors = dict(done), {}
+    for outcome in outcomes:
+        shares |= outcome.shares
+        errors |= outcome.skipped
+    skipped = {item.name: errors[item.name] for item in items if item.name in errors}
+    for item in items:
+        if item.name in errors and item.name not in outcomes[0].skipped:  # another process could not be heard
+            say_skipped(item, errors[item.name])
+    signal = next((outcome.signal for outcome in outcomes if outcome.signal is not None), None)
+    count = f"{len(shares)} of {len(items)} images" + (f", {len(skipped)} could not be used" if skipped else "")
+    if not shares:
+        if signal is not None:
+            raise Interrupted(signal, "no image was done yet")
+        name, error = next(iter(skipped.items()))
+        raise UserError(
+            f"--images {Path(config.images).expanduser()}: none of the {len(items)} images can be used "
+            f"(first: {name}: {error.reason}); give images that open"
+        )
+    images = {item.name: shares[item.name] for item in items if item.name in shares}
+    mean = mean_shares(images.values())
+    summary = {
+        "groups": segmenter.groups,
+        "mean": mean,
+        "images": images,
+        "skipped": {name: error.reason for name, error in skipped.items()},
+        "model": {"checkpoint": config.checkpoint, **segmenter.describe()},
+    }
+    out = folder.path
+    write_json(out / SHARES, summary)
+    with announced("drawing    the sheet"):
+        draw_sheet(out / SHEET, [item for item in items if item.name in shares], folder, segmenter, mean)
+    if signal is not None:
+        raise Interrupted(signal, f"{count} are done, in {out}")
+    print(f"segmented {count}")
+    print(f"masks {out / MASKS}, overlays {out / OVERLAYS}, shares of each group {out / SHARES}")
+    print(f"look at {out / SHEET}")
+
+
+def say_skipped(item: Item, error: ImageError) -> None:
+    say(printable(f"skipped: {item.file}: {error.reason}; {error.advice}"))
 
 
 def mean_shares(shares: Collection[Shares]) -> Shares:
-    """Over the images, whatever their sizes."""
-    whole: Counter[str] = Counter()
-    for each in shares:
-        whole.update(each)
-    return {k: round(whole[k] / len(shares), 6) for k in sorted(whole, key=int)}
+    """The mean over images, whatever their sizes."""
+    totals: Counter[str] = Counter()
+    for image in shares:
+        totals.update(image)
+    return {k: round(totals[k] / len(shares), 6) for k in sorted(totals, key=int)}
 
 
-def draw_sheet(path: Path, done: Sequence[Item], made: Predictions, segmenter: Segmenter, mean: Shares) -> None:
-    """Of images evenly spaced over all that are done, read back: also those that were done by an earlier command."""
+def draw_sheet(path: Path, done: Sequence[Item], folder: Predictions, segmenter: Segmenter, mean: Shares) -> None:
+    """Draw images evenly spaced over all that are done, read back from the disk."""
 
     def shown() -> Iterator[Shown]:
         for place in spread(len(done), SHEET_IMAGES).tolist():
             try:
-                image, labels = read_image(done[place].file), read_label(made.mask(done[place]))
-            except ImageError:  # gone since
+                image, labels = read_image(done[place].file), read_label(folder.mask(done[place]))
+            except ImageError:  # removed or damaged since
                 continue
             yield done[place].name, image, labels
 
@@ -224,31 +307,34 @@ def items_below(root: Path) -> list[Item]:
     if layout is not None:  # its label files are images too
         advice = "the pictures alone" if layout.pictures is None else str(layout.pictures)
         raise UserError(f"--images {root}: is {layout.title}, which holds more than pictures; give {advice}")
-    found = find_images(root, "--images")
+    files = find_images(root, "--images")
     top = root if root.is_dir() else root.parent
-    names = [file.relative_to(top) for file in found if not is_label(file, root)]
+    names = [file.relative_to(top) for file in files if not is_label(file, root)]
     if not names:
         raise UserError(
-            f"--images {root}: all {len(found)} image files in it are masks, below a labels/ that stands beside an images/; "
+            f"--images {root}: all {len(files)} image files in it are masks, below a labels/ next to an images/; "
             "give the folder that holds the pictures"
         )
     return [Item(top / name, name.as_posix(), stem) for name, stem in zip(names, output_stems(names))]
 
 
 def is_label(file: Path, root: Path) -> bool:
-    """Whether a file is a mask of the labelled layout: below a labels/ that stands beside an images/."""
+    """Whether a file is a mask of the labelled layout: below a labels/ next to an images/."""
     inside = [parent for parent in file.parents if parent != root and root in parent.parents]
     return any(parent.name == "labels" and (parent.parent / "images").is_dir() for parent in inside)
 
 
 def output_stems(files: Sequence[Path]) -> list[str]:
-    """Names without suffix for what is written, no two alike, also where capitals make no difference; a.jpg and a.png keep theirs."""
-    whole = {file.as_posix().casefold() for file in files}
+    """Names for the files written for each image, no two alike even where case makes no difference.
+
+    They have no suffix, but where a.jpg and a.png would get the same name.
+    """
+    names = {file.as_posix().casefold() for file in files}
     stems = [file.with_suffix("").as_posix() for file in files]
     count = Counter(stem.casefold() for stem in stems)
-    taken = whole | {stem for stem in count if count[stem] > 1}
+    taken = names | {stem for stem in count if count[stem] > 1}
     return [file.as_posix() if stem.casefold() in taken else stem for file, stem in zip(files, stems)]
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run(main, together=True))

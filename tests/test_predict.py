@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from smooseg_fast.command import run
 from smooseg_fast.datasets.images import find_images
 from smooseg_fast.segment import segmenter
 from smooseg_fast.segment.segmenter import Segmenter
+from smooseg_fast.system.locks import Lock
 
 
 def test_predict_names_skips_and_counts_images_smaller_than_a_patch(trained, tmp_path, capsys):
@@ -90,7 +93,7 @@ def test_predict_on_masks_alone(trained, labelled, capsys):
     assert not (labelled.parent / "made").exists()
 
 
-# going on after a stop
+# a stop, several processes, a mishap
 
 
 @pytest.fixture
@@ -218,7 +221,8 @@ def test_a_folder_is_of_one_checkpoint(trained, labelled, photos, segmented, cap
 
 def test_a_folder_is_of_one_backbone(labelled, photos, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(tmp_path))
-    source = "def means(images):\n    b, _, s, t = images.shape\n    return images.view(b, 3, s // 8, 8, t // 8, 8).mean((3, 5)) - 0.5\n"
+    source = "def means(images):\n    b, _, s, t = images.shape\n"
+    source += "    return images.view(b, 3, s // 8, 8, t // 8, 8).mean((3, 5)) - 0.5\n"
     (tmp_path / "theirs.py").write_text(source)
     named = ["--backbone", "theirs:means"]
     assert run(train.main, ["--data", str(labelled), "--out", "out", *SMALL, *named]) == 0
@@ -287,6 +291,46 @@ def test_a_kill_between_the_mask_and_its_record(trained, photos, segmented, lost
     assert len(segmented) == 5 + (5 if lost == "all" else 1)
     assert content("made") == before
     assert sorted(journal.read_text().splitlines(keepends=True)) == sorted(lines)
+
+
+def test_journals_of_several_processes_are_put_together(trained, photos, segmented):
+    """As two processes leave them when they are killed, the second in the middle of a line."""
+    assert call(trained, photos, "made") == 0
+    before, journal = content("made"), Path("made/done.jsonl")
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(lines[:2]))
+    Path("made/done-1.jsonl").write_text("".join(lines[2:4]) + lines[4][:-9])
+    assert call(trained, photos, "made") == 0
+    assert len(segmented) == 6
+    assert content("made") == before
+    assert sorted(journal.read_text().splitlines(keepends=True)) == sorted(lines)
+
+
+def test_two_processes_share_the_images(trained, photos, segmented):
+    """They go on where one process was stopped, and end with its files; one of them cannot read 3.png."""
+    assert call(trained, photos, "one") == 0
+    segmented.at[7] = lambda: signal.raise_signal(signal.SIGINT)
+    assert call(trained, photos, "two") == 130
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words += ["-m", "smooseg_fast.predict", "--checkpoint", trained, "--images", photos, "--out", "two"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=100, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 of 6 images are done in two") == 1
+    assert done.stdout.count("segmented 5 of 6 images, 1 could not be used") == 1
+    assert done.stderr.count(f"skipped: {photos / '3.png'}: not an image") == 1
+    assert content("two") == content("one")
+    journals = [sorted(Path(out, "done.jsonl").read_text().splitlines()) for out in ("one", "two")]
+    assert journals[0] == journals[1]
+
+
+def test_a_folder_that_another_command_writes_into(trained, photos, capsys):
+    lock = Lock(Path("made/.lock"))
+    assert lock.take()
+    lock.sign()
+    assert call(trained, photos, "made") == 2
+    assert f"error: --out made: process {os.getpid()} on " in capsys.readouterr().err
+    assert [path.name for path in Path("made").iterdir()] == [".lock"]
 
 
 def test_a_full_disk_is_named_and_the_same_command_goes_on(trained, photos, segmented, monkeypatch, capsys):
@@ -376,7 +420,7 @@ def test_what_was_made_among_the_images_is_not_taken_for_images(trained, photos,
 
 
 def test_what_any_command_made_among_the_images_is_not_taken_for_images(trained, photos, labelled, monkeypatch, capsys):
-    """A run, two predictions, an evaluation and a look at closeness inside the folder of photos, as from a shell that stands there."""
+    """A run, two predictions, an evaluation and a look at closeness, typed in the folder of photos."""
     mine = find_images(photos)
     monkeypatch.chdir(photos)
     assert run(train.main, ["--data", ".", *SMALL, "--granularity", "0", "0.1"]) == 0

@@ -1,5 +1,6 @@
 """predict as a user runs it: what is written, and what the same command does after a stop, a change or a mishap."""
 
+import functools
 import json
 import os
 import shutil
@@ -7,9 +8,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_trainer import SMALL
 from textures import draw
@@ -17,7 +20,8 @@ from textures import draw
 import smooseg_fast
 from smooseg_fast import evaluate, predict, similarity, train
 from smooseg_fast.command import run
-from smooseg_fast.datasets.images import find_images
+from smooseg_fast.config import TrainConfig
+from smooseg_fast.datasets.images import find_images, resize_short_side
 from smooseg_fast.segment import segmenter
 from smooseg_fast.segment.segmenter import Segmenter
 from smooseg_fast.system.locks import Lock
@@ -91,6 +95,58 @@ def test_predict_on_masks_alone(trained, labelled, capsys):
     assert error.startswith(f"error: --images {labelled / 'val'}: all 3 image files in it are masks")
     assert "\n" not in error
     assert not (labelled.parent / "made").exists()
+
+
+# where a pixel's label comes from
+
+PATCH = 8
+
+
+def mean_colours(pixels):
+    """uint8 [B,3,S,T] -> codes [B,h,w,3]: what a patch has depends on its own pixels alone."""
+    b, _, s, t = pixels.shape
+    return pixels.float().view(b, 3, s // PATCH, PATCH, t // PATCH, PATCH).mean((3, 5)).permute(0, 2, 3, 1) - 127.5
+
+
+def taps(pixels, patches, covered):
+    """For each pixel of a side the two nearest of `patches`, which cover `covered` pixels, and the second's weight."""
+    centres = np.clip((np.arange(pixels) + 0.5) * patches / covered - 0.5, 0, patches - 1)
+    first = np.floor(centres).astype(int)
+    return first, np.minimum(first + 1, patches - 1), centres - first
+
+
+@pytest.mark.parametrize("tile", [640, 3 * PATCH])
+@pytest.mark.parametrize("mirror", [True, False])
+@pytest.mark.parametrize(("height", "width", "short_side"), [(37, 61, 37), (61, 37, 37), (45, 83, 70), (90, 43, 29)])
+def test_labels_lie_where_their_pixels_are(monkeypatch, height, width, short_side, mirror, tile):
+    """Neither side is whole patches, so the codes cover more than the image. Against the definition, pixel by pixel."""
+    rng = np.random.default_rng(height)
+    image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    prototypes = torch.from_numpy(rng.standard_normal((7, 3))).float()
+    chosen = object.__new__(Segmenter)  # one that has learnt nothing
+    chosen.checkpoint = SimpleNamespace(config=TrainConfig(resample="bilinear"))
+    chosen.backbone, chosen.head = SimpleNamespace(patch=PATCH), SimpleNamespace(teacher=prototypes)
+    chosen.codes = mean_colours
+    monkeypatch.setattr(segmenter, "code_map", functools.partial(segmenter.code_map, tile=tile))
+    labels = chosen.predict(image, mirror=mirror, short_side=short_side)
+
+    resized = resize_short_side(image, short_side, "bilinear")
+    below, beyond = (-side % PATCH for side in resized.shape[:2])
+    assert below > 0
+    assert beyond > 0
+    padded = np.pad(resized, ((0, below), (0, beyond), (0, 0)), mode="symmetric")
+    codes = mean_colours(torch.from_numpy(padded).permute(2, 0, 1)[None])[0].double().numpy()
+    h, w = codes.shape[:2]
+    top, bottom, down = taps(height, h, round(padded.shape[0] * height / resized.shape[0]))
+    left, right, across = taps(width, w, round(padded.shape[1] * width / resized.shape[1]))
+    rows = codes[top] * (1 - down)[:, None, None] + codes[bottom] * down[:, None, None]
+    pixels = rows[:, left] * (1 - across)[:, None] + rows[:, right] * across[:, None]
+    cosines = pixels @ (prototypes.double() / prototypes.double().norm(dim=1, keepdim=True)).numpy().T
+    second, best = np.sort(cosines, axis=-1)[..., -2:].transpose(2, 0, 1)
+    clear = best - second > 1e-3 * np.abs(codes).max()
+    assert clear.mean() > 0.9
+    assert labels.shape == (height, width)
+    np.testing.assert_array_equal(labels[clear], cosines.argmax(-1)[clear])
 
 
 # a stop, several processes, a mishap

@@ -155,7 +155,7 @@ class Predictions(OutFolder):
 
     def _read_journals(self) -> dict[str, dict[str, Any]]:
         records = [record for path in (self.path / DONE, *self._parts()) for record in Journal(path).read()]
-        return {record.get("stem"): record for record in records}
+        return {str(record.get("stem")): record for record in records}
 
     def _write_journal(self, records: dict[str, dict[str, Any]]) -> None:
         parts = self._parts()
@@ -235,7 +235,7 @@ def finish(
     folder: Predictions,
 ) -> None:
     """Write the shares and the sheet of all images that are done, and say how it went."""
-    shares, errors = dict(done), {}
+    shares, errors = dict(done), dict[str, ImageError]()
     for outcome in outcomes:
         shares |= outcome.shares
         errors |= outcome.skipped

@@ -1,9 +1,9 @@
 """python tests/killed_extraction.py IMAGES KILLS [SEED]: kill an extraction of small pictures at random moments.
 
 It tries each moment on an empty cache, with one rerun that is left to end; then all moments in a row on one cache,
-where every run resumes the one before. In the end the files must be those of an undisturbed run, byte for byte; the exit
-code is 1 where they are not. Runs are forks of this process, so that PyTorch is imported once. A moment is a number of
-shards and a share of the time that one takes, so that it comes however busy the machine is.
+where every run resumes the one before. In the end the files must be those of an undisturbed run, byte for byte; the
+exit code is 1 where they are not. Runs are forks of this process, so that PyTorch is imported once. A moment is a
+number of shards and a share of the time that one takes, so that it comes however busy the machine is.
 """
 
 import os

@@ -149,7 +149,7 @@ class Batches:
             with torch.cuda.stream(outgoing):
                 hosts[-1].copy_(tensor, non_blocking=True)
             tensor.record_stream(outgoing)
-        return Flight(*hosts, names, outgoing.record_event())
+        return Flight(hosts[0], hosts[1], names, outgoing.record_event())
 
 
 def default_batch(device: torch.device) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -71,7 +71,7 @@ class Opening:
         self._checking, self._turn = Checking(job, self._folder), Turn(job, self._folder)
         self._shards: list[Shard] = []
         self._damage = ""  # of the file where the next shard should be
-        self._producing: Iterator[tuple[Contents, list[Tensor]]] | None = None
+        self._producing: Generator[tuple[Contents, list[Tensor]], None, None] | None = None
         self._pace = Pace()
         self._store: FeatureStore | None = None
 
@@ -142,7 +142,7 @@ class Opening:
 
     @property
     def _path(self) -> Path:
-        """Of the next shard."""
+        """Where the next shard is, or will be."""
         return shard_path(self._folder.path, len(self._shards))
 
     def _how(self) -> str:

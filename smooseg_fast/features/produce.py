@@ -13,7 +13,7 @@ import itertools
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -53,7 +53,7 @@ class _Skip:
 _Decoded = tuple[int, "list[Square] | ImageError"]  # an image's number and its squares
 
 
-def produce(job: Job, start: tuple[int, int], pace: Pace) -> Iterator[tuple[Contents, list[Tensor]]]:
+def produce(job: Job, start: tuple[int, int], pace: Pace) -> Generator[tuple[Contents, list[Tensor]], None, None]:
     """Make shard after shard, from the position `start` to the end of the dataset, and count them in `pace`.
 
     Yields what each shard holds and the parts [n,P,D] of its features, one behind the other; only the first process
@@ -156,7 +156,7 @@ class _Rounds:
         return parts or [torch.empty(0, h * w, self.job.backbone.dim)]
 
 
-def _squares(job: Job, start: tuple[int, int], reported: set[str]) -> Iterator[_Square | _Skip]:
+def _squares(job: Job, start: tuple[int, int], reported: set[str]) -> Generator[_Square | _Skip, None, None]:
     """Give every square from the position `start` on, in order; a _Skip stands for an image that cannot be used."""
     first, done = start
     for index, squares in _decoded(job, first):
@@ -189,7 +189,7 @@ def _decoded(job: Job, first: int) -> Iterator[_Decoded]:
                 yield from part
 
 
-def _decoded_ahead(job: Job, images: Iterable[int]) -> Iterator[_Decoded]:
+def _decoded_ahead(job: Job, images: Iterable[int]) -> Generator[_Decoded, None, None]:
     """Give `images` in order, decoded about a batch ahead of the reader."""
     threads = min(MAX_THREADS, os.cpu_count() or 1)
     return ahead(lambda index: (index, job.squares(index)), images, threads=threads, waiting=threads + job.batch_size)

@@ -26,7 +26,7 @@ def spread(total: int, count: int) -> Tensor:
 
 
 def sample_patches(store: FeatureStore, seed: int, images: int = 128, patches: int = 40_000) -> Tensor:
-    """Draw random patches of evenly spaced rows -> [N,D], to which k-means and the start's singular vectors are fitted."""
+    """Draw random patches of evenly spaced rows -> [N,D], for k-means and the singular vectors of the start."""
     rows = spread(len(store), images)
     patches_per_row = min(store.P, max(1, patches // len(rows)))
     g = torch.Generator().manual_seed(seed)

@@ -212,7 +212,7 @@ def to_storage(*parts: Tensor) -> Tensor:
 
 
 def _crc(features: Tensor) -> int:
-    return zlib.crc32(features.flatten().view(torch.uint8).numpy())
+    return zlib.crc32(features.flatten().view(torch.uint8).numpy().data)
 
 
 def _contents(header: dict) -> Contents:

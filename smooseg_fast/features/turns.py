@@ -47,7 +47,8 @@ class Checking:
 
     def end(self) -> None:
         """Close the bar, also before another one opens."""
-        self._bar = closed(self._bar)
+        close(self._bar)
+        self._bar = None
         self._started = time.monotonic()
 
     def _show(self, images_done: int) -> None:
@@ -87,7 +88,8 @@ class Turn:
         if self._mine:
             if first:
                 self._lock.sign()
-            self._bar = closed(self._bar)
+            close(self._bar)
+            self._bar = None
             return False
         if self._bar is None:
             where = f"they are taken from {self._folder.path} as they come"
@@ -100,11 +102,11 @@ class Turn:
         return False
 
     def end(self) -> None:
-        self._bar = closed(self._bar)
+        close(self._bar)
+        self._bar = None
         self._lock.release(remove=True)
 
 
-def closed(bar: Bar | None) -> None:
-    """Close `bar`, if there is one -> None, to put in its place."""
+def close(bar: Bar | None) -> None:
     if bar is not None:
         bar.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -30,6 +31,7 @@ from .system.signals import Interrupted, StopRequest
 SHEET_IMAGES = 24
 RUN, DONE, MASKS, OVERLAYS = "predict.json", "done.jsonl", "masks", "overlays"
 SHARES, SHEET = "shares.json", "sheet.jpg"
+PART = re.compile(r"done-\d+\.jsonl")  # the journal of another process than the first
 
 Shares = dict[str, float]  # group -> share of an image's pixels
 
@@ -95,7 +97,7 @@ class Predictions(OutFolder):
 
     def __init__(self, path: Path, settings: dict[str, Any], processes: Processes):
         super().__init__(path, settings, record=RUN, made=(MASKS, OVERLAYS, SHARES, SHEET), below=(MASKS, OVERLAYS))
-        self._processes = processes
+        self._processes, self._alone = processes, processes.size == 1  # whether no other process writes
         self._journal = Journal(self._journal_path(processes.rank))
         self._done = self._read_journals() if processes.first else {}
 
@@ -118,23 +120,25 @@ class Predictions(OutFolder):
         Nothing is left in a new folder where no image was done. UserError where another command is at work.
         """
         with self.held() if self._processes.first else nullcontext():
-            new = not (self.path / RUN).exists()
+            made: list[Path] = []
             if self._processes.first:
+                before = set(self.path.iterdir())
                 self.claim()
                 self._write_journal(self._done)
+                made = [path for path in self.path.iterdir() if path not in before]
             self._processes.wait()
             try:
                 yield
             finally:
-                files = [path for path in (self.path / DONE, *self._parts()) if path.exists()]
-                if self._processes.first and new and not any(path.stat().st_size for path in files):
-                    for path in (self.path / RUN, *files):
+                journals = [path for path in (self.path / DONE, *self._parts()) if path.exists()]
+                if self._alone and self.path / RUN in made and not any(path.stat().st_size for path in journals):
+                    for path in (*made, *journals):
                         path.unlink(missing_ok=True)
 
     def write(
         self, item: Item, stamp: list[str | int] | None, image: np.ndarray, labels: np.ndarray, colours: np.ndarray
     ) -> Shares:
-        """Write mask and overlay of `image` uint8 [H,W,3] with labels uint8 [H,W], then the journal's line with `stamp`."""
+        """Write mask and overlay of `image` uint8 [H,W,3] with labels uint8 [H,W], then a line of the journal."""
         pictures.save(self.overlay(item), pictures.overlay(image, labels, colours))
         pictures.write_mask(self.mask(item), labels, colours)
         shares = {str(k): round(float(n) / labels.size, 6) for k, n in enumerate(np.bincount(labels.ravel())) if n}
@@ -143,6 +147,7 @@ class Predictions(OutFolder):
 
     def join_journals(self) -> None:
         """Put the files of all processes together, once nobody writes any more."""
+        self._alone = True
         if self._parts():
             self._write_journal(self._read_journals())
 
@@ -151,7 +156,7 @@ class Predictions(OutFolder):
 
     def _parts(self) -> list[Path]:
         """The files of all processes but the first, also of an earlier command with more of them."""
-        return sorted(self.path.glob("done-*.jsonl"))
+        return sorted(path for path in self.path.glob("done-*.jsonl") if PART.fullmatch(path.name))
 
     def _read_journals(self) -> dict[str, dict[str, Any]]:
         records = [record for path in (self.path / DONE, *self._parts()) for record in Journal(path).read()]

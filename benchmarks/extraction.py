@@ -16,6 +16,7 @@ from smooseg_fast.backbones import Backbone, load_backbone
 from smooseg_fast.datasets import open_dataset
 from smooseg_fast.datasets.images import Crops, cut_squares, read_image
 from smooseg_fast.features.extract import open_or_extract
+from smooseg_fast.features.job import FeatureOptions
 from smooseg_fast.features.store import to_storage
 
 BATCH, DISTINCT, QUALITY = 16, 16, 90  # files beyond DISTINCT repeat earlier ones
@@ -109,8 +110,10 @@ class Extraction:
     def whole(self) -> Tensor:
         """From files into a new cache."""
         cache = self.place / f"cache {next(self.caches)}"
-        options = dict(size=self.photos.pixels, crops=self.crops, batch_size=BATCH, progress=False)
-        return open_or_extract(self.dataset, self.backbone, cache=cache, **options).load()
+        options = FeatureOptions(
+            size=self.photos.pixels, crops=self.crops, batch_size=BATCH, progress=False, cache=cache
+        )
+        return open_or_extract(self.dataset, self.backbone, options).load()
 
     def tidy(self) -> None:
         for cache in self.place.glob("cache *"):

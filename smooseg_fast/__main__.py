@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from . import __version__
-from .command import printable, run
+from .command import run
 from .errors import UserError
 from .system.commandline import choose_command, program
+from .system.progress import printable
 
 COMMANDS = {
     "train": "learn to segment a folder of images without labels",

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from .command import printable, run
+from .command import run
 from .config import Folder
 from .errors import UserError
 from .system.commandline import choose_command, command_line, parse
 from .system.fields import Bounds, Value
-from .system.progress import Bar
+from .system.progress import Bar, printable
 from .system.sizes import readable
 from .system.table import aligned
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 DAY_S = 86_400.0
 SETTINGS = ("dataset", "backbone", "size", "crops", "images")
-# columns that are shown only where rows would be equal without, and the settings in them
+# a column and its key in meta.json; shown only where rows that look alike differ in it
 DETAILS = {
     "precision": "precision",
     "resample": "resample",
@@ -91,11 +91,11 @@ def main(args: Sequence[str]) -> None:
 def show(home: CacheFolder, command: List) -> None:
     stores = home.stores()
     if not stores:
-        print(f"{home.path}: no features in it")
+        print(f"{home.path}: holds no features")
         return
     rows = [Row(store) for store in stores]
-    shown = telling(rows)
-    table = [("key", *SETTINGS, *shown, "GB", "last used", "state"), *(row.cells(shown) for row in rows)]
+    details = telling_details(rows)
+    table = [("key", *SETTINGS, *details, "GB", "last used", "state"), *(row.cells(details) for row in rows)]
     right = {table[0].index(name) for name in ("size", "images", "GB")}
     print(aligned(table, left=[column for column in range(len(table[0])) if column not in right]))
     print(f"\n{readable(sum(store.nbytes for store in stores))} in {home.path}")
@@ -103,22 +103,22 @@ def show(home: CacheFolder, command: List) -> None:
 
 
 class Row:
-    """A line of the table."""
+    """One store as a line of the table."""
 
     def __init__(self, store: StoreFolder):
         self.store, meta = store, store.meta
-        known = {name: printable(str(meta.get(name, "?"))) for name in (*SETTINGS, *DETAILS.values())}
-        known["crops"] += ", mirrored" if meta.get("mirror") else ""
-        self.settings = tuple(known[name] for name in SETTINGS)
-        self.details = {name: known[setting][:8] for name, setting in DETAILS.items()}
+        texts = {name: printable(str(meta.get(name, "?"))) for name in (*SETTINGS, *DETAILS.values())}
+        texts["crops"] += ", mirrored" if meta.get("mirror") else ""
+        self.settings = tuple(texts[name] for name in SETTINGS)
+        self.details = {name: texts[key][:8] for name, key in DETAILS.items()}
 
-    def cells(self, shown: Sequence[str]) -> tuple[str, ...]:
+    def cells(self, details: Sequence[str]) -> tuple[str, ...]:
         last = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.store.last_used))
         size = f"{self.store.nbytes / 1e9:.2f}"
         return (
             self.store.key[:8],
             *self.settings,
-            *(self.details[name] for name in shown),
+            *(self.details[name] for name in details),
             size,
             last,
             state(self.store),
@@ -126,18 +126,19 @@ class Row:
 
 
 def state(store: StoreFolder) -> str:
-    there, whole = store.images() if store.readable else 0, store.meta.get("images")
+    """Whether a store is complete, and in use."""
+    images, total = store.images() if store.readable else 0, store.meta.get("images")
     if not store.readable:
-        words = "of another version"
-    elif there == whole:
-        words = "complete"
+        text = "older version"
+    elif images == total:
+        text = "complete"
     else:
-        words = f"partial, {100 * there // whole} %" if isinstance(whole, int) and whole > 0 else "partial"
-    return words + (", in use" if store.in_use else "")
+        text = f"partial, {100 * images // total} %" if isinstance(total, int) and total > 0 else "partial"
+    return text + (", in use" if store.in_use else "")
 
 
-def telling(rows: Sequence[Row]) -> list[str]:
-    """The details in which rows of equal settings differ."""
+def telling_details(rows: Sequence[Row]) -> list[str]:
+    """The details in which rows with equal settings differ."""
     alike: defaultdict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in rows:
         alike[row.settings].append(row)
@@ -148,30 +149,30 @@ def remove(home: CacheFolder, command: Remove) -> None:
     if sum((bool(command.keys), command.all, command.older is not None)) != 1:
         keys = f"{command_line('cache', 'ls')} shows the keys"
         raise UserError(f"rm: say what to remove, in one way: KEY ..., --older DAYS or --all ({keys})")
-    stores = named(home, command.keys) if command.keys else home.stores()
+    stores = stores_with(home, command.keys) if command.keys else home.stores()
     if command.older is not None:
         stores = [store for store in stores if time.time() - store.last_used > DAY_S * command.older]
-    total, used = 0, []
+    total, in_use = 0, []
     for store in stores:
         label, freed = store.label, store.remove()
         if freed is None:
-            used.append(store.key[:8])
+            in_use.append(store.key[:8])
             continue
         total += freed
         print(f"removed {label}: {readable(freed)}")
     print(f"freed {readable(total)} in {home.path}")
-    if used:
-        raise UserError(f"{', '.join(used)}: in use by a run, and left as it is; remove it when the run has ended")
+    if in_use:
+        raise UserError(f"{', '.join(in_use)}: in use by a run, and not removed; remove it when the run has ended")
 
 
 def verify(home: CacheFolder, command: Verify) -> None:
     from .features.store import DamagedShard, read_shard, require_sound
 
-    stores = named(home, command.keys) if command.keys else home.stores()
+    stores = stores_with(home, command.keys) if command.keys else home.stores()
     others = [store.key[:8] for store in stores if not store.readable]
     if others:
         free = command_line("cache", "rm", *others)
-        print(f"of another version, and left out: {', '.join(others)}; to free them: {free}")
+        print(f"written by an older version, and not read: {', '.join(others)}; to free them: {free}")
     stores = [store for store in stores if store.readable]
     paths = [path for store in stores for path in store.shards()]
     damaged = []
@@ -186,29 +187,28 @@ def verify(home: CacheFolder, command: Verify) -> None:
                 except DamagedShard as damage:
                     damaged.append(path)
                     bar.write(f"damaged: {path} ({store.label}): {damage}")
-                    path.unlink(missing_ok=True)  # a run that has it open keeps what it has
+                    path.unlink(missing_ok=True)  # a run that has the file open keeps its content
     print(f"read {len(paths)} files of {len(stores)} stores in {home.path}: {len(damaged) or 'none'} damaged")
     if damaged:
         raise UserError(
-            f"{home.path}: {len(damaged)} damaged files are removed; the next run that needs them makes them again: "
-            "repeat the command that uses these features, and look at the disk if it happens again"
+            f"{home.path}: {len(damaged)} damaged files removed; the next run that needs them recomputes them: "
+            "repeat the command that uses these features, and check the disk if it happens again"
         )
 
 
-def named(home: CacheFolder, keys: Sequence[str]) -> list[StoreFolder]:
-    """One for each of `keys`, in their order."""
-    stores, found = home.stores(), {}
+def stores_with(home: CacheFolder, keys: Sequence[str]) -> list[StoreFolder]:
+    """The stores whose keys begin with `keys`, in this order. UserError where none or several do."""
+    stores, chosen = home.stores(), {}
     for key in keys:
-        fits = [store for store in stores if store.key.startswith(key.lower())]
-        if len(fits) != 1:
-            which = (
-                f"stands for {len(fits)} stores ({', '.join(store.key[:8] for store in fits)})"
-                if fits
-                else "no store has this key"
+        fitting = [store for store in stores if store.key.startswith(key.lower())]
+        if len(fitting) != 1 or not key:
+            several = f"stands for {len(fitting)} stores ({', '.join(store.key[:8] for store in fitting)})"
+            raise UserError(
+                f"{key or 'an empty key'}: {several if fitting else 'no store has this key'}; "
+                f"{command_line('cache', 'ls')} shows the keys in {home.path}"
             )
-            raise UserError(f"{key}: {which}; {command_line('cache', 'ls')} shows the keys in {home.path}")
-        found[fits[0].key] = fits[0]
-    return list(found.values())
+        chosen[fitting[0].key] = fitting[0]
+    return list(chosen.values())
 
 
 if __name__ == "__main__":

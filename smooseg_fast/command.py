@@ -17,16 +17,12 @@ from typing import TYPE_CHECKING
 
 from .errors import UserError, WriteError
 from .system.commandline import HELP, command_line, starter
+from .system.progress import printable
 from .system.signals import terminable, with_kept
 
 if TYPE_CHECKING:
     from .segment.segmenter import Segmenter
     from .system.processes import Processes
-
-
-def printable(text: str) -> str:
-    """`text` as one line without control characters: names may come out of anyone's file."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
 
 
 def load_segmenter(checkpoint: str, backbone: str | None, device: str, precision: str) -> Segmenter:

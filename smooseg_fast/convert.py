@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from .command import predict_command, printable, run
+from .command import predict_command, run
 from .errors import UserError
 from .system.commandline import command_line, parse
 from .system.fields import Value
 from .system.outfolder import OutFolder
+from .system.progress import printable
 
 RECORD, BACKBONE = "convert.json", "backbone"
 # words in the names of hyper-parameters that describe what was trained, and how

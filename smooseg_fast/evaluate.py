@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -63,6 +63,7 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
     config = parse(EvaluateConfig, args, "evaluate")
     from .datasets.images import whole_patches
     from .features.extract import open_or_extract
+    from .features.job import FeatureOptions
     from .features.room import require_room
     from .measure.confusion import LabelSquares, confusion_of, head_codes, require_same_rows
     from .segment.segmenter import pick_device
@@ -82,14 +83,17 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
             print(f"eval_size: {settings.eval_size} -> {size} pixels, {why}")
     for note in dataset.notes:
         print(f"data       {note}")
-    options = dict(size=size, crops="center", resample=settings.resample, cache=config.cache, argument="--eval-size")
-    options |= dict(
-        processes=processes,
+    options = FeatureOptions(
+        size=size,
+        resample=settings.resample,
+        argument="--eval-size",
+        cache=config.cache,
         limit=None if config.cache_limit is None else parse_size(config.cache_limit, "--cache-limit"),
+        processes=processes,
     )
-    require_room(dataset, segmenter.backbone, stores=1 + config.mirror, **options)
-    store = open_or_extract(dataset, segmenter.backbone, **options)
-    mirrored = open_or_extract(dataset, segmenter.backbone, mirror=True, **options) if config.mirror else None
+    require_room(dataset, segmenter.backbone, options, stores=1 + config.mirror)
+    store = open_or_extract(dataset, segmenter.backbone, options)
+    mirrored = open_or_extract(dataset, segmenter.backbone, replace(options, mirror=True)) if config.mirror else None
     if mirrored is not None:
         require_same_rows(store, mirrored)
     labels = LabelSquares(dataset, store, size, processes)
@@ -103,7 +107,7 @@ def report(
     config: EvaluateConfig, dataset: Dataset, store: FeatureStore, counts: Tensor, *, groups: int, size: int
 ) -> None:
     """Write the figures of the confusion `counts` [groups, classes] to the output folder, and print them."""
-    from .measure.scores import hungarian, majority, percent, table
+    from .measure.scores import hungarian, majority, percent
     from .show import charts, pictures
 
     names = dataset.class_names

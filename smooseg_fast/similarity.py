@@ -87,6 +87,7 @@ def main(args: Sequence[str]) -> None:
     from .datasets.demo import datasets_of
     from .datasets.images import whole_patches
     from .features.extract import open_or_extract
+    from .features.job import FeatureOptions
     from .measure.closeness import closeness, similarity, warning
     from .segment.segmenter import pick_device
     from .show.closeness import closeness_picture, closeness_record, spread_table, thresholds_table
@@ -100,8 +101,8 @@ def main(args: Sequence[str]) -> None:
     dataset, _ = datasets_of(config)
     how = f"backbone {config.backbone}, {config.size} px, crops {config.crops}"
     print(f"smooseg_fast: {dataset.name} ({len(dataset)} images), {how}")
-    options = dict(size=config.size, crops=config.crops, resample=config.resample, cache=asked.cache)
-    store = open_or_extract(dataset, backbone, **options)
+    options = FeatureOptions(size=config.size, crops=config.crops, resample=config.resample, cache=asked.cache)
+    store = open_or_extract(dataset, backbone, options)
     if len(store) < 2:
         more = "add images, or --crops slide"
         raise UserError(f"--data: {len(store)} square of {config.size} pixels, but pairs of images need 2; {more}")

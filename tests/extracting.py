@@ -1,6 +1,7 @@
-"""python tests/extracting.py PHOTOS CACHE CALL: features of a folder; from the backbone's call number CALL on it waits for a line.
+"""python tests/extracting.py PHOTOS CACHE CALL: extract the features of a folder.
 
-Prints "reached" then, and at the end the number of calls and a digest of the features.
+From the backbone's call number CALL on it prints "reached" and waits for a line. At the end it prints the number of
+calls and a digest of the features.
 """
 
 import hashlib

@@ -1,9 +1,9 @@
-"""python tests/killed_extraction.py IMAGES KILLS [SEED]: an extraction of as many small pictures, killed with SIGKILL at random moments.
+"""python tests/killed_extraction.py IMAGES KILLS [SEED]: kill an extraction of small pictures at random moments.
 
-Each moment is tried on an empty cache, with one rerun that is left to end; then all of them in a row on one cache, one run after the other
-on what the one before left. In the end a store must be the undisturbed one's, file by file and byte for byte; exit code 1 where it is not.
-Runs are forks of this process, so that PyTorch is imported once. A moment is a number of shards and a share of the time that one takes,
-so that it comes however busy the machine is.
+It tries each moment on an empty cache, with one rerun that is left to end; then all moments in a row on one cache,
+where every run resumes the one before. In the end the files must be those of an undisturbed run, byte for byte; the
+exit code is 1 where they are not. Runs are forks of this process, so that PyTorch is imported once. A moment is a
+number of shards and a share of the time that one takes, so that it comes however busy the machine is.
 """
 
 import os
@@ -24,6 +24,7 @@ from smooseg_fast.backbones.filterbank import Filterbank
 from smooseg_fast.datasets import open_dataset
 from smooseg_fast.features import store
 from smooseg_fast.features.extract import open_or_extract
+from smooseg_fast.features.job import FeatureOptions
 
 SIZE, ROWS = 64, 32  # pixels of a square, squares of a shard
 
@@ -45,7 +46,8 @@ def start(photos, cache):
         return child
     torch.set_num_threads(1)
     store.SHARD_BYTES = ROWS * (SIZE // 8) ** 2 * 104 * 2
-    open_or_extract(open_dataset(photos, "train"), Filterbank(), size=SIZE, crops="slide", cache=cache, progress=False)
+    options = FeatureOptions(size=SIZE, crops="slide", cache=cache, progress=False)
+    open_or_extract(open_dataset(photos, "train"), Filterbank(), options)
     os._exit(0)
 
 

@@ -206,9 +206,7 @@ def test_what_a_killed_process_left_half_written_goes_at_once(photos, tmp_path, 
 # what is looked at
 
 
-def test_a_large_finished_store_is_opened_by_its_headers_and_verified_on_request(
-    photos, tmp_path, undisturbed, monkeypatch, capsys
-):  # noqa: F811
+def test_a_large_finished_store_is_opened_by_its_headers(photos, tmp_path, undisturbed, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setattr(turns, "CHECKED_BYTES", 0)
     home = tmp_path / "undisturbed"
     victim = shards(home)[2]
@@ -222,7 +220,7 @@ def test_a_large_finished_store_is_opened_by_its_headers_and_verified_on_request
     out, err = capsys.readouterr()
     assert f"damaged: {victim} (photos, {victim.parent.name[:8]}): its features have changed" in out
     assert (
-        f"error: {home}: 1 damaged files are removed; the next run that needs them makes them again: repeat the command"
+        f"error: {home}: 1 damaged files removed; the next run that needs them recomputes them: repeat the command"
         in err
     )
     assert not victim.exists()
@@ -242,13 +240,13 @@ def test_all_of_an_unfinished_store_is_looked_at(photos, tmp_path, undisturbed, 
     extract(photos, home, backbone, **SLIDE)
     assert backbone.calls == 3  # two calls for the damaged shard and one for the short last
     assert (
-        f"damaged: {first}: its features have changed since they were written; it is made again"
+        f"damaged: {first}: its features have changed since they were written; it will be recomputed"
         in capsys.readouterr().err
     )
     assert content(home) == undisturbed
 
 
-def test_features_of_an_older_version_are_named_and_made_anew(photos, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_features_of_an_older_version_are_named_and_recomputed(photos, tmp_path, monkeypatch, capsys):  # noqa: F811
     home = tmp_path / "cache"
     with monkeypatch.context() as patch:
         for module in (store, cachefolder):
@@ -260,17 +258,17 @@ def test_features_of_an_older_version_are_named_and_made_anew(photos, tmp_path, 
     (old / "used").unlink()  # what is older yet has none
     capsys.readouterr()
     extract(photos, home, size=12)
-    assert "another version" not in capsys.readouterr().err  # of other squares
+    assert "older version" not in capsys.readouterr().err  # of other squares
     backbone = FakeBackbone()
     extract(photos, home, backbone)
     assert backbone.calls > 0
-    said = f"the features in {old} are of another version, and are made anew; to free their"
+    said = f"{old} was written by an older version and will be recomputed; to free its"
     assert said in (err := capsys.readouterr().err)
     assert f"python -m smooseg_fast.cache rm {old.name[:8]}" in err
     assert call("ls", "--cache", home) == 0
-    assert re.search(rf"^{old.name[:8]} .* of another version$", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(rf"^{old.name[:8]} .* older version$", capsys.readouterr().out, re.MULTILINE)
     assert call("verify", "--cache", home) == 0
-    assert f"of another version, and left out: {old.name[:8]}; " in capsys.readouterr().out
+    assert f"written by an older version, and not read: {old.name[:8]}; " in capsys.readouterr().out
     assert shard.exists()
     assert not (old / "used").exists()  # to look is not to use
 
@@ -316,7 +314,7 @@ def test_ls_shows_what_there_is(three, photos, capsys):  # noqa: F811
     assert re.fullmatch(rf"[\d.]+ kB in {re.escape(str(home))}", lines[5])
     assert len(features) == 8
     assert call("ls", "--cache", home / "nowhere") == 0
-    assert "no features in it" in capsys.readouterr().out
+    assert "holds no features" in capsys.readouterr().out
 
 
 def column(out, name):
@@ -390,7 +388,7 @@ def test_rm_leaves_what_is_in_use(three, photos, capsys):  # noqa: F811
     home, features = three[0].parent, extract(photos, three[0].parent, size=12)
     before = features.load()
     assert call("rm", "--all", "--cache", home) == 2
-    assert f"error: {three[1].name[:8]}: in use by a run, and left as it is" in capsys.readouterr().err
+    assert f"error: {three[1].name[:8]}: in use by a run, and not removed" in capsys.readouterr().err
     assert names(home) == {three[1].name}
     shutil.rmtree(three[1])  # by hand it goes, and harms nobody
     assert (features.load() == before).all()
@@ -442,7 +440,8 @@ def test_room_is_made_by_removing_the_longest_unused(three, photos, capsys):  # 
     assert three[1].name in names(home)  # in use
     assert len(names(home)) == 2
     assert re.search(
-        r"warning: .* is [\d.]+ kB above --cache-limit 0\.0 kB, and all else in it is in use", capsys.readouterr().err
+        r"warning: .* is [\d.]+ kB above --cache-limit 0\.0 kB; everything else in it is in use",
+        capsys.readouterr().err,
     )
     assert features.load().any()
 

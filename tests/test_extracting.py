@@ -1,8 +1,9 @@
-"""How features are made: batches that do not fit, where the time goes, and runs that are killed."""
+"""How features are made: batches that do not fit, their pace, and runs that are killed."""
 
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,14 @@ from PIL import Image
 from test_store import SLIDE, FakeBackbone, extract, photos, shards, small_shards  # noqa: F401
 
 from smooseg_fast.backbones.filterbank import Filterbank
-from smooseg_fast.datasets import open_dataset, reading
+from smooseg_fast.datasets import open_dataset
 from smooseg_fast.datasets.images import cut_squares, read_image
 from smooseg_fast.errors import UserError
+from smooseg_fast.features.batches import Pace
 from smooseg_fast.features.extract import open_or_extract
+from smooseg_fast.features.job import FeatureOptions
 from smooseg_fast.features.store import read_shard, to_storage
-from smooseg_fast.features.tally import Tally
+from smooseg_fast.system import progress
 
 # batches that do not fit
 
@@ -97,9 +100,8 @@ def test_on_a_card_rows_are_those_of_the_backbone_called_by_hand(photos, tmp_pat
             photos / f"more{number}.png"
         )
     backbone, data = Filterbank("cuda"), open_dataset(photos, "train")
-    found = open_or_extract(
-        data, backbone, size=64, crops="slide", cache=tmp_path, batch_size=7, mirror=mirror, progress=False
-    )
+    options = FeatureOptions(size=64, crops="slide", cache=tmp_path, batch_size=7, mirror=mirror, progress=False)
+    found = open_or_extract(data, backbone, options)
     squares = [
         square
         for name in dict.fromkeys(found.names)
@@ -111,47 +113,43 @@ def test_on_a_card_rows_are_those_of_the_backbone_called_by_hand(photos, tmp_pat
     assert torch.equal(found.load(), to_storage(rows))
 
 
-# where the time goes
-
-
-def test_reading_is_told_from_decoding(tmp_path):
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)).save(tmp_path / "a.png")
-    before = reading.spent()
-    read_image(tmp_path / "a.png")
-    after = reading.spent()
-    assert after.clock > before.clock
-    with reading.opened(tmp_path / "a.png") as file:
-        assert file.read() == (tmp_path / "a.png").read_bytes()
-    assert reading.spent().clock > after.clock
-
-
-def test_shares_of_the_time():
-    tally = Tally()
-    for stage, seconds in dict(whole=10, backbone=8, copy=0.5, write=0.5, read=1, decode=5, resize=2).items():
-        tally.add(stage, seconds)
-    tally.squares, tally.images, tally.threads = 200, 50, 4
-    shares = tally.shares()
-    assert [round(shares[name], 3) for name in ("backbone", "copy", "write", "waiting")] == [0.8, 0.05, 0.05, 0.1]
-    assert [round(shares[name], 3) for name in ("read", "decode", "resize")] == [0.025, 0.125, 0.05]
-    assert tally.lines("16 squares a batch") == [
-        "extracted  200 squares of 50 images in 10.0 s: 20.0 squares/s, 5.0 images/s, 16 squares a batch",
-        "time       backbone 80.0 %, copy 5.0 %, write 5.0 %, waiting for images 10.0 %; beside it, of 4 threads: read 2.5 %, "
-        "decode 12.5 %, resize 5.0 %",
-    ]
+# the pace
 
 
 def test_an_extraction_tells_its_pace_and_a_reader_none(photos, tmp_path, capsys):  # noqa: F811
     extract(photos, tmp_path)
-    said = capsys.readouterr().err
-    assert re.search(
-        r"^extracted  8 squares of 10 images in [\d.]+ s: .* images/s, 3 squares a batch, fake in float32 on cpu$",
-        said,
-        re.M,
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("extracted")]
+    found = re.fullmatch(
+        r"extracted  8 squares of 10 images in [\d.]+ s: [\d.]+ images/s, (\d+) % of the time in the backbone; "
+        r"3 squares a batch, fake in float32 on cpu",
+        line,
     )
-    shares = [float(share) for share in re.findall(r"([\d.]+) %", re.search(r"^time .*$", said, re.M)[0])]
-    assert sum(shares[:4]) == pytest.approx(100, abs=0.3)
+    assert 0 <= int(found[1]) <= 100
     extract(photos, tmp_path)
     assert "extracted" not in capsys.readouterr().err
+
+
+def test_the_line_of_a_pace():
+    pace = Pace(squares=200, images=50, seconds=10, backbone_seconds=8)
+    assert pace.line("16 squares a batch") == (
+        "extracted  200 squares of 50 images in 10.0 s: 5.0 images/s, "
+        "80 % of the time in the backbone; 16 squares a batch"
+    )
+    assert "0.0 images/s, 0 %" in Pace().line("nothing")
+
+
+def test_a_phase_is_announced_once_it_is_slow(monkeypatch):
+    said = []
+    monkeypatch.setattr(progress, "say", said.append)
+    with progress.announced("quick"):
+        pass
+    assert said == []
+    monkeypatch.setattr(progress, "SILENT_S", 0.0)
+    spoken = threading.Event()
+    monkeypatch.setattr(progress, "say", lambda line: (said.append(line), spoken.set()))
+    with progress.announced("slow"):
+        assert spoken.wait(10)
+    assert said == ["slow"]
 
 
 # SIGKILL

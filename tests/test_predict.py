@@ -1,13 +1,18 @@
 """predict as a user runs it: what is written, and what the same command does after a stop, a change or a mishap."""
 
+import functools
 import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_trainer import SMALL
 from textures import draw
@@ -15,10 +20,12 @@ from textures import draw
 import smooseg_fast
 from smooseg_fast import evaluate, predict, similarity, train
 from smooseg_fast.command import run
-from smooseg_fast.datasets.images import find_images
+from smooseg_fast.config import TrainConfig
+from smooseg_fast.datasets.images import find_images, resize_short_side
 from smooseg_fast.segment import segmenter
 from smooseg_fast.segment.segmenter import Segmenter
 from smooseg_fast.show import sheet
+from smooseg_fast.system.locks import Lock
 
 
 def test_predict_names_skips_and_counts_images_smaller_than_a_patch(trained, tmp_path, capsys):
@@ -91,7 +98,59 @@ def test_predict_on_masks_alone(trained, labelled, capsys):
     assert not (labelled.parent / "made").exists()
 
 
-# going on after a stop
+# where a pixel's label comes from
+
+PATCH = 8
+
+
+def mean_colours(pixels):
+    """uint8 [B,3,S,T] -> codes [B,h,w,3]: what a patch has depends on its own pixels alone."""
+    b, _, s, t = pixels.shape
+    return pixels.float().view(b, 3, s // PATCH, PATCH, t // PATCH, PATCH).mean((3, 5)).permute(0, 2, 3, 1) - 127.5
+
+
+def taps(pixels, patches, covered):
+    """For each pixel of a side the two nearest of `patches`, which cover `covered` pixels, and the second's weight."""
+    centres = np.clip((np.arange(pixels) + 0.5) * patches / covered - 0.5, 0, patches - 1)
+    first = np.floor(centres).astype(int)
+    return first, np.minimum(first + 1, patches - 1), centres - first
+
+
+@pytest.mark.parametrize("tile", [640, 3 * PATCH])
+@pytest.mark.parametrize("mirror", [True, False])
+@pytest.mark.parametrize(("height", "width", "short_side"), [(37, 61, 37), (61, 37, 37), (45, 83, 70), (90, 43, 29)])
+def test_labels_lie_where_their_pixels_are(monkeypatch, height, width, short_side, mirror, tile):
+    """Neither side is whole patches, so the codes cover more than the image. Against the definition, pixel by pixel."""
+    rng = np.random.default_rng(height)
+    image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    prototypes = torch.from_numpy(rng.standard_normal((7, 3))).float()
+    chosen = object.__new__(Segmenter)  # one that has learnt nothing
+    chosen.checkpoint = SimpleNamespace(config=TrainConfig(resample="bilinear"))
+    chosen.backbone, chosen.head = SimpleNamespace(patch=PATCH), SimpleNamespace(teacher=prototypes)
+    chosen.codes = mean_colours
+    monkeypatch.setattr(segmenter, "code_map", functools.partial(segmenter.code_map, tile=tile))
+    labels = chosen.predict(image, mirror=mirror, short_side=short_side)
+
+    resized = resize_short_side(image, short_side, "bilinear")
+    below, beyond = (-side % PATCH for side in resized.shape[:2])
+    assert below > 0
+    assert beyond > 0
+    padded = np.pad(resized, ((0, below), (0, beyond), (0, 0)), mode="symmetric")
+    codes = mean_colours(torch.from_numpy(padded).permute(2, 0, 1)[None])[0].double().numpy()
+    h, w = codes.shape[:2]
+    top, bottom, down = taps(height, h, round(padded.shape[0] * height / resized.shape[0]))
+    left, right, across = taps(width, w, round(padded.shape[1] * width / resized.shape[1]))
+    rows = codes[top] * (1 - down)[:, None, None] + codes[bottom] * down[:, None, None]
+    pixels = rows[:, left] * (1 - across)[:, None] + rows[:, right] * across[:, None]
+    cosines = pixels @ (prototypes.double() / prototypes.double().norm(dim=1, keepdim=True)).numpy().T
+    second, best = np.sort(cosines, axis=-1)[..., -2:].transpose(2, 0, 1)
+    clear = best - second > 1e-3 * np.abs(codes).max()
+    assert clear.mean() > 0.9
+    assert labels.shape == (height, width)
+    np.testing.assert_array_equal(labels[clear], cosines.argmax(-1)[clear])
+
+
+# a stop, several processes, a mishap
 
 
 @pytest.fixture
@@ -219,7 +278,8 @@ def test_a_folder_is_of_one_checkpoint(trained, labelled, photos, segmented, cap
 
 def test_a_folder_is_of_one_backbone(labelled, photos, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(tmp_path))
-    source = "def means(images):\n    b, _, s, t = images.shape\n    return images.view(b, 3, s // 8, 8, t // 8, 8).mean((3, 5)) - 0.5\n"
+    source = "def means(images):\n    b, _, s, t = images.shape\n"
+    source += "    return images.view(b, 3, s // 8, 8, t // 8, 8).mean((3, 5)) - 0.5\n"
     (tmp_path / "theirs.py").write_text(source)
     named = ["--backbone", "theirs:means"]
     assert run(train.main, ["--data", str(labelled), "--out", "out", *SMALL, *named]) == 0
@@ -288,6 +348,46 @@ def test_a_kill_between_the_mask_and_its_record(trained, photos, segmented, lost
     assert len(segmented) == 5 + (5 if lost == "all" else 1)
     assert content("made") == before
     assert sorted(journal.read_text().splitlines(keepends=True)) == sorted(lines)
+
+
+def test_journals_of_several_processes_are_put_together(trained, photos, segmented):
+    """As two processes leave them when they are killed, the second in the middle of a line."""
+    assert call(trained, photos, "made") == 0
+    before, journal = content("made"), Path("made/done.jsonl")
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(lines[:2]))
+    Path("made/done-1.jsonl").write_text("".join(lines[2:4]) + lines[4][:-9])
+    assert call(trained, photos, "made") == 0
+    assert len(segmented) == 6
+    assert content("made") == before
+    assert sorted(journal.read_text().splitlines(keepends=True)) == sorted(lines)
+
+
+def test_two_processes_share_the_images(trained, photos, segmented):
+    """They go on where one process was stopped, and end with its files; one of them cannot read 3.png."""
+    assert call(trained, photos, "one") == 0
+    segmented.at[7] = lambda: signal.raise_signal(signal.SIGINT)
+    assert call(trained, photos, "two") == 130
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words += ["-m", "smooseg_fast.predict", "--checkpoint", trained, "--images", photos, "--out", "two"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=100, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 of 6 images are done in two") == 1
+    assert done.stdout.count("segmented 5 of 6 images, 1 could not be used") == 1
+    assert done.stderr.count(f"skipped: {photos / '3.png'}: not an image") == 1
+    assert content("two") == content("one")
+    journals = [sorted(Path(out, "done.jsonl").read_text().splitlines()) for out in ("one", "two")]
+    assert journals[0] == journals[1]
+
+
+def test_a_folder_that_another_command_writes_into(trained, photos, capsys):
+    lock = Lock(Path("made/.lock"))
+    assert lock.take()
+    lock.sign()
+    assert call(trained, photos, "made") == 2
+    assert f"error: --out made: process {os.getpid()} on " in capsys.readouterr().err
+    assert [path.name for path in Path("made").iterdir()] == [".lock"]
 
 
 def test_a_full_disk_is_named_and_the_same_command_goes_on(trained, photos, segmented, monkeypatch, capsys):
@@ -377,7 +477,7 @@ def test_what_was_made_among_the_images_is_not_taken_for_images(trained, photos,
 
 
 def test_what_any_command_made_among_the_images_is_not_taken_for_images(trained, photos, labelled, monkeypatch, capsys):
-    """A run, two predictions, an evaluation and a look at closeness inside the folder of photos, as from a shell that stands there."""
+    """A run, two predictions, an evaluation and a look at closeness, typed in the folder of photos."""
     mine = find_images(photos)
     monkeypatch.chdir(photos)
     assert run(train.main, ["--data", ".", *SMALL, "--granularity", "0", "0.1"]) == 0

@@ -29,6 +29,7 @@ from smooseg_fast.datasets.images import ImageError
 from smooseg_fast.errors import UserError
 from smooseg_fast.features import store
 from smooseg_fast.features.extract import open_or_extract
+from smooseg_fast.features.job import FeatureOptions
 from smooseg_fast.features.store import read_shard
 from smooseg_fast.learn import loop
 from smooseg_fast.learn import run as steps
@@ -320,9 +321,8 @@ def extract(processes, photos, cache, shard_bytes, settings):
     before, store.SHARD_BYTES = store.SHARD_BYTES, shard_bytes
     backbone = FakeBackbone()
     try:
-        made = open_or_extract(
-            open_dataset(photos, "train"), backbone, size=8, cache=cache, batch_size=3, processes=processes, **settings
-        )
+        options = FeatureOptions(size=8, cache=cache, batch_size=3, processes=processes, **settings)
+        made = open_or_extract(open_dataset(photos, "train"), backbone, options)
     finally:
         store.SHARD_BYTES = before
     return backbone.calls, made.names, made.skipped, made.rows(range(len(made))).numpy()
@@ -372,15 +372,8 @@ def extract_short(processes, photos, cache, room):
     before, store.SHARD_BYTES = store.SHARD_BYTES, 7 * 4 * 5 * 2
     try:
         backbone = Short(room if processes.rank == processes.size - 1 else 100, since=1)
-        open_or_extract(
-            open_dataset(photos, "train"),
-            backbone,
-            size=8,
-            crops="slide",
-            cache=cache,
-            batch_size=3,
-            processes=processes,
-        )
+        options = FeatureOptions(size=8, crops="slide", cache=cache, batch_size=3, processes=processes)
+        open_or_extract(open_dataset(photos, "train"), backbone, options)
     finally:
         store.SHARD_BYTES = before
 

@@ -14,10 +14,10 @@ from safetensors import safe_open
 from smooseg_fast.datasets import open_dataset
 from smooseg_fast.datasets.images import cut_squares
 from smooseg_fast.errors import UserError, WriteError
-from smooseg_fast.features import extract as extraction
-from smooseg_fast.features import store
+from smooseg_fast.features import job, store
 from smooseg_fast.features.cachefolder import default_cache
 from smooseg_fast.features.extract import open_or_extract
+from smooseg_fast.features.job import FeatureOptions
 from smooseg_fast.features.store import (
     Contents,
     DamagedShard,
@@ -34,7 +34,7 @@ PATCH, SIZE, P, D = 4, 8, 4, 5
 
 
 class FakeBackbone:
-    """Mean colour of each patch, the size of the batch and the patch's column: a wrong order, batch or mirror shows in the values."""
+    """Gives mean colour and column of each patch and the batch size, so a wrong order, batch or mirror shows."""
 
     name, digest, patch, dim, device, precision = "fake", "f00d", PATCH, D, torch.device("cpu"), "float32"
 
@@ -81,10 +81,8 @@ def small_shards(monkeypatch):
 
 
 def extract(photos, cache, backbone=None, **settings) -> FeatureStore:
-    backbone = backbone or FakeBackbone()
-    return open_or_extract(
-        open_dataset(photos, "train"), backbone, **{"size": SIZE, "cache": cache, "batch_size": 3, **settings}
-    )
+    options = FeatureOptions(**{"size": SIZE, "cache": cache, "batch_size": 3, **settings})
+    return open_or_extract(open_dataset(photos, "train"), backbone or FakeBackbone(), options)
 
 
 def shards(cache: Path) -> list[Path]:
@@ -228,7 +226,7 @@ def test_an_image_smaller_than_a_patch_is_skipped(photos, tmp_path, capsys):
 @pytest.mark.parametrize("why", ["memory", "pixels"])
 def test_a_strip_too_long_for_the_memory_is_skipped(photos, tmp_path, monkeypatch, why):
     """With the short side at 8 pixels, 5.png (12 x 40) has 208, and 6.png no more than any other square."""
-    plain = extraction.cut_squares
+    plain = job.cut_squares
 
     def short(image, *settings):
         if image.shape[:2] == (12, 40):
@@ -236,9 +234,9 @@ def test_a_strip_too_long_for_the_memory_is_skipped(photos, tmp_path, monkeypatc
         return plain(image, *settings)
 
     if why == "memory":
-        monkeypatch.setattr(extraction, "cut_squares", short)
+        monkeypatch.setattr(job, "cut_squares", short)
     else:
-        monkeypatch.setattr(extraction, "MAX_PIXELS", 212)
+        monkeypatch.setattr(job, "MAX_PIXELS", 212)
     names = dict(extract(photos, tmp_path).skipped)
     assert names.pop("5.png") == "40 x 12 pixels, too many for the memory with 8 on the short side"
     assert list(names) == ["4.png", "9.png"]
@@ -469,7 +467,7 @@ def test_what_is_not_finite_is_an_error_that_names_the_image(photos, tmp_path, v
                 features[1, 2, 3] = value
             return features, grid
 
-    with pytest.raises(UserError, match=r"backbone fake: gave nan or infinity for 5\.png"):
+    with pytest.raises(UserError, match=r"backbone fake: gave NaN or infinity for 5\.png"):
         extract(photos, tmp_path, Broken())
 
 

@@ -23,6 +23,7 @@ from smooseg_fast.datasets import ArrayDataset
 from smooseg_fast.errors import UserError, WriteError
 from smooseg_fast.features import extract as extracting
 from smooseg_fast.features.cachefolder import CacheFolder
+from smooseg_fast.features.job import FeatureOptions
 from smooseg_fast.features.room import Expected, Windows, sampled, windows_of
 from smooseg_fast.learn import stream
 from smooseg_fast.learn.loop import Loop
@@ -42,7 +43,7 @@ def images(count=40):
 def opened(
     cache, *, limit=None, windows=None, resumed=False, in_use=0, dataset=None, processes=ALONE, said=None, data_seed=5
 ):
-    options = dict(size=SIZE, crops="center", cache=cache, limit=limit, progress=False, processes=processes)
+    options = FeatureOptions(size=SIZE, cache=cache, limit=limit, progress=False, processes=processes)
     say = (lambda line: None) if said is None else said.append
     learning = dict(batch_size=4, data_seed=data_seed, in_use=in_use, resumed=resumed, windows=windows, say=say)
     return open_for_training(dataset or images(), FakeBackbone(), options, **learning)
@@ -147,7 +148,7 @@ def test_two_processes_see_the_same_windows(pair, tmp_path):  # noqa: F811
 
 
 def test_windows_fit_beside_what_is_in_use():
-    found = Expected(images=1000, squares=5.0, square_bytes=1000, there=False)  # 5.25 MB with the margin
+    found = Expected(images=1000, squares=5.0, square_bytes=1000, on_disk=False)  # 5.25 MB with the margin
     assert windows_of(found, 5_300_000, 0, 32) is None
     assert windows_of(found, 5_300_000, 100_000, 32) is not None
     assert sampled(1000) == 62
@@ -156,9 +157,10 @@ def test_windows_fit_beside_what_is_in_use():
         assert in_use + (62 / 1000 + 1 / windows.count) * found.nbytes <= limit
         assert in_use + (62 / 1000 + 1 / (windows.count - 1)) * found.nbytes > limit
         assert windows.steps == round(5000 / windows.count / 32)
-    assert windows_of(Expected(1000, 5.0, 1000, there=True), 1, 0, 32) is None
+    assert windows_of(Expected(1000, 5.0, 1000, on_disk=True), 1, 0, 32) is None
     with pytest.raises(
-        UserError, match=r"--cache-limit 300\.0 kB: too small; .* at least 359\.2 kB, all features 5\.[23] MB"
+        UserError,
+        match=r"--cache-limit 300\.0 kB: too small; .* at least 359\.2 kB at a time, and all features take 5\.[23] MB",
     ):
         windows_of(found, 300_000, 0, 32)
     assert windows_of(found, 359_250, 0, 32) == Windows(156, 1)
@@ -182,10 +184,10 @@ def test_the_cache_never_passes_the_limit(tmp_path, monkeypatch):
 
     monkeypatch.setattr(extracting, "write_shard", written)
     monkeypatch.setattr(
-        stream, "open_or_extract", lambda part, backbone, **options: extracting.open_or_extract(part, Wide(), **options)
+        stream, "open_or_extract", lambda part, backbone, options: extracting.open_or_extract(part, Wide(), options)
     )
     limit = 20 * 4 * 5000 * 2
-    options = dict(size=SIZE, crops="center", cache=tmp_path, limit=limit, progress=False, processes=ALONE)
+    options = FeatureOptions(size=SIZE, cache=tmp_path, limit=limit, progress=False)
     learning = dict(batch_size=4, data_seed=5, in_use=0, resumed=False, windows=None, say=lambda line: None)
     _, schedule = open_for_training(images(), Wide(), options, **learning)
     assert schedule.windows == Windows(3, 3)
@@ -260,12 +262,12 @@ def test_stopped_between_windows_it_tells_the_step_and_needs_no_limit_to_go_on(f
     assert call(*args, "--out", "whole") == 0
     plain, parts = stream.open_or_extract, []
 
-    def stopped(part, *rest, **options):
+    def stopped(part, *rest):
         parts.append(part.name)
         if len(parts) == 4:  # the sample and two windows came before
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
-        return plain(part, *rest, **options)
+        return plain(part, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(stream, "open_or_extract", stopped)
@@ -282,11 +284,11 @@ def test_stopped_between_windows_it_tells_the_step_and_needs_no_limit_to_go_on(f
 def test_a_full_disk_between_windows(folder, monkeypatch, capsys):
     plain, parts = stream.open_or_extract, []
 
-    def full(part, *rest, **options):
+    def full(part, *rest):
         parts.append(part)
         if len(parts) == 4:
             raise WriteError("c/shard: cannot be written")
-        return plain(part, *rest, **options)
+        return plain(part, *rest)
 
     monkeypatch.setattr(stream, "open_or_extract", full)
     assert call("--data", "photos", "--cache", "c", *SMALL, *STREAMED, "--out", "out") == 2
@@ -299,7 +301,7 @@ def test_a_full_disk_between_windows(folder, monkeypatch, capsys):
         ("much", "--cache-limit much: no size; give a number above 0 with its unit, such as 50GB"),
         (
             "146kB",
-            "--cache-limit 146.0 kB: too small; what has to be at hand at once takes at least 146.8 kB, all features 251.6 kB",
+            "--cache-limit 146.0 kB: too small; a run needs at least 146.8 kB at a time, and all features take 251.6 kB",
         ),
     ],
 )

@@ -18,7 +18,7 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     """
     choices = get_args(BackbonePrecision)
     if precision not in choices:
-        raise UserError(f"--backbone-precision {precision}: is not known; choose one of {', '.join(choices)}")
+        raise UserError(f"--backbone-precision {precision}: unknown; choose one of {', '.join(choices)}")
     if precision != "auto":
         return getattr(torch, precision)
     if device.type == "cpu":

@@ -273,7 +273,7 @@ _pixel_limit = _PixelLimit()
 def _opened(path: Path | str) -> Iterator[Image.Image]:
     """Open the file as a Pillow image that decodes on demand; whatever goes wrong inside is raised as ImageError."""
     try:
-        with _pixel_limit.lifted(), Image.open(path) as image:
+        with _pixel_limit.lifted(), open(path, "rb") as file, Image.open(file) as image:
             if image.width * image.height > MAX_PIXELS:
                 reason = f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,} in all"
                 raise ImageError(path, reason, "cut it into tiles")

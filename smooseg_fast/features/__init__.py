@@ -1,5 +1,6 @@
-"""Frozen features on disk: made once by a backbone, kept as shards that are checked, shared between runs and held below a limit.
+"""Frozen features on disk: made once by a backbone, kept as checked shards, shared between runs.
 
-Arrows go one way: store (what a shard is) and locks, cachefolder and turns (who may read and write), batches and produce (how shards are
-made), extract (open what is there, make the rest), room and stream (more features than the cache may hold).
+Imports go one way: store (what a shard is), cachefolder (who uses which store), batches and job (what is made), produce
+(make shards), turns (who checks and writes), extract (open what is on disk, make the rest), room (more features than
+the cache may hold).
 """

@@ -1,8 +1,8 @@
-"""The folder of all feature stores: what is in it, who uses what, what goes when there is no room.
+"""Manage the folder of all feature stores: list them, note who uses which, remove some when there is no room.
 
-Every store is a folder named by the hash of what it depends on. In it are the shards, `meta.json` for people, the file `used`, whose time
-tells when the store was opened last and on which everybody who reads it has a shared lock, and, while shards are made, `writing`, locked
-by the one process that makes them.
+A store is a folder named by the hash of everything that decides its features. It holds the shards, `meta.json` for
+people, the file `used`, whose time says when the store was last opened and on which every reader has a shared lock,
+and, while shards are made, the file `writing`, locked by the one process that makes them.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from .store import FORMAT, SHARDS, DamagedShard, read_shard, shard_path
 
 KEY = re.compile(r"[0-9a-f]{32}")
 META, USED, WRITING = "meta.json", "used", "writing"
+REMOVAL_S = 0.02  # between looks at a store that is being removed
 
 
 @dataclass(frozen=True)
 class StoreFolder:
-    """One store on disk, whether or not it is there yet."""
+    """One store, whether or not it is on disk yet."""
 
     path: Path
 
@@ -37,12 +38,12 @@ class StoreFolder:
         return self.path.name
 
     def shards(self) -> list[Path]:
-        """In the order of their numbers, of which some may be missing."""
+        """The files in the order of their numbers; some may be missing."""
         return sorted(self.path.glob(SHARDS), key=lambda path: (len(path.name), path.name))
 
     @property
     def nbytes(self) -> int:
-        """Of all that is in it."""
+        """Size of all its files."""
         total = 0
         with contextlib.suppress(OSError), os.scandir(self.path) as entries:
             for entry in entries:
@@ -52,7 +53,7 @@ class StoreFolder:
 
     @property
     def last_used(self) -> float:
-        """Seconds since 1970; 0 where nobody knows."""
+        """Seconds since 1970; 0 if unknown."""
         for name in (USED, META, "."):
             with contextlib.suppress(OSError):
                 return (self.path / name).stat().st_mtime
@@ -60,33 +61,33 @@ class StoreFolder:
 
     @cached_property
     def meta(self) -> dict[str, Any]:
-        """What `describe` wrote, for people; empty where it cannot be read."""
+        """What `describe` wrote; empty if it cannot be read."""
         try:
-            found = json.loads((self.path / META).read_text(encoding="utf-8"))
+            meta = json.loads((self.path / META).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return meta if isinstance(meta, dict) else {}
 
     @property
     def readable(self) -> bool:
-        """Whether this version wrote it, as far as one can tell."""
+        """Whether this version of the format wrote it, as far as meta.json tells."""
         return self.meta.get("format", FORMAT) == FORMAT
 
     @property
     def label(self) -> str:
-        """For lines about it."""
+        """What messages call it."""
         return f"{self.meta.get('dataset', 'an unknown dataset')}, {self.key[:8]}"
 
     def describe(self, meta: dict[str, Any]) -> None:
         write_json(self.path / META, meta)
 
     def images(self) -> int:
-        """Whose features are there: up to the end of the last shard, if none before it is missing."""
-        found = self.shards()
-        if not found or found != [shard_path(self.path, number) for number in range(len(found))]:
+        """How many images, from the first on, have their features on disk; 0 where a shard is missing in between."""
+        paths = self.shards()
+        if not paths or paths != [shard_path(self.path, number) for number in range(len(paths))]:
             return 0
         try:
-            last = read_shard(found[-1])
+            last = read_shard(paths[-1])
         except DamagedShard:
             return 0
         return 0 if last is None else last.contents.end[0]
@@ -94,16 +95,16 @@ class StoreFolder:
     # who uses it
 
     def use(self) -> Lock:
-        """Marks it as used now; nobody removes it while the lock is held. Makes the folder."""
+        """Mark it as used now, and make the folder. Nobody removes it while the lock is held."""
         lock = Lock(self.path / USED)
         while not lock.take(shared=True):
-            time.sleep(0.02)  # somebody is removing it
-        with contextlib.suppress(OSError):  # another user's
+            time.sleep(REMOVAL_S)  # somebody is removing it
+        with contextlib.suppress(OSError):  # another user's file
             os.utime(lock.path)
         return lock
 
     def writer(self) -> Lock:
-        """Not taken yet."""
+        """The lock of the one process that writes; it is not taken yet."""
         return Lock(self.path / WRITING)
 
     @property
@@ -116,7 +117,10 @@ class StoreFolder:
         return not free
 
     def remove(self) -> int | None:
-        """-> the bytes freed; None when it is in use. What is not of a store stays. WriteError when it cannot be removed."""
+        """Remove it -> the bytes freed, or None when it is in use.
+
+        Other files in its folder stay. WriteError when it cannot.
+        """
         lock = Lock(self.path / USED)
         if not lock.take():
             return None
@@ -125,7 +129,7 @@ class StoreFolder:
             for path in list(self.path.iterdir()):
                 if path.match(SHARDS) or path.name in (META, WRITING) or LEFTOVER.fullmatch(path.name):
                     path.unlink(missing_ok=True)
-            (self.path / USED).unlink(missing_ok=True)  # last: until then nobody comes in
+            (self.path / USED).unlink(missing_ok=True)  # last: while it is there, nobody opens the store
             freed = before - self.nbytes
         except OSError as error:
             raise WriteError(
@@ -133,37 +137,41 @@ class StoreFolder:
             ) from error
         finally:
             lock.release()
-        with contextlib.suppress(OSError):  # something else is in it, or somebody has just come
+        with contextlib.suppress(OSError):  # it holds other files, or somebody has just opened it
             self.path.rmdir()
         return freed
 
 
 class CacheFolder:
-    """All stores in `path`, by default $XDG_CACHE_HOME/smooseg_fast or ~/.cache/smooseg_fast; `limit` in bytes, None for none."""
+    """All stores in `path`, by default $XDG_CACHE_HOME/smooseg_fast or ~/.cache/smooseg_fast.
+
+    limit: bytes that they may take together; None for no limit.
+    """
 
     def __init__(self, path: Path | str | None = None, limit: int | None = None):
         self.path, self.limit = default_cache() if path is None else Path(path).expanduser(), limit
-        self._passed = False
+        self._warned = False
 
     def store(self, key: str) -> StoreFolder:
         return StoreFolder(self.path / key)
 
     def stores(self) -> list[StoreFolder]:
-        """The last used first. UserError where the folder cannot be read."""
+        """All stores, the most recently used first. UserError where the folder cannot be read."""
         try:
-            found = [StoreFolder(path) for path in self.path.iterdir() if KEY.fullmatch(path.name) and path.is_dir()]
+            stores = [StoreFolder(path) for path in self.path.iterdir() if KEY.fullmatch(path.name) and path.is_dir()]
         except FileNotFoundError:
             return []
         except OSError as error:
             raise UserError(
                 f"--cache {self.path}: cannot be read ({error.strerror or error}); give a folder of features"
             ) from error
-        return sorted(found, key=lambda store: (-store.last_used, store.key))
+        return sorted(stores, key=lambda store: (-store.last_used, store.key))
 
     def make_room(self, nbytes: int, keep: StoreFolder) -> tuple[list[tuple[str, int]], int]:
-        """Before `nbytes` more are written into `keep`: removes other stores, the longest unused first, none that is in use.
+        """Remove other stores before `nbytes` more are written into `keep`.
 
-        -> what was removed, with the bytes it freed; and by how many bytes the limit is passed all the same, the first time that it is.
+        The least recently used go first, and none that is in use. -> (labels of the removed stores with the bytes they
+        freed, bytes by which the limit will be exceeded all the same; 0 from the second time on).
         """
         if self.limit is None:
             return [], 0
@@ -171,16 +179,16 @@ class CacheFolder:
         if excess > 0:
             for store in reversed([store for store in self.stores() if store != keep]):
                 label, freed = store.label, None
-                with contextlib.suppress(WriteError):  # another user's
+                with contextlib.suppress(WriteError):  # another user's store
                     freed = store.remove()
                 if freed is not None:
                     removed.append((label, freed))
                     excess -= freed
                 if excess <= 0:
                     break
-        if excess <= 0 or self._passed:
+        if excess <= 0 or self._warned:
             return removed, 0
-        self._passed = True
+        self._warned = True
         return removed, excess
 
 

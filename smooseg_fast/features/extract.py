@@ -1,22 +1,24 @@
-"""A dataset through a frozen backbone into a feature store: what is there already is taken, the rest made (`produce`) and kept."""
+"""Open the features of a dataset: read the shards that are on disk, make the others with a frozen backbone."""
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ..datasets import Dataset
-from ..datasets.images import Crops, Resample
 from ..errors import UserError
 from ..system.files import sweep
-from ..system.processes import ALONE, Processes
+from ..system.progress import say
 from ..system.signals import with_kept
 from ..system.sizes import readable
-from .cachefolder import CacheFolder, StoreFolder
-from .job import Job, job_of
-from .produce import produce, say
+from .batches import Pace
+from .cachefolder import CacheFolder
+from .job import FeatureOptions, Job
+from .produce import produce
 from .store import Contents, DamagedShard, FeatureStore, Shard, shard_path, write_shard
 from .turns import Checking, Turn
 
@@ -24,140 +26,182 @@ if TYPE_CHECKING:
     from ..backbones.base import Backbone
 
 
-SWEEP_S = 3600.0  # a half written shard of this age is nobody's, also where there are no locks
+ABANDONED_S = 3600.0  # age at which a half-written shard is nobody's, where no lock says so
 
 
-def open_or_extract(
-    dataset: Dataset,
-    backbone: Backbone,
-    *,
-    size: int,
-    crops: Crops = "center",
-    resample: Resample = "nearest",
-    cache: Path | str | None = None,
-    batch_size: int | None = None,
-    mirror: bool = False,
-    progress: bool = True,
-    argument: str = "--size",
-    processes: Processes = ALONE,
-    limit: int | None = None,
-) -> FeatureStore:
-    """The features of every square of every image: taken from `cache` as far as they are there, else made by `backbone` and kept.
+def open_or_extract(dataset: Dataset, backbone: Backbone, options: FeatureOptions) -> FeatureStore:
+    """Open the features of every square of every image; `backbone` makes those that are not in the cache yet.
 
-    Squares have `size` pixels (a multiple of backbone.patch), cut as `images.cut_squares` does; `mirror` gives the features of the
-    mirrored squares with the grid's columns mirrored back, in the same order. They live in a folder of `cache` (by default
-    $XDG_CACHE_HOME/smooseg_fast or ~/.cache/smooseg_fast) named by a hash of the images, the backbone's digest and the settings.
-    A batch is `batch_size` squares (16 on a CPU, else 64) and ends with its shard, so that the features are the same to the byte however
-    often the work is interrupted. Where a batch does not fit into the device's memory, it and all that follow it are halved.
+    The features live in a folder of `options.cache` named by a hash of the images, the backbone's digest and the
+    options. A batch ends with its shard, so the features have the same bytes however often the work is interrupted.
+    Where a batch does not fit into the device's memory, it and all that follow are halved.
 
-    Stopped by a signal (raised as Interrupted, which tells what is kept) or otherwise, the shards written so far are whole, and the
-    next call goes on behind them; damaged shards are named and made again (`turns.Checking`). Images that cannot be used are named on
-    stderr and skipped. Memory: a few times a shard, whatever the images. Of several `processes`, which see one file system, all call it
-    and get the same store. Another run that makes the same features at this moment is waited for, and its shards taken.
+    When a signal (raised as Interrupted, which says what is kept) or an error stops it, the shards written so far are
+    whole, and the next call resumes behind them. Damaged shards are named and recomputed (`turns.Checking`). Images
+    that cannot be used are named on stderr and skipped. Memory: a few shards, however many images. All of several
+    processes call it and get the same store. When another run makes the same features at this moment, its shards are
+    taken as they come.
 
-    Before a shard is written, other stores are removed, the longest unused first and none in use, to keep the cache below `limit` bytes.
+    Before a shard is written, other stores are removed to keep the cache below `options.limit`: the least recently used
+    first, none that is in use.
 
-    Raises UserError for wrong settings (naming `argument` where it is the size), when no image can be used, when the cache cannot be
-    written, and when the backbone gives nan, infinity or another shape than it promised.
+    Raises:
+        UserError: for wrong options, when no image can be used, when the cache cannot be written, and when the backbone
+            gives NaN, infinity or another shape than it promised.
     """
-    job = job_of(dataset, backbone, size, crops, resample, batch_size, mirror, argument, processes)
-    home = CacheFolder(cache, limit)
-    folder = home.store(job.key())
-    used, opened = folder.use(), (len(dataset), processes, progress)
-    checking, turn = Checking(job.stored, folder, *opened), Turn(folder, *opened)
-    shards, position, fresh, features = [], (0, 0), None, None
-    try:
-        while position[0] < len(dataset):
-            path = shard_path(folder.path, len(shards))
-            shard, damage = checking.look(path, position)
-            if processes.decide(shard is not None):
-                if fresh is not None:  # a damaged shard was made again, and the one behind it is sound
-                    fresh.close()
-                    fresh = None
-            elif not turn.mine(position[0]):
-                continue
-            else:
-                if processes.first and damage:
-                    say(f"damaged: {path}: {damage}; it is made again")
-                if fresh is None:
-                    checking.end()
-                    if processes.first:
-                        _prepare(job, home, folder, alone=turn.lock.real)
-                    fresh = produce(job.behind(shards), position, progress)
-                _keep(path, *next(fresh), home, processes)
-                shard = None
-            shard = shard or _stored(job, path, position)
-            shards.append(shard)
-            position = shard.contents.end
-        features = FeatureStore(shards, used)
-    except KeyboardInterrupt as stop:
-        done = f"features of {position[0]} of {len(dataset)} images are kept in {folder.path}"
-        raise with_kept(stop, done if shards else "no shard of features was finished yet") from None
-    finally:
-        if fresh is not None:
-            fresh.close()
-        checking.end()
-        turn.end()
-        if features is None:
-            used.release()
-    if progress and job.tally.squares:
-        for line in job.tally.lines(job.behind(shards).how()):
-            say(line)
-    if fresh is None and features.skipped:
-        name, reason = features.skipped[0]
-        say(
-            f"skipped before: {len(features.skipped)} of {len(dataset)} images, first {name}: {reason}; delete {folder.path} to try again"
-        )
-    return features
+    with Opening(Job(dataset, backbone, options)) as opening:
+        while not opening.complete:
+            opening.append(opening.stored() or opening.taken_from_another_run() or opening.made())
+        return opening.store()
 
 
-def _prepare(job: Job, home: CacheFolder, folder: StoreFolder, *, alone: bool) -> None:
-    """The folder, before the first shard of this run is written into it. alone: nobody else can write."""
-    sweep(folder.path, older=0.0 if alone else SWEEP_S)
-    meta = job.describe()
-    if not folder.meta:
-        alike = [name for name in meta if name not in ("format", "fingerprint", "grid", "channels")]
-        for other in home.stores():
-            if not other.readable and all(other.meta.get(name) == meta[name] for name in alike):
-                say(
-                    f"the features in {other.path} are of another version, and are made anew; "
-                    f"to free their {readable(other.nbytes)}: python -m smooseg_fast.cache rm {other.key[:8]}"
-                )
-    folder.describe(meta)
+class Opening:
+    """A feature store on its way: the shards so far, the position behind them, and three ways to the next shard.
 
+    A position is (image number, square number within the image). The exit ends all that is under way; without a
+    `store()` it also lets go of the folder.
+    """
 
-def _stored(job: Job, path: Path, position: tuple[int, int]) -> Shard:
-    """As another process has it already, or as it was just written."""
-    try:
-        shard, why = job.stored(path, position), "it is gone"
-    except DamagedShard as damage:
-        shard, why = None, str(damage)
-    if shard is None:
-        raise UserError(
-            f"{path}: cannot be read just after it was written: {why}; check the disk or choose another cache folder"
-        )
-    return shard
+    def __init__(self, job: Job):
+        self.job, self.position = job, (0, 0)
+        self._processes = job.options.processes
+        self._home = CacheFolder(job.options.cache, job.options.limit)
+        self._folder = self._home.store(job.key())
+        self._lock = self._folder.use()
+        self._checking, self._turn = Checking(job, self._folder), Turn(job, self._folder)
+        self._shards: list[Shard] = []
+        self._damage = ""  # of the file where the next shard should be
+        self._producing: Generator[tuple[Contents, list[Tensor]], None, None] | None = None
+        self._pace = Pace()
+        self._store: FeatureStore | None = None
 
+    def __enter__(self) -> Opening:
+        return self
 
-def _keep(path: Path, contents: Contents, parts: list[Tensor], home: CacheFolder, processes: Processes) -> None:
-    if contents.start == (0, 0) and not contents.names:  # not written: next time the files may be readable
-        (name, reason), count = contents.skipped[0], len(contents.skipped)
-        raise UserError(
-            f"--data: none of the {count} images can be used (first: {name}: {reason}); give images that open"
-        )
-    if processes.first:
-        _make_room(home, StoreFolder(path.parent), 2 * sum(part.numel() for part in parts))
-        write_shard(path, contents, *parts)
-    processes.wait()
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._end()
+        if self._store is None:
+            self._lock.release()
+        if isinstance(error, KeyboardInterrupt):
+            done = f"features of {self.position[0]} of {self.job.images} images are kept in {self._folder.path}"
+            raise with_kept(error, done if self._shards else "no shard of features was finished yet") from None
 
+    @property
+    def complete(self) -> bool:
+        return self.position[0] >= self.job.images
 
-def _make_room(home: CacheFolder, folder: StoreFolder, nbytes: int) -> None:
-    removed, excess = home.make_room(nbytes, folder)
-    for name, freed in removed:
-        say(
-            f"removed: features of {name} ({readable(freed)}), the longest unused, to stay below --cache-limit {readable(home.limit)}"
-        )
-    if excess:
-        say(
-            f"warning: {home.path} is {readable(excess)} above --cache-limit {readable(home.limit)}, and all else in it is in use"
-        )
+    def append(self, shard: Shard) -> None:
+        self._shards.append(shard)
+        self.position = shard.contents.end
+
+    # three ways to the next shard
+
+    def stored(self) -> Shard | None:
+        """The next shard, if it is on disk and sound."""
+        shard, self._damage = self._checking.look(self._path, self.position)
+        if not self._processes.decide(shard is not None):
+            return None
+        self._end_producing()  # it made a damaged shard again, and the one behind that is sound
+        return shard or self._read_back()
+
+    def taken_from_another_run(self) -> Shard | None:
+        """The next shard from the run that writes it now; None once it is this run's turn to write."""
+        while not self._turn.mine(self.position[0]):
+            if shard := self.stored():
+                return shard
+        return None
+
+    def made(self) -> Shard:
+        """The next shard, made and written by this run."""
+        if self._processes.first and self._damage:
+            say(f"damaged: {self._path}: {self._damage}; it will be recomputed")
+        if self._producing is None:
+            self._checking.end()
+            if self._processes.first:
+                self._prepare()
+            self._producing = produce(self.job.with_memory_of(self._shards), self.position, self._pace)
+        self._write(*next(self._producing))
+        return self._read_back()
+
+    def store(self) -> FeatureStore:
+        """All shards as one store; says how fast they were made and which images were skipped by an earlier run."""
+        self._store = store = FeatureStore(self._shards, self._lock)
+        only_read = self._producing is None
+        self._end()
+        if self.job.options.progress and self._pace.squares:
+            say(self._pace.line(self._how()))
+        if only_read and store.skipped:
+            name, reason = store.skipped[0]
+            say(
+                f"skipped before: {len(store.skipped)} of {self.job.images} images, first {name}: {reason}; "
+                f"delete {self._folder.path} to try again"
+            )
+        return store
+
+    # parts of these
+
+    @property
+    def _path(self) -> Path:
+        """Where the next shard is, or will be."""
+        return shard_path(self._folder.path, len(self._shards))
+
+    def _how(self) -> str:
+        job, n = self.job.with_memory_of(self._shards), self._processes.size
+        batch = f"{job.batch_size} squares a batch" + ("" if n == 1 else f" in each of {n} processes")
+        return f"{batch}, {job.backbone.name} in {job.backbone.precision} on {job.backbone.device}"
+
+    def _prepare(self) -> None:
+        """Ready the folder for the first shard that this run writes."""
+        sweep(self._folder.path, older=0.0 if self._turn.alone else ABANDONED_S)
+        meta = self.job.describe()
+        if not self._folder.meta:
+            alike = [name for name in meta if name not in ("format", "fingerprint", "grid", "channels")]
+            for other in self._home.stores():
+                if not other.readable and all(other.meta.get(name) == meta[name] for name in alike):
+                    say(
+                        f"{other.path} was written by an older version and will be recomputed; "
+                        f"to free its {readable(other.nbytes)}: python -m smooseg_fast.cache rm {other.key[:8]}"
+                    )
+        self._folder.describe(meta)
+
+    def _write(self, contents: Contents, parts: list[Tensor]) -> None:
+        if contents.start == (0, 0) and not contents.names:  # not written: the files may be readable next time
+            (name, reason), count = contents.skipped[0], len(contents.skipped)
+            raise UserError(
+                f"--data: none of the {count} images can be used (first: {name}: {reason}); give images that open"
+            )
+        if self._processes.first:
+            self._make_room(2 * sum(part.numel() for part in parts))
+            write_shard(self._path, contents, *parts)
+        self._processes.wait()
+
+    def _make_room(self, nbytes: int) -> None:
+        removed, excess = self._home.make_room(nbytes, self._folder)
+        limit = "" if self._home.limit is None else f"--cache-limit {readable(self._home.limit)}"
+        for label, freed in removed:
+            say(f"removed: features of {label} ({readable(freed)}), the least recently used, to stay below {limit}")
+        if excess:
+            say(f"warning: {self._home.path} is {readable(excess)} above {limit}; everything else in it is in use")
+
+    def _read_back(self) -> Shard:
+        """The next shard as it was just written, or as another process sees it already."""
+        try:
+            shard, why = self.job.read(self._path, self.position), "it is gone"
+        except DamagedShard as damage:
+            shard, why = None, str(damage)
+        if shard is None:
+            raise UserError(
+                f"{self._path}: cannot be read just after it was written: {why}; "
+                "check the disk or choose another cache folder"
+            )
+        return shard
+
+    def _end_producing(self) -> None:
+        if self._producing is not None:
+            self._producing.close()
+            self._producing = None
+
+    def _end(self) -> None:
+        self._end_producing()
+        self._checking.end()
+        self._turn.end()

@@ -1,33 +1,34 @@
-"""How much room features will take before there are any, and how a dataset is cut up when that is more than the cache may hold."""
+"""Foretell how much room features will take, and cut a dataset into windows where the cache may hold less."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..datasets import Dataset
 from ..datasets.images import ImageError
 from ..errors import UserError
+from ..system.progress import announced
 from ..system.sizes import readable
 from .cachefolder import CacheFolder
-from .job import job_of
+from .job import FeatureOptions, Job
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
 
-COUNTED = 128  # images whose squares are counted, for the number in the others
-MARGIN = 1.05  # for the others having more squares, and for headers
+COUNTED = 128  # images whose squares are counted, to foretell the number in the others
+MARGIN = 1.05  # for headers, and because the other images may have more squares
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What the features of a dataset take. squares: of an image, on average over COUNTED of them. square_bytes: of one. there: already."""
+    """How much the features of a dataset take on disk."""
 
     images: int
-    squares: float
-    square_bytes: int
-    there: bool
+    squares: float  # of an image, the mean over COUNTED images
+    square_bytes: int  # of the features of one square
+    on_disk: bool  # whether they are all in the cache already
 
     @property
     def nbytes(self) -> int:
@@ -36,55 +37,62 @@ class Expected:
 
 @dataclass(frozen=True)
 class Windows:
-    """count: equal parts of a dataset, of which one is in the cache at a time. steps: of training in each."""
+    """Equal parts of a dataset, one of which is in the cache at a time."""
 
     count: int
-    steps: int
+    steps: int  # of training in each
 
 
-def expected(dataset: Dataset, backbone: Backbone, **options: Any) -> Expected:
-    """options: of `open_or_extract`, which would make these features. Of several processes all get what the first finds."""
-    job = job_of(dataset, backbone, **options)
-    N = len(dataset)
-    there = CacheFolder(options.get("cache")).store(job.key()).images() == N
-    counted = [] if there else [job.decode(k * N // min(COUNTED, N)) for k in range(min(COUNTED, N))]
-    squares = sum(0 if isinstance(found, ImageError) else len(found) for found in counted) / max(1, len(counted))
-    return job.processes.all(Expected(N, squares, 2 * job.grid[0] * job.grid[1] * backbone.dim, there))[0]
+def expected(dataset: Dataset, backbone: Backbone, options: FeatureOptions) -> Expected:
+    """Foretell what `open_or_extract` would make of the same arguments. All processes get the first one's answer."""
+    job = Job(dataset, backbone, options)
+    on_disk = CacheFolder(options.cache).store(job.key()).images() == job.images
+    counted = 0 if on_disk else min(COUNTED, job.images)
+    with announced(
+        f"counting   squares in {counted} images of {dataset.name}, to foretell how much their features take"
+    ):
+        cut = [job.squares(number * job.images // counted) for number in range(counted)]
+    squares = sum(0 if isinstance(result, ImageError) else len(result) for result in cut) / max(1, counted)
+    return options.processes.all(Expected(job.images, squares, job.square_bytes, on_disk))[0]
 
 
-def require_room(dataset: Dataset, backbone: Backbone, *, stores: int = 1, **options: Any) -> None:
-    """UserError when features that are needed all at once will not fit the limit, as often as `stores` says."""
-    if options.get("limit") is None:
+def require_room(dataset: Dataset, backbone: Backbone, options: FeatureOptions, *, stores: int = 1) -> None:
+    """UserError when features that are needed all at once, in as many `stores`, will not fit below `options.limit`."""
+    if options.limit is None:
         return
-    found = expected(dataset, backbone, **options)
-    if not found.there and stores * found.nbytes > options["limit"]:
+    forecast = expected(dataset, backbone, options)
+    if not forecast.on_disk and stores * forecast.nbytes > options.limit:
         raise UserError(
-            f"--cache-limit {readable(options['limit'])}: the features of {dataset.name} take about {readable(stores * found.nbytes)}, and "
-            "figures need them all; give at least that"
+            f"--cache-limit {readable(options.limit)}: the features of {dataset.name} take about "
+            f"{readable(stores * forecast.nbytes)}, and figures need them all; give at least that"
         )
 
 
-def windows_of(found: Expected, limit: int, in_use: int, batch_size: int) -> Windows | None:
-    """None when everything fits below `limit` beside the `in_use` bytes; UserError when not even windows of one batch would."""
+def windows_of(forecast: Expected, limit: int, in_use: int, batch_size: int) -> Windows | None:
+    """The fewest windows that fit below `limit` next to the `in_use` bytes and a sample; None when everything fits.
+
+    UserError when not even windows of one batch would fit.
+    """
     free = limit - in_use
-    if found.there or found.nbytes <= free:
+    if forecast.on_disk or forecast.nbytes <= free:
         return None
-    free -= sample_bytes(found)
-    count = math.ceil(found.nbytes / max(1, free))
-    most = max(1, int(min(found.images, found.images * found.squares / batch_size)))  # a window has a batch at least
+    free -= sample_bytes(forecast)
+    count = math.ceil(forecast.nbytes / max(1, free))
+    batches = forecast.images * forecast.squares / batch_size
+    most = max(1, int(min(forecast.images, batches)))  # a window has at least one batch
     if count > most:
-        least = in_use + sample_bytes(found) + math.ceil(found.nbytes / most)
+        least = in_use + sample_bytes(forecast) + math.ceil(forecast.nbytes / most)
         raise UserError(
-            f"--cache-limit {readable(limit)}: too small; what has to be at hand at once takes at least {readable(least)}, all features "
-            f"{readable(in_use + found.nbytes)}, and the more there is room for the better batches are mixed"
+            f"--cache-limit {readable(limit)}: too small; a run needs at least {readable(least)} at a time, and all "
+            f"features take {readable(in_use + forecast.nbytes)}; more room mixes batches better"
         )
-    return Windows(count, max(1, round(found.images * found.squares / count / batch_size)))
+    return Windows(count, max(1, round(forecast.images * forecast.squares / count / batch_size)))
 
 
 def sampled(images: int) -> int:
-    """Images of a sample that stands for all: as many as the start looks at, and of a small set a part."""
+    """Images in a sample that stands for all `images`: as many as the start looks at, fewer for a small set."""
     return min(images, 128, max(2, images // 16))
 
 
-def sample_bytes(found: Expected) -> int:
-    return math.ceil(found.nbytes * sampled(found.images) / found.images)
+def sample_bytes(forecast: Expected) -> int:
+    return math.ceil(forecast.nbytes * sampled(forecast.images) / forecast.images)

@@ -1,12 +1,14 @@
-"""Feature store: patch features on disk as shards of about 64 MB, read through memory maps, so that it may exceed the memory.
+"""Keep patch features on disk in shards of about 64 MB, read through memory maps, which need little memory.
 
-A shard is a .safetensors file with one tensor, `features` [rows,P,D] in fp16 or bf16, and in its header, as JSON under one key, what
-the rows are: image name and square of each, the images skipped on the way, and where in the dataset the shard starts and ends. The
-shards of a folder form a chain: each starts where the one before ended. Nothing outside the shards is needed to read them.
+A shard is a .safetensors file with one tensor, `features` [rows,P,D] in fp16 or bf16. Its header describes the rows, as
+JSON under one key: image name and square of each, the images skipped on the way, and where in the dataset the shard
+starts and ends. The shards of a folder form a chain: each starts where the one before ended. Nothing outside the shards
+is needed to read them.
 
-Two CRC-32 guard a shard: one of the JSON, looked at whenever the shard is opened, and one of the features, in the JSON, for which all of
-them have to be read (`require_sound`). A CRC finds every change within 32 neighbouring bits for certain, and all but one in 2^32 of any
-others; against malice it does nothing. It runs at twice the speed of SHA-256 where the processor helps with that: 2.2 and 1.15 GB/s.
+Two CRC-32 guard a shard. One covers the JSON and is checked whenever the shard is opened. The other covers the
+features; it is part of the JSON, and checking it reads them all (`require_sound`). A CRC finds every change within 32
+neighbouring bits for certain, and all but one in 2^32 of any others; against malice it does nothing. It runs at twice
+the speed of a hardware SHA-256: 2.2 and 1.15 GB/s.
 """
 
 from __future__ import annotations
@@ -27,27 +29,26 @@ from torch import Tensor
 from ..system.files import write_atomic
 from ..system.locks import Lock
 
-FORMAT = 2  # changes when shards written before can no longer be used
+FORMAT = 2  # raise it when shards written before can no longer be used
 SHARD_BYTES = 64 * 2**20
-SHARDS = "shard-*.safetensors"  # their names
+SHARDS = "shard-*.safetensors"  # names of the files
 
-_DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16"}  # as the format calls them
-_KEY = "smooseg_fast"  # one key only: safetensors does not keep the order of several, and shards must be equal byte for byte
+_DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16"}  # names in the format
+_KEY = "smooseg_fast"  # the only key: the order of several may change, and shards must be equal byte for byte
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a shard's rows are. Positions in the dataset are (image number, square number within the image)."""
+    """Describe the rows of a shard. Positions in the dataset are (image number, square number within the image)."""
 
     start: tuple[int, int]
     end: tuple[int, int]  # the position after the last row, past any skipped images
     grid: tuple[int, int]  # (h, w) patches, P = h * w row-major
     names: tuple[str, ...]  # image of each row
-    crops: tuple[
-        tuple[int, int], ...
-    ]  # (top, left) of each row's square in the image at that scale (images.cut_squares)
+    # (top, left) of each row's square at the squares' scale (images.cut_squares)
+    crops: tuple[tuple[int, int], ...]
     skipped: tuple[tuple[str, str], ...]  # (name, reason)
-    batch: int = 0  # squares that went through the backbone at once; 0: not known
+    batch: int = 0  # squares that went through the backbone at once; 0 if unknown
 
 
 @dataclass(frozen=True)
@@ -58,24 +59,25 @@ class Shard:
 
 
 class DamagedShard(Exception):
-    """A file that stands in a shard's place and is none, or is not as it was written; says how."""
+    """A file in a shard's place is no shard, or has changed since it was written; the message says how."""
 
 
 class FeatureStore:
     """Rows of patch features, one for each square of each image, in the order of the dataset.
 
-    `names` and `crops` tell the image and the (top, left) of each row's square, at the squares' scale (`images.cut_squares`);
-    `grid` (h, w), `P` = h * w patches row-major, `D` channels; `skipped` holds (name, reason) of images that could not be used;
-    `nbytes` is the size of the features on disk. `lock`, if any, is held as long as the store is there.
+    `names` and `crops` give the image and the (top, left) of each row's square, at the squares' scale
+    (`images.cut_squares`). A row has `P` = h * w patches of `grid` (h, w), row-major, and `D` channels. `skipped` holds
+    (name, reason) of images that could not be used; `nbytes` is the size of the features on disk. The store holds
+    `lock`, if any, until it is closed or forgotten.
     """
 
     def __init__(self, shards: Sequence[Shard], lock: Lock | None = None):
         contents = [shard.contents for shard in shards]
         self._features = [shard.features for shard in shards]
         self._starts = [0, *itertools.accumulate(len(features) for features in self._features)]
-        self.names = tuple(itertools.chain.from_iterable(each.names for each in contents))
-        self.crops = tuple(itertools.chain.from_iterable(each.crops for each in contents))
-        self.skipped = list(itertools.chain.from_iterable(each.skipped for each in contents))
+        self.names = tuple(itertools.chain.from_iterable(part.names for part in contents))
+        self.crops = tuple(itertools.chain.from_iterable(part.crops for part in contents))
+        self.skipped = list(itertools.chain.from_iterable(part.skipped for part in contents))
         self.grid = contents[0].grid
         self.P, self.D = self._features[0].shape[1:]
         self.nbytes = sum(features.nbytes for features in self._features)
@@ -83,11 +85,11 @@ class FeatureStore:
 
     @property
     def folder(self) -> Path | None:
-        """Where it lies, if it has a lock."""
+        """Its folder, if it has a lock."""
         return None if self._lock is None else self._lock.path.parent
 
     def close(self) -> None:
-        """Lets go of the files and the lock; nothing can be read after it."""
+        """Let go of the files and the lock. Nothing can be read afterwards."""
         self._features = []
         if self._lock is not None:
             self._lock.release()
@@ -96,7 +98,10 @@ class FeatureStore:
         return self._starts[-1]
 
     def rows(self, index: Tensor | Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        """[n,P,D] in `dtype` on the CPU: the rows numbered `index` [n], in any order, repeats allowed. IndexError outside 0..N-1."""
+        """Read the rows `index` [n], in any order, repeats allowed -> [n,P,D] in `dtype` on the CPU.
+
+        IndexError outside 0..N-1.
+        """
         numbers = index.tolist() if isinstance(index, Tensor) else list(index)
         out = torch.empty(len(numbers), self.P, self.D, dtype=dtype)
         for place, number in enumerate(numbers):
@@ -104,15 +109,17 @@ class FeatureStore:
                 raise IndexError(f"row {number} of a store of {len(self)} rows")
             shard = bisect.bisect_right(self._starts, number) - 1
             row = self._features[shard][number - self._starts[shard]]
-            out[place] = (
-                row if dtype in (row.dtype, torch.float32) else row.float()
-            )  # from 16 bits to other 16 bits a third of the time
+            # between two 16-bit types the way by float32 takes a third of the time
+            out[place] = row if dtype in (row.dtype, torch.float32) else row.float()
         return out
 
     def load(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
-        """Everything as one [N,P,D] on `device`. Without `dtype` it is the store's own: fp16 or bf16, fp32 when shards differ."""
-        kinds = {features.dtype for features in self._features}
-        dtype = dtype or (kinds.pop() if len(kinds) == 1 else torch.float32)
+        """Read everything -> [N,P,D] on `device`.
+
+        The default dtype is that of the shards, fp16 or bf16, or fp32 where they differ.
+        """
+        dtypes = {features.dtype for features in self._features}
+        dtype = dtype or (dtypes.pop() if len(dtypes) == 1 else torch.float32)
         out = torch.empty(len(self), self.P, self.D, dtype=dtype, device=device)
         for start, features in zip(self._starts, self._features):
             out[start : start + len(features)] = features
@@ -124,7 +131,10 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 def write_shard(path: Path, contents: Contents, *parts: Tensor) -> None:
-    """Whole or not at all. `parts` [n,P,D] one behind the other, finite, any float type; kept as `to_storage` has it."""
+    """Write a shard whole or not at all.
+
+    Its rows are `parts` [n,P,D] one behind the other: finite, of any float dtype.
+    """
     features = to_storage(*parts)
     guarded = {
         **asdict(contents),
@@ -133,12 +143,15 @@ def write_shard(path: Path, contents: Contents, *parts: Tensor) -> None:
         "crc": _crc(features),
     }
     text = json.dumps(guarded, separators=(",", ":"))
-    # bytes, not save_file: that makes a file only its owner can read, and reports a full disk as an error of its own kind
+    # not save_file: it makes a file that only its owner can read, and has an error of its own for a full disk
     write_atomic(path, save({"features": features}, {_KEY: f"{zlib.crc32(text.encode()):08x}{text}"}))
 
 
 def read_shard(path: Path) -> Shard | None:
-    """The shard at `path` with its features memory-mapped and not looked at; None when there is none. DamagedShard when it is not whole."""
+    """The shard at `path`, its features memory-mapped and not read; None when there is none.
+
+    DamagedShard when it is not whole.
+    """
     try:
         with safe_open(path, "pt") as file:  # refuses a file whose size is not what its header says
             crc, text = file.metadata()[_KEY][:8], file.metadata()[_KEY][8:]
@@ -152,25 +165,23 @@ def read_shard(path: Path) -> Shard | None:
         fits = rows == len(contents.names) == len(contents.crops) and patches == contents.grid[0] * contents.grid[1]
         if not fits or (shape, dtype) != (header["shape"], header["dtype"]):
             raise DamagedShard("its header does not fit its features")
-        size, kind = path.stat().st_size, {name: each for each, name in _DTYPES.items()}[dtype]
-        # not safe_open's tensors, whose laziness is no promise, nor numpy's maps, each of which would hold a file descriptor
-        whole = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-        offset = size - torch.Size(shape).numel() * kind.itemsize
-        return Shard(contents, whole[offset:].view(kind).view(shape), header["crc"])
+        size, torch_dtype = path.stat().st_size, {name: key for key, name in _DTYPES.items()}[dtype]
+        # safe_open does not promise lazy tensors, and each of numpy's maps would hold a file descriptor
+        mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+        offset = size - torch.Size(shape).numel() * torch_dtype.itemsize
+        return Shard(contents, mapped[offset:].view(torch_dtype).view(shape), header["crc"])
     except (FileNotFoundError, NotADirectoryError):
         return None
     except DamagedShard:
         raise
-    except (
-        Exception
-    ) as error:  # a damaged header may raise nearly anything, and the answer is always to extract the shard again
+    except Exception as error:  # a damaged header may raise nearly anything; the shard is then extracted again
         raise DamagedShard(f"cannot be read ({(str(error).splitlines() or [type(error).__name__])[0]})") from error
 
 
 def require_sound(path: Path, shard: Shard) -> None:
-    """Reads the features of the `shard` at `path` from the disk; DamagedShard unless they are as they were written.
+    """Read all features of the `shard` at `path` from the disk. DamagedShard unless they are as they were written.
 
-    Not through the memory map: where the disk gives an error, that would end the process.
+    It does not read through the memory map, where an error of the disk would end the process.
     """
     try:
         with open(path, "rb") as file:
@@ -185,21 +196,23 @@ def require_sound(path: Path, shard: Shard) -> None:
 
 
 def to_storage(*parts: Tensor) -> Tensor:
-    """Finite `parts` [n,...] as one, in fp16, or in bf16 where the largest magnitude is beyond fp16's range or below its normal numbers."""
+    """Join finite `parts` [n,...] in fp16, or in bf16 where the largest magnitude is no normal number of fp16."""
     half = torch.finfo(torch.float16)
     largest = max((abs(float(end)) for part in parts if part.numel() for end in part.aminmax()), default=0.0)
     wide = largest > half.max or 0 < largest < half.tiny
     limit = torch.finfo(torch.bfloat16).max  # the last fp32 numbers before infinity would round up to it
     out = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:], dtype=torch.bfloat16 if wide else torch.float16)
     start = 0
-    for part in parts:  # each straight to its place: all of them in their own type would be as much again or twice
+    for (
+        part
+    ) in parts:  # straight to its place: joining them in their own dtype first would take up to three times the memory
         out[start : start + len(part)] = part.clamp(-limit, limit) if wide else part
         start += len(part)
     return out
 
 
 def _crc(features: Tensor) -> int:
-    return zlib.crc32(features.flatten().view(torch.uint8).numpy())
+    return zlib.crc32(features.flatten().view(torch.uint8).numpy().data)
 
 
 def _contents(header: dict) -> Contents:

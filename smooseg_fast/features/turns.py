@@ -1,50 +1,44 @@
-"""Feature stores that several runs open at once, or that one was killed over: what is there and sound, and who makes the rest."""
+"""Check the shards that are on disk, and let one run at a time write the others."""
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
-from ..system.processes import Processes
-from ..system.progress import Bar
+from ..system import progress
+from ..system.progress import Bar, say
 from .cachefolder import StoreFolder
 from .store import DamagedShard, Shard, require_sound
 
-CHECKED_BYTES = (
-    256 * 2**20
-)  # a store up to this size has every byte looked at when it is opened, which takes a fifth of a second
-SILENT_S = 2.0  # that checking may take before it is shown
-WAIT_S = 0.5  # between looks at what another run makes
+if TYPE_CHECKING:
+    from .job import Job
 
-Read = Callable[[Path, "tuple[int, int]"], "Shard | None"]
+# a store up to this size has every byte checked when it is opened, which takes a fifth of a second
+CHECKED_BYTES = 256 * 2**20
+WAIT_S = 0.5  # between looks at what another run makes
 
 
 class Checking:
-    """Looks at shards that are there.
+    """Look for shards that are there already.
 
-    The first process reads every byte of a small store, and of one that is not finished: the machine may have gone down over it, and
-    reading takes a hundredth of the time that making takes. Of a large finished store only the headers are read, because its features
-    take minutes; `python -m smooseg_fast.cache verify` looks at those.
-
-    Args:
-        read: the shard at a path for a position in the dataset of `images`, None when there is none; raises DamagedShard.
+    The first process reads every byte of a small store, and of one that is not finished: the machine may have gone down
+    during a write, and reading takes a hundredth of the time of making. Of a large finished store it reads the headers
+    alone, because the features would take minutes; `python -m smooseg_fast.cache verify` reads those.
     """
 
-    def __init__(self, read: Read, folder: StoreFolder, images: int, processes: Processes, progress: bool):
-        self._read = read
-        self.thorough = processes.first and (folder.nbytes <= CHECKED_BYTES or folder.images() < images)
-        self._images, self._progress, self._started = images, progress and self.thorough, time.monotonic()
+    def __init__(self, job: Job, folder: StoreFolder):
+        self._job = job
+        first = job.options.processes.first
+        self._thorough = first and (folder.nbytes <= CHECKED_BYTES or folder.images() < job.images)
         self._bar: Bar | None = None
+        self._started = time.monotonic()
 
     def look(self, path: Path, position: tuple[int, int]) -> tuple[Shard | None, str]:
-        """(the shard, "") or (None, what is wrong with it, if it is there)."""
+        """-> (the shard, "") or (None, its damage), where a shard that is not there has none."""
         try:
-            shard = self._read(path, position)
-            if shard is not None and self.thorough:
+            shard = self._job.read(path, position)
+            if shard is not None and self._thorough:
                 require_sound(path, shard)
                 self._show(shard.contents.end[0])
         except DamagedShard as damage:
@@ -52,57 +46,67 @@ class Checking:
         return shard, ""
 
     def end(self) -> None:
-        """Also before anything else is shown; a next look begins anew."""
-        self._bar = closed(self._bar)
+        """Close the bar, also before another one opens."""
+        close(self._bar)
+        self._bar = None
         self._started = time.monotonic()
 
-    def _show(self, done: int) -> None:
-        if self._bar is None and self._progress and time.monotonic() - self._started > SILENT_S:
-            self._bar = Bar(total=self._images, desc="check", unit="image")
+    def _show(self, images_done: int) -> None:
+        slow = time.monotonic() - self._started > progress.SILENT_S
+        if self._bar is None and slow and self._job.options.progress:
+            self._bar = Bar(total=self._job.images, desc="check", unit="image")
         if self._bar is not None:
-            self._bar.update(done - self._bar.n)
+            self._bar.update(images_done - self._bar.n)
 
 
 class Turn:
-    """To write into a store, which one run does at a time; another waits, and takes the shards as they come.
+    """Let one run at a time write into a store. Others wait and take its shards as they come.
 
-    Where there are no locks every run writes: shards are whole and the same to the byte, whoever made them, and only time is lost.
+    Where there are no locks every run writes: shards are written whole and have the same bytes whoever made them, so
+    only time is lost.
     """
 
-    def __init__(self, folder: StoreFolder, images: int, processes: Processes, progress: bool):
-        self.folder, self.images, self.processes, self.progress = folder, images, processes, progress
-        self.lock, self._mine = folder.writer(), False
+    def __init__(self, job: Job, folder: StoreFolder):
+        self._job, self._folder, self._processes = job, folder, job.options.processes
+        self._lock, self._mine = folder.writer(), False
         self._bar: Bar | None = None
 
-    def mine(self, done: int) -> bool:
-        """Whether this run writes now, and has looked at what is there since that is so. If not it has waited a moment, and shown it.
+    @property
+    def alone(self) -> bool:
+        """Whether a lock keeps all other runs from writing."""
+        return self._lock.real
 
-        done: images whose features are there.
+    def mine(self, images_done: int) -> bool:
+        """Whether it is this run's turn, and was so at the last call.
+
+        If not, wait a moment; the caller then looks for shards again.
         """
         if self._mine:
             return True
-        first = self.processes.first
-        self._mine = self.processes.decide(first and self.lock.take())
+        first = self._processes.first
+        self._mine = self._processes.decide(first and self._lock.take())
         if self._mine:
             if first:
-                self.lock.sign()
-            self._bar = closed(self._bar)
+                self._lock.sign()
+            close(self._bar)
+            self._bar = None
             return False
         if self._bar is None:
-            where = f"they are taken from {self.folder.path} as they come"
-            tqdm.write(f"waiting: {self.lock.signature()} makes these features; {where}", file=sys.stderr)
-            self._bar = Bar(total=self.images, initial=done, desc="wait", unit="image", disable=not self.progress)
-        self._bar.update(done - self._bar.n)
+            where = f"they are taken from {self._folder.path} as they come"
+            say(f"waiting: {self._lock.signature()} makes these features; {where}")
+            silent = not self._job.options.progress
+            self._bar = Bar(total=self._job.images, initial=images_done, desc="wait", unit="image", disable=silent)
+        self._bar.update(images_done - self._bar.n)
         if first:
             time.sleep(WAIT_S)
         return False
 
     def end(self) -> None:
-        self._bar = closed(self._bar)
-        self.lock.release(remove=True)
+        close(self._bar)
+        self._bar = None
+        self._lock.release(remove=True)
 
 
-def closed(bar: Bar | None) -> None:
-    """-> what to keep of it."""
+def close(bar: Bar | None) -> None:
     if bar is not None:
         bar.close()

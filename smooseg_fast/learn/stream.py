@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from ..datasets import Dataset
 from ..errors import UserError
 from ..features.cachefolder import StoreFolder
 from ..features.extract import open_or_extract
+from ..features.job import FeatureOptions
 from ..features.room import Expected, Windows, expected, sampled, windows_of
 from ..features.store import FeatureStore
 from ..system.processes import ALONE, Processes
@@ -144,7 +145,7 @@ class Stream(Schedule):
 def open_for_training(
     dataset: Dataset,
     backbone: Backbone,
-    options: Mapping[str, Any],
+    options: FeatureOptions,
     *,
     batch_size: int,
     data_seed: int,
@@ -156,29 +157,29 @@ def open_for_training(
     """All features and None; or, where they exceed the limit, those of a sample of images and the stream of all.
 
     Args:
-        options: of `open_or_extract`.
+        options: of the features.
         in_use: bytes of the cache that have to stay.
         resumed, windows: whether the run resumes, and the windows that it had. They count, whatever the limit is now.
     """
-    limit = options["limit"]
-    forecast = None if limit is None and windows is None else expected(dataset, backbone, **options)
+    limit = options.limit
+    forecast = None if limit is None and windows is None else expected(dataset, backbone, options)
     if not resumed and forecast is not None:
         windows = windows_of(forecast, limit, in_use, batch_size)
     if windows is None:
-        if forecast is not None and not forecast.there and forecast.nbytes + in_use > limit:
+        if forecast is not None and not forecast.on_disk and forecast.nbytes + in_use > limit:
             needed = readable(forecast.nbytes + in_use)
             raise UserError(
                 f"--cache-limit {readable(limit)}: this run began with room for all; "
                 f"give about {needed}, or another --out"
             )
-        return open_or_extract(dataset, backbone, **options), None
+        return open_or_extract(dataset, backbone, options), None
     say("features   " + described(forecast, windows))
     fingerprint, N = dataset.fingerprint(), len(dataset)
     numbers = [k * N // sampled(N) for k in range(sampled(N))]
-    sample = open_or_extract(Part(dataset, numbers, "sample", fingerprint), backbone, **options)
+    sample = open_or_extract(Part(dataset, numbers, "sample", fingerprint), backbone, options)
 
     def open_part(part: Dataset) -> FeatureStore:
-        return open_or_extract(part, backbone, **options)
+        return open_or_extract(part, backbone, options)
 
     stream = Stream(
         dataset,
@@ -187,7 +188,7 @@ def open_for_training(
         open=open_part,
         batch_size=batch_size,
         data_seed=data_seed,
-        processes=options["processes"],
+        processes=options.processes,
         say=say,
     )
     return sample, stream

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from ..datasets import ArrayDataset, Dataset, open_splits
 from ..datasets.images import whole_patches
 from ..errors import UserError, WriteError
 from ..features.extract import open_or_extract
+from ..features.job import FeatureOptions
 from ..features.room import Windows, require_room
 from ..features.store import FeatureStore
 from ..measure.confusion import LabelSquares
@@ -115,8 +116,14 @@ def learn(
         state = None if folder is None else folder.state()
         # before this check nobody has written into the folder, and after it everybody has read it
         require_same_state(state, out, processes)
-        options = dict(
-            resample=config.resample, cache=config.cache, limit=config.limit, progress=progress, processes=processes
+        options = FeatureOptions(
+            size=config.size,
+            crops=config.crops,
+            resample=config.resample,
+            cache=config.cache,
+            limit=config.limit,
+            progress=progress,
+            processes=processes,
         )
         validation = None
         if held_out is not None:  # first, so that labels that do not fit are known early
@@ -168,22 +175,20 @@ def say_plan(config: TrainConfig, device: str, say: Say, processes: Processes) -
         say(f"processes  {shares}")
 
 
-def open_validation(
-    config: TrainConfig, held_out: Dataset, backbone: Backbone, options: Mapping[str, Any]
-) -> Validation:
-    """Features and labels of the images to measure on. options: of `open_or_extract`, without the squares."""
-    options = dict(options, size=config.eval_size, crops="center", argument="--eval-size")
-    require_room(held_out, backbone, **options)
-    store = open_or_extract(held_out, backbone, **options)
-    labels = LabelSquares(held_out, store, config.eval_size, options["processes"], options["progress"])
-    return Validation(held_out, store, labels, options["processes"])
+def open_validation(config: TrainConfig, held_out: Dataset, backbone: Backbone, options: FeatureOptions) -> Validation:
+    """Features and labels of the images to measure on, in central squares of --eval-size."""
+    options = dataclasses.replace(options, size=config.eval_size, crops="center", argument="--eval-size")
+    require_room(held_out, backbone, options)
+    store = open_or_extract(held_out, backbone, options)
+    labels = LabelSquares(held_out, store, config.eval_size, options.processes, options.progress)
+    return Validation(held_out, store, labels, options.processes)
 
 
 def open_features(
     config: TrainConfig,
     dataset: Dataset,
     backbone: Backbone,
-    options: Mapping[str, Any],
+    options: FeatureOptions,
     *,
     state: TrainingState | None,
     in_use: int,
@@ -191,13 +196,13 @@ def open_features(
 ) -> tuple[FeatureStore, Stream | None]:
     """Features of all squares and None; or those of a sample, and the stream that brings the batches.
 
-    options: of `open_or_extract`, without the squares. in_use: bytes of the cache that have to stay.
+    in_use: bytes of the cache that have to stay.
     """
     started = time.perf_counter()
     store, stream = open_for_training(
         dataset,
         backbone,
-        dict(options, size=config.size, crops=config.crops),
+        options,
         batch_size=config.batch_size,
         data_seed=config.data_seed,
         in_use=in_use,

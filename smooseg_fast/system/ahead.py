@@ -1,17 +1,23 @@
-"""Work done in threads, a bounded number of items before they are asked for."""
+"""Work in threads, a bounded number of items ahead of the reader."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
-def ahead(work: Callable[[Item], Result], items: Iterable[Item], *, threads: int, waiting: int) -> Iterator[Result]:
-    """`work(item)` of each of `items`, in their order; at most `waiting` results (1 or more) are begun and not yet taken."""
+def ahead(
+    work: Callable[[Item], Result], items: Iterable[Item], *, threads: int, waiting: int
+) -> Generator[Result, None, None]:
+    """Give `work(item)` for each of `items`, in order.
+
+    At most `waiting` results (1 or more) are begun and not yet taken by the reader.
+    """
     begun: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
@@ -22,4 +28,4 @@ def ahead(work: Callable[[Item], Result], items: Iterable[Item], *, threads: int
             while begun:
                 yield begun.popleft().result()
         finally:
-            pool.shutdown(cancel_futures=True)  # a reader that stops early must not wait for what nobody wants
+            pool.shutdown(cancel_futures=True)  # a reader that stops early does not wait for the rest

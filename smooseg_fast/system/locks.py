@@ -1,4 +1,4 @@
-"""Locks on files, which the kernel lets go when their process dies, however it dies: what is left behind never blocks anybody."""
+"""Locks on files. The kernel releases them when their process dies, however it dies, so none is left behind."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 
 class Lock:
-    """A lock on the file at `path`: flock, which NFS hands on to its server, so that other machines respect it too.
+    """A lock on the file at `path`: flock, which NFS passes to its server, so other machines respect it too.
 
-    Where there is no locking, or the file can neither be made nor opened, every lock is given and `real` stays False: users of it must be
-    safe without, if slower. Processes forked from this one do not hold it.
+    Where there is no locking, or the file can neither be made nor opened, every lock is given and `real` stays False:
+    callers must be safe without it, if slower. Processes forked from this one do not hold it.
     """
 
     def __init__(self, path: Path):
@@ -26,12 +26,15 @@ class Lock:
         self._close: weakref.finalize | None = None
 
     def take(self, *, shared: bool = False) -> bool:
-        """Without waiting: whether it is given. Many can hold it `shared`, or one alone. Makes the file, and the folder it is in."""
+        """Try to take it, without waiting -> whether it was given.
+
+        Many can hold it `shared`, or one alone. Makes the file, and the folder it is in.
+        """
         missing = 0
         while True:
             try:
                 file = _open(self.path)
-            except FileNotFoundError:  # the folder was taken away behind our back, or can never be made
+            except FileNotFoundError:  # another process removed the folder, or it can never be made
                 missing += 1
                 if missing == 100:
                     return True
@@ -50,14 +53,14 @@ class Lock:
                 return True
             if _is_at(file, self.path):
                 break
-            os.close(file)  # who held it took the file away, and the next to come would lock another
+            os.close(file)  # its last holder deleted the file, and the next process would lock a new one
         self.real, self._file = True, file
         self._close = weakref.finalize(self, os.close, file)
         _held.add(self)
         return True
 
     def release(self, *, remove: bool = False) -> None:
-        """Also when it is not held. remove: takes the file away, while it is still held."""
+        """Let go of it, if it is held. remove: delete the file first."""
         if self._close is None:
             return
         if remove:
@@ -67,14 +70,14 @@ class Lock:
         self._forget()
 
     def sign(self) -> None:
-        """Write into the file who holds it."""
+        """Write the holder's name into the file."""
         if self.real:
-            with contextlib.suppress(OSError):  # another user's, who left it here
+            with contextlib.suppress(OSError):  # another user's file
                 os.ftruncate(self._file, 0)
                 os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
 
     def signature(self) -> str:
-        """Who holds it, in words."""
+        """The holder's name, for messages."""
         try:
             return self.path.read_text(errors="replace") or "another process"
         except OSError:
@@ -90,7 +93,7 @@ _held: weakref.WeakSet[Lock] = weakref.WeakSet()
 
 
 def _forget_all() -> None:
-    """In a child: closes its copies of the files, which would keep the locks when the parent is killed."""
+    """Close a child's copies of the files, which would keep the locks when the parent is killed."""
     for lock in list(_held):
         lock._forget()
 
@@ -103,10 +106,10 @@ def _open(path: Path) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except PermissionError as error:  # another user's: enough to hold it, if not to sign
+    except PermissionError as error:  # another user's file: it can be locked, but not signed
         try:
             return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:  # and it will not come by trying again
+        except FileNotFoundError:  # it does not exist, and trying again would not help
             raise error from None
 
 

@@ -1,13 +1,17 @@
-"""The line that shows how far a command is."""
+"""Lines on the terminal: how far a command is, and what it has to tell meanwhile."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
 
 PLAIN_S = 30.0  # between lines in a log file
+SILENT_S = 2.0  # that a phase may last before a line or a bar shows it
 
 
 class Bar(tqdm):
@@ -42,3 +46,26 @@ class Bar(tqdm):
     def tell(self, text: str) -> None:
         """Show `text` at the end of the line."""
         self.set_postfix_str(text, refresh=not self.disable and self.fp.isatty())
+
+
+def printable(text: str) -> str:
+    """`text` as one line without control characters: names may come out of anyone's file."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+
+
+def say(line: str) -> None:
+    """Print `line` to stderr, above a bar instead of through it."""
+    tqdm.write(line, file=sys.stderr)
+
+
+@contextmanager
+def announced(line: str) -> Iterator[None]:
+    """Say `line` once the block has lasted SILENT_S; a shorter block is silent."""
+    timer = threading.Timer(SILENT_S, say, (line,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()  # no line after the block

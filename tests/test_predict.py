@@ -24,7 +24,7 @@ from smooseg_fast.config import TrainConfig
 from smooseg_fast.datasets.images import find_images, resize_short_side
 from smooseg_fast.segment import segmenter
 from smooseg_fast.segment.segmenter import Segmenter
-from smooseg_fast.show import sheet
+from smooseg_fast.show import predictions
 from smooseg_fast.system.locks import Lock
 
 
@@ -433,10 +433,10 @@ def test_a_mask_of_the_same_name_that_was_another_images(trained, photos, segmen
 
 def test_no_two_images_share_a_mask():
     names = ["a.jpg", "a.png", "a.jpg.png", "b.jpg", "b.jpg.tif", "c/a.jpg", "d.png"]
-    stems = predict.output_stems([Path(name) for name in names])
+    stems = predictions.output_stems([Path(name) for name in names])
     assert stems == ["a.jpg", "a.png", "a.jpg.png", "b", "b.jpg.tif", "c/a", "d"]
     # to the file systems of macOS and Windows IMG.png and img.png are one name
-    assert predict.output_stems([Path("IMG.JPG"), Path("img.png"), Path("x.jpg")]) == ["IMG.JPG", "img.png", "x"]
+    assert predictions.output_stems([Path("IMG.JPG"), Path("img.png"), Path("x.jpg")]) == ["IMG.JPG", "img.png", "x"]
 
 
 def test_what_does_not_fit_into_memory_is_skipped_and_said_in_one_line(trained, photos, monkeypatch, capsys):
@@ -521,8 +521,8 @@ def test_images_that_differ_in_their_folder_alone(trained, segmented):
 
 def test_the_sheet_covers_at_most_so_many_images_spread_over_all(trained, photos, monkeypatch):
     shown = []
-    monkeypatch.setattr(sheet, "groups_sheet", lambda images, *_: shown.extend(images) or Image.new("RGB", (9, 9)))
-    monkeypatch.setattr(predict, "SHEET_IMAGES", 3)
+    monkeypatch.setattr(predictions, "groups_sheet", lambda images, *_: shown.extend(images) or Image.new("RGB", (9, 9)))
+    monkeypatch.setattr(predictions, "SHEET_IMAGES", 3)
     for _ in range(2):
         assert call(trained, photos, "made") == 0
         assert [name for name, *_ in shown] == ["0.png", "1.png", "sub/4.png"]

@@ -1,4 +1,4 @@
-"""Predictions on disk: masks and overlays of any number of images, a journal of those that are done, and their sheet."""
+"""Predictions on disk: masks and overlays of many images, a journal of those that are done, and their sheet."""
 
 from __future__ import annotations
 

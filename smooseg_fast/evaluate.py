@@ -107,7 +107,7 @@ def report(
     config: EvaluateConfig, dataset: Dataset, store: FeatureStore, counts: Tensor, *, groups: int, size: int
 ) -> None:
     """Write the figures of the confusion `counts` [groups, classes] to the output folder, and print them."""
-    from .measure.scores import hungarian, majority, percent
+    from .measure.scores import hungarian, majority, percent, scores_table
     from .show import charts, pictures
 
     names = dataset.class_names

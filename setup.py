@@ -1,4 +1,4 @@
-"""Two import packages from one project: `smooseg_fast` (the trainer) and `smooseg_kernels` (the objective, needs torch alone)."""
+"""Two import packages from one project: `smooseg_fast`, and `smooseg_kernels`, which needs torch alone."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 setup(
     name="smooseg_fast",
     version="0.1.0",
-    description="Unsupervised semantic segmentation with SmooSeg: exact linear-time objective, trainer, evaluation and prediction",
+    description="Unsupervised semantic segmentation of a folder of photos: SmooSeg with an exact linear-time objective",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license_expression="Apache-2.0",

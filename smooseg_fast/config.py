@@ -50,7 +50,8 @@ def distinct(granularity: tuple[float, ...], flag: str) -> None:
 class Thresholds:
     """Closeness above which a pair of patches is pulled together and below which it is pushed apart.
 
-    within, across: for patches of one image, and of two. relative: they are an excess over the measured mean closeness, so b = M + threshold.
+    within, across: for patches of one image, and of two. relative: they are an excess over the measured mean closeness,
+    so b = M + threshold.
     """
 
     within: float
@@ -181,7 +182,8 @@ class TrainConfig:
     checkpoint_every: AtLeastOne = 100
     """Steps between checkpoints."""
     verbose: bool = False
-    """Print the figures for experts too: energies, closeness, perplexity, modularity. They are always in metrics.jsonl and report.json."""
+    """Also print the figures for experts: energies, closeness, perplexity, modularity. metrics.jsonl and report.json
+    always hold them."""
 
     @property
     def limit(self) -> int | None:

@@ -4,9 +4,11 @@
 class UserError(Exception):
     """A mistake of the user's: one line that names the argument or file, what was found and what to do.
 
-    Command lines print it after `error: ` and exit with code 2, without a traceback; from Python it is an ordinary exception.
+    Command lines print it after `error: ` and exit with code 2, without a traceback; in Python it is an ordinary
+    exception.
     """
 
 
 class WriteError(UserError):
-    """A file that could not be written, most often on a full disk; what stood there before is whole, and the same command can go on."""
+    """A file that could not be written, most often on a full disk. The file that stood there before is intact, and the
+    same command can resume."""

@@ -1,4 +1,4 @@
-"""The rooms of the house: which folder of smooseg_fast may import which, and that no import leads back to where it began."""
+"""The rooms of smooseg_fast: which folder may import which, and that no import leads back to where it began."""
 
 from __future__ import annotations
 

@@ -133,8 +133,8 @@ def test_without_tensorboard_one_line_says_so(folder, monkeypatch, capsys):
     assert call("--data", folder, "--out", "out", *BOARD) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert (
-        line
-        == 'error: --log tensorboard: the package is not installed; pip install "smooseg_fast[tensorboard]", or leave the flag out'
+        line == "error: --log tensorboard: the package is not installed; "
+        'pip install "smooseg_fast[tensorboard]", or leave the flag out'
     )
     assert not (folder.parent / "out").exists()
 

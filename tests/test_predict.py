@@ -521,7 +521,8 @@ def test_images_that_differ_in_their_folder_alone(trained, segmented):
 
 def test_the_sheet_covers_at_most_so_many_images_spread_over_all(trained, photos, monkeypatch):
     shown = []
-    monkeypatch.setattr(predictions, "groups_sheet", lambda images, *_: shown.extend(images) or Image.new("RGB", (9, 9)))
+    blank = Image.new("RGB", (9, 9))
+    monkeypatch.setattr(predictions, "groups_sheet", lambda images, *_: shown.extend(images) or blank)
     monkeypatch.setattr(predictions, "SHEET_IMAGES", 3)
     for _ in range(2):
         assert call(trained, photos, "made") == 0

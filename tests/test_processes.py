@@ -64,7 +64,7 @@ def serve(rank, port, pipe):
 
 @pytest.fixture(scope="module")
 def pair():
-    """Calls a function of this file in both processes, with the processes as its first argument; -> what each returned."""
+    """Call a function of this file in both processes, with the processes first; -> what each returned."""
     context = multiprocessing.get_context("spawn")
     ends = [context.Pipe() for _ in range(2)]
     port = free_port()

@@ -35,7 +35,7 @@ LADDER = [*SMALL, "--granularity", "0.06", "0.1", "--prototypes", "3"]
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The files of an undisturbed run. Names are relative, because the settings, and names with them, are in the files."""
+    """The files of an undisturbed run. Names are relative, because the files hold the settings, and names with them."""
     place = tmp_path_factory.mktemp("undisturbed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(place / "cache"))

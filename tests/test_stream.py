@@ -301,7 +301,8 @@ def test_a_full_disk_between_windows(folder, monkeypatch, capsys):
         ("much", "--cache-limit much: no size; give a number above 0 with its unit, such as 50GB"),
         (
             "146kB",
-            "--cache-limit 146.0 kB: too small; a run needs at least 146.8 kB at a time, and all features take 251.6 kB",
+            "--cache-limit 146.0 kB: too small; a run needs at least 146.8 kB at a time, and all features take "
+            "251.6 kB",
         ),
     ],
 )
@@ -315,7 +316,10 @@ def test_limits_that_cannot_be(folder, capsys, limit, message):
 def test_figures_need_all_their_features(labelled, trained, capsys):
     args = ["--checkpoint", str(trained), "--data", str(labelled), "--cache", "c"]
     assert run(evaluate.main, [*args, "--cache-limit", "60kB"]) == 2  # three squares, and three mirrored
-    expected = "error: --cache-limit 60.0 kB: the features of set/val take about 83.9 kB, and figures need them all; give at least that"
+    expected = (
+        "error: --cache-limit 60.0 kB: the features of set/val take about 83.9 kB, and figures need them all; "
+        "give at least that"
+    )
     assert expected in capsys.readouterr().err
     assert run(evaluate.main, [*args, "--cache-limit", "60kB", "--no-mirror"]) == 0
     assert run(evaluate.main, [*args, "--cache-limit", "1.5"]) == 2

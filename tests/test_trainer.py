@@ -77,7 +77,8 @@ def test_a_folder_without_labels(folder, capsys):
     assert re.search(r"^done       the whole run took [\d.]+ s$", out, re.M)
     assert "k-means" not in out
     assert out.strip().splitlines()[-1] == (
-        f"next       python -m smooseg_fast.predict --checkpoint out/checkpoint.safetensors --images {folder} --out out/predictions"
+        "next       python -m smooseg_fast.predict --checkpoint out/checkpoint.safetensors "
+        f"--images {folder} --out out/predictions"
     )
     records = metrics("out")
     assert [r["step"] for r in records] == [2, 4, 6]

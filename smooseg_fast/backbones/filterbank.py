@@ -3,8 +3,8 @@
 A row consists of groups of channels, each with a share of its squared length (`GROUPS`): colour, in logarithms, so that
 the strength and tint of the light only shift it; variation of colour; and texture, from the amplitudes of Gabor pairs
 on the luminance at 4 scales and 8 orientations: contrast, profile over the scales, directedness (invariant to
-rotation), patchiness, and the oriented amplitudes themselves. Constants centre everything, so that cosines spread from about -0.6
-for unlike patches to 1.
+rotation), patchiness, and the oriented amplitudes themselves. Constants centre everything, so that cosines spread from
+about -0.6 for unlike patches to 1.
 """
 
 from __future__ import annotations

@@ -39,6 +39,7 @@ from smooseg_fast import train
 from smooseg_fast.command import run
 from smooseg_fast.config import TrainConfig
 from smooseg_fast.datasets import ArrayDataset
+from smooseg_fast.features.cachefolder import CacheFolder
 from smooseg_fast.features.room import Windows
 from smooseg_fast.learn.loop import Loop
 from smooseg_fast.learn.schedule import Draws, Schedule, Settings
@@ -357,6 +358,7 @@ def test_a_window_is_gone_through_in_another_order_every_time():
 
 
 def test_a_start_leaves_torchs_generator_alone():
+    torch.manual_seed(99)  # no state that an earlier start could have left
     before = torch.get_rng_state()
     heads_of(SEVERAL)
     assert torch.equal(torch.get_rng_state(), before)
@@ -572,6 +574,7 @@ def test_figures_with_labels_are_of_the_evaluation_size(tmp_path):
     out, _ = trained(tmp_path, Recipe(), 1, eval_size=SIDE + 8)
     scores = json.loads((out / "report.json").read_text())["scores"]
     assert scores["hungarian"]["pixels"] == 4 * (SIDE + 8) ** 2
+    assert len(CacheFolder(tmp_path / "cache").stores()) == 2  # features of the training size and of this one
 
 
 # what a run is

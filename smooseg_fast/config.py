@@ -250,7 +250,7 @@ class TrainConfig:
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in skip}
 
 
-_PAPER = dict(
+_PAPER: dict[str, Any] = dict(
     granularity=None,
     init="random",
     crops="five",

@@ -18,7 +18,7 @@ from .system.outfolder import mark_as_ours
 from .system.sizes import parse_size
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import numpy as np
 
     from .datasets import Dataset
     from .features.store import FeatureStore
@@ -104,7 +104,7 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
 
 
 def report(
-    config: EvaluateConfig, dataset: Dataset, store: FeatureStore, counts: Tensor, *, groups: int, size: int
+    config: EvaluateConfig, dataset: Dataset, store: FeatureStore, counts: np.ndarray, *, groups: int, size: int
 ) -> None:
     """Write the figures of the confusion `counts` [groups, classes] to the output folder, and print them."""
     from .measure.scores import hungarian, majority, percent, scores_table

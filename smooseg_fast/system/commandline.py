@@ -98,7 +98,7 @@ def read(kind: type, args: Sequence[str], program: str) -> dict[str, Any]:
     Words are `--flag value`, `--flag=value`, `--switch` or `--no-switch`, with hyphens or underscores; the last of a
     flag counts.
     """
-    words, values = list(args), {}
+    words, values = list(args), dict[str, Any]()
     fields = fields_of(kind)
     flags = {field.flag: field for field in fields.values() if not field.value.positional}
     toggles = {name: (field, not off) for field in flags.values() for name, off in switches(field)}
@@ -133,7 +133,7 @@ def read(kind: type, args: Sequence[str], program: str) -> dict[str, Any]:
 
 def _until_flag(words: list[str], most: int | None = None) -> list[str]:
     """Takes the words up to the next flag, or `most`, out of `words`. A negative number is no flag."""
-    taken = []
+    taken: list[str] = []
     while words and not words[0].startswith("--") and (most is None or len(taken) < most):
         taken.append(words.pop(0))
     return taken

@@ -155,8 +155,9 @@ def test_every_trouble_is_named_once():
 
 
 def test_figures_of_every_head_are_in_metrics_report_and_lines(folder, capsys):
-    assert call("--data", folder, "--out", "out", *SMALL, "--granularity", "0.06", "0.1", "--prototypes", "3") == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("groups ")]
+    small = [*SMALL, "--granularity", "0.06", "0.1", "--prototypes", "3", "--verbose"]
+    assert call("--data", folder, "--out", "out", *small) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("           perplexity ")]
     report = json.load(open("out/report.json"))
     for line, head in zip(lines, (FIRST, "granularity_0.1_seed_0"), strict=True):
         found = report["heads"][head]["health"]

@@ -31,7 +31,7 @@ from smooseg_fast.features import store
 from smooseg_fast.features.extract import open_or_extract
 from smooseg_fast.features.job import FeatureOptions
 from smooseg_fast.features.store import read_shard
-from smooseg_fast.learn import loop
+from smooseg_fast.learn import loop, monitors
 from smooseg_fast.learn import run as steps
 from smooseg_fast.learn.shares import Shares
 from smooseg_fast.learn.trainer import require_same_state
@@ -226,11 +226,11 @@ def test_a_run_resumes_with_any_number_of_processes(pair, folder, tmp_path, monk
 
 def learn_drifting(processes, place, args):
     """As if every head drifted from the first line of metrics on."""
-    plain, steps.Watch.all_drifted = steps.Watch.all_drifted, property(lambda self: True)
+    plain, monitors.drifts = monitors.drifts, lambda information: True
     try:
         return learn_in(processes, place, args)
     finally:
-        steps.Watch.all_drifted = plain
+        monitors.drifts = plain
 
 
 def test_on_drift_stop_ends_all_at_one_step(pair, labelled, tmp_path):

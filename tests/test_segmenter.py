@@ -229,10 +229,10 @@ def test_checkpoints_with_another_header(trained, tmp_path, capsys, place, value
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
-        ("student", lambda t: t[:0], "0 prototypes, where 1 to 255 can be"),
+        ("student", lambda t: t[:0], "0 prototypes, and 1 to 255 are possible"),
         ("student", lambda t: t.flatten(), "damaged, or written by another version"),
         ("teacher", lambda t: t[:, :1], "teacher is torch.float32"),
-        ("teacher", lambda t: t * float("nan"), "teacher has numbers that are not finite"),
+        ("teacher", lambda t: t * float("nan"), "teacher has values that are NaN or infinite"),
         ("projection.hidden.bias", lambda t: t.long(), "projection.hidden.bias is torch.int64"),
         ("projection.linear.weight", lambda t: t[0, 0], "damaged, or written by another version"),
         (

@@ -168,7 +168,7 @@ def test_what_it_prints_is_what_training_says(folder, capsys):
     assert "warning    net forces differ in sign" in out
     found = json.load(open("found/similarity.json"))
     again = ["--eval-size", "64", "--steps", "2", "--batch-size", "4", "--prototypes", "3", "--out", "run"]
-    assert run(train.main, [str(a) for a in (*small, *again)]) == 0
+    assert run(train.main, [str(a) for a in (*small, *again, "--verbose")]) == 0
     report = json.load(open("run/report.json"))["closeness"]
     for kind in ("within", "across"):
         assert report[kind]["mean"] == found[kind]["mean"]

@@ -128,7 +128,7 @@ def test_a_command_that_is_none_is_answered_with_the_nearest(tmp_path, monkeypat
 
 def test_it_runs_a_command(tmp_path, capsys):
     assert smooseg.main(["cache", "ls", "--cache", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == f"{tmp_path}: no features in it\n"
+    assert capsys.readouterr().out == f"{tmp_path}: holds no features\n"
     assert smooseg.main(["cache"]) == 0
     listed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in listed if line.startswith("  ")] == ["ls", "rm", "verify"]

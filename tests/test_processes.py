@@ -23,7 +23,7 @@ from test_extracting import Short
 from test_store import FakeBackbone
 from test_trainer import SMALL, call, files
 
-from smooseg_fast import command, predict, train
+from smooseg_fast import command, similarity, train
 from smooseg_fast.datasets import open_dataset
 from smooseg_fast.datasets.images import ImageError
 from smooseg_fast.errors import UserError
@@ -419,7 +419,7 @@ def test_one_process_says_why_all_end(monkeypatch, capsys):
         monkeypatch.setattr(joining, "joined", lambda: contextlib.nullcontext(processes))
         return command.run(main, [])
 
-    assert [ends(each, predict.main) for each in group] == [2, 2]
+    assert [ends(each, similarity.main) for each in group] == [2, 2]
     assert capsys.readouterr().err == "error: torchrun: this command runs in one process, not 2; start it alone\n"
 
 

@@ -138,7 +138,7 @@ def test_convert(tmp_path, capsys):
     # without its folder it says what to give
     shutil.copy(file, tmp_path / "alone.safetensors")
     with pytest.raises(
-        smooseg_fast.UserError, match=r"--backbone: missing; .*names ./backbone, .*or the file that it was made of"
+        smooseg_fast.UserError, match=r"--backbone: missing; .*names ./backbone, .*or the file that it was made from"
     ):
         smooseg_fast.Segmenter.load(tmp_path / "alone.safetensors", device="cpu")
     again = smooseg_fast.Segmenter.load(tmp_path / "alone.safetensors", backbone=str(path), device="cpu")

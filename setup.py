@@ -42,6 +42,7 @@ setup(
         "test": [
             "pytest>=8.0",
             "pytest-benchmark>=4.0",
+            "pytest-xdist>=3.5",
             "pandas>=2.2",
             "ruff>=0.17",
             "transformers>=5.17",

@@ -96,6 +96,13 @@ class Field:
         return flag(self.name)
 
     @property
+    def flags(self) -> tuple[str, ...]:
+        """All words that name it; the second of two switches it off."""
+        if self.value.positional:
+            return ()
+        return (self.flag, "--no-" + self.flag[2:]) if self.kind is bool else (self.flag,)
+
+    @property
     def label(self) -> str:
         """How messages name it."""
         return self.value.metavar if self.value.positional else self.flag
@@ -149,11 +156,10 @@ def flag(name: str) -> str:
 @cache
 def fields_of(kind: type) -> dict[str, Field]:
     """The fields of the dataclass `kind` by their names, in their order."""
-    hints, group, declared = get_type_hints(kind, include_extras=True), "flags", {}
+    hints, group, declared = get_type_hints(kind, include_extras=True), "options", {}
     for field in dataclasses.fields(kind):
-        hint, notes = _unwrapped(hints[field.name])
-        group = next((note.title for note in notes if isinstance(note, Group)), group)
-        declared[field.name] = _field(field, hint, notes, group)
+        declared[field.name] = _field(field, hints[field.name], group)
+        group = declared[field.name].group
     return declared
 
 
@@ -174,20 +180,14 @@ def helps_of(kind: type) -> dict[str, str]:
     return helps
 
 
-def _unwrapped(hint: Any) -> tuple[Any, list[Any]]:
-    """(the annotation without its notes and with None last in a union, the notes)."""
+def _field(field: dataclasses.Field, hint: Any, group: str) -> Field:
+    """`group`: that of the field before."""
     notes: list[Any] = []
-    while get_origin(hint) is Annotated:
-        hint, *more = get_args(hint)
-        notes += more
-    return hint, notes
-
-
-def _field(field: dataclasses.Field, hint: Any, notes: list[Any], group: str) -> Field:
     optional = False
-    if get_origin(hint) in (Union, types.UnionType):
-        (hint, more), optional = next(map(_unwrapped, (a for a in get_args(hint) if a is not types.NoneType))), True
-        notes = [*notes, *more]
+    while get_origin(hint) in (Annotated, Union, types.UnionType):
+        optional |= types.NoneType in get_args(hint)
+        hint, *more = (part for part in get_args(hint) if part is not types.NoneType)
+        notes += more
     many = get_origin(hint) is tuple
     if many:
         hint = get_args(hint)[0]
@@ -204,5 +204,5 @@ def _field(field: dataclasses.Field, hint: Any, notes: list[Any], group: str) ->
         bounds=next((note for note in notes if isinstance(note, Bounds)), None),
         value=next((note for note in notes if isinstance(note, Value)), Value(shown)),
         rules=tuple(note for note in notes if callable(note)),
-        group=group,
+        group=next((note.title for note in notes if isinstance(note, Group)), group),
     )

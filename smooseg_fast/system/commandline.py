@@ -59,16 +59,22 @@ class Parser(argparse.ArgumentParser):
     """Raises errors as UserError, and takes words of one dash as values: -1e-3 is a number, and no flag is short."""
 
     def __init__(self, **options: Any):
-        wide = shutil.get_terminal_size().columns >= 60
-        formatter = partial(_Formatter, max_help_position=28 if wide else 8)
-        super().__init__(formatter_class=formatter, allow_abbrev=False, **options)
+        super().__init__(formatter_class=_Formatter, allow_abbrev=False, **options)
         self._negative_number_matcher = re.compile("-[^-]")
+
+    def print_help(self, file: Any = None) -> None:
+        print(self.format_help(), end="", file=file)  # argparse would hide that the reader has gone
 
     def error(self, message: str) -> None:
         raise UserError(f"{message.removeprefix('argument ')}; {self.prog} --help lists the flags")
 
 
 class _Formatter(argparse.HelpFormatter):
+    def add_argument(self, action: argparse.Action) -> None:
+        self._indent()  # argparse forgets the indent of commands when it measures the widest
+        super().add_argument(action)
+        self._dedent()
+
     def _split_lines(self, text: str, width: int) -> list[str]:
         return textwrap.wrap(text, width, break_on_hyphens=False)  # flags stay whole
 
@@ -101,16 +107,15 @@ def choose_command(
 
 
 def parser_of(kind: type, program: str, defaults: Mapping[str, Any] | None = None) -> Parser:
-    """The parser of a command whose settings are a `kind`. Its help shows `defaults` in place of those of the fields."""
-    fields = fields_of(kind).values()
-    needed = [
-        f"{field.flag} {field.value.metavar}" for field in fields if field.required and not field.value.positional
-    ]
-    for field in fields:
+    """The parser of a command whose settings are a `kind`. Its help shows `defaults` rather than those of the kind."""
+    words = [program]
+    for field in fields_of(kind).values():
         if field.value.positional:
-            needed.append(field.value.metavar if field.required else f"[{field.value.metavar} ...]")
-    usage = " ".join([program, *needed, "[--flag value ...]"])
-    usage = textwrap.fill(usage, shutil.get_terminal_size().columns - 9, subsequent_indent=" " * 9)
+            words.append(field.value.metavar if field.required else f"[{field.value.metavar} ...]")
+        elif field.required:
+            words.append(f"{field.label} {field.value.metavar}")
+    width = shutil.get_terminal_size().columns - 9
+    usage = textwrap.fill(" ".join([*words, "[--flag value ...]"]), width, subsequent_indent=" " * 7)
     description, _, epilog = inspect.cleandoc(kind.__doc__ or "").partition("\n\n")
     parser = Parser(prog=program, usage=usage, description=description, epilog=epilog)
     add_fields(parser, kind, defaults or {})
@@ -118,7 +123,7 @@ def parser_of(kind: type, program: str, defaults: Mapping[str, Any] | None = Non
 
 
 def add_fields(parser: Parser, kind: type, defaults: Mapping[str, Any]) -> list[tuple[Field, argparse.Action]]:
-    """Gives `parser` the arguments of a `kind`, which keep the words as typed; -> those that take values."""
+    """Gives `parser` the arguments of a `kind`; -> those that take values."""
     defaults = {field.name: field.default for field in dataclasses.fields(kind)} | dict(defaults)
     groups: dict[str, Any] = {"options": parser}
     actions = []
@@ -126,17 +131,15 @@ def add_fields(parser: Parser, kind: type, defaults: Mapping[str, Any]) -> list[
         if field.group not in groups:
             groups[field.group] = parser.add_argument_group(field.group)
         add = partial(groups[field.group].add_argument, default=SUPPRESS)
-        text = _explained(field, helps_of(kind).get(field.name, ""), defaults[field.name])
+        text = _explained(field, helps_of(kind).get(field.name, ""), defaults[field.name]).replace("%", "%%")
         if field.kind is bool:  # the help shows the switch that changes something
             for name, on in zip(field.flags, (True, False)):
                 shown = SUPPRESS if on == defaults[field.name] else text
                 add(name, dest=field.name, action="store_const", const=on, help=shown)
-        elif field.value.positional:
-            nargs = "*" if field.many else "?"
-            actions.append((field, add(field.name, nargs=nargs, metavar=field.value.metavar, help=text)))
         else:
-            nargs = "+" if field.many else None
-            actions.append((field, add(field.flag, nargs=nargs, metavar=field.value.metavar, help=text)))
+            name, nargs = (field.name, ("?", "*")) if field.value.positional else (field.label, (None, "+"))
+            action = add(name, type=field.read, nargs=nargs[field.many], metavar=field.value.metavar, help=text)
+            actions.append((field, action))
     return actions
 
 
@@ -146,7 +149,7 @@ def _explained(field: Field, text: str, default: Any) -> str:
     if field.kind is not bool and default not in (None, (), dataclasses.MISSING):
         values = default if field.many else (default,)
         notes.append(f"[{' '.join(f'{x:g}' if isinstance(x, float) else str(x) for x in values)}]")
-    return " ".join(notes).replace("%", "%%")
+    return " ".join(notes)
 
 
 def parse(kind: type[T], args: Sequence[str], *command: str) -> T:
@@ -173,9 +176,8 @@ def read(kind: type, args: Sequence[str], program: str) -> dict[str, Any]:
         raise UserError(_unknown(unknown[0], fields, vars(given), program))
     values = {}
     for name, value in vars(given).items():
-        values[name] = (
-            value if isinstance(value, bool) else fields[name].read([value] if isinstance(value, str) else value)
-        )
+        values[name] = None if value == [None] else tuple(value) if isinstance(value, list) else value
+        fields[name].check(values[name])
     return values
 
 
@@ -185,5 +187,5 @@ def _unknown(word: str, fields: Mapping[str, Field], given: Iterable[str], progr
         hint = nearest(name, [flag for field in fields.values() for flag in field.flags])
         return f"{name}: is not a flag{hint or f'; {program} --help lists the flags'}"
     usual = next((field for field in fields.values() if field.value.usual and field.name not in given), None)
-    hint = "put names with spaces in quotes" if usual is None else f"did you mean {usual.flag} {shlex.quote(word)}"
+    hint = "put names with spaces in quotes" if usual is None else f"did you mean {usual.label} {shlex.quote(word)}"
     return f"{word}: belongs to no flag; {hint}"

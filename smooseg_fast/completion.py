@@ -24,8 +24,8 @@ class CompletionConfig:
     """Print a script that completes smooseg's commands, flags and values.
 
     For bash write `source <(smooseg completion bash)` into ~/.bashrc, for zsh `source <(smooseg completion zsh)` into
-    ~/.zshrc below compinit, for fish `smooseg completion fish | source` into ~/.config/fish/config.fish, and for tcsh
-    `smooseg completion tcsh | source /dev/stdin` into ~/.tcshrc.
+    ~/.zshrc below compinit, and for fish `smooseg completion fish | source` into ~/.config/fish/config.fish. For tcsh
+    save the script in a file, and source this in ~/.tcshrc.
     """
 
     shell: Annotated[Literal["bash", "zsh", "fish", "tcsh"], Value("SHELL", positional=True)]

@@ -23,7 +23,7 @@ from .system.fields import Value
 class CompletionConfig:
     """Print a script that completes smooseg's commands, flags and values.
 
-    For bash write `source <(smooseg completion bash)` into ~/.bashrc, for zsh `source <(smooseg completion zsh)` into
+    For bash write `source <(smooseg completion bash)` into ~/.bashrc, for zsh `eval "$(smooseg completion zsh)"` into
     ~/.zshrc below compinit, and for fish `smooseg completion fish | source` into ~/.config/fish/config.fish. For tcsh
     save the script in a file, and source this in ~/.tcshrc.
     """
@@ -69,7 +69,7 @@ def tree() -> Parser:
         for field, action in add_fields(parsers[path], settings, {}):
             action.choices = field.choices or None
             if field.value.metavar in paths:
-                action.complete = paths[field.value.metavar]
+                action.complete = paths[field.value.metavar]  # type: ignore[attr-defined]
     return root
 
 

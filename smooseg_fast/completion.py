@@ -59,7 +59,7 @@ def tree() -> Parser:
 
     from .__main__ import COMMANDS, parser
 
-    paths = {"FOLDER": shtab.DIRECTORY, "DIR": shtab.DIRECTORY, "FILE": shtab.FILE, "PATH": shtab.FILE}
+    paths = {"FOLDER": shtab.DIRECTORY, "DIR": shtab.DIRECTORY} | dict.fromkeys(("FILE", "PATH", "NAME"), shtab.FILE)
     root = parser("smooseg")
     parsers = add_commands(root, COMMANDS)
     for name, commands in (("data", data.COMMANDS), ("cache", cache.COMMANDS)):

@@ -474,6 +474,7 @@ def test_completion_in_bash(tmp_path):
         "train --data p": {"photos"},  # folders alone
         "data check p": {"photos"},
         "predict --images p": {"photos", "plan.ckpt"},
+        "predict --backbone p": {"photos", "plan.ckpt"},
         "convert p": {"photos", "plan.ckpt"},
         "train --steps p": set(),
         "completion ": {"bash", "zsh", "fish", "tcsh"},

@@ -61,7 +61,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Value:
-    """What --help shows for a value; the shell completes paths for FOLDER, FILE and PATH.
+    """What --help shows for a value; shells complete folders for FOLDER and DIR, and files for FILE, PATH and NAME.
 
     A word without a flag is taken to be meant for the `usual` field. A `positional` one has no flag at all.
     """

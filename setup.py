@@ -35,6 +35,7 @@ setup(
         "safetensors>=0.4.3",
         "tqdm>=4.66",
         "matplotlib>=3.8",
+        "shtab>=1.13",
     ],
     extras_require={
         "transformers": ["transformers>=5.17"],

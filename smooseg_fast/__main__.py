@@ -9,7 +9,7 @@ from importlib import import_module
 from . import __version__
 from .command import run
 from .errors import UserError
-from .system.commandline import choose_command, program
+from .system.commandline import Parser, choose_command, program
 from .system.progress import printable
 
 COMMANDS = {
@@ -28,11 +28,10 @@ COMMANDS = {
 def main(args: Sequence[str] | None = None) -> int:
     """The console script: -> the exit code."""
     args = list(sys.argv[1:] if args is None else args)
-    if args[:1] == ["--version"]:
-        print(f"smooseg {__version__}")
-        return 0
     try:
-        chosen = choose_command(args, COMMANDS, program() or f"python -m {__package__}", "train --data")
+        chosen = choose_command(parser(program() or f"python -m {__package__}"), args, COMMANDS, "train --data")
+    except SystemExit:  # after --help or --version
+        return 0
     except UserError as error:
         print("error: " + printable(str(error)), file=sys.stderr)
         return 2
@@ -41,6 +40,13 @@ def main(args: Sequence[str] | None = None) -> int:
     command, words = chosen
     module = import_module(f".{command}", __package__)
     return run(module.main, words, quick=command == "completion")
+
+
+def parser(program: str) -> Parser:
+    """The parser of the program's own flags."""
+    parser = Parser(prog=program)
+    parser.add_argument("--version", action="version", version=f"smooseg {__version__}", help="print the version")
+    return parser
 
 
 if __name__ == "__main__":

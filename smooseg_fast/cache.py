@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 from .command import run
 from .config import Folder
 from .errors import UserError
-from .system.commandline import choose_command, command_line, parse
+from .system.commandline import Parser, choose_command, command_line, parse
 from .system.fields import Bounds, Value
 from .system.progress import Bar, printable
 from .system.sizes import readable
@@ -78,7 +78,8 @@ COMMANDS = {
 
 
 def main(args: Sequence[str]) -> None:
-    chosen = choose_command(args, {name: line for name, (line, _) in COMMANDS.items()}, command_line("cache"))
+    about = {name: line for name, (line, _) in COMMANDS.items()}
+    chosen = choose_command(Parser(prog=command_line("cache")), args, about)
     if chosen is None:
         return
     name, words = chosen

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from .command import run
 from .errors import UserError
-from .system.commandline import choose_command, command_line, parse
+from .system.commandline import Parser, choose_command, command_line, parse
 from .system.fields import Bounds, Value
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ COMMANDS = {"check": ("tell what DIR was recognised as, what it holds and what i
 
 def main(args: Sequence[str]) -> None:
     about = {name: line for name, (line, _) in COMMANDS.items()}
-    chosen = choose_command(args, about, command_line("data"), "check")
+    chosen = choose_command(Parser(prog=command_line("data")), args, about, "check")
     if chosen is not None:
         check(parse(CheckConfig, chosen[1], "data", "check"))
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from .command import pictures_of, predict_command, run
 from .config import TrainConfig, preset, with_changes
 from .errors import UserError
-from .system.commandline import HELP, command_line, page, read
+from .system.commandline import HELP, command_line, parser_of, read
 from .system.fields import flag
 from .system.outfolder import HoldsAnotherRun
 
@@ -124,7 +124,7 @@ def configure(args: Sequence[str]) -> TrainConfig:
     given = read(TrainConfig, [word for word in args if word not in HELP], program)
     base = preset(given.get("preset") or ("folder" if given.get("data") is not None else "demo"))
     if HELP & set(args):
-        print(page(TrainConfig, program, vars(base)))
+        parser_of(TrainConfig, program, vars(base)).print_help()
         raise SystemExit(0)
     config = with_changes(base, **given)
     if config.data is None and config.preset != "demo":

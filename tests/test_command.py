@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import shtab
 
 import smooseg_fast
 from smooseg_fast import __main__ as smooseg
@@ -21,7 +22,7 @@ from smooseg_fast.config import PRESETS, TrainConfig, preset, with_changes
 from smooseg_fast.errors import UserError, WriteError
 from smooseg_fast.learn.runfolder import RunFolder
 from smooseg_fast.predict import PredictConfig
-from smooseg_fast.system.commandline import command_line, page, parse, read, starter
+from smooseg_fast.system.commandline import command_line, parse, parser_of, read, starter
 from smooseg_fast.system.fields import check_fields, fields_of, helps_of
 from smooseg_fast.system.signals import Interrupted
 
@@ -100,7 +101,7 @@ def test_without_arguments_it_lists_its_commands(capsys):
     assert smooseg.main(["--help"]) == 0
     assert capsys.readouterr().out == listed
     for name, about in smooseg.COMMANDS.items():
-        assert re.search(rf"^  {name} +{about.split()[0]}", listed, re.MULTILINE)
+        assert re.search(rf"^    {name} +{about.split()[0]}", listed, re.MULTILINE)
 
 
 def test_every_command_is_listed_and_completed():
@@ -131,7 +132,7 @@ def test_it_runs_a_command(tmp_path, capsys):
     assert capsys.readouterr().out == f"{tmp_path}: holds no features\n"
     assert smooseg.main(["cache"]) == 0
     listed = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in listed if line.startswith("  ")] == ["ls", "rm", "verify"]
+    assert [line.split()[0] for line in listed if line.startswith("    ")] == ["ls", "rm", "verify"]
     assert smooseg.main(["data", "check", str(tmp_path / "nowhere")]) == 2
     assert "no such file or folder" in capsys.readouterr().err
 
@@ -253,7 +254,7 @@ NOT_LEARNING |= {"backbone_precision", "precision", "deterministic"}
 @pytest.mark.parametrize("field", fields_of(TrainConfig).values(), ids=lambda field: field.name)
 def test_every_flag_arrives_in_the_settings_and_in_the_identity_of_a_run(field):
     switch = field.kind is bool
-    words = [field.flag] if switch else [field.flag, *OTHER[field.name].split()]
+    words = [field.label] if switch else [field.label, *OTHER[field.name].split()]
     expected = not field.bounds and switch
     if not switch:
         items = tuple(map(field.kind, words[1:]))
@@ -281,7 +282,7 @@ def test_every_flag_arrives_in_the_settings_and_in_the_identity_of_a_run(field):
 def test_a_flag_changes_its_own_setting_alone(field):
     if field.name in ("data", "preset", "granularity", "threshold_within", "threshold_across"):
         return  # they decide about others
-    words = [field.flag] if field.kind is bool else [f"{field.flag}={OTHER[field.name]}"]
+    words = [field.label] if field.kind is bool else [f"{field.label}={OTHER[field.name]}"]
     before, after = (vars(train.configure(["--data", "photos", *more])) for more in ([], words))
     assert {name for name in before if before[name] != after[name]} == {field.name}
 
@@ -307,7 +308,8 @@ def test_forms_of_flags():
     assert read(TrainConfig, ["--deterministic"], "x") == {"deterministic": True}
     assert read(TrainConfig, ["--no-deterministic"], "x") == {"deterministic": False}
     assert read(TrainConfig, ["--granularity", "0.1", "-1e-3", "-2"], "x") == {"granularity": (0.1, -0.001, -2.0)}
-    assert read(TrainConfig, ["--prototypes", "None"], "x") == {"prototypes": None}
+    assert read(TrainConfig, ["--prototypes", "None", "--log=None"], "x") == {"prototypes": None, "log": None}
+    assert read(TrainConfig, ["--granularity", "None"], "x") == {"granularity": None}
     assert read(TrainConfig, ["--out", "-strange"], "x") == {"out": "-strange"}
     assert parse(cache.Remove, ["a", "b", "--cache", "c"], "x") == cache.Remove(keys=("a", "b"), cache="c")
     assert parse(data.CheckConfig, ["--sample", "3", "DIR"], "x") == data.CheckConfig(data="DIR", sample=3)
@@ -318,13 +320,18 @@ WRONG = [
     ("--granularty=0.1", "--granularty: is not a flag; did you mean --granularity"),
     ("--qqq 1", "--qqq: is not a flag; smooseg train --help lists the flags"),
     ("-x", "-x: is not a flag; smooseg train --help lists the flags"),
-    ("my_photos", "my_photos: stands behind no flag; did you mean --data my_photos"),
-    ("--steps 3 my_photos", "my_photos: stands behind no flag; did you mean --data my_photos"),
-    ("--data a.jpg b.jpg", "b.jpg: is one value too many for --data, which takes one; put names with spaces in quotes"),
-    ("--steps", "--steps: has no value; give N"),
-    ("--granularity --steps 3", "--granularity: has no value; give X ..."),
-    ("--impl --steps 3", "--impl: has no value; give {auto,triton,torch,dense}"),
-    ("--deterministic=yes", "--deterministic: takes no value, got 'yes'"),
+    ("my_photos", "my_photos: belongs to no flag; did you mean --data my_photos\n"),
+    ("--steps 3 my_photos", "my_photos: belongs to no flag; did you mean --data my_photos\n"),
+    ("--data a.jpg b.jpg", "b.jpg: belongs to no flag; put names with spaces in quotes\n"),
+    ("--gran 0.1", "--gran: is not a flag; "),  # no abbreviations
+    ("--steps", "--steps: expected one argument; smooseg train --help lists the flags\n"),
+    (
+        "--granularity --steps 3",
+        "--granularity: expected at least one argument; smooseg train --help lists the flags\n",
+    ),
+    ("--impl --steps 3", "--impl: expected one argument; smooseg train --help lists the flags\n"),
+    ("--deterministic=yes", "--deterministic: ignored explicit argument 'yes'; smooseg train --help "),
+    ("--granularity 0.1 x", "--granularity: must be a number, got 'x'"),
     ("--steps 2.5", "--steps: must be a whole number, got '2.5'"),
     ("--lr fast", "--lr: must be a number, got 'fast'"),
     ("--lr nan", "--lr: must be between 0 and 1000, got nan"),
@@ -354,7 +361,7 @@ def test_what_is_typed_wrong_is_answered_in_one_line(words, message, monkeypatch
 )
 def test_a_bare_folder_is_answered_with_its_flag(command, flag, capsys):
     assert smooseg.main([command, "my photos"]) == 2
-    assert capsys.readouterr().err == f"error: my photos: stands behind no flag; did you mean --{flag} 'my photos'\n"
+    assert capsys.readouterr().err == f"error: my photos: belongs to no flag; did you mean --{flag} 'my photos'\n"
 
 
 def test_a_flag_that_is_needed_is_named(capsys):
@@ -403,12 +410,8 @@ def test_help_shows_groups_choices_ranges_and_the_defaults_of_the_preset(monkeyp
     monkeypatch.setenv("COLUMNS", "120")
     assert smooseg.main(["train", "--preset", "cocostuff27", "--help"]) == 0
     shown = capsys.readouterr().out
-    assert [line for line in shown.splitlines() if line and line[0].islower()][1:] == [
-        "data",
-        "features",
-        "learning",
-        "output",
-    ]
+    titles = [line for line in shown.splitlines() if line and line[0].islower()][1:]
+    assert titles == ["options:", "data:", "features:", "learning:", "output:"]
     assert "  --impl {auto,triton,torch,dense}\n" in shown
     assert re.search(r"--prototypes N .*\(1 to 255\) \[27\]", shown)
     assert re.search(r"--steps N +Optimiser steps. \(at least 1\) \[8000\]", shown)
@@ -420,12 +423,13 @@ def test_help_shows_groups_choices_ranges_and_the_defaults_of_the_preset(monkeyp
 def test_help_is_as_wide_as_the_terminal(settings, monkeypatch):
     for width in (50, 80, 160):
         monkeypatch.setenv("COLUMNS", str(width))
-        lines = page(settings, "smooseg x", {}).splitlines()
+        lines = parser_of(settings, "smooseg x").format_help().splitlines()
         assert all(len(line) <= width or line.startswith("  --") for line in lines)
         flags = {line.split()[0] for line in lines if line.startswith("  --")}
         off = {"--no-mirror": "--mirror"}
-        expected = {field.flag for field in fields_of(settings).values() if not field.value.positional}
-        assert {off.get(name, name) for name in flags} == expected | {"--help"}
+        expected = {field.label for field in fields_of(settings).values() if not field.value.positional}
+        assert {off.get(name, name) for name in flags} == expected
+        assert any(line.startswith("  -h, --help ") for line in lines)
 
 
 @pytest.mark.parametrize("settings", ALL_SETTINGS, ids=lambda settings: settings.__name__)
@@ -438,7 +442,11 @@ def test_every_setting_is_explained(settings):
 
 
 def test_a_switch_is_shown_as_what_it_changes(capsys):
-    assert "  --no-mirror  " in page(PredictConfig, "x", {})
+    shown = parser_of(PredictConfig, "x").format_help()
+    assert "  --no-mirror  " in shown
+    assert "--mirror" not in shown
+    assert "  --mirror  " in parser_of(PredictConfig, "x", {"mirror": False}).format_help()
+    assert read(PredictConfig, ["--mirror"], "x") == {"mirror": True}
     assert read(PredictConfig, ["--no-mirror"], "x") == {"mirror": False}
 
 
@@ -447,51 +455,54 @@ def test_a_switch_is_shown_as_what_it_changes(capsys):
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_completion_in_bash(tmp_path):
-    script = tmp_path / "smooseg.bash"
-    script.write_text(completion.bash() + "\n")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "plan.ckpt").touch()
+    (tmp_path / "smooseg.bash").write_text(shtab.complete(completion.tree(), "bash") + "\n")
     questions = {
-        "": {"train", "predict", "completion", "--help", "--version"},
+        "": set(smooseg.COMMANDS),
+        "-": {"-h", "--help", "--version"},
         "tr": {"train"},
-        "cache ": {"ls", "rm", "verify", "--help"},
+        "cache ": {"ls", "rm", "verify"},
         "cache rm --o": {"--older"},
         "data check --": {"--sample", "--help"},
         "train --impl ": {"auto", "triton", "torch", "dense"},
         "train --impl tr": {"triton"},
-        "train --impl = tr": {"triton"},  # how bash splits --impl=tr
         "train --data photos --granul": {"--granularity"},
+        "train --granularity 0.1 0.2 --granul": {"--granularity"},
         "train --deter": {"--deterministic"},
         "evaluate --no-": {"--no-mirror"},
-        "train --data ": set(),  # files, by complete -o default
-        "convert x": set(),
-        "completion ": {"bash", "zsh", "fish", "--help"},
+        "train --data p": {"photos"},  # folders alone
+        "data check p": {"photos"},
+        "predict --images p": {"photos", "plan.ckpt"},
+        "predict --backbone p": {"photos", "plan.ckpt"},
+        "convert p": {"photos", "plan.ckpt"},
+        "train --steps p": set(),
+        "completion ": {"bash", "zsh", "fish", "tcsh"},
     }
-    lines = [f"source {script}", "complete -p smooseg"]
+    lines = ["source ./smooseg.bash", "complete -p smooseg"]
     for words in questions:
         split = words.split(" ") if words else [""]
         quoted = " ".join(f"'{word}'" for word in split)
-        lines += [f'COMP_WORDS=(smooseg {quoted}); COMP_CWORD={len(split)}; _smooseg; echo "${{COMPREPLY[*]}}"']
-    done = subprocess.run(["bash", "-c", "\n".join(lines)], capture_output=True, text=True, timeout=60)
+        lines.append(f"COMP_WORDS=(smooseg {quoted}); COMP_CWORD={len(split)}; _shtab_smooseg")
+        lines.append('echo "${COMPREPLY[*]}"')
+    done = subprocess.run(["bash", "-c", "\n".join(lines)], capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert done.stderr == ""
     registered, *answers = done.stdout.splitlines()
-    assert registered == "complete -o default -F _smooseg smooseg"
+    assert registered == "complete -o bashdefault -F _shtab_smooseg smooseg"
     for (words, expected), answer in zip(questions.items(), answers, strict=True):
-        if words:
-            assert set(answer.split()) == expected, words
-        else:
-            assert set(answer.split()) >= expected
+        assert set(answer.split()) == expected, words
 
 
-def test_completion_knows_every_flag_in_every_shell(capsys):
-    scripts = {}
-    for shell in ("bash", "zsh", "fish"):
-        assert run(completion.main, [shell]) == 0
-        scripts[shell] = capsys.readouterr().out
-    assert scripts["bash"] in scripts["zsh"]
-    for path, settings in completion.SETTINGS.items():
+@pytest.mark.parametrize(("shell", "prefix"), [("bash", "--"), ("zsh", "--"), ("tcsh", ""), ("fish", "")])
+def test_completion_knows_every_flag_in_every_shell(shell, prefix, capsys):
+    assert run(completion.main, [shell]) == 0
+    script = capsys.readouterr().out
+    assert {path.split()[0] for path in completion.SETTINGS} <= set(re.findall(r"[a-z]+", script))
+    for settings in completion.SETTINGS.values():
         for field in fields_of(settings).values():
-            if not field.value.positional:
-                assert re.search(rf'"{path}"\) .*{field.flag}[ "]', scripts["bash"])
-                assert re.search(rf"{path.split()[-1]}'? -l {field.flag[2:]} ", scripts["fish"])
+            for flag in field.flags:
+                if flag not in ("--mirror", "--no-deterministic", "--no-verbose", "--no-all"):  # they change nothing
+                    assert re.search(rf"[\s\"'(]{prefix}{flag[2:]}\b(?!-)", script), flag
 
 
 # the output folder

@@ -9,19 +9,19 @@ import sys
 import pytest
 
 CASES = {
-    "smooseg_fast": ("torch", "numpy", "tyro", "transformers", "matplotlib", "triton"),
+    "smooseg_fast": ("torch", "numpy", "shtab", "transformers", "matplotlib", "triton"),
     "smooseg_fast.learn.loop": (
         "numpy",
         "scipy",
         "PIL",
-        "tyro",
+        "shtab",
         "transformers",
         "matplotlib",
         "triton",
         "safetensors",
         "tqdm",
     ),
-    "smooseg_fast.learn.trainer": ("tyro", "transformers", "matplotlib.pyplot", "triton"),
+    "smooseg_fast.learn.trainer": ("shtab", "transformers", "matplotlib.pyplot", "triton"),
 }
 
 

@@ -1,17 +1,21 @@
-"""Command lines: words to settings and back. Errors are one line; --help is a page in groups, as wide as the
-terminal."""
+"""Command lines: argparse parsers from the declared fields of settings, and what to type next. Errors are one line."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
+import inspect
+import re
 import shlex
 import shutil
 import sys
 import textwrap
+from argparse import SUPPRESS
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from ..errors import UserError
 from .fields import Field, fields_of, helps_of
@@ -19,7 +23,6 @@ from .fields import Field, fields_of, helps_of
 T = TypeVar("T")
 HELP = {"-h", "--help"}
 PACKAGE = "smooseg_fast"
-MARGIN = 28  # columns left of the help of a flag
 
 
 def program() -> str:
@@ -35,13 +38,10 @@ def starter(module: str, processes: int = 1) -> list[str]:
     """The words that start the command of `module`, in the way in which this process was started."""
     words = program().split()
     words = [*words, module.removeprefix(f"{PACKAGE}.")] if words else ["python", "-m", module]
-    if processes > 1:
-        words = [
-            "torchrun",
-            f"--nproc-per-node={processes}",
-            *(words[1:] if words[0] == "python" else ["--no-python", *words]),
-        ]
-    return words
+    if processes == 1:
+        return words
+    words = words[1:] if words[0] == "python" else ["--no-python", *words]
+    return ["torchrun", f"--nproc-per-node={processes}", *words]
 
 
 def command_line(command: str, *words: str) -> str:
@@ -55,36 +55,107 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}" if close else ""
 
 
+class Parser(argparse.ArgumentParser):
+    """Raises errors as UserError, and takes words of one dash as values: -1e-3 is a number, and no flag is short."""
+
+    def __init__(self, **options: Any):
+        super().__init__(formatter_class=_Formatter, allow_abbrev=False, **options)
+        self._negative_number_matcher = re.compile("-[^-]")
+
+    def print_help(self, file: Any = None) -> None:
+        print(self.format_help(), end="", file=file)  # argparse would hide that the reader has gone
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message.removeprefix('argument ')}; {self.prog} --help lists the flags")
+
+
+class _Formatter(argparse.HelpFormatter):
+    def add_argument(self, action: argparse.Action) -> None:
+        self._indent()  # argparse forgets the indent of commands when it measures the widest
+        super().add_argument(action)
+        self._dedent()
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_on_hyphens=False)  # flags stay whole
+
+
+def add_commands(parser: Parser, about: Mapping[str, str]) -> dict[str, Parser]:
+    """Gives `parser` a command for each name in `about`, with this line of help; -> their parsers."""
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    return {name: commands.add_parser(name, help=line) for name, line in about.items()}
+
+
 def choose_command(
-    args: Sequence[str], about: Mapping[str, str], program: str, folder: str = ""
+    parser: Parser, args: Sequence[str], about: Mapping[str, str], folder: str = ""
 ) -> tuple[str, list[str]] | None:
-    """(the command that `args` begin with, the words after it); None when the list of commands was asked for, and
-    printed.
+    """(the command that `args` begin with, the words after it); None when there are none, and the list of commands was
+    printed. --help prints it and exits with 0.
 
     `folder`: the words that a folder would follow, for the message about one that stands in place of the command.
     """
-    if not args or args[0] in HELP:
-        width = max(map(len, about))
-        print(f"usage: {program} COMMAND ...\n")
-        for name, line in about.items():
-            print(_wrapped(line, f"  {name:{width}}  ", " " * (width + 4)))
-        print(f"\n{program} COMMAND --help lists the flags of a command")
-        return None
-    if args[0] not in about:
+    if args and args[0] in about:
+        return args[0], list(args[1:])
+    if args and not args[0].startswith("-"):
         hint = nearest(args[0], about) or f"; there are {', '.join(about)}"
         if folder and Path(args[0]).exists():
-            hint = f"; did you mean {program} {folder} {shlex.quote(args[0])}"
-        raise UserError(f"{args[0]}: is not a command of {program}{hint}")
-    return args[0], list(args[1:])
+            hint = f"; did you mean {parser.prog} {folder} {shlex.quote(args[0])}"
+        raise UserError(f"{args[0]}: is not a command of {parser.prog}{hint}")
+    add_commands(parser, about)
+    parser.parse_args(args[:1])
+    parser.print_help()
+    return None
+
+
+def parser_of(kind: type, program: str, defaults: Mapping[str, Any] | None = None) -> Parser:
+    """The parser of a command whose settings are a `kind`. Its help shows `defaults` rather than those of the kind."""
+    words = [program]
+    for field in fields_of(kind).values():
+        if field.value.positional:
+            words.append(field.value.metavar if field.required else f"[{field.value.metavar} ...]")
+        elif field.required:
+            words.append(f"{field.label} {field.value.metavar}")
+    width = shutil.get_terminal_size().columns - 9
+    usage = textwrap.fill(" ".join([*words, "[--flag value ...]"]), width, subsequent_indent=" " * 7)
+    description, _, epilog = inspect.cleandoc(kind.__doc__ or "").partition("\n\n")
+    parser = Parser(prog=program, usage=usage, description=description, epilog=epilog)
+    add_fields(parser, kind, defaults or {})
+    return parser
+
+
+def add_fields(parser: Parser, kind: type, defaults: Mapping[str, Any]) -> list[tuple[Field, argparse.Action]]:
+    """Gives `parser` the arguments of a `kind`; -> those that take values."""
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)} | dict(defaults)
+    groups: dict[str, Any] = {"options": parser}
+    actions = []
+    for field in fields_of(kind).values():
+        if field.group not in groups:
+            groups[field.group] = parser.add_argument_group(field.group)
+        add = partial(groups[field.group].add_argument, default=SUPPRESS)
+        text = _explained(field, helps_of(kind).get(field.name, ""), defaults[field.name]).replace("%", "%%")
+        if field.kind is bool:  # the help shows the switch that changes something
+            for name, on in zip(field.flags, (True, False)):
+                shown = SUPPRESS if on == defaults[field.name] else text
+                add(name, dest=field.name, action="store_const", const=on, help=shown)
+        else:
+            name, nargs = (field.name, ("?", "*")) if field.value.positional else (field.label, (None, "+"))
+            action = add(name, type=field.read, nargs=nargs[field.many], metavar=field.value.metavar, help=text)
+            actions.append((field, action))
+    return actions
+
+
+def _explained(field: Field, text: str, default: Any) -> str:
+    """Help, range and default."""
+    notes = [text] if field.bounds is None else [text, f"({field.bounds})"]
+    if field.kind is not bool and default not in (None, (), dataclasses.MISSING):
+        values = default if field.many else (default,)
+        notes.append(f"[{' '.join(f'{x:g}' if isinstance(x, float) else str(x) for x in values)}]")
+    return " ".join(notes)
 
 
 def parse(kind: type[T], args: Sequence[str], *command: str) -> T:
     """`args` of a command, such as "predict", as a `kind`. UserError in one line; `--help` prints the page and exits
     with 0."""
     program = command_line(*command)
-    if HELP & set(args):
-        print(page(kind, program, {}))
-        raise SystemExit(0)
     given = read(kind, args, program)
     missing = [field.label for field in fields_of(kind).values() if field.required and field.name not in given]
     if missing:
@@ -98,116 +169,23 @@ def read(kind: type, args: Sequence[str], program: str) -> dict[str, Any]:
     Words are `--flag value`, `--flag=value`, `--switch` or `--no-switch`, with hyphens or underscores; the last of a
     flag counts.
     """
-    words, values = list(args), dict[str, Any]()
     fields = fields_of(kind)
-    flags = {field.flag: field for field in fields.values() if not field.value.positional}
-    toggles = {name: (field, not off) for field in flags.values() for name, off in switches(field)}
-    positional = [field for field in fields.values() if field.value.positional]
-    last = None  # the flag that took the word before
-    while words:
-        word = words.pop(0)
-        key, equals, value = word.partition("=")
-        key = key.replace("_", "-")
-        if not word.startswith("-") or word == "-":
-            if not positional:
-                raise UserError(_stray(word, last, fields, values, program))
-            field = positional.pop(0)
-            taken = [word, *_until_flag(words)] if field.many else [word]
-            values[field.name] = field.read(taken)
-        elif key in toggles:
-            if equals:
-                raise UserError(f"{key}: takes no value, got {value!r:.80}")
-            field, on = toggles[key]
-            values[field.name] = on
-        elif key in flags:
-            field = flags[key]
-            taken = [value] if equals else _until_flag(words, None if field.many else 1)
-            if not taken:
-                raise UserError(f"{key}: has no value; give {_shown(field)}")
-            values[field.name], last = field.read(taken), field
-        else:
-            hint = nearest(key, (*flags, *toggles)) or f"; {program} --help lists the flags"
-            raise UserError(f"{word if key == '--' else key}: is not a flag{hint}")
+    words = [re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), word) for word in args]
+    given, unknown = parser_of(kind, program).parse_known_args(words)
+    if unknown:
+        raise UserError(_unknown(unknown[0], fields, vars(given), program))
+    values = {}
+    for name, value in vars(given).items():
+        values[name] = None if value == [None] else tuple(value) if isinstance(value, list) else value
+        fields[name].check(values[name])
     return values
 
 
-def _until_flag(words: list[str], most: int | None = None) -> list[str]:
-    """Takes the words up to the next flag, or `most`, out of `words`. A negative number is no flag."""
-    taken: list[str] = []
-    while words and not words[0].startswith("--") and (most is None or len(taken) < most):
-        taken.append(words.pop(0))
-    return taken
-
-
-def switches(field: Field) -> list[tuple[str, bool]]:
-    """The names that turn a field of True or False on, and off."""
-    return [(field.flag, False), ("--no-" + field.flag[2:], True)] if field.kind is bool else []
-
-
-def _stray(word: str, last: Field | None, fields: Mapping[str, Field], given: Iterable[str], program: str) -> str:
+def _unknown(word: str, fields: Mapping[str, Field], given: Iterable[str], program: str) -> str:
+    if word.startswith("-"):
+        name = word.partition("=")[0]
+        hint = nearest(name, [flag for field in fields.values() for flag in field.flags])
+        return f"{name}: is not a flag{hint or f'; {program} --help lists the flags'}"
     usual = next((field for field in fields.values() if field.value.usual and field.name not in given), None)
-    if usual is not None:
-        return f"{word}: stands behind no flag; did you mean {usual.flag} {shlex.quote(word)}"
-    if last is not None:
-        return f"{word}: is one value too many for {last.flag}, which takes one; put names with spaces in quotes"
-    return f"{word}: stands behind no flag; {program} --help lists the flags"
-
-
-# the page of --help
-
-
-def page(kind: type, program: str, defaults: Mapping[str, Any]) -> str:
-    """What --help prints. `defaults` go before those of the fields."""
-    fields, helps = fields_of(kind), helps_of(kind)
-    defaults = {f.name: f.default for f in dataclasses.fields(kind)} | dict(defaults)
-    needed = [_usage(field) for field in fields.values() if field.required]
-    needed += [f"[{_usage(field)} ...]" for field in fields.values() if field.value.positional and not field.required]
-    lines = [_wrapped(" ".join([*needed, "[--flag value ...]"]), f"usage: {program} ", " " * 8), ""]
-    lines += [_wrapped(" ".join(part.split())) + "\n" for part in _doc(kind).split("\n\n")]
-    group = None
-    for field in fields.values():
-        if field.group != group:
-            lines += [*([] if group is None else [""]), field.group]
-            group = field.group
-        lines.append(_entry(field, helps.get(field.name, ""), defaults[field.name]))
-    return "\n".join([*lines, "", "  --help".ljust(MARGIN) + "show this page"])
-
-
-def _doc(kind: type) -> str:
-    """The docstring of a class; empty where Python strips them."""
-    return textwrap.dedent("    " + (kind.__doc__ or ""))
-
-
-def _usage(field: Field) -> str:
-    return field.value.metavar if field.value.positional else f"{field.flag} {_shown(field)}"
-
-
-def _shown(field: Field) -> str:
-    return field.value.metavar + (" ..." if field.many else "")
-
-
-def _entry(field: Field, text: str, default: Any) -> str:
-    head = switches(field)[bool(default)][0] if field.kind is bool else _usage(field)
-    notes = [] if field.bounds is None else [f"({field.bounds})"]
-    if field.kind is not bool and default not in (None, (), dataclasses.MISSING):
-        values = default if field.many else (default,)
-        notes.append(f"[{' '.join(f'{x:g}' if isinstance(x, float) else str(x) for x in values)}]")
-    return _hung(f"  {head}", " ".join([text, *notes]))
-
-
-def _hung(head: str, text: str) -> str:
-    """`text` right of `head`, or below it where the head is long or the terminal narrow."""
-    margin = MARGIN if _width() >= 60 else 8
-    if len(head) + 2 > margin:
-        return head + "\n" + _wrapped(text, " " * margin, " " * margin)
-    return _wrapped(text, head.ljust(margin), " " * margin)
-
-
-def _width() -> int:
-    return max(40, shutil.get_terminal_size().columns)
-
-
-def _wrapped(text: str, first: str = "", rest: str = "") -> str:
-    return textwrap.fill(
-        text, _width(), initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
-    )
+    hint = "put names with spaces in quotes" if usual is None else f"did you mean {usual.label} {shlex.quote(word)}"
+    return f"{word}: belongs to no flag; {hint}"

@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 import textwrap
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -38,20 +38,18 @@ class Bounds:
     note: str = ""
 
     def check(self, flag: str, value: float) -> None:
-        if value >= self.low and (self.high is None or value <= self.high):
+        """UserError when `value` of `flag` is outside."""
+        if self.low <= value and (self.high is None or value <= self.high):
             return
-        if isinstance(self.high, float):
-            raise UserError(f"{flag}: must be between {self.low:g} and {self.high:g}, got {value}")
         legal = f"at least {self.low:,}"  # also for NaN
-        if self.high is not None and value > self.high:
-            power = (int(self.high) + 1).bit_length() - 1
-            legal = f"below 2^{power}" if power > 32 else f"at most {self.high:,}{self.note}"
+        if isinstance(self.high, float):
+            legal = f"between {self.low:g} and {self.high:g}"
+        elif self.high is not None and value > self.high:
+            legal = "below 2^63" if self.high == 2**63 - 1 else f"at most {self.high:,}{self.note}"
         raise UserError(f"{flag}: must be {legal}, got {value}")
 
     def __str__(self) -> str:
-        if self.high is None or self.high > 2**32:
-            return f"at least {self.low:g}"
-        return f"{self.low:g} to {self.high:g}"
+        return f"at least {self.low:g}" if self.high in (None, 2**63 - 1) else f"{self.low:g} to {self.high:g}"
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Value:
-    """What --help shows for a value; the shell completes paths for FOLDER, FILE and PATH.
+    """What --help shows for a value; shells complete folders for FOLDER and DIR, and files for FILE, PATH and NAME.
 
     A word without a flag is taken to be meant for the `usual` field. A `positional` one has no flag at all.
     """
@@ -78,9 +76,11 @@ Rule = Callable[[Any, str], Any]  # (value, flag); raises UserError
 
 @dataclass(frozen=True)
 class Field:
-    """A field as its annotation declares it."""
+    """A field as its annotation declares it. `flags` set it, the second of a switch to False; messages use `label`."""
 
     name: str
+    flags: tuple[str, ...]
+    label: str
     kind: type
     many: bool
     optional: bool
@@ -91,25 +91,10 @@ class Field:
     rules: tuple[Rule, ...]
     group: str
 
-    @property
-    def flag(self) -> str:
-        return flag(self.name)
-
-    @property
-    def label(self) -> str:
-        """How messages name it."""
-        return self.value.metavar if self.value.positional else self.flag
-
-    def read(self, words: Sequence[str]) -> Any:
-        """The value that `words` of a command line stand for, checked. UserError when they stand for none."""
-        if self.optional and list(words) == ["None"]:
+    def read(self, word: str) -> Any:
+        """The value that a `word` of a command line stands for. UserError when it stands for none."""
+        if self.optional and word == "None":
             return None
-        values = tuple(map(self._number, words))
-        value = values if self.many else values[0]
-        self.check(value)
-        return value
-
-    def _number(self, word: str) -> Any:
         try:
             return self.kind(word)
         except ValueError:
@@ -121,24 +106,19 @@ class Field:
             return
         if self.many and not isinstance(value, tuple):
             raise UserError(f"{self.label}: must be one or more values, got {value!r:.80}")
+        accepted, words, _ = KINDS[self.kind]
         for item in value if self.many else (value,):
-            self._check_one(item)
+            if not isinstance(item, accepted) or (self.kind is not bool and isinstance(item, bool)):
+                raise UserError(f"{self.label}: must be {words}, got {item!r:.80}")
+            if self.choices and item not in self.choices:
+                raise UserError(f"{self.label}: {item!r:.80} is not known; choose one of {', '.join(self.choices)}")
+            if item == "":
+                thing = "a folder" if self.value.metavar == "FOLDER" else "a value"
+                raise UserError(f"{self.label}: is empty; give {thing}{'' if self.required else ', or leave it out'}")
+            if self.bounds is not None:
+                self.bounds.check(self.label, item)
         for rule in self.rules:
             rule(value, self.label)
-
-    def _check_one(self, value: Any) -> None:
-        accepted, words, _ = KINDS[self.kind]
-        if not isinstance(value, accepted) or (self.kind is not bool and isinstance(value, bool)):
-            raise UserError(f"{self.label}: must be {words}, got {value!r:.80}")
-        if self.choices and value not in self.choices:
-            raise UserError(f"{self.label}: {value!r:.80} is not known; choose one of {', '.join(self.choices)}")
-        if value == "":
-            thing = "a folder" if self.value.metavar == "FOLDER" else "a value"
-            raise UserError(
-                f"{self.label}: is empty; give {thing}" + (", or leave it out" if not self.required else "")
-            )
-        if self.bounds is not None:
-            self.bounds.check(self.label, value)
 
 
 def flag(name: str) -> str:
@@ -149,11 +129,10 @@ def flag(name: str) -> str:
 @cache
 def fields_of(kind: type) -> dict[str, Field]:
     """The fields of the dataclass `kind` by their names, in their order."""
-    hints, group, declared = get_type_hints(kind, include_extras=True), "flags", {}
+    hints, group, declared = get_type_hints(kind, include_extras=True), "options", {}
     for field in dataclasses.fields(kind):
-        hint, notes = _unwrapped(hints[field.name])
-        group = next((note.title for note in notes if isinstance(note, Group)), group)
-        declared[field.name] = _field(field, hint, notes, group)
+        declared[field.name] = _field(field, hints[field.name], group)
+        group = declared[field.name].group
     return declared
 
 
@@ -174,35 +153,32 @@ def helps_of(kind: type) -> dict[str, str]:
     return helps
 
 
-def _unwrapped(hint: Any) -> tuple[Any, list[Any]]:
-    """(the annotation without its notes and with None last in a union, the notes)."""
+def _field(field: dataclasses.Field, hint: Any, group: str) -> Field:
+    """`group`: that of the field before."""
     notes: list[Any] = []
-    while get_origin(hint) is Annotated:
-        hint, *more = get_args(hint)
-        notes += more
-    return hint, notes
-
-
-def _field(field: dataclasses.Field, hint: Any, notes: list[Any], group: str) -> Field:
     optional = False
-    if get_origin(hint) in (Union, types.UnionType):
-        (hint, more), optional = next(map(_unwrapped, (a for a in get_args(hint) if a is not types.NoneType))), True
-        notes = [*notes, *more]
+    while get_origin(hint) in (Annotated, Union, types.UnionType):
+        optional |= types.NoneType in get_args(hint)
+        hint, *more = (part for part in get_args(hint) if part is not types.NoneType)
+        notes += more
     many = get_origin(hint) is tuple
-    if many:
-        hint = get_args(hint)[0]
+    hint = get_args(hint)[0] if many else hint
     choices = get_args(hint) if get_origin(hint) is Literal else ()
     kind = str if choices else hint
     shown = "{" + ",".join(choices) + "}" if choices else KINDS[kind][2]
+    value = next((note for note in notes if isinstance(note, Value)), Value(shown))
+    flags = (flag(field.name), flag(f"no_{field.name}")) if kind is bool else (flag(field.name),)
     return Field(
         name=field.name,
+        flags=() if value.positional else flags,
+        label=value.metavar if value.positional else flags[0],
         kind=kind,
         many=many,
         optional=optional,
         required=field.default is dataclasses.MISSING,
         choices=choices,
         bounds=next((note for note in notes if isinstance(note, Bounds)), None),
-        value=next((note for note in notes if isinstance(note, Value)), Value(shown)),
+        value=value,
         rules=tuple(note for note in notes if callable(note)),
-        group=group,
+        group=next((note.title for note in notes if isinstance(note, Group)), group),
     )

@@ -44,6 +44,7 @@ setup(
             "pytest-benchmark>=4.0",
             "pandas>=2.2",
             "ruff>=0.17",
+            "mypy>=2.4",
             "transformers>=5.17",
             'triton>=3.6; platform_system == "Linux" and platform_machine == "x86_64"',
         ],

@@ -70,7 +70,7 @@ class Verify:
     """Folder of the feature cache [~/.cache/smooseg_fast]."""
 
 
-COMMANDS = {
+COMMANDS: dict[str, tuple[str, type[List | Remove | Verify]]] = {
     "ls": ("list what is in the cache", List),
     "rm": ("remove features", Remove),
     "verify": ("read everything and compare checksums", Verify),
@@ -85,7 +85,13 @@ def main(args: Sequence[str]) -> None:
     command = parse(COMMANDS[name][1], words, "cache", name)
     from .features.cachefolder import CacheFolder
 
-    {List: show, Remove: remove, Verify: verify}[type(command)](CacheFolder(command.cache), command)
+    home = CacheFolder(command.cache)
+    if isinstance(command, List):
+        show(home, command)
+    elif isinstance(command, Remove):
+        remove(home, command)
+    else:
+        verify(home, command)
 
 
 def show(home: CacheFolder, command: List) -> None:

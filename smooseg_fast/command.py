@@ -44,10 +44,12 @@ def pictures_of(data: str | None, run: Path) -> Path:
     """The images to predict after a run on `data`: its own, or the samples of them in the folder `run`."""
     from .datasets import recognise
 
-    layout = None if data is None else recognise(data)
-    if data is None or (layout is not None and layout.pictures is None):
+    if data is None:
         return run / "samples"
-    return Path(data) if layout is None else layout.pictures
+    layout = recognise(data)
+    if layout is None:
+        return Path(data)
+    return run / "samples" if layout.pictures is None else layout.pictures
 
 
 def predict_command(checkpoint: Path, images: Path | str, out: Path, backbone: str) -> str:
@@ -118,4 +120,5 @@ def _run(main: Callable[..., None], args: Sequence[str]) -> int:
 def _again(main: Callable[..., None], args: Sequence[str], processes: Processes) -> str:
     """This very command."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", processes.size)) if processes.size > 1 else 1
-    return shlex.join([*starter(sys.modules[main.__module__].__spec__.name, here), *args])
+    spec = sys.modules[main.__module__].__spec__  # has the full name where the module itself is __main__
+    return shlex.join([*starter(main.__module__ if spec is None else spec.name, here), *args])

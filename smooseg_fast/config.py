@@ -139,7 +139,7 @@ class TrainConfig:
     steps: AtLeastOne = 200
     """Optimiser steps."""
     batch_size: Annotated[int, Bounds(2)] = 16
-    """Squares per step; fewer if there are not as many. Several processes (torchrun) share them."""
+    """Squares per step; fewer if there are not as many."""
     patches: AtLeastOne | None = None
     """Random patches of each square per step [all]. 196 learn as well at a quarter of the cost."""
     lr: Annotated[float, Bounds(0.0, 1e3)] = 1e-4
@@ -206,8 +206,10 @@ class TrainConfig:
                 object.__setattr__(self, name, str(Path(os.path.expanduser(value))))
 
     def thresholds(self) -> tuple[Thresholds, ...]:
-        """One for every granularity, or the one pair of absolute thresholds."""
+        """One for every granularity, or the one pair of absolute thresholds; none for a published checkpoint."""
         if self.granularity is None:
+            if self.threshold_within is None or self.threshold_across is None:
+                return ()
             return (Thresholds(self.threshold_within, self.threshold_across, relative=False),)
         return tuple(Thresholds(value, value, relative=True) for value in self.granularity)
 

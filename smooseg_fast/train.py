@@ -54,8 +54,8 @@ def tell_next(config: TrainConfig, segmenter: Segmenter, dataset: Dataset, out: 
     variant = segmenter.config.variants()[0]
     # of a finished run, `choose` may have taken another head: its predictions get a folder of their own
     predictions = out / ("predictions" if variant == config.variants()[0] else f"predictions_{variant.name}")
-    if config.granularity is not None and len(config.granularity) > 1:
-        now = segmenter.config.granularity[0]
+    now = variant.granularity
+    if now is not None and config.granularity is not None and len(config.granularity) > 1:
         another = next(value for value in reversed(config.granularity) if value != now)
         other = command_line("choose", "--run", str(out), "--granularity", f"{another:g}")
         print(f"choose     look at {out / LADDER}; {now:g} predicts, and another would by: {other}")

@@ -98,7 +98,7 @@ def digest_of(*parts: str | bytes | Mapping[str, Tensor]) -> str:
                 tensor = part[name].detach().cpu()
                 add(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 # as bytes: numpy has no bfloat16, and a 0-d tensor has no byte view
-                add(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
+                add(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
         else:
             add(part.encode() if isinstance(part, str) else part)
     return total.hexdigest()

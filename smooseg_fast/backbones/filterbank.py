@@ -166,8 +166,9 @@ def blur(x: Tensor, window: tuple[int, ...]) -> Tensor:
     height, width = x.shape[-2:]
     x = mirrored(x, len(window) // 2)
     weights = [tap / sum(window) for tap in window]
-    x = sum(weight * x[..., k : k + height, :] for k, weight in enumerate(weights))
-    return sum(weight * x[..., k : k + width] for k, weight in enumerate(weights))
+    zero = x.new_zeros(())
+    x = sum((weight * x[..., k : k + height, :] for k, weight in enumerate(weights)), start=zero)
+    return sum((weight * x[..., k : k + width] for k, weight in enumerate(weights)), start=zero)
 
 
 def deviation(x: Tensor, window: tuple[int, ...]) -> Tensor:

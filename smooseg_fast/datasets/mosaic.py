@@ -50,7 +50,7 @@ class Mosaic:
 
     labelled = True
     held_out = True
-    notes = ()
+    notes: tuple[str, ...] = ()
 
     def __init__(
         self, split: Literal["train", "val"] = "train", count: int = 128, size: int = UNITS, seed: int = 0

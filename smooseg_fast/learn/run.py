@@ -163,10 +163,10 @@ class Run:
 
     def start_of(self, seed: int) -> Head:
         config, setting = self.config, self.setting
-        head = Head(setting.store.D, config.prototypes, config.code_dim, seed).to(setting.device)
+        head = Head(setting.store.D, setting.prototypes, config.code_dim, seed).to(setting.device)
         if config.init == "pca-kmeans":
             rows = sample_patches(setting.store, seed).to(setting.device)
-            groups, patches = config.prototypes, len(rows)
+            groups, patches = setting.prototypes, len(rows)
             if patches < groups:
                 raise UserError(f"--prototypes: {groups} groups cannot start from {patches} patches; ask for fewer")
             self.say(f"start      {patches:,} patches sorted into {groups} first groups, seed {seed}")
@@ -251,8 +251,8 @@ class Run:
     def log(self, loop: Loop | None, losses: dict[str, Tensor], bar: Bar) -> None:
         """Writes a line of metrics for each head and names heads in trouble. UserError when all are broken."""
         setting = self.setting
-        own = [] if loop is None else self.measure(loop.heads, losses)
-        records = [record for part in self.processes.all(own) for record in part]
+        measured = [] if loop is None else self.measure(loop.heads, losses)
+        records = [record for part in self.processes.all(measured) for record in part]
         if setting.validation is not None and self.checkpoint_is_due():
             heads = self.heads(loop)
             self.counts = {v: setting.validation.confusion(heads[h]) for h, v in enumerate(setting.variants)}

@@ -58,7 +58,7 @@ class Shares:
 
     def everywhere(self, heads: Heads | None, device: torch.device) -> Heads:
         """All heads of the run, on every process. heads: those that this one learns, None for no head."""
-        if self.processes.size == 1:
+        if heads is not None and self.processes.size == 1:
             return heads
         own = {} if heads is None else {name: value.cpu() for name, value in heads.state_dict().items()}
         parts = [part for part in self.processes.all(own) if part]

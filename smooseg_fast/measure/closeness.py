@@ -183,7 +183,7 @@ def mean_unit_rows(f: Tensor) -> Tensor:
 def histograms(f: Tensor, partners: int, impl: str) -> Tensor:
     """Count W - M of squares f [B,P,D] in random order, int64 [2,BINS]: within, and with the `partners` next ones."""
     rows = torch.arange(len(f), device=f.device)
-    pairs = ["self", *(rows.roll(-step) for step in range(1, partners + 1))]
+    pairs: list[str | Tensor] = ["self", *(rows.roll(-step) for step in range(1, partners + 1))]
     zero = torch.zeros(len(pairs), device=f.device)
     statistics = sk.similarity_statistics(f, pairs, bins=BINS, limits=(-REACH, REACH), mean=zero, impl=impl)
     counts = statistics.histogram.cpu()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 
 import numpy as np
@@ -69,7 +69,7 @@ class LabelSquares:
         total, off = len(self._images), not self.progress
         return Bar(total=total, desc=name, unit=unit, delay=SILENT_S, leave=False, disable=off)
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self) -> Generator[tuple[Tensor, Tensor], None, None]:
         """(rows int64 [n], their labels uint8 [n,S,S], 255 without a label) of every batch of this process."""
         for start, squares, _ in self._read():
             yield torch.arange(start, start + len(squares)), torch.from_numpy(squares)

@@ -10,7 +10,7 @@ import torch
 from PIL.Image import Image
 
 from ..config import Variant
-from ..measure.closeness import BINS, Closeness, Similarity
+from ..measure.closeness import BINS, Closeness, Distribution, Similarity
 from ..system.table import aligned
 from .histograms import Histogram, histograms_picture
 
@@ -44,7 +44,7 @@ def name_of(variant: Variant) -> str:
     return "threshold" if variant.granularity is None else f"granularity {variant.granularity:g}"
 
 
-def kinds_of(found: Similarity) -> dict[str, Any]:
+def kinds_of(found: Similarity) -> dict[str, Distribution]:
     return {"within": found.within, "across": found.across}
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from ..datasets import recognise
 from ..datasets.images import ImageError, find_images, read_image, read_label
 from ..errors import UserError
-from ..features.sample import spread
+from ..features.sample import evenly_spaced
 from ..segment.segmenter import Segmenter
 from ..system.outfolder import Journal, OutFolder
 from ..system.processes import Processes
@@ -194,7 +194,7 @@ def draw_sheet(path: Path, done: Sequence[Item], folder: Predictions, segmenter:
     """Draw images evenly spaced over all that are done, read back from the disk."""
 
     def shown() -> Iterator[Shown]:
-        for place in spread(len(done), SHEET_IMAGES).tolist():
+        for place in evenly_spaced(len(done), SHEET_IMAGES).tolist():
             try:
                 image, labels = read_image(done[place].file), read_label(folder.mask(done[place]))
             except ImageError:  # removed or damaged since

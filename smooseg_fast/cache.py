@@ -132,7 +132,7 @@ class Row:
 
 
 def state(store: StoreFolder) -> str:
-    """Whether a store is complete, and in use."""
+    """Say whether a store is complete, and in use."""
     images, total = store.images() if store.readable else 0, store.meta.get("images")
     if not store.readable:
         text = "older version"

@@ -1,5 +1,5 @@
-"""What commands share: the checkpoint they name, the next command they print, errors as one line with exit code 2,
-signals as 130 and 143.
+"""The common part of the commands: the checkpoint they name, the next command they print, errors as one line with exit
+code 2, signals as 130 and 143.
 
 Commands import PyTorch and the rooms only when work starts, so that --help and completion appear at once.
 """
@@ -53,7 +53,7 @@ def pictures_of(data: str | None, run: Path) -> Path:
 
 
 def predict_command(checkpoint: Path, images: Path | str, out: Path, backbone: str) -> str:
-    """What to type next. A `module:callable` has to be given again: a checkpoint never imports code by itself."""
+    """Return the command to type next. It repeats a `module:callable`: a checkpoint never imports code by itself."""
     words = ["--checkpoint", str(checkpoint), "--images", str(images), "--out", str(out)]
     return command_line("predict", *words, *(["--backbone", backbone] if ":" in backbone else []))
 

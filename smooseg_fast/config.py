@@ -61,7 +61,7 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class Variant:
-    """What distinguishes one head of a run from the others."""
+    """The seed and thresholds that distinguish one head of a run from the others."""
 
     seed: int
     thresholds: Thresholds
@@ -182,7 +182,7 @@ class TrainConfig:
     checkpoint_every: AtLeastOne = 100
     """Steps between checkpoints."""
     verbose: bool = False
-    """Also print the figures for experts: energies, closeness, perplexity, modularity. metrics.jsonl and report.json
+    """Print the figures for experts too: energies, closeness, perplexity, modularity. metrics.jsonl and report.json
     always hold them."""
 
     @property
@@ -192,7 +192,7 @@ class TrainConfig:
 
     @property
     def relative(self) -> bool:
-        """Whether thresholds are an excess over the measured mean closeness."""
+        """True when thresholds are an excess over the measured mean closeness."""
         return self.granularity is not None
 
     def __post_init__(self) -> None:
@@ -227,7 +227,7 @@ class TrainConfig:
         """UserError for the first value that is not legal; names the flag, the value and the legal ones."""
         check_fields(self)
         self._check_thresholds()
-        SEEDS.check("--seed", self.seed + self.heads - 1)  # of the last head
+        SEEDS.check("--seed", self.seed + self.heads - 1)  # the last head's seed
 
     def _check_thresholds(self) -> None:
         if (self.threshold_within is None) != (self.threshold_across is None):

@@ -152,7 +152,7 @@ def judge(split: str, inspection: Inspection, measured: bool) -> list[str]:
 
 
 def next_command(data: str, layout: Layout | None, splits: dict[str, Dataset]) -> str:
-    """What to type next."""
+    """Return the command to type next."""
     preset = [] if layout is None or layout.preset == "folder" else ["--preset", layout.preset]
     if "train" in splits:
         return command_line("train", *preset, "--data", data)

@@ -52,7 +52,7 @@ def tell_next(config: TrainConfig, segmenter: Segmenter, dataset: Dataset, out: 
     if images == out / "samples":  # the demo's images are made up, and tiles lie in no image file
         write_samples(dataset, images)
     variant = segmenter.config.variants()[0]
-    # of a finished run, `choose` may have taken another head: its predictions get a folder of their own
+    # `choose` may have taken another head of a finished run: its predictions get a folder of their own
     predictions = out / ("predictions" if variant == config.variants()[0] else f"predictions_{variant.name}")
     now = variant.granularity
     if now is not None and config.granularity is not None and len(config.granularity) > 1:
@@ -103,7 +103,7 @@ def free_folder(config: TrainConfig) -> tuple[Path, str]:
             RunFolder(path, config)
             return path, reason
         except HoldsAnotherRun as other:
-            why = f"holds another run, {flag(other.name)} {words(other.there)} against {words(other.here)}"
+            why = f"holds another run, {flag(other.name)} {words(other.recorded)} against {words(other.asked)}"
         except UserError as error:
             why = str(error).removeprefix(f"--out {path}: ").partition(";")[0]
         reason = reason or f": {path} {why}"

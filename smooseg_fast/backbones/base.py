@@ -97,7 +97,7 @@ def digest_of(*parts: str | bytes | Mapping[str, Tensor]) -> str:
             for name in sorted(part):
                 tensor = part[name].detach().cpu()
                 add(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                # as bytes: numpy has no bfloat16, and a 0-d tensor has no byte view
+                # view as bytes: numpy has no bfloat16, and a 0-d tensor has no byte view
                 add(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
         else:
             add(part.encode() if isinstance(part, str) else part)

@@ -27,7 +27,7 @@ class ImageFolder(Files):
     """A dataset of the image files in one folder; `open_folder` makes it."""
 
     classes_file: Path | None = None
-    label_folders: tuple[Path, ...] = ()  # of every split; without classes.txt their labels give the number of classes
+    label_folders: tuple[Path, ...] = ()  # all splits; without classes.txt their labels give the number of classes
 
     @property
     def labelled(self) -> bool:
@@ -68,7 +68,8 @@ def open_folder(path: Path | str, split: Split) -> ImageFolder:
     """
     root = Path(path).expanduser()
     base, held_out = _split_folder(root, split)
-    home = base.parent if base.name in SPLITS else base  # of classes.txt and the other splits, also for DIR/val itself
+    # holds classes.txt and the other splits, also for DIR/val itself
+    home = base.parent if base.name in SPLITS else base
     name = base.resolve().name if base == root else f"{root.resolve().name}/{base.name}"
     if not _has_labels(base):
         images = find_images(base)

@@ -294,7 +294,7 @@ def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 to 8; 1 (upright) when the block is damaged, no reason to lose the picture."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # as in _opened: damaged blocks raise nearly anything
+    except Exception:  # see _opened: damaged blocks raise nearly anything
         return 1
 
 

@@ -43,7 +43,7 @@ COLOURS = {1: BUILDING, 2: VEGETATION, 3: VEGETATION, 4: BUILDING, 6: ROAD, 7: R
 WINDOW = 400  # pixels of a mosaic that become one tile
 SHRINK = 2  # images by the mean of 2 x 2 pixels, labels by the first of them
 SIDE = WINDOW // SHRINK
-TEST_SHARE = 0.1  # of all tiles, as published
+TEST_SHARE = 0.1  # share of all tiles, as published
 
 MOSAICS = {"2_Ortho_RGB": "RGB", "4_Ortho_RGBIR": "RGBIR"}
 FALSE_COLOUR = "3_Ortho_IRRG"

@@ -68,11 +68,11 @@ class Run:
         self.setting, self.config, self.state = setting, setting.config, state
         self.say, self.processes, self.alone = setting.say, setting.processes, setting.processes.size == 1
         self.shares = Shares(len(setting.variants), setting.processes)
-        self.variants = setting.variants[self.shares.own]  # those that this process learns
+        self.variants = setting.variants[self.shares.part]  # those that this process learns
         self.schedule = setting.stream or Schedule(len(setting.store), self.config.batch_size, self.config.data_seed)
         self.watch = Watch(setting.variants, self.config.prototypes)
         self.drift_stops = False  # whether --on-drift asks for an end here
-        self.records: list[dict[str, Any]] = []  # of all heads
+        self.records: list[dict[str, Any]] = []  # all heads
         self.report: dict[str, Any] = {}
         self.board: Board | None = None
         self.done = self.saved = 0 if state is None else state.step  # steps taken, and those in the folder's state
@@ -315,7 +315,7 @@ class Run:
         self.saved, self.saved_at = self.done, time.monotonic()
 
     def kept(self) -> str:
-        """What a stop at this moment leaves, in words."""
+        """Say what a stop at this moment leaves."""
         if not self.processes.first:
             return "what was saved is kept"
         if self.setting.folder is None:

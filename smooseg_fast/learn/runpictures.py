@@ -38,7 +38,7 @@ PANELS = {
 
 @dataclass(frozen=True)
 class Shown:
-    """What the pictures of a run show: its heads, the default one first, its lines of metrics and its report so far."""
+    """The contents of a run's pictures: heads, the default one first, lines of metrics, and the report so far."""
 
     setting: Setting
     folder: RunFolder
@@ -71,7 +71,7 @@ class Shown:
 
 
 def draw(shown: Shown) -> list[Path]:
-    """Draws the pictures of the folder; -> those that succeeded. A failure is said and ends nothing."""
+    """Draws the pictures of the folder; -> those that succeeded. Reports a failure and continues."""
     setting = shown.setting
     names = shown.folder.pictures
     total = GROUPS_IMAGES + (LADDER_IMAGES * len(ladder(shown)) if LADDER in names else 0)

@@ -99,7 +99,7 @@ class Stream(Schedule):
         return self._store
 
     def ready(self, step: int) -> bool:
-        """Whether the window of this step is open."""
+        """Return whether the window of this step is open."""
         return self._store is not None and step // self.windows.steps == self._number
 
     def rows_of(self, step: int) -> Tensor:

@@ -22,7 +22,7 @@ from ..segment.segmenter import Segmenter
 from ..show.sheet import NAMED
 from ..system.files import write_json
 from ..system.progress import Bar
-from .monitors import COLLAPSED, collapse
+from .monitors import COLLAPSE, COLLAPSED
 from .run import Ended
 from .runfolder import CHECKPOINT, METRICS, REPORT, RunFolder, head_file
 from .runpictures import Shown, draw, in_use
@@ -139,7 +139,7 @@ def say_groups(setting: Setting, states: Mapping[Variant, Health]) -> None:
         )
     for variant, state in states.items():
         if state.perplexity < COLLAPSED and asked > 1:
-            setting.say(f"warning    {variant.label()} has collapsed, {collapse(state.perplexity)}")
+            setting.say(f"warning    {variant.label()} {COLLAPSE}")
 
 
 def sizes(shares: Iterable[float]) -> str:

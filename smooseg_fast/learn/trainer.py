@@ -57,7 +57,7 @@ def fit(
             sequence of uint8 [H,W,3] arrays.
         out: folder for checkpoint, figures and pictures; without it, nothing is written except the feature cache.
         preset_name: the preset that the other settings start from.
-        say: takes each line of text about the run; nothing is said by default.
+        say: takes each line of text about the run; the default drops them.
         settings: any field of TrainConfig, such as granularity=0.06, prototypes=12, steps=400,
             backbone="facebook/dino-vits8".
 

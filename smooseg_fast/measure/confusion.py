@@ -22,7 +22,7 @@ from ..system.ahead import ahead
 from ..system.processes import ALONE, Processes
 from ..system.progress import Bar
 
-KEPT_BYTES = 64 * 2**20  # of label squares that a process keeps: 650 of 320 pixels
+KEPT_BYTES = 64 * 2**20  # label squares that a process keeps: 650 of 320 pixels
 THREADS = 4  # that read labels, at most, each a batch
 SILENT_S = 2.0  # that reading or counting may take before it shows a bar
 

@@ -27,8 +27,8 @@ class Health:
         float  # I(image; label) / H(label): 0 when all images have the same mix, 1 when a label tells the image
     )
     agreement: float  # share of patches with one label from teacher and student
-    modularity: float  # of the closeness graph, see `Moments.modularity`
-    explained_variance: float  # of the frozen features, see `Moments.explained_variance`
+    modularity: float  # modularity of the closeness graph, see `Moments.modularity`
+    explained_variance: float  # share of the frozen features' variance, see `Moments.explained_variance`
     modularity_x_explained: float  # their product
 
     def figures(self) -> dict[str, float]:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from .kmeans import principal_directions, spherical_kmeans
 
-# of a hidden layer; with 2 MB, which two cores' caches hold, starting many operations costs more than the memory saves
+# size of a block's hidden layers; with 2 MB, which two cores' caches hold, starting many operations costs more than the
+# memory saves
 BLOCK_BYTES = 1 << 23
 
 

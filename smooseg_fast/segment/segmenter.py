@@ -98,7 +98,7 @@ class Segmenter:
 
     @property
     def same_backbone(self) -> bool:
-        """Whether the backbone has the very weights that the checkpoint was trained on."""
+        """True when the backbone has the very weights that the checkpoint was trained on."""
         return self.backbone.digest == self.checkpoint.backbone_digest
 
     @property

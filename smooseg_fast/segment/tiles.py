@@ -15,7 +15,7 @@ from torch import Tensor
 from ..datasets.images import Resample, resize_short_side
 
 TILE = 640  # pixels of a tile's side; larger images are cut
-OVERLAP = 0.25  # of a tile's side, at least
+OVERLAP = 0.25  # least share of a tile's side
 
 
 class CodeMap(NamedTuple):

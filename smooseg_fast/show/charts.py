@@ -136,13 +136,13 @@ def _panel(axes: Any, name: str, curves: Mapping[str, list[Point]]) -> None:
     Of more than 12 curves, names the 11 that end highest and draws the others grey.
     """
     highest = sorted(curves, key=lambda key: curves[key][-1][1], reverse=True)
-    named, others = (highest, []) if len(highest) <= 12 else (highest[:11], highest[11:])
+    captioned, others = (highest, []) if len(highest) <= 12 else (highest[:11], highest[11:])
     legible = palette(20)[to_oklab(palette(20))[:, 0] < 0.75] / 255  # lighter colours are hard to read on white
-    colours = dict(zip([key for key in curves if key in named], legible))
+    colours = dict(zip([key for key in curves if key in captioned], legible))
     for key, points in curves.items():
-        style = {"color": colours.get(key, RULE), "zorder": 2 if key in named else 1.5}
+        style = {"color": colours.get(key, RULE), "zorder": 2 if key in captioned else 1.5}
         axes.plot(*zip(*points), linewidth=1.6, marker="o" if len(points) < 15 else None, markersize=3.5, **style)
-    ends = [(curves[key][-1][1], key, colours[key]) for key in named]
+    ends = [(curves[key][-1][1], key, colours[key]) for key in captioned]
     if others:
         ends.append((curves[others[len(others) // 2]][-1][1], f"{len(others)} more", GREY))
     axes.set_xlabel("step", fontsize=9, color=GREY)

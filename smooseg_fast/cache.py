@@ -61,8 +61,8 @@ class Remove:
 
 @dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Read every byte and compare checksums. A damaged file is named and removed: the next run that needs it recomputes
-    it."""
+    """Read every byte and compare checksums. Damaged files are listed and removed; the next run that needs them
+    recomputes them."""
 
     keys: Annotated[tuple[str, ...], Value("KEY", positional=True)] = ()
     """Keys of the features to verify [all]."""

@@ -523,7 +523,7 @@ def test_scores_of_the_last_step_are_counted_once(labelled, monkeypatch):
     made = json.load(open("a/report.json"))
     for head, found in made["heads"].items():
         assert found["scores"]["hungarian"]["miou"] == metrics("a", head)[-1]["miou"]
-    Path("a/report.json").unlink()  # made again, from the saved state: counted again
+    Path("a/report.json").unlink()  # rewritten from the saved state, after counting again
     assert call(*args, "--out", "a") == 0
     assert len(seen) == 4
     assert json.load(open("a/report.json")) == made

@@ -1,4 +1,4 @@
-"""What PyTorch does to a function must not change it: torch.compile(fullgraph=True), torch.export, activation
+"""PyTorch's transforms of a function must not change it: torch.compile(fullgraph=True), torch.export, activation
 checkpointing, autocast.
 
 Every public function and layer, values and gradients against plain calls. The functions of the objective and the

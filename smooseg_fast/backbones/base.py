@@ -18,7 +18,7 @@ class Backbone(ABC):
     """A frozen feature extractor.
 
     Attributes:
-        name: as the user gave it.
+        name: the user's text.
         digest: hex; changes with the weights and the code, not with the device or the precision.
         patch: pixels per side of a patch; image sides must be multiples of it.
         dim: D, channels of a feature row.

@@ -83,7 +83,7 @@ class VitBackbone(Backbone):
 
 
 class PatchEmbeddings(Protocol):
-    """What DinoPositions reads from transformers' module: pixels of a patch and of the image, as (rows, columns)."""
+    """The part of transformers' module that DinoPositions reads: pixels of a patch and an image, (rows, columns)."""
 
     patch_size: tuple[int, int]
     image_size: tuple[int, int]

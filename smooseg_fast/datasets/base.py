@@ -117,7 +117,7 @@ class Numbering:
     """The numbers in an owner's label files, and the classes they stand for.
 
     Attributes:
-        names: of the classes, 0 upwards.
+        names: class names, 0 upwards.
         classes: legal number on disk -> its class, or IGNORE. IGNORE itself is always legal.
     """
 

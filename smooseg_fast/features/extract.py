@@ -38,8 +38,8 @@ def open_or_extract(dataset: Dataset, backbone: Backbone, options: FeatureOption
     Where a batch does not fit into the device's memory, it and all that follow are halved.
 
     When a signal (raised as Interrupted, which says what is kept) or an error stops it, the shards written so far are
-    whole, and the next call resumes behind them. Damaged shards are named and recomputed (`turns.Checking`). Images
-    that cannot be used are named on stderr and skipped. Memory: a few shards, however many images. All of several
+    whole, and the next call resumes behind them. It names damaged shards and recomputes them (`turns.Checking`). Images
+    that cannot be used are reported on stderr and skipped. Memory: a few shards, however many images. All of several
     processes call it and get the same store. When another run makes the same features at this moment, its shards are
     taken as they come.
 

@@ -40,7 +40,7 @@ Say = Callable[[str], None]
 
 
 class Part:
-    """Some images of a dataset, by their numbers in it. fingerprint: of the whole dataset."""
+    """Some images of a dataset, by their numbers in it. fingerprint: the whole dataset's."""
 
     labelled, class_names, notes = False, None, ()
 
@@ -166,7 +166,7 @@ def open_for_training(
     """All features and None; or, where they exceed the limit, those of a sample of images and the stream of all.
 
     Args:
-        options: of the features.
+        options: settings of the features.
         in_use: bytes of the cache that have to stay.
         resumed, windows: whether the run resumes, and the windows that it had. They count, whatever the limit is now.
     """

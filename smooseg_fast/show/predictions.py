@@ -154,7 +154,7 @@ def segment(
 ) -> Outcome:
     """Segment this process's share of the `items` that are not `done`, until a signal stops it.
 
-    mirror, short_side: as for `Segmenter.predict`.
+    mirror, short_side: see `Segmenter.predict`.
     """
     rank, size = folder.processes.rank, folder.processes.size
     outcome = Outcome()

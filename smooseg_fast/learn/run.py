@@ -94,7 +94,7 @@ class Run:
                     self.say(f"warning    steps run one by one, without a CUDA graph: {loop.not_captured}")
                 bar.update()
                 if self.log_is_due() and not (self.alone and stop.number):
-                    # resuming rewrites a line that a signal cut short, from the saved losses; several processes finish it
+                    # resuming rewrites a line that a signal cut short from saved losses; several processes finish it
                     with stop.at_once() if self.alone else nullcontext():
                         self.log(loop, losses, bar)
                 number, late = self.agree(stop)

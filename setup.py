@@ -46,6 +46,7 @@ setup(
             "pytest-xdist>=3.5",
             "pandas>=2.2",
             "ruff>=0.17",
+            "mypy>=2.4",
             "transformers>=5.17",
             'triton>=3.6; platform_system == "Linux" and platform_machine == "x86_64"',
         ],

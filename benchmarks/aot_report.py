@@ -1,4 +1,4 @@
-"""What every shipped Triton kernel compiles to, without a GPU: registers, spills, shared memory, matrix unit.
+"""Report what every shipped Triton kernel compiles to, without a GPU: registers, spills, shared memory, matrix unit.
 
     python benchmarks/aot_report.py                                    # prints a line a kernel, for all targets
     python benchmarks/aot_report.py --target sm_90 --quick             # one target, the launches of a training step

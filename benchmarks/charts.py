@@ -77,7 +77,7 @@ def bars_of(key: pd.Series, run: pd.DataFrame) -> list:
 
 
 def stop_of(curve: pd.DataFrame, figure: str) -> str:
-    """Where a curve stops and why; "" where it does not."""
+    """Say where a curve stops and why; "" where it does not."""
     last = curve["at"][curve[figure].notna()].max()
     for line in curve[curve["skipped"].notna() & (curve["at"] > last)].itertuples():
         return f"at {line.at}: needs {line.counted_bytes / 1e9:.1f} GB"

@@ -1,4 +1,4 @@
-"""What got faster or slower between two results files, beyond noise.
+"""Compare two results files: the cells that got faster or slower beyond noise.
 
     python -m pytest --benchmark-only --bench-results A.jsonl   # in a checkout of one commit; B.jsonl in the other's
     python benchmarks/compare.py A.jsonl B.jsonl                # best measured in turn: A, B, A, B
@@ -70,7 +70,7 @@ class Change(NamedTuple):
 
 
 def sides(rows: Iterable[results.Row]) -> dict[Cell, Side]:
-    """Of every timed cell the runs of the newest commit that measured it; uncommitted changes count as older."""
+    """Pick for every timed cell the runs of the newest commit that measured it; uncommitted changes count as older."""
     cells: dict[Cell, dict[str, results.Row]] = {}
     for row in sorted(rows, key=results.age):
         if (row.get("median_ms") or 0) > 0:

@@ -1,6 +1,6 @@
 """Benchmarks run under `pytest --benchmark-only` alone, and then nothing else does; a plain `pytest` leaves them out.
 
-    pytest --benchmark-only                   # what fits into ten minutes of two cores, or all that a card runs
+    pytest --benchmark-only                   # cases that fit into ten minutes of two cores, or all that a card runs
     pytest --benchmark-only --bench-full      # the long ones too
     pytest --benchmark-only --bench-smoke     # each once at tiny sizes, checked as always; writes nothing
     pytest --benchmark-only --bench-results=FILE
@@ -69,7 +69,7 @@ class Session:
         self.reached: dict[str, tuple[float, float]] = {}  # ceilings by dtype
         self.start_s = time.perf_counter()
         if self.device == "cpu":
-            keep_freed_memory()  # as training does; otherwise a time depends on what the process freed before
+            keep_freed_memory()  # training does so; otherwise a time depends on memory freed earlier
 
     @functools.cached_property
     def machine(self) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class Session:
 
 
 class Bench:
-    """What a benchmark calls, with the `benchmark` fixture of its test."""
+    """Calls for benchmarks, with the `benchmark` fixture of their test."""
 
     def __init__(self, session: Session, benchmark) -> None:
         self.session, self.benchmark = session, benchmark

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 @dataclass
 class Counts:
     operations: int = 0
-    largest_bytes: int = 0  # of one new tensor
-    peak_bytes: int = 0  # of all new tensors that live at one time
+    largest_bytes: int = 0  # the largest new tensor
+    peak_bytes: int = 0  # all new tensors that live at one time
 
 
 class Counter(TorchDispatchMode):

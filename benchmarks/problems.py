@@ -1,4 +1,4 @@
-"""What is measured: named sizes, structured inputs, the calls that are timed, and the gate that each passes first.
+"""The measured problems: named sizes, structured inputs, the calls that are timed, and the gate that each passes first.
 
 Inputs are clustered features and codes near prototypes, so that the softmax is peaked as in training. The oracle is the
 dense form in float64. Where its P x P matrices would be too large, the patches are those of a smaller image, repeated
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-for folder in (ROOT / "tests", ROOT / "kernels" / "torch-ext", ROOT):  # what is measured is this checkout
+for folder in (ROOT / "tests", ROOT / "kernels" / "torch-ext", ROOT):  # measure this checkout
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
@@ -30,7 +30,7 @@ from triton_cases import EPS, FP32_EPS, Case, Result, check, evaluate, gradient_
 
 import smooseg_kernels as sk  # noqa: E402
 
-# as trained: batch of 32, 224 px (320 px to evaluate, or one picture of 1024 x 2048) at a patch of 8
+# sizes of training: batch of 32, 224 px (320 px to evaluate, or one picture of 1024 x 2048) at a patch of 8
 TRAINED = {
     "cityscapes_s8": Problem(),
     "potsdam_b8": Problem(D=768, K=3),
@@ -38,7 +38,7 @@ TRAINED = {
     "fullres": Problem(B=1, P=32768),
     "heads16": Problem(H=16),
 }
-# what two cores do in a second
+# work of two cores in a second
 SMALL = {"b8_p784": Problem(B=8), "b4_p1600": Problem(B=4, P=1600)}
 STEPS = {
     "filterbank_b16": Problem(B=16, D=104, K=16),
@@ -47,9 +47,9 @@ STEPS = {
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ORACLE_PAIRS = 5_000_000  # heads x images x P x P that the oracle may have, a second or two on a CPU
-STEP_ORACLE_PAIRS = 1 << 25  # of a head step, whose inputs are no copies of smaller ones
+STEP_ORACLE_PAIRS = 1 << 25  # for a head step, whose inputs are no copies of smaller ones
 WITHIN, ACROSS = -0.02, 0.5
-SHIFT, CLAMP = 0.2, (0.0, 0.8)  # of an energy of pairs
+SHIFT, CLAMP = 0.2, (0.0, 0.8)  # for an energy of pairs
 UPSTREAM = 1.7
 
 
@@ -72,7 +72,7 @@ def shrunk(problem: Problem | PairProblem) -> Problem | PairProblem:
 @dataclass
 class Inputs:
     case: Case
-    small: Case  # what the case's patches are copies of
+    small: Case  # the case's patches are copies of its patches
     index: Tensor  # int64 [P]: patch p of the case is patch index[p] of `small`
 
 
@@ -140,7 +140,7 @@ def pair_energy_of(form: str, features_i, codes_i, features_j, codes_j, partner)
     return sk.pair_energy(features_i, codes_i, features_j, codes_j, SHIFT, partner=partner, clamp=CLAMP, impl=form)
 
 
-FUNCTIONS = {"objective": total_of, "pairs": pair_energy_of}  # what torch.compile gets
+FUNCTIONS = {"objective": total_of, "pairs": pair_energy_of}  # the functions that torch.compile gets
 
 
 def function_of(subject: str, impl: str, device: str, quick_compile: bool = False) -> Callable[..., Any]:

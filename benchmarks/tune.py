@@ -2,7 +2,7 @@
 
     python benchmarks/tune.py                                 # kernels of a training step, H=1 and H=16, a minute each
     python benchmarks/tune.py --kernel energy_gradient --heads 16 --seconds 120
-    python benchmarks/tune.py --kernel pair_tiles --heads 1   # of energies of pairs, all 784 patches
+    python benchmarks/tune.py --kernel pair_tiles --heads 1   # energies of pairs, all 784 patches
 
 A setting must pass the error budget first. The whole forward and backward is timed under a CUDA graph, since one
 kernel's blocks change what the next finds in the cache.

@@ -61,8 +61,8 @@ class Remove:
 
 @dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Read every byte and compare checksums. A damaged file is named and removed: the next run that needs it recomputes
-    it."""
+    """Read every byte and compare checksums. Damaged files are listed and removed; the next run that needs them
+    recomputes them."""
 
     keys: Annotated[tuple[str, ...], Value("KEY", positional=True)] = ()
     """Keys of the features to verify [all]."""
@@ -70,7 +70,7 @@ class Verify:
     """Folder of the feature cache [~/.cache/smooseg_fast]."""
 
 
-COMMANDS = {
+COMMANDS: dict[str, tuple[str, type[List | Remove | Verify]]] = {
     "ls": ("list what is in the cache", List),
     "rm": ("remove features", Remove),
     "verify": ("read everything and compare checksums", Verify),
@@ -86,7 +86,13 @@ def main(args: Sequence[str]) -> None:
     command = parse(COMMANDS[name][1], words, "cache", name)
     from .features.cachefolder import CacheFolder
 
-    {List: show, Remove: remove, Verify: verify}[type(command)](CacheFolder(command.cache), command)
+    home = CacheFolder(command.cache)
+    if isinstance(command, List):
+        show(home, command)
+    elif isinstance(command, Remove):
+        remove(home, command)
+    else:
+        verify(home, command)
 
 
 def show(home: CacheFolder, command: List) -> None:
@@ -127,7 +133,7 @@ class Row:
 
 
 def state(store: StoreFolder) -> str:
-    """Whether a store is complete, and in use."""
+    """Say whether a store is complete, and in use."""
     images, total = store.images() if store.readable else 0, store.meta.get("images")
     if not store.readable:
         text = "older version"

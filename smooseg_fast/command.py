@@ -1,5 +1,5 @@
-"""What commands share: the checkpoint they name, the next command they print, errors as one line with exit code 2,
-signals as 130 and 143.
+"""The common part of the commands: the checkpoint they name, the next command they print, errors as one line with exit
+code 2, signals as 130 and 143.
 
 Commands import PyTorch and the rooms only when work starts, so that --help and completion appear at once.
 """
@@ -44,14 +44,16 @@ def pictures_of(data: str | None, run: Path) -> Path:
     """The images to predict after a run on `data`: its own, or the samples of them in the folder `run`."""
     from .datasets import recognise
 
-    layout = None if data is None else recognise(data)
-    if data is None or (layout is not None and layout.pictures is None):
+    if data is None:
         return run / "samples"
-    return Path(data) if layout is None else layout.pictures
+    layout = recognise(data)
+    if layout is None:
+        return Path(data)
+    return run / "samples" if layout.pictures is None else layout.pictures
 
 
 def predict_command(checkpoint: Path, images: Path | str, out: Path, backbone: str) -> str:
-    """What to type next. A `module:callable` has to be given again: a checkpoint never imports code by itself."""
+    """Return the command to type next. It repeats a `module:callable`: a checkpoint never imports code by itself."""
     words = ["--checkpoint", str(checkpoint), "--images", str(images), "--out", str(out)]
     return command_line("predict", *words, *(["--backbone", backbone] if ":" in backbone else []))
 
@@ -118,4 +120,5 @@ def _run(main: Callable[..., None], args: Sequence[str]) -> int:
 def _again(main: Callable[..., None], args: Sequence[str], processes: Processes) -> str:
     """This very command."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", processes.size)) if processes.size > 1 else 1
-    return shlex.join([*starter(sys.modules[main.__module__].__spec__.name, here), *args])
+    spec = sys.modules[main.__module__].__spec__  # has the full name where the module itself is __main__
+    return shlex.join([*starter(main.__module__ if spec is None else spec.name, here), *args])

@@ -61,7 +61,7 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class Variant:
-    """What distinguishes one head of a run from the others."""
+    """The seed and thresholds that distinguish one head of a run from the others."""
 
     seed: int
     thresholds: Thresholds
@@ -139,7 +139,7 @@ class TrainConfig:
     steps: AtLeastOne = 200
     """Optimiser steps."""
     batch_size: Annotated[int, Bounds(2)] = 16
-    """Squares per step; fewer if there are not as many. Several processes (torchrun) share them."""
+    """Squares per step; fewer if there are not as many."""
     patches: AtLeastOne | None = None
     """Random patches of each square per step [all]. 196 learn as well at a quarter of the cost."""
     lr: Annotated[float, Bounds(0.0, 1e3)] = 1e-4
@@ -182,7 +182,7 @@ class TrainConfig:
     checkpoint_every: AtLeastOne = 100
     """Steps between checkpoints."""
     verbose: bool = False
-    """Also print the figures for experts: energies, closeness, perplexity, modularity. metrics.jsonl and report.json
+    """Print the figures for experts too: energies, closeness, perplexity, modularity. metrics.jsonl and report.json
     always hold them."""
 
     @property
@@ -192,7 +192,7 @@ class TrainConfig:
 
     @property
     def relative(self) -> bool:
-        """Whether thresholds are an excess over the measured mean closeness."""
+        """True when thresholds are an excess over the measured mean closeness."""
         return self.granularity is not None
 
     def __post_init__(self) -> None:
@@ -206,8 +206,10 @@ class TrainConfig:
                 object.__setattr__(self, name, str(Path(os.path.expanduser(value))))
 
     def thresholds(self) -> tuple[Thresholds, ...]:
-        """One for every granularity, or the one pair of absolute thresholds."""
+        """One for every granularity, or the one pair of absolute thresholds; none for a published checkpoint."""
         if self.granularity is None:
+            if self.threshold_within is None or self.threshold_across is None:
+                return ()
             return (Thresholds(self.threshold_within, self.threshold_across, relative=False),)
         return tuple(Thresholds(value, value, relative=True) for value in self.granularity)
 
@@ -225,7 +227,7 @@ class TrainConfig:
         """UserError for the first value that is not legal; names the flag, the value and the legal ones."""
         check_fields(self)
         self._check_thresholds()
-        SEEDS.check("--seed", self.seed + self.heads - 1)  # of the last head
+        SEEDS.check("--seed", self.seed + self.heads - 1)  # the last head's seed
 
     def _check_thresholds(self) -> None:
         if (self.threshold_within is None) != (self.threshold_across is None):

@@ -108,7 +108,9 @@ def tell_classes(labelled: dict[str, Inspection]) -> None:
     """Print the share of every class in the labels of each split."""
     if not labelled:
         return
-    names = next(iter(labelled.values())).dataset.class_names
+    from .datasets import classes_of
+
+    names = classes_of(next(iter(labelled.values())).dataset)
     complete = all(inspection.complete for inspection in labelled.values())
     where = " and ".join(f"{inspection.labels} labels of {split}" for split, inspection in labelled.items())
     where = f"all {where}" if complete else f"{where} (a sample)"
@@ -150,7 +152,7 @@ def judge(split: str, inspection: Inspection, measured: bool) -> list[str]:
 
 
 def next_command(data: str, layout: Layout | None, splits: dict[str, Dataset]) -> str:
-    """What to type next."""
+    """Return the command to type next."""
     preset = [] if layout is None or layout.preset == "folder" else ["--preset", layout.preset]
     if "train" in splits:
         return command_line("train", *preset, "--data", data)

@@ -61,6 +61,7 @@ class EvaluateConfig:
 
 def main(args: Sequence[str], processes: Processes | None = None) -> None:
     config = parse(EvaluateConfig, args, "evaluate")
+    from .datasets import classes_of
     from .datasets.images import whole_patches
     from .features.extract import open_or_extract
     from .features.job import FeatureOptions
@@ -98,7 +99,7 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
         require_same_rows(store, mirrored)
     labels = LabelSquares(dataset, store, size, processes)
     codes = head_codes(segmenter.head, store, mirrored)
-    counts = confusion_of(codes, segmenter.head.teacher, store.grid, labels, len(dataset.class_names))
+    counts = confusion_of(codes, segmenter.head.teacher, store.grid, labels, len(classes_of(dataset)))
     if processes.first:
         report(config, dataset, store, counts, groups=segmenter.groups, size=size)
 
@@ -107,10 +108,11 @@ def report(
     config: EvaluateConfig, dataset: Dataset, store: FeatureStore, counts: np.ndarray, *, groups: int, size: int
 ) -> None:
     """Write the figures of the confusion `counts` [groups, classes] to the output folder, and print them."""
+    from .datasets import classes_of
     from .measure.scores import hungarian, majority, percent, scores_table
     from .show import charts, pictures
 
-    names = dataset.class_names
+    names = classes_of(dataset)
     matched = {"hungarian": hungarian(counts), "majority": majority(counts)}
     out = Path(config.out).expanduser() if config.out else Path(config.checkpoint).parent / "evaluation"
     summary = {

@@ -17,6 +17,7 @@ from .system.files import write_json
 from .system.signals import Interrupted
 
 if TYPE_CHECKING:
+    from .datasets.images import ImageError
     from .segment.segmenter import Segmenter
     from .show.predictions import Item, Outcome, Predictions, Shares
     from .system.processes import Processes
@@ -99,7 +100,8 @@ def finish(
     from .show.predictions import MASKS, OVERLAYS, SHARES, SHEET, draw_sheet, mean_shares, say_skipped
     from .system.progress import announced
 
-    shares, errors = dict(done), {}
+    shares = dict(done)
+    errors: dict[str, ImageError] = {}
     for outcome in outcomes:
         shares |= outcome.shares
         errors |= outcome.skipped

@@ -106,10 +106,10 @@ def main(args: Sequence[str]) -> None:
     if len(store) < 2:
         more = "add images, or --crops slide"
         raise UserError(f"--data: {len(store)} square of {config.size} pixels, but pairs of images need 2; {more}")
-    found = similarity(store, backbone.device, largest=asked.pairs, partners=asked.partners)
-    rows = [(variant, closeness(found, variant.thresholds)) for variant in config.variants()]
-    print(spread_table(found))
-    print(found.line())
+    measured = similarity(store, backbone.device, largest=asked.pairs, partners=asked.partners)
+    rows = [(variant, closeness(measured, variant.thresholds)) for variant in config.variants()]
+    print(spread_table(measured))
+    print(measured.line())
     print()
     print(thresholds_table(rows))
     trouble = None if config.relative else warning(*rows[0][1])
@@ -123,8 +123,8 @@ def main(args: Sequence[str]) -> None:
     }
     mark_as_ours(out, PICTURE)
     title = f"Closeness of patches: {dataset.name}, {backbone.name}"
-    save(out / PICTURE, closeness_picture(found, rows, title))
-    write_json(out / RECORD, closeness_record(found, rows) | about | {"skipped": store.skipped})
+    save(out / PICTURE, closeness_picture(measured, rows, title))
+    write_json(out / RECORD, closeness_record(measured, rows) | about | {"skipped": store.skipped})
     print(f"saved      {out / PICTURE}, {out / RECORD}")
     print("next       " + next_command(asked, config))
 
@@ -158,7 +158,7 @@ def configure(asked: SimilarityConfig) -> TrainConfig:
 
 
 def folder(asked: SimilarityConfig, config: TrainConfig) -> Path:
-    """Where the outputs go."""
+    """Return the folder of the outputs."""
     if asked.out:
         return Path(asked.out).expanduser()
     if asked.checkpoint:

@@ -52,10 +52,10 @@ def tell_next(config: TrainConfig, segmenter: Segmenter, dataset: Dataset, out: 
     if images == out / "samples":  # the demo's images are made up, and tiles lie in no image file
         write_samples(dataset, images)
     variant = segmenter.config.variants()[0]
-    # of a finished run, `choose` may have taken another head: its predictions get a folder of their own
+    # `choose` may have taken another head of a finished run: its predictions get a folder of their own
     predictions = out / ("predictions" if variant == config.variants()[0] else f"predictions_{variant.name}")
-    if config.granularity is not None and len(config.granularity) > 1:
-        now = segmenter.config.granularity[0]
+    now = variant.granularity
+    if now is not None and config.granularity is not None and len(config.granularity) > 1:
         another = next(value for value in reversed(config.granularity) if value != now)
         other = command_line("choose", "--run", str(out), "--granularity", f"{another:g}")
         print(f"choose     look at {out / LADDER}; {now:g} predicts, and another would by: {other}")
@@ -103,7 +103,7 @@ def free_folder(config: TrainConfig) -> tuple[Path, str]:
             RunFolder(path, config)
             return path, reason
         except HoldsAnotherRun as other:
-            why = f"holds another run, {flag(other.name)} {words(other.there)} against {words(other.here)}"
+            why = f"holds another run, {flag(other.name)} {words(other.recorded)} against {words(other.asked)}"
         except UserError as error:
             why = str(error).removeprefix(f"--out {path}: ").partition(";")[0]
         reason = reason or f": {path} {why}"

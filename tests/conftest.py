@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def same_on_every_cpu(monkeypatch):
-    """With matrix units a vision transformer would compute in bfloat16."""
+    """Hide matrix units, with which a vision transformer would compute in bfloat16."""
     monkeypatch.setattr("smooseg_fast.backbones.precision.has_matrix_units", lambda: False)
 
 

@@ -54,7 +54,7 @@ def features_of_images(images):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides one head's learning. No default is near a run's, and no two are alike, so that a swap shows."""
+    """The settings of one head's learning. No default is near a run's, and no two are alike, so that a swap shows."""
 
     within: float = 0.31
     across: float = -0.12

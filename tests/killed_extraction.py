@@ -75,7 +75,7 @@ def content(cache):
 
 
 def main(images, kills, seed):
-    sys.stderr = open(os.devnull, "w")  # what is skipped is said by every run
+    sys.stderr = open(os.devnull, "w")  # every run reports what it skips
     wrong, rng = [], random.Random(seed)
     with tempfile.TemporaryDirectory() as place:
         photos, place = Path(place, "photos"), Path(place)

@@ -53,7 +53,7 @@ def make_cityscapes(root: Path) -> Path:
 
 
 def make_cocostuff(root: Path, curated: bool = True) -> Path:
-    """Sky (156, sky-stuff) beside grass (123, plant-stuff); the curated lists name all but the last image."""
+    """Sky (156, sky-stuff) next to grass (123, plant-stuff); the curated lists name all but the last image."""
     for split, numbers in (("train", range(100, 105)), ("val", range(200, 203))):
         names = [f"{number:012d}" for number in numbers]
         for number, name in zip(numbers, names):

@@ -220,7 +220,7 @@ def test_transformers_own_resizing_would_have_been_noticed(folders):
 def test_dinov2_positions_are_resized_as_published(folders):
     images, model = make_images(112, 112), make_model("dinov2")
     table = resized_by_dino(model.embeddings.position_embeddings.detach(), 8, 8)
-    twin = make_model("dinov2", image_size=112)  # of this size from the start: nothing is left to resize
+    twin = make_model("dinov2", image_size=112)  # built at this size: nothing is left to resize
     twin.load_state_dict({**model.state_dict(), "embeddings.position_embeddings": table})
     expected = twin(normalised(images)).last_hidden_state[:, 1:]
     features, grid = load_backbone(str(folders / "dinov2"))(images)

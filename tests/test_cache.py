@@ -95,7 +95,7 @@ def test_a_child_does_not_hold_the_locks_of_its_parent(tmp_path):
     try:
         os.read(ready[0], 1)
         assert not Lock(tmp_path / "lock").take()  # the child has not released it
-        lock._close()  # as the kernel does when the parent is killed
+        lock._close()  # the kernel does so when the parent is killed
         assert Lock(tmp_path / "lock").take()
     finally:
         os.write(go[1], b".")
@@ -165,7 +165,7 @@ def content(cache):
 
 @pytest.mark.parametrize("killed", [False, True])
 def test_two_processes_make_the_same_features_at_once(photos, tmp_path, undisturbed, killed):  # noqa: F811
-    """The second waits and takes what the first makes; when the first is killed it goes on behind it."""
+    """The second waits and takes what the first makes; when the first is killed it continues where that stopped."""
     first, second = start(photos, tmp_path / "cache", stop_at=6), None
     try:
         assert until(first.stdout, "reached")
@@ -203,7 +203,7 @@ def test_what_a_killed_process_left_half_written_goes_at_once(photos, tmp_path, 
     assert not left.exists()
 
 
-# what is looked at
+# reading and checking
 
 
 def test_a_large_finished_store_is_opened_by_its_headers(photos, tmp_path, undisturbed, monkeypatch, capsys):  # noqa: F811
@@ -255,10 +255,10 @@ def test_features_of_an_older_version_are_named_and_recomputed(photos, tmp_path,
     (old,) = home.iterdir()
     (shard,) = shards(home)
     shard.write_bytes(b"of another kind")
-    (old / "used").unlink()  # what is older yet has none
+    (old / "used").unlink()  # still older versions have none
     capsys.readouterr()
     extract(photos, home, size=12)
-    assert "older version" not in capsys.readouterr().err  # of other squares
+    assert "older version" not in capsys.readouterr().err  # it holds other squares
     backbone = FakeBackbone()
     extract(photos, home, backbone)
     assert backbone.calls > 0
@@ -318,7 +318,7 @@ def test_ls_shows_what_there_is(three, photos, capsys):  # noqa: F811
 
 
 def column(out, name):
-    """What stands below a word of the first line, by key."""
+    """Return the cells below a word of the first line, by key."""
     head, *lines = out.split("\n\n")[0].splitlines()
     place = head.index(name)
     return {line.split()[0]: line[place:].split()[0] for line in lines}

@@ -1,4 +1,4 @@
-"""What charts show: outlined cells, shares as colours, curves of what was recorded alone."""
+"""Contents of charts: outlined cells, shares as colours, curves of what was recorded alone."""
 
 import subprocess
 import sys

@@ -14,7 +14,7 @@ import smooseg_kernels as sk
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLS = ["dense", "torch", *(["triton"] if importlib.util.find_spec("triton") else [])]
-# of four images; just and far beyond both ends, and the last numbers that are in range
+# partners of four images; just and far beyond both ends, and the last numbers that are in range
 OUTSIDE = [([-1, 4, 3, 0], [0, 3, 3, 0]), ([2, 1, 99, -99], [2, 1, 3, 0]), ([4, 4, -1, -1], [3, 3, 0, 0])]
 
 

@@ -72,7 +72,7 @@ def test_a_full_disk_says_what_resumes(capsys):
 
 
 def test_a_reader_that_has_gone_is_no_news():
-    """As in `... --help | head -1`: later output, and what Python flushes at its end, is dropped."""
+    """The reader ends as in `... --help | head -1`: later output, and what Python flushes at its end, is dropped."""
     end, write = os.pipe()
     os.close(end)
     done = subprocess.run(
@@ -170,7 +170,7 @@ def test_both_ways_to_start_a_command_print_their_own_name(arguments):
     assert done.stdout.startswith(f"usage: python {' '.join(arguments)} [--flag value ...]\n")
 
 
-# what is typed next
+# the next command
 
 STARTS = [
     ("/venv/bin/smooseg", 1, "smooseg train"),

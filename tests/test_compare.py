@@ -1,4 +1,4 @@
-"""What compare.py calls slower: rates over simulated timings, and files that do not compare."""
+"""Verdicts of compare.py: rates over simulated timings, and files that do not compare."""
 
 from __future__ import annotations
 

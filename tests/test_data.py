@@ -84,7 +84,7 @@ def test_check_warns_of_what_a_run_would_skip(tmp_path, capsys):
     assert "warning    1 of the 4 images of train that were opened cannot be used, first " in out
     assert "000000000101.jpg: not an image of a kind that can be read, or damaged from the start" in out
     assert "(a run skips them)" in out
-    assert "warning    1 of the 4 labels of train that were opened cannot be used, first " in out  # of the small image
+    assert "warning    1 of the 4 labels of train that were opened cannot be used, first " in out  # the small image's
     assert "(a run does not read them)" in out
     assert "warning    1 images of train have a side below 16 pixels, first 000000000102.jpg" in out
     assert "note       1 of 4 images of COCO-Stuff train have no label in " in out

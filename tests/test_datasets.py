@@ -55,7 +55,7 @@ def test_both_splits_of_a_plain_folder_are_the_same_images(tmp_path):
     assert not val.held_out
 
 
-def test_images_without_labels_beside_them_are_a_plain_folder(tmp_path):
+def test_images_without_labels_next_to_them_are_a_plain_folder(tmp_path):
     write(tmp_path / "images" / "a.png", picture())
     data = open_dataset(tmp_path, "train")
     assert data.names == ("images/a.png",)

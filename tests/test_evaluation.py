@@ -56,7 +56,7 @@ def test_counts_do_not_depend_on_what_is_kept(kept, monkeypatch):
     first, made.reads[:] = counted(labels), []
     np.testing.assert_array_equal(counted(labels), first)
     assert first.sum() == (squares < 3).sum()
-    assert sorted(made.reads) == list(range(count))[kept * BATCH :]  # what is kept is not read again
+    assert sorted(made.reads) == list(range(count))[kept * BATCH :]  # kept squares are not read again
 
 
 def test_memory_does_not_grow_with_the_set(monkeypatch):
@@ -75,7 +75,8 @@ def test_memory_does_not_grow_with_the_set(monkeypatch):
             tracemalloc.stop()
     batch = BATCH * size**2
     assert batch < min(peaks)
-    assert max(peaks) < (1 + threads + 4) * batch  # of 30: those kept, those ahead, and the one at hand with its copies
+    # 30 in all: those kept, those ahead, and the one at hand with its copies
+    assert max(peaks) < (1 + threads + 4) * batch
 
 
 def test_where_nobody_labelled():
@@ -91,7 +92,7 @@ def test_where_nobody_labelled():
 
 
 def test_features_and_their_mirror_images_of_other_images_are_refused(trained, labelled, monkeypatch, capsys):
-    """As where memory was short, or the network down, while one of them was made."""
+    """Memory may have been short, or the network down, while one of them was made."""
     args, plain = ["--checkpoint", str(trained), "--data", str(labelled)], images.read_image
 
     def torn(path):

@@ -94,7 +94,7 @@ def test_other_errors_of_a_backbone_come_through(photos, tmp_path):  # noqa: F81
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("mirror", [False, True])
 def test_on_a_card_rows_are_those_of_the_backbone_called_by_hand(photos, tmp_path, mirror):  # noqa: F811
-    """Many batches in flight one after another, with copies beside them."""
+    """Many batches in flight one after another, with copies next to them."""
     for number in range(40):
         Image.fromarray(np.random.default_rng(number).integers(0, 256, (64, 96, 3), dtype=np.uint8)).save(
             photos / f"more{number}.png"

@@ -1,4 +1,5 @@
-"""What must not grow: launches and counted bytes of the fused kernels, operations and tensors of the moment form.
+"""Quantities that must not grow: launches and counted bytes of the fused kernels, operations and tensors of the
+moment form.
 
 A change that lowers a number here lowers it in the table too.
 """
@@ -78,7 +79,7 @@ def test_operations_and_tensors_of_the_moment_form(H):
 
 
 def test_no_pair_matrix_at_any_size():
-    """What the moment form holds grows with P, what dense holds with its square."""
+    """The memory of the moment form grows with P, that of dense with its square."""
     held = {}
     for impl in ("torch", "dense"):
         sizes = (replace(SMALL, P=P) for P in (4096, 16384))

@@ -1,4 +1,4 @@
-"""What importing a part costs: the step core runs on a bare machine with torch alone, learning without the command
+"""The cost of importing a part: the step core runs on a bare machine with torch alone, learning without the command
 line's parser.
 
 smooseg_kernels by itself: test_front_door.py."""

@@ -318,7 +318,7 @@ def test_masks_are_independent():
     assert kept.mean() == pytest.approx(1 - recipe.dropout, abs=0.01)
     assert (kept.mean(1) - (1 - recipe.dropout)).abs().max() < 0.1
     correlation = torch.corrcoef(kept).fill_diagonal_(0)
-    assert correlation.abs().max() < 0.25  # of 120 rows of 500 numbers: 5.6 standard deviations
+    assert correlation.abs().max() < 0.25  # over 120 rows of 500 numbers: 5.6 standard deviations
 
 
 def test_sampled_patches_are_different_ones_and_all_alike():
@@ -434,7 +434,7 @@ def head_in(path):
 
 
 def config_in(path):
-    """What a checkpoint says about itself: (granularity, seed, heads)."""
+    """Read (granularity, seed, heads) from a checkpoint."""
     with safe_open(path, framework="pt") as file:
         config = json.loads(file.metadata()["smooseg_fast.checkpoint"])["config"]
     return config["granularity"], config["seed"], config["heads"]
@@ -577,7 +577,7 @@ def test_figures_with_labels_are_of_the_evaluation_size(tmp_path):
     assert len(CacheFolder(tmp_path / "cache").stores()) == 2  # features of the training size and of this one
 
 
-# what a run is
+# the identity of a run
 
 ANOTHER = {  # every setting that decides the result, as another value than the run's
     "preset": ["potsdam"],

@@ -137,7 +137,7 @@ print("loaded", hub.smooseg_loss.__module__)
         "as older loaders do",
     ],
 )
-def test_loads_beside_the_pip_package(way, folder, tmp_path):
+def test_loads_next_to_the_pip_package(way, folder, tmp_path):
     """Both copies give the same losses and gradients, bit for bit, and keep their operators apart."""
     fused = "triton" if importlib.util.find_spec("triton") else "plain"
     environment = {

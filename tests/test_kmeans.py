@@ -54,7 +54,7 @@ def test_centres_move_to_the_middle_of_what_is_nearest():
 
 def test_an_empty_cluster_takes_the_row_that_is_worst_served():
     rows = on_circle(0, 2, 4, 80)
-    found = lloyd(rows, on_circle(0, 0), 1)  # of two equal centres the second is nearest to nothing
+    found = lloyd(rows, on_circle(0, 0), 1)  # the second of two equal centres is nearest to nothing
     torch.testing.assert_close(found.centres[1], rows[3])
     assert lloyd(rows, on_circle(0, 0), 5).inertia < 1e-3
 

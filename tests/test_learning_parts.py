@@ -329,7 +329,7 @@ def test_what_a_warm_up_changes_is_put_back():
 @pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize("settings", [{}, {"patches": 5}, {"dropout": 0.0}], ids=str)
 def test_a_replay_reads_the_draws_of_its_step(monkeypatch, resident, settings):
-    """With a stand-in for the card: the tensors that a captured step works on hold the draws of the step that is
+    """A stand-in replaces the card: the tensors that a captured step works on hold the draws of the step that is
     replayed.
     """
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""What is seen while a run goes on: the progress line and TensorBoard's curves."""
+"""Live views of a run: the progress line and TensorBoard's curves."""
 
 import io
 import json

@@ -32,7 +32,7 @@ def test_images_and_labels():
 
 
 def test_labels_are_exact():
-    """Where the label changes, the region changes, and each region is painted with its own material alone."""
+    """The region changes where the label does, and each region is painted with its own material alone."""
     scene = Scene(Mosaic("train", 8, 96)._generator(5), 96)
     for region, material in enumerate(scene.materials):
         assert set(np.unique(scene.label[scene.region == region]).tolist()) <= {material}

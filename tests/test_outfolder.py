@@ -15,7 +15,7 @@ from smooseg_fast.system.outfolder import Journal, OutFolder, mark_as_ours, writ
 
 
 def open_folder(path, **settings):
-    return OutFolder(path, {"a": 1, "b": float("nan"), **settings}, record="r.json", made=("things", "stuff"))
+    return OutFolder(path, {"a": 1, "b": float("nan"), **settings}, record="r.json", outputs=("things", "stuff"))
 
 
 def test_a_folder_takes_the_same_settings_again_and_no_others(tmp_path):
@@ -143,7 +143,7 @@ def test_a_journal_that_cannot_be_read_is_named(tmp_path):
 
 
 def test_a_folder_that_cannot_be_looked_into_is_named(tmp_path, monkeypatch):
-    """As one below a folder that is another user's alone."""
+    """It may lie below another user's private folder."""
 
     def stat(self, **options):
         raise PermissionError(13, "Permission denied", str(self))

@@ -226,7 +226,7 @@ def test_cocostuff_in_other_folders(trees, tmp_path, maps, images):
     for split in ("train2017", "val2017"):
         shutil.copytree(trees["cocostuff"] / "images" / split, root / images / split)
         shutil.copytree(trees["cocostuff"] / "annotations" / split, root / maps / split)
-    shutil.copytree(trees["cocostuff"] / "curated", tmp_path / "curated")  # beside the folder
+    shutil.copytree(trees["cocostuff"] / "curated", tmp_path / "curated")  # next to the folder
     train, val = open_splits(root)
     assert (len(train), len(val), train.labelled, val.labelled) == (4, 2, True, True)
 

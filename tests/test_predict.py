@@ -259,7 +259,7 @@ def test_a_folder_is_of_one_set_of_settings(trained, photos, segmented, capsys, 
     assert call(trained, photos, "made", *args) == 2
     assert f"error: --out made: holds another run ({difference}); give another folder" in capsys.readouterr().err
     assert content("made") == before
-    # what a flag says that is so anyway, and where the checkpoint lies, makes no difference
+    # a flag that states the default, and the checkpoint's place, make no difference
     shutil.move(trained, "moved.safetensors")
     assert call("moved.safetensors", photos, "made", "--short-side", "64") == 0
     assert len(segmented) == 5
@@ -304,7 +304,7 @@ def test_an_image_that_changed_is_done_again(trained, photos, segmented):
     status = (photos / "0.png").stat()
     os.utime(
         photos / "0.png", ns=(status.st_atime_ns, status.st_mtime_ns + 1)
-    )  # as if written anew with the same number of bytes
+    )  # as if rewritten with the same number of bytes
     assert call(trained, photos, "made") == 0
     assert len(segmented) == 6
     status = (photos / "1.png").stat()
@@ -351,7 +351,7 @@ def test_a_kill_between_the_mask_and_its_record(trained, photos, segmented, lost
 
 
 def test_journals_of_several_processes_are_put_together(trained, photos, segmented):
-    """As two processes leave them when they are killed, the second in the middle of a line."""
+    """Two processes were killed, the second in the middle of a line."""
     assert call(trained, photos, "made") == 0
     before, journal = content("made"), Path("made/done.jsonl")
     lines = journal.read_text().splitlines(keepends=True)
@@ -409,7 +409,7 @@ def test_a_full_disk_is_named_and_the_same_command_goes_on(trained, photos, segm
 
 
 def test_a_mask_of_the_same_name_that_was_another_images(trained, photos, segmented):
-    """a.jpg alone is written as a.png; with an a.bmp beside it both keep their suffix; then the a.bmp is alone."""
+    """a.jpg alone is written as a.png; with an a.bmp next to it both keep their suffix; then the a.bmp is alone."""
     for file in photos.rglob("*.png"):
         file.unlink()
     Image.fromarray(draw(1)[0]).save(photos / "a.jpg")
@@ -471,7 +471,7 @@ def test_what_was_made_among_the_images_is_not_taken_for_images(trained, photos,
         assert call(trained, "mine", out) == 0
         assert len(segmented) == 5
     assert len(json.load(open(f"{out}/shares.json"))["images"]) == 5
-    shutil.move("mine/0.png", photos / "sub" / "0.png")  # other pictures beside what was made are images as ever
+    shutil.move("mine/0.png", photos / "sub" / "0.png")  # other pictures next to the outputs still count as images
     assert call(trained, "mine", out) == 0
     assert len(segmented) == 6
 

@@ -104,7 +104,7 @@ def free_port():
 def test_heads_are_shared_out_in_order(size):
     for heads in range(1, 8):
         shares = [Shares(heads, Processes(rank, size)) for rank in range(size)]
-        parts = [list(range(heads))[share.own] for share in shares]
+        parts = [list(range(heads))[share.part] for share in shares]
         assert list(itertools.chain(*parts)) == list(range(heads))
         lengths = [len(part) for part in parts]
         assert max(lengths) - min(lengths) <= 1
@@ -225,7 +225,7 @@ def test_a_run_resumes_with_any_number_of_processes(pair, folder, tmp_path, monk
 
 
 def learn_drifting(processes, place, args):
-    """As if every head drifted from the first line of metrics on."""
+    """Learn as if every head drifted from the first line of metrics on."""
     plain, monitors.drifts = monitors.drifts, lambda information: True
     try:
         return learn_in(processes, place, args)
@@ -252,7 +252,7 @@ def test_a_stream_of_two(pair, folder, tmp_path):
     assert open("one/metrics.jsonl").read() == open("two/metrics.jsonl").read()
 
 
-# what is exchanged
+# exchanges
 
 
 def exchanges(processes):
@@ -385,7 +385,7 @@ def test_a_batch_that_does_not_fit_into_one_is_halved_for_all(pair, photos, tmp_
     assert {read_shard(path).contents.batch for path in (tmp_path / "two").rglob("shard*")} == {1}
 
 
-# what is refused, and who says so
+# refusals, and who says them
 
 
 def test_devices_of_several(monkeypatch):

@@ -336,7 +336,7 @@ def test_convert_of_what_is_no_file_of_torch(tmp_path, capsys):
     assert not Path("made").exists()
 
 
-def test_a_weights_file_is_looked_for_beside_the_checkpoint_that_names_it(tmp_path, monkeypatch):
+def test_a_weights_file_is_looked_for_next_to_the_checkpoint_that_names_it(tmp_path, monkeypatch):
     path, vit, _ = make(tmp_path / "a.ckpt")
     torch.save(vit, "vit.pth")
     checkpoint = dataclasses.replace(read_published(path, "x").checkpoint, backbone_name="vit.pth")

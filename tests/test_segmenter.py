@@ -343,7 +343,7 @@ def test_evaluate_without_data(labelled, trained, tmp_path, capsys):
         run(train.main, ["--preset", "demo", "--data", str(labelled), "--out", "labelled", *SMALL, "--patches", "20"])
         == 0
     )
-    own = read_checkpoint(trained)  # of someone's own labelled datasets, which have no folder
+    own = read_checkpoint(trained)  # learnt from someone's own labelled datasets, which have no folder
     own.config = dataclasses.replace(own.config, data=None)
     own.write(tmp_path / "own.safetensors")
     others = [

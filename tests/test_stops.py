@@ -265,7 +265,7 @@ def test_a_full_disk_from_python(folder, monkeypatch):
         smooseg_fast.fit(folder, out="made", size=64, eval_size=64, steps=3, batch_size=4, prototypes=3, progress=False)
 
 
-# what is always true
+# in every run
 
 
 def test_the_last_step_is_saved_where_no_checkpoint_is_due(folder):

@@ -102,7 +102,7 @@ def expected(photos, mirror=False, **settings) -> tuple[list[str], torch.Tensor]
     return names, torch.stack(rows)
 
 
-# what comes out
+# results
 
 
 @pytest.mark.parametrize("crops", ["center", "slide", "five"])
@@ -225,7 +225,7 @@ def test_an_image_smaller_than_a_patch_is_skipped(photos, tmp_path, capsys):
 
 @pytest.mark.parametrize("why", ["memory", "pixels"])
 def test_a_strip_too_long_for_the_memory_is_skipped(photos, tmp_path, monkeypatch, why):
-    """With the short side at 8 pixels, 5.png (12 x 40) has 208, and 6.png no more than any other square."""
+    """At a short side of 8 pixels, 5.png (12 x 40) has 208, and 6.png no more than any other square."""
     plain = job.cut_squares
 
     def short(image, *settings):
@@ -323,7 +323,7 @@ def test_a_full_disk_is_said_and_loses_nothing(photos, tmp_path, small_shards, u
 # interruption and damage
 
 SLIDE = dict(crops="slide")
-LAST_CALL = 17  # of an undisturbed extraction: batches of 3 and 1 for each shard of 4 rows, and a last shard of 2 rows
+LAST_CALL = 17  # undisturbed: batches of 3 and 1 for each shard of 4 rows, and a last shard of 2 rows
 
 
 @pytest.fixture
@@ -576,5 +576,5 @@ def test_a_lock_in_a_folder_that_can_never_be_made_is_not_waited_for(tmp_path, m
     def gone(path):
         raise FileNotFoundError(path)
 
-    monkeypatch.setattr(locks, "_open", gone)  # as below /proc, or a mount that is not there
+    monkeypatch.setattr(locks, "_open", gone)  # so it is below /proc, or for a missing mount
     assert locks.Lock(tmp_path / "none" / "lock").take()

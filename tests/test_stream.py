@@ -26,7 +26,7 @@ from smooseg_fast.features.cachefolder import CacheFolder
 from smooseg_fast.features.job import FeatureOptions
 from smooseg_fast.features.room import Expected, Windows, sampled, windows_of
 from smooseg_fast.learn import stream
-from smooseg_fast.learn.loop import Loop
+from smooseg_fast.learn.loop import Captured, Loop
 from smooseg_fast.learn.schedule import Settings
 from smooseg_fast.learn.stream import open_for_training
 from smooseg_fast.segment.checkpoint import read_training_state
@@ -36,7 +36,7 @@ SQUARE = 4 * 5 * 2  # bytes of a square of the fake backbone
 
 
 def images(count=40):
-    """Of one square each, the colour tells the image."""
+    """Make images of one square each, told apart by their colours."""
     return ArrayDataset([np.full((SIZE, SIZE, 3), 3 * number, np.uint8) for number in range(count)])
 
 
@@ -62,7 +62,7 @@ def flat(lists):
     return list(itertools.chain.from_iterable(lists))
 
 
-# what a step sees
+# batches of a step
 
 
 def test_every_pass_sees_every_image_once_in_another_order(tmp_path):
@@ -113,7 +113,7 @@ def test_only_the_sample_and_one_window_are_there(tmp_path):
     names = [f"arrays, window {place + 1} of 3 in pass {turn + 1}" for turn, place in ((0, 0), (0, 1), (0, 2), (1, 0))]
     assert datasets == [[name] for name in names for _ in range(3)]
     schedule.close()
-    assert len(CacheFolder(tmp_path).stores()) == 2  # a run that goes on finds its window
+    assert len(CacheFolder(tmp_path).stores()) == 2  # a resumed run finds its window
     seen(schedule, [11])
     schedule.close(remove=True)
     (sample,) = CacheFolder(tmp_path).stores()
@@ -147,7 +147,7 @@ def test_two_processes_see_the_same_windows(pair, tmp_path):  # noqa: F811
 # how it is cut up
 
 
-def test_windows_fit_beside_what_is_in_use():
+def test_windows_fit_next_to_what_is_in_use():
     found = Expected(images=1000, squares=5.0, square_bytes=1000, on_disk=False)  # 5.25 MB with the margin
     assert windows_of(found, 5_300_000, 0, 32) is None
     assert windows_of(found, 5_300_000, 100_000, 32) is not None
@@ -338,8 +338,8 @@ def test_a_step_whose_window_is_not_there_is_not_drawn_ahead(monkeypatch):
             asked.append(step)
             return False
 
-    loop.schedule, loop.capture, loop._inputs, loop._losses, loop._ahead = Never(), True, [], "losses", (3, None)
-    loop._graph = type("Graph", (), {"replay": lambda self: None})()
+    loop.schedule, loop.capture, loop._inputs, loop._ahead = Never(), True, [], (3, None)
+    loop._captured = Captured(type("Graph", (), {"replay": lambda self: None})(), "losses")
     loop._draws, loop._changing = (lambda number: None), (lambda draws: [])
     assert loop.step(3) == "losses"
     assert asked == [4]

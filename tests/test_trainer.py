@@ -33,7 +33,7 @@ from smooseg_fast.system.locks import Lock
 
 EVERYTHING = {"checkpoint.safetensors", "training.safetensors", "heads", "metrics.jsonl", "run.json", "report.json"}
 EVERYTHING |= {"groups.png", "curves.png", "ladder.png", ".smooseg"}
-FIRST = "granularity_0.06_seed_0"  # of the heads that are learnt when nothing is said
+FIRST = "granularity_0.06_seed_0"  # the first head that is learnt by default
 SMALL = [
     "--size",
     "64",
@@ -126,7 +126,7 @@ def test_sizes_of_groups_in_words(shares, text):
     assert sizes(shares) == text
 
 
-def test_labels_give_figures_beside_kmeans(labelled, capsys):
+def test_labels_give_figures_next_to_kmeans(labelled, capsys):
     assert call("--data", labelled, "--out", "out", *SMALL) == 0
     out = capsys.readouterr().out
     assert re.search(r"k-means +accuracy [\d.]+ %  mIoU [\d.]+ %  \(same features\)", out)
@@ -142,7 +142,7 @@ def test_labels_of_val_alone_are_used(labelled, capsys):
     shutil.rmtree(labelled / "train" / "labels")
     assert call("--data", labelled, "--out", "out", *SMALL) == 0
     out = capsys.readouterr().out
-    assert "at most 2 groups" in out  # as many as val has classes
+    assert "at most 2 groups" in out  # val has two classes
     assert "3 held-out images" in out
     assert read_checkpoint("out/checkpoint.safetensors").class_names == ("wall", "fence")
     segmenter = smooseg_fast.fit(labelled, size=64, eval_size=64, steps=3, batch_size=4, progress=False)
@@ -439,7 +439,7 @@ def test_bad_data_is_one_line_and_exit_code_2(labelled, capsys):
     mask.write_bytes(good)
     labels = labelled / "val" / "labels"
     labels.rename(labelled / "val" / "masks")
-    fails("has a label")  # said, rather than trained without the figures that labels beside train/ ask for
+    fails("has a label")  # an error, not a run without the figures that labels next to train/ ask for
     (labelled / "val" / "masks").rename(labels)
     for image in (labelled / "train" / "images").iterdir():
         image.write_bytes(b"junk")
@@ -523,7 +523,7 @@ def test_scores_of_the_last_step_are_counted_once(labelled, monkeypatch):
     made = json.load(open("a/report.json"))
     for head, found in made["heads"].items():
         assert found["scores"]["hungarian"]["miou"] == metrics("a", head)[-1]["miou"]
-    Path("a/report.json").unlink()  # made again, from the saved state: counted again
+    Path("a/report.json").unlink()  # rewritten from the saved state, after counting again
     assert call(*args, "--out", "a") == 0
     assert len(seen) == 4
     assert json.load(open("a/report.json")) == made

@@ -1,4 +1,4 @@
-"""What PyTorch does to a function must not change it: torch.compile(fullgraph=True), torch.export, activation
+"""PyTorch's transforms of a function must not change it: torch.compile(fullgraph=True), torch.export, activation
 checkpointing, autocast.
 
 Every public function and layer, values and gradients against plain calls. The functions of the objective and the
@@ -101,7 +101,7 @@ def assert_equal(got, expected):
     assert len(got) == len(expected)
     for a, b in zip(got, expected):
         assert a.dtype == b.dtype
-        # what is traced may sum in another order than eager CPU code: 2.5 eps of the largest were seen
+        # traced code may sum in another order than eager CPU code: 2.5 eps of the largest were seen
         scale = float(b.abs().max()) if b.numel() else 0.0
         torch.testing.assert_close(a, b, rtol=0.0, atol=8 * torch.finfo(torch.float32).eps * scale)
 

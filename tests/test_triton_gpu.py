@@ -115,7 +115,7 @@ def test_no_wait_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_memory_beside_inputs_and_gradient():
+def test_memory_besides_inputs_and_gradient():
     run = step(make_case(**REAL, dtype=torch.bfloat16))
     run()
     torch.cuda.synchronize()

@@ -37,7 +37,7 @@ def real(**options):
     )
 
 
-def test_graph_capture_reads_the_threshold_anew_and_reruns_are_bit_equal():
+def test_graph_capture_reads_the_threshold_again_and_reruns_are_bit_equal():
     x, threshold = real(), torch.tensor(0.1, device="cuda")
     run = step(x, threshold)
     stream = torch.cuda.Stream()

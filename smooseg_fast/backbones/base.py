@@ -18,7 +18,7 @@ class Backbone(ABC):
     """A frozen feature extractor.
 
     Attributes:
-        name: as the user gave it.
+        name: the user's text.
         digest: hex; changes with the weights and the code, not with the device or the precision.
         patch: pixels per side of a patch; image sides must be multiples of it.
         dim: D, channels of a feature row.
@@ -97,8 +97,8 @@ def digest_of(*parts: str | bytes | Mapping[str, Tensor]) -> str:
             for name in sorted(part):
                 tensor = part[name].detach().cpu()
                 add(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                # as bytes: numpy has no bfloat16, and a 0-d tensor has no byte view
-                add(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
+                # view as bytes: numpy has no bfloat16, and a 0-d tensor has no byte view
+                add(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
         else:
             add(part.encode() if isinstance(part, str) else part)
     return total.hexdigest()

@@ -16,7 +16,7 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -150,7 +150,8 @@ def _sources(spec: str, target: Any) -> list[bytes]:
 
 def _read(spec: str, output: Any, batch: int) -> tuple[Tensor, tuple[int, int]]:
     """Either accepted form -> (features [B,P,D] in at most float32, grid). Raises UserError for any other."""
-    features, grid = output, ()
+    features: Any = output
+    grid: Sequence[Any] = ()
     if isinstance(output, Tensor) and output.ndim == 4:
         features, grid = output.flatten(2).transpose(1, 2), output.shape[-2:]
     elif isinstance(output, (tuple, list)) and len(output) == 2 and isinstance(output[1], (tuple, list)):
@@ -160,7 +161,7 @@ def _read(spec: str, output: Any, batch: int) -> tuple[Tensor, tuple[int, int]]:
         and features.ndim == 3
         and features.is_floating_point()
         and len(grid) == 2
-        and all(isinstance(side, Integral) and side > 0 for side in grid)
+        and all(isinstance(side, Integral) and int(side) > 0 for side in grid)
         and features.shape[:2] == (batch, grid[0] * grid[1])
         and features.shape[2] > 0
     ):

@@ -22,7 +22,7 @@ VERSION = 1  # part of the digest: raise it with every change that alters the fe
 PATCH = 8
 SCALES = 4  # octaves; at the coarsest a patch is one sample
 ORIENTATIONS = 8
-WAVELENGTH, SIGMA, RADIUS = 3.6, 1.5, 3  # of the Gabor pairs, in pixels of their scale
+WAVELENGTH, SIGMA, RADIUS = 3.6, 1.5, 3  # Gabor pairs, in pixels of their scale
 FLOOR = 0.03  # relative amplitude at which the noise of a sensor hides a texture
 DARK = 0.02  # added to colours of 0 to 1 before their logarithm
 NEAR, WIDE = (1, 2, 1), (1, 4, 6, 4, 1)  # windows over patches: 2 and 3 patches across at half height
@@ -166,8 +166,9 @@ def blur(x: Tensor, window: tuple[int, ...]) -> Tensor:
     height, width = x.shape[-2:]
     x = mirrored(x, len(window) // 2)
     weights = [tap / sum(window) for tap in window]
-    x = sum(weight * x[..., k : k + height, :] for k, weight in enumerate(weights))
-    return sum(weight * x[..., k : k + width] for k, weight in enumerate(weights))
+    zero = x.new_zeros(())
+    x = sum((weight * x[..., k : k + height, :] for k, weight in enumerate(weights)), start=zero)
+    return sum((weight * x[..., k : k + width] for k, weight in enumerate(weights)), start=zero)
 
 
 def deviation(x: Tensor, window: tuple[int, ...]) -> Tensor:

@@ -110,8 +110,8 @@ def read_original(path: Path, source: str) -> tuple[Architecture, VitFiles]:
     """The network in a file of torch.save. Executes nothing. UserErrors are one line that begins with `source`."""
     value = read(path, source)
     for table in _tables(value):
-        prefixes = {name.removesuffix(STEM) for name in table if name.endswith(STEM)}
-        prefixes = [known for known in PREFIXES if known in prefixes] or sorted(prefixes)
+        present = {name.removesuffix(STEM) for name in table if name.endswith(STEM)}
+        prefixes = [known for known in PREFIXES if known in present] or sorted(present)
         if prefixes:
             return vit_files(_below(table, prefixes[0]), source)
     raise UserError(f"{source}: no vision transformer of DINO or DINOv2 is in it (no {STEM}); {NEEDS}")

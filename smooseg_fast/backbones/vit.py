@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import huggingface_hub
 import torch
@@ -82,12 +82,22 @@ class VitBackbone(Backbone):
         return prefix, dim
 
 
+class PatchEmbeddings(Protocol):
+    """The part of transformers' module that DinoPositions reads: pixels of a patch and an image, (rows, columns)."""
+
+    patch_size: tuple[int, int]
+    image_size: tuple[int, int]
+
+
 class DinoPositions:
     """Mixin for transformers' embeddings: resizes positions as DINO, and DINOv2 without registers, published it.
 
     Bicubic with the scale factor (h + 0.1)/H for a table of H rows; transformers asks for the size h, and features then
     differ by 4e-3.
     """
+
+    patch_embeddings: PatchEmbeddings
+    position_embeddings: Tensor
 
     def interpolate_pos_encoding(self, embeddings: Tensor, height: int, width: int) -> Tensor:
         """Positions [1, 1+h*w, D] for tokens `embeddings` [B, 1+h*w, D] of an image of height x width pixels."""
@@ -160,7 +170,8 @@ def _architecture(name: str, kind: str, config: dict[str, Any]) -> tuple[Any, ty
     """The content of config.json -> (transformers' configuration, class of its bare model, pixels per patch side)."""
     try:
         settings = transformers.CONFIG_MAPPING[kind].from_dict(config)
-        architecture = transformers.MODEL_MAPPING[type(settings)]
+        # transformers annotates its mapping of models as one of tokenizers
+        architecture: type[Any] = transformers.MODEL_MAPPING[type(settings)]  # type: ignore[assignment]
     except KeyError as error:
         raise UserError(
             f"--backbone {name}: transformers {transformers.__version__} has no model of type {kind}; update it, "

@@ -28,7 +28,7 @@ class VitFiles:
     Attributes:
         config: the content of transformers' config.json.
         weights: by their names in transformers' files, which differ from the names of its modules.
-        mean, std: of RGB in 0..1.
+        mean, std: statistics of RGB in 0..1.
     """
 
     config: dict[str, Any]

@@ -58,6 +58,8 @@ class Inert:
     """Stands for an object, or a call, of something that was not imported: its name (`kind`), arguments and state."""
 
     __slots__ = ("args", "state")
+    args: tuple[Any, ...]
+    state: Any
     kind = ""
 
     def __new__(cls, *args: Any) -> Inert:
@@ -151,7 +153,7 @@ def _names(pickles: Iterable[Any]) -> set[str]:
             if opcode.name == "PROTO" and value != 2:
                 raise _Refused(f"uses protocol {value} of pickle; save it again with torch.save's own, which is 2")
             if opcode.name == "GLOBAL":
-                module, name = value.split(" ")
+                module, name = str(value).split(" ")
                 names.add(".".join(NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))))
             elif isinstance(value, str) and len(value) < 40:
                 texts.add(normalize_encoding(value).lower())
@@ -185,7 +187,8 @@ def _load(path: Path, size: int, foreign: set[str]) -> Any:
             if known:
                 raise _Refused(f"asks for {min(known)[:120]}, which weights have no need of; {SAVE_AGAIN}")
             add_safe_globals([(type("Inert", (Inert,), {"__slots__": (), "kind": name}), name) for name in foreign])
-            value = torch.load(path, map_location=keep, weights_only=True, mmap=False)
+            # torch passes untyped storages, which its stubs do not say
+            value = torch.load(path, map_location=keep, weights_only=True, mmap=False)  # type: ignore[arg-type]
         finally:
             clear_safe_globals()
             add_safe_globals(declared)

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import UserError
 from . import cityscapes, cocostuff, potsdam, voc
 from .arrays import ArrayDataset
-from .base import IGNORE, Dataset, Layout, Split
+from .base import IGNORE, Dataset, Layout, Split, classes_of
 from .folder import ImageFolder, open_folder, open_folder_splits
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "ImageFolder",
     "Layout",
     "Split",
+    "classes_of",
     "open_dataset",
     "open_splits",
     "recognise",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import Field, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -22,11 +22,20 @@ Split = Literal["train", "val"]
 class Dataset(Protocol):
     """Images by number, with or without labels. Several threads and processes may read at once."""
 
-    name: str  # for logs
-    names: tuple[str, ...]  # unique, posix paths relative to the folder of the images, with suffix
-    labelled: bool
-    held_out: bool  # whether training never sees these images
-    notes: tuple[str, ...]  # shown at the start of a run: images left out, labels missing
+    @property
+    def name(self) -> str: ...  # for logs
+
+    @property
+    def names(self) -> tuple[str, ...]: ...  # unique, posix paths relative to the folder of the images, with suffix
+
+    @property
+    def labelled(self) -> bool: ...
+
+    @property
+    def held_out(self) -> bool: ...  # whether training never sees these images
+
+    @property
+    def notes(self) -> tuple[str, ...]: ...  # shown at the start of a run: images left out, labels missing
 
     @property
     def class_names(self) -> tuple[str, ...] | None: ...  # None without labels
@@ -38,6 +47,20 @@ class Dataset(Protocol):
     def label(self, index: int) -> np.ndarray | None: ...  # uint8 [H,W], class numbers or IGNORE; None without a label
 
     def fingerprint(self) -> str: ...  # hex digest that changes when the images do
+
+
+class Listing(Dataset, Protocol):
+    """A dataset listed from disk: a dataclass, so `replace` copies it with other notes."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+
+def classes_of(dataset: Dataset) -> tuple[str, ...]:
+    """Return the class names of a dataset with labels. ValueError for one without."""
+    names = dataset.class_names
+    if names is None:
+        raise ValueError(f"{dataset.name} has no labels, and so no classes")
+    return names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +117,7 @@ class Numbering:
     """The numbers in an owner's label files, and the classes they stand for.
 
     Attributes:
-        names: of the classes, 0 upwards.
+        names: class names, 0 upwards.
         classes: legal number on disk -> its class, or IGNORE. IGNORE itself is always legal.
     """
 
@@ -152,10 +175,10 @@ class Layout:
     title: str
     preset: str
     root: Path
-    parts: Mapping[str, Callable[[], Dataset]]
+    parts: Mapping[str, Callable[[], Listing]]
     pictures: Path | None
 
-    def open(self, split: Split) -> Dataset:
+    def open(self, split: Split) -> Listing:
         """List a split; without "val" its images are those of "train", not held out. UserError without "train"."""
         if split not in ("train", "val"):
             raise ValueError(f'split must be "train" or "val", not {split!r}')

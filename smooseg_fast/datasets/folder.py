@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..system.progress import Bar
-from .base import IGNORE, Files, Split, files_below
+from .base import IGNORE, Files, Split, classes_of, files_below
 from .images import find_images, read_label
 
 SPLITS = ("train", "val", "test")
@@ -27,7 +27,7 @@ class ImageFolder(Files):
     """A dataset of the image files in one folder; `open_folder` makes it."""
 
     classes_file: Path | None = None
-    label_folders: tuple[Path, ...] = ()  # of every split; without classes.txt their labels give the number of classes
+    label_folders: tuple[Path, ...] = ()  # all splits; without classes.txt their labels give the number of classes
 
     @property
     def labelled(self) -> bool:
@@ -47,7 +47,7 @@ class ImageFolder(Files):
         label = read_label(path)
         if self.classes_file is None:
             return label
-        classes = len(self.class_names)
+        classes = len(classes_of(self))
         illegal = label[(label >= classes) & (label != IGNORE)]
         if illegal.size:
             raise UserError(
@@ -68,13 +68,19 @@ def open_folder(path: Path | str, split: Split) -> ImageFolder:
     """
     root = Path(path).expanduser()
     base, held_out = _split_folder(root, split)
-    home = base.parent if base.name in SPLITS else base  # of classes.txt and the other splits, also for DIR/val itself
+    # holds classes.txt and the other splits, also for DIR/val itself
+    home = base.parent if base.name in SPLITS else base
     name = base.resolve().name if base == root else f"{root.resolve().name}/{base.name}"
     if not _has_labels(base):
         images = find_images(base)
         top = base if base.is_dir() else base.parent
-        names, labels = _relative(images, top), (None,) * len(images)
-        return ImageFolder(name=name, names=names, images=tuple(images), labels=labels, held_out=held_out)
+        return ImageFolder(
+            name=name,
+            names=_relative(images, top),
+            images=tuple(images),
+            labels=(None,) * len(images),
+            held_out=held_out,
+        )
 
     images = find_images(base / "images")
     names = _relative(images, base / "images")

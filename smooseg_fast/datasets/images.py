@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from ..errors import UserError
 from ..system.outfolder import MARKER, written_by_us
@@ -140,8 +141,8 @@ def read_strips(path: Path | str, rows: int) -> Iterator[np.ndarray]:
     with _opened(path) as image:
         if image.mode not in ("RGB", "RGBA", "RGBX", "P"):
             raise ImageError(path, f"an image of mode {image.mode}, not of 8-bit colours")
-        premultiplied = image.format == "TIFF" and image.mode == "RGBA" and image.tag_v2.get(_EXTRA_SAMPLES) == (1,)
-        if premultiplied:  # decoding would divide by the fourth channel
+        tags = image.tag_v2 if isinstance(image, TiffImageFile) and image.mode == "RGBA" else {}
+        if tags.get(_EXTRA_SAMPLES) == (1,):  # premultiplied: decoding would divide by the fourth channel
             reason = "declares its fourth channel as transparency that is multiplied in"
             raise ImageError(path, reason, "export it with three channels")
         image.load()
@@ -157,7 +158,7 @@ def image_size(path: Path | str) -> tuple[int, int]:
     """
     with _opened(path) as image:
         width, height = image.size
-        if image.format == "TIFF":  # releases of Pillow differ in whether its size is turned already
+        if isinstance(image, TiffImageFile):  # releases of Pillow differ in whether its size is turned already
             width, height = (image.tag_v2[tag] for tag in (ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength))
         elif {"exif", "xmp"}.isdisjoint(image.info):  # to ask further would decode all of a PNG
             return height, width
@@ -293,7 +294,7 @@ def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 to 8; 1 (upright) when the block is damaged, no reason to lose the picture."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # as in _opened: damaged blocks raise nearly anything
+    except Exception:  # see _opened: damaged blocks raise nearly anything
         return 1
 
 

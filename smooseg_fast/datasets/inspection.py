@@ -34,7 +34,7 @@ class Inspection:
 
     @property
     def complete(self) -> bool:
-        """Whether every image was opened."""
+        """True when every image was opened."""
         return self.opened == len(self.dataset)
 
     def add(self, index: int, size: tuple[int, int] | str, counts: np.ndarray | str | None) -> None:

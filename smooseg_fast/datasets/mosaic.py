@@ -50,7 +50,7 @@ class Mosaic:
 
     labelled = True
     held_out = True
-    notes = ()
+    notes: tuple[str, ...] = ()
 
     def __init__(
         self, split: Literal["train", "val"] = "train", count: int = 128, size: int = UNITS, seed: int = 0
@@ -89,7 +89,7 @@ class Mosaic:
 
 
 class Scene:
-    """Where the regions lie and what they are made of: a Voronoi diagram of random points, seen through a bumpy pane.
+    """The regions of an image and their materials: a Voronoi diagram of random points, seen through a bumpy pane.
 
     Attributes, all [size,size]: x, y, the place of every pixel in units; region, its number; label, its class; seam, 0
     to 1, how close the border of its region is.

@@ -43,7 +43,7 @@ COLOURS = {1: BUILDING, 2: VEGETATION, 3: VEGETATION, 4: BUILDING, 6: ROAD, 7: R
 WINDOW = 400  # pixels of a mosaic that become one tile
 SHRINK = 2  # images by the mean of 2 x 2 pixels, labels by the first of them
 SIDE = WINDOW // SHRINK
-TEST_SHARE = 0.1  # of all tiles, as published
+TEST_SHARE = 0.1  # share of all tiles, as published
 
 MOSAICS = {"2_Ortho_RGB": "RGB", "4_Ortho_RGBIR": "RGBIR"}
 FALSE_COLOUR = "3_Ortho_IRRG"
@@ -103,8 +103,8 @@ def read_mat(path: Path, name: str) -> np.ndarray:
 
 
 def _prepared(root: Path) -> Layout | None:
-    lists = {"train": "labelled_train", "val": "labelled_test", "unlabelled": "unlabelled_train", "all": "all"}
-    lists = {split: root / f"{name}.txt" for split, name in lists.items()}
+    stems = {"train": "labelled_train", "val": "labelled_test", "unlabelled": "unlabelled_train", "all": "all"}
+    lists = {split: root / f"{stem}.txt" for split, stem in stems.items()}
     if not (root / "imgs").is_dir() or not ((root / "gt").is_dir() or any(path.is_file() for path in lists.values())):
         return None
     parts = {split: partial(_open_prepared, root, split, path) for split, path in lists.items() if path.is_file()}
@@ -228,7 +228,8 @@ def _mean(strip: np.ndarray) -> np.ndarray:
     """Average uint8 [h,w,3] -> [h/2,w/2,3], halves rounded up, without a last odd row or column."""
     h, w = strip.shape[0] // SHRINK * SHRINK, strip.shape[1] // SHRINK * SHRINK
     corners = [strip[y:h:SHRINK, x:w:SHRINK].astype(np.uint16) for y in range(SHRINK) for x in range(SHRINK)]
-    return ((sum(corners) + SHRINK**2 // 2) // SHRINK**2).astype(np.uint8)
+    total = sum(corners[1:], start=corners[0])
+    return ((total + SHRINK**2 // 2) // SHRINK**2).astype(np.uint8)
 
 
 def _mosaics(root: Path) -> Layout | None:
@@ -275,8 +276,8 @@ def _open_mosaics(paired: dict[Path, Path | None], split: str) -> MosaicTiles:
         tiles += [(image, label, row, column) for row, column in places]
         small += [] if places else [image]
     labelled = [tile for tile in tiles if tile[1] is not None]
-    drawn = sorted(labelled, key=lambda tile: hashlib.sha256(tile_name(tile[0], *tile[2:]).encode()).digest())
-    test = set(drawn[: max(1, round(TEST_SHARE * len(tiles)))])
+    by_hash = sorted(labelled, key=lambda tile: hashlib.sha256(tile_name(tile[0], *tile[2:]).encode()).digest())
+    test = set(by_hash[: max(1, round(TEST_SHARE * len(tiles)))])
     chosen = {
         "train": [tile for tile in labelled if tile not in test],
         "val": [tile for tile in labelled if tile in test],

@@ -31,7 +31,7 @@ class Pace:
     squares: int = 0
     images: int = 0
     seconds: float = 0.0
-    backbone_seconds: float = 0.0  # of `seconds`
+    backbone_seconds: float = 0.0  # the backbone's part of `seconds`
 
     @contextmanager
     def in_backbone(self) -> Iterator[None]:
@@ -161,7 +161,7 @@ def default_batch(device: torch.device) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a CUDA or ROCm card, an Apple GPU or the machine itself ran out of memory."""
+    """Return whether a CUDA or ROCm card, an Apple GPU or the machine itself ran out of memory."""
     return isinstance(error, torch.OutOfMemoryError) or any(
         words in str(error) for words in ("MPS backend out of memory", "DefaultCPUAllocator: can't allocate memory")
     )

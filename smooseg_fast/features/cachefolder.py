@@ -70,12 +70,12 @@ class StoreFolder:
 
     @property
     def readable(self) -> bool:
-        """Whether this version of the format wrote it, as far as meta.json tells."""
+        """True when this version of the format wrote it, as far as meta.json tells."""
         return self.meta.get("format", FORMAT) == FORMAT
 
     @property
     def label(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
         return f"{self.meta.get('dataset', 'an unknown dataset')}, {self.key[:8]}"
 
     def describe(self, meta: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..datasets import Dataset
 from ..errors import UserError
+from ..system.commandline import command_line
 from ..system.files import sweep
 from ..system.progress import say
 from ..system.signals import with_kept
@@ -37,8 +38,8 @@ def open_or_extract(dataset: Dataset, backbone: Backbone, options: FeatureOption
     Where a batch does not fit into the device's memory, it and all that follow are halved.
 
     When a signal (raised as Interrupted, which says what is kept) or an error stops it, the shards written so far are
-    whole, and the next call resumes behind them. Damaged shards are named and recomputed (`turns.Checking`). Images
-    that cannot be used are named on stderr and skipped. Memory: a few shards, however many images. All of several
+    whole, and the next call resumes behind them. It names damaged shards and recomputes them (`turns.Checking`). Images
+    that cannot be used are reported on stderr and skipped. Memory: a few shards, however many images. All of several
     processes call it and get the same store. When another run makes the same features at this moment, its shards are
     taken as they come.
 
@@ -51,7 +52,7 @@ def open_or_extract(dataset: Dataset, backbone: Backbone, options: FeatureOption
     """
     with Opening(Job(dataset, backbone, options)) as opening:
         while not opening.complete:
-            opening.append(opening.stored() or opening.taken_from_another_run() or opening.made())
+            opening.append(opening.stored() or opening.taken_from_another_run() or opening.computed())
         return opening.store()
 
 
@@ -70,7 +71,7 @@ class Opening:
         self._lock = self._folder.use()
         self._checking, self._turn = Checking(job, self._folder), Turn(job, self._folder)
         self._shards: list[Shard] = []
-        self._damage = ""  # of the file where the next shard should be
+        self._damage = ""  # why the file where the next shard should be cannot be used
         self._producing: Generator[tuple[Contents, list[Tensor]], None, None] | None = None
         self._pace = Pace()
         self._store: FeatureStore | None = None
@@ -111,8 +112,8 @@ class Opening:
                 return shard
         return None
 
-    def made(self) -> Shard:
-        """The next shard, made and written by this run."""
+    def computed(self) -> Shard:
+        """Compute the next shard and write it."""
         if self._processes.first and self._damage:
             say(f"damaged: {self._path}: {self._damage}; it will be recomputed")
         if self._producing is None:
@@ -142,7 +143,7 @@ class Opening:
 
     @property
     def _path(self) -> Path:
-        """Where the next shard is, or will be."""
+        """The file of the next shard, written or not."""
         return shard_path(self._folder.path, len(self._shards))
 
     def _how(self) -> str:
@@ -160,7 +161,7 @@ class Opening:
                 if not other.readable and all(other.meta.get(name) == meta[name] for name in alike):
                     say(
                         f"{other.path} was written by an older version and will be recomputed; "
-                        f"to free its {readable(other.nbytes)}: python -m smooseg_fast.cache rm {other.key[:8]}"
+                        f"to free its {readable(other.nbytes)}: {command_line('cache', 'rm', other.key[:8])}"
                     )
         self._folder.describe(meta)
 

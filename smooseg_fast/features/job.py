@@ -77,7 +77,7 @@ class Job:
             if value not in choices:
                 raise UserError(f"{flag} {value}: unknown; take {' or '.join(choices)}")
 
-    # what follows from the options
+    # choices that follow from the options
 
     @property
     def batch_size(self) -> int:
@@ -112,7 +112,7 @@ class Job:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
     def describe(self) -> dict:
-        """The store's meta.json, for people who find the folder and for `python -m smooseg_fast.cache ls`."""
+        """The store's meta.json, for people who find the folder and for `smooseg cache ls`."""
         options, backbone = self.options, self.backbone
         return dict(
             format=store.FORMAT,

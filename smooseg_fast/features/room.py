@@ -26,8 +26,8 @@ class Expected:
     """How much the features of a dataset take on disk."""
 
     images: int
-    squares: float  # of an image, the mean over COUNTED images
-    square_bytes: int  # of the features of one square
+    squares: float  # per image, the mean over COUNTED images
+    square_bytes: int  # size of one square's features
     on_disk: bool  # whether they are all in the cache already
 
     @property
@@ -40,7 +40,7 @@ class Windows:
     """Equal parts of a dataset, one of which is in the cache at a time."""
 
     count: int
-    steps: int  # of training in each
+    steps: int  # training steps per window
 
 
 def expected(dataset: Dataset, backbone: Backbone, options: FeatureOptions) -> Expected:

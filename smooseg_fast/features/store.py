@@ -55,7 +55,7 @@ class Contents:
 class Shard:
     contents: Contents
     features: Tensor  # [rows,P,D] fp16 or bf16, a memory map: pages are read when touched
-    crc: int  # of the features
+    crc: int  # checksum of the features
 
 
 class DamagedShard(Exception):

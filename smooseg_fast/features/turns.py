@@ -24,7 +24,7 @@ class Checking:
 
     The first process reads every byte of a small store, and of one that is not finished: the machine may have gone down
     during a write, and reading takes a hundredth of the time of making. Of a large finished store it reads the headers
-    alone, because the features would take minutes; `python -m smooseg_fast.cache verify` reads those.
+    alone, because the features would take minutes; `smooseg cache verify` reads those.
     """
 
     def __init__(self, job: Job, folder: StoreFolder):
@@ -73,11 +73,11 @@ class Turn:
 
     @property
     def alone(self) -> bool:
-        """Whether a lock keeps all other runs from writing."""
+        """True while a lock keeps all other runs from writing."""
         return self._lock.real
 
     def mine(self, images_done: int) -> bool:
-        """Whether it is this run's turn, and was so at the last call.
+        """Return whether this run may write, and could at the last call.
 
         If not, wait a moment; the caller then looks for shards again.
         """

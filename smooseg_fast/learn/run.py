@@ -68,11 +68,11 @@ class Run:
         self.setting, self.config, self.state = setting, setting.config, state
         self.say, self.processes, self.alone = setting.say, setting.processes, setting.processes.size == 1
         self.shares = Shares(len(setting.variants), setting.processes)
-        self.variants = setting.variants[self.shares.own]  # those that this process learns
+        self.variants = setting.variants[self.shares.part]  # those that this process learns
         self.schedule = setting.stream or Schedule(len(setting.store), self.config.batch_size, self.config.data_seed)
         self.watch = Watch(setting.variants, self.config.prototypes)
         self.drift_stops = False  # whether --on-drift asks for an end here
-        self.records: list[dict[str, Any]] = []  # of all heads
+        self.records: list[dict[str, Any]] = []  # all heads
         self.report: dict[str, Any] = {}
         self.board: Board | None = None
         self.done = self.saved = 0 if state is None else state.step  # steps taken, and those in the folder's state
@@ -94,7 +94,7 @@ class Run:
                     self.say(f"warning    steps run one by one, without a CUDA graph: {loop.not_captured}")
                 bar.update()
                 if self.log_is_due() and not (self.alone and stop.number):
-                    # a line that a signal cuts short is made again from the saved losses; several processes finish it
+                    # resuming rewrites a line that a signal cut short from saved losses; several processes finish it
                     with stop.at_once() if self.alone else nullcontext():
                         self.log(loop, losses, bar)
                 number, late = self.agree(stop)
@@ -163,10 +163,10 @@ class Run:
 
     def start_of(self, seed: int) -> Head:
         config, setting = self.config, self.setting
-        head = Head(setting.store.D, config.prototypes, config.code_dim, seed).to(setting.device)
+        head = Head(setting.store.D, setting.prototypes, config.code_dim, seed).to(setting.device)
         if config.init == "pca-kmeans":
             rows = sample_patches(setting.store, seed).to(setting.device)
-            groups, patches = config.prototypes, len(rows)
+            groups, patches = setting.prototypes, len(rows)
             if patches < groups:
                 raise UserError(f"--prototypes: {groups} groups cannot start from {patches} patches; ask for fewer")
             self.say(f"start      {patches:,} patches sorted into {groups} first groups, seed {seed}")
@@ -251,8 +251,8 @@ class Run:
     def log(self, loop: Loop | None, losses: dict[str, Tensor], bar: Bar) -> None:
         """Writes a line of metrics for each head and names heads in trouble. UserError when all are broken."""
         setting = self.setting
-        own = [] if loop is None else self.measure(loop.heads, losses)
-        records = [record for part in self.processes.all(own) for record in part]
+        measured = [] if loop is None else self.measure(loop.heads, losses)
+        records = [record for part in self.processes.all(measured) for record in part]
         if setting.validation is not None and self.checkpoint_is_due():
             heads = self.heads(loop)
             self.counts = {v: setting.validation.confusion(heads[h]) for h, v in enumerate(setting.variants)}
@@ -315,7 +315,7 @@ class Run:
         self.saved, self.saved_at = self.done, time.monotonic()
 
     def kept(self) -> str:
-        """What a stop at this moment leaves, in words."""
+        """Say what a stop at this moment leaves."""
         if not self.processes.first:
             return "what was saved is kept"
         if self.setting.folder is None:

@@ -19,7 +19,7 @@ class RunFolder(OutFolder):
 
     def __init__(self, path: Path, config: TrainConfig):
         super().__init__(
-            path, config.learning(), record=RUN, made=(CHECKPOINT, GROUPS, CURVES, LADDER, SAMPLES), below=(HEADS,)
+            path, config.learning(), record=RUN, outputs=(CHECKPOINT, GROUPS, CURVES, LADDER, SAMPLES), below=(HEADS,)
         )
         self.metrics = Journal(path / METRICS)
         self._heads = {variant.name for variant in config.variants()}
@@ -35,7 +35,7 @@ class RunFolder(OutFolder):
         return read_checkpoint(self.path / CHECKPOINT)
 
     def finished(self) -> bool:
-        """Whether the output is complete; running again draws pictures that failed or were removed."""
+        """Return whether the output is complete; running again draws pictures that failed or were removed."""
         return all((self.path / name).exists() for name in (REPORT, CHECKPOINT, *self.pictures))
 
     def resume(self, step: int) -> list[dict[str, Any]]:

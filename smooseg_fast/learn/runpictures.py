@@ -15,12 +15,12 @@ from ..backbones.base import reason
 from ..config import Variant
 from ..datasets.images import ImageError
 from ..errors import WriteError
-from ..features.sample import spread
+from ..features.sample import evenly_spaced
 from ..segment.segmenter import Segmenter
 from ..show import charts, pictures
 from ..show.sheet import NAMED, groups_sheet, thumbnails
 from ..system.progress import Bar
-from .runfolder import CURVES, GROUPS, LADDER
+from .runfolder import CURVES, GROUPS, LADDER, RunFolder
 from .setting import Setting
 
 SILENT_S = 2.0  # that drawing may take before it shows a bar
@@ -38,9 +38,10 @@ PANELS = {
 
 @dataclass(frozen=True)
 class Shown:
-    """What the pictures of a run show: its heads, the default one first, its lines of metrics and its report so far."""
+    """The contents of a run's pictures: heads, the default one first, lines of metrics, and the report so far."""
 
     setting: Setting
+    folder: RunFolder
     segmenters: Mapping[Variant, Segmenter]
     records: Sequence[dict[str, Any]]
     report: Mapping[str, Any]
@@ -53,7 +54,7 @@ class Shown:
         """Names and pixels of at most `count` images, evenly spaced over those (held-out ones first) with features."""
         setting = self.setting if self.setting.validation is None else self.setting.validation
         usable = list(dict.fromkeys(setting.store.names))
-        chosen = {usable[place] for place in spread(len(usable), count).tolist()}
+        chosen = {usable[place] for place in evenly_spaced(len(usable), count).tolist()}
         for index, name in enumerate(setting.dataset.names):
             if name not in chosen:
                 continue
@@ -70,11 +71,11 @@ class Shown:
 
 
 def draw(shown: Shown) -> list[Path]:
-    """Draws the pictures of the folder; -> those that succeeded. A failure is said and ends nothing."""
+    """Draws the pictures of the folder; -> those that succeeded. Reports a failure and continues."""
     setting = shown.setting
-    names = setting.folder.pictures
+    names = shown.folder.pictures
     total = GROUPS_IMAGES + (LADDER_IMAGES * len(ladder(shown)) if LADDER in names else 0)
-    drawn = []
+    paths = []
     with Bar(total=total, desc="pictures", unit="image", delay=SILENT_S, disable=not setting.progress) as bar:
         makers = {
             GROUPS: lambda: groups_picture(shown, bar),
@@ -83,12 +84,12 @@ def draw(shown: Shown) -> list[Path]:
         }
         for name in names:
             try:
-                drawn.append(pictures.save(setting.folder.path / name, makers[name]()))
+                paths.append(pictures.save(shown.folder.path / name, makers[name]()))
             except WriteError:  # the disk is full: the report would not fit either
                 raise
             except Exception as error:  # whatever it is, a picture must not lose a run that is learnt
                 setting.say(f"warning    {name} could not be drawn ({reason(error)}); the same command tries again")
-    return drawn
+    return paths
 
 
 def groups_picture(shown: Shown, bar: Bar) -> Image:
@@ -102,7 +103,7 @@ def groups_picture(shown: Shown, bar: Bar) -> Image:
 def curves_picture(shown: Shown) -> Image:
     """The default head's figures over the steps."""
     records = [record for record in shown.records if record["head"] == shown.default.name]
-    return charts.curves_picture(records, PANELS, str(shown.setting.folder.path))
+    return charts.curves_picture(records, PANELS, str(shown.folder.path))
 
 
 def ladder_picture(shown: Shown, bar: Bar) -> Image:
@@ -111,7 +112,8 @@ def ladder_picture(shown: Shown, bar: Bar) -> Image:
     A group has the colour of the default head's group that shares most pixels with it.
     """
     rungs, default = ladder(shown), shown.default
-    images, labels = [], {variant: [] for variant in rungs}
+    images: list[tuple[str, np.ndarray]] = []
+    labels: dict[Variant, list[np.ndarray]] = {variant: [] for variant in rungs}
     for name, image in shown.images(LADDER_IMAGES):
         images.append((name, image))
         for variant in rungs:

@@ -74,7 +74,7 @@ class Schedule:
         return self._order[place * self.batch_size : (place + 1) * self.batch_size]
 
     def ready(self, step: int) -> bool:
-        """Whether a step can be drawn at once."""
+        """Return whether a step can be drawn at once."""
         return True
 
     def draws(self, step: int, P: int, D: int, settings: Settings, device: torch.device) -> Draws:

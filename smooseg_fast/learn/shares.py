@@ -22,13 +22,13 @@ class Shares:
     """The heads of a run in order, in one part for each process; the first parts have one head more if need be."""
 
     def __init__(self, heads: int, processes: Processes):
-        each, extra = divmod(heads, processes.size)
-        first = processes.rank * each + min(processes.rank, extra)
-        self.own = slice(first, first + each + (processes.rank < extra))
+        heads_each, extra = divmod(heads, processes.size)
+        first = processes.rank * heads_each + min(processes.rank, extra)
+        self.part = slice(first, first + heads_each + (processes.rank < extra))
         self.heads, self.processes = heads, processes
 
     def line(self) -> str | None:
-        """What the processes do, in words; None for one process."""
+        """Say what the processes do; None for one process."""
         size, heads = self.processes.size, self.heads
         if size == 1:
             return None
@@ -38,12 +38,14 @@ class Shares:
             others = "the other helps" if helpers == 1 else f"the other {helpers} help"
             return f"{size}: {learnt} learnt by {heads} of them; {others} with features and evaluation only"
         most = -(-heads // size)
-        each = f"{most}" if heads % size == 0 else f"{most - 1} or {most}"
-        return f"{size}: each learns {each} of the {heads} heads; they share features and evaluation"
+        number = f"{most}" if heads % size == 0 else f"{most - 1} or {most}"
+        return f"{size}: each learns {number} of the {heads} heads; they share features and evaluation"
 
     def of(self, tensors: Mapping[str, Tensor], common: Collection[str] = ()) -> dict[str, Tensor]:
         """This process's rows of all heads' `tensors` [H,...]. Scalars and `common` ones have no rows and stay."""
-        return {name: value if name in common or not value.ndim else value[self.own] for name, value in tensors.items()}
+        return {
+            name: value if name in common or not value.ndim else value[self.part] for name, value in tensors.items()
+        }
 
     def to_first(self, tensors: Mapping[str, Tensor], common: Collection[str] = ()) -> dict[str, Tensor]:
         """All heads' tensors for the first process, and nothing for the others: `of` undone."""
@@ -58,8 +60,8 @@ class Shares:
 
     def everywhere(self, heads: Heads | None, device: torch.device) -> Heads:
         """All heads of the run, on every process. heads: those that this one learns, None for no head."""
-        if self.processes.size == 1:
+        if heads is not None and self.processes.size == 1:
             return heads
-        own = {} if heads is None else {name: value.cpu() for name, value in heads.state_dict().items()}
-        parts = [part for part in self.processes.all(own) if part]
+        state = {} if heads is None else {name: value.cpu() for name, value in heads.state_dict().items()}
+        parts = [part for part in self.processes.all(state) if part]
         return Heads.from_state({name: torch.cat([part[name] for part in parts]) for name in parts[0]}).to(device)

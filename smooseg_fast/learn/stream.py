@@ -40,12 +40,12 @@ Say = Callable[[str], None]
 
 
 class Part:
-    """Some images of a dataset, by their numbers in it. whole: the fingerprint of the dataset."""
+    """Some images of a dataset, by their numbers in it. fingerprint: the whole dataset's."""
 
     labelled, class_names, notes = False, None, ()
 
-    def __init__(self, dataset: Dataset, numbers: Sequence[int], name: str, whole: str):
-        self.dataset, self.numbers, self.whole = dataset, list(numbers), whole
+    def __init__(self, dataset: Dataset, numbers: Sequence[int], name: str, fingerprint: str):
+        self.dataset, self.numbers, self._fingerprint_of_all = dataset, list(numbers), fingerprint
         self.name, self.held_out = f"{dataset.name}, {name}", dataset.held_out
         self.names = tuple(dataset.names[number] for number in self.numbers)
 
@@ -59,7 +59,7 @@ class Part:
         return None
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps([self.whole, self.numbers]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self._fingerprint_of_all, self.numbers]).encode()).hexdigest()
 
 
 class Stream(Schedule):
@@ -87,10 +87,19 @@ class Stream(Schedule):
         super().__init__(batch_size, batch_size, data_seed)
         self.dataset, self.fingerprint, self.windows = dataset, fingerprint, windows
         self._open, self.processes, self.say = open, processes, say
-        self._number, self._store = -1, None
+        self._number = -1
+        self._store: FeatureStore | None = None
+        self._order = torch.empty(0, dtype=torch.int64)
+
+    @property
+    def store(self) -> FeatureStore:
+        """The features of the open window. RuntimeError where none is open."""
+        if self._store is None:
+            raise RuntimeError("no window is open; rows_of opens that of a step")
+        return self._store
 
     def ready(self, step: int) -> bool:
-        """Whether the window of this step is open."""
+        """Return whether the window of this step is open."""
         return self._store is not None and step // self.windows.steps == self._number
 
     def rows_of(self, step: int) -> Tensor:
@@ -98,7 +107,7 @@ class Stream(Schedule):
         number, place = divmod(step, self.windows.steps)
         if not self.ready(step):
             self._enter(number)
-            rows, needed = len(self._store), self.windows.steps * self.batch_size
+            rows, needed = len(self.store), self.windows.steps * self.batch_size
             rounds = range(-(-needed // rows))
             self._order = torch.cat(
                 [torch.randperm(rows, generator=self.generator(3, number, again)) for again in rounds]
@@ -107,7 +116,7 @@ class Stream(Schedule):
 
     def features(self, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """[B,P,D] on the CPU, of rows of the open window."""
-        return self._store.rows(rows, dtype)
+        return self.store.rows(rows, dtype)
 
     def images_of(self, number: int) -> list[int]:
         """The images of window `number`, counted through all passes."""
@@ -157,16 +166,18 @@ def open_for_training(
     """All features and None; or, where they exceed the limit, those of a sample of images and the stream of all.
 
     Args:
-        options: of the features.
+        options: settings of the features.
         in_use: bytes of the cache that have to stay.
         resumed, windows: whether the run resumes, and the windows that it had. They count, whatever the limit is now.
     """
     limit = options.limit
-    forecast = None if limit is None and windows is None else expected(dataset, backbone, options)
-    if not resumed and forecast is not None:
+    if limit is None and windows is None:
+        return open_or_extract(dataset, backbone, options), None
+    forecast = expected(dataset, backbone, options)
+    if limit is not None and not resumed:
         windows = windows_of(forecast, limit, in_use, batch_size)
     if windows is None:
-        if forecast is not None and not forecast.on_disk and forecast.nbytes + in_use > limit:
+        if limit is not None and not forecast.on_disk and forecast.nbytes + in_use > limit:
             needed = readable(forecast.nbytes + in_use)
             raise UserError(
                 f"--cache-limit {readable(limit)}: this run began with room for all; "
@@ -178,14 +189,14 @@ def open_for_training(
     numbers = [k * N // sampled(N) for k in range(sampled(N))]
     sample = open_or_extract(Part(dataset, numbers, "sample", fingerprint), backbone, options)
 
-    def open_part(part: Dataset) -> FeatureStore:
+    def open_window(part: Dataset) -> FeatureStore:
         return open_or_extract(part, backbone, options)
 
     stream = Stream(
         dataset,
         fingerprint,
         windows,
-        open=open_part,
+        open=open_window,
         batch_size=batch_size,
         data_seed=data_seed,
         processes=options.processes,
@@ -195,8 +206,8 @@ def open_for_training(
 
 
 def described(forecast: Expected, windows: Windows) -> str:
-    each = f"{windows.count} windows of {readable(forecast.nbytes // windows.count)} and {windows.steps} steps"
+    parts = f"{windows.count} windows of {readable(forecast.nbytes // windows.count)} and {windows.steps} steps"
     return (
-        f"streamed: all would take about {readable(forecast.nbytes)}; {each} follow one another through the cache; "
+        f"streamed: all would take about {readable(forecast.nbytes)}; {parts} follow one another through the cache; "
         f"the start and figures without labels use {sampled(forecast.images)} images"
     )

@@ -14,6 +14,7 @@ from ..config import Variant
 from ..features.sample import batches, sample_patches
 from ..measure.health import Health, health
 from ..measure.scores import Scores, hungarian, majority, percent
+from ..measure.validation import Validation
 from ..segment.checkpoint import Checkpoint
 from ..segment.kmeans import spherical_kmeans
 from ..segment.model import Heads
@@ -21,9 +22,9 @@ from ..segment.segmenter import Segmenter
 from ..show.sheet import NAMED
 from ..system.files import write_json
 from ..system.progress import Bar
-from .monitors import COLLAPSED, collapse
+from .monitors import COLLAPSE, COLLAPSED
 from .run import Ended
-from .runfolder import CHECKPOINT, METRICS, REPORT, head_file
+from .runfolder import CHECKPOINT, METRICS, REPORT, RunFolder, head_file
 from .runpictures import Shown, draw, in_use
 from .setting import Setting
 from .shares import Shares
@@ -51,14 +52,14 @@ def finish(setting: Setting, ended: Ended) -> Segmenter:
     }
     say_groups(setting, states)
     if setting.validation is not None:
-        for variant, scores in score(setting, ended, places).items():
+        for variant, scores in score(setting, setting.validation, ended, places).items():
             report["heads"][variant.name]["scores"] = scores
     report |= report["heads"][default.name]
     segmenters = {
         variant: Segmenter(checkpoint_of(setting, ended, variant, report), setting.backbone) for variant in places
     }
     if setting.written is not None:
-        leave(setting, ended, report, segmenters)
+        leave(setting, setting.written, ended, report, segmenters)
     setting.say(f"done       the whole run took {time.perf_counter() - setting.started:.1f} s")
     return segmenters[default]
 
@@ -76,20 +77,26 @@ def checkpoint_of(setting: Setting, ended: Ended, variant: Variant, report: Mapp
     )
 
 
-def leave(setting: Setting, ended: Ended, report: dict[str, Any], segmenters: Mapping[Variant, Segmenter]) -> None:
+def leave(
+    setting: Setting,
+    folder: RunFolder,
+    ended: Ended,
+    report: dict[str, Any],
+    segmenters: Mapping[Variant, Segmenter],
+) -> None:
     """Writes checkpoints, pictures and report."""
-    out, say = setting.folder.path, setting.say
+    out, say = folder.path, setting.say
     many = len(segmenters) > 1
     if many:
         for variant, segmenter in segmenters.items():
             segmenter.save(head_file(out, variant))
     next(iter(segmenters.values())).save(out / CHECKPOINT)
-    drawn = draw(Shown(setting, segmenters, ended.records, report))
+    pictures = draw(Shown(setting, folder, segmenters, ended.records, report))
     write_json(out / REPORT, report)
     say(f"saved      {out / CHECKPOINT}" + (f", and all {len(segmenters)} heads in {out / 'heads'}" if many else ""))
     say(f"figures    {out / REPORT}, {out / METRICS}")
-    if drawn:
-        say("pictures   " + ", ".join(map(str, drawn)))
+    if pictures:
+        say("pictures   " + ", ".join(map(str, pictures)))
 
 
 # without labels
@@ -99,10 +106,10 @@ def health_of_all(setting: Setting, heads: Heads) -> list[Health]:
     """Figures without labels of every head over all squares. Each process takes the heads that it learnt."""
     shares = Shares(len(heads), setting.processes)
     state = shares.of(heads.state_dict())
-    own = []
+    states = []
     if len(state["student"]):
-        own = health(Heads.from_state(state).to(setting.device), with_bar(setting))
-    return [state for part in setting.processes.all(own) for state in part]
+        states = health(Heads.from_state(state).to(setting.device), with_bar(setting))
+    return [state for part in setting.processes.all(states) for state in part]
 
 
 def with_bar(setting: Setting) -> Iterator[Tensor]:
@@ -116,7 +123,7 @@ def with_bar(setting: Setting) -> Iterator[Tensor]:
 
 def say_groups(setting: Setting, states: Mapping[Variant, Health]) -> None:
     """Tells how many groups each head has, how large they are and how sure it is of them."""
-    asked = setting.config.prototypes
+    asked = setting.prototypes
     for number, (variant, state) in enumerate(states.items()):
         default = " (default)" if number == 0 else ""
         mark = f"{variant.label()}{default}: " if len(states) > 1 else ""
@@ -132,14 +139,14 @@ def say_groups(setting: Setting, states: Mapping[Variant, Health]) -> None:
         )
     for variant, state in states.items():
         if state.perplexity < COLLAPSED and asked > 1:
-            setting.say(f"warning    {variant.label()} has collapsed, {collapse(state.perplexity)}")
+            setting.say(f"warning    {variant.label()} {COLLAPSE}")
 
 
 def sizes(shares: Iterable[float]) -> str:
     """The shares of the groups in use, largest first: "31 %, 22 % and 7 smaller groups"."""
-    named = sorted((share for share in shares if share >= NAMED), reverse=True)
-    listed = ", ".join(f"{100 * share:.0f} %" for share in named[:LISTED])
-    smaller = len(named) - LISTED
+    largest_first = sorted((share for share in shares if share >= NAMED), reverse=True)
+    listed = ", ".join(f"{100 * share:.0f} %" for share in largest_first[:LISTED])
+    smaller = len(largest_first) - LISTED
     if smaller <= 0:
         return listed
     return f"{listed} and {smaller} smaller group{'s' if smaller > 1 else ''}"
@@ -148,9 +155,11 @@ def sizes(shares: Iterable[float]) -> str:
 # with labels
 
 
-def score(setting: Setting, ended: Ended, places: Mapping[Variant, int]) -> dict[Variant, dict[str, Any]]:
+def score(
+    setting: Setting, validation: Validation, ended: Ended, places: Mapping[Variant, int]
+) -> dict[Variant, dict[str, Any]]:
     """Scores for the report, matched to classes by the labels (Hungarian), next to k-means on the same features."""
-    validation, names = setting.validation, setting.validation.dataset.class_names
+    names = validation.dataset.class_names
     where = "held-out images" if validation.dataset.held_out else "the training images"
     setting.say(f"scores     {len(validation.store)} {where}; groups are matched to classes by the labels (Hungarian):")
     rows = sample_patches(setting.store, seed=0).to(setting.device)

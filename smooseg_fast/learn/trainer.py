@@ -57,7 +57,7 @@ def fit(
             sequence of uint8 [H,W,3] arrays.
         out: folder for checkpoint, figures and pictures; without it, nothing is written except the feature cache.
         preset_name: the preset that the other settings start from.
-        say: takes each line of text about the run; nothing is said by default.
+        say: takes each line of text about the run; the default drops them.
         settings: any field of TrainConfig, such as granularity=0.06, prototypes=12, steps=400,
             backbone="facebook/dino-vits8".
 
@@ -66,9 +66,14 @@ def fit(
         Interrupted: a KeyboardInterrupt, after Ctrl-C; its text tells what is kept in `out`, where the same call
             resumes.
     """
-    arrays = None if isinstance(images, (str, Path)) else list(images)
-    config = with_changes(preset(preset_name), data=str(images) if arrays is None else None, **settings)
-    dataset, held_out = open_splits(images) if arrays is None else (ArrayDataset(arrays), None)
+    data = str(images) if isinstance(images, (str, Path)) else None
+    config = with_changes(preset(preset_name), data=data, **settings)
+    dataset: Dataset
+    held_out: Dataset | None = None
+    if isinstance(images, (str, Path)):
+        dataset, held_out = open_splits(images)
+    else:
+        dataset = ArrayDataset(list(images))
     return learn(
         config,
         dataset,
@@ -241,18 +246,19 @@ def resolve(config: TrainConfig, backbone: Backbone, dataset: Dataset, say: Say)
     changes: dict[str, Any] = {}
     for name in ("size", "eval_size"):
         size = getattr(config, name)
-        whole = whole_patches(size, backbone.patch)
-        if whole != size:
-            say(f"{name}: {size} -> {whole} pixels, a multiple of the {backbone.patch}-pixel patch of {backbone.name}")
-            changes[name] = whole
-    if config.prototypes is None:
+        fitting = whole_patches(size, backbone.patch)
+        if fitting != size:
+            say(
+                f"{name}: {size} -> {fitting} pixels, a multiple of the {backbone.patch}-pixel patch of {backbone.name}"
+            )
+            changes[name] = fitting
+    prototypes = config.prototypes
+    if prototypes is None:
         names = dataset.class_names
-        changes["prototypes"] = GROUPS_WITHOUT_LABELS if names is None else len(names)
+        prototypes = changes["prototypes"] = GROUPS_WITHOUT_LABELS if names is None else len(names)
     if config.precision == "auto":
         changes["precision"] = "bfloat16" if backbone.device.type == "cuda" else "float32"
-    changes["impl"] = usable_impl(
-        config.impl, changes.get("prototypes", config.prototypes), config.code_dim, backbone.device
-    )
+    changes["impl"] = usable_impl(config.impl, prototypes, config.code_dim, backbone.device)
     return dataclasses.replace(config, **changes)
 
 

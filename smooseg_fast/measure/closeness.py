@@ -22,7 +22,7 @@ WORK = 2e10
 PAIR_WORK = 150  # cost of counting a pair, on top of its product
 SQUARE_WORK = 1e7  # cost of the calls for a square, on top of its pairs: there may be many tiny squares
 PATCHES = BATCH * 784  # counted together; square by square, 10,000 tiny ones would take seconds of calls
-SLOW_BYTES = 2**30  # of features, from which on the pass shows a progress line
+SLOW_BYTES = 2**30  # features from this size on show a progress line
 
 
 @dataclass(frozen=True)
@@ -157,17 +157,17 @@ def similarity(
     order = torch.randperm(N, generator=torch.Generator().manual_seed(seed))
     batch = max(BATCH, PATCHES // P)
     # batches of at least two squares, so that each has a partner
-    drawn = [part.tolist() for part in order[:counted].tensor_split(-(-counted // batch))]
-    partners = min(partners, min(map(len, drawn)) - 1)
-    rest = [part.tolist() for part in order[counted:].sort().values.split(batch)]
+    counted_batches = [part.tolist() for part in order[:counted].tensor_split(-(-counted // batch))]
+    partners = min(partners, min(map(len, counted_batches)) - 1)
+    other_batches = [part.tolist() for part in order[counted:].sort().values.split(batch)]
     sums, squares, counts = torch.zeros(D, dtype=torch.float64), 0.0, torch.zeros(2, BINS, dtype=torch.int64)
     with Bar(total=N, desc="closeness", unit="square", disable=not progress or store.nbytes < SLOW_BYTES) as bar:
-        for number, rows in enumerate(drawn + rest):
+        for number, rows in enumerate(counted_batches + other_batches):
             f = store.rows(rows).to(device)
             u = mean_unit_rows(f).double().cpu()
             sums += u.sum(0)
             squares += float(u.square().sum())
-            if number < len(drawn):
+            if number < len(counted_batches):
                 counts += histograms(f, partners, impl)
             bar.update(len(rows))
     within, across = squares / N, float(sums.square().sum() - squares) / (N * (N - 1))
@@ -183,7 +183,7 @@ def mean_unit_rows(f: Tensor) -> Tensor:
 def histograms(f: Tensor, partners: int, impl: str) -> Tensor:
     """Count W - M of squares f [B,P,D] in random order, int64 [2,BINS]: within, and with the `partners` next ones."""
     rows = torch.arange(len(f), device=f.device)
-    pairs = ["self", *(rows.roll(-step) for step in range(1, partners + 1))]
+    pairs: list[str | Tensor] = ["self", *(rows.roll(-step) for step in range(1, partners + 1))]
     zero = torch.zeros(len(pairs), device=f.device)
     statistics = sk.similarity_statistics(f, pairs, bins=BINS, limits=(-REACH, REACH), mean=zero, impl=impl)
     counts = statistics.histogram.cpu()

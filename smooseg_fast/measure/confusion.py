@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 
 import numpy as np
@@ -22,7 +22,7 @@ from ..system.ahead import ahead
 from ..system.processes import ALONE, Processes
 from ..system.progress import Bar
 
-KEPT_BYTES = 64 * 2**20  # of label squares that a process keeps: 650 of 320 pixels
+KEPT_BYTES = 64 * 2**20  # label squares that a process keeps: 650 of 320 pixels
 THREADS = 4  # that read labels, at most, each a batch
 SILENT_S = 2.0  # that reading or counting may take before it shows a bar
 
@@ -69,7 +69,7 @@ class LabelSquares:
         total, off = len(self._images), not self.progress
         return Bar(total=total, desc=name, unit=unit, delay=SILENT_S, leave=False, disable=off)
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self) -> Generator[tuple[Tensor, Tensor], None, None]:
         """(rows int64 [n], their labels uint8 [n,S,S], 255 without a label) of every batch of this process."""
         for start, squares, _ in self._read():
             yield torch.arange(start, start + len(squares)), torch.from_numpy(squares)

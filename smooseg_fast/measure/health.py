@@ -27,8 +27,8 @@ class Health:
         float  # I(image; label) / H(label): 0 when all images have the same mix, 1 when a label tells the image
     )
     agreement: float  # share of patches with one label from teacher and student
-    modularity: float  # of the closeness graph, see `Moments.modularity`
-    explained_variance: float  # of the frozen features, see `Moments.explained_variance`
+    modularity: float  # modularity of the closeness graph, see `Moments.modularity`
+    explained_variance: float  # share of the frozen features' variance, see `Moments.explained_variance`
     modularity_x_explained: float  # their product
 
     def figures(self) -> dict[str, float]:
@@ -92,7 +92,8 @@ def health(heads: Heads, batches: Iterable[Tensor]) -> list[Health]:
     """Measure every head in one pass over `batches` of features [B,P,D] on the heads' device."""
     H, K, _ = heads.student.shape
     D = heads.projection.linear.weight.shape[2]
-    counts, agree, total, moments = [[] for _ in range(H)], [0] * H, 0, [Moments(K, D) for _ in range(H)]
+    counts: list[list[Tensor]] = [[] for _ in range(H)]
+    agree, total, moments = [0] * H, 0, [Moments(K, D) for _ in range(H)]
     for features in batches:
         codes_of_heads, unit = heads.codes(features), unit_rows(features).flatten(0, 1)
         total += len(unit)

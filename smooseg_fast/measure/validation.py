@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from ..datasets import Dataset
+from ..datasets import Dataset, classes_of
 from ..features.store import FeatureStore
 from ..measure.scores import Scores, hungarian
 from ..segment.model import Head
@@ -38,5 +38,5 @@ class Validation:
         return hungarian(self._count(self.store.rows, centres))
 
     def _count(self, codes: Callable[[Tensor], Tensor], prototypes: Tensor) -> np.ndarray:
-        classes = len(self.dataset.class_names)
+        classes = len(classes_of(self.dataset))
         return confusion_of(codes, prototypes, self.store.grid, self.labels, classes)

@@ -32,7 +32,7 @@ KEY, FORMAT = "smooseg_fast.checkpoint", 1
 class Kind:
     """A kind of file, and how errors speak of it."""
 
-    key: str  # of its header
+    key: str  # names its header
     usual: str  # its usual name
     argument: str  # the flag that names it, at the start of an error
     advice: str  # the end of an error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,17 +10,34 @@ from torch import Tensor, nn
 
 from .kmeans import principal_directions, spherical_kmeans
 
-# of a hidden layer; with 2 MB, which two cores' caches hold, starting many operations costs more than the memory saves
+# size of a block's hidden layers; with 2 MB, which two cores' caches hold, starting many operations costs more than the
+# memory saves
 BLOCK_BYTES = 1 << 23
 
 
+class Layer(nn.Module):
+    """A linear layer of H heads: weight [H,out,in] and bias [H,out]."""
+
+    def __init__(self, weight: Tensor, bias: Tensor):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+
+
+class Projections(nn.Module):
+    """The projections of H heads. layers: (weight, bias) of W1, W2 and W3."""
+
+    def __init__(self, layers: Iterable[tuple[Tensor, Tensor]]):
+        super().__init__()
+        self.linear, self.hidden, self.outer = (Layer(weight, bias) for weight, bias in layers)
+
+
 def codes_of(
-    features: Tensor, projection: nn.Module, linear_mask: Tensor | None = None, hidden_mask: Tensor | None = None
+    features: Tensor, projection: Projections, linear_mask: Tensor | None = None, hidden_mask: Tensor | None = None
 ) -> Tensor:
     """W1 (f * m1) + b1 + W3 SiLU(W2 (f * m2) + b2) + b3 for H heads at once. Lan et al. 2023, section 3.2.
 
-    features [B,P,D] and masks [B,D] are common to the heads; `projection` has linear, hidden and outer with weights
-    [H,.,D] and biases [H,.]. -> [H,B,P,Z]. The heads' W1 and W2 lie side by side, so that each is one matrix product.
+    features [B,P,D] and masks [B,D] are common to the heads -> [H,B,P,Z]. The heads' W1 and W2 lie side by side, so
+    that each is one matrix product.
     """
     linear, hidden, outer = projection.linear, projection.hidden, projection.outer
     if features.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -159,6 +176,8 @@ class Projection(nn.Module):
 class Head(nn.Module):
     """Projection, student prototypes [K,Z] and their exponential moving average, the teacher [K,Z]."""
 
+    teacher: Tensor
+
     def __init__(self, dim: int, prototypes: int, code_dim: int = 64, seed: int = 0):
         """The paper's start: PyTorch's default projection, Xavier-normal prototypes made unit, teacher = student."""
         super().__init__()
@@ -191,16 +210,16 @@ class Head(nn.Module):
 class Heads(nn.Module):
     """H heads of one shape, trained side by side on the same features. The state has a head's names, each [H,...]."""
 
+    teacher: Tensor
+
     def __init__(self, heads: Sequence[Head]):
         super().__init__()
         states = [head.state_dict() for head in heads]
         stacked = {name: torch.stack([state[name] for state in states]) for name in states[0]}
-        self.projection = nn.Module()
-        for part in ("linear", "hidden", "outer"):
-            layer = nn.Module()
-            layer.weight = nn.Parameter(stacked[f"projection.{part}.weight"])
-            layer.bias = nn.Parameter(stacked[f"projection.{part}.bias"])
-            self.projection.add_module(part, layer)
+        self.projection = Projections(
+            (stacked[f"projection.{part}.weight"], stacked[f"projection.{part}.bias"])
+            for part in ("linear", "hidden", "outer")
+        )
         self.student = nn.Parameter(stacked["student"])
         self.register_buffer("teacher", stacked["teacher"])
 

@@ -125,8 +125,9 @@ def _config(dataset: Any, K: int, Z: int, backbone: str) -> TrainConfig:
     presets = [preset for word, preset in DATASETS.items() if isinstance(dataset, str) and word in dataset.lower()]
     base = PRESETS[presets[0]] if presets else dataclasses.replace(PRESETS["cityscapes"], preset="folder")
     # a preset's thresholds suit one backbone; the file does not tell which ones it was trained with
-    unknown = dict(threshold_within=None, threshold_across=None)
-    return dataclasses.replace(base, prototypes=K, code_dim=Z, backbone=backbone, **unknown)
+    return dataclasses.replace(
+        base, prototypes=K, code_dim=Z, backbone=backbone, threshold_within=None, threshold_across=None
+    )
 
 
 def plain(value: Any) -> Any:

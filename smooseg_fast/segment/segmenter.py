@@ -61,7 +61,7 @@ class Segmenter:
             backbone: required if the checkpoint was trained on a `module:callable`; may name a local copy of a hub
                 model.
             device: "auto", or any device of PyTorch.
-            precision: of a ViT backbone's computations, as in `backbones.load_backbone`.
+            precision: number format of a ViT backbone, see `backbones.load_backbone`.
 
         Raises:
             UserError: for a damaged or foreign file, and when the backbone is missing.
@@ -98,7 +98,7 @@ class Segmenter:
 
     @property
     def same_backbone(self) -> bool:
-        """Whether the backbone has the very weights that the checkpoint was trained on."""
+        """True when the backbone has the very weights that the checkpoint was trained on."""
         return self.backbone.digest == self.checkpoint.backbone_digest
 
     @property
@@ -119,7 +119,7 @@ class Segmenter:
                 evaluation size of training. More pixels give finer detail and less context.
 
         Raises:
-            UserError: as for `pixels`, for a short side below one patch, and when memory runs out.
+            UserError: where `pixels` raises it, for a short side below one patch, and when memory runs out.
         """
         pixels = self.pixels(image)
         side = self.config.eval_size if short_side is None else short_side

@@ -4,6 +4,7 @@ stretched.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..datasets.images import resize_short_side
+from ..datasets.images import Resample, resize_short_side
 
 TILE = 640  # pixels of a tile's side; larger images are cut
-OVERLAP = 0.25  # of a tile's side, at least
+OVERLAP = 0.25  # least share of a tile's side
 
 
 class CodeMap(NamedTuple):
@@ -28,7 +29,7 @@ def code_map(
     patch: int,
     *,
     short_side: int,
-    resample: str,
+    resample: Resample,
     mirror: bool,
     tile: int = TILE,
 ) -> CodeMap:
@@ -46,27 +47,32 @@ def code_map(
     h, w = -(-height // patch), -(-width // patch)
     padded = np.pad(resized, ((0, h * patch - height), (0, w * patch - width), (0, 0)), mode="symmetric")
     side = max(1, tile // patch)
-    total = weight = None
-    for top, rows in spans(h, side):
-        for left, columns in spans(w, side):
-            piece = padded[top * patch : (top + rows) * patch, left * patch : (left + columns) * patch]
-            pixels = torch.from_numpy(np.ascontiguousarray(piece)).permute(2, 0, 1)[None]
-            codes = features(pixels)[0].float()
-            if mirror:
-                codes = (codes + features(pixels.flip(-1))[0].flip(1).float()) / 2
-            if (rows, columns) == (h, w):
-                total = codes
-                continue
-            if total is None:
-                total, weight = codes.new_zeros(h, w, codes.shape[-1]), codes.new_zeros(h, w, 1)
-            # patches at the border of a tile see least around them, so they count least where tiles overlap
-            ramp = (tent(rows)[:, None] * tent(columns)[None, :])[..., None].to(codes)
-            total[top : top + rows, left : left + columns] += codes * ramp
-            weight[top : top + rows, left : left + columns] += ramp
-    if weight is not None:
-        total = total / weight
+
+    def codes_at(top: int, rows: int, left: int, columns: int) -> Tensor:
+        piece = padded[top * patch : (top + rows) * patch, left * patch : (left + columns) * patch]
+        pixels = torch.from_numpy(np.ascontiguousarray(piece)).permute(2, 0, 1)[None]
+        codes = features(pixels)[0].float()
+        return (codes + features(pixels.flip(-1))[0].flip(1).float()) / 2 if mirror else codes
+
+    tiles = [(*vertical, *horizontal) for vertical in spans(h, side) for horizontal in spans(w, side)]
     covered = (round(h * patch * image.shape[0] / height), round(w * patch * image.shape[1] / width))
-    return CodeMap(total, (max(image.shape[0], covered[0]), max(image.shape[1], covered[1])))
+    size = (max(image.shape[0], covered[0]), max(image.shape[1], covered[1]))
+    return CodeMap(codes_at(*tiles[0]) if len(tiles) == 1 else _blended(codes_at, tiles, h, w), size)
+
+
+def _blended(
+    codes_at: Callable[[int, int, int, int], Tensor], tiles: list[tuple[int, int, int, int]], h: int, w: int
+) -> Tensor:
+    """Average the codes of overlapping tiles (top, rows, left, columns) -> [h,w,Z]."""
+    pieces = ((tile, codes_at(*tile)) for tile in tiles)
+    first = next(pieces)
+    total, weight = first[1].new_zeros(h, w, first[1].shape[-1]), first[1].new_zeros(h, w, 1)
+    for (top, rows, left, columns), codes in itertools.chain([first], pieces):
+        # patches at the border of a tile see least around them, so they count least where tiles overlap
+        ramp = (tent(rows)[:, None] * tent(columns)[None, :])[..., None].to(codes)
+        total[top : top + rows, left : left + columns] += codes * ramp
+        weight[top : top + rows, left : left + columns] += ramp
+    return total / weight
 
 
 def spans(length: int, side: int) -> list[tuple[int, int]]:

@@ -6,7 +6,7 @@ import io
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from PIL import Image
@@ -60,7 +60,7 @@ def confusion_picture(confusion: np.ndarray, scores: Scores, class_names: Sequen
         put(axes, (name_x, c + 0.5), name, size, INK if pixels[c] else GREY, ha="right", room=NAME_PX)
         put(axes, (share_x, c + 0.5), percent(pixels[c] / pixels.sum()) if pixels[c] else "-", size, GREY, ha="right")
         put(axes, (iou_x, c + 0.5), percent(scores.iou[c]), size, ha="right", bold=True)
-        for column in np.flatnonzero(cells[c] >= 0.005) if side >= 22 else ():
+        for column in np.flatnonzero(cells[c] >= 0.005).tolist() if side >= 22 else ():
             ink = PAPER if cells[c, column] > 0.65 else INK
             put(axes, (column + 0.5, c + 0.5), f"{100 * cells[c, column]:.0f}", small, ink, ha="center")
     put(axes, (0, -36 * px), "groups", size, GREY)
@@ -91,7 +91,7 @@ def _columns(confusion: np.ndarray, scores: Scores) -> list[int | None]:
     groups, classes = confusion.shape
     order = sorted(range(groups), key=lambda k: (scores.mapping[k] % (classes + 1), -confusion[k].sum(), k))  # -1 last
     matched = sum(c >= 0 for c in scores.mapping)
-    return [*order[:matched], None, *order[matched:]] if 0 < matched < groups else order
+    return [*order[:matched], None, *order[matched:]] if 0 < matched < groups else [*order]
 
 
 def curves_picture(
@@ -115,7 +115,7 @@ def curves_picture(
         _panel(axes, name, by_key)
         edge = max(0.02 * (max(steps) - min(steps)), 0.5)
         axes.set_xlim(min(steps) - edge, max(steps) + edge)  # the same in all, so that equal steps line up
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params(axis="x", integer=True)
     if not curves:
         figure.text(0.5, 0.5, "nothing recorded yet", color=GREY, ha="center")
     return rendered(figure, title)
@@ -123,7 +123,11 @@ def curves_picture(
 
 def _points(records: Sequence[Mapping[str, Any]], key: str) -> list[Point]:
     pairs = [(record.get("step"), record.get(key)) for record in records]
-    return [(x, y) for x, y in pairs if all(isinstance(v, (int, float)) and math.isfinite(v) for v in (x, y))]
+    return [(x, y) for x, y in pairs if _finite(x) and _finite(y)]
+
+
+def _finite(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _panel(axes: Any, name: str, curves: Mapping[str, list[Point]]) -> None:
@@ -132,13 +136,13 @@ def _panel(axes: Any, name: str, curves: Mapping[str, list[Point]]) -> None:
     Of more than 12 curves, names the 11 that end highest and draws the others grey.
     """
     highest = sorted(curves, key=lambda key: curves[key][-1][1], reverse=True)
-    named, others = (highest, []) if len(highest) <= 12 else (highest[:11], highest[11:])
+    captioned, others = (highest, []) if len(highest) <= 12 else (highest[:11], highest[11:])
     legible = palette(20)[to_oklab(palette(20))[:, 0] < 0.75] / 255  # lighter colours are hard to read on white
-    colours = dict(zip([key for key in curves if key in named], legible))
+    colours = dict(zip([key for key in curves if key in captioned], legible))
     for key, points in curves.items():
-        style = {"color": colours.get(key, RULE), "zorder": 2 if key in named else 1.5}
+        style = {"color": colours.get(key, RULE), "zorder": 2 if key in captioned else 1.5}
         axes.plot(*zip(*points), linewidth=1.6, marker="o" if len(points) < 15 else None, markersize=3.5, **style)
-    ends = [(curves[key][-1][1], key, colours[key]) for key in named]
+    ends = [(curves[key][-1][1], key, colours[key]) for key in captioned]
     if others:
         ends.append((curves[others[len(others) // 2]][-1][1], f"{len(others)} more", GREY))
     axes.set_xlabel("step", fontsize=9, color=GREY)

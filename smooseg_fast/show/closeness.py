@@ -10,7 +10,7 @@ import torch
 from PIL.Image import Image
 
 from ..config import Variant
-from ..measure.closeness import BINS, Closeness, Similarity
+from ..measure.closeness import BINS, Closeness, Distribution, Similarity
 from ..system.table import aligned
 from .histograms import Histogram, histograms_picture
 
@@ -18,11 +18,11 @@ SHARES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 Row = tuple[Variant, tuple[Closeness, Closeness]]  # a head, and its thresholds within and across images
 
 
-def spread_table(found: Similarity) -> str:
+def spread_table(measured: Similarity) -> str:
     """Mean, standard deviation and quantiles of the closeness within and across images."""
     head = ["", "mean", "std", *(f"{100 * q:g} %" for q in SHARES)]
     body = []
-    for name, kind in kinds_of(found).items():
+    for name, kind in kinds_of(measured).items():
         numbers = (f"{value:+.3f}" for value in kind.quantiles(SHARES))
         body.append([f"{name} images", f"{kind.mean:+.3f}", f"{kind.std:.3f}", *numbers])
     return aligned([head, *body])
@@ -44,14 +44,14 @@ def name_of(variant: Variant) -> str:
     return "threshold" if variant.granularity is None else f"granularity {variant.granularity:g}"
 
 
-def kinds_of(found: Similarity) -> dict[str, Any]:
-    return {"within": found.within, "across": found.across}
+def kinds_of(measured: Similarity) -> dict[str, Distribution]:
+    return {"within": measured.within, "across": measured.across}
 
 
-def closeness_picture(found: Similarity, rows: Sequence[Row], title: str) -> Image:
+def closeness_picture(measured: Similarity, rows: Sequence[Row], title: str) -> Image:
     """A histogram of each kind of pairs, with a mark at every threshold."""
     panels = {}
-    for place, (name, kind) in enumerate(kinds_of(found).items()):
+    for place, (name, kind) in enumerate(kinds_of(measured).items()):
         marks = {}
         for variant, kinds in rows:
             threshold = kinds[place].threshold
@@ -64,7 +64,7 @@ def closeness_picture(found: Similarity, rows: Sequence[Row], title: str) -> Ima
     )
 
 
-def closeness_record(found: Similarity, rows: Sequence[Row]) -> dict[str, Any]:
+def closeness_record(measured: Similarity, rows: Sequence[Row]) -> dict[str, Any]:
     """All figures, ready for JSON."""
     kinds = {
         name: {
@@ -74,7 +74,7 @@ def closeness_record(found: Similarity, rows: Sequence[Row]) -> dict[str, Any]:
             "pairs": kind.pairs,
             "histogram": {"low": kind.limits[0], "high": kind.limits[1], "counts": kind.counts.tolist()},
         }
-        for name, kind in kinds_of(found).items()
+        for name, kind in kinds_of(measured).items()
     }
     thresholds = [
         {"name": name_of(variant)}
@@ -84,5 +84,5 @@ def closeness_record(found: Similarity, rows: Sequence[Row]) -> dict[str, Any]:
         }
         for variant, both in rows
     ]
-    counted = {"squares": found.squares, "squares_counted": found.counted, "partners": found.partners}
+    counted = {"squares": measured.squares, "squares_counted": measured.counted, "partners": measured.partners}
     return {**counted, **kinds, "thresholds": thresholds}

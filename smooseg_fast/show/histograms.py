@@ -12,6 +12,8 @@ from PIL import Image
 from .charts import BLUE, DPI, MARK, plain_axes, put, rendered
 from .pictures import GREY, INK, PAPER
 
+Mark = tuple[float, str, str, str | tuple[int, tuple[int, int]]]  # value, name, colour, matplotlib's line style
+
 
 @dataclass(frozen=True)
 class Histogram:
@@ -25,7 +27,7 @@ class Histogram:
     def span(self) -> tuple[float, float]:
         """Return the edges around all but half a thousandth of the counts on either side."""
         share = np.cumsum(self.counts) / sum(self.counts)
-        first, last = np.searchsorted(share, 0.0005), min(np.searchsorted(share, 0.9995), len(share) - 1)
+        first, last = int(np.searchsorted(share, 0.0005)), min(int(np.searchsorted(share, 0.9995)), len(share) - 1)
         return self.edges[first], self.edges[last + 1]
 
 
@@ -61,8 +63,8 @@ def _histogram_panel(axes: Any, name: str, panel: Histogram) -> None:
     starts = np.arange(0, len(shares) // merged * merged, merged)
     bars = np.add.reduceat(shares, starts)
     axes.stairs(bars, edges[[*starts, starts[-1] + merged]], fill=True, color=BLUE, linewidth=0)
-    marks = [(x, label, MARK, (0, (4, 2))) for label, x in panel.marks.items()]
-    marks = sorted([*marks, (panel.mean, f"mean {panel.mean:+.3f}", INK, "-")], key=lambda mark: mark[:2])
+    mean: Mark = (panel.mean, f"mean {panel.mean:+.3f}", INK, "-")
+    marks = sorted([*((x, label, MARK, (0, (4, 2))) for label, x in panel.marks.items()), mean], key=lambda m: m[:2])
     row_height = 0.25 / axes.figure.get_figheight() * len(axes.figure.axes)
     axes.set_ylim(0, bars.max() / (1 - row_height * len(marks)))
     right = panel.mean < (low + high) / 2  # on the emptier side

@@ -140,8 +140,9 @@ def contact_sheet(
         for c in range(columns):
             x = margin + c * (cell_width + gap)
             draw.rectangle((x, y, x + cell[0] - 1, y + cell[1] - 1), fill=WELL)
-            if c < len(row) and row[c] is not None:
-                thumbnail = _fit(row[c], cell)
+            picture = row[c] if c < len(row) else None
+            if picture is not None:
+                thumbnail = _fit(picture, cell)
                 sheet.paste(thumbnail, (x + (cell[0] - thumbnail.width) // 2, y + (cell[1] - thumbnail.height) // 2))
         if r < len(row_titles):
             write(draw, (margin, y + cell[1] + line // 2), row_titles[r], small, GREY, room=width - 2 * margin)

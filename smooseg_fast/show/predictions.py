@@ -15,7 +15,7 @@ import numpy as np
 from ..datasets import recognise
 from ..datasets.images import ImageError, find_images, read_image, read_label
 from ..errors import UserError
-from ..features.sample import spread
+from ..features.sample import evenly_spaced
 from ..segment.segmenter import Segmenter
 from ..system.outfolder import Journal, OutFolder
 from ..system.processes import Processes
@@ -38,7 +38,7 @@ class Item:
 
     file: Path
     name: str  # path relative to --images, posix
-    stem: str  # of the files written for it, in the folders below --out
+    stem: str  # names the files written for it in the folders below --out
 
     def stamp(self) -> list[str | int] | None:
         """[place, bytes, modification time in ns], which tell an image that changed; None when it is gone."""
@@ -70,7 +70,7 @@ class Predictions(OutFolder):
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], processes: Processes):
-        super().__init__(path, settings, record=RUN, made=(MASKS, OVERLAYS, SHARES, SHEET), below=(MASKS, OVERLAYS))
+        super().__init__(path, settings, record=RUN, outputs=(MASKS, OVERLAYS, SHARES, SHEET), below=(MASKS, OVERLAYS))
         self.processes, self._alone = processes, processes.size == 1  # whether no other process writes
         self._journal = Journal(self._journal_path(processes.rank))
         self._done = self._read_journals() if processes.first else {}
@@ -94,19 +94,19 @@ class Predictions(OutFolder):
         Nothing is left in a new folder where no image was done. UserError where another command is at work.
         """
         with self.held() if self.processes.first else nullcontext():
-            made: list[Path] = []
+            new_files: list[Path] = []
             if self.processes.first:
                 before = set(self.path.iterdir())
                 self.claim()
                 self._write_journal(self._done)
-                made = [path for path in self.path.iterdir() if path not in before]
+                new_files = [path for path in self.path.iterdir() if path not in before]
             self.processes.wait()
             try:
                 yield
             finally:
                 journals = [path for path in (self.path / DONE, *self._parts()) if path.exists()]
-                if self._alone and self.path / RUN in made and not any(path.stat().st_size for path in journals):
-                    for path in (*made, *journals):
+                if self._alone and self.path / RUN in new_files and not any(path.stat().st_size for path in journals):
+                    for path in (*new_files, *journals):
                         path.unlink(missing_ok=True)
 
     def write(
@@ -154,7 +154,7 @@ def segment(
 ) -> Outcome:
     """Segment this process's share of the `items` that are not `done`, until a signal stops it.
 
-    mirror, short_side: as for `Segmenter.predict`.
+    mirror, short_side: see `Segmenter.predict`.
     """
     rank, size = folder.processes.rank, folder.processes.size
     outcome = Outcome()
@@ -194,7 +194,7 @@ def draw_sheet(path: Path, done: Sequence[Item], folder: Predictions, segmenter:
     """Draw images evenly spaced over all that are done, read back from the disk."""
 
     def shown() -> Iterator[Shown]:
-        for place in spread(len(done), SHEET_IMAGES).tolist():
+        for place in evenly_spaced(len(done), SHEET_IMAGES).tolist():
             try:
                 image, labels = read_image(done[place].file), read_label(folder.mask(done[place]))
             except ImageError:  # removed or damaged since
@@ -224,7 +224,7 @@ def items_below(root: Path) -> list[Item]:
 
 
 def is_label(file: Path, root: Path) -> bool:
-    """Whether a file is a mask of the labelled layout: below a labels/ next to an images/."""
+    """Return whether a file is a mask of the labelled layout: below a labels/ next to an images/."""
     inside = [parent for parent in file.parents if parent != root and root in parent.parents]
     return any(parent.name == "labels" and (parent.parent / "images").is_dir() for parent in inside)
 

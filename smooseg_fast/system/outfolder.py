@@ -19,12 +19,12 @@ MARKER_TEXT = "smooseg wrote the files and folders named below, and ignores them
 
 
 class HoldsAnotherRun(UserError):
-    """The folder `path` belongs to a run in which the setting `name` is `there`, and not `here`."""
+    """The folder `path` belongs to a run in which the setting `name` is `recorded`, and not `asked`."""
 
-    def __init__(self, path: Path, name: str, there: Any, here: Any):
-        self.path, self.name, self.there, self.here = path, name, there, here
+    def __init__(self, path: Path, name: str, recorded: Any, asked: Any):
+        self.path, self.name, self.recorded, self.asked = path, name, recorded, asked
         super().__init__(
-            f"--out {path}: holds another run ({name} is {there!r} there and {here!r} here); "
+            f"--out {path}: holds another run ({name} is {recorded!r} there and {asked!r} here); "
             "give another folder, or the same settings to resume"
         )
 
@@ -37,8 +37,8 @@ class OutFolder:
         path: the folder given as --out; need not exist.
         settings: everything that decides the content, ready for JSON.
         record: name of the JSON file.
-        made: names of the files and folders that the command writes into it. One of them without the record belongs to
-            somebody else. Once the folder is claimed, nothing by these names counts as an image to read
+        outputs: names of the files and folders that the command writes into it. One of them without the record belongs
+            to somebody else. Once the folder is claimed, nothing by these names counts as an image to read
             (`written_by_us`).
         below: names of the folders in it that are written into.
 
@@ -47,9 +47,15 @@ class OutFolder:
     """
 
     def __init__(
-        self, path: Path, settings: dict[str, Any], *, record: str, made: Sequence[str], below: Sequence[str] = ()
+        self, path: Path, settings: dict[str, Any], *, record: str, outputs: Sequence[str], below: Sequence[str] = ()
     ):
-        self.path, self.settings, self._record, self._made, self._below = path, finite(settings), record, made, below
+        self.path, self.settings, self._record, self._outputs, self._below = (
+            path,
+            finite(settings),
+            record,
+            outputs,
+            below,
+        )
         try:
             (path / record).exists()
         except OSError as error:  # below a folder that this user may not enter
@@ -61,7 +67,7 @@ class OutFolder:
             for name, value in self.settings.items():
                 if recorded.get(name) != value:
                     raise HoldsAnotherRun(path, name, recorded.get(name), value)
-        elif foreign := [name for name in made if (path / name).exists()]:
+        elif foreign := [name for name in outputs if (path / name).exists()]:
             raise UserError(f"--out {path}: holds {foreign[0]} but no {record}; give another folder")
 
     @contextmanager
@@ -102,7 +108,7 @@ class OutFolder:
         for name in self._below:
             sweep(self.path / name, below=True)
         write_json(self.path / self._record, self.settings)
-        mark_as_ours(self.path, *self._made)
+        mark_as_ours(self.path, *self._outputs)
 
     def _read_settings(self) -> dict[str, Any]:
         try:

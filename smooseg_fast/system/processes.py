@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import UserError
 from .signals import Interrupted
 
-LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
+LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets them
 PATIENCE_S = 2.0  # for the first process to say why the run ends
 
 
@@ -110,7 +110,7 @@ class Processes:
         if self.size == 1:
             return [list(tensors)]
         kinds = self.all([(tensor.shape, tensor.dtype) for tensor in tensors])
-        with self._exchange():  # as bytes, because pickling would take four times as long
+        with self._exchange():  # in bytes, because pickling would take four times as long
             if not self.first:
                 for tensor in tensors:
                     dist.send(tensor.flatten().view(torch.uint8), 0)
@@ -137,7 +137,7 @@ class Processes:
     # the end
 
     def last_word(self, patience: float = 0) -> bool:
-        """Whether this process, as the first to ask, says why the run ends. Others get `patience` seconds to ask."""
+        """True for the first process to ask, which says why the run ends. Others get `patience` seconds to ask."""
         if self._store is None:
             return True
         self.ending = True

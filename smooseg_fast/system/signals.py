@@ -71,7 +71,7 @@ class StopRequest:
             self.number = self.number or number
             raise Interrupted(self.number)
         self.number = number
-        # as if the signal came once more: Python runs the handler in the main thread
+        # raise the signal once more: Python runs the handler in the main thread
         self._timer = threading.Timer(PATIENCE_S, _thread.interrupt_main, (number,))
         self._timer.daemon = True
         self._timer.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -68,6 +69,32 @@ def prototype_loss(
     weight = checks.weights(patch_weight, (B, P), codes, accumulation_dtype(codes, student, teacher))
     module = implementation(impl, (student.shape[0], student.shape[1]), codes, student, teacher)
     return module.data_term(codes[None], student[None], teacher[None], weight).squeeze(0)
+
+
+@overload
+def assign(
+    codes: Tensor,
+    prototypes: Tensor,
+    *,
+    grid: Sequence[int] | None = None,
+    size: Sequence[int] | None = None,
+    labels: None = None,
+    classes: None = None,
+    impl: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def assign(
+    codes: Tensor,
+    prototypes: Tensor,
+    *,
+    grid: Sequence[int] | None = None,
+    size: Sequence[int] | None = None,
+    labels: Tensor,
+    classes: int,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
 
 
 @outside_autocast

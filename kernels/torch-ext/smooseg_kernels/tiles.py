@@ -22,7 +22,7 @@ CPU_PAIRS, GPU_PAIRS = 1 << 20, 1 << 24
 
 
 class Force(NamedTuple):
-    """What multiplies the clamped similarity of a pair: V_ij = f_i . f_j + bias_i, or max(V_ij, 0) with `hinge`."""
+    """The factor of a pair's clamped similarity: V_ij = f_i . f_j + bias_i, or max(V_ij, 0) with `hinge`."""
 
     f_i: Tensor  # [B,P_i,D] unit rows
     f_j: Tensor  # [N,P_j,D] unit rows

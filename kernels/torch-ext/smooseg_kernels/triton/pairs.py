@@ -21,7 +21,7 @@ from .pair_tiles import pair_tiles_kernel
 
 # code channels whose gradient one launch holds in registers: all, or so many at a time
 GRADIENT_COLUMNS, GRADIENT_SLICE = 128, 64
-ROW_ELEMENTS = 8192  # of a tile of whole rows
+ROW_ELEMENTS = 8192  # elements of a tile of whole rows
 
 
 class Scratch(NamedTuple):

@@ -177,7 +177,7 @@ def similarity_blocks_kernel(
     B, P, low,
     scale,  # bins / (high - low)
     stride_fb, stride_fp, D: tl.constexpr,
-    BINS: tl.constexpr,  # of the histogram, or 0
+    BINS: tl.constexpr,  # bins of the histogram, or 0
     K: tl.constexpr,  # neighbours, or 0; one of the two at a time
     BLOCK_BINS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,

@@ -157,7 +157,8 @@ def parse(kind: type[T], args: Sequence[str], *command: str) -> T:
     with 0."""
     program = command_line(*command)
     given = read(kind, args, program)
-    missing = [field.label for field in fields_of(kind).values() if field.required and field.name not in given]
+    fields = fields_of(kind).values()  # type: ignore[arg-type]  # mypy looks up an instance's __hash__
+    missing = [field.label for field in fields if field.required and field.name not in given]
     if missing:
         raise UserError(f"{missing[0]}: missing; {program} --help lists the flags")
     return kind(**given)

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from ..errors import UserError
 
 # kind -> (what Python may give for it, in words, what --help shows for a value)
-KINDS: dict[type, tuple[type, str, str]] = {
+KINDS: dict[type, tuple[type[Any], str, str]] = {
     str: (str, "text", "TEXT"),
     int: (Integral, "a whole number", "N"),
     float: (Real, "a number", "X"),
@@ -138,17 +138,20 @@ def fields_of(kind: type) -> dict[str, Field]:
 
 def check_fields(settings: Any) -> None:
     """UserError for the first field of a dataclass instance whose value is not legal by itself."""
-    for field in fields_of(type(settings)).values():
+    for field in fields_of(type(settings)).values():  # type: ignore[arg-type]  # mypy looks up an instance's __hash__
         field.check(getattr(settings, field.name))
 
 
 @cache
 def helps_of(kind: type) -> dict[str, str]:
     """The docstrings below the fields of the dataclass `kind`, each in one line."""
-    (body,) = (node.body for node in ast.parse(textwrap.dedent(inspect.getsource(kind))).body)
+    module = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    (definition,) = (node for node in module.body if isinstance(node, ast.ClassDef))
     helps = {}
-    for node, below in pairwise(body):
-        if isinstance(node, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+    for node, below in pairwise(definition.body):
+        if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(below, ast.Expr)):
+            continue
+        if isinstance(below.value, ast.Constant) and isinstance(below.value.value, str):
             helps[node.target.id] = " ".join(below.value.value.split())
     return helps
 

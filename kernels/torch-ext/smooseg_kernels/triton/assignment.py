@@ -53,7 +53,7 @@ def scores_kernel(
     b, start = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK_P
     row, k = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_K)
     high, low = split(load_unit_prototypes(prototypes_ptr, K, Z, BLOCK_K, BLOCK_Z)[0], CODE)
-    codes = load_rows(codes_ptr + b * stride_b, start, P, stride_p, Z, BLOCK_P, BLOCK_Z).to(CODE)
+    codes = load_rows(codes_ptr + b * stride_b, start, P, stride_p, width=Z, BLOCK=BLOCK_P, WIDTH=BLOCK_Z).to(CODE)
     scores = tl.dot(codes, tl.trans(high), input_precision=PRECISION)
     if tl.float32 != CODE:
         scores = tl.dot(codes, tl.trans(low), scores)

@@ -55,7 +55,9 @@ def probabilities_kernel(
     B, start = tl.num_programs(1), tile * BLOCK_P
     row, k, z = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_Z)
     high, low = split(load_unit_prototypes(prototypes_ptr + h * K * Z, K, Z, BLOCK_K, BLOCK_Z)[0], CODE)
-    codes = load_rows(codes_ptr + h * stride_h + b * stride_b, start, P, stride_p, Z, BLOCK_P, BLOCK_Z).to(CODE)
+    codes = load_rows(
+        codes_ptr + h * stride_h + b * stride_b, start, P, stride_p, width=Z, BLOCK=BLOCK_P, WIDTH=BLOCK_Z
+    ).to(CODE)
     inverse = inverse_norms(codes)
     cosine = cosines(codes, inverse, high, low, CODE, PRECISION)
     e = unit_probs(cosine, k, temperature, K)
@@ -70,7 +72,7 @@ def probabilities_kernel(
         largest = tl.max(tl.max(tl.abs(d_cosine), 1), 0)
         largest = tl.where(largest > 0, largest, 1.0)
         d_cosine = d_cosine / largest
-        d_codes = codes_backward(d_cosine, cosine, codes, inverse, high, CODE, PRECISION) * largest
+        d_codes = codes_backward(d_cosine, cosine, codes, inverse, high, OPERAND=CODE, PRECISION=PRECISION) * largest
         d_ptr = d_codes_ptr + first_row * Z + row[:, None] * Z + z[None, :]
         tl.store(d_ptr, d_codes.to(d_codes_ptr.dtype.element_ty), mask=inside & (z < Z)[None, :])
         unit_codes = (codes.to(tl.float32) * inverse[:, None]).to(CODE)
@@ -106,7 +108,9 @@ def data_term_kernel(
     weight = tl.where(start + row < P, 1.0, 0.0)
     if HAS_WEIGHT:
         weight *= tl.load(weight_ptr + b * P + start + row, mask=start + row < P, other=0.0)
-    codes = load_rows(codes_ptr + h * stride_h + b * stride_b, start, P, stride_p, Z, BLOCK_P, BLOCK_Z).to(CODE)
+    codes = load_rows(
+        codes_ptr + h * stride_h + b * stride_b, start, P, stride_p, width=Z, BLOCK=BLOCK_P, WIDTH=BLOCK_Z
+    ).to(CODE)
     inverse = inverse_norms(codes)
     high, low = split(load_unit_prototypes(teacher_ptr + h * K * Z, K, Z, BLOCK_K, BLOCK_Z)[0], CODE)
     toward_teacher = cosines(codes, inverse, high, low, CODE, PRECISION)

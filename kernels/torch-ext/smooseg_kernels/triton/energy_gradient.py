@@ -129,13 +129,16 @@ def energy_gradient_kernel(
             if FROM_CODES:
                 unit = load_unit_prototypes(teacher_ptr + h * K * Z, K, Z, BLOCK_K, BLOCK_Z)[0]
                 high, low = split(unit, CODE)
-                codes = load_rows(head_ptr, start, P, stride_rp, Z, BLOCK_P, BLOCK_Z).to(CODE)
+                codes = load_rows(head_ptr, start, P, stride_rp, width=Z, BLOCK=BLOCK_P, WIDTH=BLOCK_Z).to(CODE)
                 code_inverse = inverse_norms(codes)
                 cosine = cosines(codes, code_inverse, high, low, CODE, PRECISION)
                 d_cosine = unit_probs_backward(unit_probs(cosine, k, temperature, K), d_c) / temperature
-                d_row = codes_backward(d_cosine, cosine, codes, code_inverse, high, CODE, PRECISION) * factor[:, None]
+                d_row = (
+                    codes_backward(d_cosine, cosine, codes, code_inverse, high, OPERAND=CODE, PRECISION=PRECISION)
+                    * factor[:, None]
+                )
             else:
-                probs = load_rows(head_ptr, start, P, stride_rp, K, BLOCK_P, BLOCK_K).to(tl.float32)
+                probs = load_rows(head_ptr, start, P, stride_rp, width=K, BLOCK=BLOCK_P, WIDTH=BLOCK_K).to(tl.float32)
                 prob_inverse = inverse_norms(probs)
                 c = probs * prob_inverse[:, None]
                 d_row = (d_c - c * tl.sum(c * d_c, 1)[:, None]) * (prob_inverse * factor)[:, None]

@@ -116,7 +116,7 @@ def image_moments_kernel(
         for j in tl.static_range(HEADS):
             head_ptr = rows_ptr + (head + j).to(tl.int64) * stride_rh + b * stride_rb
             if FROM_CODES:
-                codes = load_rows(head_ptr, start, last, stride_rp, Z, BLOCK_P, BLOCK_Z).to(CODE)
+                codes = load_rows(head_ptr, start, last, stride_rp, width=Z, BLOCK=BLOCK_P, WIDTH=BLOCK_Z).to(CODE)
                 code_inverse = inverse_norms(codes)
                 toward_teacher = cosines(codes, code_inverse, teachers[2 * j], teachers[2 * j + 1], CODE, PRECISION)
                 toward_student = cosines(codes, code_inverse, students[2 * j], students[2 * j + 1], CODE, PRECISION)
@@ -130,7 +130,7 @@ def image_moments_kernel(
                     student_sum = tl.dot(tl.trans(unit_codes), weighted, student_sum, input_precision=PRECISION)
                 new_student_sums = new_student_sums + (student_sum,)
             else:
-                c = load_rows(head_ptr, start, last, stride_rp, K, BLOCK_P, BLOCK_K).to(tl.float32)
+                c = load_rows(head_ptr, start, last, stride_rp, width=K, BLOCK=BLOCK_P, WIDTH=BLOCK_K).to(tl.float32)
                 c *= inverse_norms(c)[:, None]
                 new_entropies, new_student_sums = new_entropies + (entropies[j],), new_student_sums + (student_sums[j],)
             new_prob_sums = new_prob_sums + (prob_sums[j] + c * weight[:, None],)

@@ -37,7 +37,7 @@ def load_rows(ptr, start, count, stride, width: tl.constexpr, BLOCK: tl.constexp
 @triton.jit
 def load_unit_prototypes(ptr, K: tl.constexpr, Z: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Z: tl.constexpr):
     """Loads [K,Z] of any length as unit rows [BLOCK_K, BLOCK_Z] fp32, and 1 / length [BLOCK_K]."""
-    prototypes = load_rows(ptr, 0, K, Z, Z, BLOCK_K, BLOCK_Z).to(tl.float32)
+    prototypes = load_rows(ptr, 0, K, Z, width=Z, BLOCK=BLOCK_K, WIDTH=BLOCK_Z).to(tl.float32)
     inverse = invert(tl.sqrt(tl.sum(prototypes * prototypes, 1)))
     return prototypes * inverse[:, None], inverse
 

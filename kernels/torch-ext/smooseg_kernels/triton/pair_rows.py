@@ -30,7 +30,9 @@ def unit_rows_kernel(
     row, w = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_W)
     acc = tl.zeros((BLOCK_P, BLOCK_W), tl.float32)
     for start in range(first, last, BLOCK_P):
-        tile = load_rows(rows_ptr + b * stride_b, start, last, stride_p, W, BLOCK_P, BLOCK_W).to(tl.float32)
+        tile = load_rows(rows_ptr + b * stride_b, start, last, stride_p, width=W, BLOCK=BLOCK_P, WIDTH=BLOCK_W).to(
+            tl.float32
+        )
         inverse = invert(tl.sqrt(tl.sum(tile * tile, 1)))
         tile *= inverse[:, None]
         inside = start + row < last
@@ -76,7 +78,9 @@ def row_means_kernel(
     block, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     j, start = met_image(partner_ptr, n, N, HAS_PARTNER), tl.program_id(0) * BLOCK_P
     row, d = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_D)
-    tile = load_rows(features_ptr + n * stride_b, start, P, stride_p, D, BLOCK_P, BLOCK_D).to(tl.float32)
+    tile = load_rows(features_ptr + n * stride_b, start, P, stride_p, width=D, BLOCK=BLOCK_P, WIDTH=BLOCK_D).to(
+        tl.float32
+    )
     inverse = invert(tl.sqrt(tl.sum(tile * tile, 1)))
     inside = start + row < P
     tl.store(inverse_ptr + n * P + start + row, inverse, mask=inside)
@@ -133,7 +137,7 @@ def code_gradient_kernel(
     toward, mean = tl.zeros((BLOCK_P, BLOCK_Z), tl.float32), tl.zeros((BLOCK_Z,), tl.float32)
     if FROM_I or not HAS_PARTNER:
         if HAS_ENERGY:
-            toward += load_rows(rows_ptr + image * P * ZP, start, P, ZP, Z, BLOCK_P, BLOCK_Z)
+            toward += load_rows(rows_ptr + image * P * ZP, start, P, ZP, width=Z, BLOCK=BLOCK_P, WIDTH=BLOCK_Z)
         if HAS_SIMILARITY:
             mean += added_splits(sums_ptr, met_image(partner_ptr, image, N, HAS_PARTNER), z, Z, SPLITS)
     else:
@@ -142,7 +146,9 @@ def code_gradient_kernel(
         n = tl.min(tl.where(met, images, B), 0)
         while n < B:
             if HAS_ENERGY:
-                toward += load_rows(rows_ptr + n.to(tl.int64) * P * ZP, start, P, ZP, Z, BLOCK_P, BLOCK_Z)
+                toward += load_rows(
+                    rows_ptr + n.to(tl.int64) * P * ZP, start, P, ZP, width=Z, BLOCK=BLOCK_P, WIDTH=BLOCK_Z
+                )
             if HAS_SIMILARITY:
                 mean += added_splits(sums_ptr, n.to(tl.int64), z, Z, SPLITS)
             n = tl.min(tl.where(met & (images > n), images, B), 0)
@@ -153,7 +159,7 @@ def code_gradient_kernel(
         gradient += (mean * (tl.load(d_similarity_ptr) * share))[None, :]
     inside = start + row < P
     inverse = tl.load(inverse_ptr + image * P + start + row, mask=inside, other=0.0)
-    codes = load_rows(codes_ptr + image * stride_b, start, P, stride_p, Z, BLOCK_P, BLOCK_Z)
+    codes = load_rows(codes_ptr + image * stride_b, start, P, stride_p, width=Z, BLOCK=BLOCK_P, WIDTH=BLOCK_Z)
     unit = codes.to(tl.float32) * inverse[:, None]
     gradient = (gradient - tl.sum(gradient * unit, 1)[:, None] * unit) * inverse[:, None]
     out_ptr = d_codes_ptr + (image * P + start) * Z + row[:, None] * Z + z[None, :]

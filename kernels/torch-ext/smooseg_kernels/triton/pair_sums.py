@@ -222,17 +222,19 @@ def pair_sums_kernel(
             if GRADIENT:
                 share = B / tl.maximum(count_pairs(totals_ptr, partners_ptr, B, ENTRIES[t], BLOCK_B), 1.0)
                 if not UNIT:
-                    arriving = upstream(d_total_ptr, d_energy_ptr, h, t, stride_total, T, HAS_TOTAL, HAS_ENERGY)
+                    arriving = upstream(
+                        d_total_ptr, d_energy_ptr, h, t, stride_total, T=T, HAS_TOTAL=HAS_TOTAL, HAS_ENERGY=HAS_ENERGY
+                    )
                     share *= arriving / largest_upstream(
                         d_total_ptr,
                         d_energy_ptr,
                         d_distance_ptr,
                         h,
                         stride_total,
-                        T,
-                        HAS_TOTAL,
-                        HAS_ENERGY,
-                        HAS_DISTANCE,
+                        T=T,
+                        HAS_TOTAL=HAS_TOTAL,
+                        HAS_ENERGY=HAS_ENERGY,
+                        HAS_DISTANCE=HAS_DISTANCE,
                     )
                 pull += share * (partner_g + back_g)
                 if CENTER:

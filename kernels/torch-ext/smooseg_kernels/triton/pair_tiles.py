@@ -110,11 +110,15 @@ def pair_tiles_kernel(
 
     mine, mine_codes, gradients = (), (), ()
     for i in tl.static_range(TILES):
-        tile = load_rows(mine_features_ptr + i * BLOCK_D, start, P, stride_mp, D - i * BLOCK_D, BLOCK_M, BLOCK_D)
+        tile = load_rows(
+            mine_features_ptr + i * BLOCK_D, start, P, stride_mp, width=D - i * BLOCK_D, BLOCK=BLOCK_M, WIDTH=BLOCK_D
+        )
         mine = mine + (tile.to(FEATURE),)
     for i in tl.static_range(PIECES):
         if ALL_PIECES:
-            mine_piece = load_rows(mine_codes_ptr + STARTS[i], start, P, ZP, WIDTHS[i], BLOCK_M, WIDTHS[i])
+            mine_piece = load_rows(
+                mine_codes_ptr + STARTS[i], start, P, ZP, width=WIDTHS[i], BLOCK=BLOCK_M, WIDTH=WIDTHS[i]
+            )
             mine_codes = mine_codes + (mine_piece,)
         gradients = gradients + (tl.zeros((BLOCK_M, WIDTHS[i]), tl.float32),)
     energy = tl.zeros((BLOCK_M,), tl.float32)
@@ -125,7 +129,13 @@ def pair_tiles_kernel(
             closeness = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for i in tl.static_range(TILES):
                 theirs = load_rows(
-                    other_features_ptr + i * BLOCK_D, first, Q, stride_op, D - i * BLOCK_D, BLOCK_N, BLOCK_D
+                    other_features_ptr + i * BLOCK_D,
+                    first,
+                    Q,
+                    stride_op,
+                    width=D - i * BLOCK_D,
+                    BLOCK=BLOCK_N,
+                    WIDTH=BLOCK_D,
                 ).to(FEATURE)
                 closeness = tl.dot(mine[i], tl.trans(theirs), closeness, input_precision=PRECISION)
         else:
@@ -138,7 +148,9 @@ def pair_tiles_kernel(
         if ALL_PIECES:
             likeness = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for i in tl.static_range(PIECES):
-                other_piece = load_rows(other_codes_ptr + STARTS[i], first, Q, ZP, WIDTHS[i], BLOCK_N, WIDTHS[i])
+                other_piece = load_rows(
+                    other_codes_ptr + STARTS[i], first, Q, ZP, width=WIDTHS[i], BLOCK=BLOCK_N, WIDTH=WIDTHS[i]
+                )
                 other_codes = other_codes + (other_piece,)
                 likeness = tl.dot(mine_codes[i], tl.trans(other_codes[i]), likeness, input_precision=PRECISION)
         else:
@@ -179,7 +191,13 @@ def pair_tiles_kernel(
                     piece = other_codes[i]
                 else:
                     piece = load_rows(
-                        other_codes_ptr + first_column + STARTS[i], first, Q, ZP, WIDTHS[i], BLOCK_N, WIDTHS[i]
+                        other_codes_ptr + first_column + STARTS[i],
+                        first,
+                        Q,
+                        ZP,
+                        width=WIDTHS[i],
+                        BLOCK=BLOCK_N,
+                        WIDTH=WIDTHS[i],
                     )
                 new_gradients = new_gradients + (tl.dot(weight, piece, gradients[i], input_precision=PRECISION),)
             gradients = new_gradients

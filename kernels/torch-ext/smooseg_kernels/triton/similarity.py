@@ -49,7 +49,7 @@ def unit_sums_kernel(
         share = invert(tl.load(norms_ptr + b * P + p, mask=p < last, other=0.0))
         if HAS_WEIGHT:
             share *= tl.load(weight_ptr + b * P + p, mask=p < last, other=0.0)
-        f = feature_block(features_ptr + b * stride_fb, start, first, P, stride_fp, D, BLOCK_P, BLOCK_D)
+        f = feature_block(features_ptr + b * stride_fb, start, first, P, stride_fp, D=D, BLOCK=BLOCK_P, BLOCK_D=BLOCK_D)
         acc += f.to(tl.float32) * share[:, None]
     d = first + tl.arange(0, BLOCK_D)
     tl.store(sums_ptr + (b * SPLITS + s) * D + d, tl.sum(acc, 0), mask=d < D)
@@ -78,7 +78,7 @@ def project_rows(
     d = tl.arange(0, BLOCK_D)
     acc = tl.zeros((BLOCK_P,), tl.float32)
     for first in range(0, D, BLOCK_D):
-        f = feature_block(features_ptr, start, first, P, stride_fp, D, BLOCK_P, BLOCK_D)
+        f = feature_block(features_ptr, start, first, P, stride_fp, D=D, BLOCK=BLOCK_P, BLOCK_D=BLOCK_D)
         vector = tl.load(vector_ptr + first + d, mask=first + d < D, other=0.0)
         acc += tl.sum(f.to(tl.float32) * vector[None, :], 1)
     return acc * inverse
@@ -212,8 +212,12 @@ def similarity_blocks_kernel(
                 # the norms divide the products: features are read as they are
                 products = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
                 for channel in range(0, D, BLOCK_D):
-                    f_i = feature_block(mine_ptr, start_i, channel, P, stride_fp, D, BLOCK_I, BLOCK_D).to(FEATURE)
-                    f_j = feature_block(other_ptr, start, channel, P, stride_fp, D, BLOCK_J, BLOCK_D).to(FEATURE)
+                    f_i = feature_block(
+                        mine_ptr, start_i, channel, P, stride_fp, D=D, BLOCK=BLOCK_I, BLOCK_D=BLOCK_D
+                    ).to(FEATURE)
+                    f_j = feature_block(
+                        other_ptr, start, channel, P, stride_fp, D=D, BLOCK=BLOCK_J, BLOCK_D=BLOCK_D
+                    ).to(FEATURE)
                     products = tl.dot(f_i, tl.trans(f_j), products, input_precision=PRECISION)
                 inverse_j = invert(tl.load(norms_ptr + other * P + j, mask=j < P, other=0.0))
                 w = products * inverse[:, None] * inverse_j[None, :] + shift[:, None]
@@ -222,7 +226,9 @@ def similarity_blocks_kernel(
                     valid = valid & (tl.load(weight_ptr + other * P + j, mask=j < P, other=0.0) > 0)
                 if BINS > 0:
                     both = counted[:, None] & valid[None, :]
-                    counts += counted_places(w, low, scale, both, BINS, BLOCK_BINS, BLOCK_I * BLOCK_J)
+                    counts += counted_places(
+                        w, low, scale, both, BINS=BINS, BLOCK_BINS=BLOCK_BINS, SIZE=BLOCK_I * BLOCK_J
+                    )
                 else:
                     candidate = valid[None, :] & ((i[:, None] != j[None, :]) | (other != n))
                     index = INDEX_BITS - (other * P + j)

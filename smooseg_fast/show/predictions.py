@@ -203,7 +203,7 @@ def draw_sheet(path: Path, done: Sequence[Item], folder: Predictions, segmenter:
 
     title = f"{min(len(done), SHEET_IMAGES)} of {len(done)} images, {len(mean)} groups"
     shares = {int(k): share for k, share in mean.items()}
-    pictures.save(path, groups_sheet(shown(), pictures.palette(segmenter.groups), shares, title))
+    pictures.save(path, groups_sheet(shown(), pictures.palette(256), shares, title))
 
 
 def items_below(root: Path) -> list[Item]:

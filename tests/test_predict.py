@@ -350,19 +350,6 @@ def test_a_kill_between_the_mask_and_its_record(trained, photos, segmented, lost
     assert sorted(journal.read_text().splitlines(keepends=True)) == sorted(lines)
 
 
-def test_journals_of_several_processes_are_put_together(trained, photos, segmented):
-    """As two processes leave them when they are killed, the second in the middle of a line."""
-    assert call(trained, photos, "made") == 0
-    before, journal = content("made"), Path("made/done.jsonl")
-    lines = journal.read_text().splitlines(keepends=True)
-    journal.write_text("".join(lines[:2]))
-    Path("made/done-1.jsonl").write_text("".join(lines[2:4]) + lines[4][:-9])
-    assert call(trained, photos, "made") == 0
-    assert len(segmented) == 6
-    assert content("made") == before
-    assert sorted(journal.read_text().splitlines(keepends=True)) == sorted(lines)
-
-
 def test_two_processes_share_the_images(trained, photos, segmented):
     """They go on where one process was stopped, and end with its files; one of them cannot read 3.png."""
     assert call(trained, photos, "one") == 0

@@ -79,9 +79,13 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
         print(f"eval_size: {settings.eval_size} -> {size} pixels, a multiple of the {patch}-pixel patch")
     for note in dataset.notes:
         print(f"data       {note}")
-    limit = None if config.cache_limit is None else parse_size(config.cache_limit, "--cache-limit")
     options = FeatureOptions(
-        size=size, argument="--eval-size", resample=settings.resample, cache=config.cache, limit=limit, processes=processes
+        size=size,
+        argument="--eval-size",
+        resample=settings.resample,
+        cache=config.cache,
+        limit=None if config.cache_limit is None else parse_size(config.cache_limit, "--cache-limit"),
+        processes=processes,
     )
     require_room(dataset, segmenter.backbone, options, stores=1 + config.mirror)
     store = open_or_extract(dataset, segmenter.backbone, options)

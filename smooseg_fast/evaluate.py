@@ -74,8 +74,9 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
     segmenter = load_segmenter(config.checkpoint, config.backbone, device, config.backbone_precision)
     dataset = labelled_images(config.data, segmenter.checkpoint)
     settings = segmenter.config if config.preset is None else protocol(config.preset, config.data)
-    size, patch = config.eval_size, segmenter.backbone.patch
-    if size is None and (size := whole_patches(settings.eval_size, patch)) != settings.eval_size:
+    patch = segmenter.backbone.patch
+    size = whole_patches(settings.eval_size, patch) if config.eval_size is None else config.eval_size
+    if config.eval_size is None and size != settings.eval_size:
         print(f"eval_size: {settings.eval_size} -> {size} pixels, a multiple of the {patch}-pixel patch")
     for note in dataset.notes:
         print(f"data       {note}")

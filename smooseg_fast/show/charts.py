@@ -26,9 +26,10 @@ NAME_PX = 240  # room for a class name
 @contextmanager
 def styled() -> Iterator[None]:
     """Give the charts drawn inside one look, without ink that says nothing; a sign that no font has becomes a box."""
-    from matplotlib import cycler, rc_context
+    from cycler import cycler
+    from matplotlib import rc_context
 
-    look = {
+    look: dict[Any, Any] = {
         "figure.dpi": DPI,
         "font.family": families(),
         "text.parse_math": False,
@@ -82,11 +83,11 @@ def confusion_picture(confusion: np.ndarray, scores: Scores, class_names: Sequen
     axes.set_yticks(np.arange(classes) + 0.5, [shorten(name, 14, False, NAME_PX) for name in class_names], color=INK)
     stride = math.ceil((len(str(groups)) * small + 4) / side)  # number every column where there is room
     numbered = [column for column, k in enumerate(columns) if k >= 0 and column % stride == 0]
-    axes.set_xticks([column + 0.5 for column in numbered], [columns[column] for column in numbered], size=small)
+    axes.set_xticks([column + 0.5 for column in numbered], [str(columns[column]) for column in numbered], size=small)
     axes.set_xlabel("groups" + ", those without a class on the right" * (-1 in columns), loc="left", labelpad=6)
     axes.xaxis.set_label_position("top")
     axes.xaxis.tick_top()
-    end = {"ha": "right", "va": "center_baseline"}
+    end: Any = {"ha": "right", "va": "center_baseline"}
     share_x, iou_x = len(columns) + 70 * px, len(columns) + 140 * px
     axes.text(share_x, -14 * px, "share", color=GREY, size=9, **end)
     axes.text(iou_x, -14 * px, "IoU", color=GREY, size=9, **end)
@@ -96,9 +97,9 @@ def confusion_picture(confusion: np.ndarray, scores: Scores, class_names: Sequen
         for column in np.flatnonzero(cells[c] >= 0.005) if side >= 22 else ():
             text, ink = f"{100 * cells[c, column]:.0f}", PAPER if cells[c, column] > 0.65 else INK
             axes.text(column + 0.5, c + 0.5, text, color=ink, size=small, ha="center", va="center_baseline")
-    for column, k in enumerate(columns):
-        if k >= 0 and (c := scores.mapping[k]) >= 0 and pixels[c]:
-            corner, width = (column + 2 * px, c + 2 * px), 1 - 4 * px
+    for x, k in enumerate(columns):
+        if k >= 0 and (y := scores.mapping[k]) >= 0 and pixels[y]:
+            corner, width = (x + 2 * px, y + 2 * px), 1 - 4 * px
             axes.add_patch(Rectangle(corner, width, width, fill=False, edgecolor=MARK, linewidth=144 / DPI))
     caption = "shades: 0 % (white) to 100 % of the class's pixels;  outlined: counted as right"
     axes.text(0, classes + 26 * px, caption, color=GREY, size=9)
@@ -137,7 +138,7 @@ def curves_picture(
             axes.plot(*zip(*points), marker="o" if len(points) < 15 else "", markersize=3.5, label=key)
         axes.grid(axis="y", color=RULE)
         axes.legend()
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params(axis="x", integer=True)
     if not curves:
         figure.text(0.5, 0.5, "nothing recorded yet", color=GREY, ha="center")
     return rendered(figure, title)

@@ -141,8 +141,8 @@ def segment(
     with announced("waiting    for the other processes"):
         outcomes = processes.all(outcome)
     for other in outcomes[1:]:  # which could not be heard
-        for error in other.skipped.values():
-            say_skipped(error)
+        for skipped in other.skipped.values():
+            say_skipped(skipped)
     return Outcome(
         shares=dict(ChainMap(done, *(outcome.shares for outcome in outcomes))),
         skipped=dict(ChainMap(*(outcome.skipped for outcome in outcomes))),

@@ -32,11 +32,8 @@ def load_segmenter(checkpoint: str, backbone: str | None, device: str, precision
 
     segmenter = Segmenter.load(checkpoint, backbone=backbone, device=device, precision=precision)
     if not segmenter.same_backbone:
-        name = segmenter.backbone.name
-        print(
-            f"warning: {name} is not, weight for weight, the backbone of training; groups may have shifted",
-            file=sys.stderr,
-        )
+        warning = "is not, weight for weight, the backbone of training; groups may have shifted"
+        print(f"warning: {segmenter.backbone.name} {warning}", file=sys.stderr)
     return segmenter
 
 
@@ -44,12 +41,9 @@ def pictures_of(data: str | None, run: Path) -> Path:
     """The images to predict after a run on `data`: its own, or the samples of them in the folder `run`."""
     from .datasets import recognise
 
-    if data is None:
-        return run / "samples"
-    layout = recognise(data)
-    if layout is None:
-        return Path(data)
-    return run / "samples" if layout.pictures is None else layout.pictures
+    layout = None if data is None else recognise(data)
+    pictures = data if layout is None else layout.pictures
+    return run / "samples" if pictures is None else Path(pictures)
 
 
 def predict_command(checkpoint: Path, images: Path | str, out: Path, backbone: str) -> str:
@@ -67,26 +61,20 @@ def run(main: Callable[..., None], args: Sequence[str] | None = None, *, quick: 
     args = sys.argv[1:] if args is None else args
     try:
         try:
-            if quick or HELP & set(args):
-                return _print(main, args)
-            return _run(main, args)
+            if not quick and not HELP & set(args):
+                return _run(main, args)
+            with contextlib.suppress(SystemExit):
+                main(args)
+            return 0
+        except UserError as error:
+            print("error: " + printable(str(error)), file=sys.stderr)
+            return 2
         finally:
             sys.stdout.flush()  # at Python's own end nobody could catch that it fails
     except BrokenPipeError:  # the reader of stdout has gone, as `head` does: no news for the user
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13  # like a command that SIGPIPE ends
-
-
-def _print(main: Callable[..., None], args: Sequence[str]) -> int:
-    try:
-        main(args)
-    except SystemExit:
-        return 0
-    except UserError as error:
-        print("error: " + printable(str(error)), file=sys.stderr)
-        return 2
-    return 0
 
 
 def _run(main: Callable[..., None], args: Sequence[str]) -> int:

@@ -71,49 +71,46 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
     from .system.processes import ALONE
 
     processes = processes or ALONE
-    segmenter = load_segmenter(
-        config.checkpoint, config.backbone, processes.device(pick_device(config.device)), config.backbone_precision
-    )
+    device = processes.device(pick_device(config.device))
+    segmenter = load_segmenter(config.checkpoint, config.backbone, device, config.backbone_precision)
     dataset = labelled_images(config.data, segmenter.checkpoint)
     settings = segmenter.config if config.preset is None else protocol(config.preset, config.data)
-    size = config.eval_size
-    if size is None:
-        size = whole_patches(settings.eval_size, segmenter.backbone.patch)
-        if size != settings.eval_size:
-            why = f"a multiple of the {segmenter.backbone.patch}-pixel patch"
-            print(f"eval_size: {settings.eval_size} -> {size} pixels, {why}")
+    patch = segmenter.backbone.patch
+    size = whole_patches(settings.eval_size, patch) if config.eval_size is None else config.eval_size
+    if config.eval_size is None and size != settings.eval_size:
+        print(f"eval_size: {settings.eval_size} -> {size} pixels, a multiple of the {patch}-pixel patch")
     for note in dataset.notes:
         print(f"data       {note}")
     options = FeatureOptions(
         size=size,
-        resample=settings.resample,
         argument="--eval-size",
+        resample=settings.resample,
         cache=config.cache,
         limit=None if config.cache_limit is None else parse_size(config.cache_limit, "--cache-limit"),
         processes=processes,
     )
     require_room(dataset, segmenter.backbone, options, stores=1 + config.mirror)
     store = open_or_extract(dataset, segmenter.backbone, options)
-    mirrored = open_or_extract(dataset, segmenter.backbone, replace(options, mirror=True)) if config.mirror else None
-    if mirrored is not None:
+    mirrored = None
+    if config.mirror:
+        mirrored = open_or_extract(dataset, segmenter.backbone, replace(options, mirror=True))
         require_same_rows(store, mirrored)
     labels = LabelSquares(dataset, store, size, processes)
     codes = head_codes(segmenter.head, store, mirrored)
     counts = confusion_of(codes, segmenter.head.teacher, store.grid, labels, len(classes_of(dataset)))
     if processes.first:
-        report(config, dataset, store, counts, groups=segmenter.groups, size=size)
+        report(config, dataset, store, counts, size)
 
 
-def report(
-    config: EvaluateConfig, dataset: Dataset, store: FeatureStore, counts: np.ndarray, *, groups: int, size: int
-) -> None:
+def report(config: EvaluateConfig, dataset: Dataset, store: FeatureStore, counts: np.ndarray, size: int) -> None:
     """Write the figures of the confusion `counts` [groups, classes] to the output folder, and print them."""
     from .datasets import classes_of
     from .measure.scores import hungarian, majority, percent, scores_table
     from .show import charts, pictures
 
-    names = classes_of(dataset)
-    matched = {"hungarian": hungarian(counts), "majority": majority(counts)}
+    names = dataset.class_names
+    best = hungarian(counts)
+    matched = {"hungarian": best, "majority": majority(counts)}
     out = Path(config.out).expanduser() if config.out else Path(config.checkpoint).parent / "evaluation"
     summary = {
         "checkpoint": config.checkpoint,
@@ -129,19 +126,16 @@ def report(
     }
     mark_as_ours(out, "confusion.png")
     write_json(out / "scores.json", summary)
-    pictures.save(out / "confusion.png", charts.confusion_picture(counts, matched["hungarian"], names))
+    pictures.save(out / "confusion.png", charts.confusion_picture(counts, best, names))
     print(scores_table(matched, names))
+    skipped = f"; {len(store.skipped)} images could not be used" if store.skipped else ""
     print(
-        f"\n{len(store)} images of {dataset.name}, {matched['hungarian'].pixels:,} labelled pixels at {size} px, "
-        f"{'mirror averaged' if config.mirror else 'no mirror'}; {groups} groups, {len(names)} classes"
-        + (f"; {len(store.skipped)} images could not be used" if store.skipped else "")
-    )
-    print(
+        f"\n{len(store)} images of {dataset.name}, {best.pixels:,} labelled pixels at {size} px, "
+        f"{'mirror averaged' if config.mirror else 'no mirror'}; {len(counts)} groups, {len(names)} classes{skipped}\n"
         "both mappings from groups to classes are chosen by these labels: "
-        "hungarian one to one (the field's), majority many to one"
+        "hungarian one to one (the field's), majority many to one\n"
+        f"accuracy {percent(best.accuracy)} %  mIoU {percent(best.miou)} %  (hungarian)"
     )
-    scores = matched["hungarian"]
-    print(f"accuracy {percent(scores.accuracy)} %  mIoU {percent(scores.miou)} %  (hungarian)")
     print(f"saved {out / 'scores.json'}, {out / 'confusion.png'}")
 
 
@@ -155,16 +149,12 @@ def labelled_images(data: str | None, checkpoint: Checkpoint) -> Dataset:
         config = checkpoint.config
         # arrays given to `fit` have no folder either, but they have no classes
         if config.preset != "demo" or config.data is not None or checkpoint.class_names is None:
-            raise UserError(
-                "--data: missing; the checkpoint is not of the demo: give a folder with images/ and labels/"
-            )
+            raise UserError("--data: missing; the checkpoint is not of the demo: give a folder with images/ and labels")
         return demo_datasets()[1]
     dataset = open_dataset(data, "val")
     if not dataset.labelled:
-        why = "".join(f" ({note})" for note in dataset.notes)
-        raise UserError(
-            f"--data {data}: has no labels{why}; evaluation needs DIR/images and DIR/labels, prediction needs none"
-        )
+        found = "has no labels" + "".join(f" ({note})" for note in dataset.notes)
+        raise UserError(f"--data {data}: {found}; evaluation needs DIR/images and DIR/labels, prediction needs none")
     return dataset
 
 

@@ -19,7 +19,7 @@ from .system.signals import Interrupted
 if TYPE_CHECKING:
     from .datasets.images import ImageError
     from .segment.segmenter import Segmenter
-    from .show.predictions import Item, Outcome, Predictions, Shares
+    from .show.predictions import Item, Outcome, Predictions
     from .system.processes import Processes
 
 
@@ -70,12 +70,9 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
     if done:
         print(f"{len(done)} of {len(items)} images are done in {out}, by this checkpoint and with these settings")
     with folder.claimed():
-        outcome = segment(segmenter, items, set(done), folder, mirror=config.mirror, short_side=config.short_side)
-        with announced("waiting    for the other processes"):
-            outcomes = processes.all(outcome)
+        outcome = segment(segmenter, items, done, folder, mirror=config.mirror, short_side=config.short_side)
         if processes.first:
-            folder.join_journals()
-            finish(segmenter, config, items, done, outcomes, folder)
+            finish(segmenter, config, items, folder, outcome)
 
 
 def settings(config: PredictConfig, segmenter: Segmenter) -> dict[str, Any]:
@@ -89,51 +86,31 @@ def settings(config: PredictConfig, segmenter: Segmenter) -> dict[str, Any]:
 
 
 def finish(
-    segmenter: Segmenter,
-    config: PredictConfig,
-    items: Sequence[Item],
-    done: dict[str, Shares],
-    outcomes: Sequence[Outcome],
-    folder: Predictions,
+    segmenter: Segmenter, config: PredictConfig, items: Sequence[Item], folder: Predictions, outcome: Outcome
 ) -> None:
     """Write the shares and the sheet of all images that are done, and say how it went."""
-    from .show.predictions import MASKS, OVERLAYS, SHARES, SHEET, draw_sheet, mean_shares, say_skipped
+    from .show.predictions import MASKS, OVERLAYS, SHARES, SHEET, draw_sheet, mean_shares
     from .system.progress import announced
 
-    shares = dict(done)
-    errors: dict[str, ImageError] = {}
-    for outcome in outcomes:
-        shares |= outcome.shares
-        errors |= outcome.skipped
-    skipped = {item.name: errors[item.name] for item in items if item.name in errors}
-    for item in items:
-        if item.name in errors and item.name not in outcomes[0].skipped:  # another process could not be heard
-            say_skipped(item, errors[item.name])
-    signal = next((outcome.signal for outcome in outcomes if outcome.signal is not None), None)
-    count = f"{len(shares)} of {len(items)} images" + (f", {len(skipped)} could not be used" if skipped else "")
-    if not shares:
-        if signal is not None:
-            raise Interrupted(signal, "no image was done yet")
-        name, error = next(iter(skipped.items()))
+    skipped = {item.name: outcome.skipped[item.name].reason for item in items if item.name in outcome.skipped}
+    images = {item.name: outcome.shares[item.name] for item in items if item.name in outcome.shares}
+    if not images and outcome.signal is not None:
+        raise Interrupted(outcome.signal, "no image was done yet")
+    if not images:
+        name, reason = next(iter(skipped.items()))
         raise UserError(
             f"--images {Path(config.images).expanduser()}: none of the {len(items)} images can be used "
-            f"(first: {name}: {error.reason}); give images that open"
+            f"(first: {name}: {reason}); give images that open"
         )
-    images = {item.name: shares[item.name] for item in items if item.name in shares}
-    mean = mean_shares(images.values())
-    summary = {
-        "groups": segmenter.groups,
-        "mean": mean,
-        "images": images,
-        "skipped": {name: error.reason for name, error in skipped.items()},
-        "model": {"checkpoint": config.checkpoint, **segmenter.about()},
-    }
-    out = folder.path
+    out, mean = folder.path, mean_shares(images.values())
+    model = {"checkpoint": config.checkpoint, **segmenter.about()}
+    summary = {"groups": segmenter.groups, "mean": mean, "images": images, "skipped": skipped, "model": model}
     write_json(out / SHARES, summary)
     with announced("drawing    the sheet"):
-        draw_sheet(out / SHEET, [item for item in items if item.name in shares], folder, segmenter, mean)
-    if signal is not None:
-        raise Interrupted(signal, f"{count} are done, in {out}")
+        draw_sheet(folder, [item for item in items if item.name in images], mean)
+    count = f"{len(images)} of {len(items)} images" + (f", {len(skipped)} could not be used" if skipped else "")
+    if outcome.signal is not None:
+        raise Interrupted(outcome.signal, f"{count} are done, in {out}")
     print(f"segmented {count}")
     print(f"masks {out / MASKS}, overlays {out / OVERLAYS}, shares of each group {out / SHARES}")
     print(f"look at {out / SHEET}")

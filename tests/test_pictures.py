@@ -31,25 +31,26 @@ def rgb(hex_colour):
     return tuple(int(hex_colour[i : i + 2], 16) for i in (1, 3, 5))
 
 
+def to_oklab(linear):
+    """Linear RGB [..., 3] to OKLab (Ottosson 2020)."""
+    cones = [[0.4122214708, 0.5363325363, 0.0514459929], [0.2119034982, 0.6806995451, 0.1073969566]]
+    cones += [[0.0883024619, 0.2817188376, 0.6299787005]]
+    axes = [[0.2104542553, 0.7936177850, -0.0040720468], [1.9779984951, -2.4285922050, 0.4505937099]]
+    axes += [[0.0259040371, 0.7827717662, -0.8086757660]]
+    return np.cbrt(linear @ np.array(cones).T) @ np.array(axes).T
+
+
 def closest(colours, seen=None):
     """The smallest OKLab distance between two of `colours`, as they are or as `seen`."""
     linear = (lambda e: np.where(e <= 0.04045, e / 12.92, ((e + 0.055) / 1.055) ** 2.4))(colours / 255)
-    encoded = (lambda v: np.where(v <= 0.0031308, 12.92 * v, 1.055 * v ** (1 / 2.4) - 0.055))(
-        (linear if seen is None else linear @ seen.T).clip(0, 1)
-    )
-    lab = pictures.to_oklab(255 * encoded)
+    lab = to_oklab((linear if seen is None else linear @ seen.T).clip(0, 1))
     distance = np.linalg.norm(lab[:, None] - lab[None], axis=-1)
     return distance[np.triu_indices(len(colours), 1)].min()
 
 
-def test_oklab_against_published_values():
-    np.testing.assert_allclose(pictures.to_oklab(np.array([255, 0, 0])), [0.62796, 0.22486, 0.12585], atol=1e-4)
-    np.testing.assert_allclose(pictures.to_oklab(np.array([255, 255, 255])), [1, 0, 0], atol=1e-4)
-    for colour in palette(30)[::7]:
-        assert (pictures._from_oklab(*pictures.to_oklab(colour)) == colour).all()
-
-
 def test_palette_is_distinct_and_does_not_move():
+    np.testing.assert_allclose(to_oklab(np.eye(3)[0]), [0.62796, 0.22486, 0.12585], atol=1e-4)  # published values
+    np.testing.assert_allclose(to_oklab(np.ones(3)), [1, 0, 0], atol=1e-4)
     colours = palette(256)
     assert colours.shape == (256, 3)
     assert colours.dtype == np.uint8
@@ -58,8 +59,6 @@ def test_palette_is_distinct_and_does_not_move():
     assert closest(colours[:20]) > 0.11
     assert closest(colours[:64]) > 0.05
     assert len(np.unique(colours, axis=0)) == 256
-    with pytest.raises(ValueError, match="at least one"):
-        palette(0)
 
 
 @pytest.mark.parametrize("seen", [PROTAN, DEUTAN], ids=["protanopia", "deuteranopia"])
@@ -89,12 +88,6 @@ def test_mask_at_the_edges(tmp_path):
         labels = np.full(shape, 3, np.uint8)
         with Image.open(write_mask(tmp_path / "mask.png", labels, palette(4))) as mask:
             assert (np.asarray(mask) == labels).all()
-    for labels in (np.zeros((2, 2), int), np.zeros((2, 2, 1), np.uint8), np.zeros((0, 2), np.uint8)):
-        with pytest.raises(ValueError, match="labels must be uint8"):
-            write_mask(tmp_path / "bad.png", labels, palette(4))
-    for colours in (palette(4).astype(int), palette(300), palette(4)[:, :2], palette(4)[:0]):
-        with pytest.raises(ValueError, match="colours must be uint8"):
-            write_mask(tmp_path / "bad.png", np.zeros((2, 2), np.uint8), colours)
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(UserError, match=r"folder\.png: cannot be written"):
         write_mask(tmp_path / "folder.png", np.zeros((2, 2), np.uint8), palette(4))
@@ -107,26 +100,18 @@ def halves(height, width):
     return labels
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5, 0.9])
-@pytest.mark.parametrize("size", [(40, 60), (1300, 90)], ids=str)  # the second crosses the bands it is computed in
-def test_overlay_blends_inside_and_lightens_the_border(size, alpha):
+@pytest.mark.parametrize("size", [(40, 60), (1300, 90)], ids=str)
+def test_overlay_blends_inside_and_lightens_the_border(size):
     image = np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8)
     labels, colours = halves(*size), palette(2)
-    got = overlay(image, labels, colours, alpha)
+    got = overlay(image, labels, colours)
     assert got.dtype == np.uint8
-    line = (np.abs(got.astype(int) - (colours[labels].astype(int) + 255) // 2) == 0).all(-1)
+    line = (np.abs(got.astype(int) - (colours[labels].astype(int) + 255) // 2) <= 1).all(-1)
     middle = size[1] // 2
     assert line[:, middle].all()  # one pixel wide at this size
     inside = np.ones(size, bool)
     inside[:, middle] = False
-    expected = alpha * colours[labels].astype(float) + (1 - alpha) * image
-    assert np.abs(got - expected)[inside].max() <= 1
-    assert (got[inside] == image[inside]).all() or alpha > 0
-
-
-def test_overlay_of_alpha_one_is_the_flat_map():
-    image, labels = np.full((20, 30, 3), 90, np.uint8), halves(20, 30)
-    assert (overlay(image, labels, palette(2), 1.0) == palette(2)[labels]).all()
+    assert np.abs(got - (colours[labels].astype(float) + image) / 2)[inside].max() <= 1
 
 
 @pytest.mark.parametrize(("height", "width", "line"), [(8, 3000, 1), (300, 300, 1), (700, 800, 2), (1400, 1500, 4)])
@@ -137,29 +122,13 @@ def test_border_grows_with_the_image(height, width, line):
     assert (np.abs(got.astype(int) - inside).max(-1) > 1).sum(1).tolist() == [line] * height
 
 
-def test_overlay_leaves_unlabelled_pixels_bare():
-    image = np.random.default_rng(0).integers(0, 256, (10, 12, 3)).astype(np.uint8)
-    labels = halves(10, 12)
-    labels[4:] = 255
-    got = overlay(image, labels, palette(2))
-    assert (got[4:] == image[4:]).all()
-    assert (got[:3] != image[:3]).any()
-
-
 def test_overlay_of_one_pixel_and_one_cluster():
     image = np.full((1, 1, 3), 100, np.uint8)
     got = overlay(image, np.zeros((1, 1), np.uint8), palette(1))
     assert np.abs(got - (palette(1)[0] / 2 + 50)).max() <= 1
 
 
-def test_overlay_refuses():
-    image, labels = np.zeros((4, 5, 3), np.uint8), np.zeros((4, 5), np.uint8)
-    for bad in (image[:3], image[..., 0], image.astype(float)):
-        with pytest.raises(ValueError, match="like the labels"):
-            overlay(bad, labels, palette(2))
-    for alpha in (-0.1, 1.1, float("nan")):
-        with pytest.raises(ValueError, match="alpha"):
-            overlay(image, labels, palette(2), alpha)
+NO_TEXT = [""] * 2, [""] * 5, [], ""  # column titles, row titles, legend, title
 
 
 def solid(colour, height, width):
@@ -177,12 +146,12 @@ def test_sheet_cells_are_equal_and_images_keep_their_shape():
     rows = [
         [solid(red, 300, 400), solid(blue, 100, 800)],
         [solid(red, 600, 800), solid(blue, 400, 100)],
-        [solid(red, 30, 40), None],
+        [solid(red, 30, 40)],
     ]
-    sheet = contact_sheet(rows, width=1000)
+    sheet = contact_sheet(rows, *NO_TEXT)
     assert sheet.mode == "RGB"
-    assert sheet.width == 1000
-    reds, blues, wells = boxes(sheet, red), boxes(sheet, blue), boxes(sheet, rgb(pictures.WELL))
+    assert sheet.width == 1600
+    reds, blues = boxes(sheet, red), boxes(sheet, blue)
     assert len({box[2:] for box in reds}) == 1  # 4:3 is the median shape: these fill their cells, whatever their size
     assert reds[0][3] / reds[0][2] == pytest.approx(4 / 3, rel=0.01)
     assert blues[0][3] / blues[0][2] == pytest.approx(8, rel=0.05)
@@ -192,17 +161,17 @@ def test_sheet_cells_are_equal_and_images_keep_their_shape():
     assert blues[1][2] == cell[0]  # a tower too, and both are centred
     assert blues[1][1] + blues[1][3] / 2 == pytest.approx(blues[0][1] + cell[1] / 2, abs=1)
     assert blues[0][0] + blues[0][2] / 2 == pytest.approx(reds[0][0] + cell[0] / 2, abs=1)
-    assert wells[-1][2:] == cell  # the empty cell
     steps = np.diff([box[0] for box in reds])
     assert steps[0] == steps[1]
 
 
 @pytest.mark.parametrize("count", [1, 24])
 def test_sheet_height_follows_the_rows(count):
-    one = contact_sheet([[solid(9, 30, 40)] * 3], ["photo", "overlay", "mask"], ["first"], width=800)
-    two = contact_sheet([[solid(9, 30, 40)] * 3] * 2, ["photo", "overlay", "mask"], ["first", "second"], width=800)
-    many = contact_sheet([[solid(9, 30, 40)] * 3] * count, ["photo", "overlay", "mask"], ["row"] * count, width=800)
-    assert many.size == (800, one.height + (count - 1) * (two.height - one.height))
+    one, two, many = (
+        contact_sheet([[solid(9, 30, 40)] * 3] * rows, ["photo", "overlay", "mask"], ["row"] * rows, [], "title")
+        for rows in (1, 2, count)
+    )
+    assert many.size == (1600, one.height + (count - 1) * (two.height - one.height))
 
 
 def test_sheet_takes_any_image_and_any_text():
@@ -213,10 +182,10 @@ def test_sheet_takes_any_image_and_any_text():
         np.full((20, 30), 80, np.uint8),
         solid(90, 900, 700),
     ]
-    legend = [(palette(64)[i], NASTY_NAMES[i % 6] or str(i)) for i in range(64)]
-    sheet = contact_sheet([images, images[:2]], NASTY_NAMES, NASTY_NAMES, legend, title="t" * 500, width=900)
+    legend = [(palette(64)[i].tolist(), "n" * 10 * i) for i in range(64)]
+    sheet = contact_sheet([images, images[:2]], NASTY_NAMES[:5], NASTY_NAMES, legend, "t" * 500)
     pixels = np.asarray(sheet)
-    assert sheet.width == 900
+    assert sheet.width == 1600
     for edge in (pixels[:20], pixels[-20:], pixels[:, :20], pixels[:, -20:]):
         assert (edge == 255).all()  # nothing runs into the margins
 
@@ -238,7 +207,7 @@ def test_groups_sheet_shows_every_image_its_overlay_and_its_groups(count, across
     image, over, flat = rows[0][:3]
     assert (image == red).all()
     assert (over == overlay(red, labels, palette(3))).all()
-    assert (flat == overlay(red, labels, palette(3), 1.0)).all()
+    assert (flat == palette(3)[labels]).all()
     assert title == "title"
     assert sheet.width == 1600
 
@@ -253,27 +222,19 @@ def test_groups_sheet_keeps_only_thumbnails_with_the_labels_in_place():
 
 
 def test_legend_wraps_and_shows_every_colour():
-    images = [[solid(0, 30, 40)]]
-    colours = palette(40)
-    plain = contact_sheet(images, width=600)
-    heights = [
-        contact_sheet(images, legend=[(c, f"cluster {i}") for i, c in enumerate(colours[:k])], width=600).height
-        for k in (1, 4, 40)
-    ]
-    assert plain.height < heights[0] <= heights[1] < heights[2]
-    pixels = np.asarray(contact_sheet(images, legend=[(c, f"cluster {i}") for i, c in enumerate(colours)], width=600))
+    images, colours = [[solid(0, 30, 40)]], palette(100)
+
+    def sheet(texts):
+        return contact_sheet(images, [""], [""], list(zip(colours.tolist(), texts)), "")
+
+    names = [f"cluster {i}" for i in range(100)]
+    plain, one, four, all_names = (sheet(names[:k]) for k in (0, 1, 4, 100))
+    assert plain.height < one.height == four.height < all_names.height
+    pixels = np.asarray(all_names)
     for colour in colours:
         assert (pixels == colour).all(-1).sum() > 60
-    endless = [(c, "n" * 500 if i == 3 else f"cluster {i}") for i, c in enumerate(colours)]
-    assert contact_sheet(images, legend=endless, width=600).height < heights[2] * 2
-
-
-def test_sheet_refuses():
-    for rows in ([], [[]], [[None]]):
-        with pytest.raises(ValueError, match="needs an image"):
-            contact_sheet(rows)
-    with pytest.raises(ValueError, match="width"):
-        contact_sheet([[solid(0, 2, 2)]], width=100)
+    endless = sheet(["n" * 500 if name == "cluster 3" else name for name in names])
+    assert endless.height < all_names.height * 2
 
 
 def test_long_text_loses_its_middle():
@@ -283,7 +244,7 @@ def test_long_text_loses_its_middle():
     assert text.startswith(head)
     assert text.endswith(tail)
     assert 0 <= len(head) - len(tail) <= 1
-    assert 180 < lettering.length(short, 15) <= 200
+    assert 180 < lettering.font_for(short, 15).getlength(short) <= 200
     assert lettering.shorten("fits", 15, False, 200) == "fits"
     assert lettering.shorten(text, 15, False, 1) == "…"
 
@@ -292,11 +253,8 @@ def test_save_by_suffix(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (12, 17, 3)).astype(np.uint8)
     with Image.open(save(tmp_path / "a.PNG", image)) as png:
         assert (np.asarray(png) == image).all()
-    with Image.open(save(tmp_path / "sub" / "a.jpeg", Image.fromarray(image).convert("RGBA"))) as jpeg:
+    with Image.open(save(tmp_path / "sub" / "a.jpeg", Image.fromarray(image))) as jpeg:
         assert (jpeg.format, jpeg.size) == ("JPEG", (17, 12))
     with Image.open(save(tmp_path / "grey.jpg", image[..., 0])) as grey:
         assert grey.mode == "L"
-    for name in ("a.gif", "a"):
-        with pytest.raises(UserError, match=f"{name}: pictures are written as .png"):
-            save(tmp_path / name, image)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.PNG", "grey.jpg", "sub"]

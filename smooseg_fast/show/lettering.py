@@ -2,91 +2,54 @@
 
 from __future__ import annotations
 
-import math
+from bisect import bisect_right
 from functools import lru_cache
-from pathlib import Path
 
 from PIL import ImageDraw, ImageFont
 
 # usual fonts of Linux, macOS and Windows with the Chinese, Japanese and Korean that DejaVu Sans lacks
-_WIDE_FONTS = (
-    "NotoSansCJK-Regular.ttc",
-    "wqy-microhei.ttc",
-    "DroidSansFallbackFull.ttf",
-    "Arial Unicode.ttf",
-    "msyh.ttc",
-    "malgun.ttf",
-)
+_WIDE = "Noto Sans CJK JP", "WenQuanYi Micro Hei", "Droid Sans Fallback", "Arial Unicode MS", "Microsoft YaHei"
 
 
-def length(text: str, size: int, bold: bool = False) -> int:
-    """Return the pixels that `text` takes."""
-    text = _one_line(text)
-    return math.ceil(_font(text, size, bold).getlength(text))
+@lru_cache(maxsize=1)
+def families() -> list[str]:
+    """Return the names of DejaVu Sans, which comes with matplotlib, and of what the system has for wide characters."""
+    from matplotlib.font_manager import fontManager
+
+    installed = fontManager.get_font_names()
+    return ["DejaVu Sans", *(name for name in _WIDE if name in installed)]
+
+
+@lru_cache(maxsize=64)
+def _font(size: int, bold: bool, wide: bool) -> ImageFont.FreeTypeFont:
+    from matplotlib.font_manager import FontProperties, findfont
+
+    properties = FontProperties(family=families()[-1 if wide else 0], weight="bold" if bold else "normal")
+    return ImageFont.truetype(str(findfont(properties)), size)
+
+
+def font_for(text: str, size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """Return a font `size` pixels high that has the characters of `text`, as far as one is installed."""
+    return _font(size, bold, wide=max(text, default="") >= "\u2e80")
 
 
 def shorten(text: str, size: int, bold: bool, room: float) -> str:
     """Return `text` as one printable line, or its two ends around an ellipsis when it is wider than `room` pixels."""
-    text = _one_line(text)
-    if length(text, size, bold) <= room:
+    # file names can hold line breaks and bytes that are not text
+    text = "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in text)
+    font = font_for(text, size, bold)
+
+    def ends(keep: int) -> str:
+        return text[: keep - keep // 2] + "…" + text[len(text) - keep // 2 :]
+
+    if font.getlength(text) <= room:
         return text
-    fits, longer = 0, len(text)  # the ends of a path say most: bisect how many characters of them fit
-    while longer - fits > 1:
-        keep = (fits + longer) // 2
-        shorter = text[: keep - keep // 2] + "…" + text[len(text) - keep // 2 :]
-        fits, longer = (keep, longer) if length(shorter, size, bold) <= room else (fits, keep)
-    return text[: fits - fits // 2] + "…" + text[len(text) - fits // 2 :]
+    return ends(bisect_right(range(1, len(text)), room, key=lambda keep: font.getlength(ends(keep))))
 
 
 def write(
-    draw: ImageDraw.ImageDraw,
-    at: tuple[float, float],
-    text: str,
-    size: int,
-    ink: str,
-    *,
-    bold: bool = False,
-    room: float = math.inf,
-    anchor: str = "lm",
+    draw: ImageDraw.ImageDraw, at: tuple[float, float], text: str, size: int, ink: str, *, bold: bool = False, room: int
 ) -> None:
-    """Draw `text` with its `anchor` (as Pillow names them) at `at`; text wider than `room` pixels loses its middle."""
+    """Draw `text` right of `at` and centred in height; text wider than `room` pixels loses its middle."""
     text = shorten(text, size, bold, room)
-    draw.text(at, text, fill=ink, font=_font(text, size, bold), anchor=anchor)
-
-
-def font_file(text: str, bold: bool = False) -> Path:
-    """Return the font for `text`: matplotlib's DejaVu Sans if it has every character, else a system font."""
-    path, known = _dejavu(bold)
-    return Path(path if known.issuperset(map(ord, text)) else _wide_font() or path)
-
-
-def _one_line(text: str) -> str:
-    """Replace what cannot be printed: file names can hold line breaks and bytes that are not text."""
-    return "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in text)
-
-
-@lru_cache(maxsize=2)
-def _dejavu(bold: bool) -> tuple[str, frozenset[int]]:
-    """Return matplotlib's font and the characters in it: Latin, Greek, Cyrillic, Arabic, Hebrew and most signs."""
-    import matplotlib
-    from matplotlib.ft2font import FT2Font
-
-    path = str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"))
-    return path, frozenset(FT2Font(path).get_charmap())
-
-
-@lru_cache(maxsize=1)
-def _wide_font() -> str | None:
-    for name in _WIDE_FONTS:
-        try:
-            return str(ImageFont.truetype(name, 12).path)
-        except OSError:
-            continue
-    return None
-
-
-_truetype = lru_cache(maxsize=32)(ImageFont.truetype)
-
-
-def _font(text: str, size: int, bold: bool) -> ImageFont.FreeTypeFont:
-    return _truetype(str(font_file(text, bold)), size)
+    draw.text(at, text, fill=ink, font=font_for(text, size, bold), anchor="lm")

@@ -7,238 +7,133 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from scipy import ndimage
 
-from ..errors import UserError
 from ..system.files import write_atomic
-from .lettering import length, write
+from .lettering import font_for, write
 
 INK, GREY, PAPER, WELL = "#1d2126", "#69717b", "#ffffff", "#eef0f2"
+WIDTH, MARGIN, GAP, LINE, TEXT = 1600, 40, 14, 30, 17  # pixels of a contact sheet
+ROOM = WIDTH - 2 * MARGIN
 
-# hand-picked, then moved apart: the closest two differ by 0.11 in OKLab, and by 0.06 to colour-blind eyes
-_HAND_PICKED = (
-    "0c73b4 e6a00c 27a663 c77abe 53aef2 e5480c f8e62d 7f838b 6c3c9d 8d470d "
-    "a4db86 0c4f3d a7ddec f89493 820c1a 3fc2b1 313c7c cdb2db 778121 f8cfb8"
-)
-# OKLab (Ottosson 2020): linear RGB to cone responses; their cube roots to lightness and two opponent axes
-_RGB_TO_LMS = np.array(
-    [
-        [0.4122214708, 0.5363325363, 0.0514459929],
-        [0.2119034982, 0.6806995451, 0.1073969566],
-        [0.0883024619, 0.2817188376, 0.6299787005],
-    ]
-)
-_LMS_TO_LAB = np.array(
-    [
-        [0.2104542553, 0.7936177850, -0.0040720468],
-        [1.9779984951, -2.4285922050, 0.4505937099],
-        [0.0259040371, 0.7827717662, -0.8086757660],
-    ]
-)
-_LIGHTNESS, _CHROMA = (0.66, 0.46, 0.83, 0.56, 0.36, 0.75), (0.17, 0.12, 0.10, 0.15)
+# The first twenty are hand-picked, then moved apart: the closest two differ by 0.11 in OKLab (Ottosson 2020), and by
+# 0.06 to colour-blind eyes. The others have hues a golden angle apart in OKLab, alternate in lightness and chroma, and
+# keep their distance from all earlier ones.
+_COLOURS = """
+0c73b4 e6a00c 27a663 c77abe 53aef2 e5480c f8e62d 7f838b 6c3c9d 8d470d a4db86 0c4f3d a7ddec f89493 820c1a 3fc2b1
+313c7c cdb2db 778121 f8cfb8 ba4764 c87a6d 621166 553506 4d610b 803e61 915f96 198770 4ecb6f 8d86d8 7d5acc a89044
+a6b76d e25d8a 35a2b6 a16600 1251b5 066374 31e6bf a8a2f7 edc066 f084c2 80a11f a2182a 56dafe fda7e1 6b183b a75c53
+f98d53 e1c812 374300 054457 2799e9 afc7fc cd95df fbafba ab72e4 016c09 5b71af ca7e1e 71dcd7 156843 832a8c 4949a9
+2ac2dd dba069 70530a 5c4b8a 1b8391 9455b1 0f5b97 492970 23aa8a df6767 4b871a fdb57f b4b52d ca7299 8b2d72 c0d458
+003883 83c178 8e3648 a55583 82aefa dfb4f6 8a7223 6f1a07 628eed 0fbdfb 349dd0 7068b7 2a2d89 e593a3 ac5b30 418557
+3473ca 154a04 909b3b d3a64c 92cffc 004a28 6f4187 0580a6 b78b01 10a7a2 0c6758 074068 923700 483c03 0f6a2d fbb3a5
+612c04 c16ec2 625a00 89dea0 750919 0dcd86 8b54c3 004843 26c9a8 52a580 e65d76 c3c0fa a8d797 bc484f 628109 013094
+7cb3eb 67a724 364ab5 c5af12 bd79a3 6a0857 3794f6 a21c0d 376617 105e8a 006566 3ce3d0 f37ece 55c2bd b69bf9 7f490e
+f782b0 1e857d c39cdd f49243 d1cf2a 1679c0 9d81d1 c57e5e 41ab5d 05c0ec 41306b b86ed9 7ed4fc c87f3f f08f84 632240
+96bc79 419fc0 843d53 c38408 fea9d2 e0c666 9a5c89 df6a59 348930 8b2680 5744a5 feb76e a6ba3b d792d5 9b9648 902a67
+b0d865 c23d61 e9c17a 9d51a6 4cb9f9 05464c 29579a 51256a 2ca896 6e172d 8d89cd 66006b a65e47 06617f 352988 25cb93
+2a4702 9b2a10 cd718d d4a463 466fcc 6a2300 003e73 07829c 728aed 8c3e03 696dae bc96ff 73c384 6fdbe3 926e12 459ad5
+8f363c 7a64b3 0e77c9 aa5478 90aafa e7b2ee 9351bd a95f23 68570a 064b1b 727c15 654884 e75e6a 046a3c 859e45 ffb299
+cbaa4b c76cb9 bc4944 0b4932 1a2c94 753e80 007eb1 57a937 4247b4 7edfaa ae8f01 05a6ab 750c09 817626 004262 e69498
+6d0450 4c90f8 338661 00c9b3 864311 cabcfd f87dc3 5b3105 5a5d07 fcaccb 85b0ed fa82a7 c0789b f09638 8e2379 c5d338
+"""
 
 
 def palette(k: int) -> np.ndarray:
-    """Return distinct colours uint8 [k, 3], always the same: palette(j) is the start of palette(k) for j < k.
+    """Return the first k of 256 distinct colours, uint8 [k, 3].
 
-    The first twenty are hand-picked with colour-blind eyes in mind. The others take hues a golden angle apart in OKLab,
-    alternate in lightness and chroma, and keep their distance from all earlier ones: no two of the first 64 are closer
-    than 0.05, about twice a visible step. ValueError for k below 1.
+    The first twenty suit colour-blind eyes. No two of the first 64 are closer than 0.05 in OKLab, twice a visible step.
     """
-    if k < 1:
-        raise ValueError(f"a palette needs at least one colour, got {k}")
-    return np.array(_colours(k), np.uint8)
+    return np.frombuffer(bytes.fromhex(_COLOURS), np.uint8).reshape(-1, 3)[:k]
 
 
 def write_mask(path: str | Path, labels: np.ndarray, colours: np.ndarray) -> Path:
     """Write labels uint8 [H, W] as an 8-bit palette PNG (mode P) whose indices are the labels.
 
-    Labels beyond `colours` are black. UserError when the file cannot be written; ValueError for other shapes or dtypes.
+    Labels beyond `colours` are black. WriteError when the file cannot be written.
     """
-    colours = _checked_colours(colours)
-    mask = Image.fromarray(_checked_labels(labels))
+    mask = Image.fromarray(labels)
     # all 256 colours: Pillow packs a smaller palette into 1, 2 or 4 bits a pixel, and 255 needs an entry of its own
     mask.putpalette(colours.tobytes().ljust(3 * 256, b"\0"))  # turns mode L into P and keeps the numbers
     return write_atomic(path, lambda target: mask.save(target, "PNG"))
 
 
-def overlay(image: np.ndarray, labels: np.ndarray, colours: np.ndarray, alpha: float = 0.5) -> np.ndarray:
-    """Lay the colours of labels uint8 [H, W] over `image` uint8 [H, W, 3] -> uint8 [H, W, 3].
+def overlay(image: np.ndarray, labels: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """Blend `image` uint8 [H, W, 3] with the colours [K, 3] of its labels uint8 [H, W] -> uint8 [H, W, 3].
 
-    Inside a region: alpha * colour + (1 - alpha) * image. Along its border: a lighter line, 1 pixel wide up to a short
-    side of some 500 pixels and in proportion beyond, so that it survives a thumbnail. alpha 1 gives the flat map,
-    without lines. Labels beyond `colours` (255: no label) leave the image bare. ValueError for shapes that do not fit
-    or alpha outside 0..1.
+    Inside a region: half and half. Along its border: a lighter line, 1 pixel wide up to a short side of some 500 pixels
+    and in proportion beyond, so that it survives a thumbnail.
     """
-    labels, colours = _checked_labels(labels), _checked_colours(colours)
-    if image.shape != (*labels.shape, 3) or image.dtype != np.uint8:
-        raise ValueError(f"image must be uint8 {(*labels.shape, 3)} like the labels, got {image.dtype} {image.shape}")
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must lie in 0..1, got {alpha}")
-    lookup, weights = np.zeros((2, 256, 3), np.uint16), np.zeros((2, 256), np.uint16)  # [inside or border, label]
-    lookup[0, : len(colours)], weights[0, : len(colours)] = colours, round(256 * alpha)
-    lookup[1, : len(colours)], weights[1, : len(colours)] = (colours.astype(np.uint16) + 255) // 2, 256
-    line = max(1, round(min(labels.shape) / 350)) if alpha < 1 else 0
-    border = (ndimage.maximum_filter(labels, line + 1) != ndimage.minimum_filter(labels, line + 1)).view(np.uint8)
-    blend = np.empty_like(image)
-    for top in range(0, len(image), 512):  # bands: a scan of 10,000 pixels would take gigabytes at once
-        rows = slice(top, top + 512)
-        weight = weights[border[rows], labels[rows]][..., None]
-        blend[rows] = (image[rows] * (256 - weight) + lookup[border[rows], labels[rows]] * weight + 128) >> 8
+    half = colours // 2
+    blend = image // 2 + half[labels]
+    line = max(1, round(min(labels.shape) / 350))
+    border = ndimage.maximum_filter(labels, line + 1) != ndimage.minimum_filter(labels, line + 1)
+    blend[border] = (half + 128)[labels[border]]
     return blend
 
 
 def contact_sheet(
-    rows: Sequence[Sequence[np.ndarray | None]],
-    column_titles: Sequence[str] = (),
-    row_titles: Sequence[str] = (),
-    legend: Sequence[tuple[Sequence[int], str]] = (),
-    title: str = "",
-    width: int = 1600,
+    rows: Sequence[Sequence[np.ndarray]],
+    column_titles: Sequence[str],
+    row_titles: Sequence[str],
+    legend: Sequence[tuple[Sequence[int], str]],
+    title: str,
 ) -> Image.Image:
-    """Lay out a sheet `width` pixels wide: title, legend, column titles, and rows of thumbnails in equal cells.
+    """Lay out a sheet WIDTH pixels wide: title, legend, column titles, and rows of thumbnails in equal cells.
 
     All cells have the median shape of the images (between 2:3 and 16:9). An image is centred in its cell, never cropped
     or stretched. Text that does not fit loses its middle.
 
     Args:
-        rows: images of any size, None for an empty cell; empty cells fill up short rows.
+        rows: images of any size; a row may be shorter than others.
         row_titles: stand below their rows.
         legend: (colour, text) pairs.
-
-    Raises:
-        ValueError: without images, or with a width below 200.
     """
-    images = [image for row in rows for image in row if image is not None]
-    if not images or width < 200:
-        raise ValueError(f"a contact sheet needs an image and a width of 200 at least, got {len(images)} and {width}")
-    unit = max(width / 1600, 0.6)  # sizes below are for a sheet of 1600
-    margin, gap, columns = round(40 * unit), round(14 * unit), max(map(len, rows))
-    cell_width = (width - 2 * margin - gap * (columns - 1)) // columns
-    aspect = float(np.clip(np.median([image.shape[1] / image.shape[0] for image in images]), 2 / 3, 16 / 9))
-    cell = (max(cell_width, 1), max(round(cell_width / aspect), 1))
-    small, line = round(17 * unit), round(30 * unit)
-    swatches = _legend(legend, width - 2 * margin, small)
-    top = margin + (round(48 * unit) if title else 0)
-    grid_top = top + (swatches.height + gap if swatches else 0) + (line if column_titles else 0)
-    row_height = cell[1] + (line if row_titles else 0) + gap
-    sheet = Image.new("RGB", (width, grid_top + row_height * len(rows) - gap + margin), PAPER)
+    cell_width = (ROOM + GAP) // max(map(len, rows)) - GAP
+    aspect = np.median([image.shape[1] / image.shape[0] for row in rows for image in row])
+    cell = cell_width, round(cell_width / np.clip(aspect, 2 / 3, 16 / 9))
+    swatches = _legend(legend)
+    legend_top = MARGIN + 48
+    grid_top = legend_top + swatches.height + GAP + LINE
+    row_height = cell[1] + LINE + GAP
+    sheet = Image.new("RGB", (WIDTH, grid_top + row_height * len(rows) - GAP + MARGIN), PAPER)
     draw = ImageDraw.Draw(sheet)
-    write(draw, (margin, margin), title, round(28 * unit), INK, bold=True, room=width - 2 * margin, anchor="la")
-    if swatches:
-        sheet.paste(swatches, (margin, top))
-    for c, text in enumerate(column_titles[:columns]):
-        at = (margin + c * (cell_width + gap), grid_top - line // 2 - gap // 4)
-        write(draw, at, text, small, INK, bold=True, room=cell_width)
-    for r, row in enumerate(rows):
-        y = grid_top + r * row_height
-        for c in range(columns):
-            x = margin + c * (cell_width + gap)
-            draw.rectangle((x, y, x + cell[0] - 1, y + cell[1] - 1), fill=WELL)
-            picture = row[c] if c < len(row) else None
-            if picture is not None:
-                thumbnail = _fit(picture, cell)
-                sheet.paste(thumbnail, (x + (cell[0] - thumbnail.width) // 2, y + (cell[1] - thumbnail.height) // 2))
-        if r < len(row_titles):
-            write(draw, (margin, y + cell[1] + line // 2), row_titles[r], small, GREY, room=width - 2 * margin)
+    write(draw, (MARGIN, MARGIN + 17), title, 28, INK, bold=True, room=ROOM)
+    sheet.paste(swatches, (MARGIN, legend_top))
+    for c, text in enumerate(column_titles):
+        place = MARGIN + c * (cell_width + GAP), grid_top - LINE // 2 - 4
+        write(draw, place, text, TEXT, INK, bold=True, room=cell_width)
+    for r, (row, text) in enumerate(zip(rows, row_titles)):
+        top = grid_top + r * row_height
+        for c, image in enumerate(row):
+            thumbnail = ImageOps.pad(Image.fromarray(image).convert("RGB"), cell, Image.Resampling.HAMMING, WELL)
+            sheet.paste(thumbnail, (MARGIN + c * (cell_width + GAP), top))
+        write(draw, (MARGIN, top + cell[1] + LINE // 2), text, TEXT, GREY, room=ROOM)
     return sheet
 
 
-def save(path: str | Path, image: Image.Image | np.ndarray) -> Path:
-    """Write `image` (an array uint8 [H, W, 3] or [H, W], or a Pillow image) as PNG or JPEG, by the suffix of `path`.
-
-    UserError for another suffix, or when the file cannot be written.
-    """
-    path = Path(path)
-    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    if path.suffix.lower() == ".png":
-        return write_atomic(path, lambda target: picture.save(target, "PNG"))
-    if path.suffix.lower() in (".jpg", ".jpeg"):
-        if picture.mode not in ("RGB", "L"):
-            picture = picture.convert("RGB")
-        return write_atomic(path, lambda target: picture.save(target, "JPEG", quality=92, subsampling=0))
-    raise UserError(f"{path}: pictures are written as .png, .jpg or .jpeg; choose one of these suffixes")
-
-
-@lru_cache(maxsize=32)
-def _colours(k: int) -> tuple[tuple[int, ...], ...]:
-    chosen = np.frombuffer(bytes.fromhex(_HAND_PICKED), np.uint8).reshape(-1, 3)[:k]
-    distance, candidate = 0.12, 0
-    while len(chosen) < k:
-        hue = candidate * math.pi * (3 - math.sqrt(5))
-        lightness = _LIGHTNESS[candidate % len(_LIGHTNESS)]
-        chroma = _CHROMA[candidate // len(_LIGHTNESS) % len(_CHROMA)]
-        colour = _from_oklab(lightness, chroma * math.cos(hue), chroma * math.sin(hue))
-        if np.linalg.norm(to_oklab(chosen) - to_oklab(colour), axis=-1).min() > distance:
-            chosen = np.vstack([chosen, colour])
-        else:
-            distance *= 0.999  # the space fills up: ask for a little less
-        candidate += 1
-    return tuple(map(tuple, chosen.tolist()))
-
-
-def to_oklab(rgb: np.ndarray) -> np.ndarray:
-    """Convert sRGB [..., 3] in 0..255 to OKLab [..., 3]."""
-    encoded = rgb / 255
-    linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
-    return np.cbrt(linear @ _RGB_TO_LMS.T) @ _LMS_TO_LAB.T
-
-
-def _from_oklab(lightness: float, a: float, b: float) -> np.ndarray:
-    """Convert to sRGB uint8 [3]; a colour that a screen cannot show becomes greyer until it can."""
-    while True:
-        linear = np.linalg.solve(_RGB_TO_LMS, np.linalg.solve(_LMS_TO_LAB, np.array([lightness, a, b])) ** 3)
-        if linear.min() > -0.001 and linear.max() < 1.001:
-            break
-        a, b = 0.9 * a, 0.9 * b
-    linear = linear.clip(0, 1)
-    encoded = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
-    return np.rint(255 * encoded).astype(np.uint8)
-
-
-def _checked_labels(labels: np.ndarray) -> np.ndarray:
-    if labels.ndim != 2 or labels.dtype != np.uint8 or not labels.size:
-        raise ValueError(f"labels must be uint8 [H, W], got {labels.dtype} {labels.shape}")
-    return labels
-
-
-def _checked_colours(colours: np.ndarray) -> np.ndarray:
-    if colours.ndim != 2 or colours.shape[1] != 3 or not 1 <= len(colours) <= 256 or colours.dtype != np.uint8:
-        raise ValueError(f"colours must be uint8 [K, 3] with K in 1..256, got {colours.dtype} {colours.shape}")
-    return colours
-
-
-def _legend(legend: Sequence[tuple[Sequence[int], str]], width: int, size: int) -> Image.Image | None:
-    """Draw swatches and their texts in columns of one width; None for an empty legend."""
-    if not legend:
-        return None
-    swatch, pad, line = round(1.1 * size), round(0.5 * size), round(1.8 * size)
-    longest = max(length(text, size) for _, text in legend)
-    # one endless name must not leave a single column
-    columns = max(width // (swatch + min(longest, width // 5) + 4 * pad), 1)
-    column = min(swatch + longest + 4 * pad, width // columns)
-    lines = math.ceil(len(legend) / columns)
-    columns = math.ceil(len(legend) / lines)  # lines of about one length
-    picture = Image.new("RGB", (width, line * lines), PAPER)
+def _legend(entries: Sequence[tuple[Sequence[int], str]]) -> Image.Image:
+    """Draw swatches and their texts in columns of one width, up to a fifth of the sheet."""
+    longest = max((font_for(text, TEXT).getlength(text) for _, text in entries), default=0)
+    column = min(round(longest) + 60, ROOM // 5)
+    columns = ROOM // column
+    picture = Image.new("RGB", (ROOM, LINE * math.ceil(len(entries) / columns)), PAPER)
     draw = ImageDraw.Draw(picture)
-    for i, (colour, text) in enumerate(legend):
-        x, y = i % columns * column, i // columns * line + line // 2
-        box = (x, y - swatch // 2, x + swatch - 1, y - swatch // 2 + swatch - 1)
-        draw.rounded_rectangle(box, radius=swatch // 5, fill=tuple(int(v) for v in colour))
-        write(draw, (x + swatch + pad, y), text, size, INK, room=column - swatch - 3 * pad)
+    for i, (colour, text) in enumerate(entries):
+        x, y = i % columns * column, i // columns * LINE + LINE // 2
+        draw.rounded_rectangle((x, y - 9, x + 18, y + 9), radius=4, fill=tuple(colour))
+        write(draw, (x + 28, y), text, TEXT, INK, room=column - 34)
     return picture
 
 
-def _fit(image: np.ndarray, cell: tuple[int, int]) -> Image.Image:
-    """Fit `image` into `cell` (width, height): shrunk without ringing; far enlarged, its pixels stay squares."""
-    height, width = image.shape[:2]
-    scale = min(cell[0] / width, cell[1] / height)
-    size = [max(round(scale * side), 1) for side in (width, height)]
-    size = [room if room - side == 1 else side for side, room in zip(size, cell)]  # rounding must not leave a sliver
-    filters = Image.Resampling.HAMMING, Image.Resampling.BILINEAR, Image.Resampling.NEAREST
-    return Image.fromarray(image).convert("RGB").resize(size, filters[(scale > 1) + (scale > 3)])
+def save(path: str | Path, image: Image.Image | np.ndarray) -> Path:
+    """Write `image` (uint8 [H, W, 3], or a Pillow image in RGB) as PNG or JPEG, by the suffix of `path`.
+
+    WriteError when the file cannot be written.
+    """
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    return write_atomic(path, lambda target: picture.save(target, quality=92, subsampling=0))  # which PNG ignores

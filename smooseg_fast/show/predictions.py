@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from ..features.sample import evenly_spaced
 from ..segment.segmenter import Segmenter
 from ..system.outfolder import Journal, OutFolder
 from ..system.processes import Processes
-from ..system.progress import Bar, printable, say
+from ..system.progress import Bar, announced, printable, say
 from ..system.signals import StopRequest
 from . import pictures
 from .sheet import Shown, groups_sheet
@@ -27,7 +26,6 @@ from .sheet import Shown, groups_sheet
 SHEET_IMAGES = 24
 RUN, DONE, MASKS, OVERLAYS = "predict.json", "done.jsonl", "masks", "overlays"
 SHARES, SHEET = "shares.json", "sheet.jpg"
-PART = re.compile(r"done-\d+\.jsonl")  # the journal of another process than the first
 
 Shares = dict[str, float]  # group -> share of an image's pixels
 
@@ -63,17 +61,16 @@ class Predictions(OutFolder):
     """The masks and overlays of one checkpoint and one set of settings, and a journal of the images that are done.
 
     An image's line in the journal comes after its mask and overlay, so they are whole. The last line of a stem counts:
-    the files of that name may have been another image's before. Each of several processes appends to a file of its own,
-    so a kill at any time costs no more than the images under way; the next command puts the files together.
+    the files of that name may have been another image's before. All processes append to one file; an image whose line
+    is spoilt by a kill or a network drive is segmented again.
 
     UserError when the folder at `path` is another's.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], processes: Processes):
-        super().__init__(path, settings, record=RUN, outputs=(MASKS, OVERLAYS, SHARES, SHEET), below=(MASKS, OVERLAYS))
-        self.processes, self._alone = processes, processes.size == 1  # whether no other process writes
-        self._journal = Journal(self._journal_path(processes.rank))
-        self._done = self._read_journals() if processes.first else {}
+        super().__init__(path, settings, record=RUN, made=(MASKS, OVERLAYS, SHARES, SHEET), below=(MASKS, OVERLAYS))
+        self.processes, self._journal = processes, Journal(path / DONE)
+        self._done = {record.get("stem"): record for record in self._journal.read()} if processes.first else {}
 
     def mask(self, item: Item) -> Path:
         return self.path / MASKS / f"{item.stem}.png"
@@ -91,126 +88,96 @@ class Predictions(OutFolder):
     def claimed(self) -> Iterator[None]:
         """Hold the folder for this command and let all its processes write into it.
 
-        Nothing is left in a new folder where no image was done. UserError where another command is at work.
+        One process leaves nothing in a new folder where no image was done. UserError where another command is at work.
         """
         with self.held() if self.processes.first else nullcontext():
-            new_files: list[Path] = []
+            before = set(self.path.glob("*"))
             if self.processes.first:
-                before = set(self.path.iterdir())
                 self.claim()
-                self._write_journal(self._done)
-                new_files = [path for path in self.path.iterdir() if path not in before]
+                self._journal.rewrite(self._done.values())
             self.processes.wait()
             try:
                 yield
             finally:
-                journals = [path for path in (self.path / DONE, *self._parts()) if path.exists()]
-                if self._alone and self.path / RUN in new_files and not any(path.stat().st_size for path in journals):
-                    for path in (*new_files, *journals):
-                        path.unlink(missing_ok=True)
+                added = set(self.path.glob("*")) - before
+                if self.processes.size == 1 and self.path / RUN in added and not any(path.is_dir() for path in added):
+                    for path in added:
+                        path.unlink()
 
-    def write(
-        self, item: Item, stamp: list[str | int] | None, image: np.ndarray, labels: np.ndarray, colours: np.ndarray
-    ) -> Shares:
+    def write(self, item: Item, stamp: list[str | int] | None, image: np.ndarray, labels: np.ndarray) -> Shares:
         """Write mask and overlay of `image` uint8 [H,W,3] with labels uint8 [H,W], then a line of the journal."""
+        colours = pictures.palette(256)
         pictures.save(self.overlay(item), pictures.overlay(image, labels, colours))
         pictures.write_mask(self.mask(item), labels, colours)
         shares = {str(k): round(float(n) / labels.size, 6) for k, n in enumerate(np.bincount(labels.ravel())) if n}
         self._journal.append({"stem": item.stem, "stamp": stamp, "shares": shares})
         return shares
 
-    def join_journals(self) -> None:
-        """Put the files of all processes together, once nobody writes any more."""
-        self._alone = True
-        if self._parts():
-            self._write_journal(self._read_journals())
-
-    def _journal_path(self, rank: int) -> Path:
-        return self.path / (DONE if rank == 0 else f"done-{rank}.jsonl")
-
-    def _parts(self) -> list[Path]:
-        """The files of all processes but the first, also of an earlier command with more of them."""
-        return sorted(path for path in self.path.glob("done-*.jsonl") if PART.fullmatch(path.name))
-
-    def _read_journals(self) -> dict[str, dict[str, Any]]:
-        records = [record for path in (self.path / DONE, *self._parts()) for record in Journal(path).read()]
-        return {str(record.get("stem")): record for record in records}
-
-    def _write_journal(self, records: dict[str, dict[str, Any]]) -> None:
-        parts = self._parts()
-        Journal(self.path / DONE).rewrite(records.values())
-        for path in parts:  # a kill before this leaves lines twice, which does no harm
-            path.unlink(missing_ok=True)
-
 
 def segment(
-    segmenter: Segmenter,
-    items: Sequence[Item],
-    done: Collection[str],
-    folder: Predictions,
-    *,
-    mirror: bool,
-    short_side: int | None,
+    segmenter: Segmenter, items: Sequence[Item], done: dict[str, Shares], folder: Predictions, **options: Any
 ) -> Outcome:
-    """Segment this process's share of the `items` that are not `done`, until a signal stops it.
+    """Segment the `items` that are not `done`, each process a share of them, until a signal stops it.
 
-    mirror, short_side: see `Segmenter.predict`.
+    The outcome is that of all processes. options: as for `Segmenter.predict`.
     """
-    rank, size = folder.processes.rank, folder.processes.size
-    outcome = Outcome()
-    colours = pictures.palette(segmenter.groups)
+    processes, outcome = folder.processes, Outcome()
     todo = [item for item in items if item.name not in done]
     bar = Bar(total=len(items), initial=len(items) - len(todo), desc="predict", unit="image")
     with bar, StopRequest() as stop:
-        for item in todo[rank::size]:
+        for item in todo[processes.rank :: processes.size]:
             if stop.number is not None:
                 outcome.signal = stop.number
                 break
             try:
                 stamp, image = item.stamp(), segmenter.pixels(item.file)
-                labels = segmenter.predict(image, mirror=mirror, short_side=short_side).astype(np.uint8)
+                labels = segmenter.predict(image, **options).astype(np.uint8)
             except ImageError as error:
-                outcome.skipped[item.name] = error
-                say_skipped(item, error)
+                outcome.skipped[item.name] = ImageError(item.file, error.reason, error.advice)
+                say_skipped(outcome.skipped[item.name])
             else:
-                outcome.shares[item.name] = folder.write(item, stamp, image, labels, colours)
-            bar.update(min(size, bar.total - bar.n))  # the others are about as far
-    return outcome
+                outcome.shares[item.name] = folder.write(item, stamp, image, labels)
+            bar.update(min(processes.size, bar.total - bar.n))  # the others are about as far
+    with announced("waiting    for the other processes"):
+        outcomes = processes.all(outcome)
+    for other in outcomes[1:]:  # which could not be heard
+        for skipped in other.skipped.values():
+            say_skipped(skipped)
+    return Outcome(
+        shares=dict(ChainMap(done, *(outcome.shares for outcome in outcomes))),
+        skipped=dict(ChainMap(*(outcome.skipped for outcome in outcomes))),
+        signal=next((outcome.signal for outcome in outcomes if outcome.signal is not None), None),
+    )
 
 
-def say_skipped(item: Item, error: ImageError) -> None:
-    say(printable(f"skipped: {item.file}: {error.reason}; {error.advice}"))
+def say_skipped(error: ImageError) -> None:
+    say(printable(f"skipped: {error}"))
 
 
 def mean_shares(shares: Collection[Shares]) -> Shares:
     """The mean over images, whatever their sizes."""
-    totals: Counter[str] = Counter()
-    for image in shares:
-        totals.update(image)
-    return {k: round(totals[k] / len(shares), 6) for k in sorted(totals, key=int)}
+    groups = sorted({k for image in shares for k in image}, key=int)
+    return {k: round(sum(image.get(k, 0) for image in shares) / len(shares), 6) for k in groups}
 
 
-def draw_sheet(path: Path, done: Sequence[Item], folder: Predictions, segmenter: Segmenter, mean: Shares) -> None:
+def draw_sheet(folder: Predictions, done: Sequence[Item], mean: Shares) -> None:
     """Draw images evenly spaced over all that are done, read back from the disk."""
 
     def shown() -> Iterator[Shown]:
-        for place in evenly_spaced(len(done), SHEET_IMAGES).tolist():
-            try:
-                image, labels = read_image(done[place].file), read_label(folder.mask(done[place]))
-            except ImageError:  # removed or damaged since
-                continue
-            yield done[place].name, image, labels
+        for item in (done[place] for place in spread(len(done), SHEET_IMAGES)):
+            with suppress(ImageError):  # removed or damaged since
+                yield item.name, read_image(item.file), read_label(folder.mask(item))
 
     title = f"{min(len(done), SHEET_IMAGES)} of {len(done)} images, {len(mean)} groups"
     shares = {int(k): share for k, share in mean.items()}
-    pictures.save(path, groups_sheet(shown(), pictures.palette(segmenter.groups), shares, title))
+    pictures.save(folder.path / SHEET, groups_sheet(shown(), pictures.palette(256), shares, title))
 
 
 def items_below(root: Path) -> list[Item]:
     """The images at or below `root`, without the masks of a labelled layout. UserError when none is left."""
     layout = recognise(root)
     if layout is not None:  # its label files are images too
-        advice = "the pictures alone" if layout.pictures is None else str(layout.pictures)
+        advice = layout.pictures or "the pictures alone"
         raise UserError(f"--images {root}: is {layout.title}, which holds more than pictures; give {advice}")
     files = find_images(root, "--images")
     top = root if root.is_dir() else root.parent
@@ -234,8 +201,6 @@ def output_stems(files: Sequence[Path]) -> list[str]:
 
     They have no suffix, but where a.jpg and a.png would get the same name.
     """
-    names = {file.as_posix().casefold() for file in files}
     stems = [file.with_suffix("").as_posix() for file in files]
-    count = Counter(stem.casefold() for stem in stems)
-    taken = names | {stem for stem in count if count[stem] > 1}
-    return [file.as_posix() if stem.casefold() in taken else stem for file, stem in zip(files, stems)]
+    names = Counter(name.casefold() for name in (*stems, *(file.as_posix() for file in files)))
+    return [stem if names[stem.casefold()] == 1 else file.as_posix() for file, stem in zip(files, stems)]

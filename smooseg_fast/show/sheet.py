@@ -29,12 +29,10 @@ def groups_sheet(shown: Iterable[Shown], colours: np.ndarray, shares: Mapping[in
     """
     cells = [(name, *thumbnails(image, labels, colours)) for name, image, labels in shown]
     if not cells:
-        raise UserError(
-            "the sheet has no images to show, because none of them can be read any more; put them back and try again"
-        )
+        raise UserError("the sheet has no images to show: none of them can be read any more; put them back")
     across = 2 if len(cells) > 3 else 1
     rows = [cells[start : start + across] for start in range(0, len(cells), across)]
-    legend = [(tuple(colours[k]), f"{k}: {100 * share:.0f} %") for k, share in shares.items() if share >= NAMED]
+    legend = [(colours[k].tolist(), f"{k}: {100 * share:.0f} %") for k, share in shares.items() if share >= NAMED]
     return pictures.contact_sheet(
         [[picture for _, *three in row for picture in three] for row in rows],
         ["image", "groups over it", "groups"] * across,
@@ -50,4 +48,4 @@ def thumbnails(image: np.ndarray, labels: np.ndarray, colours: np.ndarray) -> tu
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     labels = np.array(Image.fromarray(labels).resize(small.size, Image.Resampling.NEAREST))
     image = np.array(small)
-    return image, pictures.overlay(image, labels, colours), pictures.overlay(image, labels, colours, 1.0)
+    return image, pictures.overlay(image, labels, colours), colours[labels]

@@ -108,7 +108,7 @@ def report(config: EvaluateConfig, dataset: Dataset, store: FeatureStore, counts
     from .measure.scores import hungarian, majority, percent, scores_table
     from .show import charts, pictures
 
-    names = dataset.class_names
+    names = classes_of(dataset)
     best = hungarian(counts)
     matched = {"hungarian": best, "majority": majority(counts)}
     out = Path(config.out).expanduser() if config.out else Path(config.checkpoint).parent / "evaluation"

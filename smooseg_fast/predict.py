@@ -17,7 +17,6 @@ from .system.files import write_json
 from .system.signals import Interrupted
 
 if TYPE_CHECKING:
-    from .datasets.images import ImageError
     from .segment.segmenter import Segmenter
     from .show.predictions import Item, Outcome, Predictions
     from .system.processes import Processes

@@ -68,7 +68,7 @@ class Predictions(OutFolder):
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], processes: Processes):
-        super().__init__(path, settings, record=RUN, made=(MASKS, OVERLAYS, SHARES, SHEET), below=(MASKS, OVERLAYS))
+        super().__init__(path, settings, record=RUN, outputs=(MASKS, OVERLAYS, SHARES, SHEET), below=(MASKS, OVERLAYS))
         self.processes, self._journal = processes, Journal(path / DONE)
         self._done = {record.get("stem"): record for record in self._journal.read()} if processes.first else {}
 
@@ -164,7 +164,7 @@ def draw_sheet(folder: Predictions, done: Sequence[Item], mean: Shares) -> None:
     """Draw images evenly spaced over all that are done, read back from the disk."""
 
     def shown() -> Iterator[Shown]:
-        for item in (done[place] for place in spread(len(done), SHEET_IMAGES)):
+        for item in (done[place] for place in evenly_spaced(len(done), SHEET_IMAGES)):
             with suppress(ImageError):  # removed or damaged since
                 yield item.name, read_image(item.file), read_label(folder.mask(item))
 

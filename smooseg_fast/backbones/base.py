@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -65,6 +66,15 @@ class Backbone(ABC):
                 f"(patch {self.patch}), not {describe(features)}; use a backbone that keeps one feature row per patch"
             )
         return features.detach().contiguous(), grid
+
+
+@contextmanager
+def naming(subject: str) -> Iterator[None]:
+    """Puts `subject`, an argument and its value or a file, before the UserErrors of the `with` block."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{subject}: {error}") from error
 
 
 def describe(value: object) -> str:

@@ -146,7 +146,7 @@ def _checkpoint(header: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoin
     check_fields(config)
     return Checkpoint(
         config=config,
-        head=_head(_below("head.", tensors)),
+        head=head_of(_below("head.", tensors)),
         step=step,
         backbone_name=backbone["name"],
         backbone_digest=backbone["digest"],
@@ -155,7 +155,8 @@ def _checkpoint(header: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoin
     )
 
 
-def _head(weights: dict[str, Tensor]) -> Head:
+def head_of(weights: Mapping[str, Tensor]) -> Head:
+    """The head with this state. ValueError or KeyError where names, shapes or values do not fit."""
     (K, Z), (_, D) = weights["student"].shape, weights["projection.linear.weight"].shape
     if not 1 <= K <= GROUPS:
         raise ValueError(f"{K} prototypes, and 1 to {GROUPS} are possible")

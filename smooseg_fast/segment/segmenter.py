@@ -13,7 +13,7 @@ from torch import Tensor
 import smooseg_kernels as sk
 
 from ..backbones import Backbone, build_vit, load_backbone
-from ..backbones.base import digest_of
+from ..backbones.base import digest_of, naming
 from ..backbones.weights import is_pickle
 from ..config import TrainConfig
 from ..datasets.images import ImageError, as_rgb, read_image, require_patch
@@ -39,17 +39,14 @@ class Segmenter:
         self.head = checkpoint.head.to(backbone.device).eval()
 
     def __repr__(self) -> str:
-        granularity = self.config.granularity
-        parts = {
-            "groups": self.groups,
-            "backbone": self.backbone.name,
-            "size": self.config.eval_size,
-            "device": str(self.backbone.device),
-            "step": self.checkpoint.step,
-            **({} if granularity is None else {"granularity": granularity[0]}),
-            **({} if self.path is None else {"path": str(self.path)}),
-        }
-        return f"Segmenter({', '.join(f'{name}={value!r}' for name, value in parts.items())})"
+        granularity, path = self.config.granularity, self.path
+        return (
+            f"Segmenter(groups={self.groups}, backbone={self.backbone.name!r}, size={self.config.eval_size}, "
+            f"device={str(self.backbone.device)!r}, step={self.checkpoint.step}"
+            + ("" if granularity is None else f", granularity={granularity[0]}")
+            + ("" if path is None else f", path={str(path)!r}")
+            + ")"
+        )
 
     @classmethod
     def load(
@@ -66,11 +63,14 @@ class Segmenter:
         Raises:
             UserError: for a damaged or foreign file, and when the backbone is missing.
         """
-        path, device = Path(path).expanduser(), pick_device(device)
-        published = read_published(path, f"--checkpoint {path}") if is_pickle(path) else None
-        checkpoint = read_checkpoint(path) if published is None else published.checkpoint
-        if published is not None and backbone is None:
-            frozen = build_vit(str(path), published.vit, device, precision)
+        path, device, vit = Path(path).expanduser(), pick_device(device), None
+        if is_pickle(path):
+            with naming(f"--checkpoint {path}"):
+                checkpoint, vit = read_published(path)
+        else:
+            checkpoint = read_checkpoint(path)
+        if vit is not None and backbone is None:
+            frozen = build_vit(str(path), vit, device, precision)
         elif backbone is None and ":" in checkpoint.backbone_name:
             raise UserError(
                 f"--backbone: missing; {path} was trained on {checkpoint.backbone_name}, and a checkpoint never "

@@ -17,7 +17,6 @@ import math
 import os
 import re
 import sys
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +43,9 @@ class CustomBackbone(Backbone):
             state = {name: value for name, value in self.target.state_dict().items() if isinstance(value, Tensor)}
         patch, note = getattr(self.target, "patch", None), getattr(self.target, "digest", "")
         if patch is not None and (type(patch) is not int or patch < 1):
-            raise UserError(
-                f"its attribute `patch` is {describe(patch)}; set it to the pixels of a patch's side, 1 or more"
-            )
+            raise UserError(f"its `patch` is {describe(patch)}; set it to the pixels of a patch's side, 1 or more")
         if not isinstance(note, str):
-            advice = "set it to text that changes with the weights"
-            raise UserError(f"its attribute `digest` is {describe(note)}; {advice}")
+            raise UserError(f"its `digest` is {describe(note)}; set it to text that changes with the weights")
         side = PROBE if patch is None else patch * math.ceil(PROBE / patch)
         probe = torch.zeros(1, 3, side, side, device=device)
         try:
@@ -79,14 +75,11 @@ def _resolve(spec: str) -> Any:
         target = target() if inspect.isclass(target) else target
     except Exception as error:
         raise UserError(
-            f"importing it failed ({reason(error)}); correct it, or run from the folder that holds {module}, or put "
+            f"importing it failed ({reason(error)}); correct it, or run from the folder that holds {module} or with "
             "that folder on PYTHONPATH; a class must need no arguments"
         ) from error
     if not callable(target):
-        raise UserError(
-            f"is {describe(target)}, which cannot be called; name a function, a class with __call__(images) or a "
-            "torch.nn.Module"
-        )
+        raise UserError(f"is {describe(target)}, which cannot be called; name a function, a class or a module of torch")
     return target
 
 
@@ -100,26 +93,18 @@ def _sources(spec: str, target: Any) -> list[bytes]:
 
 def _read(output: Any, images: Tensor, patch: int | None) -> tuple[Tensor, int]:
     """Either accepted form -> (features [B,P,D] in at most float32, `patch` or that of the output's grid)."""
-    features, grid = output, ()
-    if isinstance(output, Tensor) and output.ndim == 4:
-        features, grid = output.flatten(2).transpose(1, 2), output.shape[-2:]
-    elif isinstance(output, (tuple, list)) and len(output) == 2 and isinstance(output[1], (tuple, list)):
-        features, grid = output
     B, _, height, width = images.shape
-    if not (
-        isinstance(features, Tensor)
-        and features.ndim == 3
-        and features.is_floating_point()
-        and len(grid) == 2
-        and all(isinstance(side, Integral) and side > 0 for side in grid)
-        and features.shape[:2] == (B, grid[0] * grid[1])
-        and features.shape[2] > 0
-    ):
+    try:
+        features, (h, w) = (output.flatten(2).mT, output.shape[2:]) if isinstance(output, Tensor) else output
+        fits = features.shape[:2] == (B, h * w) and features.ndim == 3 and features.is_floating_point()
+    except (TypeError, ValueError, AttributeError, LookupError):
+        fits = False
+    if not fits or 0 in features.shape:
         raise UserError(f"gave {describe(output)} for B={B}; it must give {FORMS}, in floating point")
-    patch = patch or max(1, height // int(grid[0]))
-    if (grid[0] * patch, grid[1] * patch) != (height, width):
+    patch = patch or max(1, height // h)
+    if (h * patch, w * patch) != (height, width):
         raise UserError(
-            f"gave a grid of {grid[0]}x{grid[1]} for {height}x{width} pixels, which are no patches of {patch}x{patch}; "
+            f"gave a grid of {h}x{w} for {height}x{width} pixels, which are no patches of {patch}x{patch}; "
             "set its attribute `patch` to the pixels of a patch's side"
         )
-    return (features.float() if features.dtype == torch.float64 else features), patch
+    return (features.float() if features.dtype == torch.float64 else features), int(patch)

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .base import Backbone, reason
-from .vitfiles import CONFIG, INDEX, PREPROCESSOR, WEIGHTS, VitFiles, weight_files
+from .vitfiles import CONFIG, PREPROCESSOR, SHARDS, WEIGHTS, VitFiles, weight_files
 
-WANTED = [CONFIG, PREPROCESSOR, WEIGHTS, INDEX, "model-*-of-*.safetensors"]
+WANTED = [CONFIG, PREPROCESSOR, WEIGHTS, SHARDS]
 # published with the resizing of `dino_positions`; the other families resize as transformers does
 DINO_RESIZED = ("vit", "dinov2")
 BELONG = "use files that belong together"

@@ -16,7 +16,7 @@ from ..system.files import write_atomic, write_json
 from .base import digest_of, reason
 
 CONFIG, PREPROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
-INDEX, AGAIN = "model.safetensors.index.json", "copy or download it again"
+SHARDS, AGAIN = "model-*-of-*.safetensors", "copy or download it again"
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of RGB in 0..1
 # keys of config.json that do not affect the features
 NOTES = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
@@ -37,22 +37,17 @@ class VitFiles:
     mean: tuple[float, ...] = IMAGENET[0]
     std: tuple[float, ...] = IMAGENET[1]
 
-    @property
-    def kind(self) -> str:
-        return str(self.config.get("model_type"))
-
     def digest(self) -> str:
         """Hex digest of weights, configuration and normalisation, independent of the file they came from."""
         function = {key: value for key, value in self.config.items() if key not in NOTES}
         return digest_of("vit-1", json.dumps([function, self.mean, self.std], sort_keys=True), self.weights)
 
-    def write(self, folder: Path) -> Path:
+    def write(self, folder: Path) -> None:
         """Writes a folder that `read_folder` and transformers can read, the configuration last."""
         weights = {name: value.contiguous() for name, value in self.weights.items()}
         write_atomic(folder / WEIGHTS, save(weights, {"format": "pt"}))
         write_json(folder / PREPROCESSOR, {"image_mean": self.mean, "image_std": self.std})
         write_json(folder / CONFIG, self.config)
-        return folder
 
 
 def read_folder(folder: Path) -> VitFiles:
@@ -63,10 +58,8 @@ def read_folder(folder: Path) -> VitFiles:
     values = _read_json(folder / PREPROCESSOR) if (folder / PREPROCESSOR).is_file() else {}
     mean, std = (_channels(folder, values, key, usual) for key, usual in zip(("image_mean", "image_std"), IMAGENET))
     if not (files := weight_files(folder)):
-        raise UserError(
-            f"no {WEIGHTS} (or all of its shards) in {folder}; pickled weights are never loaded: "
-            "save the model again with save_pretrained"
-        )
+        advice = "pickled weights are never loaded: save the model again with save_pretrained"
+        raise UserError(f"no {WEIGHTS} (or all of its shards) in {folder}; {advice}")
     weights: dict[str, Tensor] = {}
     for file in files:
         try:
@@ -77,15 +70,11 @@ def read_folder(folder: Path) -> VitFiles:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of the weights: a single one or all shards in the index; empty if any is missing."""
+    """The safetensors files of the weights: a single one or all shards; empty if any is missing."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        shards = {folder / Path(name).name for name in index["weight_map"].values()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return []
-    return sorted(shards) if all(shard.suffix == ".safetensors" and shard.is_file() for shard in shards) else []
+    shards = sorted(folder.glob(SHARDS))
+    return shards if shards and shards[0].stem.endswith(f"-of-{len(shards):05}") else []
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -87,9 +87,7 @@ def read(path: Path) -> Any:
     Raises UserError, one line, for a damaged or hostile file and for one of another kind.
     """
     try:
-        with open(path, "rb") as file:
-            names = _names_in(file)
-        value = _load(path, names - REAL)
+        value = _load(path, _names_in(path) - REAL)
         _require_plain(value, path.stat().st_size)
     except UserError as error:
         raise UserError(f"{error}; {REMEDY}") from error
@@ -100,15 +98,16 @@ def read(path: Path) -> Any:
     return value
 
 
-def _names_in(file: IO[bytes]) -> set[str]:
+def _names_in(path: Path) -> set[str]:
     """The names of all classes and functions in a file of torch.save."""
-    start = file.read(len(LEGACY))
-    file.seek(0)
-    if start.startswith(ZIP):
-        return _scan(io.BytesIO(_checked_pickle(file)))
-    if start != LEGACY:
-        raise UserError("is no file of torch.save")
-    names = set().union(*(_scan(file) for _ in range(LEGACY_PICKLES)))
+    with open(path, "rb") as file:
+        start = file.read(len(LEGACY))
+        file.seek(0)
+        if start.startswith(ZIP):
+            return _scan(io.BytesIO(_checked_pickle(file)))
+        if start != LEGACY:
+            raise UserError("is no file of torch.save")
+        names = set().union(*(_scan(file) for _ in range(LEGACY_PICKLES)))
     if foreign := names - REAL:
         raise UserError(f"dates from before PyTorch 1.6 and holds more than weights ({min(foreign)[:120]})")
     return names

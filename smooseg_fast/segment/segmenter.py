@@ -23,6 +23,8 @@ from .model import project
 from .published import read_published
 from .tiles import code_map
 
+Picture = np.ndarray | Image.Image | str | Path
+
 
 class Segmenter:
     """A frozen backbone with learnt projection and prototypes, from `fit` or, by `Segmenter.load`, from a file."""
@@ -107,9 +109,7 @@ class Segmenter:
         return digest_of(self.head.state_dict(), self.config.resample)
 
     @torch.no_grad()
-    def predict(
-        self, image: np.ndarray | Image.Image | str | Path, *, mirror: bool = True, short_side: int | None = None
-    ) -> np.ndarray:
+    def predict(self, image: Picture, *, mirror: bool = True, short_side: int | None = None) -> np.ndarray:
         """Label every pixel of an image -> int64 [H,W] in 0..K-1.
 
         Args:
@@ -135,7 +135,7 @@ class Segmenter:
         grid, rows = codes.codes.shape[:2], codes.codes.flatten(0, 1)[None]
         return sk.assign(rows, self.head.teacher, grid=grid, size=codes.size)[0, :H, :W].cpu().numpy()
 
-    def pixels(self, image: np.ndarray | Image.Image | str | Path) -> np.ndarray:
+    def pixels(self, image: Picture) -> np.ndarray:
         """Read what `predict` takes as uint8 [H,W,3].
 
         ImageError, a UserError, for a file that cannot be decoded and for an image smaller than one patch of the
@@ -160,7 +160,7 @@ class Segmenter:
         }
 
 
-def rgb_of(image: np.ndarray | Image.Image | str | Path) -> np.ndarray:
+def rgb_of(image: Picture) -> np.ndarray:
     """Read an image of any kind as uint8 [H,W,3]. UserError for other arrays and objects."""
     if isinstance(image, (str, Path)):
         return read_image(image)
@@ -173,7 +173,7 @@ def rgb_of(image: np.ndarray | Image.Image | str | Path) -> np.ndarray:
     return np.repeat(image[..., None], 3, 2) if image.ndim == 2 else image
 
 
-def _name(image: np.ndarray | Image.Image | str | Path) -> str | Path:
+def _name(image: Picture) -> str | Path:
     """Return the name of an image in errors."""
     return image if isinstance(image, (str, Path)) else "image"
 

@@ -129,8 +129,9 @@ class Segmenter:
         try:
             codes = code_map(pixels, self.codes, patch, short_side=side, resample=self.config.resample, mirror=mirror)
         except MemoryError as error:
+            name = image if isinstance(image, (str, Path)) else "image"
             reason = f"does not fit into memory with its short side at {side} pixels"
-            raise ImageError(_name(image), reason, "give a smaller --short-side, or cut it into tiles") from error
+            raise ImageError(name, reason, "give a smaller --short-side, or cut it into tiles") from error
         H, W = pixels.shape[:2]
         grid, rows = codes.codes.shape[:2], codes.codes.flatten(0, 1)[None]
         return sk.assign(rows, self.head.teacher, grid=grid, size=codes.size)[0, :H, :W].cpu().numpy()
@@ -141,8 +142,19 @@ class Segmenter:
         ImageError, a UserError, for a file that cannot be decoded and for an image smaller than one patch of the
         backbone; UserError for other arrays.
         """
-        pixels = rgb_of(image)
-        require_patch(pixels, self.backbone.patch, _name(image))
+        name: str | Path = "image"
+        if isinstance(image, (str, Path)):
+            name, pixels = image, read_image(image)
+        elif isinstance(image, Image.Image):  # np.asarray would give the palette indices of some
+            pixels = as_rgb(image, image.format)
+        else:
+            pixels = np.asarray(image)
+            if pixels.dtype != np.uint8 or pixels.shape[2:] not in ((), (3,)) or pixels.ndim < 2:
+                plain = pixels.dtype != object and pixels.ndim
+                got = f"{pixels.dtype} {list(pixels.shape)}" if plain else type(image).__name__
+                raise UserError(f"image: must be uint8 [H,W,3] RGB or [H,W] grey, a Pillow image, or a path; got {got}")
+            pixels = np.repeat(pixels[..., None], 3, 2) if pixels.ndim == 2 else pixels
+        require_patch(pixels, self.backbone.patch, name)
         return pixels
 
     def codes(self, images: Tensor) -> Tensor:
@@ -158,24 +170,6 @@ class Segmenter:
             "groups": self.groups,
             **self.checkpoint.report,
         }
-
-
-def rgb_of(image: Picture) -> np.ndarray:
-    """Read an image of any kind as uint8 [H,W,3]. UserError for other arrays and objects."""
-    if isinstance(image, (str, Path)):
-        return read_image(image)
-    if isinstance(image, Image.Image):  # np.asarray would give the palette indices of some
-        return as_rgb(image, image.format)
-    given, image = image, np.asarray(image)
-    if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
-        got = type(given).__name__ if image.dtype == object or not image.ndim else f"{image.dtype} {list(image.shape)}"
-        raise UserError(f"image: must be uint8 [H,W,3] RGB or [H,W] grey, a Pillow image, or a path; got {got}")
-    return np.repeat(image[..., None], 3, 2) if image.ndim == 2 else image
-
-
-def _name(image: Picture) -> str | Path:
-    """Return the name of an image in errors."""
-    return image if isinstance(image, (str, Path)) else "image"
 
 
 def _next_to(checkpoint: Path, name: str) -> str:

@@ -301,10 +301,7 @@ def without(value, name, replacement=None):
             lambda v: without(v, "projection.cluster2.0.weight", torch.ones(64, 32, 1, 1)),
             "hidden.weight is torch.float32 [64, 32] and not numbers [64, 64]",
         ),
-        (
-            lambda v: without(v, "projection.cluster1.0.weight", torch.ones(64, 64, 3, 3)),
-            "and not numbers [576, 576]",
-        ),
+        (lambda v: without(v, "projection.cluster1.0.weight", torch.ones(64, 64, 3, 3)), "and not numbers [576, 576]"),
         (
             lambda v: without(v, "prediction.global_clusters", torch.full((5, 64), torch.nan)),
             "teacher has values that are NaN",

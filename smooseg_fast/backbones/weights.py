@@ -2,8 +2,8 @@
 
 A pickle is a program that may call any function by name. `torch.load(weights_only=True)` calls only those on a list.
 Weights need the few of that list in `REAL`; every other name is refused here, or stands for an `Inert` that stores its
-arguments and does nothing. Tensors are views of the mapped file, so no lie about a size takes memory. A file built to
-copy its own lists over and over can still exhaust it.
+arguments and does nothing. Tensors are views of the mapped file, so no lie about a size takes memory (of before
+PyTorch 1.6 they are read, and torch checks their sizes).
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ It relies on names and shapes alone: `net.model.*` is the backbone, `projection.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ NAMES = {"prediction.local_clusters": "student", TEACHER: "teacher"} | {
     f"{theirs}.{kind}": f"projection.{ours}.{kind}" for theirs, ours in LAYERS.items() for kind in ("weight", "bias")
 }
 DATASETS = {"cityscapes": "cityscapes", "coco": "cocostuff27", "potsdam": "potsdam"}  # a word of theirs -> our preset
-SETTINGS_DEPTH, SETTINGS_NODES, TEXT_LENGTH = 64, 20_000, 2_000  # a small file can refer to one list very often
+SETTINGS_DEPTH, MOST_SETTINGS, TEXT_LENGTH = 64, 20_000, 2_000  # a small file can refer to one list very often
 
 
 def read_published(path: Path) -> tuple[Checkpoint, VitFiles]:
@@ -51,7 +53,8 @@ def read_published(path: Path) -> tuple[Checkpoint, VitFiles]:
         raise UserError(
             f"its projection takes {dim} channels, its backbone gives {vit.config['hidden_size']}; download it again"
         )
-    settings = _flat(plain(value.get("hyper_parameters")))
+    leaves = islice(settings_in(value.get("hyper_parameters")), MOST_SETTINGS)
+    settings = {name: leaf for name, leaf in leaves if name}
     features = _setting(settings, "dino_feat_type")
     if features not in (None, "feat"):
         raise UserError(f"was trained on {features!r} of the backbone; only its last tokens (feat) are supported")
@@ -89,29 +92,20 @@ def _config(dataset: Any, K: int, Z: int, backbone: str) -> TrainConfig:
     return dataclasses.replace(base, prototypes=K, code_dim=Z, backbone=backbone, **unknown)
 
 
-def plain(value: Any) -> Any:
-    """`value` for JSON: omegaconf's trees, namespaces and paths by their content, other objects as "<module.Class>"."""
-    left = SETTINGS_NODES
-
-    def walk(value: Any, depth: int) -> Any:
-        nonlocal left
-        left -= 1
-        if left < 0 or depth > SETTINGS_DEPTH or (isinstance(value, int) and value.bit_length() > 1000):
-            return "..."  # Python writes no such number as text
-        if isinstance(value, str):
-            return value[:TEXT_LENGTH]
-        if value is None or isinstance(value, (bool, int, float)):
-            return value
-        if isinstance(value, dict):
-            items = ((str(walk(key, SETTINGS_DEPTH - 1)), walk(item, depth + 1)) for key, item in value.items())
-            return {key: item for key, item in items if left > 0}
-        if isinstance(value, (list, tuple, set)):
-            return [walk(item, depth + 1) for item in value if left > 0]
-        if isinstance(value, Inert):
-            return walk(_content(value), depth + 1)
-        return value.kind if isinstance(value, type) and issubclass(value, Inert) else f"<{type(value).__name__}>"
-
-    return walk(value, 0)
+def settings_in(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """The leaves of dicts, lists and omegaconf's trees under dotted names, ready for JSON; other objects by class."""
+    deeper = depth < SETTINGS_DEPTH and len(name) <= TEXT_LENGTH
+    if isinstance(value, Inert) and deeper:
+        yield from settings_in(_content(value), name, depth + 1)
+    elif isinstance(value, (dict, list, tuple, set)) and value and deeper:
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        for number, (key, item) in enumerate(pairs):
+            part = key[:TEXT_LENGTH] if isinstance(key, str) else str(number)
+            yield from settings_in(item, f"{name}.{part}" if name else part, depth + 1)
+    elif value is None or isinstance(value, float) or (isinstance(value, int) and value.bit_length() < 1000):
+        yield name, value  # Python writes no larger number as text
+    else:
+        yield name, value[:TEXT_LENGTH] if isinstance(value, str) else f"<{type(value).__name__}>"
 
 
 def _content(value: Inert) -> Any:
@@ -125,16 +119,6 @@ def _content(value: Inert) -> Any:
     if value.kind.startswith("pathlib.") and all(isinstance(part, str) for part in value.args):
         return "/".join(value.args).replace("//", "/")
     return repr(value)
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Dicts in dicts as one, with dotted names."""
-    if not isinstance(value, dict):
-        return {prefix.removesuffix("."): value} if prefix else {}
-    flat: dict[str, Any] = {}
-    for name, item in value.items():
-        flat |= _flat(item, f"{prefix}{name}.")
-    return flat
 
 
 def _setting(settings: dict[str, Any], *names: str) -> Any:

@@ -83,9 +83,7 @@ def describe(value: object) -> str:
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     if isinstance(value, (tuple, list)) and len(value) <= 4:
         return f"a {type(value).__name__} of ({', '.join(describe(item) for item in value)})"
-    if isinstance(value, (int, float, str, bool, type(None))):
-        return repr(value)
-    return f"a {type(value).__name__}"
+    return repr(value) if isinstance(value, (int, float, str, type(None))) else f"a {type(value).__name__}"
 
 
 def reason(error: BaseException) -> str:

@@ -42,12 +42,11 @@ SWIGLU = {"norm1": "norm1", "norm2": "norm2", "mlp.w12": "mlp.weights_in", "mlp.
 def read_original(path: Path) -> VitFiles:
     """The network in a file of torch.save. Executes nothing. UserErrors are one line."""
     value = read(path)
-    tables = [value.get(holder) for holder in HOLDERS] + [value] if isinstance(value, dict) else []
-    for table in tables:
-        names = [name for name in table if isinstance(name, str)] if isinstance(table, dict) else []
-        prefixes = sorted(name.removesuffix(STEM) for name in names if name.endswith(STEM))
-        if prefixes:
-            return vit_files(below(min(prefixes, key=len), table))
+    tables: list[Any] = [value.get(holder) for holder in HOLDERS] + [value] if isinstance(value, dict) else []
+    for table in filter(lambda table: isinstance(table, dict), tables):
+        names = [name for name in table if isinstance(name, str) and name.endswith(STEM)]
+        if names:
+            return vit_files(below(min(sorted(names), key=len).removesuffix(STEM), table))
     raise UserError(f"no vision transformer of DINO or DINOv2 is in it (no {STEM}); {NEEDS}")
 
 
@@ -74,7 +73,7 @@ def vit_files(weights: Mapping[str, Any]) -> VitFiles:
     if missing or unknown:
         problem = f"{missing[0]} is missing" if missing else f"{unknown[0]} has no place in it"
         raise UserError(f"not a whole {title(config)}, or another network ({problem}); {NEEDS}")
-    files = {}
+    files: dict[str, Tensor] = {}
     for name, parts in names.items():
         # copies: safetensors does not write two parts of one storage, and a mapped file may be removed
         files |= {part: rows.clone() for part, rows in zip(parts, weights[name].chunk(len(parts)))}

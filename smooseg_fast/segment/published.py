@@ -88,8 +88,9 @@ def _config(dataset: Any, K: int, Z: int, backbone: str) -> TrainConfig:
     presets = [preset for word, preset in DATASETS.items() if word in str(dataset).lower()]
     base = PRESETS[presets[0]] if presets else dataclasses.replace(PRESETS["cityscapes"], preset="folder")
     # a preset's thresholds suit one backbone; the file does not tell which ones it was trained with
-    unknown = dict(threshold_within=None, threshold_across=None)
-    return dataclasses.replace(base, prototypes=K, code_dim=Z, backbone=backbone, **unknown)
+    return dataclasses.replace(
+        base, prototypes=K, code_dim=Z, backbone=backbone, threshold_within=None, threshold_across=None
+    )
 
 
 def settings_in(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
@@ -114,7 +115,7 @@ def _content(value: Inert) -> Any:
     for name in ("_content", "_val"):  # omegaconf's containers and leaves
         if name in state:
             return state[name]
-    if state and not any(str(name).startswith("_") for name in state):  # such as argparse.Namespace
+    if state and all(isinstance(name, str) and name[:1] != "_" for name in state):  # such as argparse.Namespace
         return state
     if value.kind.startswith("pathlib.") and all(isinstance(part, str) for part in value.args):
         return "/".join(value.args).replace("//", "/")

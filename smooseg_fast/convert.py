@@ -40,42 +40,38 @@ class ConvertConfig:
 
 def main(args: Sequence[str]) -> None:
     config = parse(ConvertConfig, args, "convert")
-    from .backbones.base import digest_of
+    from .backbones.base import digest_of, naming
+    from .backbones.original import title
     from .backbones.weights import is_pickle
     from .learn.runfolder import CHECKPOINT
     from .segment.published import DATASETS, read_published
 
     path, out = Path(config.file).expanduser(), Path(config.out).expanduser()
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give a published .ckpt")
-    if not is_pickle(path):
-        raise UserError(f"{path}: is no file of torch.save; give a published .ckpt")
-    published = read_published(path, str(path))
-    checkpoint = dataclasses.replace(published.checkpoint, backbone_name=f"./{BACKBONE}")
-    (K, Z), dim = checkpoint.head.teacher.shape, published.architecture.dim
+    with naming(str(path)):
+        if not is_pickle(path):
+            problem = "is no file of torch.save" if path.is_file() else "no such file"
+            raise UserError(f"{problem}; give a published .ckpt")
+        checkpoint, vit = read_published(path)
+    checkpoint = dataclasses.replace(checkpoint, backbone_name=f"./{BACKBONE}")
+    (K, Z), dim = checkpoint.head.teacher.shape, vit.config["hidden_size"]
     print(
         f"found      SmooSeg after {checkpoint.step} steps: K = {K} prototypes of Z = {Z}, "
-        f"on D = {dim} channels of {published.architecture}"
+        f"on D = {dim} channels of {title(vit.config)}"
     )
-    settings = {
-        name: value
-        for name, value in published.settings.items()
-        if any(map(TELLING.fullmatch, re.split(r"[._]", name.lower())))
-    }
-    print(
-        "settings   "
-        + (printable(", ".join(f"{name} {value}" for name, value in settings.items())) or "none are in the file")
-    )
+    settings = checkpoint.report["published"]["hyper_parameters"]
+    telling = [name for name in settings if any(map(TELLING.fullmatch, re.split(r"[._]", name.lower())))]
+    listed = printable(", ".join(f"{name} {settings[name]}" for name in telling))
+    print(f"settings   {listed or 'none are in the file'}")
     preset = checkpoint.config.preset if checkpoint.config.preset in DATASETS.values() else None
     known = "the paper's; the file names none of its data sets" if preset is None else f"the paper's for {preset}"
     print(f"resolution {checkpoint.config.eval_size} pixels ({known})")
 
     content = {"backbone": checkpoint.backbone_digest, "head": digest_of(checkpoint.head.state_dict())}
-    OutFolder(out, content, record=RECORD, outputs=(CHECKPOINT,)).claim()
-    published.vit.write(out / BACKBONE)
-    file = checkpoint.write(out / CHECKPOINT)
-    print(f"written    {file}, and its backbone {out / BACKBONE}; move them together")
-    print("next       " + predict_command(file, "IMAGES", out / "predictions", checkpoint.backbone_name))
+    OutFolder(out, content, record=RECORD, made=(CHECKPOINT,)).claim()
+    vit.write(out / BACKBONE)
+    made = checkpoint.write(out / CHECKPOINT)
+    print(f"written    {made}, and its backbone {out / BACKBONE}; move them together")
+    print("next       " + predict_command(made, "IMAGES", out / "predictions", checkpoint.backbone_name))
     protocol = [] if preset is None else ["--preset", preset]
     print("           " + command_line("evaluate", *protocol, "--checkpoint", str(file), "--data", "DIR"))
 

@@ -101,7 +101,7 @@ def test_labels_of_a_dinov2_checkpoint(tmp_path):
 )
 def test_the_resolution_is_the_papers(tmp_path, settings, size, preset):
     path, *_ = make(tmp_path / "a.ckpt", settings)
-    config = read_published(path, "x").checkpoint.config
+    config = read_published(path)[0].config
     assert (config.eval_size, config.preset, config.resample) == (size, preset, "nearest")
     assert (config.prototypes, config.code_dim) == (5, 64)
 
@@ -216,7 +216,7 @@ def test_without_lightning_or_omegaconf_and_in_a_fresh_process(tmp_path):
     path, *_ = make(tmp_path / "a.ckpt")
     code = "import sys\nfor name in ('omegaconf', 'pytorch_lightning', 'transformers'): sys.modules[name] = None\n"
     code += "from pathlib import Path\nfrom smooseg_fast.segment.published import read_published\n"
-    code += f"print(read_published(Path({str(path)!r}), 'x').settings)"
+    code += f"print(read_published(Path({str(path)!r}))[0].report)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "'model.dino_patch_size': 8" in done.stdout
@@ -262,7 +262,7 @@ def test_a_file_that_would_run_code_does_nothing(tmp_path, capsys, where):
         value["state_dict"]["x"] = Calls()
     path = tmp_path / "evil.ckpt"
     path.write_bytes(pickle.dumps(Calls())) if where == "bare" else torch.save(value, path)
-    words = "none of torch.save" if where == "bare" else "asks for builtins.exec"
+    words = "no file of torch.save" if where == "bare" else "asks for builtins.exec"
     for command, args in commands(path):
         line = line_of(command, args, capsys)
         assert "evil.ckpt" in line
@@ -299,14 +299,15 @@ def without(value, name, replacement=None):
         (lambda v: without(v, "projection.cluster2.2.bias"), "projection.cluster2.2.bias is missing"),
         (
             lambda v: without(v, "projection.cluster2.0.weight", torch.ones(64, 32, 1, 1)),
-            "cluster2.0.weight is [64, 32] and not 64 x 64",
+            "hidden.weight is torch.float32 [64, 32] and not numbers [64, 64]",
         ),
+        (lambda v: without(v, "projection.cluster1.0.weight", torch.ones(64, 64, 3, 3)), "and not numbers [576, 576]"),
         (
-            lambda v: without(v, "projection.cluster1.0.weight", torch.ones(64, 64, 3, 3)),
-            "cluster1.0.weight is [64, 64, 3, 3]",
+            lambda v: without(v, "prediction.global_clusters", torch.full((5, 64), torch.nan)),
+            "teacher has values that are NaN",
         ),
-        (lambda v: without(v, "prediction.global_clusters", torch.full((5, 64), torch.nan)), "and not finite"),
-        (lambda v: without(v, "prediction.global_clusters", torch.ones(300, 64)), "300 prototypes; at most 255"),
+        (lambda v: without(v, "prediction.global_clusters", torch.ones(300, 64)), "teacher is torch.float32 [300, 64]"),
+        (lambda v: make_published(make_vit(**VIT), make_head(64, 300)), "300 prototypes, and 1 to 255 are possible"),
         (lambda v: without(v, "prediction.global_clusters", "text"), "is no tensor"),
         (lambda v: without(v, "net.model.norm.bias"), "norm.bias is missing"),
         (lambda v: without(v, "net.model.patch_embed.proj.weight"), "it has no patch_embed.proj.weight"),
@@ -339,7 +340,7 @@ def test_convert_of_what_is_no_file_of_torch(tmp_path, capsys):
 def test_a_weights_file_is_looked_for_next_to_the_checkpoint_that_names_it(tmp_path, monkeypatch):
     path, vit, _ = make(tmp_path / "a.ckpt")
     torch.save(vit, "vit.pth")
-    checkpoint = dataclasses.replace(read_published(path, "x").checkpoint, backbone_name="vit.pth")
+    checkpoint = dataclasses.replace(read_published(path)[0], backbone_name="vit.pth")
     checkpoint.write("ours.safetensors")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -365,5 +366,5 @@ def test_a_backbone_may_be_that_of_a_checkpoint(tmp_path):
     assert (
         load_backbone(str(path)).digest
         == load_backbone(str(tmp_path / "vit.pth")).digest
-        == read_published(path, "x").vit.digest()
+        == read_published(path)[1].digest()
     )

@@ -27,8 +27,7 @@ def make_vit(
 
     hidden = hidden or 4 * dim
     weights = OrderedDict(
-        cls_token=random(1, 1, dim, size=1.0),
-        pos_embed=random(1, 1 + (side // patch) ** 2, dim, size=1.0),
+        cls_token=random(1, 1, dim, size=1.0), pos_embed=random(1, 1 + (side // patch) ** 2, dim, size=1.0)
     )
     if scaled:
         weights["mask_token"] = random(1, dim, size=1.0)
@@ -137,16 +136,8 @@ def labels_by_hand(weights, head, image, *, mirror):
 
 def make_head(dim, prototypes=5, seed=3):
     generator = torch.Generator().manual_seed(seed)
-    shapes = dict(
-        W1=(64, dim),
-        b1=(64,),
-        W2=(dim, dim),
-        b2=(dim,),
-        W3=(64, dim),
-        b3=(64,),
-        student=(prototypes, 64),
-        teacher=(prototypes, 64),
-    )
+    shapes = dict(W1=(64, dim), b1=(64,), W2=(dim, dim), b2=(dim,), W3=(64, dim), b3=(64,))
+    shapes |= dict(student=(prototypes, 64), teacher=(prototypes, 64))
     return {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in shapes.items()}
 
 
@@ -188,14 +179,8 @@ def save_with_omegaconf(path, vit, head, settings, *, legacy=False):
     sys.modules.update(modules)
 
     def tree(value, parent=None):
-        described = {
-            "ref_type": typing.Any,
-            "object_type": dict,
-            "optional": True,
-            "flags": {"struct": True},
-            "key": None,
-        }
-        metadata = modules["omegaconf.base"].ContainerMetadata(**described)
+        described = {"ref_type": typing.Any, "object_type": dict, "optional": True, "flags": {"struct": True}}
+        metadata = modules["omegaconf.base"].ContainerMetadata(**described, key=None)
         kind = "dict" if isinstance(value, dict) else "list" if isinstance(value, list) else None
         if kind is None:
             return modules["omegaconf.nodes"].AnyNode(_metadata=metadata, _parent=parent, _val=value)

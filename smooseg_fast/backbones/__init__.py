@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError
-from .base import Backbone, reason
+from .base import Backbone, naming, reason
 from .original import read_original
 from .precision import compute_dtype
 from .vitfiles import VitFiles, read_folder
@@ -29,33 +29,30 @@ def load_backbone(spec: str, device: str | torch.device = "cpu", precision: str 
     "owner/name" is a transformers ViT on the hub, read from the local cache if that is complete. Raises UserError for a
     backbone that cannot be loaded and for a precision that it does not support.
     """
-    device = usable_device(device)
-    path = Path(spec).expanduser()
-    if spec == "filterbank":
-        from .filterbank import Filterbank
+    device, path = usable_device(device), Path(spec).expanduser()
+    backbone, files = None, None
+    with naming(f"--backbone {spec}"):
+        if spec == "filterbank":
+            from .filterbank import Filterbank
 
-        return _only_auto(precision, Filterbank(device))
-    if spec and path.is_dir():
-        return build_vit(spec, read_folder(spec, path), device, precision)
-    if path.is_file():
-        return build_vit(spec, read_original(path, f"--backbone {spec}")[1], device, precision)
-    if ":" in spec:
-        from .custom import CustomBackbone
+            backbone = Filterbank(device)
+        elif spec and path.is_dir():
+            files = read_folder(path)
+        elif path.is_file():
+            files = read_original(path)
+        elif ":" in spec:
+            from .custom import CustomBackbone
 
-        return _only_auto(precision, CustomBackbone(spec, device))
-    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", spec):
-        return build_vit(spec, None, device, precision)
-    missing = "there is no such folder or file" if "/" in spec else "unknown"
-    raise UserError(f"--backbone {spec}: {missing}; give {ACCEPTED}")
-
-
-def _only_auto(precision: str, backbone: Backbone) -> Backbone:
-    if precision in ("auto", backbone.precision):
-        return backbone
-    compute_dtype(precision, backbone.device)  # raises for an unknown precision
-    raise UserError(
-        f"--backbone-precision {precision}: {backbone.name} computes in {backbone.precision} alone; leave the flag out"
-    )
+            backbone = CustomBackbone(spec, device)
+        elif not re.fullmatch(r"\w[\w.-]*/[\w.-]+", spec):
+            missing = "there is no such folder or file" if "/" in spec else "unknown"
+            raise UserError(f"{missing}; give {ACCEPTED}")
+    if backbone is None:
+        return build_vit(spec, files, device, precision)
+    if precision not in ("auto", backbone.precision):
+        alone = f"{spec} computes in {backbone.precision} alone"
+        raise UserError(f"--backbone-precision {precision}: {alone}; leave the flag out")
+    return backbone
 
 
 def usable_device(device: str | torch.device) -> torch.device:
@@ -72,12 +69,12 @@ def build_vit(
     name: str, files: VitFiles | None, device: str | torch.device = "cpu", precision: str = "auto"
 ) -> Backbone:
     """The ViT in `files`, else `name` on the hub. UserError without transformers or if the files hold no ViT."""
-    try:
-        from . import vit  # imports transformers, which is optional and slow
-    except ImportError as error:
-        raise UserError(
-            f'--backbone {name}: needs transformers ({reason(error)}); run: pip install "smooseg_fast[transformers]"'
-        ) from error
     device = usable_device(device)
     dtype = compute_dtype(precision, device)
-    return vit.VitBackbone(name, read_folder(name, vit.fetch(name)) if files is None else files, device, dtype)
+    with naming(f"--backbone {name}"):
+        try:
+            from . import vit  # imports transformers, which is optional and slow
+        except ImportError as error:
+            advice = 'run: pip install "smooseg_fast[transformers]"'
+            raise UserError(f"needs transformers ({reason(error)}); {advice}") from error
+        return vit.VitBackbone(name, files or read_folder(vit.fetch(name)), device, dtype)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -67,15 +68,22 @@ class Backbone(ABC):
         return features.detach().contiguous(), grid
 
 
+@contextmanager
+def naming(subject: str) -> Iterator[None]:
+    """Puts `subject`, an argument and its value or a file, before the UserErrors of the `with` block."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{subject}: {error}") from error
+
+
 def describe(value: object) -> str:
     """Describes a value in a few words, for an error line."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     if isinstance(value, (tuple, list)) and len(value) <= 4:
         return f"a {type(value).__name__} of ({', '.join(describe(item) for item in value)})"
-    if isinstance(value, (int, float, str, bool, type(None))):
-        return repr(value)
-    return f"a {type(value).__name__}"
+    return repr(value) if isinstance(value, (int, float, str, type(None))) else f"a {type(value).__name__}"
 
 
 def reason(error: BaseException) -> str:

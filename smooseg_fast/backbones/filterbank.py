@@ -10,7 +10,7 @@ about -0.6 for unlike patches to 1.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +28,7 @@ DARK = 0.02  # added to colours of 0 to 1 before their logarithm
 NEAR, WIDE = (1, 2, 1), (1, 4, 6, 4, 1)  # windows over patches: 2 and 3 patches across at half height
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     """Typical mean and standard deviation of the channels, repeated over further ones, and the group's share of a row.
 
     Means and deviations are rounded from measurements on street photographs and on the mosaic, half and half, without
@@ -53,16 +52,7 @@ GROUPS = {
     "near": Group((0.144,), (0.045,), 0.3),
     "wide": Group((0.144,), (0.043,), 0.5),
 }
-CHANNELS = {
-    "colour": 9,
-    "variation": 6,
-    "contrast": 2,
-    "profile": 8,
-    "directed": 8,
-    "patchy": 7,
-    "near": 32,
-    "wide": 32,
-}
+CHANNELS = dict(zip(GROUPS, (9, 6, 2, 8, 8, 7, 32, 32)))
 DIM = sum(CHANNELS.values())
 
 
@@ -74,17 +64,13 @@ class Filterbank(Backbone):
         recipe = " ".join(("filterbank", *map(str, numbers)))
         super().__init__(name="filterbank", digest=digest_of(recipe), patch=PATCH, dim=DIM, device=device)
         self.kernels = gabor_pairs().to(self.device)
-        scales = [
-            torch.tensor(group.spread).repeat(CHANNELS[name] // len(group.spread)).reciprocal()
-            * math.sqrt(group.share / CHANNELS[name])
-            for name, group in GROUPS.items()
-        ]
+        centres, scales = [], []
+        for (centre, spread, share), n in zip(GROUPS.values(), CHANNELS.values()):
+            centres.append(torch.tensor(centre).repeat(n // len(centre)))
+            scales.append(torch.tensor(spread).repeat(n // len(spread)).reciprocal() * math.sqrt(share / n))
         total = sum(group.share for group in GROUPS.values())
-        self.scale = (torch.cat(scales) * math.sqrt(DIM / total)).view(1, -1, 1, 1).to(self.device)
-        centres = [
-            torch.tensor(group.centre).repeat(CHANNELS[name] // len(group.centre)) for name, group in GROUPS.items()
-        ]
         self.centre = torch.cat(centres).view(1, -1, 1, 1).to(self.device)
+        self.scale = (torch.cat(scales) * math.sqrt(DIM / total)).view(1, -1, 1, 1).to(self.device)
 
     def extract(self, images: Tensor) -> Tensor:
         groups = self.measure(images)

@@ -2,14 +2,13 @@
 
 A pickle is a program that may call any function by name. `torch.load(weights_only=True)` calls only those on a list.
 Weights need the few of that list in `REAL`; every other name is refused here, or stands for an `Inert` that stores its
-arguments and does nothing. The size of the file bounds the memory for tensors. A file built to copy its own texts and
-lists over and over, or to nest keys without end, can still exhaust memory and crash the process.
+arguments and does nothing. Tensors are views of the mapped file, so no lie about a size takes memory (of before
+PyTorch 1.6 they are read, and torch checks their sizes).
 """
 
 from __future__ import annotations
 
 import io
-import mmap
 import pickle
 import pickletools
 import re
@@ -18,15 +17,14 @@ import threading
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # Python 2's names of the library, which torch.save writes
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
 from encodings import normalize_encoding
 from encodings.aliases import aliases
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import torch
 from torch import Tensor
-from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_globals
+from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_globals, get_unsafe_globals_in_checkpoint
 
 from ..errors import UserError
 
@@ -34,11 +32,11 @@ ZIP, PICKLE = b"PK\x03\x04", b"\x80"
 LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, 2)  # opens a file of before PyTorch 1.6
 LEGACY_PICKLES = 5  # magic number, protocol, machine, value, keys of the storages
 SLACK_BYTES = 1 << 20  # by repeating its elements a tensor may be this much larger than its file
-AGAIN = "copy or download it again"
-SAVE_AGAIN = "get it from where it was published or, if you trust it, save its state_dict alone again with torch.save"
+MOST_TUPLES = 30_000  # four a tensor; hashing one in another in another ... overflows the stack at some 100,000
+REMEDY = "get it again or, if you trust it, save its state_dict alone again with torch.save"
+STORAGES = "Double Float Half BFloat16 ComplexFloat ComplexDouble Long Int Short Char Byte Bool"
 REAL = {
-    *(f"torch.{kind}Storage" for kind in ("Double", "Float", "Half", "BFloat16", "ComplexFloat", "ComplexDouble")),
-    *(f"torch.{kind}Storage" for kind in ("Long", "Int", "Short", "Char", "Byte", "Bool")),
+    *(f"torch.{kind}Storage" for kind in STORAGES.split()),
     *(str(value) for value in vars(torch).values() if isinstance(value, torch.dtype)),
     *(f"torch._utils._rebuild_{name}" for name in ("tensor", "tensor_v2", "parameter")),
     *("torch.Size", "torch.device", "collections.OrderedDict", "collections.Counter", "builtins.set", "_codecs.encode"),
@@ -74,10 +72,6 @@ class Inert:
         return f"<{self.kind}>"
 
 
-class _Refused(Exception):
-    """Completes "FILE: ..." and says what to do."""
-
-
 def is_pickle(path: Path) -> bool:
     """True when a file begins like those of torch.save, or like any other pickle."""
     try:
@@ -89,112 +83,93 @@ def is_pickle(path: Path) -> bool:
     return start[8:] != b"{" and (start.startswith(ZIP) or (start.startswith(PICKLE) and start[1:2] <= b"\x05"))
 
 
-def read(path: Path, source: str) -> Any:
+def read(path: Path) -> Any:
     """The value that torch.save wrote: CPU tensors without gradient, plain containers, and `Inert` for everything else.
 
-    Raises UserError, one line that begins with `source`, for a damaged or hostile file and for one of another kind.
+    Raises UserError, one line, for a damaged or hostile file and for one of another kind.
     """
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            names = _names_in_zip(file, size) if file.read(4) == ZIP else _names_in_legacy(file)
-        value = _load(path, size, names - REAL)
-        _require_plain(value, size)
-        return value
-    except _Refused as error:
-        raise UserError(f"{source}: {error}") from error
-    except OSError as error:
-        raise UserError(f"{source}: cannot be read ({error.strerror or error})") from error
-    except pickle.UnpicklingError as error:  # torch's own refusal ends a long text of advice
-        reason = str(error).split("WeightsUnpickler error: ")[-1].strip().splitlines()[0][:120]
-        raise UserError(f"{source}: holds more than weights ({reason}); {SAVE_AGAIN}") from error
+        value = _load(path, _names_in(path) - REAL)
+        _require_plain(value, path.stat().st_size)
+    except UserError as error:
+        raise UserError(f"{error}; {REMEDY}") from error
     except Exception as error:  # zipfile, pickletools and torch raise many kinds over bytes that make no sense
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise UserError(f"{source}: cut short or damaged ({reason}); {AGAIN}") from error
+        text = str(error).rpartition("WeightsUnpickler error: ")[2].strip() or type(error).__name__
+        problem = f"cut short or damaged, or holds more than weights ({text.splitlines()[0][:120]})"
+        raise UserError(f"{problem}; {REMEDY}") from error
+    return value
 
 
-def _names_in_zip(file: BinaryIO, size: int) -> set[str]:
-    """Names in data.pkl of a zip whose records are uncompressed, fit into the file and match their checksums."""
+def _names_in(path: Path) -> set[str]:
+    """The names of all classes and functions in a file of torch.save."""
+    with open(path, "rb") as file:
+        start = file.read(len(LEGACY))
+        file.seek(0)
+        if start.startswith(ZIP):
+            return _scan(io.BytesIO(_checked_pickle(file)))
+        if start != LEGACY:
+            raise UserError("is no file of torch.save")
+        names = set().union(*(_scan(file) for _ in range(LEGACY_PICKLES)))
+    if foreign := names - REAL:
+        raise UserError(f"dates from before PyTorch 1.6 and holds more than weights ({min(foreign)[:120]})")
+    return names
+
+
+def _checked_pickle(file: IO[bytes]) -> bytes:
+    """data.pkl of a zip whose records are uncompressed, fit into the file and match their checksums."""
     with zipfile.ZipFile(file) as archive:
         sizes = {record.filename: record.file_size for record in archive.infolist()}
         folder = next(iter(sizes), "").partition("/")[0]
         # torch ignores the case of names: it must not find another record than zipfile does
-        if f"{folder}/data.pkl" not in sizes or len({name.casefold() for name in sizes}) != len(archive.infolist()):
-            raise _Refused("is a zip file, but none of torch.save (no data.pkl in it); give a file of weights")
-        if f"{folder}/constants.pkl" in sizes:
-            raise _Refused("is a TorchScript program; give the weights that torch.save wrote of its state_dict")
-        if any(record.compress_type for record in archive.infolist()) or sum(sizes.values()) > size:
-            raise _Refused(f"damaged or repacked: its data is not stored as torch.save does; {AGAIN}")
+        unique = len({name.casefold() for name in sizes}) == len(archive.infolist())
+        if not unique or f"{folder}/data.pkl" not in sizes or f"{folder}/constants.pkl" in sizes:
+            raise UserError("is a zip file or a TorchScript program, and no file of torch.save")
+        packed = any(record.compress_type for record in archive.infolist())
+        if packed or sum(sizes.values()) > file.seek(0, io.SEEK_END):
+            raise UserError("cut short or damaged, or its data is not stored as torch.save does")
         if name := archive.testzip():
-            raise _Refused(f"cut short or damaged (the checksum of {name[:120]}); {AGAIN}")
-        return _names([io.BytesIO(archive.read(f"{folder}/data.pkl"))])
+            raise UserError(f"cut short or damaged (the checksum of {name[:120]})")
+        return archive.read(f"{folder}/data.pkl")
 
 
-def _names_in_legacy(file: BinaryIO) -> set[str]:
-    file.seek(0)
-    if file.read(1) != PICKLE:
-        raise _Refused("is no file of torch.save; give one, or a folder that save_pretrained made")
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:  # a lie about a length takes no memory
-        if content[: len(LEGACY)] != LEGACY:
-            raise _Refused("is a pickle, but none of torch.save; give a file of weights")
-        names = _names([content] * LEGACY_PICKLES)
-    if foreign := names - REAL:
-        raise _Refused(
-            f"dates from before PyTorch 1.6 and holds more than weights ({min(foreign)[:120]}); {SAVE_AGAIN}"
-        )
-    return names
-
-
-def _names(pickles: Iterable[Any]) -> set[str]:
-    """All classes and functions that the pickles name. Refuses those of Python's own library that no data has."""
-    names, texts = set(), set()
-    for content in pickles:
-        for opcode, value, _ in pickletools.genops(content):
-            if opcode.name == "PROTO" and value != 2:
-                raise _Refused(f"uses protocol {value} of pickle; save it again with torch.save's own, which is 2")
-            if opcode.name == "GLOBAL":
-                module, name = str(value).split(" ")
-                names.add(".".join(NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))))
-            elif isinstance(value, str) and len(value) < 40:
-                texts.add(normalize_encoding(value).lower())
+def _scan(content: IO[bytes]) -> set[str]:
+    """All classes and functions that a pickle names. Refuses those of Python's own library that no data has."""
+    names, texts, tuples = set(), set(), 0
+    for opcode, value, _ in pickletools.genops(content):
+        tuples += opcode.name.startswith("TUPLE")
+        if opcode.name == "PROTO" and value != 2:
+            raise UserError(f"uses protocol {value} of pickle, and torch.save's own is 2")
+        if opcode.name == "GLOBAL":
+            module, name = value.split(" ")
+            names.add(".".join(NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))))
+        elif isinstance(value, str) and len(value) < 40:
+            text = normalize_encoding(value).lower()
+            texts.add(aliases.get(text, text))
     for name in sorted(names - REAL):
         if name.split(".")[0] in sys.stdlib_module_names and not DATA.fullmatch(name):
-            raise _Refused(f"asks for {name[:120]}, which weights have no need of; nothing was run: {SAVE_AGAIN}")
-    if "_codecs.encode" in names and GROWING & {aliases.get(text, text) for text in texts}:
-        raise _Refused(f"asks for its own bytes to be packed, which weights have no need of; {SAVE_AGAIN}")
+            raise UserError(f"asks for {name[:120]}, which weights have no need of; nothing was run")
+    if "_codecs.encode" in names and GROWING & texts:
+        raise UserError("asks for its own bytes to be packed, which weights have no need of")
+    if tuples > MOST_TUPLES:
+        raise UserError(f"holds {tuples:,} tuples, more than any weights")
     return names
 
 
-def _load(path: Path, size: int, foreign: set[str]) -> Any:
-    """torch.load, with an `Inert` for each of the `foreign` names, and storages no larger than the file together."""
-    storages: list[tuple[torch.UntypedStorage, int]] = []
-    left = size
-
-    def keep(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
-        nonlocal left
-        left -= storage.nbytes()
-        storages.append((storage, storage.nbytes()))
-        if left < 0:
-            raise _Refused(f"cut short or damaged: it names more numbers than it has bytes; {AGAIN}")
-        return storage
-
+def _load(path: Path, foreign: set[str]) -> Any:
+    """torch.load, with an `Inert` for each of the `foreign` names."""
     with _LOADING:
         declared = get_safe_globals()  # by other libraries in this process
         try:
             clear_safe_globals()
             # a name that torch knows stays torch's, whatever stands in for it
-            known = foreign.difference(torch.serialization.get_unsafe_globals_in_checkpoint(path)) if foreign else ()
-            if known:
-                raise _Refused(f"asks for {min(known)[:120]}, which weights have no need of; {SAVE_AGAIN}")
+            if known := foreign.difference(get_unsafe_globals_in_checkpoint(path) if foreign else ()):
+                raise UserError(f"asks for {min(known)[:120]}, which weights have no need of")
             add_safe_globals([(type("Inert", (Inert,), {"__slots__": (), "kind": name}), name) for name in foreign])
-            # torch passes untyped storages, which its stubs do not say
-            value = torch.load(path, map_location=keep, weights_only=True, mmap=False)  # type: ignore[arg-type]
+            # torch maps no legacy files, and checks their sizes itself
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         finally:
             clear_safe_globals()
             add_safe_globals(declared)
-    if any(storage.nbytes() != nbytes for storage, nbytes in storages):
-        raise _Refused(f"damaged: a tensor reaches beyond its storage; {AGAIN}")
-    return value
 
 
 def _require_plain(value: Any, size: int) -> None:
@@ -207,7 +182,7 @@ def _require_plain(value: Any, size: int) -> None:
         seen.add(id(item))
         if isinstance(item, Tensor):
             if item.numel() * item.element_size() > size + SLACK_BYTES:
-                raise _Refused(f"damaged: a tensor of {list(item.shape)} repeats the few numbers it has; {AGAIN}")
+                raise UserError(f"damaged: a tensor of {list(item.shape)} repeats the few numbers it has")
             item.requires_grad_(False)
         elif isinstance(item, dict):
             if isinstance(item, (OrderedDict, Counter)):

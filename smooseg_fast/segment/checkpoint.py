@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ..backbones.original import below
 from ..config import GROUPS, TrainConfig
 from ..errors import UserError
 from ..system.fields import check_fields
@@ -146,7 +147,7 @@ def _checkpoint(header: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoin
     check_fields(config)
     return Checkpoint(
         config=config,
-        head=_head(_below("head.", tensors)),
+        head=head_of(below("head.", tensors)),
         step=step,
         backbone_name=backbone["name"],
         backbone_digest=backbone["digest"],
@@ -155,7 +156,8 @@ def _checkpoint(header: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoin
     )
 
 
-def _head(weights: dict[str, Tensor]) -> Head:
+def head_of(weights: Mapping[str, Tensor]) -> Head:
+    """The head with this state. ValueError or KeyError where names, shapes or values do not fit."""
     (K, Z), (_, D) = weights["student"].shape, weights["projection.linear.weight"].shape
     if not 1 <= K <= GROUPS:
         raise ValueError(f"{K} prototypes, and 1 to {GROUPS} are possible")
@@ -173,15 +175,11 @@ def _head(weights: dict[str, Tensor]) -> Head:
 
 
 def _training_state(header: dict[str, Any], tensors: dict[str, Tensor]) -> TrainingState:
-    heads, optimizer, losses = (_below(f"{part}.", tensors) for part in ("heads", "optimizer", "losses"))
+    heads, optimizer, losses = (below(f"{part}.", tensors) for part in ("heads", "optimizer", "losses"))
     Heads.from_state(heads)  # raises where names or shapes do not fit
     windows = header.get("windows")
     config = TrainConfig(**header["config"])
     return TrainingState(config, header["step"], heads, optimizer, losses, None if windows is None else tuple(windows))
-
-
-def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def optimizer_tensors(optimizer: torch.optim.Adam) -> dict[str, Tensor]:

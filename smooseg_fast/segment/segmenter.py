@@ -13,7 +13,7 @@ from torch import Tensor
 import smooseg_kernels as sk
 
 from ..backbones import Backbone, build_vit, load_backbone
-from ..backbones.base import digest_of
+from ..backbones.base import digest_of, naming
 from ..backbones.weights import is_pickle
 from ..config import TrainConfig
 from ..datasets.images import ImageError, as_rgb, read_image, require_patch
@@ -22,6 +22,8 @@ from .checkpoint import Checkpoint, read_checkpoint
 from .model import project
 from .published import read_published
 from .tiles import code_map
+
+Picture = np.ndarray | Image.Image | str | Path
 
 
 class Segmenter:
@@ -39,17 +41,14 @@ class Segmenter:
         self.head = checkpoint.head.to(backbone.device).eval()
 
     def __repr__(self) -> str:
-        granularity = self.config.granularity
-        parts = {
-            "groups": self.groups,
-            "backbone": self.backbone.name,
-            "size": self.config.eval_size,
-            "device": str(self.backbone.device),
-            "step": self.checkpoint.step,
-            **({} if granularity is None else {"granularity": granularity[0]}),
-            **({} if self.path is None else {"path": str(self.path)}),
-        }
-        return f"Segmenter({', '.join(f'{name}={value!r}' for name, value in parts.items())})"
+        granularity, path = self.config.granularity, self.path
+        return (
+            f"Segmenter(groups={self.groups}, backbone={self.backbone.name!r}, size={self.config.eval_size}, "
+            f"device={str(self.backbone.device)!r}, step={self.checkpoint.step}"
+            + ("" if granularity is None else f", granularity={granularity[0]}")
+            + ("" if path is None else f", path={str(path)!r}")
+            + ")"
+        )
 
     @classmethod
     def load(
@@ -66,11 +65,14 @@ class Segmenter:
         Raises:
             UserError: for a damaged or foreign file, and when the backbone is missing.
         """
-        path, device = Path(path).expanduser(), pick_device(device)
-        published = read_published(path, f"--checkpoint {path}") if is_pickle(path) else None
-        checkpoint = read_checkpoint(path) if published is None else published.checkpoint
-        if published is not None and backbone is None:
-            frozen = build_vit(str(path), published.vit, device, precision)
+        path, device, vit = Path(path).expanduser(), pick_device(device), None
+        if is_pickle(path):
+            with naming(f"--checkpoint {path}"):
+                checkpoint, vit = read_published(path)
+        else:
+            checkpoint = read_checkpoint(path)
+        if vit is not None and backbone is None:
+            frozen = build_vit(str(path), vit, device, precision)
         elif backbone is None and ":" in checkpoint.backbone_name:
             raise UserError(
                 f"--backbone: missing; {path} was trained on {checkpoint.backbone_name}, and a checkpoint never "
@@ -107,9 +109,7 @@ class Segmenter:
         return digest_of(self.head.state_dict(), self.config.resample)
 
     @torch.no_grad()
-    def predict(
-        self, image: np.ndarray | Image.Image | str | Path, *, mirror: bool = True, short_side: int | None = None
-    ) -> np.ndarray:
+    def predict(self, image: Picture, *, mirror: bool = True, short_side: int | None = None) -> np.ndarray:
         """Label every pixel of an image -> int64 [H,W] in 0..K-1.
 
         Args:
@@ -129,20 +129,32 @@ class Segmenter:
         try:
             codes = code_map(pixels, self.codes, patch, short_side=side, resample=self.config.resample, mirror=mirror)
         except MemoryError as error:
+            name = image if isinstance(image, (str, Path)) else "image"
             reason = f"does not fit into memory with its short side at {side} pixels"
-            raise ImageError(_name(image), reason, "give a smaller --short-side, or cut it into tiles") from error
+            raise ImageError(name, reason, "give a smaller --short-side, or cut it into tiles") from error
         H, W = pixels.shape[:2]
         grid, rows = codes.codes.shape[:2], codes.codes.flatten(0, 1)[None]
         return sk.assign(rows, self.head.teacher, grid=grid, size=codes.size)[0, :H, :W].cpu().numpy()
 
-    def pixels(self, image: np.ndarray | Image.Image | str | Path) -> np.ndarray:
+    def pixels(self, image: Picture) -> np.ndarray:
         """Read what `predict` takes as uint8 [H,W,3].
 
         ImageError, a UserError, for a file that cannot be decoded and for an image smaller than one patch of the
         backbone; UserError for other arrays.
         """
-        pixels = rgb_of(image)
-        require_patch(pixels, self.backbone.patch, _name(image))
+        name: str | Path = "image"
+        if isinstance(image, (str, Path)):
+            name, pixels = image, read_image(image)
+        elif isinstance(image, Image.Image):  # np.asarray would give the palette indices of some
+            pixels = as_rgb(image, image.format)
+        else:
+            pixels = np.asarray(image)
+            if pixels.dtype != np.uint8 or pixels.shape[2:] not in ((), (3,)) or pixels.ndim < 2:
+                plain = pixels.dtype != object and pixels.ndim
+                got = f"{pixels.dtype} {list(pixels.shape)}" if plain else type(image).__name__
+                raise UserError(f"image: must be uint8 [H,W,3] RGB or [H,W] grey, a Pillow image, or a path; got {got}")
+            pixels = np.repeat(pixels[..., None], 3, 2) if pixels.ndim == 2 else pixels
+        require_patch(pixels, self.backbone.patch, name)
         return pixels
 
     def codes(self, images: Tensor) -> Tensor:
@@ -158,24 +170,6 @@ class Segmenter:
             "groups": self.groups,
             **self.checkpoint.report,
         }
-
-
-def rgb_of(image: np.ndarray | Image.Image | str | Path) -> np.ndarray:
-    """Read an image of any kind as uint8 [H,W,3]. UserError for other arrays and objects."""
-    if isinstance(image, (str, Path)):
-        return read_image(image)
-    if isinstance(image, Image.Image):  # np.asarray would give the palette indices of some
-        return as_rgb(image, image.format)
-    given, image = image, np.asarray(image)
-    if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
-        got = type(given).__name__ if image.dtype == object or not image.ndim else f"{image.dtype} {list(image.shape)}"
-        raise UserError(f"image: must be uint8 [H,W,3] RGB or [H,W] grey, a Pillow image, or a path; got {got}")
-    return np.repeat(image[..., None], 3, 2) if image.ndim == 2 else image
-
-
-def _name(image: np.ndarray | Image.Image | str | Path) -> str | Path:
-    """Return the name of an image in errors."""
-    return image if isinstance(image, (str, Path)) else "image"
 
 
 def _next_to(checkpoint: Path, name: str) -> str:

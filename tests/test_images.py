@@ -400,13 +400,13 @@ def test_a_header_beyond_reason_is_refused_before_decoding(tmp_path, monkeypatch
         read_image(tmp_path / "x.png")
 
 
-def test_memory_that_runs_out_is_said(tmp_path, monkeypatch, colours):
+def test_memory_that_runs_out_is_an_image_error(tmp_path, monkeypatch, colours):
     def exhausted(*_):
         raise MemoryError
 
     Image.fromarray(colours).save(tmp_path / "x.png")
     monkeypatch.setattr(Image.Image, "convert", exhausted)
-    with pytest.raises(ImageError, match="does not fit into memory; cut it into tiles"):
+    with pytest.raises(ImageError, match=r"x\.png: cannot be decoded \(MemoryError\)"):
         read_image(tmp_path / "x.png")
 
 

@@ -131,23 +131,18 @@ def read_label(path: Path | str) -> np.ndarray:
         return np.array(_upright(image), dtype=np.uint8)
 
 
-def read_strips(path: Path | str, rows: int) -> Iterator[np.ndarray]:
-    """Read an 8-bit colour image from top to bottom in strips uint8 [at most `rows`,W,3]. ImageError for other images.
+def read_colours(path: Path | str) -> Image.Image:
+    """Read the first three channels of an 8-bit colour image as they are. ImageError for other images.
 
-    Yields the first three channels as they are: in satellite images the fourth is infrared and not transparency. Memory
-    holds the decoded image and one strip.
+    In satellite images the fourth channel is infrared and not transparency.
     """
     with _opened(path) as image:
         if image.mode not in ("RGB", "RGBA", "RGBX", "P"):
             raise ImageError(path, f"an image of mode {image.mode}, not of 8-bit colours")
         premultiplied = image.format == "TIFF" and image.mode == "RGBA" and image.tag_v2.get(_EXTRA_SAMPLES) == (1,)
         if premultiplied:  # decoding would divide by the fourth channel
-            reason = "declares its fourth channel as transparency that is multiplied in"
-            raise ImageError(path, reason, "export it with three channels")
-        image.load()
-        for top in range(0, image.height, rows):
-            strip = image.crop((0, top, image.width, min(top + rows, image.height)))
-            yield np.asarray(strip.convert("RGB") if strip.mode == "P" else strip)[..., :3]
+            raise ImageError(path, "declares its fourth channel as transparency that is multiplied in")
+        return image.convert("RGB")
 
 
 def image_size(path: Path | str) -> tuple[int, int]:
@@ -245,48 +240,42 @@ def cut_squares(
     return squares
 
 
-class _PixelLimit:
-    """Lifts Pillow's global limit on pixels while any thread of ours is inside; the last one to leave restores it."""
-
-    def __init__(self) -> None:
-        self._lock, self._inside, self._saved = threading.Lock(), 0, Image.MAX_IMAGE_PIXELS
-
-    @contextmanager
-    def lifted(self) -> Iterator[None]:
-        with self._lock:
-            if self._inside == 0:
-                self._saved, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-            self._inside += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._inside -= 1
-                if self._inside == 0:
-                    Image.MAX_IMAGE_PIXELS = self._saved
+_limits_lock, _limits = threading.Lock(), []
 
 
-_pixel_limit = _PixelLimit()
+@contextmanager
+def _without_pixel_limit() -> Iterator[None]:
+    """Lift Pillow's global limit on pixels while any thread of ours is inside; the last one to leave restores it."""
+    with _limits_lock:
+        _limits.append(Image.MAX_IMAGE_PIXELS)
+        Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        with _limits_lock:
+            Image.MAX_IMAGE_PIXELS = _limits.pop()  # of the first thread to enter, for the last to leave
 
 
 @contextmanager
 def _opened(path: Path | str) -> Iterator[Image.Image]:
     """Open the file as a Pillow image that decodes on demand; whatever goes wrong inside is raised as ImageError."""
     try:
-        with _pixel_limit.lifted(), open(path, "rb") as file, Image.open(file) as image:
+        with _without_pixel_limit(), open(path, "rb") as file, Image.open(file) as image:
             if image.width * image.height > MAX_PIXELS:
-                reason = f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,} in all"
-                raise ImageError(path, reason, "cut it into tiles")
+                size = f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,} in all"
+                raise ImageError(path, size, "cut it into tiles")
             yield image
     except ImageError:
         raise
     except UnidentifiedImageError as error:
         raise ImageError(path, "not an image of a kind that can be read, or damaged from the start") from error
-    except MemoryError as error:
-        raise ImageError(path, "does not fit into memory", "cut it into tiles") from error
     except Exception as error:  # not only OSError: a damaged file makes Pillow's decoders raise nearly anything
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise ImageError(path, f"cannot be decoded ({reason.splitlines()[0]})") from error
+        raise ImageError(path, f"cannot be decoded ({reason(error)})") from error
+
+
+def reason(error: Exception) -> str:
+    """Say in one line why a file cannot be decoded."""
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
 
 
 def _orientation(image: Image.Image) -> int:

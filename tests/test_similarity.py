@@ -131,7 +131,7 @@ def test_thresholds_and_their_warning():
     assert [kind.pulled for kind in relative] == [0.5, 0.5]
     assert warning(*relative) is None
     assert re.search(r"threshold \+0\.260 pulls 50 %  net force -0\.060", relative[0].line())
-    assert "push an image's patches apart" in warning(Closeness(0, 1, (), 0.5, 0), Closeness(0, 1, (), -0.5, 0))
+    assert "push the patches of an image apart" in warning(Closeness(0, 1, (), 0.5, 0), Closeness(0, 1, (), -0.5, 0))
 
 
 def call(*args):

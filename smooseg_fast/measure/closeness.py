@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,10 +52,9 @@ class Distribution:
 
     def pulled(self, threshold: float) -> float:
         """Return the share of pairs above `threshold`, which pulls them together and pushes the others apart."""
-        place = min(max((threshold - self.limits[0]) * BINS / (2 * REACH), 0.0), float(BINS))
-        full = min(int(place), BINS - 1)  # bins below the threshold; the last one counts in proportion
-        below = float(self.counts[:full].sum()) + (place - full) * float(self.counts[full])
-        return 1.0 - below / max(self.pairs, 1)
+        edges = np.linspace(*self.limits, BINS + 1)
+        below = np.interp(threshold, edges, [0, *self.counts.cumsum(0)])  # bins count in proportion
+        return float(1 - below / max(self.pairs, 1))
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Similarity:
     def line(self) -> str:
         """Say exactly which pairs were counted."""
         which = "all of them" if self.counted == self.squares else f"{self.counted} of them, drawn at random"
-        others = "another" if self.partners == 1 else f"{self.partners} others"
+        others = "one other" if self.partners == 1 else f"{self.partners} others"
         return (
             f"means over every pair of patches of {self.squares} squares; quantiles over {self.within.pairs / 1e6:.3g} "
             f"million pairs within {which}, and {self.across.pairs / 1e6:.3g} million of each with {others}"
@@ -105,7 +105,7 @@ def closeness(measured: Similarity, thresholds: Thresholds) -> tuple[Closeness, 
     """Apply the thresholds, an excess over M if they are relative -> (within, across)."""
 
     def apply(kind: Distribution, threshold: float) -> Closeness:
-        b = threshold + kind.mean if thresholds.relative else threshold
+        b = threshold + thresholds.relative * kind.mean
         return Closeness(kind.mean, kind.std, kind.quantiles(QUANTILES), b, kind.pulled(b))
 
     return apply(measured.within, thresholds.within), apply(measured.across, thresholds.across)
@@ -115,14 +115,10 @@ def warning(within: Closeness, across: Closeness) -> str | None:
     """Say why labels may come to stand for whole images; None if they have no such tendency."""
     if within.force * across.force >= 0:
         return None
-    tendency = "push an image's patches apart and pull different images together"
-    if within.force > 0:
-        tendency = (
-            "pull an image's patches together and push different images apart: labels may come to stand for images"
-        )
+    pulled, pushed = ("the patches of an image", "different images")[:: 1 if within.force > 0 else -1]
     return (
-        f"net forces differ in sign (within {within.force:+.3f}, across {across.force:+.3f}): "
-        f"on average they {tendency}; --granularity has no such tendency"
+        f"net forces differ in sign (within {within.force:+.3f}, across {across.force:+.3f}): on average they pull "
+        f"{pulled} together and push {pushed} apart; --granularity has no such tendency"
     )
 
 
@@ -157,17 +153,16 @@ def similarity(
     order = torch.randperm(N, generator=torch.Generator().manual_seed(seed))
     batch = max(BATCH, PATCHES // P)
     # batches of at least two squares, so that each has a partner
-    drawn = [part.tolist() for part in order[:counted].tensor_split(-(-counted // batch))]
-    partners = min(partners, min(map(len, drawn)) - 1)
-    rest = [part.tolist() for part in order[counted:].sort().values.split(batch)]
+    counted_batches = order[:counted].tensor_split(-(-counted // batch))
+    partners = min(partners, min(map(len, counted_batches)) - 1)
     sums, squares, counts = torch.zeros(D, dtype=torch.float64), 0.0, torch.zeros(2, BINS, dtype=torch.int64)
     with Bar(total=N, desc="closeness", unit="square", disable=not progress or store.nbytes < SLOW_BYTES) as bar:
-        for number, rows in enumerate(drawn + rest):
-            f = store.rows(rows).to(device)
+        for number, rows in enumerate((*counted_batches, *order[counted:].sort().values.split(batch))):
+            f = store.rows(rows.tolist()).to(device)
             u = mean_unit_rows(f).double().cpu()
             sums += u.sum(0)
             squares += float(u.square().sum())
-            if number < len(drawn):
+            if number < len(counted_batches):
                 counts += histograms(f, partners, impl)
             bar.update(len(rows))
     within, across = squares / N, float(sums.square().sum() - squares) / (N * (N - 1))

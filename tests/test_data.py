@@ -90,7 +90,7 @@ def test_check_warns_of_what_a_run_would_skip(tmp_path, capsys):
     assert "warning    1 of the 4 labels of train that were opened cannot be used, first " in out  # of the small image
     assert "(a run does not read them)" in out
     assert "warning    1 images of train have a side below 16 pixels, first 000000000102.jpg" in out
-    assert "note       1 of 4 images of COCO-Stuff train have no label in " in out
+    assert "note       1 of 4 COCO-Stuff train images have no label in " in out
 
 
 def test_check_ends_with_2_where_a_run_would_stop(tmp_path, capsys):
@@ -158,9 +158,7 @@ def test_check_of_folders_that_nobody_owns(folder, labelled, capsys):
     assert check(labelled) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"data       {labelled}: a folder of images with labels\n")
-    assert (
-        f"note       1 of 5 images of set/train have no label in {labelled}/train/labels (*.png), first 1.png\n" in out
-    )
+    assert f"note       1 of 5 set/train images have no label in {labelled}/train/labels (*.png), first 1.png\n" in out
     assert f"note       1 labels in {labelled}/train/labels (*.png) belong to no image, first one.png\n" in out
 
 
@@ -312,5 +310,5 @@ def test_what_is_missing_is_said_by_a_run(tmp_path, monkeypatch, capsys):
     assert run(train.main, ["--data", str(root), "--out", "out", *SMALL, "--steps", "1", "--granularity", "0.06"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("data       no curated list (") == 2
-    assert "data       1 of 3 images of COCO-Stuff val have no label in" in printed
+    assert "data       1 of 3 COCO-Stuff val images have no label in" in printed
     assert Image.open("out/groups.png").width > 100

@@ -158,7 +158,7 @@ def test_cityscapes_without_some_labels_or_images(tmp_path):
     stray = "aachen/aachen_000000_000000_gtFine_labelIds.png"
     assert train.notes == (f"1 labels in {labels(tmp_path, 'train')} belong to no image, first {stray}",)
     assert val.label(3) is None
-    missing = f"1 of 4 images of Cityscapes val have no label in {labels(tmp_path, 'val')}"
+    missing = f"1 of 4 Cityscapes val images have no label in {labels(tmp_path, 'val')}"
     assert val.notes == (f"{missing}, first lindau/lindau_000000_000001_leftImg8bit.png",)
     shutil.rmtree(tmp_path / "gtFine")
     train, val = open_splits(tmp_path)

@@ -107,26 +107,20 @@ class Files:
         def key(file: Path, top: Path, ending: str) -> str:
             return file.relative_to(top).with_suffix("").as_posix().removesuffix(ending)
 
-        def image_key(image: Path) -> str:
-            return key(image, folder, endings[0])
-
+        keys = {image: key(image, folder, endings[0]) for image in present or images}
         files = [file for file in files_below(labels, (suffix,)) if file.stem.endswith(endings[1])]
         by_key = {key(file, labels, endings[1]): file for file in files}
-        paired = tuple(by_key.get(image_key(image)) for image in images)
+        paired = tuple(by_key.get(keys[image]) for image in images)
         names = tuple(image.relative_to(folder).as_posix() for image in images)
-        notes, where = list(notes), f"{labels} (*{endings[1]}{suffix})"
         missing = [name for name, label in zip(names, paired) if label is None]
+        stray = [by_key[key].relative_to(labels) for key in sorted(by_key.keys() - keys.values())]
+        notes, where = list(notes), f"{labels} (*{endings[1]}{suffix})"
         if not any(paired):
             notes.append(f"no labels: none of the {len(images)} images of {name} has one in {where}")
         elif missing:
-            notes.append(
-                f"{len(missing)} of {len(images)} images of {name} have no label in {where}, first {missing[0]}"
-            )
-        stray = by_key.keys() - {image_key(image) for image in present or images}
+            notes.append(f"{len(missing)} of {len(images)} {name} images have no label in {where}, first {missing[0]}")
         if stray:
-            notes.append(
-                f"{len(stray)} labels in {where} belong to no image, first {by_key[min(stray)].relative_to(labels)}"
-            )
+            notes.append(f"{len(stray)} labels in {where} belong to no image, first {stray[0]}")
         return cls(name=name, names=names, images=tuple(images), labels=paired, notes=tuple(notes), **fields)
 
     @classmethod
@@ -140,6 +134,7 @@ class Files:
         suffixes: tuple[str, ...] = SUFFIXES,
         listed: Path | None = None,
         unlisted: Path | None = None,
+        notes: Sequence[str] = (),
         **matching: Any,
     ) -> Files:
         """List a split of an owner. `matching`: options of `matched`.
@@ -153,19 +148,17 @@ class Files:
         """
         name = f"{numbering.owner} {split}"
         present = files_below(images, suffixes)
-        by_stem = {file.stem: file for file in present}
-        entries = list(by_stem) if listed is None else read_list(listed)
         left_out = set() if unlisted is None else set(read_list(unlisted))
-        chosen = [by_stem[entry] for entry in entries if entry in by_stem and entry not in left_out]
-        missing = [entry for entry in entries if entry not in by_stem]
+        chosen = [file for file in present if file.stem not in left_out]
+        if listed is not None:
+            by_stem, entries = {file.stem: file for file in present}, read_list(listed)
+            chosen = [by_stem[entry] for entry in entries if entry in by_stem]
+            missing = [entry for entry in entries if entry not in by_stem]
+            first = f"{len(missing)} of {len(entries)} images listed in {listed} are not there, first"
+            notes = [*notes, *(f"{first} {entry}" for entry in missing[:1])]
         if not chosen:
             names = "" if listed is None else f" that {listed} lists"
             raise UserError(f"--data {images}: has no images of {name}{names}; unpack them there")
-        notes = list(matching.pop("notes", ()))
-        if missing:
-            notes.append(
-                f"{len(missing)} of {len(entries)} images listed in {listed} are not there, first {missing[0]}"
-            )
         fields = {"held_out": split != "train", "numbering": numbering, "present": present, "notes": notes}
         return cls.matched(name, images, chosen, labels, **fields, **matching)
 

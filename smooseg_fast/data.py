@@ -51,7 +51,9 @@ def check(config: CheckConfig) -> None:
 
     layout = recognise(config.data)
     splits, notes = open_both(config.data, layout)
-    say("data", f"{config.data}: {plain_title(config.data, splits) if layout is None else layout.title}")
+    labels = " with labels" if any(dataset.labelled for dataset in splits.values()) else ""
+    title = "a folder of images" + labels if Path(config.data).expanduser().is_dir() else "an image"
+    say("data", f"{config.data}: {title if layout is None else layout.title}")
     inspections = {}
     for split, dataset in splits.items():
         inspections[split] = inspect(dataset, split, config.sample)
@@ -71,13 +73,6 @@ def check(config: CheckConfig) -> None:
     preset = [] if layout is None or layout.preset == "folder" else ["--preset", layout.preset]
     words = ["train", *preset] if "train" in splits else ["evaluate", *preset, "--checkpoint", "FILE"]
     say("next", command_line(*words, "--data", config.data))
-
-
-def plain_title(data: str, splits: dict[str, Dataset]) -> str:
-    """Names a folder or file that is in no owner's layout."""
-    if Path(data).expanduser().is_file():
-        return "an image"
-    return "a folder of images" + (" with labels" if any(dataset.labelled for dataset in splits.values()) else "")
 
 
 def open_both(data: str, layout: Layout | None) -> tuple[dict[str, Dataset], list[str]]:
@@ -121,8 +116,6 @@ def tell_classes(labelled: dict[str, Inspection]) -> None:
 def judge(split: str, inspection: Inspection, measured: bool) -> list[str]:
     """Warn of files that a run would skip; -> those at which it would stop. measured: some images are held out for
     figures."""
-    from .datasets.inspection import TINY_PIXELS
-
     problems, opened = [], inspection.opened
     for lines, things, fatal, consequence in (
         (inspection.broken, "images", len(inspection.broken) == opened, "a run skips them"),
@@ -134,9 +127,6 @@ def judge(split: str, inspection: Inspection, measured: bool) -> list[str]:
                 problems.append(line)
             else:
                 say("warning", f"{line} ({consequence})")
-    small = inspection.small
-    if small:
-        say("warning", f"{len(small)} images of {split} have a side below {TINY_PIXELS} pixels, first {small[0]}")
     return problems
 
 

@@ -73,8 +73,6 @@ class SimilarityConfig:
     pairs: Annotated[int, Bounds(1)] = 1_000_000_000
     """Maximum number of patch pairs of each kind to count: beyond it, squares drawn at random stand for all. Means are
     exact anyway."""
-    partners: Annotated[int, Bounds(1, 15)] = 1
-    """How many other squares, drawn at random, to pair each square with across images."""
 
     out: Annotated[Folder | None, Group("output")] = None
     """Folder for similarity.png and similarity.json [similarity next to the checkpoint, else runs/NAME/similarity]."""
@@ -106,7 +104,7 @@ def main(args: Sequence[str]) -> None:
     if len(store) < 2:
         more = "add images, or --crops slide"
         raise UserError(f"--data: {len(store)} square of {config.size} pixels, but pairs of images need 2; {more}")
-    measured = similarity(store, backbone.device, largest=asked.pairs, partners=asked.partners)
+    measured = similarity(store, backbone.device, largest=asked.pairs)
     rows = [(variant, closeness(measured, variant.thresholds)) for variant in config.variants()]
     print(spread_table(measured), measured.line(), "", thresholds_table(rows), sep="\n")
     trouble = None if config.relative else warning(*rows[0][1])

@@ -89,7 +89,6 @@ def test_check_warns_of_what_a_run_would_skip(tmp_path, capsys):
     assert "(a run skips them)" in out
     assert "warning    1 of the 4 labels of train that were opened cannot be used, first " in out  # of the small image
     assert "(a run does not read them)" in out
-    assert "warning    1 images of train have a side below 16 pixels, first 000000000102.jpg" in out
     assert "note       1 of 4 COCO-Stuff train images have no label in " in out
 
 

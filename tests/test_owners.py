@@ -239,7 +239,7 @@ def test_cocostuff_without_lists_or_maps_or_listed_images(tmp_path):
     assert train.notes == (f"no curated list ({curated}): {images}",)
     lists = root / "curated" / "train2017" / "Coco164kFull_Stuff_Coarse_7.txt"
     lists.parent.mkdir(parents=True)
-    lists.write_text("000000000101\n000000000007.jpg\n\n000000000100\n000000000101\n000000000008\n")
+    lists.write_text("000000000101\n000000000007\n\n000000000100\n000000000101\n000000000008\n")
     train = open_dataset(root, "train")
     assert train.names == ("000000000101.jpg", "000000000100.jpg")
     assert train.notes == (f"2 of 4 images listed in {lists} are not there, first 000000000007",)

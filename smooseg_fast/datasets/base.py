@@ -140,18 +140,18 @@ class Files:
         """List a split of an owner. `matching`: options of `matched`.
 
         Args:
-            listed: a file that names the images of the split, in order; None for all.
-            unlisted: a file that names images to leave out.
+            listed: a file with the stem of each image of the split on a line, in order; None for all.
+            unlisted: such a file of images to leave out.
 
         Raises:
             UserError: when there is no image, or a list cannot be read.
         """
         name = f"{numbering.owner} {split}"
         present = files_below(images, suffixes)
-        left_out = set() if unlisted is None else set(read_list(unlisted))
+        left_out = set() if unlisted is None else set(read_lines(unlisted))
         chosen = [file for file in present if file.stem not in left_out]
         if listed is not None:
-            by_stem, entries = {file.stem: file for file in present}, read_list(listed)
+            by_stem, entries = {file.stem: file for file in present}, list(dict.fromkeys(read_lines(listed)))
             chosen = [by_stem[entry] for entry in entries if entry in by_stem]
             missing = [entry for entry in entries if entry not in by_stem]
             first = f"{len(missing)} of {len(entries)} images listed in {listed} are not there, first"
@@ -262,13 +262,6 @@ def read_lines(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); write it again, in UTF-8") from error
     return [line.strip() for line in lines if line.strip()]
-
-
-def read_list(path: Path) -> list[str]:
-    """Read a list file: one entry a line, in order, each once, without suffix. UserError when it cannot be read."""
-    known = (*SUFFIXES, ".mat")
-    entries = (Path(line) for line in read_lines(path))
-    return list(dict.fromkeys(entry.stem if entry.suffix.lower() in known else str(entry) for entry in entries))
 
 
 def extent(shape: tuple[int, ...]) -> str:

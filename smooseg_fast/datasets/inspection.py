@@ -9,14 +9,13 @@ import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from ..errors import UserError
 from ..system.progress import Bar
 from .base import IGNORE, Dataset, extent
-
-TINY_PIXELS = 16  # an image with a shorter side is called small: about two patches of a backbone
 
 
 @dataclass
@@ -26,7 +25,6 @@ class Inspection:
     dataset: Dataset
     opened: int
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (height, width)
-    small: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)  # a line for each image
     wrong: list[str] = field(default_factory=list)  # a line for each label
     labels: int = 0
@@ -63,10 +61,9 @@ def inspect(dataset: Dataset, split: str, sample: int) -> Inspection:
     bar = Bar(total=count, desc=f"check {split}", unit="image", leave=False, file=sys.stderr)
     with bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         try:
-            for index, (size, counts, problem) in zip(chosen, pool.map(lambda index: look(dataset, index), chosen)):
+            for size, counts, problem in pool.map(partial(look, dataset), chosen):
                 if size is not None:
                     inspection.sizes[size] += 1
-                    inspection.small += [dataset.names[index]] if min(size) < TINY_PIXELS else []
                 if problem is not None:
                     (inspection.broken if size is None else inspection.wrong).append(problem)
                 if counts is not None:

@@ -191,21 +191,18 @@ def _open_mosaics(paired: dict[Path, Path | None], split: str) -> MosaicTiles:
     labelled = [tile for tile in tiles if tile[1] is not None]
     drawn = sorted(labelled, key=lambda tile: hashlib.sha256(tile_name(tile[0], tile[2]).encode()).digest())
     test = set(drawn[: max(1, round(TEST_SHARE * len(tiles)))])
-    chosen = {
-        "train": [tile for tile in labelled if tile not in test],
-        "val": [tile for tile in labelled if tile in test],
-        "unlabelled": [tile for tile in tiles if tile[1] is None],
-    }[split]
+    if split == "unlabelled":
+        chosen = [tile for tile in tiles if tile[1] is None]
+    else:
+        chosen = [tile for tile in labelled if (tile in test) == (split == "val")]
     notes = [f"{len(left_out)} mosaics cannot be used, first {left_out[0]}"] if left_out else []
     if not chosen:
         raise UserError("; ".join([f"--data: no tiles of {WINDOW} x {WINDOW} pixels can be cut for {split}", *notes]))
     if split != "unlabelled":
-        notes.append(
-            "evaluation tiles are drawn by name from the labelled mosaics; they differ from the published list"
-        )
+        notes.append("evaluation tiles are drawn by name from the labelled mosaics, unlike those of the published list")
     images, labels, places = zip(*chosen)
     return MosaicTiles(
-        name=f"Potsdam-3 {split}",
+        name=f"{NUMBERING.owner} {split}",
         names=tuple(tile_name(image, place) for image, _, place in chosen),
         images=images,
         labels=labels,

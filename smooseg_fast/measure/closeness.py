@@ -59,21 +59,19 @@ class Distribution:
 
 @dataclass(frozen=True)
 class Similarity:
-    """Closeness over `squares` of a store; histograms of `counted` random ones, each with `partners` others across."""
+    """Closeness over `squares` of a store; histograms of `counted` random ones, each with itself and with another."""
 
     squares: int
     counted: int
-    partners: int
     within: Distribution
     across: Distribution
 
     def line(self) -> str:
         """Say exactly which pairs were counted."""
         which = "all of them" if self.counted == self.squares else f"{self.counted} of them, drawn at random"
-        others = "one other" if self.partners == 1 else f"{self.partners} others"
         return (
             f"means over every pair of patches of {self.squares} squares; quantiles over {self.within.pairs / 1e6:.3g} "
-            f"million pairs within {which}, and {self.across.pairs / 1e6:.3g} million of each with {others}"
+            f"million pairs within {which}, and {self.across.pairs / 1e6:.3g} million of each with another"
         )
 
 
@@ -128,7 +126,6 @@ def similarity(
     device: torch.device,
     *,
     largest: int | None = None,
-    partners: int = 1,
     impl: str = "auto",
     seed: int = 0,
     progress: bool = True,
@@ -140,21 +137,20 @@ def similarity(
 
     M is exact: sums of unit rows give the mean of all P^2 pairs of every square with itself (within), and of every two
     different squares (across), N (N - 1) P^2 pairs, in time O(N P D). Histograms count random squares, each with itself
-    and with `partners` random others (fewer in a small store): all squares if that makes at most `largest` pairs of a
-    kind, by default as many as WORK allows, and at least two. Rows shorter than 1e-10 have cosine 0 to every row. On
-    one machine the result depends on `seed` and the store alone.
+    and with a random other: all squares if that makes at most `largest` pairs of a kind, by default as many as WORK
+    allows, and at least two. Rows shorter than 1e-10 have cosine 0 to every row. On one machine the result depends on
+    `seed` and the store alone.
     """
     if device.type != "cuda":  # others lack integer types that counting needs
         device = torch.device("cpu")
     N, P, D = len(store), store.P, store.D
     if largest is None:
         largest = int(WORK / (D + PAIR_WORK + SQUARE_WORK / (P * P)))
-    counted = min(N, max(2, largest // (P * P * partners)))
+    counted = min(N, max(2, largest // (P * P)))
     order = torch.randperm(N, generator=torch.Generator().manual_seed(seed))
     batch = max(BATCH, PATCHES // P)
     # batches of at least two squares, so that each has a partner
     counted_batches = order[:counted].tensor_split(-(-counted // batch))
-    partners = min(partners, min(map(len, counted_batches)) - 1)
     sums, squares, counts = torch.zeros(D, dtype=torch.float64), 0.0, torch.zeros(2, BINS, dtype=torch.int64)
     with Bar(total=N, desc="closeness", unit="square", disable=not progress or store.nbytes < SLOW_BYTES) as bar:
         for number, rows in enumerate((*counted_batches, *order[counted:].sort().values.split(batch))):
@@ -163,10 +159,10 @@ def similarity(
             sums += u.sum(0)
             squares += float(u.square().sum())
             if number < len(counted_batches):
-                counts += histograms(f, partners, impl)
+                counts += histograms(f, impl)
             bar.update(len(rows))
     within, across = squares / N, float(sums.square().sum() - squares) / (N * (N - 1))
-    return Similarity(N, counted, partners, Distribution(within, counts[0]), Distribution(across, counts[1]))
+    return Similarity(N, counted, Distribution(within, counts[0]), Distribution(across, counts[1]))
 
 
 def mean_unit_rows(f: Tensor) -> Tensor:
@@ -175,11 +171,8 @@ def mean_unit_rows(f: Tensor) -> Tensor:
     return (torch.where(norms < 1e-10, 0.0, 1.0 / norms)[:, None] @ f)[:, 0] / f.shape[1]
 
 
-def histograms(f: Tensor, partners: int, impl: str) -> Tensor:
-    """Count W - M of squares f [B,P,D] in random order, int64 [2,BINS]: within, and with the `partners` next ones."""
-    rows = torch.arange(len(f), device=f.device)
-    pairs = ["self", *(rows.roll(-step) for step in range(1, partners + 1))]
-    zero = torch.zeros(len(pairs), device=f.device)
-    statistics = sk.similarity_statistics(f, pairs, bins=BINS, limits=(-REACH, REACH), mean=zero, impl=impl)
-    counts = statistics.histogram.cpu()
-    return torch.stack((counts[0], counts[1:].sum(0)))
+def histograms(f: Tensor, impl: str) -> Tensor:
+    """Count W - M of squares f [B,P,D] in random order, int64 [2,BINS]: within, and with the next one."""
+    pairs = ["self", torch.arange(len(f), device=f.device).roll(-1)]
+    zero = torch.zeros(2, device=f.device)
+    return sk.similarity_statistics(f, pairs, bins=BINS, limits=(-REACH, REACH), mean=zero, impl=impl).histogram.cpu()

@@ -60,7 +60,6 @@ def closeness_picture(measured: Similarity, rows: Sequence[Row], title: str) -> 
 def closeness_record(measured: Similarity, rows: Sequence[Row]) -> dict[str, Any]:
     """All figures, ready for JSON."""
     record: dict[str, Any] = {"squares": measured.squares, "squares_counted": measured.counted}
-    record["partners"] = measured.partners
     for name, kind in zip(KINDS, (measured.within, measured.across)):
         record[name] = {
             "mean": kind.mean,

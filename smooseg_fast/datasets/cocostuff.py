@@ -60,13 +60,8 @@ NUMBERING = Numbering("COCO-Stuff", tuple(HIERARCHY), [COARSE_OF[fine] for fine 
 
 YEAR = "2017"
 CURATED = "Coco164kFull_Stuff_Coarse_7.txt"
-MAPS = (
-    "annotations",
-    "stuffthingmaps",
-    "stuffthingmaps_trainval2017",
-    "annotations/stuffthingmaps",
-    "annotations/stuffthingmaps_trainval2017",
-)
+ARCHIVES = ("stuffthingmaps", "stuffthingmaps_trainval2017")
+MAPS = ("annotations", *ARCHIVES, *(f"annotations/{name}" for name in ARCHIVES))
 
 
 def recognise(root: Path) -> Layout | None:

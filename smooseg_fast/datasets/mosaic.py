@@ -11,7 +11,7 @@ noise apart.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -83,13 +83,9 @@ class Scene:
         x, y = (
             place + sum(height * smooth_field(rng, size, knots) for knots, height in WARP) for place in (self.x, self.y)
         )
-        nearest, second = np.full((2, size, size), np.inf, np.float32)
-        self.region = np.zeros((size, size), np.uint8)
-        for number, (site_x, site_y) in enumerate(rng.random((len(self.materials), 2), dtype=np.float32) * UNITS):
-            distance = (x - site_x) ** 2 + (y - site_y) ** 2
-            self.region[distance < nearest] = number
-            second = np.minimum(second, np.maximum(nearest, distance))
-            nearest = np.minimum(nearest, distance)
+        sites = rng.random((len(self.materials), 2), dtype=np.float32) * UNITS
+        distances = ((x - site_x) ** 2 + (y - site_y) ** 2 for site_x, site_y in sites)
+        self.region, nearest, second = two_nearest(enumerate(distances))
         self.label = np.array(self.materials, np.uint8)[self.region]
         self.seam = np.exp(-(np.sqrt(second) - np.sqrt(nearest)) / 3)
 
@@ -119,7 +115,7 @@ def photograph(rng: Generator, scene: Scene, canvas: Array) -> Array:
     light = 1 + rng.uniform(0.1, 0.8) * across + 0.25 * smooth_field(rng, size, 2)
     light = light * (1 - rng.uniform(0, 1) * (x * x + y * y))
     shadow = smooth_step(smooth_field(rng, size, 3) + across, rng.uniform(0.1, 0.6), rng.uniform(0.65, 0.9))
-    light = np.maximum(light, 0.15) * (1 - rng.uniform(0.1, 0.5) * shadow)
+    light = np.maximum(light, 0.15) * (1 - np.float32(rng.uniform(0.1, 0.5)) * shadow)
 
     warmth, green, exposure = 0.42 * rng.standard_normal(), 0.22 * rng.standard_normal(), 2 ** rng.uniform(-0.8, 0.5)
     tint = (exposure * np.exp([warmth, green, -warmth])).astype(np.float32)
@@ -198,16 +194,24 @@ def cells(rng: Generator, u: Array, v: Array, jitter: float) -> tuple[Array, Arr
     right, down = (0.5 + jitter * (place - 0.5) for place in (right, down))
     column, row = np.floor(u).astype(np.int32), np.floor(v).astype(np.int32)
     u, v = u - column, v - row
-    nearest, second = np.full((2, *u.shape), 9, np.float32)
-    winner = np.zeros(u.shape, np.int32)
-    for dy in (-1, 0, 1):
-        for dx in (-1, 0, 1):
-            place = square(column + dx, row + dy)
-            distance = (right[place] + (dx - u)) ** 2 + (down[place] + (dy - v)) ** 2
-            winner = np.where(distance < nearest, place, winner)
-            second = np.minimum(second, np.maximum(nearest, distance))
-            nearest = np.minimum(nearest, distance)
+
+    def points() -> Iterator[tuple[Array, Array]]:
+        for dy, dx in np.ndindex(3, 3):
+            place = square(column + dx - 1, row + dy - 1)
+            yield place, (right[place] + (dx - 1 - u)) ** 2 + (down[place] + (dy - 1 - v)) ** 2
+
+    winner, nearest, second = two_nearest(points())
     return np.sqrt(nearest), np.sqrt(second), tone[winner]
+
+
+def two_nearest(points: Iterable[tuple[int | Array, Array]]) -> tuple[Array, Array, Array]:
+    """From (number, squared distances) of points, the nearest one's number, its distances, and the second nearest's."""
+    winner, nearest, second = 0, np.float32(np.inf), np.float32(np.inf)
+    for number, distance in points:
+        winner = np.where(distance < nearest, number, winner)
+        second = np.minimum(second, np.maximum(nearest, distance))
+        nearest = np.minimum(nearest, distance)
+    return winner, nearest, second
 
 
 # Textures: (rng, u, v), points in periods -> (mix, relief). mix: 0 is the dark colour, 1 the light one; relief: 1 is

@@ -35,12 +35,9 @@ SHRINK = 2  # images by the mean of 2 x 2 pixels, labels by the first of them
 SIDE = WINDOW // SHRINK
 TEST_SHARE = 0.1  # of all tiles, as published
 
-MOSAICS = {"2_Ortho_RGB": "RGB", "4_Ortho_RGBIR": "RGBIR"}
-LABELS = {
-    "5_Labels_for_participants": "label",
-    "5_Labels_all": "label",
-    "5_Labels_for_participants_no_Boundary": "label_noBoundary",
-}
+MOSAICS = ("2_Ortho_RGB", "4_Ortho_RGBIR")
+LABELS = ("5_Labels_for_participants", "5_Labels_all", "5_Labels_for_participants_no_Boundary")
+FILE = re.compile(r"top_potsdam_(\d+)_(\d+)_(RGB|RGBIR|label|label_noBoundary)", re.IGNORECASE)
 
 
 def recognise(root: Path) -> Layout | None:
@@ -150,10 +147,10 @@ def _classes(image: Image.Image) -> np.ndarray:
 def _mosaics(root: Path) -> Layout | None:
     folder = first_folder(*(root / name for name in MOSAICS))
     labels_folder = first_folder(*(root / name for name in LABELS))
-    mosaics = {} if folder is None else _by_place(folder, MOSAICS[folder.name])
+    mosaics = {} if folder is None else _by_place(folder)
     if not mosaics:
         return None
-    labels = {} if labels_folder is None else _by_place(labels_folder, LABELS[labels_folder.name])
+    labels = {} if labels_folder is None else _by_place(labels_folder)
     paired = {mosaics[place]: labels.get(place) for place in sorted(mosaics)}
     where = "no labels" if labels_folder is None else labels_folder.name
     parts = {split: partial(_open_mosaics, paired, split) for split in ("train", "val", "unlabelled")}
@@ -166,10 +163,9 @@ def _mosaics(root: Path) -> Layout | None:
     return Layout(title=title, preset="potsdam", root=root, parts=parts)
 
 
-def _by_place(folder: Path, kind: str) -> dict[tuple[int, int], Path]:
+def _by_place(folder: Path) -> dict[tuple[int, int], Path]:
     """List the mosaics of a folder by their two numbers."""
-    pattern = re.compile(rf"top_potsdam_(\d+)_(\d+)_{kind}", re.IGNORECASE)
-    matches = ((pattern.fullmatch(file.stem), file) for file in files_below(folder, (".tif", ".tiff")))
+    matches = ((FILE.fullmatch(file.stem), file) for file in files_below(folder, (".tif", ".tiff")))
     return {(int(match[1]), int(match[2])): file for match, file in matches if match}
 
 

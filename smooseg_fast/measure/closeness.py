@@ -42,9 +42,14 @@ class Distribution:
         return self.mean - REACH, self.mean + REACH
 
     @property
+    def edges(self) -> np.ndarray:
+        """float64 [BINS + 1] of the bins."""
+        return np.linspace(*self.limits, BINS + 1)
+
+    @property
     def std(self) -> float:
-        middles = (torch.arange(BINS, dtype=torch.float64) + 0.5) * (2 * REACH / BINS) - REACH
-        return float(((self.counts * middles.square()).sum() / max(self.pairs, 1)).sqrt())
+        middles = (self.edges[1:] + self.edges[:-1]) / 2
+        return float(np.average((middles - self.mean) ** 2, weights=self.counts) ** 0.5)
 
     def quantiles(self, shares: Sequence[float]) -> tuple[float, ...]:
         """Return quantiles of W, exact to the width of a bin."""
@@ -52,9 +57,8 @@ class Distribution:
 
     def pulled(self, threshold: float) -> float:
         """Return the share of pairs above `threshold`, which pulls them together and pushes the others apart."""
-        edges = np.linspace(*self.limits, BINS + 1)
-        below = np.interp(threshold, edges, [0, *self.counts.cumsum(0)])  # bins count in proportion
-        return float(1 - below / max(self.pairs, 1))
+        below = np.interp(threshold, self.edges, [0, *self.counts.cumsum(0)])  # bins count in proportion
+        return float(1 - below / self.pairs)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from PIL.Image import Image
 
 from ..config import Variant
-from ..measure.closeness import BINS, Closeness, Similarity
+from ..measure.closeness import Closeness, Similarity
 from ..system.table import aligned
 from .histograms import Histogram, histograms_picture
 
@@ -50,9 +49,8 @@ def closeness_picture(measured: Similarity, rows: Sequence[Row], title: str) -> 
     for place, kind in enumerate((measured.within, measured.across)):
         applied = {name_of(variant): kinds[place] for variant, kinds in rows}
         marks = {f"{name}: {k.threshold:+.3f} pulls {100 * k.pulled:.0f} %": k.threshold for name, k in applied.items()}
-        edges = torch.linspace(*kind.limits, BINS + 1, dtype=torch.float64).tolist()
         panel = f"{KINDS[place]} images: {kind.pairs / 1e6:.3g} million pairs"
-        panels[panel] = Histogram(edges, kind.counts.tolist(), kind.mean, marks)
+        panels[panel] = Histogram(kind.edges.tolist(), kind.counts.tolist(), kind.mean, marks)
     note = "pairs right of a threshold are pulled together, those left of it pushed apart"
     return histograms_picture(panels, title, note)
 

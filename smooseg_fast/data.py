@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +14,7 @@ from .command import run
 from .errors import UserError
 from .system.commandline import Parser, choose_command, command_line, parse
 from .system.fields import Bounds, Value
+from .system.table import aligned
 
 if TYPE_CHECKING:
     from .datasets import Dataset, Layout
@@ -48,29 +50,29 @@ def check(config: CheckConfig) -> None:
     from .datasets.inspection import inspect
 
     layout = recognise(config.data)
-    splits, lacking = open_both(config.data, layout)
-    say("data", f"{config.data}: {plain_title(config.data, splits) if layout is None else layout.title}")
+    splits, notes = open_both(config.data, layout)
+    labels = " with labels" if any(dataset.labelled for dataset in splits.values()) else ""
+    title = "a folder of images" + labels if Path(config.data).expanduser().is_dir() else "an image"
+    say("data", f"{config.data}: {title if layout is None else layout.title}")
     inspections = {}
     for split, dataset in splits.items():
         inspections[split] = inspect(dataset, split, config.sample)
         say(split, inspections[split].line())
-    for line in others(layout):
-        say("also", line)
+    for split, part in {} if layout is None else layout.parts.items():
+        if split not in ("train", "val"):
+            try:
+                say("also", f"{split}: {len(part())} images, not used")
+            except UserError as error:
+                say("also", f"{split}: {error}")
     tell_classes({split: inspection for split, inspection in inspections.items() if inspection.labels})
-    for note in dict.fromkeys([*lacking, *(note for dataset in splits.values() for note in dataset.notes)]):
+    for note in dict.fromkeys([*notes, *(note for dataset in splits.values() for note in dataset.notes)]):
         say("note", note)
-    measured = "val" in splits
-    problems = [line for split, inspection in inspections.items() for line in judge(split, inspection, measured)]
+    problems = [line for split, inspection in inspections.items() for line in judge(split, inspection, "val" in splits)]
     if problems:
         raise UserError("; ".join(problems))
-    say("next", next_command(config.data, layout, splits))
-
-
-def plain_title(data: str, splits: dict[str, Dataset]) -> str:
-    """Names a folder or file that is in no owner's layout."""
-    if Path(data).expanduser().is_file():
-        return "an image"
-    return "a folder of images" + (" with labels" if any(dataset.labelled for dataset in splits.values()) else "")
+    preset = [] if layout is None or layout.preset == "folder" else ["--preset", layout.preset]
+    words = ["train", *preset] if "train" in splits else ["evaluate", *preset, "--checkpoint", "FILE"]
+    say("next", command_line(*words, "--data", config.data))
 
 
 def open_both(data: str, layout: Layout | None) -> tuple[dict[str, Dataset], list[str]]:
@@ -81,27 +83,14 @@ def open_both(data: str, layout: Layout | None) -> tuple[dict[str, Dataset], lis
     try:
         train, val = open_splits(data)
     except UserError as error:
-        try:
+        with suppress(UserError):
             return {"val": open_dataset(data, "val")}, [str(error)]
-        except UserError:
-            raise error from None
+        raise
     if val is None and layout is not None:
         val = layout.open("val")  # without labels, but there
     if val is not None and val.held_out:
         return {"train": train, "val": val}, []
     return {"train": train}, [NOT_HELD_OUT] if train.labelled else []
-
-
-def others(layout: Layout | None) -> list[str]:
-    """A line for each of the owner's splits that is used neither for learning nor for measuring."""
-    lines = []
-    for split, part in {} if layout is None else layout.parts.items():
-        if split not in ("train", "val"):
-            try:
-                lines.append(f"{split}: {len(part())} images, not used")
-            except UserError as error:
-                lines.append(f"{split}: {error}")
-    return lines
 
 
 def tell_classes(labelled: dict[str, Inspection]) -> None:
@@ -115,15 +104,12 @@ def tell_classes(labelled: dict[str, Inspection]) -> None:
     where = " and ".join(f"{inspection.labels} labels of {split}" for split, inspection in labelled.items())
     where = f"all {where}" if complete else f"{where} (a sample)"
     say("classes", f"{len(names)}; share of the labelled pixels in {where}")
-    shares = {split: inspection.shares() for split, inspection in labelled.items()}
-    width = max(map(len, (*names, "not labelled")))
-    say("", f"{'':4}{'':{width}}" + "".join(f"{split:>9}" for split in labelled))
-    for number, name in enumerate(names):
-        say("", f"{number:3} {name:{width}}" + "".join(f"{100 * share[number]:8.2f}%" for share in shares.values()))
-    ignored = (inspection.counts[-1] / inspection.counts.sum() for inspection in labelled.values())
-    cells = "".join(f"{100 * share:8.2f}%" for share in ignored)
-    say("", f"{'':4}{'not labelled':{width}}{cells}  of all pixels")
-    unseen = [name for number, name in enumerate(names) if all(not share[number] > 0 for share in shares.values())]
+    ignored = [inspection.counts[-1] / inspection.counts.sum() for inspection in labelled.values()]
+    shares = [*zip(*(inspection.shares() for inspection in labelled.values())), ignored]
+    titles = [*(f"{number:3} {name}" for number, name in enumerate(names)), "    not labelled (of all pixels)"]
+    rows = [[title, *(f"{share:.2%}" for share in row)] for title, row in zip(titles, shares)]
+    say("", aligned([["", *labelled], *rows]).replace("\n", "\n" + " " * 11))
+    unseen = [name for name, row in zip(names, shares) if not any(row)]
     if unseen:
         opened = "any label" if complete else "the labels opened"
         say("note", f"{len(unseen)} classes have no pixel in {opened}: {', '.join(unseen)}")
@@ -132,31 +118,18 @@ def tell_classes(labelled: dict[str, Inspection]) -> None:
 def judge(split: str, inspection: Inspection, measured: bool) -> list[str]:
     """Warn of files that a run would skip; -> those at which it would stop. measured: some images are held out for
     figures."""
-    from .datasets.inspection import TINY_PIXELS
-
-    problems = []
-    for lines, things in ((inspection.broken, "images"), (inspection.wrong, "labels")):
-        if not lines:
-            continue
-        opened = inspection.opened
-        line = f"{len(lines)} of the {opened} {things} of {split} that were opened cannot be used, first {lines[0]}"
-        fatal = len(lines) == opened if things == "images" else split == "val" or not measured
-        if fatal:
-            problems.append(line)
-        else:
-            say("warning", f"{line} ({'a run skips them' if things == 'images' else 'a run does not read them'})")
-    small = inspection.small
-    if small:
-        say("warning", f"{len(small)} images of {split} have a side below {TINY_PIXELS} pixels, first {small[0]}")
+    problems, opened = [], inspection.opened
+    for lines, things, fatal, consequence in (
+        (inspection.broken, "images", len(inspection.broken) == opened, "a run skips them"),
+        (inspection.wrong, "labels", split == "val" or not measured, "a run does not read them"),
+    ):
+        if lines:
+            line = f"{len(lines)} of the {opened} {things} of {split} that were opened cannot be used, first {lines[0]}"
+            if fatal:
+                problems.append(line)
+            else:
+                say("warning", f"{line} ({consequence})")
     return problems
-
-
-def next_command(data: str, layout: Layout | None, splits: dict[str, Dataset]) -> str:
-    """Return the command to type next."""
-    preset = [] if layout is None or layout.preset == "folder" else ["--preset", layout.preset]
-    if "train" in splits:
-        return command_line("train", *preset, "--data", data)
-    return command_line("evaluate", *preset, "--checkpoint", "FILE", "--data", data)
 
 
 def say(what: str, line: str) -> None:

@@ -73,8 +73,6 @@ class SimilarityConfig:
     pairs: Annotated[int, Bounds(1)] = 1_000_000_000
     """Maximum number of patch pairs of each kind to count: beyond it, squares drawn at random stand for all. Means are
     exact anyway."""
-    partners: Annotated[int, Bounds(1, 15)] = 1
-    """How many other squares, drawn at random, to pair each square with across images."""
 
     out: Annotated[Folder | None, Group("output")] = None
     """Folder for similarity.png and similarity.json [similarity next to the checkpoint, else runs/NAME/similarity]."""
@@ -106,25 +104,19 @@ def main(args: Sequence[str]) -> None:
     if len(store) < 2:
         more = "add images, or --crops slide"
         raise UserError(f"--data: {len(store)} square of {config.size} pixels, but pairs of images need 2; {more}")
-    measured = similarity(store, backbone.device, largest=asked.pairs, partners=asked.partners)
+    measured = similarity(store, backbone.device, largest=asked.pairs)
     rows = [(variant, closeness(measured, variant.thresholds)) for variant in config.variants()]
-    print(spread_table(measured))
-    print(measured.line())
-    print()
-    print(thresholds_table(rows))
+    print(spread_table(measured), measured.line(), "", thresholds_table(rows), sep="\n")
     trouble = None if config.relative else warning(*rows[0][1])
     if trouble:
         print(f"warning    {trouble}")
     out = folder(asked, config)
-    about = {
-        "data": dataset.name,
-        "backbone": backbone.name,
-        **{name: getattr(config, name) for name in ("size", "crops", "resample")},
-    }
     mark_as_ours(out, PICTURE)
     title = f"Closeness of patches: {dataset.name}, {backbone.name}"
     save(out / PICTURE, closeness_picture(measured, rows, title))
-    write_json(out / RECORD, closeness_record(measured, rows) | about | {"skipped": store.skipped})
+    settings = {name: getattr(config, name) for name in ("size", "crops", "resample")}
+    about = {"data": dataset.name, "backbone": backbone.name, **settings, "skipped": store.skipped}
+    write_json(out / RECORD, closeness_record(measured, rows) | about)
     print(f"saved      {out / PICTURE}, {out / RECORD}")
     print("next       " + next_command(asked, config))
 
@@ -135,25 +127,19 @@ def configure(asked: SimilarityConfig) -> TrainConfig:
     from .segment.checkpoint import read_checkpoint
 
     given = {name: value for name in LEARNING if (value := getattr(asked, name)) is not None}
-    if asked.checkpoint is not None:
-        if asked.preset is not None:
-            raise UserError("--preset: a checkpoint has its own settings; leave out either it or --checkpoint")
-        checkpoint = read_checkpoint(asked.checkpoint)
-        if asked.backbone is None and ":" in checkpoint.backbone_name:
-            raise UserError(
-                f"--backbone: missing; {asked.checkpoint} was trained on {checkpoint.backbone_name}, and a checkpoint "
-                f"never imports code by itself: add --backbone {checkpoint.backbone_name}"
-            )
-        base, given = dataclasses.replace(checkpoint.config, heads=1), {"backbone": checkpoint.backbone_name} | given
-        data = asked.data or base.data
-        if data is None and base.preset != "demo":
-            raise UserError("--data: missing; the checkpoint was trained on arrays: give a folder of images")
+    if asked.checkpoint is None:
+        base = preset(asked.preset or ("folder" if asked.data else "demo"))
+    elif asked.preset is not None:
+        raise UserError("--preset: a checkpoint has its own settings; leave out either it or --checkpoint")
     else:
-        base, data = preset(asked.preset or ("folder" if asked.data else "demo")), asked.data
-        if data is None and base.preset != "demo":
-            raise UserError(
-                f"--data: missing; preset {base.preset} needs a folder of images (the demo is --preset demo)"
-            )
+        checkpoint = read_checkpoint(asked.checkpoint)
+        name = checkpoint.backbone_name
+        if asked.backbone is None and ":" in name:
+            raise UserError(f"--backbone: missing; a checkpoint never imports code by itself: add --backbone {name}")
+        base, given = dataclasses.replace(checkpoint.config, heads=1), {"backbone": name} | given
+    data = asked.data or base.data
+    if data is None and base.preset != "demo":
+        raise UserError(f"--data: missing; preset {base.preset} needs a folder of images (the demo is --preset demo)")
     return with_changes(base, data=data, **given)
 
 
@@ -169,15 +155,13 @@ def folder(asked: SimilarityConfig, config: TrainConfig) -> Path:
 def next_command(asked: SimilarityConfig, config: TrainConfig) -> str:
     """Training with these settings; flags that equal the preset's are left out."""
     words = [] if config.preset in ("folder", "demo") else ["--preset", config.preset]
-    if config.data is not None:
-        words += ["--data", config.data]
+    words += [] if config.data is None else ["--data", config.data]
     base = preset(config.preset)
     for name in LEARNING:
         value = getattr(config, name)
         if value is not None and value != getattr(base, name):
             words += [flag(name), *([f"{v:g}" for v in value] if isinstance(value, tuple) else [f"{value}"])]
-    if asked.cache is not None:
-        words += ["--cache", asked.cache]
+    words += [] if asked.cache is None else ["--cache", asked.cache]
     return command_line("train", *words)
 
 

@@ -129,7 +129,7 @@ def test_names_the_argument_and_what_was_found(tmp_path):
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(UserError, match=r"found only other files \(2 \.txt, 1 \.npy, 1 without suffix\)"):
         find_images(tmp_path)
-    with pytest.raises(UserError, match=r"a\.txt: not an image by its suffix; .*\.jpg"):
+    with pytest.raises(UserError, match=r"a\.txt: no images in it; .*\.jpg .* found only other files \(1 \.txt\)"):
         find_images(tmp_path / "a.txt")
 
 
@@ -400,13 +400,13 @@ def test_a_header_beyond_reason_is_refused_before_decoding(tmp_path, monkeypatch
         read_image(tmp_path / "x.png")
 
 
-def test_memory_that_runs_out_is_said(tmp_path, monkeypatch, colours):
+def test_memory_that_runs_out_is_an_image_error(tmp_path, monkeypatch, colours):
     def exhausted(*_):
         raise MemoryError
 
     Image.fromarray(colours).save(tmp_path / "x.png")
     monkeypatch.setattr(Image.Image, "convert", exhausted)
-    with pytest.raises(ImageError, match="does not fit into memory; cut it into tiles"):
+    with pytest.raises(ImageError, match=r"x\.png: cannot be decoded \(MemoryError\)"):
         read_image(tmp_path / "x.png")
 
 
@@ -484,11 +484,6 @@ def test_slide_covers_from_end_to_end_in_even_steps():
         if steps.size:
             assert 1 <= steps.min() <= steps.max() <= side / 4
             assert steps.max() - steps.min() <= 1
-
-
-def test_unknown_crops_are_refused():
-    with pytest.raises(ValueError, match="corner"):
-        square_offsets(4, 5, "corner")
 
 
 @pytest.mark.parametrize("crops", ["center", "slide"])

@@ -73,8 +73,7 @@ def test_histograms_of_the_whole_set():
     assert found.within.pulled(9.0) == 0.0
 
 
-@pytest.mark.parametrize("partners", [1, 3])
-def test_across_pairs_are_of_different_squares_drawn_at_random(partners, monkeypatch):
+def test_across_pairs_are_of_different_squares_drawn_at_random(monkeypatch):
     store, f = make_store()
     asked = []
     real = measured.sk.similarity_statistics
@@ -84,15 +83,15 @@ def test_across_pairs_are_of_different_squares_drawn_at_random(partners, monkeyp
         return real(features, entries, **options)
 
     monkeypatch.setattr(measured.sk, "similarity_statistics", watched)
-    found = measured.similarity(store, CPU, partners=partners, progress=False)
-    assert found.across.pairs == 19 * 144 * partners
+    found = measured.similarity(store, CPU, progress=False)
+    assert found.across.pairs == 19 * 144
     pairs = set()
     for features, (own, *others) in asked:
         assert own == "self"
         rows = [int((f - F.normalize(each.double(), dim=-1)).abs().sum((1, 2)).argmin()) for each in features]
         for other in others:
             pairs |= {(n, rows[j]) for n, j in zip(rows, other.tolist())}
-    assert len(pairs) == 19 * partners
+    assert len(pairs) == 19
     assert all(n != j for n, j in pairs)
     assert sum(abs(n - j) == 1 for n, j in pairs) < 0.5 * len(
         pairs
@@ -114,12 +113,11 @@ def test_two_squares_are_enough():
     store, f = make_store(N=2)
     found = measured.similarity(store, CPU, progress=False)
     assert found.across.mean == pytest.approx(float((f[0].mean(0) * f[1].mean(0)).sum()), abs=1e-7)
-    assert found.partners == 1
 
 
 def test_thresholds_and_their_warning():
     kind = Distribution(0.2, torch.bincount(torch.tensor([700, 720, 800, 810]), minlength=BINS))
-    found = measured.Similarity(9, 9, 1, kind, Distribution(0.1, kind.counts))
+    found = measured.Similarity(9, 9, kind, Distribution(0.1, kind.counts))
     within, across = closeness(found, Thresholds(-0.02, 0.5, relative=False))
     assert (within.threshold, across.threshold) == (-0.02, 0.5)
     assert within.force == pytest.approx(0.22)
@@ -131,7 +129,7 @@ def test_thresholds_and_their_warning():
     assert [kind.pulled for kind in relative] == [0.5, 0.5]
     assert warning(*relative) is None
     assert re.search(r"threshold \+0\.260 pulls 50 %  net force -0\.060", relative[0].line())
-    assert "push an image's patches apart" in warning(Closeness(0, 1, (), 0.5, 0), Closeness(0, 1, (), -0.5, 0))
+    assert "push the patches of an image apart" in warning(Closeness(0, 1, (), 0.5, 0), Closeness(0, 1, (), -0.5, 0))
 
 
 def call(*args):
@@ -194,16 +192,14 @@ def test_a_checkpoint_has_its_own_thresholds(trained, capsys):
 
 
 def test_fewer_pairs_than_there_are(folder, capsys):
-    assert call("--data", folder, "--size", "64", "--pairs", 3 * 64**2, "--partners", 1, "--out", "o") == 0
+    assert call("--data", folder, "--size", "64", "--pairs", 3 * 64**2, "--out", "o") == 0
     assert "within 3 of them, drawn at random" in capsys.readouterr().out
-    assert call("--data", folder, "--size", "64", "--partners", 3, "--out", "o") == 0
     found = json.load(open("o/similarity.json"))
-    assert found["across"]["pairs"] == 3 * found["within"]["pairs"]
+    assert found["across"]["pairs"] == found["within"]["pairs"] == 3 * 64**2
 
 
 BAD = [
     (["--pairs", "0"], "--pairs: must be at least 1, got 0"),
-    (["--partners", "16"], "--partners: must be at most 15, got 16"),
     (["--threshold-within", "0.1"], "--threshold-across: missing; absolute thresholds are given as a pair"),
     (
         ["--granularity", "0.1", "--threshold-within", "0.1", "--threshold-across", "0.1"],

@@ -435,7 +435,7 @@ def test_bad_data_is_one_line_and_exit_code_2(labelled, capsys):
     Image.fromarray(np.zeros((5, 6), np.uint8)).save(mask)
     fails("5.png: the label is 6 x 5 pixels")
     Image.fromarray(np.full((72, 96), 7, np.uint8)).save(mask)
-    fails("5.png: class number 7")
+    fails("5.png: the number 7")
     mask.write_bytes(good)
     labels = labelled / "val" / "labels"
     labels.rename(labelled / "val" / "masks")

@@ -46,6 +46,8 @@ def open_dataset(path: Path | str, split: Split) -> Dataset:
     Opens a folder in an owner's layout (Cityscapes, COCO-Stuff, Potsdam-3, PASCAL VOC) as such, any other by
     `open_folder`. UserError when there is nothing to open.
     """
+    if split not in ("train", "val"):
+        raise ValueError(f'split must be "train" or "val", not {split!r}')
     layout = recognise(path)
     return open_folder(path, split) if layout is None else layout.open(split)
 

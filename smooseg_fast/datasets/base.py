@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import Field, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -49,18 +49,34 @@ class Dataset(Protocol):
     def fingerprint(self) -> str: ...  # hex digest that changes when the images do
 
 
-class Listing(Dataset, Protocol):
-    """A dataset listed from disk: a dataclass, so `replace` copies it with other notes."""
+@dataclass(frozen=True)
+class Numbering:
+    """The numbers in label files, and the classes they stand for.
 
-    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+    Attributes:
+        owner: who defines them, for people.
+        names: of the classes, 0 upwards.
+        classes: the class, or IGNORE, of each legal number 0, 1, ... IGNORE itself is always legal.
+    """
 
+    owner: str
+    names: tuple[str, ...]
+    classes: Sequence[int]
 
-def classes_of(dataset: Dataset) -> tuple[str, ...]:
-    """Return the class names of a dataset with labels. ValueError for one without."""
-    names = dataset.class_names
-    if names is None:
-        raise ValueError(f"{dataset.name} has no labels, and so no classes")
-    return names
+    def __call__(self, numbers: np.ndarray, path: Path) -> np.ndarray:
+        """Turn the integers [H,W] on disk into classes uint8 [H,W]. UserError naming `path` for illegal numbers."""
+        class_of = np.full(256, -1, np.int16)
+        class_of[: len(self.classes)] = self.classes
+        class_of[IGNORE] = IGNORE
+        narrow = numbers.astype(np.uint8)  # -1 becomes 255: not labelled
+        classes = class_of[narrow]
+        illegal = numbers[(classes < 0) | (narrow != numbers) & (numbers != -1)]
+        if illegal.size:
+            raise UserError(
+                f"{path}: the number {illegal.max()} in {illegal.size} pixels, which is no class of {self.owner} "
+                f"(0 to {len(self.classes) - 1}, and {IGNORE} to ignore); correct the label, or copy the original again"
+            )
+        return classes.astype(np.uint8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +89,95 @@ class Files:
     labels: tuple[Path | None, ...]
     held_out: bool
     notes: tuple[str, ...] = ()
+    numbering: Numbering | None = None  # None: the numbers in the labels are the classes
+
+    @classmethod
+    def matched(
+        cls,
+        name: str,
+        folder: Path,
+        images: Sequence[Path],
+        labels: Path,
+        *,
+        suffix: str = ".png",
+        endings: tuple[str, str] = ("", ""),
+        present: Sequence[Path] | None = None,
+        notes: Sequence[str] = (),
+        **fields: Any,
+    ) -> Files:
+        """Pair `images` in `folder` with the files in the folder `labels` that have the same relative path.
+
+        Args:
+            suffix: of the labels.
+            endings: of the stem of an image, and what the label's stem has in place of it.
+            present: all images on disk, if `images` is a choice of them.
+        """
+
+        def key(file: Path, top: Path, ending: str) -> str:
+            return file.relative_to(top).with_suffix("").as_posix().removesuffix(ending)
+
+        keys = {image: key(image, folder, endings[0]) for image in present or images}
+        files = [file for file in files_below(labels, (suffix,)) if file.stem.endswith(endings[1])]
+        by_key = {key(file, labels, endings[1]): file for file in files}
+        paired = tuple(by_key.get(keys[image]) for image in images)
+        names = tuple(image.relative_to(folder).as_posix() for image in images)
+        missing = [name for name, label in zip(names, paired) if label is None]
+        stray = [by_key[key].relative_to(labels) for key in sorted(by_key.keys() - keys.values())]
+        notes, where = list(notes), f"{labels} (*{endings[1]}{suffix})"
+        if not any(paired):
+            notes.append(f"no labels: none of the {len(images)} images of {name} has one in {where}")
+        elif missing:
+            notes.append(f"{len(missing)} of {len(images)} {name} images have no label in {where}, first {missing[0]}")
+        if stray:
+            notes.append(f"{len(stray)} labels in {where} belong to no image, first {stray[0]}")
+        return cls(name=name, names=names, images=tuple(images), labels=paired, notes=tuple(notes), **fields)
+
+    @classmethod
+    def of_owner(
+        cls,
+        numbering: Numbering,
+        split: str,
+        images: Path,
+        labels: Path,
+        *,
+        suffixes: tuple[str, ...] = SUFFIXES,
+        listed: Path | None = None,
+        unlisted: Path | None = None,
+        notes: Sequence[str] = (),
+        **matching: Any,
+    ) -> Files:
+        """List a split of an owner. `matching`: options of `matched`.
+
+        Args:
+            listed: a file with the stem of each image of the split on a line, in order; None for all.
+            unlisted: such a file of images to leave out.
+
+        Raises:
+            UserError: when there is no image, or a list cannot be read.
+        """
+        name = f"{numbering.owner} {split}"
+        present = files_below(images, suffixes)
+        left_out = set() if unlisted is None else set(read_lines(unlisted))
+        chosen = [file for file in present if file.stem not in left_out]
+        if listed is not None:
+            by_stem, entries = {file.stem: file for file in present}, list(dict.fromkeys(read_lines(listed)))
+            chosen = [by_stem[entry] for entry in entries if entry in by_stem]
+            missing = [entry for entry in entries if entry not in by_stem]
+            first = f"{len(missing)} of {len(entries)} images listed in {listed} are not there, first"
+            notes = [*notes, *(f"{first} {entry}" for entry in missing[:1])]
+        if not chosen:
+            names = "" if listed is None else f" that {listed} lists"
+            raise UserError(f"--data {images}: has no images of {name}{names}; unpack them there")
+        fields = {"held_out": split != "train", "numbering": numbering, "present": present, "notes": notes}
+        return cls.matched(name, images, chosen, labels, **fields, **matching)
 
     @cached_property
     def labelled(self) -> bool:
-        return any(label is not None for label in self.labels)
+        return any(self.labels)
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        return self.numbering.names if self.labelled and self.numbering else None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -90,7 +191,9 @@ class Files:
         path = self.labels[index]
         if path is None:
             return None
-        label = self.class_numbers(path)
+        label = self.numbers(path)
+        if self.numbering is not None:
+            label = self.numbering(label, path)
         # the header is quick and nearly always right; before blaming the user, look at the pixels
         if label.shape != self.size(index) and label.shape != (shape := self.image(index).shape[:2]):
             raise UserError(
@@ -99,8 +202,8 @@ class Files:
             )
         return label
 
-    def class_numbers(self, path: Path) -> np.ndarray:
-        """Read a label file as uint8 [H,W]."""
+    def numbers(self, path: Path) -> np.ndarray:
+        """Read the integers [H,W] of a label file."""
         return read_label(path)
 
     def size(self, index: int) -> tuple[int, int]:
@@ -109,55 +212,15 @@ class Files:
 
     def fingerprint(self) -> str:
         """Hash names, file sizes and modification times in order; moving the folder changes nothing."""
-        return files_digest(zip(self.names, self.images))
-
-
-@dataclass(frozen=True)
-class Numbering:
-    """The numbers in an owner's label files, and the classes they stand for.
-
-    Attributes:
-        names: class names, 0 upwards.
-        classes: legal number on disk -> its class, or IGNORE. IGNORE itself is always legal.
-    """
-
-    owner: str
-    names: tuple[str, ...]
-    classes: Mapping[int, int]
-
-    @cached_property
-    def _class_of(self) -> np.ndarray:
-        """int16 [256], -1 for numbers that the owner does not use."""
-        class_of = np.full(256, -1, np.int16)
-        class_of[list(self.classes)] = list(self.classes.values())
-        class_of[IGNORE] = IGNORE
-        return class_of
-
-    def __call__(self, numbers: np.ndarray, path: Path) -> np.ndarray:
-        """Turn the integers [H,W] on disk into classes uint8 [H,W]. UserError naming `path` for illegal numbers."""
-        narrow = numbers.astype(np.uint8)  # -1 becomes 255: not labelled
-        classes = self._class_of[narrow]
-        illegal = numbers[(classes < 0) | (narrow != numbers) & (numbers != -1)]
-        if illegal.size:
-            raise UserError(
-                f"{path}: the number {illegal.max()} in {illegal.size} pixels, which labels of {self.owner} do not "
-                f"have ({min(self.classes)} to {max(self.classes)}, and {IGNORE} to ignore); give the owner's own files"
-            )
-        return classes.astype(np.uint8)
-
-
-@dataclass(frozen=True, kw_only=True)
-class NumberedFiles(Files):
-    """Files with an owner's numbers in their labels."""
-
-    numbering: Numbering
-
-    @property
-    def class_names(self) -> tuple[str, ...] | None:
-        return self.numbering.names if self.labelled else None
-
-    def class_numbers(self, path: Path) -> np.ndarray:
-        return self.numbering(super().class_numbers(path), path)
+        digest = hashlib.sha256()
+        for name, path in zip(self.names, self.images):
+            try:
+                status = path.stat()
+                state = f"{status.st_size}\0{status.st_mtime_ns}"
+            except OSError:  # a broken link
+                state = "gone"
+            digest.update(f"{name}\0{state}\0".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,13 +238,11 @@ class Layout:
     title: str
     preset: str
     root: Path
-    parts: Mapping[str, Callable[[], Listing]]
-    pictures: Path | None
+    parts: Mapping[str, Callable[[], Files]]
+    pictures: Path | None = None
 
-    def open(self, split: Split) -> Listing:
+    def open(self, split: Split) -> Files:
         """List a split; without "val" its images are those of "train", not held out. UserError without "train"."""
-        if split not in ("train", "val"):
-            raise ValueError(f'split must be "train" or "val", not {split!r}')
         if split in self.parts:
             return self.parts[split]()
         if "train" not in self.parts:
@@ -191,56 +252,7 @@ class Layout:
         return replace(self.parts["train"](), held_out=False)
 
 
-def numbered_files(
-    name: str,
-    top: Path,
-    images: list[Path],
-    labels: list[Path],
-    numbering: Numbering,
-    *,
-    label_name: Callable[[str], str],
-    held_out: bool,
-    where: str,
-    present: list[Path] | None = None,
-    notes: Iterable[str] = (),
-    kind: type[NumberedFiles] = NumberedFiles,
-) -> NumberedFiles:
-    """Pair images below `top` with labels: the stem of an image's label is `label_name` of its own stem.
-
-    Args:
-        present: all images on disk, if `images` is a choice of them.
-        where: the place of the labels, for notes on missing labels and on labels without an image.
-
-    Raises:
-        UserError: when there is no image.
-    """
-    if not images:
-        raise UserError(f"--data {top}: no images in it; unpack the images of {name} there")
-    by_stem = {label.stem: label for label in labels}
-    paired = [by_stem.get(label_name(image.stem)) for image in images]
-    missing = [image.name for image, label in zip(images, paired) if label is None]
-    notes = list(notes)
-    if missing and len(missing) == len(images):
-        notes.append(f"no labels: none of the {len(images)} images of {name} has one in {where}")
-    elif missing:
-        notes.append(f"{len(missing)} of {len(images)} images of {name} have no label in {where}, first {missing[0]}")
-    expected = {label_name(image.stem) for image in (images if present is None else present)}
-    stray = [label for label in labels if label.stem not in expected]
-    if stray:
-        notes.append(f"{len(stray)} labels in {where} belong to no image, first {stray[0].name}")
-    names = tuple(image.relative_to(top).as_posix() for image in images)
-    return kind(
-        name=name,
-        names=names,
-        images=tuple(images),
-        labels=tuple(paired),
-        held_out=held_out,
-        notes=tuple(notes),
-        numbering=numbering,
-    )
-
-
-def files_below(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
+def files_below(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     """List the visible files of these suffixes anywhere below `folder`, sorted; none if there is no such folder."""
     if not folder.is_dir():
         return []
@@ -252,46 +264,13 @@ def first_folder(*candidates: Path) -> Path | None:
     return next((folder for folder in candidates if folder.is_dir()), None)
 
 
-def read_list(path: Path) -> list[str]:
-    """Read a list file: one entry a line, without suffix, in order, each once. UserError when it cannot be read."""
+def read_lines(path: Path) -> list[str]:
+    """Read the lines of a text file that are not blank. UserError when it cannot be read."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); copy it again") from error
-    entries = [line.strip() for line in lines if line.strip()]
-    known = (*SUFFIXES, ".mat")
-    return list(dict.fromkeys(Path(entry).stem if Path(entry).suffix.lower() in known else entry for entry in entries))
-
-
-def pick(listed: list[str], files: list[Path], path: Path) -> tuple[list[Path], list[str]]:
-    """Pick the files whose stems the list file at `path` names -> (files in its order, notes on those missing).
-
-    UserError when none is there.
-    """
-    by_stem = {file.stem: file for file in files}
-    picked = [by_stem[entry] for entry in listed if entry in by_stem]
-    missing = [entry for entry in listed if entry not in by_stem]
-    if not picked:
-        example = f", such as {missing[0]}," if missing else ""
-        raise UserError(
-            f"{path}: none of the {len(listed)} images that it lists{example} is there; unpack the images next to it"
-        )
-    if not missing:
-        return picked, []
-    return picked, [f"{len(missing)} of {len(listed)} images listed in {path} are not there, first {missing[0]}"]
-
-
-def files_digest(files: Iterable[tuple[str, Path]]) -> str:
-    """Hash names, sizes and modification times; a file that is gone (a broken link) counts as "gone"."""
-    digest = hashlib.sha256()
-    for name, path in files:
-        try:
-            status = path.stat()
-            state = f"{status.st_size}\0{status.st_mtime_ns}"
-        except OSError:
-            state = "gone"
-        digest.update(f"{name}\0{state}\0".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
+        raise UserError(f"{path}: cannot be read ({error}); write it again, in UTF-8") from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 def extent(shape: tuple[int, ...]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from .base import IGNORE, Layout, NumberedFiles, Numbering, files_below, first_folder, numbered_files
+from .base import IGNORE, Files, Layout, Numbering, first_folder
 
 # label numbers 7 to 33, from the owners' cityscapesscripts/helpers/labels.py
 NAMES = (
@@ -18,41 +18,24 @@ NAMES = (
     "polegroup", "traffic light", "traffic sign", "vegetation", "terrain", "sky", "person", "rider", "car", "truck",
     "bus", "caravan", "trailer", "train", "motorcycle", "bicycle",
 )  # fmt: skip
-FIRST = 7
-NUMBERING = Numbering(
-    "Cityscapes", NAMES, {number: number - FIRST if number >= FIRST else IGNORE for number in range(FIRST + len(NAMES))}
-)
-
-IMAGE, LABEL = "_leftImg8bit", "_gtFine_labelIds"
+NUMBERING = Numbering("Cityscapes", NAMES, (*[IGNORE] * 7, *range(len(NAMES))))
 
 
 def recognise(root: Path) -> Layout | None:
     images = first_folder(root / "leftImg8bit", root / "leftImg8bit_trainvaltest" / "leftImg8bit")
-    if images is None:
+    labels = first_folder(root / "gtFine", root / "gtFine_trainvaltest" / "gtFine") or root / "gtFine"
+    if images is None or not any((images / split).is_dir() for split in ("train", "val")):
         return None
     # the test split's labels are withheld, and train_extra has none of this kind
     splits = [split for split in ("train", "val", "test", "train_extra") if (images / split).is_dir()]
-    if not {"train", "val"} & set(splits):
-        return None
-    labels = first_folder(root / "gtFine", root / "gtFine_trainvaltest" / "gtFine") or root / "gtFine"
-    parts = {split: partial(_open, images, labels, split) for split in splits}
+    endings = ("_leftImg8bit", "_gtFine_labelIds")
     return Layout(
         title="Cityscapes (leftImg8bit and gtFine labelIds, 27 classes)",
         preset="cityscapes",
         root=root,
-        parts=parts,
-        pictures=images / ("val" if "val" in parts else "train"),
-    )
-
-
-def _open(images: Path, labels: Path, split: str) -> NumberedFiles:
-    return numbered_files(
-        f"Cityscapes {split}",
-        images / split,
-        files_below(images / split),
-        [file for file in files_below(labels / split, (".png",)) if file.stem.endswith(LABEL)],
-        NUMBERING,
-        label_name=lambda stem: stem.removesuffix(IMAGE) + LABEL,
-        held_out=split != "train",
-        where=f"{labels / split} (*{LABEL}.png)",
+        parts={
+            split: partial(Files.of_owner, NUMBERING, split, images / split, labels / split, endings=endings)
+            for split in splits
+        },
+        pictures=images / ("val" if "val" in splits else "train"),
     )

@@ -10,31 +10,11 @@ images are used, and a note says so.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from .base import Layout, NumberedFiles, Numbering, files_below, first_folder, numbered_files, pick, read_list
-
-# labels.txt, numbers 1 to 182: on disk one less
-_FINE = (
-    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, street sign, "
-    "stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, hat, "
-    "backpack, umbrella, shoe, eye glasses, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, "
-    "baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, plate, wine glass, cup, fork, knife, "
-    "spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, "
-    "potted plant, bed, mirror, dining table, window, desk, toilet, door, tv, laptop, mouse, remote, keyboard, cell "
-    "phone, microwave, oven, toaster, sink, refrigerator, blender, book, clock, vase, scissors, teddy bear, hair "
-    "drier, toothbrush, hair brush, banner, blanket, branch, bridge, building-other, bush, cabinet, cage, cardboard, "
-    "carpet, ceiling-other, ceiling-tile, cloth, clothes, clouds, counter, cupboard, curtain, desk-stuff, dirt, "
-    "door-stuff, fence, floor-marble, floor-other, floor-stone, floor-tile, floor-wood, flower, fog, food-other, "
-    "fruit, furniture-other, grass, gravel, ground-other, hill, house, leaves, light, mat, metal, mirror-stuff, moss, "
-    "mountain, mud, napkin, net, paper, pavement, pillow, plant-other, plastic, platform, playingfield, railing, "
-    "railroad, river, road, rock, roof, rug, salad, sand, sea, shelf, sky-other, skyscraper, snow, solid-other, "
-    "stairs, stone, straw, structural-other, table, tent, textile-other, towel, tree, vegetable, wall-brick, "
-    "wall-concrete, wall-other, wall-panel, wall-stone, wall-tile, wall-wood, water-other, waterdrops, window-blind, "
-    "window-other, wood"
-)
-FINE = tuple(_FINE.split(", "))
+from .base import Files, Layout, Numbering, first_folder
 
 HIERARCHY = {
     "electronic": "tv, laptop, mouse, remote, keyboard, cell phone",
@@ -67,18 +47,21 @@ HIERARCHY = {
     "structural-stuff": "fence, cage, net, railing, structural-other",
     "water-stuff": "fog, river, sea, waterdrops, water-other",
 }
-COARSE_OF = {fine: number for number, members in enumerate(HIERARCHY.values()) for fine in members.split(", ")}
-NUMBERING = Numbering("COCO-Stuff", tuple(HIERARCHY), {number: COARSE_OF[fine] for number, fine in enumerate(FINE)})
+MEMBERS = {name: members.split(", ") for name, members in HIERARCHY.items()}
+COARSE_OF = {fine: number for number, members in enumerate(MEMBERS.values()) for fine in members}
+# the owners' labels.txt numbers things group by group, then stuff by the alphabet
+THINGS = (
+    "person", "vehicle", "outdoor", "animal", "accessory", "sports", "kitchen", "food", "furniture", "electronic",
+    "appliance", "indoor",
+)  # fmt: skip
+STUFF = sorted(fine for name, members in MEMBERS.items() if name not in THINGS for fine in members)
+FINE = [fine for name in THINGS for fine in MEMBERS[name]] + STUFF
+NUMBERING = Numbering("COCO-Stuff", tuple(HIERARCHY), [COARSE_OF[fine] for fine in FINE])
 
 YEAR = "2017"
 CURATED = "Coco164kFull_Stuff_Coarse_7.txt"
-MAPS = (
-    "annotations",
-    "stuffthingmaps",
-    "stuffthingmaps_trainval2017",
-    "annotations/stuffthingmaps",
-    "annotations/stuffthingmaps_trainval2017",
-)
+ARCHIVES = ("stuffthingmaps", "stuffthingmaps_trainval2017")
+MAPS = ("annotations", *ARCHIVES, *(f"annotations/{name}" for name in ARCHIVES))
 
 
 def recognise(root: Path) -> Layout | None:
@@ -96,31 +79,15 @@ def recognise(root: Path) -> Layout | None:
         title=f"COCO-Stuff ({contents}, 27 classes)",
         preset="cocostuff27",
         root=root,
-        parts={split: partial(_open, root, folder, where / (split + YEAR), split) for split, folder in images.items()},
+        parts={split: _part(root, split, folder, where / (split + YEAR)) for split, folder in images.items()},
         pictures=images.get("val", images.get("train")),
     )
 
 
-def _open(root: Path, images: Path, maps: Path, split: str) -> NumberedFiles:
-    present = chosen = files_below(images)
-    notes: list[str] = []
+def _part(root: Path, split: str, images: Path, maps: Path) -> Callable[[], Files]:
     # some people keep the lists next to the folder, not in it
     lists = [home / "curated" / (split + YEAR) / CURATED for home in (root, root.resolve().parent)]
     curated = next((path for path in lists if path.is_file()), None)
-    if curated is not None:
-        chosen, notes = pick(read_list(curated), present, curated)
-    elif split != "test":
-        images_of = f"all {len(present)} images of {split + YEAR}"
-        notes = [f"no curated list ({lists[0]}): {images_of}, not the benchmark's choice of them"]
-    return numbered_files(
-        f"COCO-Stuff {split}",
-        images,
-        chosen,
-        files_below(maps, (".png",)),
-        NUMBERING,
-        label_name=str,
-        held_out=split != "train",
-        where=str(maps),
-        present=present,
-        notes=notes,
-    )
+    note = f"no curated list ({lists[0]}): all images of {split + YEAR}, not the benchmark's choice of them"
+    notes = [] if curated or split == "test" else [note]
+    return partial(Files.of_owner, NUMBERING, split, images, maps, listed=curated, notes=notes)

@@ -26,7 +26,6 @@ FIVE_RATIO = 0.5  # height and width of each of five crops, as a share of the im
 Resample = Literal["nearest", "bilinear"]
 
 DEFAULT_ADVICE = "copy it again, export it as 8-bit PNG or JPEG, or take it out"
-_FILTERS = {"nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR}
 _EXTRA_SAMPLES = 338  # the TIFF tag for the meaning of channels beyond the colours
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -58,26 +57,16 @@ def find_images(path: Path | str, argument: str = "--data") -> list[Path]:
     UserError naming `argument` when the path does not exist, cannot be read, or holds no image.
     """
     path = Path(path).expanduser()
-    if path.is_file():
-        if path.suffix.lower() not in SUFFIXES:
-            raise UserError(
-                f"{argument} {path}: not an image by its suffix; give a folder, or a file that ends in {SUFFIX_LIST}"
-            )
-        return [path]
-    if not path.is_dir():
+    if not path.exists():
         raise UserError(f"{argument} {path}: no such file or folder; give a folder of images ({SUFFIX_LIST})")
-    files = visible_files(path, argument)
+    files = [path] if path.is_file() else visible_files(path, argument)
     images = [file for file in files if file.suffix.lower() in SUFFIXES]
     if not images:
-        others = ", ".join(
-            f"{count} {suffix or 'without suffix'}" for suffix, count in Counter(f.suffix for f in files).most_common(5)
-        )
+        kinds = Counter(file.suffix or "without suffix" for file in files).most_common(5)
+        others = ", ".join(f"{count} {kind}" for kind, count in kinds)
         contents = f"only other files ({others})" if files else "no files"
-        ours = [name for name in sorted(written_by_us(path)) if (path / name).exists()]
-        contents += f", next to smooseg's own output ({', '.join(ours)})" if ours else ""
-        raise UserError(
-            f"{argument} {path}: no images in it; looked in all folders below for {SUFFIX_LIST} and found {contents}"
-        )
+        ours = ", next to smooseg's own output" if written_by_us(path) else ""
+        raise UserError(f"{argument} {path}: no images in it; looked for {SUFFIX_LIST} and found {contents}{ours}")
     return images
 
 
@@ -88,9 +77,8 @@ def visible_files(folder: Path, argument: str) -> list[Path]:
     """
 
     def unreadable(error: OSError) -> None:
-        raise UserError(
-            f"{argument} {error.filename}: cannot be read ({error.strerror}); change its permissions"
-        ) from error
+        reason = f"cannot be read ({error.strerror})"
+        raise UserError(f"{argument} {error.filename}: {reason}; change its permissions") from error
 
     files, seen = [], set()
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=unreadable):
@@ -132,23 +120,18 @@ def read_label(path: Path | str) -> np.ndarray:
         return np.array(_upright(image), dtype=np.uint8)
 
 
-def read_strips(path: Path | str, rows: int) -> Iterator[np.ndarray]:
-    """Read an 8-bit colour image from top to bottom in strips uint8 [at most `rows`,W,3]. ImageError for other images.
+def read_colours(path: Path | str) -> Image.Image:
+    """Read the first three channels of an 8-bit colour image as they are. ImageError for other images.
 
-    Yields the first three channels as they are: in satellite images the fourth is infrared and not transparency. Memory
-    holds the decoded image and one strip.
+    In satellite images the fourth channel is infrared and not transparency.
     """
     with _opened(path) as image:
         if image.mode not in ("RGB", "RGBA", "RGBX", "P"):
             raise ImageError(path, f"an image of mode {image.mode}, not of 8-bit colours")
-        tags = image.tag_v2 if isinstance(image, TiffImageFile) and image.mode == "RGBA" else {}
-        if tags.get(_EXTRA_SAMPLES) == (1,):  # premultiplied: decoding would divide by the fourth channel
-            reason = "declares its fourth channel as transparency that is multiplied in"
-            raise ImageError(path, reason, "export it with three channels")
-        image.load()
-        for top in range(0, image.height, rows):
-            strip = image.crop((0, top, image.width, min(top + rows, image.height)))
-            yield np.asarray(strip.convert("RGB") if strip.mode == "P" else strip)[..., :3]
+        premultiplied = image.format == "TIFF" and image.mode == "RGBA" and image.tag_v2.get(_EXTRA_SAMPLES) == (1,)
+        if premultiplied:  # decoding would divide by the fourth channel
+            raise ImageError(path, "declares its fourth channel as transparency that is multiplied in")
+        return image.convert("RGB")
 
 
 def image_size(path: Path | str) -> tuple[int, int]:
@@ -190,7 +173,7 @@ def resize_short_side(image: np.ndarray, size: int, resample: Resample = "neares
     short = min(height, width)
     if short == size:
         return image
-    resampling = _FILTERS[resample if image.ndim == 3 else "nearest"]
+    resampling = Image.Resampling[resample.upper() if image.ndim == 3 else "NEAREST"]
     return np.array(Image.fromarray(image).resize((width * size // short, height * size // short), resampling))
 
 
@@ -203,11 +186,9 @@ def square_offsets(height: int, width: int, crops: Literal["center", "slide"]) -
     side, spare = min(height, width), abs(height - width)
     if crops == "center":
         places = [spare // 2]
-    elif crops == "slide":
+    else:
         gaps = -(-spare // max(1, side // 4))
         places = [place * spare // max(1, gaps) for place in range(gaps + 1)]
-    else:
-        raise ValueError(f'crops must be "center" or "slide", not {crops!r}')
     return [(place, 0) if height > width else (0, place) for place in places]
 
 
@@ -218,9 +199,8 @@ def five_windows(height: int, width: int) -> list[tuple[int, int, int, int]]:
     """
     h, w = max(1, int(height * FIVE_RATIO)), max(1, int(width * FIVE_RATIO))
     bottom, right = height - h, width - w
-    return [
-        (top, left, h, w) for top, left in ((0, 0), (0, right), (bottom, 0), (bottom, right), (bottom // 2, right // 2))
-    ]
+    places = ((0, 0), (0, right), (bottom, 0), (bottom, right), (bottom // 2, right // 2))
+    return [(*place, h, w) for place in places]
 
 
 def cut_squares(
@@ -246,48 +226,42 @@ def cut_squares(
     return squares
 
 
-class _PixelLimit:
-    """Lifts Pillow's global limit on pixels while any thread of ours is inside; the last one to leave restores it."""
-
-    def __init__(self) -> None:
-        self._lock, self._inside, self._saved = threading.Lock(), 0, Image.MAX_IMAGE_PIXELS
-
-    @contextmanager
-    def lifted(self) -> Iterator[None]:
-        with self._lock:
-            if self._inside == 0:
-                self._saved, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-            self._inside += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._inside -= 1
-                if self._inside == 0:
-                    Image.MAX_IMAGE_PIXELS = self._saved
+_limits_lock, _limits = threading.Lock(), []
 
 
-_pixel_limit = _PixelLimit()
+@contextmanager
+def _without_pixel_limit() -> Iterator[None]:
+    """Lift Pillow's global limit on pixels while any thread of ours is inside; the last one to leave restores it."""
+    with _limits_lock:
+        _limits.append(Image.MAX_IMAGE_PIXELS)
+        Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        with _limits_lock:
+            Image.MAX_IMAGE_PIXELS = _limits.pop()  # of the first thread to enter, for the last to leave
 
 
 @contextmanager
 def _opened(path: Path | str) -> Iterator[Image.Image]:
     """Open the file as a Pillow image that decodes on demand; whatever goes wrong inside is raised as ImageError."""
     try:
-        with _pixel_limit.lifted(), open(path, "rb") as file, Image.open(file) as image:
+        with _without_pixel_limit(), open(path, "rb") as file, Image.open(file) as image:
             if image.width * image.height > MAX_PIXELS:
-                reason = f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,} in all"
-                raise ImageError(path, reason, "cut it into tiles")
+                size = f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,} in all"
+                raise ImageError(path, size, "cut it into tiles")
             yield image
     except ImageError:
         raise
     except UnidentifiedImageError as error:
         raise ImageError(path, "not an image of a kind that can be read, or damaged from the start") from error
-    except MemoryError as error:
-        raise ImageError(path, "does not fit into memory", "cut it into tiles") from error
     except Exception as error:  # not only OSError: a damaged file makes Pillow's decoders raise nearly anything
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise ImageError(path, f"cannot be decoded ({reason.splitlines()[0]})") from error
+        raise ImageError(path, f"cannot be decoded ({reason(error)})") from error
+
+
+def reason(error: Exception) -> str:
+    """Say in one line why a file cannot be decoded."""
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
 
 
 def _orientation(image: Image.Image) -> int:
@@ -306,11 +280,11 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def as_rgb(image: Image.Image, source: str | None) -> np.ndarray:
     """Convert a Pillow image of any mode to uint8 [H,W,3] as `read_image` does, but unturned; `source`: its format."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        # some releases of Pillow open a 16-bit PNG in mode I
-        sixteen = image.mode.startswith("I;16") or (image.mode == "I" and source == "PNG")
-        grey = _sixteen_to_eight(image) if sixteen else _stretch_to_eight(image)
-        return np.repeat(grey[..., None], 3, axis=2)
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and source == "PNG")  # by the release of Pillow
+    if sixteen or image.mode in ("I", "F"):
+        values = np.asarray(image)
+        grey = (values.astype(np.uint32) + 128) // 257 if sixteen else _stretch(values)
+        return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         white.alpha_composite(image.convert("RGBA"))
@@ -318,16 +292,9 @@ def as_rgb(image: Image.Image, source: str | None) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def _sixteen_to_eight(image: Image.Image) -> np.ndarray:
-    table = (np.arange(2**16) + 128) // 257
-    return table.astype(np.uint8)[np.asarray(image)]
-
-
-def _stretch_to_eight(image: Image.Image) -> np.ndarray:
-    values = np.asarray(image).astype(np.float64)  # fp32 would lose steps of large integers
-    finite = np.isfinite(values)
-    low, high = (values[finite].min(), values[finite].max()) if finite.any() else (0.0, 0.0)
-    if high == low:
-        return np.zeros(values.shape, np.uint8)
-    scaled = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) * (255 / (high - low))
-    return np.rint(scaled).astype(np.uint8)
+def _stretch(values: np.ndarray) -> np.ndarray:
+    """Stretch the smallest..largest finite value to 0..255."""
+    values = values.astype(np.float64)  # fp32 would lose steps of large integers
+    finite = values[np.isfinite(values)]
+    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
+    return np.rint((np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) * (255 / (high - low or 1)))

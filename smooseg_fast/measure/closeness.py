@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,9 +42,14 @@ class Distribution:
         return self.mean - REACH, self.mean + REACH
 
     @property
+    def edges(self) -> np.ndarray:
+        """float64 [BINS + 1] of the bins."""
+        return np.linspace(*self.limits, BINS + 1)
+
+    @property
     def std(self) -> float:
-        middles = (torch.arange(BINS, dtype=torch.float64) + 0.5) * (2 * REACH / BINS) - REACH
-        return float(((self.counts * middles.square()).sum() / max(self.pairs, 1)).sqrt())
+        middles = (self.edges[1:] + self.edges[:-1]) / 2
+        return float(np.average((middles - self.mean) ** 2, weights=self.counts) ** 0.5)
 
     def quantiles(self, shares: Sequence[float]) -> tuple[float, ...]:
         """Return quantiles of W, exact to the width of a bin."""
@@ -51,29 +57,25 @@ class Distribution:
 
     def pulled(self, threshold: float) -> float:
         """Return the share of pairs above `threshold`, which pulls them together and pushes the others apart."""
-        place = min(max((threshold - self.limits[0]) * BINS / (2 * REACH), 0.0), float(BINS))
-        full = min(int(place), BINS - 1)  # bins below the threshold; the last one counts in proportion
-        below = float(self.counts[:full].sum()) + (place - full) * float(self.counts[full])
-        return 1.0 - below / max(self.pairs, 1)
+        below = np.interp(threshold, self.edges, [0, *self.counts.cumsum(0)])  # bins count in proportion
+        return float(1 - below / self.pairs)
 
 
 @dataclass(frozen=True)
 class Similarity:
-    """Closeness over `squares` of a store; histograms of `counted` random ones, each with `partners` others across."""
+    """Closeness over `squares` of a store; histograms of `counted` random ones, each with itself and with another."""
 
     squares: int
     counted: int
-    partners: int
     within: Distribution
     across: Distribution
 
     def line(self) -> str:
         """Say exactly which pairs were counted."""
         which = "all of them" if self.counted == self.squares else f"{self.counted} of them, drawn at random"
-        others = "another" if self.partners == 1 else f"{self.partners} others"
         return (
             f"means over every pair of patches of {self.squares} squares; quantiles over {self.within.pairs / 1e6:.3g} "
-            f"million pairs within {which}, and {self.across.pairs / 1e6:.3g} million of each with {others}"
+            f"million pairs within {which}, and {self.across.pairs / 1e6:.3g} million of each with another"
         )
 
 
@@ -105,7 +107,7 @@ def closeness(measured: Similarity, thresholds: Thresholds) -> tuple[Closeness, 
     """Apply the thresholds, an excess over M if they are relative -> (within, across)."""
 
     def apply(kind: Distribution, threshold: float) -> Closeness:
-        b = threshold + kind.mean if thresholds.relative else threshold
+        b = threshold + thresholds.relative * kind.mean
         return Closeness(kind.mean, kind.std, kind.quantiles(QUANTILES), b, kind.pulled(b))
 
     return apply(measured.within, thresholds.within), apply(measured.across, thresholds.across)
@@ -115,14 +117,10 @@ def warning(within: Closeness, across: Closeness) -> str | None:
     """Say why labels may come to stand for whole images; None if they have no such tendency."""
     if within.force * across.force >= 0:
         return None
-    tendency = "push an image's patches apart and pull different images together"
-    if within.force > 0:
-        tendency = (
-            "pull an image's patches together and push different images apart: labels may come to stand for images"
-        )
+    pulled, pushed = ("the patches of an image", "different images")[:: 1 if within.force > 0 else -1]
     return (
-        f"net forces differ in sign (within {within.force:+.3f}, across {across.force:+.3f}): "
-        f"on average they {tendency}; --granularity has no such tendency"
+        f"net forces differ in sign (within {within.force:+.3f}, across {across.force:+.3f}): on average they pull "
+        f"{pulled} together and push {pushed} apart; --granularity has no such tendency"
     )
 
 
@@ -132,7 +130,6 @@ def similarity(
     device: torch.device,
     *,
     largest: int | None = None,
-    partners: int = 1,
     impl: str = "auto",
     seed: int = 0,
     progress: bool = True,
@@ -144,34 +141,32 @@ def similarity(
 
     M is exact: sums of unit rows give the mean of all P^2 pairs of every square with itself (within), and of every two
     different squares (across), N (N - 1) P^2 pairs, in time O(N P D). Histograms count random squares, each with itself
-    and with `partners` random others (fewer in a small store): all squares if that makes at most `largest` pairs of a
-    kind, by default as many as WORK allows, and at least two. Rows shorter than 1e-10 have cosine 0 to every row. On
-    one machine the result depends on `seed` and the store alone.
+    and with a random other: all squares if that makes at most `largest` pairs of a kind, by default as many as WORK
+    allows, and at least two. Rows shorter than 1e-10 have cosine 0 to every row. On one machine the result depends on
+    `seed` and the store alone.
     """
     if device.type != "cuda":  # others lack integer types that counting needs
         device = torch.device("cpu")
     N, P, D = len(store), store.P, store.D
     if largest is None:
         largest = int(WORK / (D + PAIR_WORK + SQUARE_WORK / (P * P)))
-    counted = min(N, max(2, largest // (P * P * partners)))
+    counted = min(N, max(2, largest // (P * P)))
     order = torch.randperm(N, generator=torch.Generator().manual_seed(seed))
     batch = max(BATCH, PATCHES // P)
     # batches of at least two squares, so that each has a partner
-    counted_batches = [part.tolist() for part in order[:counted].tensor_split(-(-counted // batch))]
-    partners = min(partners, min(map(len, counted_batches)) - 1)
-    other_batches = [part.tolist() for part in order[counted:].sort().values.split(batch)]
+    counted_batches = order[:counted].tensor_split(-(-counted // batch))
     sums, squares, counts = torch.zeros(D, dtype=torch.float64), 0.0, torch.zeros(2, BINS, dtype=torch.int64)
     with Bar(total=N, desc="closeness", unit="square", disable=not progress or store.nbytes < SLOW_BYTES) as bar:
-        for number, rows in enumerate(counted_batches + other_batches):
-            f = store.rows(rows).to(device)
+        for number, rows in enumerate((*counted_batches, *order[counted:].sort().values.split(batch))):
+            f = store.rows(rows.tolist()).to(device)
             u = mean_unit_rows(f).double().cpu()
             sums += u.sum(0)
             squares += float(u.square().sum())
             if number < len(counted_batches):
-                counts += histograms(f, partners, impl)
+                counts += histograms(f, impl)
             bar.update(len(rows))
     within, across = squares / N, float(sums.square().sum() - squares) / (N * (N - 1))
-    return Similarity(N, counted, partners, Distribution(within, counts[0]), Distribution(across, counts[1]))
+    return Similarity(N, counted, Distribution(within, counts[0]), Distribution(across, counts[1]))
 
 
 def mean_unit_rows(f: Tensor) -> Tensor:
@@ -180,11 +175,8 @@ def mean_unit_rows(f: Tensor) -> Tensor:
     return (torch.where(norms < 1e-10, 0.0, 1.0 / norms)[:, None] @ f)[:, 0] / f.shape[1]
 
 
-def histograms(f: Tensor, partners: int, impl: str) -> Tensor:
-    """Count W - M of squares f [B,P,D] in random order, int64 [2,BINS]: within, and with the `partners` next ones."""
-    rows = torch.arange(len(f), device=f.device)
-    pairs: list[str | Tensor] = ["self", *(rows.roll(-step) for step in range(1, partners + 1))]
-    zero = torch.zeros(len(pairs), device=f.device)
-    statistics = sk.similarity_statistics(f, pairs, bins=BINS, limits=(-REACH, REACH), mean=zero, impl=impl)
-    counts = statistics.histogram.cpu()
-    return torch.stack((counts[0], counts[1:].sum(0)))
+def histograms(f: Tensor, impl: str) -> Tensor:
+    """Count W - M of squares f [B,P,D] in random order, int64 [2,BINS]: within, and with the next one."""
+    pairs = ["self", torch.arange(len(f), device=f.device).roll(-1)]
+    zero = torch.zeros(2, device=f.device)
+    return sk.similarity_statistics(f, pairs, bins=BINS, limits=(-REACH, REACH), mean=zero, impl=impl).histogram.cpu()

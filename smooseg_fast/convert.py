@@ -67,11 +67,11 @@ def main(args: Sequence[str]) -> None:
     print(f"resolution {checkpoint.config.eval_size} pixels ({known})")
 
     content = {"backbone": checkpoint.backbone_digest, "head": digest_of(checkpoint.head.state_dict())}
-    OutFolder(out, content, record=RECORD, made=(CHECKPOINT,)).claim()
+    OutFolder(out, content, record=RECORD, outputs=(CHECKPOINT,)).claim()
     vit.write(out / BACKBONE)
-    made = checkpoint.write(out / CHECKPOINT)
-    print(f"written    {made}, and its backbone {out / BACKBONE}; move them together")
-    print("next       " + predict_command(made, "IMAGES", out / "predictions", checkpoint.backbone_name))
+    file = checkpoint.write(out / CHECKPOINT)
+    print(f"written    {file}, and its backbone {out / BACKBONE}; move them together")
+    print("next       " + predict_command(file, "IMAGES", out / "predictions", checkpoint.backbone_name))
     protocol = [] if preset is None else ["--preset", preset]
     print("           " + command_line("evaluate", *protocol, "--checkpoint", str(file), "--data", "DIR"))
 

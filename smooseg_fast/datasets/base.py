@@ -49,6 +49,14 @@ class Dataset(Protocol):
     def fingerprint(self) -> str: ...  # hex digest that changes when the images do
 
 
+def classes_of(dataset: Dataset) -> tuple[str, ...]:
+    """Return the class names of a dataset with labels. ValueError for one without."""
+    names = dataset.class_names
+    if names is None:
+        raise ValueError(f"{dataset.name} has no labels, and so no classes")
+    return names
+
+
 @dataclass(frozen=True)
 class Numbering:
     """The numbers in label files, and the classes they stand for.

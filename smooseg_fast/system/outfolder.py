@@ -30,8 +30,7 @@ class HoldsAnotherRun(UserError):
 
 
 class OutFolder:
-    """A folder that belongs to one set of settings and records them as JSON; the same settings resume there, others are
-    refused.
+    """A folder that belongs to one set of settings and records them as JSON: the same resume there, others are refused.
 
     Args:
         path: the folder given as --out; need not exist.
@@ -51,25 +50,23 @@ class OutFolder:
     ):
         self.path, self.settings, self._record, self._made, self._below = path, finite(settings), record, made, below
         try:
-            (path / record).exists()
-        except OSError as error:  # below a folder that this user may not enter
-            raise UserError(f"--out {path}: cannot be read ({error.strerror}); give another folder") from error
-        if path.exists() and not path.is_dir():
-            raise UserError(f"--out {path}: is a file; give a folder")
-        if (path / record).exists():
-            recorded = self._read_settings()
-            for name, value in self.settings.items():
-                if recorded.get(name) != value:
-                    raise HoldsAnotherRun(path, name, recorded.get(name), value)
-        elif foreign := [name for name in made if (path / name).exists()]:
-            raise UserError(f"--out {path}: holds {foreign[0]} but no {record}; give another folder")
+            recorded = {**json.loads((path / record).read_text(encoding="utf-8"))}
+        except FileNotFoundError:
+            if foreign := [name for name in made if (path / name).exists()]:
+                raise UserError(f"--out {path}: holds {foreign[0]} but no {record}; give another folder") from None
+            return
+        except (OSError, TypeError, ValueError) as error:
+            why = f"{record}: {getattr(error, 'strerror', error)}"
+            raise UserError(f"--out {path}: cannot be read ({why}); give another folder") from error
+        for name, value in self.settings.items():
+            if recorded.get(name) != value:
+                raise HoldsAnotherRun(path, name, recorded.get(name), value)
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep other processes out of the folder. UserError when one is at work there, or when the folder cannot be
-        written.
+        """Keep other processes out of the folder, which is made, and removed again at the end if it is empty.
 
-        Makes the folder, and removes it again at the end if it is empty.
+        UserError when another process is at work there, or when the folder cannot be written.
         """
         new_folders = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         lock = Lock(self.path / LOCK)
@@ -78,12 +75,11 @@ class OutFolder:
                 self.path.mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=self.path).close()
             except OSError as error:
-                raise UserError(
-                    f"--out {self.path}: cannot be written ({error.strerror}); give another folder"
-                ) from error
+                why = f"cannot be written ({error.strerror}); give another folder"
+                raise UserError(f"--out {self.path}: {why}") from error
             if not lock.take():
-                holder = f"{lock.signature()} is at work there"
-                raise UserError(f"--out {self.path}: {holder}; wait until it ends, or give another folder")
+                why = f"{lock.signature()} is at work there; wait until it ends, or give another folder"
+                raise UserError(f"--out {self.path}: {why}")
             lock.sign()
             yield
         finally:
@@ -93,8 +89,7 @@ class OutFolder:
                     folder.rmdir()
 
     def claim(self) -> None:
-        """Make the folder this run's: record the settings, mark what will be written, remove half-written files of a
-        killed process.
+        """Record the settings, mark what will be written, and remove half-written files of a killed process.
 
         Call it as late as possible, so that a run that fails early leaves nothing behind.
         """
@@ -103,17 +98,6 @@ class OutFolder:
             sweep(self.path / name, below=True)
         write_json(self.path / self._record, self.settings)
         mark_as_ours(self.path, *self._made)
-
-    def _read_settings(self) -> dict[str, Any]:
-        try:
-            settings = json.loads((self.path / self._record).read_text(encoding="utf-8"))
-            if not isinstance(settings, dict):
-                raise ValueError("not a JSON object")
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"--out {self.path}: its {self._record} cannot be read ({error}); give another folder"
-            ) from error
-        return settings
 
 
 def mark_as_ours(folder: Path, *names: str) -> None:
@@ -142,29 +126,25 @@ class Journal:
         self.path = path
 
     def read(self) -> list[dict[str, Any]]:
-        """Return the whole records, without lines that a stop or a full disk cut short. UserError when the file cannot
-        be read.
+        """Return the whole records, without lines that a stop or a full disk cut short.
+
+        UserError when the file cannot be read.
         """
-        records = []
         try:
-            text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        except FileNotFoundError:
+            return []
         except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be read ({error.strerror}); change its permissions, or remove it"
-            ) from error
-        for line in text.splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict):
-                records.append(record)
-        return records
+            why = f"cannot be read ({error.strerror}); change its permissions, or remove it"
+            raise UserError(f"{self.path}: {why}") from error
+        records = []
+        for line in lines:
+            with suppress(ValueError):
+                records.append(json.loads(line))
+        return [record for record in records if isinstance(record, dict)]
 
     def rewrite(self, records: Iterable[dict[str, Any]]) -> None:
-        """Replace the file. Call it before the first `append` of a process, whose record would glue to a line that was
-        cut short.
-        """
+        """Replace the file. Call it before the first `append`, whose record would glue to a line that was cut short."""
         write_atomic(self.path, "".join(self._line(record) for record in records))
 
     def append(self, *records: dict[str, Any]) -> None:

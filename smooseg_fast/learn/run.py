@@ -265,7 +265,8 @@ class Run:
         self.records += records
         if self.board is not None:
             self.board.add(records)
-        bar.tell(live(records[0], bar.pace, self.schedule.batch_size, self.config.verbose))
+        rate = bar.format_dict["rate"]
+        bar.set_postfix_str(live(records[0], rate, self.schedule.batch_size, self.config.verbose), refresh=False)
         self.see(records)
         if self.watch.all_broken:
             raise UserError(

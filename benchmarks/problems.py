@@ -216,7 +216,9 @@ def head_step(problem: Problem, impl: str, mode: str, dtype: torch.dtype, device
         heads = heads.to(device, torch.float64 if wide else torch.float32)
         settings, steps = Settings(relative=False, impl=form), iter(range(10**9))
         sizes, schedule = (problem.P, problem.D), Schedule(problem.B, problem.B, 0)
-        loop = Loop(heads, rows_in(dtype), sizes, schedule, thresholds, settings, lr=1e-4, lr_prototypes=5e-4, capture=capture)
+        loop = Loop(
+            heads, rows_in(dtype), sizes, schedule, thresholds, settings, lr=1e-4, lr_prototypes=5e-4, capture=capture
+        )
         return lambda: loop.step(next(steps)), dict(heads.named_parameters())
 
     def result(loss: sk.SmooSegLoss, parameters: dict) -> Result:

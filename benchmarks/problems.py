@@ -159,7 +159,7 @@ def objective(problem: Problem, impl: str, mode: str, dtype, device: str, seed: 
 
     Several seeds share a `function`, so that it is compiled once.
     """
-    case = make_inputs(problem, dtype, device, seed).case if device != "meta" else without_memory(problem, dtype)
+    case = make_inputs(problem, dtype, device, seed).case
     backward = mode != "forward"
     codes, student = case.codes.requires_grad_(backward), case.student.clone().requires_grad_(backward)
     upstream = torch.full(codes.shape[:-3], UPSTREAM, device=device)
@@ -183,17 +183,6 @@ def objective(problem: Problem, impl: str, mode: str, dtype, device: str, seed: 
 
     counts = floors.objective_floor(problem, backward), floors.objective_flops(problem, backward)
     return Subject(run, check_outputs, *counts)
-
-
-def without_memory(problem: Problem, dtype: torch.dtype) -> Case:
-    def tensor(*shape, dtype=torch.float32):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    B, P, heads = problem.B, problem.P, () if problem.H == 1 else (problem.H,)
-    partners = ["self", *(tensor(B, dtype=torch.int64) for _ in range(1, problem.T))]
-    prototypes = tensor(*heads, problem.K, problem.Z)
-    codes = tensor(*heads, B, P, problem.Z, dtype=dtype)
-    return Case(tensor(B, P, problem.D, dtype=dtype), codes, prototypes, prototypes, partners, tensor(problem.T))
 
 
 def head_step(problem: Problem, impl: str, mode: str, dtype: torch.dtype, device: str, seed: int = 0) -> Subject:
@@ -304,9 +293,6 @@ def pairs(problem: PairProblem, impl: str, mode: str, dtype, device: str, seed: 
 def pair_inputs(problem: PairProblem, dtype: torch.dtype, device: str, seed: int) -> tuple[pair_cases.Pairs, Callable]:
     """-> inputs, and a function from an implementation to another form in their dtype, the truth and term sizes."""
     B, D, Z, P = problem.B, problem.D, problem.Z, oracle_patches(problem)
-    if device == "meta":
-        rows = [torch.empty(B, problem.P, width, dtype=dtype, device=device) for width in (D, Z, D, Z)]
-        return pair_cases.Pairs(*rows, SHIFT, {"partner": torch.empty(B, dtype=torch.int64, device=device)}), None
     options = {"partner": torch.arange(B).roll(1).to(device), "clamp": CLAMP}
     sizes = dict(B=B, P_i=P, P_j=P, D=D, Z=Z)
     small = pair_cases.make_pairs(**sizes, dtype=dtype, device=device, seed=seed, threshold=SHIFT, **options)

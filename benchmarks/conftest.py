@@ -119,10 +119,10 @@ class Bench:
             on_card = self.device == "cuda"
             job = (subject, problem, impl, mode, dtype)
             row["peak_bytes"] = memory.peak_on_card(first.run) if on_card else memory.peak_bytes(*job, **extra)
-        self.add(row)
+        self.session.add(row)
         if mode == "graph" and impl == "triton":
             for kernel, mean_us in measure.kernel_times(run, len(runs)).items():
-                self.add({**cell, "mode": f"kernel {kernel}", "dtype": dtype, "mean_us": mean_us})
+                self.session.add({**cell, "mode": f"kernel {kernel}", "dtype": dtype, "mean_us": mean_us})
 
     def alternating(
         self, case: str, shape: str, sizes: dict, runs: dict[str, measure.Run], dtype: str, between: measure.Run
@@ -143,7 +143,7 @@ class Bench:
         for name, samples in times.items():
             row = {"case": case, "shape": shape, "sizes": sizes, "impl": name, "mode": "all images", "dtype": dtype}
             row |= measure.percentiles(samples if self.smoke else samples[1:])
-            self.add({**row, "images_per_s": 1e3 * sizes["images"] / row["median_ms"]})
+            self.session.add({**row, "images_per_s": 1e3 * sizes["images"] / row["median_ms"]})
 
     def stop_where_it_must(self, row: results.Row, problem: floors.Problem, subject: str) -> None:
         if not row["impl"].startswith("dense"):
@@ -172,11 +172,6 @@ class Bench:
             rounds = min(MOST, max(LEAST, int(SAMPLED_S * 1e3 / measure.elapsed(run, self.device))))
         self.benchmark.pedantic(lambda: times.append(measure.elapsed(run, self.device) / calls), rounds=rounds)
         return measure.percentiles(times, calls)
-
-    def add(self, row: results.Row) -> None:
-        names = ("n", "p20_ms", "median_ms", "p80_ms", "times_floor", "peak_bytes")
-        self.benchmark.extra_info.update({name: row[name] for name in names if name in row})
-        self.session.add(row)
 
 
 @pytest.fixture

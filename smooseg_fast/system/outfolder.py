@@ -22,7 +22,7 @@ class HoldsAnotherRun(UserError):
     """The folder `path` belongs to a run in which the setting `name` is `there`, and not `here`."""
 
     def __init__(self, path: Path, name: str, there: Any, here: Any):
-        self.path, self.name, self.there, self.here = path, name, there, here
+        self.name, self.there, self.here = name, there, here
         super().__init__(
             f"--out {path}: holds another run ({name} is {there!r} there and {here!r} here); "
             "give another folder, or the same settings to resume"
@@ -37,8 +37,7 @@ class OutFolder:
         settings: everything that decides the content, ready for JSON.
         record: name of the JSON file.
         made: names of the files and folders that the command writes into it. One of them without the record belongs to
-            somebody else. Once the folder is claimed, nothing by these names counts as an image to read
-            (`written_by_us`).
+            somebody else. Once the folder is claimed, nothing by these names counts as an image to read.
         below: names of the folders in it that are written into.
 
     Raises:
@@ -113,10 +112,10 @@ def mark_as_ours(folder: Path, *names: str) -> None:
 
 def written_by_us(folder: Path | str) -> set[str]:
     """Names that the MARKER of `folder` lists; none without a marker that can be read."""
+    lines = []
     with suppress(OSError):
-        text, *names = Path(folder, MARKER).read_text(encoding="utf-8", errors="replace").splitlines() or [""]
-        return set(names) if text == MARKER_TEXT else set()
-    return set()
+        lines = Path(folder, MARKER).read_text(encoding="utf-8", errors="replace").splitlines()
+    return set(lines[1:]) if lines[:1] == [MARKER_TEXT] else set()
 
 
 class Journal:

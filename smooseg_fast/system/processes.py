@@ -77,7 +77,9 @@ class Processes:
 
     def wait(self) -> None:
         """Wait until every process is here."""
-        self.all(None)
+        if self.size > 1:
+            with self._exchange():
+                dist.barrier()  # not `all`: gloo's threads may drop its tensors only after Python's end, and abort
 
     def to_first(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
         """Give the first process the contiguous CPU `tensors` of every process, in order of rank; the others get []."""

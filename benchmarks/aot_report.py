@@ -105,9 +105,8 @@ def statistics_case(dtype: torch.dtype, entries: tuple[int, ...] = (-1,), full: 
     features, partners = tensor(32, 784, 384, dtype=dtype), tensor(1, 32, dtype=torch.int64)
     weight = tensor(32, 784) if full else None
     bins, neighbours = (similarity.LARGEST_BINS, similarity.LARGEST_NEIGHBOURS) if full else (512, 32)
-    similarity.similarity_statistics.launcher(
-        features, partners, list(entries), weight, None, True, bins, -1.5, 1.5, neighbours
-    )
+    rows = (features, partners, list(entries), weight, None)
+    similarity.similarity_statistics.launcher(*rows, True, bins, -1.5, 1.5, neighbours)
 
 
 def pairs_case(dtype: torch.dtype, points: int = 784, full: bool = False, D: int = 384, Z: int = 70) -> None:
@@ -170,15 +169,14 @@ def signature(kernel, args, constants):
             types[name] = "i32" if abs(value) < 2**31 else "i64"
             if value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
-    return types, attributes, fixed
+    return types, fixed, attributes
 
 
 def compile_launch(kernel, args, constants, target: str) -> dict:
     backend, architecture, warp, shared_limit = TARGETS[target]
     options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
-    types, attributes, fixed = signature(kernel, args, constants)
-    source = ASTSource(fn=kernel, signature=types, constexprs=fixed, attrs=attributes)
     options["enable_fp_fusion"] = True
+    source = ASTSource(kernel, *signature(kernel, args, constants))
     with contextlib.redirect_stdout(io.StringIO()):  # an assembler's error comes with the whole program
         compiled = triton.compile(source, target=GPUTarget(backend, architecture, warp), options=options)
     row = {"warps": compiled.metadata.num_warps, "shared": compiled.metadata.shared, "shared_limit": shared_limit}
@@ -189,7 +187,8 @@ def compile_launch(kernel, args, constants, target: str) -> dict:
         row["matrix"] = sorted(set(re.findall(MATRIX, text)))
         return row
     row["matrix"] = sorted(set(re.findall(MATRIX, compiled.asm["ptx"])))
-    row["registers"], row["spills"] = resources(compiled.asm["cubin"])
+    usage = tool("cuobjdump", "-res-usage", cubin=compiled.asm["cubin"])
+    row["registers"], row["spills"] = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # spills: the stack
     if any(name.startswith(("wgmma", "tcgen05")) for name in row["matrix"]):  # the others' operands have no addresses
         row["unset"] = unset_registers(compiled.asm["cubin"])
     shared, warps = MULTIPROCESSORS[architecture]
@@ -207,13 +206,6 @@ def tool(name: str, *arguments: str, cubin: bytes) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def resources(cubin: bytes) -> tuple[int, int]:
-    """Registers, and bytes of stack, where registers spill to, of the binary that Triton's own options make."""
-    text = tool("cuobjdump", "-res-usage", cubin=cubin)
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
-    return int(registers), int(stack)
-
-
 def unset_registers(cubin: bytes) -> list[str]:
     """Uniform registers that instructions read and none writes.
 
@@ -222,9 +214,8 @@ def unset_registers(cubin: bytes) -> list[str]:
     first of four registers, of which an operand in registers leaves two unused, so descriptors do not count as reads.
     """
     # -ndf: without its analysis of jumps it takes a quarter of the time
-    text = tool("nvdisasm", "-c", "-ndf", cubin=cubin)
     read, written = set(), set()
-    for code in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", text):
+    for code in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", tool("nvdisasm", "-c", "-ndf", cubin=cubin)):
         code = re.sub(r"^@!?U?P\w+\s+|gdesc\[UR\d+\]", "", code)
         operation, _, operands = code.partition(" ")
         target, *rest = (x.strip() for x in operands.split(","))
@@ -270,19 +261,11 @@ def faults(row: dict, needs_matrix: bool) -> list[str]:
 
 
 def line(row: dict) -> str:
-    return (
-        f"{row['target']:7s} {row['case']:23s} {row['kernel']:18s} {row['pass']:8s} programs {row['programs']:5d} "
-        f"warps {row['warps']:2d} registers {row['registers']:3d} spills {row['spills']:4d} shared {row['shared']:6d} "
-        f"resident {row.get('resident', '-')!s:>2s} {', '.join(row['matrix']) or '-'} {row['faults']}"
-    )
+    return ", ".join(f"{name} {text(row[name])}" for name in FIELDS if name in row)
 
 
-def write_csv(path: Path, rows: list[dict]) -> None:
-    joined = [{name: " ".join(x) if isinstance(x, list) else x for name, x in row.items()} for row in rows]
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(joined)
+def text(value: object) -> str:
+    return " ".join(value) if isinstance(value, list) else str(value)
 
 
 def main() -> int:
@@ -293,11 +276,13 @@ def main() -> int:
     args = parser.parse_args()
     rows = [row for target in args.target or TARGETS for row in report(target, shipped_cases(args.quick))]
     if args.csv:
-        write_csv(args.csv, rows)
-    bad = [row for row in rows if row["faults"]]
-    for row in bad:
-        print("FAULT", line(row))
-    return 1 if bad else 0
+        with args.csv.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({name: text(value) for name, value in row.items()} for row in rows)
+    bad = [f"FAULT {line(row)}" for row in rows if row["faults"]]
+    print("\n".join(bad))
+    return int(bool(bad))
 
 
 if __name__ == "__main__":

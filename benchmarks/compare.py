@@ -10,9 +10,8 @@ the median over its runs. It is beyond noise when |d| exceeds all of
     4 s sqrt(1/runs_A + 1/runs_B)                     s: spread of a run's median from run to run: the cell's own, drawn
                                                       to the typical cell's with the weight of 6 runs; 2.5 % where runs
                                                       are single
-On simulated timings of 60 cells (tests/test_compare.py; a quiet machine, and one shared with other work) two rounds
-raise a false alarm in 2 and 3 of 100 comparisons, and find a cell that is 20 % slower in 100 and 87 of 100 (three
-rounds: 100 and 97). One run a side cannot tell how runs differ: 0 and 9 false alarms, 95 and 72 of 100 found.
+tests/test_compare.py holds the rates of false alarms and of slowdowns found: two rounds raise an alarm in 3 of 100
+comparisons and find 20 % in 87 of 100 cells on a shared machine; one round tells less.
 
 A ceiling (a copy, a matrix product of PyTorch) is none of our code: where one moves beyond noise, the machine moved.
 Exit status: 0 nothing slower, 1 something slower, 2 no comparison (one line says why).
@@ -77,13 +76,12 @@ def sides(rows: Iterable[results.Row]) -> dict[Cell, Side]:
             names = (row.get(name) or "" for name in ("impl", "mode", "dtype"))
             cell = (row.get("device") or "cpu", row["case"], row.get("shape") or "", results.sizes_text(row), *names)
             cells.setdefault(cell, {})[str(row.get("run"))] = row
-    found = {}
+    sides = {}
     for cell, runs in cells.items():
-        commit = list(runs.values())[-1].get("commit")
-        timed = [(row["median_ms"], row) for row in runs.values() if row.get("commit") == commit]
-        widths = [(row.get("p80_ms", m) - row.get("p20_ms", m)) / (2 * m) for m, row in timed]
-        found[cell] = Side([m for m, _ in timed], widths)
-    return found
+        newest = [row for row in runs.values() if row.get("commit") == list(runs.values())[-1].get("commit")]
+        widths = [(row["p80_ms"] - row["p20_ms"]) / (2 * row["median_ms"]) for row in newest]
+        sides[cell] = Side([row["median_ms"] for row in newest], widths)
+    return sides
 
 
 def run_spreads(a: dict[Cell, Side], b: dict[Cell, Side]) -> dict[Cell, float]:

@@ -10,7 +10,6 @@ Every call is checked against the oracle before it is timed, and appended to the
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,23 +62,20 @@ class Session:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.dtype = "bfloat16" if self.device == "cuda" else "float32"
         self.full, self.smoke = config.getoption("bench_full"), config.getoption("bench_smoke")
-        default = results.FOLDER / ("gpu.jsonl" if self.device == "cuda" else "cpu.jsonl")
-        self.path = config.getoption("bench_results") or default
+        default = "gpu.jsonl" if self.device == "cuda" else "cpu.jsonl"
+        self.path = config.getoption("bench_results") or results.FOLDER / default
         self.rows: list[results.Row] = []
+        self.machine = machine.describe(self.device)
         self.reached: dict[str, tuple[float, float]] = {}  # ceilings by dtype
         self.start_s = time.perf_counter()
         if self.device == "cpu":
             keep_freed_memory()  # training does so; otherwise a time depends on memory freed earlier
 
-    @functools.cached_property
-    def machine(self) -> dict[str, Any]:
-        return machine.describe(self.device)
-
     def ceilings(self, dtype: str) -> tuple[float, float]:
         """Bytes a second, and operations a second in `dtype`."""
         if dtype not in self.reached:
-            copy, product = measure.ceilings(self.device, problems.DTYPES[dtype], tiny=self.smoke)
-            for row in (copy, product):
+            copy, product = rows = measure.ceilings(self.device, problems.DTYPES[dtype], tiny=self.smoke)
+            for row in rows:
                 self.add({"dtype": dtype, **row})
             self.reached[dtype] = copy["bytes_per_s"], product["flops_per_s"]
         return self.reached[dtype]
@@ -100,8 +96,10 @@ class Bench:
     def time(self, subject, shape, problem, impl, mode, *, case=None, peak=False, dtype=None, **extra) -> None:
         """Checks, times and records one of problems.SUBJECTS; `peak` adds its peak memory, `extra` is the subject's."""
         dtype = dtype or self.session.dtype
-        problem = self.sized(problem, dtype)
-        row = self.row(case or subject, shape, problem, impl, mode, extra) | {"dtype": dtype}
+        problem = problems.of_dtype(problems.shrunk(problem) if self.smoke else problem, problems.DTYPES[dtype])
+        self.benchmark.group = f"{case or subject} {shape} {mode}"
+        cell = {"case": case or subject, "shape": shape, "sizes": problems.letters(problem) | extra, "impl": impl}
+        row = cell | {"mode": mode, "dtype": dtype}
         if subject in problems.FUNCTIONS:
             self.stop_where_it_must(row, problem, subject)
             extra["function"] = problems.function_of(subject, impl, self.device, quick_compile=self.smoke)
@@ -118,14 +116,13 @@ class Bench:
         row["times_floor"] = row["median_ms"] / row["floor_ms"]
         if peak and not self.smoke:
             extra.pop("function", None)
-            if self.device == "cuda":
-                row["peak_bytes"] = memory.peak_on_card(first.run)
-            else:
-                row["peak_bytes"] = memory.peak_bytes(subject, problem, impl, mode, dtype, **extra)
-        self.add(row)
+            on_card = self.device == "cuda"
+            job = (subject, problem, impl, mode, dtype)
+            row["peak_bytes"] = memory.peak_on_card(first.run) if on_card else memory.peak_bytes(*job, **extra)
+        self.session.add(row)
         if mode == "graph" and impl == "triton":
             for kernel, mean_us in measure.kernel_times(run, len(runs)).items():
-                self.add({**self.row(subject, shape, problem, impl, f"kernel {kernel}", {}), "mean_us": mean_us})
+                self.session.add({**cell, "mode": f"kernel {kernel}", "dtype": dtype, "mean_us": mean_us})
 
     def alternating(
         self, case: str, shape: str, sizes: dict, runs: dict[str, measure.Run], dtype: str, between: measure.Run
@@ -146,15 +143,7 @@ class Bench:
         for name, samples in times.items():
             row = {"case": case, "shape": shape, "sizes": sizes, "impl": name, "mode": "all images", "dtype": dtype}
             row |= measure.percentiles(samples if self.smoke else samples[1:])
-            self.add({**row, "images_per_s": 1e3 * sizes["images"] / row["median_ms"]})
-
-    def sized(self, problem: floors.Problem, dtype: str) -> floors.Problem:
-        return problems.of_dtype(problems.shrunk(problem) if self.smoke else problem, problems.DTYPES[dtype])
-
-    def row(self, case, shape, problem, impl, mode, extra) -> results.Row:
-        sizes = problems.letters(problem) | extra
-        self.benchmark.group = f"{case} {shape} {mode}"
-        return {"case": case, "shape": shape, "sizes": sizes, "impl": impl, "mode": mode, "dtype": self.session.dtype}
+            self.session.add({**row, "images_per_s": 1e3 * sizes["images"] / row["median_ms"]})
 
     def stop_where_it_must(self, row: results.Row, problem: floors.Problem, subject: str) -> None:
         if not row["impl"].startswith("dense"):
@@ -184,11 +173,6 @@ class Bench:
         self.benchmark.pedantic(lambda: times.append(measure.elapsed(run, self.device) / calls), rounds=rounds)
         return measure.percentiles(times, calls)
 
-    def add(self, row: results.Row) -> None:
-        names = ("n", "p20_ms", "median_ms", "p80_ms", "times_floor", "peak_bytes")
-        self.benchmark.extra_info.update({name: row[name] for name in names if name in row})
-        self.session.add(row)
-
 
 @pytest.fixture
 def bench(benchmark, request) -> Iterator[Bench]:
@@ -205,10 +189,8 @@ def pytest_terminal_summary(terminalreporter, config):
     if session is None:
         return
     terminalreporter.section("smooseg benchmarks")
-    for line in results.summary(session.rows):
-        terminalreporter.write_line(line)
     took_s = time.perf_counter() - session.start_s
-    written = "smoke form: the times mean nothing, no line was written"
-    if not session.smoke:
-        written = f"{took_s:.0f} s; {len(session.rows)} lines appended to {session.path}"
-    terminalreporter.write_line(written)
+    written = f"{took_s:.0f} s; {len(session.rows)} lines appended to {session.path}"
+    if session.smoke:
+        written = "smoke form: the times mean nothing, no line was written"
+    terminalreporter.write_line("\n".join([*results.summary(session.rows), written]))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import os
 import platform
 import subprocess
 import uuid
-from importlib import metadata
+from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +20,19 @@ RUN = os.environ.get("SMOOSEG_RUN") or uuid.uuid4().hex[:12]
 
 def describe(device: str = "cpu") -> dict[str, Any]:
     """`device`: "cpu" or "cuda". Values that cannot be read are None."""
-    card, cpu = device == "cuda", {} if device == "cuda" else cpu_facts()
+    card = device == "cuda"
     return {
-        "machine": torch.cuda.get_device_name() if card else cpu.get("model name") or platform.machine(),
+        "machine": torch.cuda.get_device_name() if card else cpu_figure("model name") or platform.machine(),
         "device": device,
-        "driver": query("driver_version") if card else None,
+        "driver": card_figure("driver_version") if card else None,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_bytes": torch.cuda.get_device_properties(0).total_memory if card else host_memory(),
-        "governor": None if card else ask("cat", "/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
-        "clock": query("clocks.sm,clocks.mem") if card else cpu.get("cpu MHz") and f"{float(cpu['cpu MHz']):.0f} MHz",
+        "clock": card_figure("clocks.sm,clocks.mem") if card else cpu_figure("cpu MHz"),  # a processor's in MHz
         "load": None if card or not hasattr(os, "getloadavg") else round(os.getloadavg()[0], 2),
         "os": platform.platform(terse=True),
         "python": platform.python_version(),
         "torch": torch.__version__,  # the build too, which the metadata leaves out
-        **{name: version(name) for name in ("triton", "numpy")},
+        "triton": metadata.version("triton") if util.find_spec("triton") else None,
         **revision(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "run": RUN,
@@ -61,24 +58,11 @@ def ask(*command: str) -> str | None:
     return (done.stdout.strip().splitlines() or [""])[0]
 
 
-def query(fields: str) -> str | None:
+def card_figure(fields: str) -> str | None:
     return ask("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")
 
 
-def version(package: str) -> str | None:
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        return metadata.version(package)
-
-
-def cpu_facts() -> dict[str, str]:
-    """/proc/cpuinfo of the first processor; empty on systems other than Linux."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-    except OSError:
-        return {}
-    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-
-
-def host_memory() -> int | None:
-    with contextlib.suppress(ValueError, OSError, AttributeError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def cpu_figure(name: str) -> str | None:
+    """A line of the first processor on Linux."""
+    line = ask("grep", "-m1", name, "/proc/cpuinfo")
+    return line and line.partition(":")[2].strip()

@@ -159,7 +159,7 @@ def objective(problem: Problem, impl: str, mode: str, dtype, device: str, seed: 
 
     Several seeds share a `function`, so that it is compiled once.
     """
-    case = make_inputs(problem, dtype, device, seed).case if device != "meta" else without_memory(problem, dtype)
+    case = make_inputs(problem, dtype, device, seed).case
     backward = mode != "forward"
     codes, student = case.codes.requires_grad_(backward), case.student.clone().requires_grad_(backward)
     upstream = torch.full(codes.shape[:-3], UPSTREAM, device=device)
@@ -185,17 +185,6 @@ def objective(problem: Problem, impl: str, mode: str, dtype, device: str, seed: 
     return Subject(run, check_outputs, *counts)
 
 
-def without_memory(problem: Problem, dtype: torch.dtype) -> Case:
-    def tensor(*shape, dtype=torch.float32):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    B, P, heads = problem.B, problem.P, () if problem.H == 1 else (problem.H,)
-    partners = ["self", *(tensor(B, dtype=torch.int64) for _ in range(1, problem.T))]
-    prototypes = tensor(*heads, problem.K, problem.Z)
-    codes = tensor(*heads, B, P, problem.Z, dtype=dtype)
-    return Case(tensor(B, P, problem.D, dtype=dtype), codes, prototypes, prototypes, partners, tensor(problem.T))
-
-
 def head_step(problem: Problem, impl: str, mode: str, dtype: torch.dtype, device: str, seed: int = 0) -> Subject:
     """A whole iteration on cached features: draws, projection, objective, gradients, teacher, Adam.
 
@@ -216,8 +205,9 @@ def head_step(problem: Problem, impl: str, mode: str, dtype: torch.dtype, device
         heads = heads.to(device, torch.float64 if wide else torch.float32)
         settings, steps = Settings(relative=False, impl=form), iter(range(10**9))
         sizes, schedule = (problem.P, problem.D), Schedule(problem.B, problem.B, 0)
-        rates = dict(lr=1e-4, lr_prototypes=5e-4)
-        loop = Loop(heads, rows_in(dtype), sizes, schedule, thresholds, settings, **rates, capture=capture)
+        loop = Loop(
+            heads, rows_in(dtype), sizes, schedule, thresholds, settings, lr=1e-4, lr_prototypes=5e-4, capture=capture
+        )
         return lambda: loop.step(next(steps)), dict(heads.named_parameters())
 
     def result(loss: sk.SmooSegLoss, parameters: dict) -> Result:
@@ -303,9 +293,6 @@ def pairs(problem: PairProblem, impl: str, mode: str, dtype, device: str, seed: 
 def pair_inputs(problem: PairProblem, dtype: torch.dtype, device: str, seed: int) -> tuple[pair_cases.Pairs, Callable]:
     """-> inputs, and a function from an implementation to another form in their dtype, the truth and term sizes."""
     B, D, Z, P = problem.B, problem.D, problem.Z, oracle_patches(problem)
-    if device == "meta":
-        rows = [torch.empty(B, problem.P, width, dtype=dtype, device=device) for width in (D, Z, D, Z)]
-        return pair_cases.Pairs(*rows, SHIFT, {"partner": torch.empty(B, dtype=torch.int64, device=device)}), None
     options = {"partner": torch.arange(B).roll(1).to(device), "clamp": CLAMP}
     sizes = dict(B=B, P_i=P, P_j=P, D=D, Z=Z)
     small = pair_cases.make_pairs(**sizes, dtype=dtype, device=device, seed=seed, threshold=SHIFT, **options)

@@ -1,4 +1,4 @@
-"""Writes the generated blocks of README.md and docs/, the pictures and cells.csv from benchmarks/results.
+"""Writes the generated blocks of README.md and docs/, a picture and cells.csv from benchmarks/results.
 
     python benchmarks/report.py               # after a measurement, or after aot_report.py
     python benchmarks/report.py --check       # writes nothing; exits 1 and names what is out of date
@@ -26,9 +26,10 @@ import charts  # noqa: E402
 import results  # noqa: E402
 
 from smooseg_fast.system.files import write_atomic  # noqa: E402
+from smooseg_fast.system.sizes import readable  # noqa: E402
 
 PAGES = ("README.md", "docs/performance.md", "docs/kernels_aot.md")
-RESULTS, PICTURES = "benchmarks/results", "docs/pictures"
+RESULTS, PICTURE = "benchmarks/results", "docs/pictures/scaling.svg"
 BLOCK = re.compile(r"(<!-- report: (?P<name>[^>]*?) -->\n).*?(<!-- end report -->)", re.DOTALL)
 KEY = ["device", "machine", "threads", "case", "shape", "sizes", "mode", "dtype"]
 COLUMNS = [*KEY, "impl", "n", "median_ms", "p20_ms", "p80_ms", "mean_us", "times_floor", "floor_ms", "floor_bytes"]
@@ -46,14 +47,9 @@ LEGEND = "Median milliseconds; in brackets the multiple of a counted lower bound
 
 def collect(rows: list[results.Row]) -> pd.DataFrame:
     """A line for each cell (KEY, impl) and run, the oldest first. Lines of one run add up; a later one wins."""
-    lines = [
-        {**row, "sizes": results.sizes_text(row), "at": row.get("sizes") or {}} for row in sorted(rows, key=results.age)
-    ]
-    for line in lines:
-        line["threads"] = (
-            line.get("threads") if line["device"] == "cpu" else None
-        )  # those of a card's host do not count
-    lines = pd.DataFrame(lines, columns=[*COLUMNS, "at"])
+    named = [row | {"sizes": results.sizes_text(row), "at": row.get("sizes") or {}} for row in rows]
+    lines = pd.DataFrame(sorted(named, key=results.age), columns=[*COLUMNS, "at"])
+    lines["threads"] = lines["threads"].where(lines["device"] == "cpu")  # those of a card's host do not count
     return lines.groupby([*KEY, "impl", "run"], sort=False, dropna=False).last().reset_index()
 
 
@@ -66,11 +62,6 @@ def cells_csv(lines: pd.DataFrame) -> str:
 
 def milliseconds(value: float) -> str:
     return f"{value:.0f}" if value >= 1000 else f"{value:#.3g}".rstrip(".")
-
-
-def size(value: float) -> str:
-    unit, scale = next(pair for pair in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1)) if value >= pair[1])
-    return f"{value / scale:#.3g}".rstrip(".") + f" {unit}"
 
 
 def times(value: float) -> str:
@@ -92,8 +83,8 @@ def entry(line: pd.Series, figure: str) -> str:
     """A number with its multiple of the floor; a dash with the needed bytes where it was left out."""
     if pd.notna(line[figure]):
         floor = f" ({times(line['times_floor'])})" if figure == "median_ms" and pd.notna(line["times_floor"]) else ""
-        return (size if figure == "peak_bytes" else milliseconds)(line[figure]) + floor
-    return "" if pd.isna(line["skipped"]) else f"– ({size(line['counted_bytes'])})"
+        return (readable if figure == "peak_bytes" else milliseconds)(line[figure]) + floor
+    return "" if pd.isna(line["skipped"]) else f"– ({readable(line['counted_bytes'])})"
 
 
 def gain(run: pd.DataFrame, figure: str) -> str:
@@ -155,13 +146,20 @@ def slope(points: pd.DataFrame, figure: str) -> str:
     return f"{np.polyfit(*np.log(points.to_numpy().T), 1)[0]:.2f}" if len(points) > 1 else ""
 
 
+def stop_of(curve: pd.DataFrame) -> str:
+    """Where a curve stops and why; "" where it does not."""
+    last = curve["at"][curve["median_ms"].notna()].max()
+    beyond = curve[curve["skipped"].notna() & (curve["at"] > last)].head(1).itertuples()
+    return "".join(f"at {line.at}: needs {readable(line.counted_bytes)}" for line in beyond)
+
+
 def scaling(lines: pd.DataFrame) -> str:
     runs, body = {}, []
     for _, letter, sweep in sweeps(lines):
         mark = letter_of(sweep, runs)
         for impl, curve in sweep.groupby("impl", sort=False):
             timed = curve[curve["median_ms"].notna()]
-            stop = charts.stop_of(curve, "median_ms")
+            stop = stop_of(curve)
             part = timed[timed["at"].between(*STATED.get(letter, (0, 0)))]
             for points in [timed] + [part] * (1 < len(part) < len(timed) and impl != "dense"):
                 slopes = [slope(points, figure) for figure in ("median_ms", "peak_bytes")]
@@ -184,22 +182,20 @@ def aot(rows: pd.DataFrame) -> str:
     return markdown(head, body) + f"\n\nCompiled by Triton {', '.join(sorted(set(rows['triton'])))}."
 
 
-def outputs(root: Path) -> tuple[dict[Path, str], dict[str, charts.Chart]]:
-    """The texts of every page and of cells.csv, and the pictures by the stem of their files."""
+def outputs(root: Path) -> tuple[dict[Path, str], list]:
+    """The texts of every page and of cells.csv, and the panels of the picture."""
     lines = collect(results.read(sorted((root / RESULTS).glob("*.jsonl"))))
     shown = lines[lines["case"].isin(CASES) & ((lines["mode"] != "forward") | (lines["case"] == "assign"))]
     shown = shown[shown["impl"].isin(IMPLS) & ~shown["mode"].str.startswith("kernel")]
     main = shown[["device", "case", "sizes"]].apply(tuple, axis=1).isin(README)
     main &= (shown["dtype"] == "float32") | shown["mode"].isin(["graph", "captured step"])
     trained = shown["case"].isin(CASES[:3])
-    drawn = charts.charts(list(rows_of(shown[main], "median_ms")), list(sweeps(lines)))
     blocks = {
         "measured": table(shown[main]) + "\n\n" + LEGEND,
         "speed": table(shown[trained]),
         "other": table(shown[~trained]),
         "memory": table(shown[trained & (shown["dtype"] != "bfloat16")], "peak_bytes"),
         "scaling": scaling(lines),
-        **{f"{name} picture": charts.embed(drawn, name, "pictures/") for name in ("objective", "scaling")},
         "aot": aot(pd.read_csv(root / RESULTS / "aot.csv", dtype={"triton": str})),
     }
     texts = {root / RESULTS / "cells.csv": cells_csv(lines)}
@@ -210,22 +206,19 @@ def outputs(root: Path) -> tuple[dict[Path, str], dict[str, charts.Chart]]:
         if unknown or len(matches) != text.count("<!-- report:"):
             raise ValueError(f"{page}: unknown or unfinished block {', '.join(unknown)}; there are {', '.join(blocks)}")
         texts[root / page] = BLOCK.sub(lambda match: f"{match[1]}{blocks[match['name']]}\n{match[3]}", text)
-    return texts, drawn
+    return texts, charts.panels(sweeps(lines))
 
 
 def run(root: Path, check: bool) -> int:
-    texts, drawn = outputs(root)
-    files = {root / PICTURES / f"{stem}-{theme}.svg": (drawn[stem], theme) for stem in drawn for theme in charts.THEMES}
-    present = {path: path.read_text(encoding="utf-8") for path in [*texts, *files] if path.exists()}
+    texts, panels = outputs(root)
+    picture = root / PICTURE
+    present = {path: path.read_text(encoding="utf-8") for path in [*texts, picture] if path.exists()}
     stale = [path for path, text in texts.items() if present.get(path) != text]
-    stale += [path for path, (chart, _) in files.items() if f"digest {chart.digest}" not in present.get(path, "")]
-    unwanted = sorted(set((root / PICTURES).glob("*.svg")) - set(files))
-    if not check:
-        for path in stale:
-            write_atomic(path, texts[path] if path in texts else files[path][0].svg(files[path][1]))
-        for path in unwanted:
-            path.unlink()
-    names = [f"{'out of date:' if check else 'wrote'} {path.relative_to(root)}" for path in [*stale, *unwanted]]
+    if charts.digest(panels) not in present.get(picture, ""):
+        stale.append(picture)
+    for path in [] if check else stale:
+        write_atomic(path, charts.svg(panels) if path == picture else texts[path])
+    names = [f"{'out of date:' if check else 'wrote'} {path.relative_to(root)}" for path in stale]
     print("\n".join(names) or "everything is up to date")
     return int(check and bool(names))
 

@@ -35,6 +35,7 @@ from typing import Any
 FOLDER = Path(__file__).resolve().parent / "results"
 USUAL = {"Z": 64, "T": 2, "H": 1}  # not shown; older lines leave them out
 Row = dict[str, Any]
+FIGURES = ("median_ms", "p20_ms", "p80_ms", "n", "mean_us", "times_floor", "peak_bytes", "bytes_per_s", "flops_per_s")
 
 
 def append(path: Path, row: Row) -> None:
@@ -51,11 +52,9 @@ def read(paths: Iterable[Path]) -> list[Row]:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+                rows.append({**row, "case": row["case"]})
+            except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{path}:{number}: not a line of results ({error}); remove it") from error
-            if not isinstance(row, dict) or "case" not in row:
-                raise ValueError(f"{path}:{number}: not a line of results (no case); remove it")
-            rows.append(row)
     return rows
 
 
@@ -72,18 +71,8 @@ def sizes_text(row: Row) -> str:
 
 
 def summary(rows: list[Row]) -> Iterator[str]:
-    """One line a measurement, printed at the end of a run."""
-    yield (
-        f"{'case':16s} {'shape':24s} {'implementation':16s} {'mode':18s} "
-        f"{'median ms':>10s} {'p20':>9s} {'p80':>9s} {'n':>4s} {'x floor':>8s} {'peak MB':>8s}"
-    )
+    """One line a measurement, printed at the end of a run: a reason, or its figures by name."""
     for row in rows:
+        figures = [f"{name} {row[name]:.4g}" for name in FIGURES if name in row]
         name = f"{row['case']:16s} {row.get('shape', ''):24s} {row['impl']:16s} {row['mode'][:18]:18s}"
-        if "skipped" in row:
-            yield f"{name} {row['skipped']}"
-            continue
-        times = "".join(f"{row[key]:10.3f}" if key in row else " " * 10 for key in ("median_ms", "p20_ms", "p80_ms"))
-        rate = row.get("bytes_per_s") or row.get("flops_per_s")
-        ratio = f"{row['times_floor']:8.2f}" if "times_floor" in row else f"{rate / 1e9:6.1f} G" if rate else " " * 8
-        peak = f"{row['peak_bytes'] / 1e6:8.1f}" if "peak_bytes" in row else ""
-        yield f"{name} {times} {row.get('n', ''):>4} {ratio} {peak}".rstrip()
+        yield f"{name} {row.get('skipped') or ', '.join(figures)}"

@@ -80,7 +80,7 @@ def run(main: Callable[..., None], args: Sequence[str] | None = None, *, quick: 
 def _run(main: Callable[..., None], args: Sequence[str]) -> int:
     from .system.processes import PATIENCE_S, joined
 
-    with joined() as processes, terminable() if processes.size == 1 else contextlib.nullcontext():
+    with joined() as processes, terminable(lambda: processes.ending):
         try:
             with processes.first_heard():
                 if "processes" in signature(main).parameters:

@@ -119,8 +119,9 @@ def test_percentiles():
 def test_the_printed_summary():
     row = {"case": "assign", "shape": "s8", "impl": "torch", "mode": "forward"}
     numbers = {"n": 5, "median_ms": 2.0, "p20_ms": 1.5, "p80_ms": 3.0, "times_floor": 4.0, "peak_bytes": 7e6}
-    _, timed, skipped = results.summary([row | numbers, row | {"skipped": "too large"}])
-    assert timed.split() == ["assign", "s8", "torch", "forward", "2.000", "1.500", "3.000", "5", "4.00", "7.0"]
+    timed, skipped = results.summary([row | numbers, row | {"skipped": "too large"}])
+    assert timed.split()[:4] == ["assign", "s8", "torch", "forward"]
+    assert timed.endswith("median_ms 2, p20_ms 1.5, p80_ms 3, n 5, times_floor 4, peak_bytes 7e+06")
     assert skipped.endswith("too large")
 
 

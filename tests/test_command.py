@@ -532,7 +532,7 @@ def test_the_output_folder_is_said_first_with_the_reason(tmp_path, monkeypatch, 
         "runs/photos holds another run, --granularity 0.06 -0.05 0.0 0.03 0.1 against 0.1 0.2"
     )
     Path("runs/demo").write_text("")
-    assert first_line() == "output     runs/demo-2: runs/demo is a file"
+    assert first_line() == "output     runs/demo-2: runs/demo cannot be read (run.json: Not a directory)"
     assert RunFolder(Path("runs/photos"), train.configure(["--data", "photos", "--prototypes", "5"]))
 
 

@@ -44,7 +44,7 @@ def test_a_terminal_sees_one_line_that_changes():
     with Bar(total=50, desc="train", unit="step", file=screen, mininterval=0) as bar:
         for _ in range(50):
             bar.update()
-            bar.tell("5 labels")
+            bar.set_postfix_str("5 labels", refresh=False)
     assert screen.getvalue().count("\r") > 50
     assert screen.getvalue().strip("\n").count("\n") == 0
     assert "5 labels" in screen.getvalue()
@@ -56,7 +56,7 @@ def test_a_log_file_is_not_flooded(monkeypatch):
     with Bar(total=500, desc="train", unit="step", file=file) as bar:
         for _ in range(500):
             bar.update()
-            bar.tell("5 labels")
+            bar.set_postfix_str("5 labels", refresh=False)
     lines = file.getvalue().strip().splitlines()
     assert len(lines) == 2
     assert "\r" not in file.getvalue()
@@ -66,8 +66,8 @@ def test_a_log_file_is_not_flooded(monkeypatch):
 
 def test_a_bar_that_is_off_says_nothing(capsys):
     with Bar(total=2, disable=True) as bar:
-        bar.tell("x")
-        assert bar.pace is None
+        bar.set_postfix_str("x", refresh=False)
+        assert bar.format_dict["rate"] is None
     assert capsys.readouterr() == ("", "")
 
 

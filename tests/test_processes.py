@@ -257,12 +257,9 @@ def test_a_stream_of_two(pair, folder, tmp_path):
 
 def exchanges(processes):
     rank = processes.rank
-    held = torch.full((2,), float(rank))
-    processes.as_first([held])
     return {
         "sum": processes.sum(torch.tensor([2**62 - 1, rank])).tolist(),
         "largest": processes.largest(rank),
-        "as_first": held.tolist(),
         "decide": processes.decide(rank == 0),
         "all": processes.all(("of", rank)),
         "to_first": [
@@ -281,7 +278,6 @@ def test_exchanges(pair):
     assert found[0] == {
         "sum": [2**63 - 2, 1],
         "largest": 1,
-        "as_first": [0.0, 0.0],
         "decide": True,
         "all": [("of", 0), ("of", 1)],
     }
@@ -393,10 +389,12 @@ def test_devices_of_several(monkeypatch):
     assert two.device("cpu") == "cpu"
     assert ALONE.device("cuda:7") == "cuda:7"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UserError, match="--device cuda: 1 cards, and each process needs one"):
+    with pytest.raises(
+        UserError, match="--device cuda: each of 2 processes needs a CUDA card of its own, and this machine has 1"
+    ):
         two.device("cuda")
     for one in ("mps", "cuda:1"):
-        with pytest.raises(UserError, match=f"--device {one}: cannot serve 2 processes"):
+        with pytest.raises(UserError, match=f"--device {one}: each of 2 processes needs a CUDA card .*; give cuda"):
             two.device(one)
 
 

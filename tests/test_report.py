@@ -125,20 +125,15 @@ def test_a_sweep_is_of_one_run():
     assert set(lines["run"]) == {"run2"}
 
 
-def test_pictures_say_where_a_curve_stops_and_are_the_same_twice():
-    from matplotlib.figure import Figure
-
-    lines = report.collect([*sweep(), line("dense", 182.0, floor_ms=2.0), line("torch", 6.5, floor_ms=2.0)])
-    timed = list(report.rows_of(lines[lines["case"] == "objective"], "median_ms"))
-    drawn = charts.charts(timed, list(report.sweeps(lines)))
-    assert set(drawn) == {"objective", "scaling-cpu"}
-    chart, figure = drawn["scaling-cpu"], Figure()
-    chart.draw(figure, chart.data, charts.THEMES["light"])
-    texts = [text.get_text() for axes in figure.axes for text in axes.texts]
-    assert texts == ["× dense at 6272: needs 9.0 GB"] * 2  # time and memory
-    for chart in drawn.values():
-        assert chart.svg("dark") == chart.svg("dark") != chart.svg("light")
-        assert f"digest {chart.digest}" in chart.svg("dark")
+def test_the_picture_has_its_data_and_is_the_same_twice():
+    panels = charts.panels(report.sweeps(report.collect(sweep())))
+    assert [title for title, _ in panels] == ["milliseconds against P, CPU", "MB beyond the inputs against P, CPU"]
+    (_, curves), (_, memory) = panels
+    assert curves["dense"][-1] == [3136, pytest.approx(1e-4 * 3136**2)]  # and no further
+    assert memory["torch"][0] == [392, pytest.approx(5000 * 392e-6)]
+    assert charts.svg(panels) == charts.svg(panels)
+    assert f"digest {charts.digest(panels)}" in charts.svg(panels)
+    assert charts.digest(panels) != charts.digest(panels[:1])
 
 
 def test_every_cell_is_in_the_csv():
@@ -168,7 +163,7 @@ def checkout(tmp_path):
         (tmp_path / folder).mkdir(parents=True)
     block = "<!-- report: {} -->\nold\n<!-- end report -->\n"
     (tmp_path / "README.md").write_text(f"before\n{block.format('measured')}between 3 | 4\n")
-    names = ("speed", "memory", "scaling", "objective picture")
+    names = ("speed", "memory", "scaling")
     (tmp_path / "docs" / "performance.md").write_text("\n".join(map(block.format, names)))
     (tmp_path / "docs" / "kernels_aot.md").write_text(block.format("aot"))
     shutil.copy(ROOT / "benchmarks" / "results" / "aot.csv", tmp_path / "benchmarks" / "results")
@@ -186,28 +181,26 @@ def test_check_writes_nothing_and_names_what_is_out_of_date(checkout, capsys):
     assert main(checkout, "--check") == 1
     out = capsys.readouterr().out
     assert "out of date: README.md" in out
-    assert "out of date: docs/pictures/objective-dark.svg" in out
+    assert "out of date: docs/pictures/scaling.svg" in out
     assert before == {path: path.read_bytes() for path in checkout.rglob("*") if path.is_file()}
     assert main(checkout) == 0
     assert main(checkout, "--check") == 0
     page = (checkout / "README.md").read_text()
     assert page.startswith("before\n<!-- report: measured -->\n|")
     assert page.endswith("<!-- end report -->\nbetween 3 | 4\n")
-    assert "pictures/objective-light.svg" in (checkout / "docs" / "performance.md").read_text()
-    assert (checkout / "docs" / "pictures" / "objective-light.svg").is_file()
+    assert (checkout / report.PICTURE).is_file()
 
 
-def test_a_number_changed_by_hand_and_a_picture_too_many_are_seen(checkout, capsys):
+def test_a_number_and_a_picture_changed_by_hand_are_seen(checkout, capsys):
     main(checkout)
     page = checkout / "README.md"
     page.write_text(page.read_text().replace("182", "181"))
-    stray = checkout / "docs" / "pictures" / "scaling-sold-light.svg"
-    stray.write_text("<svg/>")
+    (checkout / report.PICTURE).write_text("<svg/>")
     capsys.readouterr()
     assert main(checkout, "--check") == 1
-    assert capsys.readouterr().out == "out of date: README.md\nout of date: docs/pictures/scaling-sold-light.svg\n"
+    assert capsys.readouterr().out == "out of date: README.md\nout of date: docs/pictures/scaling.svg\n"
     assert main(checkout) == 0
-    assert not stray.exists()
+    assert main(checkout, "--check") == 0
 
 
 @pytest.mark.parametrize("damage", ["results", "unknown block", "open block"])
@@ -227,6 +220,6 @@ def test_one_line_of_what_is_wrong(checkout, capsys, damage):
 
 def test_the_pages_of_this_checkout():
     """Every block of the committed pages is known. (`.ci/run` checks that they are up to date.)"""
-    texts, drawn = report.outputs(ROOT)
+    texts, panels = report.outputs(ROOT)
     assert {path.name for path in texts} == {"cells.csv", "README.md", "performance.md", "kernels_aot.md"}
-    assert drawn
+    assert panels

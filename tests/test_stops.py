@@ -27,7 +27,7 @@ from smooseg_fast.segment import model
 from smooseg_fast.segment.checkpoint import read_training_state
 from smooseg_fast.system import files as written
 from smooseg_fast.system import outfolder, signals
-from smooseg_fast.system.signals import Interrupted, StopRequest
+from smooseg_fast.system.signals import Interrupted, stop_request
 
 HEAD = "granularity_0.1_seed_0.safetensors"
 LADDER = [*SMALL, "--granularity", "0.06", "0.1", "--prototypes", "3"]
@@ -115,7 +115,7 @@ def test_what_would_take_forever_is_given_up(folder, whole, monkeypatch, capsys,
 
 
 def test_a_second_signal_stops_at_once():
-    with StopRequest() as request:
+    with stop_request() as request:
         signal.raise_signal(signal.SIGINT)
         assert request.number == signal.SIGINT
         with pytest.raises(Interrupted) as stop:
@@ -126,7 +126,7 @@ def test_a_second_signal_stops_at_once():
 
 def test_a_loop_that_answers_in_time_is_left_alone(monkeypatch):
     monkeypatch.setattr(signals, "PATIENCE_S", 0.05)
-    with StopRequest() as request:
+    with stop_request() as request:
         signal.raise_signal(signal.SIGINT)
         assert request.number == signal.SIGINT
     time.sleep(0.1)

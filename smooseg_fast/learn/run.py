@@ -25,7 +25,7 @@ from ..measure.scores import hungarian
 from ..segment.checkpoint import TrainingState, optimizer_tensors, restore_optimizer
 from ..segment.model import Head, Heads
 from ..system.progress import Bar
-from ..system.signals import Interrupted, StopRequest
+from ..system.signals import Interrupted, StopRequest, stop_request
 from .board import Board
 from .loop import Loop
 from .monitors import Watch
@@ -86,7 +86,7 @@ class Run:
         loop = self.prepare()
         steps, first = self.config.steps, self.done
         bar = Bar(total=steps, initial=first, desc="train", unit="step", disable=not self.setting.progress)
-        with closing(self), bar, StopRequest() as stop:
+        with closing(self), bar, stop_request() as stop:
             self.log_again(loop, bar)
             while self.done < steps and not self.drift_stops:
                 losses = self.step(loop)
@@ -265,7 +265,8 @@ class Run:
         self.records += records
         if self.board is not None:
             self.board.add(records)
-        bar.tell(live(records[0], bar.pace, self.schedule.batch_size, self.config.verbose))
+        rate = bar.format_dict["rate"]
+        bar.set_postfix_str(live(records[0], rate, self.schedule.batch_size, self.config.verbose), refresh=False)
         self.see(records)
         if self.watch.all_broken:
             raise UserError(

@@ -34,7 +34,7 @@ class Validation:
 
     def kmeans(self, centres: Tensor) -> Scores:
         """Scores of plain k-means centres [K,D] on the same features, which any learning has to beat."""
-        self.processes.as_first([centres])
+        centres = self.processes.decide(centres.cpu()).to(centres.device)
         return hungarian(self._count(self.store.rows, centres))
 
     def _count(self, codes: Callable[[Tensor], Tensor], prototypes: Tensor) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import time
@@ -61,7 +62,7 @@ def write_json(path: str | Path, value: Any) -> Path:
 
 def finite(value: Any) -> Any:
     """`value` with every NaN and infinity replaced by None, so that any JSON reader takes it."""
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+    if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}

@@ -30,12 +30,10 @@ def keep_freed_memory() -> None:
 @contextmanager
 def deterministic(enabled: bool) -> Iterator[None]:
     """Make PyTorch's operations take their deterministic form inside, and raise where they have none."""
-    if not enabled:
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
+    if enabled:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:

@@ -22,71 +22,68 @@ class Lock:
     """
 
     def __init__(self, path: Path):
-        self.path, self.real = path, False
-        self._close: weakref.finalize | None = None
+        self.path = path
+        self._file: int | None = None
+
+    def __del__(self) -> None:
+        self._close()
+
+    @property
+    def real(self) -> bool:
+        return self._file is not None
 
     def take(self, *, shared: bool = False) -> bool:
         """Try to take it, without waiting -> whether it was given.
 
         Many can hold it `shared`, or one alone. Makes the file, and the folder it is in.
         """
-        missing = 0
-        while True:
+        for _ in range(100):
             try:
-                file = _open(self.path)
-            except FileNotFoundError:  # another process removed the folder, or it can never be made
-                missing += 1
-                if missing == 100:
-                    return True
-                continue
-            except OSError:
-                return True
-            try:
+                self._file = _open(self.path)
                 if fcntl is None:
-                    raise OSError("no locks here")
-                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                    break
+                fcntl.flock(self._file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(self._file), os.stat(self.path)):
+                    _held.add(self)
+                    return True
+            except FileNotFoundError:
+                pass
             except BlockingIOError:
-                os.close(file)
+                self._close()
                 return False
-            except OSError:  # a file system without locks
-                os.close(file)
-                return True
-            if _is_at(file, self.path):
+            except OSError:  # a file system without locks, or a folder that cannot be written
                 break
-            os.close(file)  # its last holder deleted the file, and the next process would lock a new one
-        self.real, self._file = True, file
-        self._close = weakref.finalize(self, os.close, file)
-        _held.add(self)
+            self._close()  # another process removed the file or its folder, and the next one would lock a new file
+        self._close()
         return True
 
     def release(self, *, remove: bool = False) -> None:
         """Let go of it, if it is held. remove: delete the file first."""
-        if self._close is None:
+        if self._file is None:
             return
         if remove:
             with contextlib.suppress(OSError):
                 self.path.unlink(missing_ok=True)
         fcntl.flock(self._file, fcntl.LOCK_UN)
-        self._forget()
+        self._close()
 
     def sign(self) -> None:
         """Write the holder's name into the file."""
-        if self.real:
+        if self._file is not None:
             with contextlib.suppress(OSError):  # another user's file
                 os.ftruncate(self._file, 0)
                 os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
 
     def signature(self) -> str:
-        """The holder's name, for messages."""
-        try:
+        """Return the holder's name, for messages."""
+        with contextlib.suppress(OSError):
             return self.path.read_text(errors="replace") or "another process"
-        except OSError:
-            return "another process"
+        return "another process"
 
-    def _forget(self) -> None:
-        if self._close is not None:
-            self._close()
-        self.real, self._close = False, None
+    def _close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+        self._file = None
 
 
 _held: weakref.WeakSet[Lock] = weakref.WeakSet()
@@ -95,7 +92,7 @@ _held: weakref.WeakSet[Lock] = weakref.WeakSet()
 def _forget_all() -> None:
     """Close a child's copies of the files, which would keep the locks when the parent is killed."""
     for lock in list(_held):
-        lock._forget()
+        lock._close()
 
 
 if hasattr(os, "register_at_fork"):
@@ -106,15 +103,5 @@ def _open(path: Path) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except PermissionError as error:  # another user's file: it can be locked, but not signed
-        try:
-            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:  # it does not exist, and trying again would not help
-            raise error from None
-
-
-def _is_at(file: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file), os.stat(path))
-    except OSError:
-        return False
+    except PermissionError:  # another user's file: it can be locked, but not signed
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)

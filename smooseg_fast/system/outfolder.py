@@ -21,8 +21,8 @@ MARKER_TEXT = "smooseg wrote the files and folders named below, and ignores them
 class HoldsAnotherRun(UserError):
     """The folder `path` belongs to a run in which the setting `name` is `recorded`, and not `asked`."""
 
-    def __init__(self, path: Path, name: str, recorded: Any, asked: Any):
-        self.path, self.name, self.recorded, self.asked = path, name, recorded, asked
+    def __init__(self, path: Path, name: str, there: Any, here: Any):
+        self.name, self.there, self.here = name, there, here
         super().__init__(
             f"--out {path}: holds another run ({name} is {recorded!r} there and {asked!r} here); "
             "give another folder, or the same settings to resume"
@@ -30,16 +30,14 @@ class HoldsAnotherRun(UserError):
 
 
 class OutFolder:
-    """A folder that belongs to one set of settings and records them as JSON; the same settings resume there, others are
-    refused.
+    """A folder that belongs to one set of settings and records them as JSON: the same resume there, others are refused.
 
     Args:
         path: the folder given as --out; need not exist.
         settings: everything that decides the content, ready for JSON.
         record: name of the JSON file.
-        outputs: names of the files and folders that the command writes into it. One of them without the record belongs
-            to somebody else. Once the folder is claimed, nothing by these names counts as an image to read
-            (`written_by_us`).
+        made: names of the files and folders that the command writes into it. One of them without the record belongs to
+            somebody else. Once the folder is claimed, nothing by these names counts as an image to read.
         below: names of the folders in it that are written into.
 
     Raises:
@@ -57,25 +55,23 @@ class OutFolder:
             below,
         )
         try:
-            (path / record).exists()
-        except OSError as error:  # below a folder that this user may not enter
-            raise UserError(f"--out {path}: cannot be read ({error.strerror}); give another folder") from error
-        if path.exists() and not path.is_dir():
-            raise UserError(f"--out {path}: is a file; give a folder")
-        if (path / record).exists():
-            recorded = self._read_settings()
-            for name, value in self.settings.items():
-                if recorded.get(name) != value:
-                    raise HoldsAnotherRun(path, name, recorded.get(name), value)
-        elif foreign := [name for name in outputs if (path / name).exists()]:
-            raise UserError(f"--out {path}: holds {foreign[0]} but no {record}; give another folder")
+            recorded = {**json.loads((path / record).read_text(encoding="utf-8"))}
+        except FileNotFoundError:
+            if foreign := [name for name in made if (path / name).exists()]:
+                raise UserError(f"--out {path}: holds {foreign[0]} but no {record}; give another folder") from None
+            return
+        except (OSError, TypeError, ValueError) as error:
+            why = f"{record}: {getattr(error, 'strerror', error)}"
+            raise UserError(f"--out {path}: cannot be read ({why}); give another folder") from error
+        for name, value in self.settings.items():
+            if recorded.get(name) != value:
+                raise HoldsAnotherRun(path, name, recorded.get(name), value)
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep other processes out of the folder. UserError when one is at work there, or when the folder cannot be
-        written.
+        """Keep other processes out of the folder, which is made, and removed again at the end if it is empty.
 
-        Makes the folder, and removes it again at the end if it is empty.
+        UserError when another process is at work there, or when the folder cannot be written.
         """
         new_folders = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         lock = Lock(self.path / LOCK)
@@ -84,12 +80,11 @@ class OutFolder:
                 self.path.mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=self.path).close()
             except OSError as error:
-                raise UserError(
-                    f"--out {self.path}: cannot be written ({error.strerror}); give another folder"
-                ) from error
+                why = f"cannot be written ({error.strerror}); give another folder"
+                raise UserError(f"--out {self.path}: {why}") from error
             if not lock.take():
-                holder = f"{lock.signature()} is at work there"
-                raise UserError(f"--out {self.path}: {holder}; wait until it ends, or give another folder")
+                why = f"{lock.signature()} is at work there; wait until it ends, or give another folder"
+                raise UserError(f"--out {self.path}: {why}")
             lock.sign()
             yield
         finally:
@@ -99,8 +94,7 @@ class OutFolder:
                     folder.rmdir()
 
     def claim(self) -> None:
-        """Make the folder this run's: record the settings, mark what will be written, remove half-written files of a
-        killed process.
+        """Record the settings, mark what will be written, and remove half-written files of a killed process.
 
         Call it as late as possible, so that a run that fails early leaves nothing behind.
         """
@@ -109,17 +103,6 @@ class OutFolder:
             sweep(self.path / name, below=True)
         write_json(self.path / self._record, self.settings)
         mark_as_ours(self.path, *self._outputs)
-
-    def _read_settings(self) -> dict[str, Any]:
-        try:
-            settings = json.loads((self.path / self._record).read_text(encoding="utf-8"))
-            if not isinstance(settings, dict):
-                raise ValueError("not a JSON object")
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"--out {self.path}: its {self._record} cannot be read ({error}); give another folder"
-            ) from error
-        return settings
 
 
 def mark_as_ours(folder: Path, *names: str) -> None:
@@ -135,10 +118,10 @@ def mark_as_ours(folder: Path, *names: str) -> None:
 
 def written_by_us(folder: Path | str) -> set[str]:
     """Names that the MARKER of `folder` lists; none without a marker that can be read."""
+    lines = []
     with suppress(OSError):
-        text, *names = Path(folder, MARKER).read_text(encoding="utf-8", errors="replace").splitlines() or [""]
-        return set(names) if text == MARKER_TEXT else set()
-    return set()
+        lines = Path(folder, MARKER).read_text(encoding="utf-8", errors="replace").splitlines()
+    return set(lines[1:]) if lines[:1] == [MARKER_TEXT] else set()
 
 
 class Journal:
@@ -148,29 +131,25 @@ class Journal:
         self.path = path
 
     def read(self) -> list[dict[str, Any]]:
-        """Return the whole records, without lines that a stop or a full disk cut short. UserError when the file cannot
-        be read.
+        """Return the whole records, without lines that a stop or a full disk cut short.
+
+        UserError when the file cannot be read.
         """
-        records = []
         try:
-            text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        except FileNotFoundError:
+            return []
         except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be read ({error.strerror}); change its permissions, or remove it"
-            ) from error
-        for line in text.splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict):
-                records.append(record)
-        return records
+            why = f"cannot be read ({error.strerror}); change its permissions, or remove it"
+            raise UserError(f"{self.path}: {why}") from error
+        records = []
+        for line in lines:
+            with suppress(ValueError):
+                records.append(json.loads(line))
+        return [record for record in records if isinstance(record, dict)]
 
     def rewrite(self, records: Iterable[dict[str, Any]]) -> None:
-        """Replace the file. Call it before the first `append` of a process, whose record would glue to a line that was
-        cut short.
-        """
+        """Replace the file. Call it before the first `append`, whose record would glue to a line that was cut short."""
         write_atomic(self.path, "".join(self._line(record) for record in records))
 
     def append(self, *records: dict[str, Any]) -> None:

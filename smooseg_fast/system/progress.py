@@ -34,19 +34,6 @@ class Bar(tqdm):
 
         return line
 
-    @property
-    def pace(self) -> float | None:
-        """Units a second: the recent rate once the line has been drawn, before that the mean."""
-        if self.disable:
-            return None
-        state = self.format_dict
-        done, seconds = state["n"] - state["initial"], state["elapsed"]
-        return state["rate"] or (done / seconds if done and seconds else None)
-
-    def tell(self, text: str) -> None:
-        """Show `text` at the end of the line."""
-        self.set_postfix_str(text, refresh=not self.disable and self.fp.isatty())
-
 
 def printable(text: str) -> str:
     """`text` as one line without control characters: names may come out of anyone's file."""

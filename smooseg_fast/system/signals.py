@@ -5,8 +5,8 @@ from __future__ import annotations
 import _thread
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 PATIENCE_S = 0.8  # for a step under way to end; saving, and ending the process, take up to one second more
@@ -26,43 +26,34 @@ def with_kept(stop: KeyboardInterrupt, kept: str) -> Interrupted:
 
 
 @contextmanager
-def terminable() -> Iterator[None]:
-    """Make SIGTERM raise Interrupted inside, as Ctrl-C raises KeyboardInterrupt, instead of ending without a word."""
+def terminable(ending: Callable[[], bool]) -> Iterator[None]:
+    """Make SIGTERM raise Interrupted inside, as Ctrl-C raises KeyboardInterrupt, unless the program is `ending`."""
 
     def stop(number: int, _frame: Any) -> None:
-        raise Interrupted(number)
+        if not ending():
+            raise Interrupted(number)
 
-    before = _handle((signal.SIGTERM,), stop)
-    try:
+    with _handled_by(stop, signal.SIGTERM):
         yield
-    finally:
-        _give_back(before)
 
 
 class StopRequest:
-    """Notes Ctrl-C and SIGTERM in `number` while entered, for the loop to act on between two steps.
-
-    Raises Interrupted for a second signal, for the first one inside `at_once`, and when a step takes PATIENCE_S longer.
-    """
+    """Ctrl-C or SIGTERM as a `number` that a loop acts on between two steps; None until one comes."""
 
     def __init__(self) -> None:
         self.number: int | None = None
-        self._before: dict[int, Any] = {}
         self._at_once = False
-        self._timer: threading.Timer | None = None
-
-    def __enter__(self) -> StopRequest:
-        self._before = _handle((signal.SIGINT, signal.SIGTERM), self._note)
-        return self
+        # as if the signal came once more: Python runs the handler in the main thread
+        self._timer = threading.Timer(PATIENCE_S, lambda: _thread.interrupt_main(self.number))
+        self._timer.daemon = True
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
         """Let a signal cut short what is inside; the loop continues after it."""
         self._at_once = True
         try:
-            yield
-        except Interrupted:
-            pass
+            with suppress(Interrupted):
+                yield
         finally:
             self._at_once = False
 
@@ -71,24 +62,31 @@ class StopRequest:
             self.number = self.number or number
             raise Interrupted(self.number)
         self.number = number
-        # raise the signal once more: Python runs the handler in the main thread
-        self._timer = threading.Timer(PATIENCE_S, _thread.interrupt_main, (number,))
-        self._timer.daemon = True
         self._timer.start()
 
-    def __exit__(self, *_exception: object) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        _give_back(self._before)
+
+@contextmanager
+def stop_request() -> Iterator[StopRequest]:
+    """Note Ctrl-C and SIGTERM in a StopRequest.
+
+    Raises Interrupted for a second signal, for the first one inside `at_once`, and when a step takes PATIENCE_S longer.
+    """
+    request = StopRequest()
+    with _handled_by(request._note, signal.SIGINT, signal.SIGTERM):
+        try:
+            yield request
+        finally:
+            request._timer.cancel()
 
 
-def _handle(numbers: tuple[int, ...], handler: Any) -> dict[int, Any]:
-    """Set `handler` -> the earlier ones; does nothing outside the main thread, where Python delivers no signals."""
+@contextmanager
+def _handled_by(handler: Any, *numbers: int) -> Iterator[None]:
+    """Do nothing outside the main thread, where Python delivers no signals."""
     if threading.current_thread() is not threading.main_thread():
-        return {}
-    return {number: signal.signal(number, handler) for number in numbers}
-
-
-def _give_back(before: dict[int, Any]) -> None:
-    for number, handler in before.items():
-        signal.signal(number, handler)
+        numbers = ()
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)

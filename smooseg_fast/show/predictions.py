@@ -18,7 +18,7 @@ from ..features.sample import evenly_spaced
 from ..segment.segmenter import Segmenter
 from ..system.outfolder import Journal, OutFolder
 from ..system.processes import Processes
-from ..system.progress import Bar, printable, say
+from ..system.progress import Bar, announced, printable, say
 from ..system.signals import stop_request
 from . import pictures
 from .sheet import Shown, groups_sheet
@@ -125,7 +125,7 @@ def segment(
     todo = [item for item in items if item.name not in done]
     bar = Bar(total=len(items), initial=len(items) - len(todo), desc="predict", unit="image")
     with bar, stop_request() as stop:
-        for item in todo[rank::size]:
+        for item in todo[processes.rank :: processes.size]:
             if stop.number is not None:
                 outcome.signal = stop.number
                 break

@@ -21,8 +21,8 @@ MARKER_TEXT = "smooseg wrote the files and folders named below, and ignores them
 class HoldsAnotherRun(UserError):
     """The folder `path` belongs to a run in which the setting `name` is `recorded`, and not `asked`."""
 
-    def __init__(self, path: Path, name: str, there: Any, here: Any):
-        self.name, self.there, self.here = name, there, here
+    def __init__(self, path: Path, name: str, recorded: Any, asked: Any):
+        self.name, self.recorded, self.asked = name, recorded, asked
         super().__init__(
             f"--out {path}: holds another run ({name} is {recorded!r} there and {asked!r} here); "
             "give another folder, or the same settings to resume"
@@ -36,7 +36,7 @@ class OutFolder:
         path: the folder given as --out; need not exist.
         settings: everything that decides the content, ready for JSON.
         record: name of the JSON file.
-        made: names of the files and folders that the command writes into it. One of them without the record belongs to
+        outputs: names of the files and folders that the command writes into it. One of them without the record belongs to
             somebody else. Once the folder is claimed, nothing by these names counts as an image to read.
         below: names of the folders in it that are written into.
 
@@ -47,17 +47,12 @@ class OutFolder:
     def __init__(
         self, path: Path, settings: dict[str, Any], *, record: str, outputs: Sequence[str], below: Sequence[str] = ()
     ):
-        self.path, self.settings, self._record, self._outputs, self._below = (
-            path,
-            finite(settings),
-            record,
-            outputs,
-            below,
-        )
+        self.path, self.settings = path, finite(settings)
+        self._record, self._outputs, self._below = record, outputs, below
         try:
             recorded = {**json.loads((path / record).read_text(encoding="utf-8"))}
         except FileNotFoundError:
-            if foreign := [name for name in made if (path / name).exists()]:
+            if foreign := [name for name in outputs if (path / name).exists()]:
                 raise UserError(f"--out {path}: holds {foreign[0]} but no {record}; give another folder") from None
             return
         except (OSError, TypeError, ValueError) as error:

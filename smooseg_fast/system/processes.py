@@ -79,7 +79,7 @@ class Processes:
         """Wait until every process is here."""
         if self.size > 1:
             with self._exchange():
-                dist.barrier()  # not `all`: gloo's threads may drop its tensors only after Python's end, and abort
+                dist.barrier()  # the last exchange of a run: with `all` in its place, Python's end aborted now and then
 
     def to_first(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
         """Give the first process the contiguous CPU `tensors` of every process, in order of rank; the others get []."""

@@ -127,13 +127,14 @@ class Row:
 
 def state(store: StoreFolder) -> str:
     """Whether a store is complete, and in use."""
-    images, total = store.images() if store.readable else 0, store.meta.get("images")
+    total = store.meta.get("shards")
     if not store.readable:
         text = "older version"
-    elif images == total:
-        text = "complete"
+    elif not isinstance(total, int) or total < 1:
+        text = "partial"
     else:
-        text = f"partial, {100 * images // total} %" if isinstance(total, int) and total > 0 else "partial"
+        percent = 100 * store.kept(total) // total
+        text = "complete" if percent == 100 else f"partial, {percent} %"
     return text + (", in use" if store.in_use else "")
 
 

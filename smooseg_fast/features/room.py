@@ -46,14 +46,14 @@ class Windows:
 def expected(dataset: Dataset, backbone: Backbone, options: FeatureOptions) -> Expected:
     """Foretell what `open_or_extract` would make of the same arguments. All processes get the first one's answer."""
     job = Job(dataset, backbone, options)
-    on_disk = CacheFolder(options.cache).store(job.key()).images() == job.images
-    counted = 0 if on_disk else min(COUNTED, job.images)
+    on_disk = CacheFolder(options.cache).store(job.key()).kept(job.shards) == job.shards
+    counted = 0 if on_disk else min(COUNTED, len(dataset))
     with announced(
         f"counting   squares in {counted} images of {dataset.name}, to foretell how much their features take"
     ):
-        cut = [job.squares(number * job.images // counted) for number in range(counted)]
+        cut = [job.squares(number * len(dataset) // counted) for number in range(counted)]
     squares = sum(0 if isinstance(result, ImageError) else len(result) for result in cut) / max(1, counted)
-    return options.processes.all(Expected(job.images, squares, job.square_bytes, on_disk))[0]
+    return options.processes.all(Expected(len(dataset), squares, job.square_bytes, on_disk))[0]
 
 
 def require_room(dataset: Dataset, backbone: Backbone, options: FeatureOptions, *, stores: int = 1) -> None:

@@ -1,9 +1,8 @@
 """Keep patch features on disk in shards of about 64 MB, read through memory maps, which need little memory.
 
-A shard is a .safetensors file with one tensor, `features` [rows,P,D] in fp16 or bf16. Its header describes the rows, as
-JSON under one key: image name and square of each, the images skipped on the way, and where in the dataset the shard
-starts and ends. The shards of a folder form a chain: each starts where the one before ended. Nothing outside the shards
-is needed to read them.
+A shard is a .safetensors file with one tensor, `features` [rows,P,D] in fp16 or bf16: all squares of some consecutive
+images of a dataset. Its header describes them, as JSON under one key: the numbers of the images, image name and square
+of each row, and the images that were skipped. Nothing outside the shards is needed to read them.
 
 Two CRC-32 guard a shard. One covers the JSON and is checked whenever the shard is opened. The other covers the
 features; it is part of the JSON, and checking it reads them all (`require_sound`). A CRC finds every change within 32
@@ -29,7 +28,7 @@ from torch import Tensor
 from ..system.files import write_atomic
 from ..system.locks import Lock
 
-FORMAT = 2  # raise it when shards written before can no longer be used
+FORMAT = 3  # raise it when shards written before can no longer be used
 SHARD_BYTES = 64 * 2**20
 SHARDS = "shard-*.safetensors"  # names of the files
 
@@ -39,16 +38,14 @@ _KEY = "smooseg_fast"  # the only key: the order of several may change, and shar
 
 @dataclass(frozen=True)
 class Contents:
-    """Describe the rows of a shard. Positions in the dataset are (image number, square number within the image)."""
+    """Describe the rows of a shard."""
 
-    start: tuple[int, int]
-    end: tuple[int, int]  # the position after the last row, past any skipped images
+    images: tuple[int, int]  # the first image's number in the dataset, and that behind the last
     grid: tuple[int, int]  # (h, w) patches, P = h * w row-major
     names: tuple[str, ...]  # image of each row
-    # (top, left) of each row's square at the squares' scale (images.cut_squares)
-    crops: tuple[tuple[int, int], ...]
+    crops: tuple[tuple[int, int], ...]  # (top, left) of each row's square at the squares' scale (images.cut_squares)
     skipped: tuple[tuple[str, str], ...]  # (name, reason)
-    batch: int = 0  # squares that went through the backbone at once; 0 if unknown
+    batch: int  # squares that went through the backbone at once
 
 
 @dataclass(frozen=True)
@@ -75,9 +72,9 @@ class FeatureStore:
         contents = [shard.contents for shard in shards]
         self._features = [shard.features for shard in shards]
         self._starts = [0, *itertools.accumulate(len(features) for features in self._features)]
-        self.names = tuple(itertools.chain.from_iterable(part.names for part in contents))
-        self.crops = tuple(itertools.chain.from_iterable(part.crops for part in contents))
-        self.skipped = list(itertools.chain.from_iterable(part.skipped for part in contents))
+        self.names = tuple(name for part in contents for name in part.names)
+        self.crops = tuple(crop for part in contents for crop in part.crops)
+        self.skipped = [image for part in contents for image in part.skipped]
         self.grid = contents[0].grid
         self.P, self.D = self._features[0].shape[1:]
         self.nbytes = sum(features.nbytes for features in self._features)
@@ -118,7 +115,7 @@ class FeatureStore:
 
         The default dtype is that of the shards, fp16 or bf16, or fp32 where they differ.
         """
-        dtypes = {features.dtype for features in self._features}
+        dtypes = {features.dtype for features in self._features if len(features)}
         dtype = dtype or (dtypes.pop() if len(dtypes) == 1 else torch.float32)
         out = torch.empty(len(self), self.P, self.D, dtype=dtype, device=device)
         for start, features in zip(self._starts, self._features):
@@ -136,22 +133,15 @@ def write_shard(path: Path, contents: Contents, *parts: Tensor) -> None:
     Its rows are `parts` [n,P,D] one behind the other: finite, of any float dtype.
     """
     features = to_storage(*parts)
-    guarded = {
-        **asdict(contents),
-        "dtype": _DTYPES[features.dtype],
-        "shape": list(features.shape),
-        "crc": _crc(features),
-    }
+    crc = zlib.crc32(features.flatten().view(torch.uint8).numpy().data)
+    guarded = {**asdict(contents), "dtype": _DTYPES[features.dtype], "shape": list(features.shape), "crc": crc}
     text = json.dumps(guarded, separators=(",", ":"))
     # not save_file: it makes a file that only its owner can read, and has an error of its own for a full disk
     write_atomic(path, save({"features": features}, {_KEY: f"{zlib.crc32(text.encode()):08x}{text}"}))
 
 
 def read_shard(path: Path) -> Shard | None:
-    """The shard at `path`, its features memory-mapped and not read; None when there is none.
-
-    DamagedShard when it is not whole.
-    """
+    """The shard at `path`, its features memory-mapped and not read; None when there is none. DamagedShard if broken."""
     try:
         with safe_open(path, "pt") as file:  # refuses a file whose size is not what its header says
             crc, text = file.metadata()[_KEY][:8], file.metadata()[_KEY][8:]
@@ -203,23 +193,15 @@ def to_storage(*parts: Tensor) -> Tensor:
     limit = torch.finfo(torch.bfloat16).max  # the last fp32 numbers before infinity would round up to it
     out = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:], dtype=torch.bfloat16 if wide else torch.float16)
     start = 0
-    for (
-        part
-    ) in parts:  # straight to its place: joining them in their own dtype first would take up to three times the memory
+    for part in parts:  # straight to its place: joining them in their own dtype first would take three times the memory
         out[start : start + len(part)] = part.clamp(-limit, limit) if wide else part
         start += len(part)
     return out
 
 
-def _crc(features: Tensor) -> int:
-    return zlib.crc32(features.flatten().view(torch.uint8).numpy().data)
-
-
 def _contents(header: dict) -> Contents:
-    def pairs(values: list) -> tuple:
-        return tuple((first, second) for first, second in values)
+    def pairs(name: str) -> tuple:
+        return tuple((first, second) for first, second in header[name])
 
-    start, end, grid = pairs([header["start"], header["end"], header["grid"]])
-    return Contents(
-        start, end, grid, tuple(header["names"]), pairs(header["crops"]), pairs(header["skipped"]), header["batch"]
-    )
+    images, grid = tuple(header["images"]), tuple(header["grid"])
+    return Contents(images, grid, tuple(header["names"]), pairs("crops"), pairs("skipped"), header["batch"])

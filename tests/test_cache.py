@@ -17,7 +17,8 @@ import smooseg_fast
 from smooseg_fast import cache
 from smooseg_fast.command import run
 from smooseg_fast.errors import UserError
-from smooseg_fast.features import cachefolder, extract as extracting, store
+from smooseg_fast.features import cachefolder, store
+from smooseg_fast.features import extract as extracting
 from smooseg_fast.features.cachefolder import CacheFolder
 from smooseg_fast.system import locks
 from smooseg_fast.system.locks import Lock

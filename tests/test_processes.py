@@ -354,7 +354,7 @@ def test_the_store_is_the_same_to_the_byte(pair, photos, tmp_path, settings, row
     together = pair(extract, photos, tmp_path / "two", shard_bytes, settings)
     assert files(tmp_path / "one") == files(tmp_path / "two")
     assert sum(found[0] for found in together) == calls
-    if rows > 3:
+    if rows < 100:  # otherwise there is a single shard, which one process makes
         assert min(found[0] for found in together) >= calls // 4  # both had their share
     for _, *found in together:
         assert found[:2] == [names, skipped]
@@ -368,7 +368,7 @@ def test_the_store_is_the_same_to_the_byte(pair, photos, tmp_path, settings, row
 
 
 def extract_short(processes, photos, cache, room):
-    """Seven squares a shard; memory for `room` squares in the last process, and for more in others."""
+    """An image a shard; memory for `room` squares in the last process, and for more in others."""
     before, store.SHARD_BYTES = store.SHARD_BYTES, 7 * 4 * 5 * 2
     try:
         backbone = Short(room if processes.rank == processes.size - 1 else 100, since=1)
@@ -378,11 +378,12 @@ def extract_short(processes, photos, cache, room):
         store.SHARD_BYTES = before
 
 
-def test_a_batch_that_does_not_fit_into_one_is_halved_for_all(pair, photos, tmp_path):
+def test_a_batch_that_does_not_fit_into_one_is_halved_for_all_that_follow(pair, photos, tmp_path):
     extract_short(ALONE, photos, tmp_path / "one", 2)
     pair(extract_short, photos, tmp_path / "two", 2)
     assert files(tmp_path / "one") == files(tmp_path / "two")
-    assert {read_shard(path).contents.batch for path in (tmp_path / "two").rglob("shard*")} == {1}
+    batches = [read_shard(path).contents.batch for path in sorted((tmp_path / "two").rglob("shard*"))]
+    assert batches == [3] + [1] * 10  # the first image is a single square
 
 
 # what is refused, and who says so

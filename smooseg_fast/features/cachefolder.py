@@ -60,7 +60,7 @@ class StoreFolder:
     @property
     def last_used(self) -> float:
         """Seconds since 1970; 0 if unknown."""
-        for name in (USED, META, "."):
+        for name in (USED, "."):
             with contextlib.suppress(OSError):
                 return (self.path / name).stat().st_mtime
         return 0.0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from itertools import chain
 from pathlib import Path
@@ -30,7 +30,7 @@ from ..system.sizes import readable
 from .batches import Batches, Square
 from .cachefolder import META, WRITING, CacheFolder
 from .job import FeatureOptions, Job
-from .store import Contents, DamagedShard, FeatureStore, Shard, require_sound, shard_path, write_shard
+from .store import Contents, DamagedShard, FeatureStore, Shard, read_shard, require_sound, shard_path, write_shard
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 CHECKED_BYTES = 256 * 2**20
 WAIT_S = 0.5  # between looks at another run that makes the same features
 ABANDONED_S = 3600.0  # age at which a half-written shard is nobody's, where no lock says so
+SAME = ("dataset", "digest", "precision", "size", "crops", "resample", "mirror")  # in a store that replaces another
 MAX_THREADS = 16  # that decode images
 
 
@@ -87,7 +88,7 @@ class Extraction:
         self.home = CacheFolder(job.options.cache)
         self.folder = self.home.store(job.key())
         self.shards: list[Shard | None] = [None] * job.shards
-        self._damage: dict[int, str] = {}
+        self._damage: dict[int, str] = {}  # of the shards that have one
         self._made = self._full = False  # whether it made shards, and whether it said that the cache exceeds its limit
 
     def missing(self) -> list[int]:
@@ -97,7 +98,7 @@ class Extraction:
         """What is kept after a stop, in words."""
         if not any(self.shards):
             return "no shard of features was finished yet"
-        images = self._images(set(range(self.job.shards)) - set(self.missing()))
+        images = len(self.job.dataset) - self._images(self.missing())
         return f"features of {images} of {len(self.job.dataset)} images are kept in {self.folder.path}"
 
     def look(self) -> None:
@@ -107,15 +108,10 @@ class Extraction:
         down during a write, and reading takes a hundredth of the time of making. Of a large finished store it reads the
         headers alone, because the features would take minutes; `python -m smooseg_fast.cache verify` reads those.
         """
-        small = self.folder.nbytes <= CHECKED_BYTES or self.folder.kept(self.job.shards) < self.job.shards
-        silent, self._damage = not self.job.options.progress, {}
+        total, silent = self.job.shards, not self.job.options.progress
+        small = self.folder.nbytes <= CHECKED_BYTES or self.folder.kept(total) < total
         for number in Bar(iterable=self.missing(), desc="check", unit="shard", delay=SILENT_S, disable=silent):
-            try:
-                self.shards[number] = shard = self._read(number)
-                if shard is not None and small and self.processes.first:
-                    require_sound(self._path(number), shard)
-            except DamagedShard as damage:
-                self.shards[number], self._damage[number] = None, str(damage)
+            self._load(number, every_byte=small and self.processes.first)
         for number in chain(*self.processes.all(self.missing())):
             self.shards[number] = None
 
@@ -153,10 +149,9 @@ class Extraction:
         with bar, closing(decoded):
             for place in range(0, len(missing), self.processes.size):
                 self._make(missing[place : place + self.processes.size], decoded, batches, bar)
-        squares = sum(len(self.shards[number].contents.names) for number in missing)
-        if options.progress and squares:
-            seconds, images = time.perf_counter() - started, self._images(missing)
-            n = self.processes.size
+        if options.progress:
+            squares, images = sum(len(self.shards[number].contents.names) for number in missing), self._images(missing)
+            seconds, n = time.perf_counter() - started, self.processes.size
             say(
                 f"extracted  {squares} squares of {images} images in {seconds:.1f} s: {images / seconds:.1f} images/s, "
                 f"{100 * batches.seconds / seconds:.0f} % of the time in the backbone; "
@@ -186,10 +181,21 @@ class Extraction:
     def _path(self, number: int) -> Path:
         return shard_path(self.folder.path, number)
 
-    def _read(self, number: int) -> Shard | None:
-        return self.job.read(self._path(number), number)
+    def _load(self, number: int, every_byte: bool = False) -> None:
+        """Read a shard if it is on disk and sound."""
+        path, images = self._path(number), self.job.images_of(number)
+        self._damage.pop(number, None)
+        try:
+            shard = read_shard(path)
+            if shard is not None and shard.contents.images != (images.start, images.stop):
+                raise DamagedShard("it belongs elsewhere")
+            if shard is not None and every_byte:
+                require_sound(path, shard)
+            self.shards[number] = shard
+        except DamagedShard as damage:
+            self._damage[number] = str(damage)
 
-    def _images(self, numbers) -> int:
+    def _images(self, numbers: Iterable[int]) -> int:
         return sum(len(self.job.images_of(number)) for number in numbers)
 
     def _take(self, writing: Lock) -> bool:
@@ -201,9 +207,8 @@ class Extraction:
         for number, damage in self._damage.items():
             say(f"damaged: {self._path(number)}: {damage}; it will be recomputed")
         meta = self.job.describe()
-        alike = [name for name in meta if name not in ("format", "fingerprint", "shards", "grid", "channels")]
         for other in [] if self.folder.meta else self.home.stores():
-            if not other.readable and all(other.meta.get(name) == meta[name] for name in alike):
+            if not other.readable and all(other.meta.get(name) == meta[name] for name in SAME):
                 say(
                     f"{other.path} was written by an older version and will be recomputed; "
                     f"to free its {readable(other.nbytes)}: python -m smooseg_fast.cache rm {other.key[:8]}"
@@ -247,7 +252,12 @@ class Extraction:
             write_shard(self._path(number), contents, *parts or [empty])
         processes.wait()
         for number in numbers:
-            self.shards[number] = self._read_back(number)
+            self._load(number)
+            if self.shards[number] is None:
+                raise UserError(
+                    f"{self._path(number)}: cannot be read just after it was written: "
+                    f"{self._damage.get(number, 'it is gone')}; check the disk or choose another cache folder"
+                )
         bar.update(done + total - bar.n)
 
     def _halved(self, batch_size: int) -> int:
@@ -274,16 +284,3 @@ class Extraction:
                 above = f"{readable(excess)} above --cache-limit {readable(limit)}"
                 say(f"warning: {self.home.path} is {above}; everything else in it is in use")
         self.processes.wait()
-
-    def _read_back(self, number: int) -> Shard:
-        """A shard as it was just written."""
-        why = "it is gone"
-        try:
-            if shard := self._read(number):
-                return shard
-        except DamagedShard as damage:
-            why = str(damage)
-        raise UserError(
-            f"{self._path(number)}: cannot be read just after it was written: {why}; "
-            "check the disk or choose another cache folder"
-        )

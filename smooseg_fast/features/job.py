@@ -17,7 +17,6 @@ from ..system.processes import ALONE, Processes
 from ..system.progress import announced
 from . import store
 from .batches import Square
-from .store import DamagedShard, Shard, read_shard
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
@@ -95,7 +94,7 @@ class Job:
         return -(-len(self.dataset) // self.images_per_shard)
 
     def images_of(self, number: int) -> range:
-        """The images of shard `number`."""
+        """Numbers of the images of shard `number`."""
         return range(len(self.dataset))[number * self.images_per_shard :][: self.images_per_shard]
 
     @cached_property
@@ -105,10 +104,8 @@ class Job:
 
     def key(self) -> str:
         """Hash of everything that decides the features; precision and batch size decide their last bits."""
-        options, backbone = self.options, self.backbone
-        parts = [store.FORMAT, self.fingerprint, backbone.digest, options.size, options.crops, options.resample]
-        parts += [options.mirror, backbone.precision, self.batch_size]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+        deciding = {name: value for name, value in self.describe().items() if name not in ("dataset", "backbone")}
+        return hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:32]
 
     def describe(self) -> dict:
         """The store's meta.json, for people who find the folder and for `python -m smooseg_fast.cache ls`."""
@@ -130,14 +127,6 @@ class Job:
             grid=self.grid,
             channels=backbone.dim,
         )
-
-    def read(self, path: Path, number: int) -> Shard | None:
-        """Shard `number` at `path`, None when there is none. DamagedShard unless this job would write it there."""
-        shard, images = read_shard(path), self.images_of(number)
-        expected = (images.start, images.stop), self.grid, self.backbone.dim
-        if shard is not None and (shard.contents.images, shard.contents.grid, shard.features.shape[2]) != expected:
-            raise DamagedShard("it belongs elsewhere")
-        return shard
 
     def squares(self, index: int) -> list[Square] | ImageError:
         """The squares of image number `index`, or the reason why there are none. Safe in any thread."""

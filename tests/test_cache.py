@@ -424,7 +424,7 @@ def test_what_is_refused(three, capsys, args, message):
 
 def test_room_is_made_by_removing_the_longest_unused(three, photos, capsys):  # noqa: F811
     home = three[0].parent
-    sizes = [CacheFolder(home).store(path.name).nbytes for path in three]
+    sizes = [cachefolder.StoreFolder(path).nbytes for path in three]
     features = extract(
         photos, home, size=12
     )  # in use: neither this, nor that of 16 pixels, which was used longer ago, has to be last

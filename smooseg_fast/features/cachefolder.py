@@ -41,11 +41,11 @@ class StoreFolder:
 
     def shards(self) -> list[Path]:
         """The files in the order of their numbers; some may be missing."""
-        return sorted(self.path.glob(SHARDS), key=lambda path: (len(path.name), path.name))
+        return sorted(self.path.glob(SHARDS))
 
     def kept(self, total: int) -> int:
         """How many of `total` shards are on disk, whether sound or damaged."""
-        numbers = (path.stem.partition("-")[2] for path in self.shards())
+        numbers = [path.stem.removeprefix("shard-") for path in self.shards()]
         return sum(number.isdecimal() and int(number) < total for number in numbers)
 
     @property
@@ -135,9 +135,6 @@ class CacheFolder:
 
     def __init__(self, path: Path | str | None = None):
         self.path = default_cache() if path is None else Path(path).expanduser()
-
-    def store(self, key: str) -> StoreFolder:
-        return StoreFolder(self.path / key)
 
     def stores(self) -> list[StoreFolder]:
         """All stores, the most recently used first. UserError where the folder cannot be read."""

@@ -84,9 +84,8 @@ class Extraction:
     """The shards of a store, some of which have to be made."""
 
     def __init__(self, job: Job):
-        self.job, self.processes = job, job.options.processes
+        self.job, self.folder, self.processes = job, job.folder, job.options.processes
         self.home = CacheFolder(job.options.cache)
-        self.folder = self.home.store(job.key())
         self.shards: list[Shard | None] = [None] * job.shards
         self._damage: dict[int, str] = {}  # of the shards that have one
         self._made = self._full = False  # whether it made shards, and whether it said that the cache exceeds its limit
@@ -108,10 +107,10 @@ class Extraction:
         down during a write, and reading takes a hundredth of the time of making. Of a large finished store it reads the
         headers alone, because the features would take minutes; `python -m smooseg_fast.cache verify` reads those.
         """
-        total, silent = self.job.shards, not self.job.options.progress
-        small = self.folder.nbytes <= CHECKED_BYTES or self.folder.kept(total) < total
+        silent = not self.job.options.progress
+        every_byte = self.processes.first and (self.folder.nbytes <= CHECKED_BYTES or not self.job.on_disk)
         for number in Bar(iterable=self.missing(), desc="check", unit="shard", delay=SILENT_S, disable=silent):
-            self._load(number, every_byte=small and self.processes.first)
+            self._load(number, every_byte)
         for number in chain(*self.processes.all(self.missing())):
             self.shards[number] = None
 

@@ -17,6 +17,7 @@ from ..system.processes import ALONE, Processes
 from ..system.progress import announced
 from . import store
 from .batches import Square
+from .cachefolder import CacheFolder, StoreFolder
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
@@ -106,6 +107,16 @@ class Job:
         """Hash of everything that decides the features; precision and batch size decide their last bits."""
         deciding = {name: value for name, value in self.describe().items() if name not in ("dataset", "backbone")}
         return hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:32]
+
+    @cached_property
+    def folder(self) -> StoreFolder:
+        """Where the features are, or will be."""
+        return StoreFolder(CacheFolder(self.options.cache).path / self.key())
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether all features are on disk, sound or damaged."""
+        return self.folder.kept(self.shards) == self.shards
 
     def describe(self) -> dict:
         """The store's meta.json, for people who find the folder and for `python -m smooseg_fast.cache ls`."""

@@ -11,7 +11,6 @@ from ..datasets.images import ImageError
 from ..errors import UserError
 from ..system.progress import announced
 from ..system.sizes import readable
-from .cachefolder import CacheFolder
 from .job import FeatureOptions, Job
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ def expected(dataset: Dataset, backbone: Backbone, options: FeatureOptions) -> E
     if options.limit is None:
         return None
     job, forecast = Job(dataset, backbone, options), None
-    if CacheFolder(options.cache).store(job.key()).kept(job.shards) < job.shards:
+    if not job.on_disk:
         images = len(dataset)
         counted = min(COUNTED, images)
         what = f"squares in {counted} images of {dataset.name}, to foretell how much their features take"

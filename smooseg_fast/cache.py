@@ -23,15 +23,14 @@ if TYPE_CHECKING:
 
 DAY_S = 86_400.0
 SETTINGS = ("dataset", "backbone", "size", "crops", "images")
-# a column and its key in meta.json; shown only where rows that look alike differ in it
-DETAILS = dict(precision="precision", resample="resample", batch="batch_size", weights="digest", files="fingerprint")
+DETAILS = ("mirror", "precision", "resample", "batch", "weights", "files")  # shown where rows that look alike differ
 
 
 @dataclass(frozen=True, kw_only=True)
 class List:
     """List the contents of the cache, the last used first. Where rows would look alike, further columns show what
-    differs: precision, resample and batch (squares that the backbone took at once), and digests of the backbone's
-    weights and of the image files."""
+    differs: mirror, precision, resample and batch (squares that the backbone took at once), and digests of the
+    backbone's weights and of the image files."""
 
     cache: Folder | None = None
     """Folder of the feature cache [~/.cache/smooseg_fast]."""
@@ -101,9 +100,8 @@ def show(home: CacheFolder, command: List) -> None:
 
 def row(store: StoreFolder) -> dict[str, str]:
     """The cells of a store in the table, by column."""
-    cells = {name: printable(str(store.meta.get(name, "?"))) for name in SETTINGS}
-    cells |= {name: printable(str(store.meta.get(key, "?")))[:8] for name, key in DETAILS.items()}
-    cells["crops"] += ", mirrored" if store.meta.get("mirror") else ""
+    cells = {name: printable(str(store.meta.get(name, "?"))) for name in (*SETTINGS, *DETAILS)}
+    cells |= {name: cells[name][:8] for name in ("weights", "files")}
     last_used = time.strftime("%Y-%m-%d %H:%M", time.localtime(store.last_used))
     size = f"{store.nbytes / 1e9:.2f}"
     return cells | {"key": store.key[:8], "GB": size, "last used": last_used, "state": state(store)}

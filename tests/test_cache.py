@@ -331,6 +331,7 @@ def column(out, name):
         ("precision", ["float32", "bfloat16"], {}),
         ("weights", ["f00d", "beef"], {}),
         ("resample", ["nearest", "bilinear"], {"resample": "bilinear"}),
+        ("mirror", ["False", "True"], {"mirror": True}),
         ("batch", ["3", "2"], {"batch_size": 2}),
         ("files", None, {}),
     ],
@@ -357,7 +358,7 @@ def test_ls_tells_what_differs_between_rows_of_equal_settings(photos, tmp_path, 
     assert told[found[0]] != told[found[1]]
     if values:
         assert [told[key] for key in found] == values
-        assert {"precision", "weights", "resample", "batch", "files"} & set(out.splitlines()[0].split()) == {name}
+        assert set(cache.DETAILS) & set(out.splitlines()[0].split()) == {name}
 
 
 @pytest.mark.parametrize(

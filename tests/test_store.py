@@ -285,7 +285,7 @@ def test_the_folder_says_what_it_is(photos, tmp_path):
     extract(photos, tmp_path, crops="slide")
     meta = json.loads(next(tmp_path.glob("*/meta.json")).read_text())
     want = dict(
-        dataset="photos", images=10, backbone="fake", digest="f00d", size=SIZE, crops="slide", grid=[2, 2], channels=D
+        dataset="photos", images=10, backbone="fake", weights="f00d", size=SIZE, crops="slide", grid=[2, 2], channels=D
     )
     assert want.items() <= meta.items()
 

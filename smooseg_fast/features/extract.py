@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 CHECKED_BYTES = 256 * 2**20
 WAIT_S = 0.5  # between looks at another run that makes the same features
 ABANDONED_S = 3600.0  # age at which a half-written shard is nobody's, where no lock says so
-SAME = ("dataset", "digest", "precision", "size", "crops", "resample", "mirror")  # in a store that replaces another
+SAME = ("dataset", "backbone", "precision", "size", "crops", "resample", "mirror")  # in a store that replaces another
 MAX_THREADS = 16  # that decode images
 
 
@@ -123,11 +123,8 @@ class Extraction:
         if not self._take(writing):
             where = f"they are taken from {self.folder.path} once it is done"
             say(f"waiting: {writing.signature()} makes these features; {where}")
-            silent = not self.job.options.progress
-            with Bar(total=self.job.shards, desc="wait", unit="shard", disable=silent) as bar:
-                while not self._take(writing):
-                    bar.update(self.folder.kept(self.job.shards) - bar.n)
-                    time.sleep(WAIT_S)
+            while not self._take(writing):
+                time.sleep(WAIT_S)
         writing.sign()
 
     def make(self, alone: bool) -> None:

@@ -18,6 +18,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed as dist
+from PIL import Image
 from test_evaluation import made_up_labels
 from test_extracting import Short
 from test_store import FakeBackbone
@@ -330,8 +331,6 @@ def extract(processes, photos, cache, shard_bytes, settings):
 
 @pytest.fixture
 def photos(tmp_path):
-    from PIL import Image
-
     rng, folder = np.random.default_rng(0), tmp_path / "photos"
     folder.mkdir()
     for number, size in enumerate(
@@ -384,6 +383,34 @@ def test_a_batch_that_does_not_fit_into_one_is_halved_for_all_that_follow(pair, 
     assert files(tmp_path / "one") == files(tmp_path / "two")
     batches = [read_shard(path).contents.batch for path in sorted((tmp_path / "two").rglob("shard*"))]
     assert batches == [3] + [1] * 10  # the first image is a single square
+
+
+class ShortOfWhite(FakeBackbone):
+    """Two white squares at once do not fit."""
+
+    def __call__(self, images):
+        if len(images) > 1 and images.min() == 255:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return super().__call__(images)
+
+
+def extract_white(processes, photos, cache):
+    before, store.SHARD_BYTES = store.SHARD_BYTES, 4 * 4 * 5 * 2
+    try:
+        options = FeatureOptions(size=8, crops="slide", cache=cache, batch_size=3, processes=processes)
+        open_or_extract(open_dataset(photos, "train"), ShortOfWhite(), options)
+    finally:
+        store.SHARD_BYTES = before
+
+
+def test_batches_are_halved_from_the_shard_on_in_which_one_did_not_fit(pair, photos, tmp_path):
+    """The first process makes the shard in front of it at the same time, with batches as before."""
+    Image.new("RGB", (16, 8), "white").save(photos / "07.png")
+    extract_white(ALONE, photos, tmp_path / "one")
+    pair(extract_white, photos, tmp_path / "two")
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    batches = [read_shard(path).contents.batch for path in sorted((tmp_path / "two").rglob("shard*"))]
+    assert batches == [3] * 7 + [1] * 4
 
 
 # what is refused, and who says so

@@ -86,16 +86,16 @@ class Extraction:
     def __init__(self, job: Job):
         self.job, self.folder, self.processes = job, job.folder, job.options.processes
         self.home = CacheFolder(job.options.cache)
-        self.shards: list[Shard | None] = [None] * job.shards
+        self.shards: dict[int, Shard] = {}  # by number
         self._damage: dict[int, str] = {}  # of the shards that have one
         self._made = self._full = False  # whether it made shards, and whether it said that the cache exceeds its limit
 
     def missing(self) -> list[int]:
-        return [number for number, shard in enumerate(self.shards) if shard is None]
+        return [number for number in range(self.job.shards) if number not in self.shards]
 
     def kept(self) -> str:
         """What is kept after a stop, in words."""
-        if not any(self.shards):
+        if not self.shards:
             return "no shard of features was finished yet"
         images = len(self.job.dataset) - self._images(self.missing())
         return f"features of {images} of {len(self.job.dataset)} images are kept in {self.folder.path}"
@@ -112,7 +112,7 @@ class Extraction:
         for number in Bar(iterable=self.missing(), desc="check", unit="shard", delay=SILENT_S, disable=silent):
             self._load(number, every_byte)
         for number in chain(*self.processes.all(self.missing())):
-            self.shards[number] = None
+            self.shards.pop(number, None)
 
     def wait_for_turn(self, writing: Lock) -> None:
         """Return once no other run makes these features.
@@ -137,27 +137,28 @@ class Extraction:
         if self.processes.first:
             self._prepare(alone)
         batches = Batches(job.backbone, job.grid, options.mirror)
-        images = chain(*map(job.images_of, missing[self.processes.rank :: self.processes.size]))
+        own_images = chain(*map(job.images_of, missing[self.processes.rank :: self.processes.size]))
         threads = min(MAX_THREADS, os.cpu_count() or 1)
-        decoded = ahead(job.squares, images, threads=threads, waiting=threads + job.images_per_shard)
+        decoded = ahead(job.squares, own_images, threads=threads, waiting=threads + job.images_per_shard)
         done, silent = len(job.dataset) - self._images(missing), not options.progress
         bar = Bar(total=len(job.dataset), initial=done, desc="extract", unit="image", disable=silent)
         with bar, closing(decoded):
             for place in range(0, len(missing), self.processes.size):
                 self._make(missing[place : place + self.processes.size], decoded, batches, bar)
         if options.progress:
-            squares, images = sum(len(self.shards[number].contents.names) for number in missing), self._images(missing)
+            contents = [self.shards[number].contents for number in missing]
+            squares, images = sum(len(shard.names) for shard in contents), self._images(missing)
             seconds, n = time.perf_counter() - started, self.processes.size
             say(
                 f"extracted  {squares} squares of {images} images in {seconds:.1f} s: {images / seconds:.1f} images/s, "
                 f"{100 * batches.seconds / seconds:.0f} % of the time in the backbone; "
-                f"{self.shards[-1].contents.batch} squares a batch{'' if n == 1 else f' in each of {n} processes'}, "
+                f"{contents[-1].batch} squares a batch{'' if n == 1 else f' in each of {n} processes'}, "
                 f"{job.backbone.name} in {job.backbone.precision} on {job.backbone.device}"
             )
 
     def store(self, used: Lock) -> FeatureStore:
         """All shards as one store; says which images an earlier run skipped."""
-        store = FeatureStore(self.shards, used)
+        store = FeatureStore([self.shards[number] for number in range(self.job.shards)], used)
         if len(store) == 0:
             self.processes.wait()
             for path in self.folder.shards() if self.processes.first else []:
@@ -182,12 +183,12 @@ class Extraction:
         path, images = self._path(number), self.job.images_of(number)
         self._damage.pop(number, None)
         try:
-            shard = read_shard(path)
-            if shard is not None and shard.contents.images != (images.start, images.stop):
-                raise DamagedShard("it belongs elsewhere")
-            if shard is not None and every_byte:
-                require_sound(path, shard)
-            self.shards[number] = shard
+            if shard := read_shard(path):
+                if shard.contents.images != (images.start, images.stop):
+                    raise DamagedShard("it belongs elsewhere")
+                if every_byte:
+                    require_sound(path, shard)
+                self.shards[number] = shard
         except DamagedShard as damage:
             self._damage[number] = str(damage)
 
@@ -228,13 +229,14 @@ class Extraction:
             bar.update(done + total * count // len(squares) - bar.n)
 
         # memory was short before where the shards in front have smaller batches
-        batch_size = min([job.batch_size, *(shard.contents.batch for shard in self.shards[: numbers[0]])])
+        before = [self.shards[number].contents.batch for number in range(numbers[0])]
+        batch_size = min([job.batch_size, *before])
         parts = batches.features(squares, batch_size, show)
         while True in (short := processes.all(parts is None)):
             if processes.rank >= short.index(True):  # the later shards too, as where one process makes all
                 batch_size = self._halved(batch_size)
                 parts = batches.features(squares, batch_size, show)
-        self._make_room(parts)
+        self._make_room(parts or [])
         for number in own:
             contents = Contents(
                 images=(job.images_of(number).start, job.images_of(number).stop),
@@ -249,7 +251,7 @@ class Extraction:
         processes.wait()
         for number in numbers:
             self._load(number)
-            if self.shards[number] is None:
+            if number not in self.shards:
                 raise UserError(
                     f"{self._path(number)}: cannot be read just after it was written: "
                     f"{self._damage.get(number, 'it is gone')}; check the disk or choose another cache folder"

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
@@ -24,21 +23,14 @@ if TYPE_CHECKING:
 
 DAY_S = 86_400.0
 SETTINGS = ("dataset", "backbone", "size", "crops", "images")
-# a column and its key in meta.json; shown only where rows that look alike differ in it
-DETAILS = {
-    "precision": "precision",
-    "resample": "resample",
-    "batch": "batch_size",
-    "weights": "digest",
-    "files": "fingerprint",
-}
+DETAILS = ("mirror", "precision", "resample", "batch", "weights", "files")  # shown where rows that look alike differ
 
 
 @dataclass(frozen=True, kw_only=True)
 class List:
     """List the contents of the cache, the last used first. Where rows would look alike, further columns show what
-    differs: precision, resample and batch (squares that the backbone took at once), and digests of the backbone's
-    weights and of the image files."""
+    differs: mirror, precision, resample and batch (squares that the backbone took at once), and digests of the
+    backbone's weights and of the image files."""
 
     cache: Folder | None = None
     """Folder of the feature cache [~/.cache/smooseg_fast]."""
@@ -100,56 +92,39 @@ def show(home: CacheFolder, command: List) -> None:
     if not stores:
         print(f"{home.path}: holds no features")
         return
-    rows = [Row(store) for store in stores]
-    details = telling_details(rows)
-    table = [("key", *SETTINGS, *details, "GB", "last used", "state"), *(row.cells(details) for row in rows)]
-    right = {table[0].index(name) for name in ("size", "images", "GB")}
-    print(aligned(table, left=[column for column in range(len(table[0])) if column not in right]))
+    rows = [row(store) for store in stores]
+
+    def kinds(*names: str) -> int:
+        return len({tuple(cells[name] for name in names) for cells in rows})
+
+    details = [name for name in DETAILS if kinds(*SETTINGS, name) > kinds(*SETTINGS)]
+    columns = ["key", *SETTINGS, *details, "GB", "last used", "state"]
+    left = [number for number, name in enumerate(columns) if name not in ("size", "images", "GB")]
+    print(aligned([columns, *([cells[name] for name in columns] for cells in rows)], left=left))
     print(f"\n{readable(sum(store.nbytes for store in stores))} in {home.path}")
     print(f"to free some: {command_line('cache', 'rm')} KEY, or rm --older DAYS")
 
 
-class Row:
-    """One store as a line of the table."""
-
-    def __init__(self, store: StoreFolder):
-        self.store, meta = store, store.meta
-        texts = {name: printable(str(meta.get(name, "?"))) for name in (*SETTINGS, *DETAILS.values())}
-        texts["crops"] += ", mirrored" if meta.get("mirror") else ""
-        self.settings = tuple(texts[name] for name in SETTINGS)
-        self.details = {name: texts[key][:8] for name, key in DETAILS.items()}
-
-    def cells(self, details: Sequence[str]) -> tuple[str, ...]:
-        last = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.store.last_used))
-        size = f"{self.store.nbytes / 1e9:.2f}"
-        return (
-            self.store.key[:8],
-            *self.settings,
-            *(self.details[name] for name in details),
-            size,
-            last,
-            state(self.store),
-        )
+def row(store: StoreFolder) -> dict[str, str]:
+    """The cells of a store in the table, by column."""
+    cells = {name: printable(str(store.meta.get(name, "?"))) for name in (*SETTINGS, *DETAILS)}
+    cells |= {name: cells[name][:8] for name in ("weights", "files")}
+    last_used = time.strftime("%Y-%m-%d %H:%M", time.localtime(store.last_used))
+    size = f"{store.nbytes / 1e9:.2f}"
+    return cells | {"key": store.key[:8], "GB": size, "last used": last_used, "state": state(store)}
 
 
 def state(store: StoreFolder) -> str:
-    """Say whether a store is complete, and in use."""
-    images, total = store.images() if store.readable else 0, store.meta.get("images")
+    """Whether a store is complete, and in use."""
+    total = store.meta.get("shards")
     if not store.readable:
         text = "older version"
-    elif images == total:
-        text = "complete"
+    elif not isinstance(total, int) or total < 1:
+        text = "partial"
     else:
-        text = f"partial, {100 * images // total} %" if isinstance(total, int) and total > 0 else "partial"
+        percent = 100 * store.kept(total) // total
+        text = "complete" if percent == 100 else f"partial, {percent} %"
     return text + (", in use" if store.in_use else "")
-
-
-def telling_details(rows: Sequence[Row]) -> list[str]:
-    """The details in which rows with equal settings differ."""
-    alike: defaultdict[tuple[str, ...], list[Row]] = defaultdict(list)
-    for row in rows:
-        alike[row.settings].append(row)
-    return [name for name in DETAILS if any(len({row.details[name] for row in group}) > 1 for group in alike.values())]
 
 
 def remove(home: CacheFolder, command: Remove) -> None:
@@ -180,42 +155,38 @@ def verify(home: CacheFolder, command: Verify) -> None:
     if others:
         free = command_line("cache", "rm", *others)
         print(f"written by an older version, and not read: {', '.join(others)}; to free them: {free}")
-    stores = [store for store in stores if store.readable]
-    paths = [path for store in stores for path in store.shards()]
-    damaged = []
-    with Bar(total=sum(path.stat().st_size for path in paths), desc="verify", unit="B", unit_scale=True) as bar:
-        for store in stores:
-            for path in store.shards():
-                try:
-                    shard = read_shard(path)
-                    if shard is not None:
-                        require_sound(path, shard)
-                        bar.update(path.stat().st_size)
-                except DamagedShard as damage:
-                    damaged.append(path)
-                    bar.write(f"damaged: {path} ({store.label}): {damage}")
-                    path.unlink(missing_ok=True)  # a run that has the file open keeps its content
-    print(f"read {len(paths)} files of {len(stores)} stores in {home.path}: {len(damaged) or 'none'} damaged")
+    paths = [(path, store) for store in stores if store.readable for path in store.shards()]
+    damaged = 0
+    for path, store in Bar(iterable=paths, desc="verify", unit="file"):
+        try:
+            if shard := read_shard(path):
+                require_sound(path, shard)
+        except DamagedShard as damage:
+            damaged += 1
+            Bar.write(f"damaged: {path} ({store.label}): {damage}")
+            path.unlink(missing_ok=True)  # a run that has the file open keeps its content
+    total = len(stores) - len(others)
+    print(f"read {len(paths)} files of {total} stores in {home.path}: {damaged or 'none'} damaged")
     if damaged:
         raise UserError(
-            f"{home.path}: {len(damaged)} damaged files removed; the next run that needs them recomputes them: "
+            f"{home.path}: {damaged} damaged files removed; the next run that needs them recomputes them: "
             "repeat the command that uses these features, and check the disk if it happens again"
         )
 
 
 def stores_with(home: CacheFolder, keys: Sequence[str]) -> list[StoreFolder]:
     """The stores whose keys begin with `keys`, in this order. UserError where none or several do."""
-    stores, chosen = home.stores(), {}
+    stores, chosen = home.stores(), []
     for key in keys:
         fitting = [store for store in stores if store.key.startswith(key.lower())]
-        if len(fitting) != 1 or not key:
+        if len(fitting) != 1:
             several = f"stands for {len(fitting)} stores ({', '.join(store.key[:8] for store in fitting)})"
             raise UserError(
-                f"{key or 'an empty key'}: {several if fitting else 'no store has this key'}; "
+                f"{key}: {several if fitting else 'no store has this key'}; "
                 f"{command_line('cache', 'ls')} shows the keys in {home.path}"
             )
-        chosen[fitting[0].key] = fitting[0]
-    return list(chosen.values())
+        chosen += fitting
+    return list(dict.fromkeys(chosen))
 
 
 if __name__ == "__main__":

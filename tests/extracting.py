@@ -10,7 +10,7 @@ import sys
 
 from test_store import SLIDE, FakeBackbone, extract, small
 
-from smooseg_fast.features import turns
+from smooseg_fast.features import extract as extracting
 
 
 class Waiting(FakeBackbone):
@@ -23,7 +23,7 @@ class Waiting(FakeBackbone):
 
 if __name__ == "__main__":
     small()
-    turns.WAIT_S = 0.02
+    extracting.WAIT_S = 0.02
     backbone = Waiting()
     features = extract(sys.argv[1], sys.argv[2], backbone, **SLIDE)
     print(json.dumps([backbone.calls, hashlib.sha256(features.load().numpy().tobytes()).hexdigest()]))

@@ -11,13 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
-from test_store import LAST_CALL, SLIDE, FakeBackbone, extract, photos, shards, small_shards, undisturbed  # noqa: F401
+from test_store import CALLS, LAST_CALL, SLIDE, FakeBackbone, extract, photos, shards, small_shards, undisturbed  # noqa: F401
 
 import smooseg_fast
 from smooseg_fast import cache
 from smooseg_fast.command import run
 from smooseg_fast.errors import UserError
-from smooseg_fast.features import cachefolder, store, turns
+from smooseg_fast.features import cachefolder, store
+from smooseg_fast.features import extract as extracting
 from smooseg_fast.features.cachefolder import CacheFolder
 from smooseg_fast.system import locks
 from smooseg_fast.system.locks import Lock
@@ -165,7 +166,7 @@ def content(cache):
 
 @pytest.mark.parametrize("killed", [False, True])
 def test_two_processes_make_the_same_features_at_once(photos, tmp_path, undisturbed, killed):  # noqa: F811
-    """The second waits and takes what the first makes; when the first is killed it continues where that stopped."""
+    """The second waits for what the first makes; when the first is killed it makes the rest."""
     first, second = start(photos, tmp_path / "cache", stop_at=6), None
     try:
         assert until(first.stdout, "reached")
@@ -185,7 +186,7 @@ def test_two_processes_make_the_same_features_at_once(photos, tmp_path, undistur
     assert second.returncode == 0
     calls, digest = json.loads(ends[1])
     if killed:
-        assert calls == LAST_CALL - 4  # two shards of two calls each were whole
+        assert calls == LAST_CALL - sum(CALLS[:2])  # the third call of the third shard was the sixth
     else:
         assert json.loads(ends[0]) == [LAST_CALL, digest]
         assert calls == 0
@@ -207,7 +208,7 @@ def test_what_a_killed_process_left_half_written_goes_at_once(photos, tmp_path, 
 
 
 def test_a_large_finished_store_is_opened_by_its_headers(photos, tmp_path, undisturbed, monkeypatch, capsys):  # noqa: F811
-    monkeypatch.setattr(turns, "CHECKED_BYTES", 0)
+    monkeypatch.setattr(extracting, "CHECKED_BYTES", 0)
     home = tmp_path / "undisturbed"
     victim = shards(home)[2]
     assert call("verify", "--cache", home) == 0
@@ -225,20 +226,20 @@ def test_a_large_finished_store_is_opened_by_its_headers(photos, tmp_path, undis
     )
     assert not victim.exists()
     extract(photos, home, backbone, **SLIDE)
-    assert backbone.calls == 2
+    assert backbone.calls == CALLS[2]
     assert content(home) == undisturbed
     assert call("verify", victim.parent.name[:5], "--cache", home) == 0
 
 
 def test_all_of_an_unfinished_store_is_looked_at(photos, tmp_path, undisturbed, monkeypatch, capsys):  # noqa: F811
-    monkeypatch.setattr(turns, "CHECKED_BYTES", 0)
+    monkeypatch.setattr(extracting, "CHECKED_BYTES", 0)
     home = tmp_path / "undisturbed"
-    first, *_, last = shards(home)
+    first, *_, last, _ = shards(home)
     last.unlink()
     flip(first)
     backbone = FakeBackbone()
     extract(photos, home, backbone, **SLIDE)
-    assert backbone.calls == 3  # two calls for the damaged shard and one for the short last
+    assert backbone.calls == CALLS[0] + CALLS[-2]
     assert (
         f"damaged: {first}: its features have changed since they were written; it will be recomputed"
         in capsys.readouterr().err
@@ -330,6 +331,7 @@ def column(out, name):
         ("precision", ["float32", "bfloat16"], {}),
         ("weights", ["f00d", "beef"], {}),
         ("resample", ["nearest", "bilinear"], {"resample": "bilinear"}),
+        ("mirror", ["False", "True"], {"mirror": True}),
         ("batch", ["3", "2"], {"batch_size": 2}),
         ("files", None, {}),
     ],
@@ -356,7 +358,7 @@ def test_ls_tells_what_differs_between_rows_of_equal_settings(photos, tmp_path, 
     assert told[found[0]] != told[found[1]]
     if values:
         assert [told[key] for key in found] == values
-        assert {"precision", "weights", "resample", "batch", "files"} & set(out.splitlines()[0].split()) == {name}
+        assert set(cache.DETAILS) & set(out.splitlines()[0].split()) == {name}
 
 
 @pytest.mark.parametrize(
@@ -423,7 +425,7 @@ def test_what_is_refused(three, capsys, args, message):
 
 def test_room_is_made_by_removing_the_longest_unused(three, photos, capsys):  # noqa: F811
     home = three[0].parent
-    sizes = [CacheFolder(home).store(path.name).nbytes for path in three]
+    sizes = [cachefolder.StoreFolder(path).nbytes for path in three]
     features = extract(
         photos, home, size=12
     )  # in use: neither this, nor that of 16 pixels, which was used longer ago, has to be last

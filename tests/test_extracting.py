@@ -16,7 +16,6 @@ from smooseg_fast.backbones.filterbank import Filterbank
 from smooseg_fast.datasets import open_dataset
 from smooseg_fast.datasets.images import cut_squares, read_image
 from smooseg_fast.errors import UserError
-from smooseg_fast.features.batches import Pace
 from smooseg_fast.features.extract import open_or_extract
 from smooseg_fast.features.job import FeatureOptions
 from smooseg_fast.features.store import read_shard, to_storage
@@ -55,12 +54,12 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(photos, tmp_path, cap
 
 
 def test_a_rerun_keeps_to_the_batches_that_fitted(photos, tmp_path, small_shards):  # noqa: F811
-    """Memory is short from the second shard on, and plenty again after the interruption."""
-    extract(photos, tmp_path / "undisturbed", Short(room=2, since=3), batch_size=4, **SLIDE)
-    assert batches(tmp_path / "undisturbed") == [4, 4] + [2] * 7
+    """Memory is short from the third shard on, and plenty again after the interruption."""
+    extract(photos, tmp_path / "undisturbed", Short(room=2, since=4), batch_size=4, **SLIDE)
+    assert batches(tmp_path / "undisturbed") == [4, 4] + [2] * 8
     with pytest.raises(KeyboardInterrupt):
-        extract(photos, tmp_path / "cache", Short(room=2, since=3, interrupt_at=9), batch_size=4, **SLIDE)
-    assert 2 < len(shards(tmp_path / "cache")) < 9
+        extract(photos, tmp_path / "cache", Short(room=2, since=4, interrupt_at=12), batch_size=4, **SLIDE)
+    assert 2 < len(shards(tmp_path / "cache")) < 10
     extract(photos, tmp_path / "cache", FakeBackbone(), batch_size=4, **SLIDE)
     found, wanted = (shards(tmp_path / name) for name in ("cache", "undisturbed"))
     assert [path.read_bytes() for path in found] == [path.read_bytes() for path in wanted]
@@ -127,15 +126,6 @@ def test_an_extraction_tells_its_pace_and_a_reader_none(photos, tmp_path, capsys
     assert 0 <= int(found[1]) <= 100
     extract(photos, tmp_path)
     assert "extracted" not in capsys.readouterr().err
-
-
-def test_the_line_of_a_pace():
-    pace = Pace(squares=200, images=50, seconds=10, backbone_seconds=8)
-    assert pace.line("16 squares a batch") == (
-        "extracted  200 squares of 50 images in 10.0 s: 5.0 images/s, "
-        "80 % of the time in the backbone; 16 squares a batch"
-    )
-    assert "0.0 images/s, 0 %" in Pace().line("nothing")
 
 
 def test_a_phase_is_announced_once_it_is_slow(monkeypatch):

@@ -36,7 +36,7 @@ def make_store(N=19, P=12, D=6, seed=0) -> tuple[FeatureStore, torch.Tensor]:
     shards = []
     for rows in (features[:5], features[5:]):
         names = tuple(f"{i}.png" for i in range(len(rows)))
-        shards.append(Shard(Contents((0, 0), (0, 0), (3, P // 3), names, tuple((0, 0) for _ in names), ()), rows, 0))
+        shards.append(Shard(Contents((0, 0), (3, P // 3), names, tuple((0, 0) for _ in names), (), 0), rows, 0))
     return FeatureStore(shards), F.normalize(features.double(), dim=-1, eps=1e-10)
 
 

@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import signal
@@ -70,7 +71,7 @@ def photos(tmp_path) -> Path:
 
 
 def small():
-    """Four rows a shard."""
+    """Four images a shard of central squares, and one of sliding or five squares."""
     store.SHARD_BYTES = 4 * P * D * 2 + 1
 
 
@@ -284,7 +285,7 @@ def test_the_folder_says_what_it_is(photos, tmp_path):
     extract(photos, tmp_path, crops="slide")
     meta = json.loads(next(tmp_path.glob("*/meta.json")).read_text())
     want = dict(
-        dataset="photos", images=10, backbone="fake", digest="f00d", size=SIZE, crops="slide", grid=[2, 2], channels=D
+        dataset="photos", images=10, backbone="fake", weights="f00d", size=SIZE, crops="slide", grid=[2, 2], channels=D
     )
     assert want.items() <= meta.items()
 
@@ -316,14 +317,15 @@ def test_a_full_disk_is_said_and_loses_nothing(photos, tmp_path, small_shards, u
             extract(photos, tmp_path / "cache", **SLIDE)
     backbone = FakeBackbone()
     extract(photos, tmp_path / "cache", backbone, **SLIDE)
-    assert backbone.calls == LAST_CALL - 4
+    assert backbone.calls == LAST_CALL - sum(CALLS[:2])
     assert {path.name: path.read_bytes() for path in shards(tmp_path / "cache")} == undisturbed
 
 
 # interruption and damage
 
 SLIDE = dict(crops="slide")
-LAST_CALL = 17  # undisturbed: batches of 3 and 1 for each shard of 4 rows, and a last shard of 2 rows
+CALLS = [1, 2, 3, 1, 0, 4, 1, 2, 1, 0]  # of an undisturbed extraction, for each shard of one image: batches of 3
+LAST_CALL = sum(CALLS)
 
 
 @pytest.fixture
@@ -334,31 +336,30 @@ def undisturbed(photos, tmp_path, small_shards) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in shards(tmp_path / "undisturbed")}
 
 
-@pytest.mark.parametrize(("call", "said"), [(2, "no shard of features was finished yet"), (5, None)])
+@pytest.mark.parametrize(("call", "said"), [(1, "no shard of features was finished yet"), (5, None)])
 def test_an_interruption_says_what_is_kept(photos, tmp_path, small_shards, call, said):
     with pytest.raises(Interrupted) as stop:
         extract(photos, tmp_path / "cache", FakeBackbone(interrupt_at=call), **SLIDE)
     assert stop.value.number == signal.SIGINT
     if said is None:
         (folder,) = (tmp_path / "cache").iterdir()
-        whole = [read_shard(path) for path in shards(tmp_path / "cache")]
-        assert len(whole) == 2
-        said = f"features of {whole[-1].contents.end[0]} of 10 images are kept in {folder}"
+        assert len(shards(tmp_path / "cache")) == 2
+        said = f"features of 2 of 10 images are kept in {folder}"
     assert stop.value.kept == str(stop.value) == said
 
 
 @pytest.mark.parametrize("call", range(1, LAST_CALL + 1))
-def test_an_interrupted_extraction_goes_on_behind_its_last_whole_shard(photos, tmp_path, undisturbed, call):
+def test_an_interrupted_extraction_makes_the_shards_that_are_not_whole(photos, tmp_path, undisturbed, call):
     interrupted, resumed = FakeBackbone(interrupt_at=call), FakeBackbone()
     with pytest.raises(KeyboardInterrupt):
         extract(photos, tmp_path / "cache", interrupted, **SLIDE)
     assert not [thread for thread in threading.enumerate() if "ThreadPool" in thread.name]
-    whole = (call - 1) // 2
+    whole = sum(calls < call for calls in itertools.accumulate(CALLS))
     left = {path.name: path.read_bytes() for path in shards(tmp_path / "cache")}
     assert left == dict(list(undisturbed.items())[:whole])
     assert not list(tmp_path.glob("cache/*/.*"))
     features = extract(photos, tmp_path / "cache", resumed, **SLIDE)
-    assert resumed.calls == LAST_CALL - 2 * whole
+    assert resumed.calls == LAST_CALL - sum(CALLS[:whole])
     assert {path.name: path.read_bytes() for path in shards(tmp_path / "cache")} == undisturbed
     assert features.names == tuple(expected(photos, crops="slide")[0])
     assert [name for name, _ in features.skipped] == ["4.png", "9.png"]
@@ -385,21 +386,21 @@ def test_a_damaged_shard_is_named_and_made_again_and_the_others_stay(photos, tmp
     backbone = FakeBackbone()
     features = extract(photos, cache, backbone, **SLIDE)
     assert (f"damaged: {victim}: " in capsys.readouterr().err) == (damage != "gone")
-    assert backbone.calls == 2
+    assert backbone.calls == CALLS[2]
     assert {path.name: path.read_bytes() for path in shards(cache)} == undisturbed
     assert {path for path in paths if path.stat().st_mtime_ns != stamps[path]} <= {victim}
     assert features.names == tuple(expected(photos, crops="slide")[0])
 
 
-def test_skipped_images_behind_the_last_full_shard_are_kept_too(photos, tmp_path, small_shards):
-    for name in ("0.png", "1.png", "2.png", "3.png"):
+def test_images_skipped_in_full_shards_and_in_one_without_rows_are_kept_too(photos, tmp_path, small_shards):
+    for name in ("0.png", "1.png", "2.png", "3.png", "5.png"):
         (photos / name).unlink()
     again = FakeBackbone()
-    for backbone in (FakeBackbone(), again):  # 4 and 9 cannot be read, and four squares fill one shard
+    for backbone in (FakeBackbone(), again):  # 4 and 9 cannot be read, 9 in a shard by itself
         features = extract(photos, tmp_path, backbone)
-        assert len(features) == 4
+        assert len(features) == 3
         assert [name for name, _ in features.skipped] == ["4.png", "9.png"]
-        assert torch.equal(features.load(dtype=torch.float32), features.rows([0, 1, 2, 3]))
+        assert torch.equal(features.load(dtype=torch.float32), features.rows([0, 1, 2]))
     assert again.calls == 0
 
 
@@ -409,7 +410,7 @@ def test_two_damaged_shards_apart_are_both_made_again(photos, tmp_path, undistur
     for victim in (paths[0], paths[3]):
         victim.write_bytes(b"")
     extract(photos, cache, backbone, **SLIDE)
-    assert backbone.calls == 4
+    assert backbone.calls == CALLS[0] + CALLS[3]
     assert {path.name: path.read_bytes() for path in shards(cache)} == undisturbed
 
 
@@ -486,9 +487,6 @@ def test_a_backbone_of_another_grid_than_its_patch_says(photos, tmp_path):
         ({"size": 0}, r"--size 0: .*; take 4$"),
         ({"size": -9}, r"--size -9: .*; take 4$"),
         ({"size": 10, "argument": "--eval-size"}, r"--eval-size 10: not a multiple"),
-        ({"batch_size": 0}, r"batch_size 0: must be 1 or more"),
-        ({"crops": "corner"}, r"--crops corner: unknown; take center or slide"),
-        ({"resample": "cubic"}, r"--resample cubic: unknown; take nearest or bilinear"),
     ],
 )
 def test_wrong_settings_are_named(photos, tmp_path, settings, message):
@@ -517,7 +515,7 @@ def test_progress_is_on_stderr_and_can_be_silenced(photos, tmp_path, capsys):
 
 def test_a_shard_comes_back_as_written(tmp_path):
     names, crops = ("ä/1.png", "caf\udce9.png"), ((0, 0), (0, 7))  # the second name is not UTF-8 on disk
-    contents = Contents((3, 0), (4, 2), (1, 2), names, crops, (("x", "y"),))
+    contents = Contents((3, 6), (1, 2), names, crops, (("x", "y"),), batch=3)
     features = torch.randn(2, 2, 3)
     write_shard(tmp_path / "x.safetensors", contents, features)
     shard = read_shard(tmp_path / "x.safetensors")
@@ -535,7 +533,7 @@ def test_a_shard_comes_back_as_written(tmp_path):
     ids=lambda wrong: next(iter(wrong)),
 )
 def test_a_shard_whose_header_does_not_fit_is_no_shard(tmp_path, wrong):
-    right = dict(start=(0, 0), end=(2, 0), grid=(1, 2), names=("a", "b"), crops=((0, 0), (0, 0)), skipped=())
+    right = dict(images=(0, 2), grid=(1, 2), names=("a", "b"), crops=((0, 0), (0, 0)), skipped=(), batch=2)
     write_shard(tmp_path / "right.safetensors", Contents(**right), torch.zeros(2, 2, 3))
     assert read_shard(tmp_path / "right.safetensors") is not None
     write_shard(tmp_path / "wrong.safetensors", Contents(**{**right, **wrong}), torch.zeros(2, 2, 3))
@@ -546,7 +544,7 @@ def test_a_shard_whose_header_does_not_fit_is_no_shard(tmp_path, wrong):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_changed_bit_anywhere_is_found(tmp_path, dtype):
     path = tmp_path / "x.safetensors"
-    contents = Contents((0, 0), (2, 0), (1, 2), ("a", "b"), ((0, 0), (0, 1)), (("c", "torn"),))
+    contents = Contents((0, 3), (1, 2), ("a", "b"), ((0, 0), (0, 1)), (("c", "torn"),), batch=2)
     write_shard(path, contents, torch.randn(2, 2, 3) * (1 if dtype == torch.float16 else 1e6))
     whole = path.read_bytes()
     require_sound(path, read_shard(path))
@@ -559,7 +557,7 @@ def test_a_changed_bit_anywhere_is_found(tmp_path, dtype):
 
 def test_a_disk_that_cannot_be_read_is_damage(tmp_path, monkeypatch):
     path = tmp_path / "x.safetensors"
-    write_shard(path, Contents((0, 0), (1, 0), (1, 1), ("a",), ((0, 0),), ()), torch.zeros(1, 1, 3))
+    write_shard(path, Contents((0, 1), (1, 1), ("a",), ((0, 0),), (), batch=1), torch.zeros(1, 1, 3))
     shard = read_shard(path)
 
     def torn(*args):

@@ -6,9 +6,10 @@ On a CUDA or ROCm card copies in and out overlap the arithmetic, one batch ahead
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,113 +18,94 @@ from torch import Tensor
 from ..backbones.base import Backbone
 from ..errors import UserError
 
-CPU_BATCH, CARD_BATCH = 16, 64  # squares: a CPU is as fast with any number from 4 on, a card needs many
+
+class Square(NamedTuple):
+    name: str  # of its image
+    crop: tuple[int, int]  # (top, left) at the squares' scale (images.cut_squares)
+    pixels: np.ndarray  # uint8 [size,size,3]
 
 
-class TooLarge(Exception):
-    """A batch does not fit into the memory of the device."""
-
-
-@dataclass
-class Pace:
-    """Count what an extraction makes and the seconds that it takes."""
-
-    squares: int = 0
-    images: int = 0
-    seconds: float = 0.0
-    backbone_seconds: float = 0.0  # the backbone's part of `seconds`
-
-    @contextmanager
-    def in_backbone(self) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.backbone_seconds += time.perf_counter() - start
-
-    def line(self, how: str) -> str:
-        """The pace in words; `how` says what worked."""
-        seconds = self.seconds or 1.0
-        return (
-            f"extracted  {self.squares} squares of {self.images} images in {seconds:.1f} s: "
-            f"{self.images / seconds:.1f} images/s, "
-            f"{100 * self.backbone_seconds / seconds:.0f} % of the time in the backbone; {how}"
-        )
-
-
-@dataclass(frozen=True)
-class Flight:
-    """A batch under way. `land` it once every batch that is to overlap it has been started."""
+class Flight(NamedTuple):
+    """A batch under way."""
 
     features: Tensor  # [B,P,D] on the CPU, complete after `done`
     extremes: Tensor  # [2] smallest and largest feature, complete after `done`
-    names: tuple[str, ...]  # image of each row
+    names: list[str]  # image of each row
     done: torch.cuda.Event | None
 
 
 class Batches:
-    """Turn batches of squares into features, in the order in which they were started.
+    """Turn squares into features, batch by batch. `seconds` counts the time that the backbone takes.
 
     Args:
         grid: (h, w) patches that the backbone promises for squares of this size.
         mirror: mirror the squares on their way in and the columns of the features on their way out.
-        pace: gets the seconds that the backbone takes.
     """
 
-    def __init__(self, backbone: Backbone, grid: tuple[int, int], mirror: bool, pace: Pace):
-        self.backbone, self.grid, self.mirror, self.pace = backbone, grid, mirror, pace
+    def __init__(self, backbone: Backbone, grid: tuple[int, int], mirror: bool):
+        self.backbone, self.grid, self.mirror, self.seconds = backbone, grid, mirror, 0.0
         self._streams = [torch.cuda.Stream(backbone.device) for _ in "io"] if backbone.device.type == "cuda" else []
 
-    def start(self, squares: Sequence[np.ndarray], names: Sequence[str]) -> Flight:
-        """Send squares uint8 [S,S,3] of the images `names` to the backbone.
+    def features(self, squares: Sequence[Square], batch_size: int, show: Callable[[int], None]) -> list[Tensor] | None:
+        """Features of squares as parts [n,P,D] on the CPU, in the backbone's own dtype.
 
-        After TooLarge nothing of them stays in memory.
+        Calls `show` with the number of squares done. None where a batch does not fit into the memory of the device.
+        UserError when a feature is NaN or infinite, or the backbone breaks its promise.
         """
+        flights: deque[Flight] = deque()
+        parts: list[Tensor] = []
         try:
-            return self._start(squares, tuple(names))
+            for start in range(0, len(squares), batch_size):
+                flights.append(self._start(squares[start : start + batch_size]))
+                if len(flights) > 1:  # one stays in flight while the next is put together
+                    parts.append(self._land(flights.popleft()))
+                    show(start)
+            return parts + [self._land(flight) for flight in flights]
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
         # outside of the handler: an exception holds its frames, and with them the tensors
+        flights.clear()
         if self._streams:
             torch.cuda.empty_cache()
-        raise TooLarge
+        return None
 
-    def land(self, flight: Flight) -> Tensor:
-        """Wait for a batch -> [B,P,D] on the CPU, in the backbone's own dtype.
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - start
 
-        UserError when a feature is NaN or infinite.
-        """
-        if flight.done is not None:
-            with self.pace.in_backbone():
-                flight.done.synchronize()
-        if not flight.extremes.isfinite().all():
-            finite = flight.features.isfinite().flatten(1).all(dim=1).tolist()
-            name = flight.names[finite.index(False)]
-            raise UserError(
-                f"backbone {self.backbone.name}: gave NaN or infinity for {name}; "
-                "try another device or take the image out"
-            )
-        return flight.features
-
-    def _start(self, squares: Sequence[np.ndarray], names: tuple[str, ...]) -> Flight:
-        images = self._sent(squares)
-        with self.pace.in_backbone():
+    def _start(self, squares: Sequence[Square]) -> Flight:
+        images = self._sent([square.pixels for square in squares])
+        with self._timed():
             features, grid = self.backbone(images.flip(3) if self.mirror else images)
             promised = (len(squares), self.grid[0] * self.grid[1], self.backbone.dim)
             if tuple(features.shape) != promised or tuple(grid) != self.grid:
-                size = squares[0].shape[0]
                 raise UserError(
-                    f"backbone {self.backbone.name}: gave {tuple(features.shape)} on grid {tuple(grid)} "
-                    f"for squares of {size} pixels, not {promised} on {self.grid} as its patch of "
-                    f"{self.backbone.patch} pixels says; correct its patch or take another size"
+                    f"backbone {self.backbone.name}: gave {tuple(features.shape)} on grid {tuple(grid)} for squares of "
+                    f"{images.shape[2]} pixels, not {promised} on {self.grid} as its patch of {self.backbone.patch} "
+                    "pixels says; correct its patch or take another size"
                 )
             if self.mirror:
                 features = features.unflatten(1, grid).flip(2).flatten(1, 2)
             extremes = torch.stack([features.amin(), features.amax()])  # NaN where any feature is
-        return self._fetched(features, extremes, names)
+        return self._fetched(features, extremes, [square.name for square in squares])
 
-    def _sent(self, squares: Sequence[np.ndarray]) -> Tensor:
+    def _land(self, flight: Flight) -> Tensor:
+        """Wait for a batch -> [B,P,D]."""
+        if flight.done is not None:
+            with self._timed():
+                flight.done.synchronize()
+        if not flight.extremes.isfinite().all():
+            finite = flight.features.isfinite().flatten(1).all(dim=1).tolist()
+            raise UserError(
+                f"backbone {self.backbone.name}: gave NaN or infinity for {flight.names[finite.index(False)]}; "
+                "try another device or take the image out"
+            )
+        return flight.features
+
+    def _sent(self, squares: list[np.ndarray]) -> Tensor:
         """Copy squares to the device -> uint8 [B,3,S,S]."""
         if not self._streams:
             images = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).contiguous()
@@ -137,7 +119,7 @@ class Batches:
         images.record_stream(now)
         return images
 
-    def _fetched(self, features: Tensor, extremes: Tensor, names: tuple[str, ...]) -> Flight:
+    def _fetched(self, features: Tensor, extremes: Tensor, names: list[str]) -> Flight:
         """Start the copies back to the CPU."""
         if not self._streams:
             return Flight(features.cpu(), extremes.cpu(), names, None)
@@ -150,14 +132,6 @@ class Batches:
                 hosts[-1].copy_(tensor, non_blocking=True)
             tensor.record_stream(outgoing)
         return Flight(hosts[0], hosts[1], names, outgoing.record_event())
-
-
-def default_batch(device: torch.device) -> int:
-    """Squares in a batch by default.
-
-    It depends on the kind of device alone, so the same command makes the same batches.
-    """
-    return CPU_BATCH if device.type == "cpu" else CARD_BATCH
 
 
 def is_out_of_memory(error: BaseException) -> bool:

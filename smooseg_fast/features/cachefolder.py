@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, WriteError
-from ..system.files import LEFTOVER, write_json
+from ..system.files import LEFTOVER
 from ..system.locks import Lock
-from .store import FORMAT, SHARDS, DamagedShard, read_shard, shard_path
+from ..system.progress import say
+from ..system.sizes import readable
+from .store import FORMAT, SHARDS
 
 KEY = re.compile(r"[0-9a-f]{32}")
 META, USED, WRITING = "meta.json", "used", "writing"
@@ -39,29 +41,33 @@ class StoreFolder:
 
     def shards(self) -> list[Path]:
         """The files in the order of their numbers; some may be missing."""
-        return sorted(self.path.glob(SHARDS), key=lambda path: (len(path.name), path.name))
+        return sorted(self.path.glob(SHARDS))
+
+    def kept(self, total: int) -> int:
+        """How many of `total` shards are on disk, whether sound or damaged."""
+        numbers = [path.stem.removeprefix("shard-") for path in self.shards()]
+        return sum(number.isdecimal() and int(number) < total for number in numbers)
 
     @property
     def nbytes(self) -> int:
-        """Size of all its files."""
+        """Size of all its files; those that cannot be seen count nothing."""
         total = 0
-        with contextlib.suppress(OSError), os.scandir(self.path) as entries:
-            for entry in entries:
-                with contextlib.suppress(OSError):
-                    total += entry.stat().st_size
+        for path in self.path.glob("*"):
+            with contextlib.suppress(OSError):  # removed meanwhile
+                total += path.stat().st_size
         return total
 
     @property
     def last_used(self) -> float:
         """Seconds since 1970; 0 if unknown."""
-        for name in (USED, META, "."):
+        for name in (USED, "."):
             with contextlib.suppress(OSError):
                 return (self.path / name).stat().st_mtime
         return 0.0
 
     @cached_property
     def meta(self) -> dict[str, Any]:
-        """What `describe` wrote; empty if it cannot be read."""
+        """What meta.json says; empty if it cannot be read."""
         try:
             meta = json.loads((self.path / META).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -78,20 +84,6 @@ class StoreFolder:
         """Its name in messages."""
         return f"{self.meta.get('dataset', 'an unknown dataset')}, {self.key[:8]}"
 
-    def describe(self, meta: dict[str, Any]) -> None:
-        write_json(self.path / META, meta)
-
-    def images(self) -> int:
-        """How many images, from the first on, have their features on disk; 0 where a shard is missing in between."""
-        paths = self.shards()
-        if not paths or paths != [shard_path(self.path, number) for number in range(len(paths))]:
-            return 0
-        try:
-            last = read_shard(paths[-1])
-        except DamagedShard:
-            return 0
-        return 0 if last is None else last.contents.end[0]
-
     # who uses it
 
     def use(self) -> Lock:
@@ -102,10 +94,6 @@ class StoreFolder:
         with contextlib.suppress(OSError):  # another user's file
             os.utime(lock.path)
         return lock
-
-    def writer(self) -> Lock:
-        """The lock of the one process that writes; it is not taken yet."""
-        return Lock(self.path / WRITING)
 
     @property
     def in_use(self) -> bool:
@@ -129,7 +117,7 @@ class StoreFolder:
             for path in list(self.path.iterdir()):
                 if path.match(SHARDS) or path.name in (META, WRITING) or LEFTOVER.fullmatch(path.name):
                     path.unlink(missing_ok=True)
-            (self.path / USED).unlink(missing_ok=True)  # last: while it is there, nobody opens the store
+            lock.path.unlink(missing_ok=True)  # last: while it is there, nobody opens the store
             freed = before - self.nbytes
         except OSError as error:
             raise WriteError(
@@ -143,17 +131,10 @@ class StoreFolder:
 
 
 class CacheFolder:
-    """All stores in `path`, by default $XDG_CACHE_HOME/smooseg_fast or ~/.cache/smooseg_fast.
+    """All stores in `path`, by default $XDG_CACHE_HOME/smooseg_fast or ~/.cache/smooseg_fast."""
 
-    limit: bytes that they may take together; None for no limit.
-    """
-
-    def __init__(self, path: Path | str | None = None, limit: int | None = None):
-        self.path, self.limit = default_cache() if path is None else Path(path).expanduser(), limit
-        self._warned = False
-
-    def store(self, key: str) -> StoreFolder:
-        return StoreFolder(self.path / key)
+    def __init__(self, path: Path | str | None = None):
+        self.path = default_cache() if path is None else Path(path).expanduser()
 
     def stores(self) -> list[StoreFolder]:
         """All stores, the most recently used first. UserError where the folder cannot be read."""
@@ -167,29 +148,25 @@ class CacheFolder:
             ) from error
         return sorted(stores, key=lambda store: (-store.last_used, store.key))
 
-    def make_room(self, nbytes: int, keep: StoreFolder) -> tuple[list[tuple[str, int]], int]:
-        """Remove other stores before `nbytes` more are written into `keep`.
+    def make_room(self, nbytes: int, limit: int, keep: StoreFolder) -> int:
+        """Remove other stores until `nbytes` more can be written into `keep` below the `limit` of all.
 
-        The least recently used go first, and none that is in use. -> (labels of the removed stores with the bytes they
-        freed, bytes by which the limit will be exceeded all the same; 0 from the second time on).
+        The least recently used go first, and none that is in use. -> bytes by which all will exceed the limit.
         """
-        if self.limit is None:
-            return [], 0
-        removed, excess = [], sum(store.nbytes for store in self.stores()) + nbytes - self.limit
-        if excess > 0:
-            for store in reversed([store for store in self.stores() if store != keep]):
-                label, freed = store.label, None
-                with contextlib.suppress(WriteError):  # another user's store
-                    freed = store.remove()
-                if freed is not None:
-                    removed.append((label, freed))
-                    excess -= freed
-                if excess <= 0:
-                    break
-        if excess <= 0 or self._warned:
-            return removed, 0
-        self._warned = True
-        return removed, excess
+        excess = sum(store.nbytes for store in self.stores()) + nbytes - limit
+        for store in reversed(self.stores()):
+            if excess <= 0:
+                break
+            label, freed = store.label, None
+            with contextlib.suppress(WriteError):  # another user's store
+                freed = None if store == keep else store.remove()
+            if freed is not None:
+                excess -= freed
+                say(
+                    f"removed: features of {label} ({readable(freed)}), the least recently used, "
+                    f"to stay below --cache-limit {readable(limit)}"
+                )
+        return max(0, excess)
 
 
 def default_cache() -> Path:

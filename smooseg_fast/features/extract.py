@@ -1,33 +1,46 @@
-"""Open the features of a dataset: read the shards that are on disk, make the others with a frozen backbone."""
+"""Open the features of a dataset: read the shards that are on disk, make the others with a frozen backbone.
+
+The images of a shard are known ahead, so several processes make one store together, byte for byte the one that a single
+process makes: each makes whole shards, all write at the same time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import os
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from itertools import chain
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from ..datasets import Dataset
+from ..datasets.images import ImageError
 from ..errors import UserError
-from ..system.commandline import command_line
-from ..system.files import sweep
-from ..system.progress import say
+from ..system.ahead import ahead
+from ..system.files import sweep, write_json
+from ..system.host import keep_freed_memory
+from ..system.locks import Lock
+from ..system.progress import SILENT_S, Bar, say
 from ..system.signals import with_kept
 from ..system.sizes import readable
-from .batches import Pace
-from .cachefolder import CacheFolder
+from .batches import Batches, Square
+from .cachefolder import META, WRITING, CacheFolder
 from .job import FeatureOptions, Job
-from .produce import produce
-from .store import Contents, DamagedShard, FeatureStore, Shard, shard_path, write_shard
-from .turns import Checking, Turn
+from .store import Contents, DamagedShard, FeatureStore, Shard, read_shard, require_sound, shard_path, write_shard
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
 
-
+# a store up to this size has every byte checked when it is opened, which takes a fifth of a second
+CHECKED_BYTES = 256 * 2**20
+WAIT_S = 0.5  # between looks at another run that makes the same features
 ABANDONED_S = 3600.0  # age at which a half-written shard is nobody's, where no lock says so
+SAME = ("dataset", "backbone", "precision", "size", "crops", "resample", "mirror")  # in a store that replaces another
+MAX_THREADS = 16  # that decode images
 
 
 def open_or_extract(dataset: Dataset, backbone: Backbone, options: FeatureOptions) -> FeatureStore:
@@ -38,171 +51,234 @@ def open_or_extract(dataset: Dataset, backbone: Backbone, options: FeatureOption
     Where a batch does not fit into the device's memory, it and all that follow are halved.
 
     When a signal (raised as Interrupted, which says what is kept) or an error stops it, the shards written so far are
-    whole, and the next call resumes behind them. It names damaged shards and recomputes them (`turns.Checking`). Images
-    that cannot be used are reported on stderr and skipped. Memory: a few shards, however many images. All of several
-    processes call it and get the same store. When another run makes the same features at this moment, its shards are
-    taken as they come.
+    whole, and the next call makes the others. Damaged shards are named and recomputed. Images that cannot be used are
+    named on stderr and skipped. Memory: a few shards, however many images. All of several processes call it and get the
+    same store. When another run makes the same features at this moment, this one waits for it.
 
-    Before a shard is written, other stores are removed to keep the cache below `options.limit`: the least recently used
+    Before shards are written, other stores are removed to keep the cache below `options.limit`: the least recently used
     first, none that is in use.
 
     Raises:
-        UserError: for wrong options, when no image can be used, when the cache cannot be written, and when the backbone
+        UserError: for a wrong size, when no image can be used, when the cache cannot be written, and when the backbone
             gives NaN, infinity or another shape than it promised.
     """
-    with Opening(Job(dataset, backbone, options)) as opening:
-        while not opening.complete:
-            opening.append(opening.stored() or opening.taken_from_another_run() or opening.computed())
-        return opening.store()
+    extraction = Extraction(Job(dataset, backbone, options))
+    writing, used = Lock(extraction.folder.path / WRITING), extraction.folder.use()
+    try:
+        extraction.look()
+        if extraction.missing():
+            extraction.wait_for_turn(writing)
+            extraction.look()
+            extraction.make(alone=writing.real)
+        return extraction.store(used)
+    except BaseException as error:
+        used.release()
+        if isinstance(error, KeyboardInterrupt):
+            raise with_kept(error, extraction.kept()) from None
+        raise
+    finally:
+        writing.release(remove=True)
 
 
-class Opening:
-    """A feature store on its way: the shards so far, the position behind them, and three ways to the next shard.
-
-    A position is (image number, square number within the image). The exit ends all that is under way; without a
-    `store()` it also lets go of the folder.
-    """
+class Extraction:
+    """The shards of a store, some of which have to be made."""
 
     def __init__(self, job: Job):
-        self.job, self.position = job, (0, 0)
-        self._processes = job.options.processes
-        self._home = CacheFolder(job.options.cache, job.options.limit)
-        self._folder = self._home.store(job.key())
-        self._lock = self._folder.use()
-        self._checking, self._turn = Checking(job, self._folder), Turn(job, self._folder)
-        self._shards: list[Shard] = []
-        self._damage = ""  # why the file where the next shard should be cannot be used
-        self._producing: Generator[tuple[Contents, list[Tensor]], None, None] | None = None
-        self._pace = Pace()
-        self._store: FeatureStore | None = None
+        self.job, self.folder, self.processes = job, job.folder, job.options.processes
+        self.home = CacheFolder(job.options.cache)
+        self.shards: dict[int, Shard] = {}  # by number
+        self._damage: dict[int, str] = {}  # of the shards that have one
+        self._made = self._full = False  # whether it made shards, and whether it said that the cache exceeds its limit
 
-    def __enter__(self) -> Opening:
-        return self
+    def missing(self) -> list[int]:
+        return [number for number in range(self.job.shards) if number not in self.shards]
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._end()
-        if self._store is None:
-            self._lock.release()
-        if isinstance(error, KeyboardInterrupt):
-            done = f"features of {self.position[0]} of {self.job.images} images are kept in {self._folder.path}"
-            raise with_kept(error, done if self._shards else "no shard of features was finished yet") from None
+    def kept(self) -> str:
+        """What is kept after a stop, in words."""
+        if not self.shards:
+            return "no shard of features was finished yet"
+        images = len(self.job.dataset) - self._images(self.missing())
+        return f"features of {images} of {len(self.job.dataset)} images are kept in {self.folder.path}"
 
-    @property
-    def complete(self) -> bool:
-        return self.position[0] >= self.job.images
+    def look(self) -> None:
+        """Read the missing shards that are on disk.
 
-    def append(self, shard: Shard) -> None:
-        self._shards.append(shard)
-        self.position = shard.contents.end
+        The first process reads every byte of a small store, and of one that is not finished: the machine may have gone
+        down during a write, and reading takes a hundredth of the time of making. Of a large finished store it reads the
+        headers alone, because the features would take minutes; `python -m smooseg_fast.cache verify` reads those.
+        """
+        silent = not self.job.options.progress
+        every_byte = self.processes.first and (self.folder.nbytes <= CHECKED_BYTES or not self.job.on_disk)
+        for number in Bar(iterable=self.missing(), desc="check", unit="shard", delay=SILENT_S, disable=silent):
+            self._load(number, every_byte)
+        for number in chain(*self.processes.all(self.missing())):
+            self.shards.pop(number, None)
 
-    # three ways to the next shard
+    def wait_for_turn(self, writing: Lock) -> None:
+        """Return once no other run makes these features.
 
-    def stored(self) -> Shard | None:
-        """The next shard, if it is on disk and sound."""
-        shard, self._damage = self._checking.look(self._path, self.position)
-        if not self._processes.decide(shard is not None):
-            return None
-        self._end_producing()  # it made a damaged shard again, and the one behind that is sound
-        return shard or self._read_back()
+        Where there are no locks every run makes them: shards are written whole and have the same bytes whoever made
+        them, so only time is lost.
+        """
+        if not self._take(writing):
+            where = f"they are taken from {self.folder.path} once it is done"
+            say(f"waiting: {writing.signature()} makes these features; {where}")
+            while not self._take(writing):
+                time.sleep(WAIT_S)
+        writing.sign()
 
-    def taken_from_another_run(self) -> Shard | None:
-        """The next shard from the run that writes it now; None once it is this run's turn to write."""
-        while not self._turn.mine(self.position[0]):
-            if shard := self.stored():
-                return shard
-        return None
-
-    def computed(self) -> Shard:
-        """Compute the next shard and write it."""
-        if self._processes.first and self._damage:
-            say(f"damaged: {self._path}: {self._damage}; it will be recomputed")
-        if self._producing is None:
-            self._checking.end()
-            if self._processes.first:
-                self._prepare()
-            self._producing = produce(self.job.with_memory_of(self._shards), self.position, self._pace)
-        self._write(*next(self._producing))
-        return self._read_back()
-
-    def store(self) -> FeatureStore:
-        """All shards as one store; says how fast they were made and which images were skipped by an earlier run."""
-        self._store = store = FeatureStore(self._shards, self._lock)
-        only_read = self._producing is None
-        self._end()
-        if self.job.options.progress and self._pace.squares:
-            say(self._pace.line(self._how()))
-        if only_read and store.skipped:
-            name, reason = store.skipped[0]
+    def make(self, alone: bool) -> None:
+        """Make and write the missing shards. alone: a lock keeps all other runs from writing."""
+        missing, job, options = self.missing(), self.job, self.job.options
+        if not missing:
+            return
+        keep_freed_memory()
+        self._made, started = True, time.perf_counter()
+        if self.processes.first:
+            self._prepare(alone)
+        batches = Batches(job.backbone, job.grid, options.mirror)
+        own_images = chain(*map(job.images_of, missing[self.processes.rank :: self.processes.size]))
+        threads = min(MAX_THREADS, os.cpu_count() or 1)
+        decoded = ahead(job.squares, own_images, threads=threads, waiting=threads + job.images_per_shard)
+        done, silent = len(job.dataset) - self._images(missing), not options.progress
+        bar = Bar(total=len(job.dataset), initial=done, desc="extract", unit="image", disable=silent)
+        with bar, closing(decoded):
+            for place in range(0, len(missing), self.processes.size):
+                self._make(missing[place : place + self.processes.size], decoded, batches, bar)
+        if options.progress:
+            contents = [self.shards[number].contents for number in missing]
+            squares, images = sum(len(shard.names) for shard in contents), self._images(missing)
+            seconds, n = time.perf_counter() - started, self.processes.size
             say(
-                f"skipped before: {len(store.skipped)} of {self.job.images} images, first {name}: {reason}; "
-                f"delete {self._folder.path} to try again"
+                f"extracted  {squares} squares of {images} images in {seconds:.1f} s: {images / seconds:.1f} images/s, "
+                f"{100 * batches.seconds / seconds:.0f} % of the time in the backbone; "
+                f"{contents[-1].batch} squares a batch{'' if n == 1 else f' in each of {n} processes'}, "
+                f"{job.backbone.name} in {job.backbone.precision} on {job.backbone.device}"
             )
-        return store
 
-    # parts of these
-
-    @property
-    def _path(self) -> Path:
-        """The file of the next shard, written or not."""
-        return shard_path(self._folder.path, len(self._shards))
-
-    def _how(self) -> str:
-        job, n = self.job.with_memory_of(self._shards), self._processes.size
-        batch = f"{job.batch_size} squares a batch" + ("" if n == 1 else f" in each of {n} processes")
-        return f"{batch}, {job.backbone.name} in {job.backbone.precision} on {job.backbone.device}"
-
-    def _prepare(self) -> None:
-        """Ready the folder for the first shard that this run writes."""
-        sweep(self._folder.path, older=0.0 if self._turn.alone else ABANDONED_S)
-        meta = self.job.describe()
-        if not self._folder.meta:
-            alike = [name for name in meta if name not in ("format", "fingerprint", "grid", "channels")]
-            for other in self._home.stores():
-                if not other.readable and all(other.meta.get(name) == meta[name] for name in alike):
-                    say(
-                        f"{other.path} was written by an older version and will be recomputed; "
-                        f"to free its {readable(other.nbytes)}: {command_line('cache', 'rm', other.key[:8])}"
-                    )
-        self._folder.describe(meta)
-
-    def _write(self, contents: Contents, parts: list[Tensor]) -> None:
-        if contents.start == (0, 0) and not contents.names:  # not written: the files may be readable next time
-            (name, reason), count = contents.skipped[0], len(contents.skipped)
+    def store(self, used: Lock) -> FeatureStore:
+        """All shards as one store; says which images an earlier run skipped."""
+        store = FeatureStore([self.shards[number] for number in range(self.job.shards)], used)
+        if len(store) == 0:
+            self.processes.wait()
+            for path in self.folder.shards() if self.processes.first else []:
+                path.unlink()  # the images may be readable next time
+            (name, reason), count = store.skipped[0], len(store.skipped)
             raise UserError(
                 f"--data: none of the {count} images can be used (first: {name}: {reason}); give images that open"
             )
-        if self._processes.first:
-            self._make_room(2 * sum(part.numel() for part in parts))
-            write_shard(self._path, contents, *parts)
-        self._processes.wait()
-
-    def _make_room(self, nbytes: int) -> None:
-        removed, excess = self._home.make_room(nbytes, self._folder)
-        limit = "" if self._home.limit is None else f"--cache-limit {readable(self._home.limit)}"
-        for label, freed in removed:
-            say(f"removed: features of {label} ({readable(freed)}), the least recently used, to stay below {limit}")
-        if excess:
-            say(f"warning: {self._home.path} is {readable(excess)} above {limit}; everything else in it is in use")
-
-    def _read_back(self) -> Shard:
-        """The next shard as it was just written, or as another process sees it already."""
-        try:
-            shard, why = self.job.read(self._path, self.position), "it is gone"
-        except DamagedShard as damage:
-            shard, why = None, str(damage)
-        if shard is None:
-            raise UserError(
-                f"{self._path}: cannot be read just after it was written: {why}; "
-                "check the disk or choose another cache folder"
+        if store.skipped and not self._made:
+            name, reason = store.skipped[0]
+            say(
+                f"skipped before: {len(store.skipped)} of {len(self.job.dataset)} images, first {name}: {reason}; "
+                f"delete {self.folder.path} to try again"
             )
-        return shard
+        return store
 
-    def _end_producing(self) -> None:
-        if self._producing is not None:
-            self._producing.close()
-            self._producing = None
+    def _path(self, number: int) -> Path:
+        return shard_path(self.folder.path, number)
 
-    def _end(self) -> None:
-        self._end_producing()
-        self._checking.end()
-        self._turn.end()
+    def _load(self, number: int, every_byte: bool = False) -> None:
+        """Read a shard if it is on disk and sound."""
+        path, images = self._path(number), self.job.images_of(number)
+        self._damage.pop(number, None)
+        try:
+            if shard := read_shard(path):
+                if shard.contents.images != (images.start, images.stop):
+                    raise DamagedShard("it belongs elsewhere")
+                if every_byte:
+                    require_sound(path, shard)
+                self.shards[number] = shard
+        except DamagedShard as damage:
+            self._damage[number] = str(damage)
+
+    def _images(self, numbers: Iterable[int]) -> int:
+        return sum(len(self.job.images_of(number)) for number in numbers)
+
+    def _take(self, writing: Lock) -> bool:
+        return self.processes.decide(self.processes.first and writing.take())
+
+    def _prepare(self, alone: bool) -> None:
+        """Ready the folder for the first shard that this run writes."""
+        sweep(self.folder.path, older=0.0 if alone else ABANDONED_S)
+        for number, damage in self._damage.items():
+            say(f"damaged: {self._path(number)}: {damage}; it will be recomputed")
+        meta = self.job.describe()
+        for other in [] if self.folder.meta else self.home.stores():
+            if not other.readable and all(other.meta.get(name) == meta[name] for name in SAME):
+                say(
+                    f"{other.path} was written by an older version and will be recomputed; "
+                    f"to free its {readable(other.nbytes)}: python -m smooseg_fast.cache rm {other.key[:8]}"
+                )
+        write_json(self.folder.path / META, meta)
+
+    def _make(
+        self, numbers: list[int], decoded: Iterator[list[Square] | ImageError], batches: Batches, bar: Bar
+    ) -> None:
+        """Make the shards `numbers`, one in each process; at the end some processes have none."""
+        job, processes = self.job, self.processes
+        own = numbers[processes.rank : processes.rank + 1]
+        images = [(job.dataset.names[index], next(decoded)) for number in own for index in job.images_of(number)]
+        skipped = [(name, image) for name, image in images if isinstance(image, ImageError)]
+        squares = [square for _, image in images if not isinstance(image, ImageError) for square in image]
+        for _, error in chain(*processes.all(skipped)):
+            say(f"skipped: {error}")
+        done, total = bar.n, self._images(numbers)
+
+        def show(count: int) -> None:
+            bar.update(done + total * count // len(squares) - bar.n)
+
+        # memory was short before where the shards in front have smaller batches
+        before = [self.shards[number].contents.batch for number in range(numbers[0])]
+        batch_size = min([job.batch_size, *before])
+        parts = batches.features(squares, batch_size, show)
+        while True in (short := processes.all(parts is None)):
+            if processes.rank >= short.index(True):  # the later shards too, as where one process makes all
+                batch_size = self._halved(batch_size)
+                parts = batches.features(squares, batch_size, show)
+        self._make_room(parts or [])
+        for number in own:
+            contents = Contents(
+                images=(job.images_of(number).start, job.images_of(number).stop),
+                grid=job.grid,
+                names=tuple(square.name for square in squares),
+                crops=tuple(square.crop for square in squares),
+                skipped=tuple((name, error.reason) for name, error in skipped),
+                batch=batch_size,
+            )
+            empty = torch.empty(0, job.grid[0] * job.grid[1], job.backbone.dim)
+            write_shard(self._path(number), contents, *parts or [empty])
+        processes.wait()
+        for number in numbers:
+            self._load(number)
+            if number not in self.shards:
+                raise UserError(
+                    f"{self._path(number)}: cannot be read just after it was written: "
+                    f"{self._damage.get(number, 'it is gone')}; check the disk or choose another cache folder"
+                )
+        bar.update(done + total - bar.n)
+
+    def _halved(self, batch_size: int) -> int:
+        """Half the size of a batch that did not fit. UserError when a single square does not fit."""
+        job = self.job
+        if batch_size == 1:
+            raise UserError(
+                f"{job.options.argument} {job.options.size}: a single square does not fit into the memory of "
+                f"{job.backbone.device}; take a smaller size, or --device cpu"
+            )
+        say(f"batch      {batch_size // 2} squares: more do not fit into the memory of {job.backbone.device}")
+        return batch_size // 2
+
+    def _make_room(self, parts: list[Tensor]) -> None:
+        """Remove other stores so that the shards of all processes fit below the limit."""
+        limit = self.job.options.limit
+        if limit is None:
+            return
+        nbytes = int(self.processes.sum(torch.tensor(2 * sum(part.numel() for part in parts))))
+        if self.processes.first:
+            excess = self.home.make_room(nbytes, limit, self.folder)
+            if excess and not self._full:
+                self._full = True
+                above = f"{readable(excess)} above --cache-limit {readable(limit)}"
+                say(f"warning: {self.home.path} is {above}; everything else in it is in use")
+        self.processes.wait()

@@ -11,7 +11,6 @@ from ..datasets.images import ImageError
 from ..errors import UserError
 from ..system.progress import announced
 from ..system.sizes import readable
-from .cachefolder import CacheFolder
 from .job import FeatureOptions, Job
 
 if TYPE_CHECKING:
@@ -26,9 +25,8 @@ class Expected:
     """How much the features of a dataset take on disk."""
 
     images: int
-    squares: float  # per image, the mean over COUNTED images
-    square_bytes: int  # size of one square's features
-    on_disk: bool  # whether they are all in the cache already
+    squares: float  # of an image, the mean over COUNTED images
+    square_bytes: int  # of the features of one square
 
     @property
     def nbytes(self) -> int:
@@ -43,28 +41,38 @@ class Windows:
     steps: int  # training steps per window
 
 
-def expected(dataset: Dataset, backbone: Backbone, options: FeatureOptions) -> Expected:
-    """Foretell what `open_or_extract` would make of the same arguments. All processes get the first one's answer."""
-    job = Job(dataset, backbone, options)
-    on_disk = CacheFolder(options.cache).store(job.key()).images() == job.images
-    counted = 0 if on_disk else min(COUNTED, job.images)
-    with announced(
-        f"counting   squares in {counted} images of {dataset.name}, to foretell how much their features take"
-    ):
-        cut = [job.squares(number * job.images // counted) for number in range(counted)]
-    squares = sum(0 if isinstance(result, ImageError) else len(result) for result in cut) / max(1, counted)
-    return options.processes.all(Expected(job.images, squares, job.square_bytes, on_disk))[0]
+def expected(dataset: Dataset, backbone: Backbone, options: FeatureOptions) -> Expected | None:
+    """Foretell what `open_or_extract` would make; None without a limit, and where all is on disk already.
 
-
-def require_room(dataset: Dataset, backbone: Backbone, options: FeatureOptions, *, stores: int = 1) -> None:
-    """UserError when features that are needed all at once, in as many `stores`, will not fit below `options.limit`."""
+    All processes get the first one's answer.
+    """
     if options.limit is None:
-        return
+        return None
+    job, forecast = Job(dataset, backbone, options), None
+    if not job.on_disk:
+        images = len(dataset)
+        counted = min(COUNTED, images)
+        what = f"squares in {counted} images of {dataset.name}, to foretell how much their features take"
+        with announced(f"counting   {what}"):
+            cut = [job.squares(number * images // counted) for number in range(counted)]
+        squares = sum(len(result) for result in cut if not isinstance(result, ImageError))
+        forecast = Expected(images, squares / counted, job.square_bytes)
+    return options.processes.all(forecast)[0]
+
+
+def require_room(
+    dataset: Dataset, backbone: Backbone, options: FeatureOptions, *, stores: int = 1, in_use: int = 0
+) -> None:
+    """UserError when features that are needed all at once, in as many `stores`, will not fit below `options.limit`.
+
+    in_use: bytes of the cache that have to stay.
+    """
     forecast = expected(dataset, backbone, options)
-    if not forecast.on_disk and stores * forecast.nbytes > options.limit:
+    if forecast is not None and stores * forecast.nbytes + in_use > options.limit:
         raise UserError(
             f"--cache-limit {readable(options.limit)}: the features of {dataset.name} take about "
-            f"{readable(stores * forecast.nbytes)}, and figures need them all; give at least that"
+            f"{readable(stores * forecast.nbytes)} and are needed all at once; "
+            f"give at least {readable(stores * forecast.nbytes + in_use)}"
         )
 
 
@@ -74,25 +82,22 @@ def windows_of(forecast: Expected, limit: int, in_use: int, batch_size: int) -> 
     UserError when not even windows of one batch would fit.
     """
     free = limit - in_use
-    if forecast.on_disk or forecast.nbytes <= free:
+    if forecast.nbytes <= free:
         return None
-    free -= sample_bytes(forecast)
+    sample = math.ceil(forecast.nbytes * sampled(forecast.images) / forecast.images)
+    free -= sample
     count = math.ceil(forecast.nbytes / max(1, free))
     batches = forecast.images * forecast.squares / batch_size
     most = max(1, int(min(forecast.images, batches)))  # a window has at least one batch
     if count > most:
-        least = in_use + sample_bytes(forecast) + math.ceil(forecast.nbytes / most)
+        least = in_use + sample + math.ceil(forecast.nbytes / most)
         raise UserError(
             f"--cache-limit {readable(limit)}: too small; a run needs at least {readable(least)} at a time, and all "
             f"features take {readable(in_use + forecast.nbytes)}; more room mixes batches better"
         )
-    return Windows(count, max(1, round(forecast.images * forecast.squares / count / batch_size)))
+    return Windows(count, max(1, round(batches / count)))
 
 
 def sampled(images: int) -> int:
     """Images in a sample that stands for all `images`: as many as the start looks at, fewer for a small set."""
     return min(images, 128, max(2, images // 16))
-
-
-def sample_bytes(forecast: Expected) -> int:
-    return math.ceil(forecast.nbytes * sampled(forecast.images) / forecast.images)

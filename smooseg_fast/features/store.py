@@ -1,14 +1,13 @@
 """Keep patch features on disk in shards of about 64 MB, read through memory maps, which need little memory.
 
-A shard is a .safetensors file with one tensor, `features` [rows,P,D] in fp16 or bf16. Its header describes the rows, as
-JSON under one key: image name and square of each, the images skipped on the way, and where in the dataset the shard
-starts and ends. The shards of a folder form a chain: each starts where the one before ended. Nothing outside the shards
-is needed to read them.
+A shard is a .safetensors file with one tensor, `features` [rows,P,D] in fp16 or bf16: all squares of some consecutive
+images of a dataset. Its header describes them, as JSON under one key: the numbers of the images, image name and square
+of each row, and the images that were skipped. Nothing outside the shards is needed to read them.
 
-Two CRC-32 guard a shard. One covers the JSON and is checked whenever the shard is opened. The other covers the
-features; it is part of the JSON, and checking it reads them all (`require_sound`). A CRC finds every change within 32
-neighbouring bits for certain, and all but one in 2^32 of any others; against malice it does nothing. It runs at twice
-the speed of a hardware SHA-256: 2.2 and 1.15 GB/s.
+Two CRC-32 guard a shard. One covers the JSON and the features' shape and dtype, and is checked whenever the shard is
+opened. The other covers the features; it is part of the JSON, and checking it reads them all (`require_sound`). A CRC
+finds every change within 32 neighbouring bits for certain, and all but one in 2^32 of any others; against malice it
+does nothing. It runs at twice the speed of a hardware SHA-256: 2.2 and 1.15 GB/s.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -29,26 +29,24 @@ from torch import Tensor
 from ..system.files import write_atomic
 from ..system.locks import Lock
 
-FORMAT = 2  # raise it when shards written before can no longer be used
+FORMAT = 3  # raise it when shards written before can no longer be used
 SHARD_BYTES = 64 * 2**20
 SHARDS = "shard-*.safetensors"  # names of the files
 
-_DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16"}  # names in the format
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}  # by their names in the format
 _KEY = "smooseg_fast"  # the only key: the order of several may change, and shards must be equal byte for byte
 
 
 @dataclass(frozen=True)
 class Contents:
-    """Describe the rows of a shard. Positions in the dataset are (image number, square number within the image)."""
+    """Describe the rows of a shard."""
 
-    start: tuple[int, int]
-    end: tuple[int, int]  # the position after the last row, past any skipped images
+    images: tuple[int, int]  # the first image's number in the dataset, and that behind the last
     grid: tuple[int, int]  # (h, w) patches, P = h * w row-major
     names: tuple[str, ...]  # image of each row
-    # (top, left) of each row's square at the squares' scale (images.cut_squares)
-    crops: tuple[tuple[int, int], ...]
+    crops: tuple[tuple[int, int], ...]  # (top, left) of each row's square at the squares' scale (images.cut_squares)
     skipped: tuple[tuple[str, str], ...]  # (name, reason)
-    batch: int = 0  # squares that went through the backbone at once; 0 if unknown
+    batch: int  # squares that went through the backbone at once
 
 
 @dataclass(frozen=True)
@@ -75,9 +73,9 @@ class FeatureStore:
         contents = [shard.contents for shard in shards]
         self._features = [shard.features for shard in shards]
         self._starts = [0, *itertools.accumulate(len(features) for features in self._features)]
-        self.names = tuple(itertools.chain.from_iterable(part.names for part in contents))
-        self.crops = tuple(itertools.chain.from_iterable(part.crops for part in contents))
-        self.skipped = list(itertools.chain.from_iterable(part.skipped for part in contents))
+        self.names = tuple(name for part in contents for name in part.names)
+        self.crops = tuple(crop for part in contents for crop in part.crops)
+        self.skipped = [image for part in contents for image in part.skipped]
         self.grid = contents[0].grid
         self.P, self.D = self._features[0].shape[1:]
         self.nbytes = sum(features.nbytes for features in self._features)
@@ -118,7 +116,7 @@ class FeatureStore:
 
         The default dtype is that of the shards, fp16 or bf16, or fp32 where they differ.
         """
-        dtypes = {features.dtype for features in self._features}
+        dtypes = {features.dtype for features in self._features if len(features)}
         dtype = dtype or (dtypes.pop() if len(dtypes) == 1 else torch.float32)
         out = torch.empty(len(self), self.P, self.D, dtype=dtype, device=device)
         for start, features in zip(self._starts, self._features):
@@ -136,40 +134,31 @@ def write_shard(path: Path, contents: Contents, *parts: Tensor) -> None:
     Its rows are `parts` [n,P,D] one behind the other: finite, of any float dtype.
     """
     features = to_storage(*parts)
-    guarded = {
-        **asdict(contents),
-        "dtype": _DTYPES[features.dtype],
-        "shape": list(features.shape),
-        "crc": _crc(features),
-    }
-    text = json.dumps(guarded, separators=(",", ":"))
+    crc = zlib.crc32(features.flatten().view(torch.uint8).numpy().data)
+    text = json.dumps({**asdict(contents), "crc": crc}, separators=(",", ":"))
     # not save_file: it makes a file that only its owner can read, and has an error of its own for a full disk
-    write_atomic(path, save({"features": features}, {_KEY: f"{zlib.crc32(text.encode()):08x}{text}"}))
+    write_atomic(path, save({"features": features}, {_KEY: _checksum(text, features.shape, features.dtype) + text}))
 
 
 def read_shard(path: Path) -> Shard | None:
-    """The shard at `path`, its features memory-mapped and not read; None when there is none.
-
-    DamagedShard when it is not whole.
-    """
+    """The shard at `path`, its features memory-mapped and not read; None when there is none. DamagedShard if broken."""
     try:
         with safe_open(path, "pt") as file:  # refuses a file whose size is not what its header says
             crc, text = file.metadata()[_KEY][:8], file.metadata()[_KEY][8:]
             view = file.get_slice("features")
-            shape, dtype = view.get_shape(), view.get_dtype()
-        if crc != f"{zlib.crc32(text.encode()):08x}":
+            shape, dtype = view.get_shape(), _DTYPES[view.get_dtype()]
+        if crc != _checksum(text, shape, dtype):
             raise DamagedShard("its header has changed since it was written")
-        header = json.loads(text)
-        contents = _contents(header)
+        header = {name: _tuples(value) for name, value in json.loads(text).items()}
+        features_crc, contents = header.pop("crc"), Contents(**header)
         rows, patches, _ = shape
-        fits = rows == len(contents.names) == len(contents.crops) and patches == contents.grid[0] * contents.grid[1]
-        if not fits or (shape, dtype) != (header["shape"], header["dtype"]):
+        if not rows == len(contents.names) == len(contents.crops) or patches != contents.grid[0] * contents.grid[1]:
             raise DamagedShard("its header does not fit its features")
-        size, torch_dtype = path.stat().st_size, {name: key for key, name in _DTYPES.items()}[dtype]
+        size = path.stat().st_size
         # safe_open does not promise lazy tensors, and each of numpy's maps would hold a file descriptor
         mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-        offset = size - torch.Size(shape).numel() * torch_dtype.itemsize
-        return Shard(contents, mapped[offset:].view(torch_dtype).view(shape), header["crc"])
+        offset = size - torch.Size(shape).numel() * dtype.itemsize
+        return Shard(contents, mapped[offset:].view(dtype).view(shape), features_crc)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except DamagedShard:
@@ -203,23 +192,16 @@ def to_storage(*parts: Tensor) -> Tensor:
     limit = torch.finfo(torch.bfloat16).max  # the last fp32 numbers before infinity would round up to it
     out = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:], dtype=torch.bfloat16 if wide else torch.float16)
     start = 0
-    for (
-        part
-    ) in parts:  # straight to its place: joining them in their own dtype first would take up to three times the memory
+    for part in parts:  # straight to its place: joining them in their own dtype first would take three times the memory
         out[start : start + len(part)] = part.clamp(-limit, limit) if wide else part
         start += len(part)
     return out
 
 
-def _crc(features: Tensor) -> int:
-    return zlib.crc32(features.flatten().view(torch.uint8).numpy().data)
+def _checksum(text: str, shape: Sequence[int], dtype: torch.dtype) -> str:
+    """Eight digits that guard the JSON of a shard and the shape and dtype of its features."""
+    return f"{zlib.crc32(f'{text}{list(shape)}{dtype}'.encode()):08x}"
 
 
-def _contents(header: dict) -> Contents:
-    def pairs(values: list) -> tuple:
-        return tuple((first, second) for first, second in values)
-
-    start, end, grid = pairs([header["start"], header["end"], header["grid"]])
-    return Contents(
-        start, end, grid, tuple(header["names"]), pairs(header["crops"]), pairs(header["skipped"]), header["batch"]
-    )
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

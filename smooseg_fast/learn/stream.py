@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -22,11 +23,10 @@ import torch
 from torch import Tensor
 
 from ..datasets import Dataset
-from ..errors import UserError
 from ..features.cachefolder import StoreFolder
 from ..features.extract import open_or_extract
 from ..features.job import FeatureOptions
-from ..features.room import Expected, Windows, expected, sampled, windows_of
+from ..features.room import Windows, expected, require_room, sampled, windows_of
 from ..features.store import FeatureStore
 from ..system.processes import ALONE, Processes
 from ..system.signals import Interrupted
@@ -40,7 +40,7 @@ Say = Callable[[str], None]
 
 
 class Part:
-    """Some images of a dataset, by their numbers in it. fingerprint: the whole dataset's."""
+    """Some images of a dataset, by their `numbers` in it. whole: the fingerprint of the dataset."""
 
     labelled, class_names, notes = False, None, ()
 
@@ -104,15 +104,10 @@ class Stream(Schedule):
 
     def rows_of(self, step: int) -> Tensor:
         """int64 [B] squares of the window in random order; one too small for its steps is used again in another."""
-        number, place = divmod(step, self.windows.steps)
         if not self.ready(step):
-            self._enter(number)
-            rows, needed = len(self.store), self.windows.steps * self.batch_size
-            rounds = range(-(-needed // rows))
-            self._order = torch.cat(
-                [torch.randperm(rows, generator=self.generator(3, number, again)) for again in rounds]
-            )
-        return self._order[place * self.batch_size : (place + 1) * self.batch_size]
+            self._enter(step // self.windows.steps)
+        place = step % self.windows.steps * self.batch_size
+        return self._order[place : place + self.batch_size]
 
     def features(self, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """[B,P,D] on the CPU, of rows of the open window."""
@@ -126,7 +121,7 @@ class Stream(Schedule):
         return order[first:last].tolist()
 
     def close(self, *, remove: bool = False) -> None:
-        """Closes the window. remove: its features too, unless another run uses them."""
+        """Close the window. remove: its features too, unless another run uses them."""
         if self._store is None:
             return
         folder = self._store.folder
@@ -148,7 +143,10 @@ class Stream(Schedule):
             self._store, self._number = self._open(part), number
         except KeyboardInterrupt as stop:
             # without the words of the features: the run knows better what is kept
-            raise Interrupted(getattr(stop, "number", Interrupted().number)) from None
+            raise Interrupted(getattr(stop, "number", signal.SIGINT)) from None
+        rows = len(self._store)
+        generators = [self.generator(3, number, again) for again in range(-(-steps * self.batch_size // rows))]
+        self._order = torch.cat([torch.randperm(rows, generator=generator) for generator in generators])
 
 
 def open_for_training(
@@ -170,44 +168,29 @@ def open_for_training(
         in_use: bytes of the cache that have to stay.
         resumed, windows: whether the run resumes, and the windows that it had. They count, whatever the limit is now.
     """
-    limit = options.limit
-    if limit is None and windows is None:
-        return open_or_extract(dataset, backbone, options), None
-    forecast = expected(dataset, backbone, options)
-    if limit is not None and not resumed:
-        windows = windows_of(forecast, limit, in_use, batch_size)
+    if resumed and windows is None:
+        require_room(dataset, backbone, options, in_use=in_use)
+    forecast = None if resumed else expected(dataset, backbone, options)
+    if forecast is not None:
+        windows = windows_of(forecast, options.limit, in_use, batch_size)
     if windows is None:
-        if limit is not None and not forecast.on_disk and forecast.nbytes + in_use > limit:
-            needed = readable(forecast.nbytes + in_use)
-            raise UserError(
-                f"--cache-limit {readable(limit)}: this run began with room for all; "
-                f"give about {needed}, or another --out"
-            )
         return open_or_extract(dataset, backbone, options), None
-    say("features   " + described(forecast, windows))
-    fingerprint, N = dataset.fingerprint(), len(dataset)
-    numbers = [k * N // sampled(N) for k in range(sampled(N))]
-    sample = open_or_extract(Part(dataset, numbers, "sample", fingerprint), backbone, options)
-
-    def open_window(part: Dataset) -> FeatureStore:
-        return open_or_extract(part, backbone, options)
-
+    N, count = len(dataset), sampled(len(dataset))
+    size = "" if forecast is None else f": all would take about {readable(forecast.nbytes)}"
+    say(
+        f"features   streamed{size}; {windows.count} windows of {windows.steps} steps follow one another through the "
+        f"cache; the start and figures without labels use {count} images"
+    )
+    fingerprint = dataset.fingerprint()
+    sample = Part(dataset, [number * N // count for number in range(count)], "sample", fingerprint)
     stream = Stream(
         dataset,
         fingerprint,
         windows,
-        open=open_window,
+        open=lambda part: open_or_extract(part, backbone, options),
         batch_size=batch_size,
         data_seed=data_seed,
         processes=options.processes,
         say=say,
     )
-    return sample, stream
-
-
-def described(forecast: Expected, windows: Windows) -> str:
-    parts = f"{windows.count} windows of {readable(forecast.nbytes // windows.count)} and {windows.steps} steps"
-    return (
-        f"streamed: all would take about {readable(forecast.nbytes)}; {parts} follow one another through the cache; "
-        f"the start and figures without labels use {sampled(forecast.images)} images"
-    )
+    return open_or_extract(sample, backbone, options), stream

@@ -36,8 +36,8 @@ class OutFolder:
         path: the folder given as --out; need not exist.
         settings: everything that decides the content, ready for JSON.
         record: name of the JSON file.
-        outputs: names of the files and folders that the command writes into it. One of them without the record belongs to
-            somebody else. Once the folder is claimed, nothing by these names counts as an image to read.
+        outputs: names of the files and folders that the command writes into it. One of them without the record
+            belongs to somebody else. Once the folder is claimed, nothing by these names counts as an image to read.
         below: names of the folders in it that are written into.
 
     Raises:

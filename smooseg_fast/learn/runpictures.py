@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,10 @@ from ..features.sample import spread
 from ..segment.segmenter import Segmenter
 from ..show import charts, pictures
 from ..show.sheet import NAMED, groups_sheet, thumbnails
-from ..system.progress import Bar
-from .runfolder import CURVES, GROUPS, LADDER
+from ..system.progress import SILENT_S, Bar
+from .runfolder import CURVES, GROUPS, LADDER, RunFolder
 from .setting import Setting
 
-SILENT_S = 2.0  # that drawing may take before it shows a bar
 GROUPS_IMAGES, LADDER_IMAGES = 8, 6
 PANELS = {
     "energy": ("energy_within", "energy_across"),
@@ -38,9 +38,10 @@ PANELS = {
 
 @dataclass(frozen=True)
 class Shown:
-    """What the pictures of a run show: its heads, the default one first, its lines of metrics and its report so far."""
+    """The contents of a run's pictures: heads, the default one first, lines of metrics, and the report so far."""
 
     setting: Setting
+    folder: RunFolder
     segmenters: Mapping[Variant, Segmenter]
     records: Sequence[dict[str, Any]]
     report: Mapping[str, Any]
@@ -55,12 +56,9 @@ class Shown:
         usable = list(dict.fromkeys(setting.store.names))
         chosen = {usable[place] for place in spread(len(usable), count).tolist()}
         for index, name in enumerate(setting.dataset.names):
-            if name not in chosen:
-                continue
-            try:
-                yield name, setting.dataset.image(index)
-            except ImageError:  # gone since its features were taken
-                continue
+            if name in chosen:
+                with suppress(ImageError):  # gone since its features were taken
+                    yield name, setting.dataset.image(index)
 
     def labels(self, variant: Variant, image: np.ndarray, bar: Bar) -> np.ndarray:
         """uint8 [H,W] groups of an image."""
@@ -70,25 +68,24 @@ class Shown:
 
 
 def draw(shown: Shown) -> list[Path]:
-    """Draws the pictures of the folder; -> those that succeeded. A failure is said and ends nothing."""
+    """Draws the pictures of the folder; -> those that succeeded. Reports a failure and continues."""
     setting = shown.setting
-    names = setting.folder.pictures
-    total = GROUPS_IMAGES + (LADDER_IMAGES * len(ladder(shown)) if LADDER in names else 0)
-    drawn = []
+    total = GROUPS_IMAGES + LADDER_IMAGES * len(ladder(shown)) * (LADDER in shown.folder.pictures)
+    paths = []
     with Bar(total=total, desc="pictures", unit="image", delay=SILENT_S, disable=not setting.progress) as bar:
         makers = {
             GROUPS: lambda: groups_picture(shown, bar),
             CURVES: lambda: curves_picture(shown),
             LADDER: lambda: ladder_picture(shown, bar),
         }
-        for name in names:
+        for name in shown.folder.pictures:
             try:
-                drawn.append(pictures.save(setting.folder.path / name, makers[name]()))
+                paths.append(pictures.save(shown.folder.path / name, makers[name]()))
             except WriteError:  # the disk is full: the report would not fit either
                 raise
             except Exception as error:  # whatever it is, a picture must not lose a run that is learnt
                 setting.say(f"warning    {name} could not be drawn ({reason(error)}); the same command tries again")
-    return drawn
+    return paths
 
 
 def groups_picture(shown: Shown, bar: Bar) -> Image:
@@ -102,7 +99,7 @@ def groups_picture(shown: Shown, bar: Bar) -> Image:
 def curves_picture(shown: Shown) -> Image:
     """The default head's figures over the steps."""
     records = [record for record in shown.records if record["head"] == shown.default.name]
-    return charts.curves_picture(records, PANELS, str(shown.setting.folder.path))
+    return charts.curves_picture(records, PANELS, str(shown.folder.path))
 
 
 def ladder_picture(shown: Shown, bar: Bar) -> Image:
@@ -111,11 +108,8 @@ def ladder_picture(shown: Shown, bar: Bar) -> Image:
     A group has the colour of the default head's group that shares most pixels with it.
     """
     rungs, default = ladder(shown), shown.default
-    images, labels = [], {variant: [] for variant in rungs}
-    for name, image in shown.images(LADDER_IMAGES):
-        images.append((name, image))
-        for variant in rungs:
-            labels[variant].append(shown.labels(variant, image, bar))
+    images = list(shown.images(LADDER_IMAGES))
+    labels = {variant: [shown.labels(variant, image, bar) for _, image in images] for variant in rungs}
     K = shown.segmenters[default].groups
     colours = pictures.palette(K)
     rows = [[thumbnails(image, groups, colours)[0]] for (_, image), groups in zip(images, labels[rungs[0]])]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -14,7 +13,7 @@ from ..config import TrainConfig, Variant
 from ..datasets import Dataset
 from ..features.store import FeatureStore
 from ..measure.validation import Validation
-from ..system.processes import ALONE, Processes
+from ..system.processes import Processes
 from .runfolder import RunFolder
 from .stream import Stream
 
@@ -43,9 +42,9 @@ class Setting:
     backbone: Backbone
     folder: RunFolder | None
     say: Say
-    progress: bool = True
-    processes: Processes = ALONE
-    started: float = field(default_factory=time.perf_counter)
+    progress: bool
+    processes: Processes
+    started: float
 
     @cached_property
     def variants(self) -> tuple[Variant, ...]:
@@ -54,6 +53,13 @@ class Setting:
     @property
     def device(self) -> torch.device:
         return self.backbone.device
+
+    @property
+    def prototypes(self) -> int:
+        """K, once `trainer.resolve` has chosen it. ValueError before."""
+        if self.config.prototypes is None:
+            raise ValueError("the number of prototypes is not resolved")
+        return self.config.prototypes
 
     @property
     def written(self) -> RunFolder | None:

@@ -4,92 +4,82 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from ..config import Variant
-from ..features.sample import batches, sample_patches
+from ..features.sample import BATCH, batches, sample_patches
 from ..measure.health import Health, health
 from ..measure.scores import Scores, hungarian, majority, percent
+from ..measure.validation import Validation
 from ..segment.checkpoint import Checkpoint
 from ..segment.kmeans import spherical_kmeans
 from ..segment.model import Heads
 from ..segment.segmenter import Segmenter
 from ..show.sheet import NAMED
 from ..system.files import write_json
-from ..system.progress import Bar
+from ..system.progress import SILENT_S, Bar
 from .monitors import COLLAPSED, collapse
-from .run import Ended
-from .runfolder import CHECKPOINT, METRICS, REPORT, head_file
+from .run import Run
+from .runfolder import CHECKPOINT, METRICS, REPORT, RunFolder, head_file
 from .runpictures import Shown, draw, in_use
 from .setting import Setting
 from .shares import Shares
 
-SILENT_S = 2.0  # that counting may take before it shows a bar
 LISTED = 6  # groups whose sizes a line names
 
 
-def finish(setting: Setting, ended: Ended) -> Segmenter:
+def finish(run: Run) -> Segmenter:
     """Writes everything that a run leaves; the report comes last, because with it the run counts as finished.
 
     Returns:
         The segmenter of the default head, which is the first that did not break.
     """
-    places = {variant: h for h, variant in enumerate(setting.variants) if variant not in ended.broken}
+    setting, heads = run.setting, run.heads()
+    places = {variant: h for h, variant in enumerate(setting.variants) if variant.name not in run.watch.broken}
     default = next(iter(places))
-    states = dict(zip(setting.variants, health_of_all(setting, ended.heads)))
-    states = {variant: states[variant] for variant in places}
-    report = ended.report | {
-        "images": len(setting.dataset) - len(setting.store.skipped),
-        "skipped": setting.store.skipped,
-        "default": default.name,
-        "broken": sorted(variant.name for variant in ended.broken),
-        "heads": {variant.name: {"health": dataclasses.asdict(state)} for variant, state in states.items()},
-    }
-    say_groups(setting, states)
+    states = health_of_all(setting, heads)
+    figures: dict[Variant, dict[str, Any]] = {v: {"health": dataclasses.asdict(states[h])} for v, h in places.items()}
+    say_groups(setting, {variant: states[h] for variant, h in places.items()})
     if setting.validation is not None:
-        for variant, scores in score(setting, ended, places).items():
-            report["heads"][variant.name]["scores"] = scores
-    report |= report["heads"][default.name]
-    segmenters = {
-        variant: Segmenter(checkpoint_of(setting, ended, variant, report), setting.backbone) for variant in places
-    }
+        for variant, scores in score(run, setting.validation, heads, places).items():
+            figures[variant]["scores"] = scores
+    common = {"images": len(setting.dataset) - len(setting.store.skipped), "skipped": setting.store.skipped}
+    segmenters = {}
+    for variant, h in places.items():
+        checkpoint = Checkpoint(
+            config=setting.config.alone(variant),
+            head=heads[h],
+            step=run.done,
+            backbone_name=setting.backbone.name,
+            backbone_digest=setting.backbone.digest,
+            class_names=None if setting.validation is None else setting.validation.dataset.class_names,
+            report={"closeness": run.report.get("closeness")} | common | figures[variant],
+        )
+        segmenters[variant] = Segmenter(checkpoint, setting.backbone)
     if setting.written is not None:
-        leave(setting, ended, report, segmenters)
+        run.report |= common | {"default": default.name, "broken": sorted(run.watch.broken)}
+        run.report["heads"] = {variant.name: of_head for variant, of_head in figures.items()}
+        leave(run, setting.written, run.report | figures[default], segmenters)
     setting.say(f"done       the whole run took {time.perf_counter() - setting.started:.1f} s")
     return segmenters[default]
 
 
-def checkpoint_of(setting: Setting, ended: Ended, variant: Variant, report: Mapping[str, Any]) -> Checkpoint:
-    common = {name: report[name] for name in ("closeness", "images", "skipped") if name in report}
-    return Checkpoint(
-        config=setting.config.alone(variant),
-        head=ended.heads[setting.variants.index(variant)],
-        step=ended.step,
-        backbone_name=setting.backbone.name,
-        backbone_digest=setting.backbone.digest,
-        class_names=None if setting.validation is None else setting.validation.dataset.class_names,
-        report=common | report["heads"][variant.name],
-    )
-
-
-def leave(setting: Setting, ended: Ended, report: dict[str, Any], segmenters: Mapping[Variant, Segmenter]) -> None:
+def leave(run: Run, folder: RunFolder, report: dict[str, Any], segmenters: Mapping[Variant, Segmenter]) -> None:
     """Writes checkpoints, pictures and report."""
-    out, say = setting.folder.path, setting.say
-    many = len(segmenters) > 1
+    out, say, many = folder.path, run.say, len(segmenters) > 1
     if many:
         for variant, segmenter in segmenters.items():
             segmenter.save(head_file(out, variant))
     next(iter(segmenters.values())).save(out / CHECKPOINT)
-    drawn = draw(Shown(setting, segmenters, ended.records, report))
+    pictures = draw(Shown(run.setting, folder, segmenters, run.records, report))
     write_json(out / REPORT, report)
     say(f"saved      {out / CHECKPOINT}" + (f", and all {len(segmenters)} heads in {out / 'heads'}" if many else ""))
     say(f"figures    {out / REPORT}, {out / METRICS}")
-    if drawn:
-        say("pictures   " + ", ".join(map(str, drawn)))
+    if pictures:
+        say("pictures   " + ", ".join(map(str, pictures)))
 
 
 # without labels
@@ -97,26 +87,23 @@ def leave(setting: Setting, ended: Ended, report: dict[str, Any], segmenters: Ma
 
 def health_of_all(setting: Setting, heads: Heads) -> list[Health]:
     """Figures without labels of every head over all squares. Each process takes the heads that it learnt."""
-    shares = Shares(len(heads), setting.processes)
-    state = shares.of(heads.state_dict())
-    own = []
+    state, states = Shares(len(heads), setting.processes).of(heads.state_dict()), []
     if len(state["student"]):
-        own = health(Heads.from_state(state).to(setting.device), with_bar(setting))
-    return [state for part in setting.processes.all(own) for state in part]
-
-
-def with_bar(setting: Setting) -> Iterator[Tensor]:
-    """Batches of all features, with a bar if they take long."""
-    total, off = len(setting.store), not setting.progress
-    with Bar(total=total, desc="groups", unit="square", delay=SILENT_S, disable=off) as bar:
-        for features in batches(setting.store, setting.device):
-            yield features
-            bar.update(len(features))
+        bar = Bar(
+            iterable=batches(setting.store, setting.device),
+            total=-(-len(setting.store) // BATCH),
+            desc="groups",
+            unit="batch",
+            delay=SILENT_S,
+            disable=not setting.progress,
+        )
+        states = health(Heads.from_state(state).to(setting.device), bar)
+    return [state for part in setting.processes.all(states) for state in part]
 
 
 def say_groups(setting: Setting, states: Mapping[Variant, Health]) -> None:
     """Tells how many groups each head has, how large they are and how sure it is of them."""
-    asked = setting.config.prototypes
+    asked = setting.prototypes
     for number, (variant, state) in enumerate(states.items()):
         default = " (default)" if number == 0 else ""
         mark = f"{variant.label()}{default}: " if len(states) > 1 else ""
@@ -137,49 +124,51 @@ def say_groups(setting: Setting, states: Mapping[Variant, Health]) -> None:
 
 def sizes(shares: Iterable[float]) -> str:
     """The shares of the groups in use, largest first: "31 %, 22 % and 7 smaller groups"."""
-    named = sorted((share for share in shares if share >= NAMED), reverse=True)
-    listed = ", ".join(f"{100 * share:.0f} %" for share in named[:LISTED])
-    smaller = len(named) - LISTED
-    if smaller <= 0:
-        return listed
-    return f"{listed} and {smaller} smaller group{'s' if smaller > 1 else ''}"
+    largest_first = sorted((share for share in shares if share >= NAMED), reverse=True)
+    listed = ", ".join(f"{100 * share:.0f} %" for share in largest_first[:LISTED])
+    smaller = len(largest_first) - LISTED
+    return listed if smaller <= 0 else f"{listed} and {smaller} smaller group{'s' if smaller > 1 else ''}"
 
 
 # with labels
 
 
-def score(setting: Setting, ended: Ended, places: Mapping[Variant, int]) -> dict[Variant, dict[str, Any]]:
+def score(
+    run: Run, validation: Validation, heads: Heads, places: Mapping[Variant, int]
+) -> dict[Variant, dict[str, Any]]:
     """Scores for the report, matched to classes by the labels (Hungarian), next to k-means on the same features."""
-    validation, names = setting.validation, setting.validation.dataset.class_names
+    names, say = validation.dataset.class_names, run.say
     where = "held-out images" if validation.dataset.held_out else "the training images"
-    setting.say(f"scores     {len(validation.store)} {where}; groups are matched to classes by the labels (Hungarian):")
-    rows = sample_patches(setting.store, seed=0).to(setting.device)
-    baseline = validation.kmeans(spherical_kmeans(rows, ended.heads.student.shape[1], starts=10).centres)
+    say(f"scores     {len(validation.store)} {where}; groups are matched to classes by the labels (Hungarian):")
+    rows = sample_patches(run.setting.store, seed=0).to(run.setting.device)
+    baseline = validation.kmeans(spherical_kmeans(rows, run.setting.prototypes, starts=10).centres)
     figures: dict[Variant, dict[str, Any]] = {}
     by_granularity: dict[float | None, list[Scores]] = {}
     for variant, h in places.items():
-        counts = ended.counts[variant] if variant in ended.counts else validation.confusion(ended.heads[h])
-        by_granularity.setdefault(variant.granularity, []).append(hungarian(counts))
+        counts = run.counts[variant] if variant in run.counts else validation.confusion(heads[h])
+        matched = hungarian(counts)
+        by_granularity.setdefault(variant.granularity, []).append(matched)
         figures[variant] = {
             "held_out": validation.dataset.held_out,
             "mirror": False,
-            "hungarian": by_granularity[variant.granularity][-1].as_dict(names),
+            "hungarian": matched.as_dict(names),
             "majority": majority(counts).as_dict(names),
             "kmeans": baseline.as_dict(names),
         }
     for granularity, of_seeds in by_granularity.items():
         name = "smooseg" if len(by_granularity) == 1 else f"granularity {granularity:g}"
-        accuracy = mean_and_std([scores.accuracy for scores in of_seeds])
-        miou = mean_and_std([scores.miou for scores in of_seeds])
         seeds = "" if len(of_seeds) == 1 else f"  ({len(of_seeds)} seeds)"
-        setting.say(f"           {name:16s}  accuracy {accuracy} %  mIoU {miou} %{seeds}")
-    accuracy, miou = percent(baseline.accuracy), percent(baseline.miou)
-    setting.say(f"           {'k-means':16s}  accuracy {accuracy} %  mIoU {miou} %  (same features)")
+        say(score_line(name, of_seeds) + seeds)
+    say(score_line("k-means", [baseline]) + "  (same features)")
     return figures
+
+
+def score_line(name: str, scores: Sequence[Scores]) -> str:
+    accuracy, miou = (mean_and_std([getattr(each, figure) for each in scores]) for figure in ("accuracy", "miou"))
+    return f"           {name:16s}  accuracy {accuracy} %  mIoU {miou} %"
 
 
 def mean_and_std(values: Sequence[float]) -> str:
     """Percent: the value, or mean and sample standard deviation."""
-    if len(values) == 1:
-        return percent(values[0])
-    return f"{percent(float(np.mean(values)))} ± {percent(float(np.std(values, ddof=1)))}"
+    spread = "" if len(values) == 1 else f" ± {percent(float(np.std(values, ddof=1)))}"
+    return percent(float(np.mean(values))) + spread

@@ -187,7 +187,7 @@ def test_damaged_and_foreign_checkpoints(trained, tmp_path, capsys):
     data = trained.read_bytes()
     for size in (0, 5, 100, len(data) // 2, len(data) - 1):
         (tmp_path / "cut.safetensors").write_bytes(data[:size])
-        fails(tmp_path / "cut.safetensors", "cut short, damaged or no safetensors file")
+        fails(tmp_path / "cut.safetensors", "damaged, or written by another version")
     save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
     fails(tmp_path / "other.safetensors", "of another kind")
     torch.save({"a": 1}, tmp_path / "pickle.pt")

@@ -498,8 +498,8 @@ def test_a_state_that_is_damaged(folder, monkeypatch, capsys):
     Path("out/training.safetensors").write_text("junk")
     assert call("--data", folder, "--out", "out", *SMALL) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: out/training.safetensors: cut short, damaged or no safetensors file")
-    assert error.endswith("; take it away to train from the first step, or give another --out")
+    assert error.startswith("error: out/training.safetensors: damaged, or written by another version")
+    assert error.endswith("; remove it to train from the first step, or give another --out")
     Path("out/training.safetensors").unlink()
     assert call("--data", folder, "--out", "out", *SMALL) == 0
 

@@ -173,7 +173,7 @@ def open_validation(config: TrainConfig, held_out: Dataset, backbone: Backbone, 
     require_room(held_out, backbone, options)
     store = open_or_extract(held_out, backbone, options)
     labels = LabelSquares(held_out, store, config.eval_size, options.processes, options.progress)
-    return Validation(held_out, store, labels, options.processes)
+    return Validation(held_out, store, labels)
 
 
 def open_features(

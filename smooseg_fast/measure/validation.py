@@ -12,7 +12,6 @@ from ..datasets import Dataset
 from ..features.store import FeatureStore
 from ..measure.scores import Scores, hungarian
 from ..segment.model import Head
-from ..system.processes import ALONE, Processes
 from .confusion import LabelSquares, confusion_of, head_codes
 
 
@@ -26,7 +25,6 @@ class Validation:
     dataset: Dataset
     store: FeatureStore
     labels: LabelSquares
-    processes: Processes = ALONE
 
     def confusion(self, head: Head) -> np.ndarray:
         """int64 [K,classes] pixels of every group in every class."""
@@ -34,9 +32,8 @@ class Validation:
 
     def kmeans(self, centres: Tensor) -> Scores:
         """Scores of plain k-means centres [K,D] on the same features, which any learning has to beat."""
-        self.processes.as_first([centres])
+        centres = self.labels.processes.all(centres.cpu())[0].to(centres.device)
         return hungarian(self._count(self.store.rows, centres))
 
     def _count(self, codes: Callable[[Tensor], Tensor], prototypes: Tensor) -> np.ndarray:
-        classes = len(self.dataset.class_names)
-        return confusion_of(codes, prototypes, self.store.grid, self.labels, classes)
+        return confusion_of(codes, prototypes, self.store.grid, self.labels, len(self.dataset.class_names))

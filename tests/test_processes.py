@@ -35,7 +35,7 @@ from smooseg_fast.learn import loop, monitors
 from smooseg_fast.learn import run as steps
 from smooseg_fast.learn.shares import Shares
 from smooseg_fast.learn.trainer import require_same_state
-from smooseg_fast.measure.confusion import LabelSquares, confusion_of
+from smooseg_fast.measure.confusion import LabelSquares
 from smooseg_fast.segment.checkpoint import read_training_state
 from smooseg_fast.segment.model import Head, Heads
 from smooseg_fast.system import processes as joining
@@ -284,16 +284,14 @@ def test_one_label_is_enough_wherever_it_is(pair, alone):
 def count_one(processes, alone):
     made = made_up_labels(20, 20, classes=1, only=(alone,))
     codes = torch.ones(20, 16, 6)
-    return confusion_of(
-        lambda index: codes[index], torch.ones(1, 6), (4, 4), LabelSquares(made, made, 20, processes), 1
-    )
+    return LabelSquares(made, made, 20, processes).confusion(lambda index: codes[index], torch.ones(1, 6))
 
 
 def confusion(processes):
     g = torch.Generator().manual_seed(0)
     codes, prototypes = torch.randn(50, 16, 6, generator=g), torch.randn(5, 6, generator=g)
     made = made_up_labels(50, 20)
-    return confusion_of(lambda index: codes[index], prototypes, (4, 4), LabelSquares(made, made, 20, processes), 3)
+    return LabelSquares(made, made, 20, processes).confusion(lambda index: codes[index], prototypes)
 
 
 def test_confusion_counts_sum_exactly(pair):

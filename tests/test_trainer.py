@@ -27,7 +27,7 @@ from smooseg_fast.errors import UserError
 from smooseg_fast.learn import loop, runpictures, trainer
 from smooseg_fast.learn import run as steps
 from smooseg_fast.learn.summary import sizes
-from smooseg_fast.measure.validation import Validation
+from smooseg_fast.measure.confusion import LabelSquares
 from smooseg_fast.segment.checkpoint import read_checkpoint, read_training_state
 from smooseg_fast.system.locks import Lock
 
@@ -515,8 +515,8 @@ def test_lines_of_metrics_that_are_none_of_the_run_go(folder):
 
 
 def test_scores_of_the_last_step_are_counted_once(labelled, monkeypatch):
-    confusion, seen = Validation.confusion, []
-    monkeypatch.setattr(Validation, "confusion", lambda self, head: seen.append(1) or confusion(self, head))
+    of_head, seen = LabelSquares.of_head, []
+    monkeypatch.setattr(LabelSquares, "of_head", lambda self, head: seen.append(1) or of_head(self, head))
     args = ["--data", labelled, *SMALL, "--granularity", "0.1", "0.2"]
     assert call(*args, "--out", "a") == 0
     assert len(seen) == 2

@@ -224,7 +224,7 @@ class Run:
         if setting.validation is not None and self.checkpoint_is_due():
             heads = self.heads()
             for h, (variant, record) in enumerate(zip(setting.variants, records)):
-                self.counts[variant] = setting.validation.confusion(heads[h])
+                self.counts[variant] = setting.validation.of_head(heads[h])
                 scores = hungarian(self.counts[variant])
                 record |= {"accuracy": scores.accuracy, "miou": scores.miou}
         if setting.written is not None:

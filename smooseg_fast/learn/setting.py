@@ -12,7 +12,7 @@ from ..backbones import Backbone
 from ..config import TrainConfig, Variant
 from ..datasets import Dataset
 from ..features.store import FeatureStore
-from ..measure.validation import Validation
+from ..measure.confusion import LabelSquares
 from ..system.processes import Processes
 from .runfolder import RunFolder
 from .stream import Stream
@@ -38,7 +38,7 @@ class Setting:
     dataset: Dataset
     store: FeatureStore
     stream: Stream | None
-    validation: Validation | None
+    validation: LabelSquares | None
     backbone: Backbone
     folder: RunFolder | None
     say: Say

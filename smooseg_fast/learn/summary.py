@@ -11,9 +11,9 @@ import numpy as np
 
 from ..config import Variant
 from ..features.sample import BATCH, batches, sample_patches
+from ..measure.confusion import LabelSquares
 from ..measure.health import Health, health
 from ..measure.scores import Scores, hungarian, majority, percent
-from ..measure.validation import Validation
 from ..segment.checkpoint import Checkpoint
 from ..segment.kmeans import spherical_kmeans
 from ..segment.model import Heads
@@ -134,7 +134,7 @@ def sizes(shares: Iterable[float]) -> str:
 
 
 def score(
-    run: Run, validation: Validation, heads: Heads, places: Mapping[Variant, int]
+    run: Run, validation: LabelSquares, heads: Heads, places: Mapping[Variant, int]
 ) -> dict[Variant, dict[str, Any]]:
     """Scores for the report, matched to classes by the labels (Hungarian), next to k-means on the same features."""
     names, say = validation.dataset.class_names, run.say
@@ -145,7 +145,7 @@ def score(
     figures: dict[Variant, dict[str, Any]] = {}
     by_granularity: dict[float | None, list[Scores]] = {}
     for variant, h in places.items():
-        counts = run.counts[variant] if variant in run.counts else validation.confusion(heads[h])
+        counts = run.counts[variant] if variant in run.counts else validation.of_head(heads[h])
         matched = hungarian(counts)
         by_granularity.setdefault(variant.granularity, []).append(matched)
         figures[variant] = {

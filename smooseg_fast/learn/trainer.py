@@ -24,7 +24,6 @@ from ..features.job import FeatureOptions
 from ..features.room import Windows, require_room
 from ..features.store import FeatureStore
 from ..measure.confusion import LabelSquares
-from ..measure.validation import Validation
 from ..segment.checkpoint import TrainingState
 from ..segment.segmenter import Segmenter, pick_device
 from ..system.host import deterministic, keep_freed_memory
@@ -167,13 +166,14 @@ def say_plan(config: TrainConfig, device: str, say: Say, processes: Processes) -
         say(f"processes  {processes.size}: all share features and evaluation; heads learnt by each: {lengths}")
 
 
-def open_validation(config: TrainConfig, held_out: Dataset, backbone: Backbone, options: FeatureOptions) -> Validation:
+def open_validation(
+    config: TrainConfig, held_out: Dataset, backbone: Backbone, options: FeatureOptions
+) -> LabelSquares:
     """Features and labels of the images to measure on, in central squares of --eval-size."""
     options = dataclasses.replace(options, size=config.eval_size, crops="center", argument="--eval-size")
     require_room(held_out, backbone, options)
     store = open_or_extract(held_out, backbone, options)
-    labels = LabelSquares(held_out, store, config.eval_size, options.processes, options.progress)
-    return Validation(held_out, store, labels)
+    return LabelSquares(held_out, store, config.eval_size, options.processes, options.progress)
 
 
 def open_features(

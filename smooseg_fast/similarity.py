@@ -112,7 +112,7 @@ def main(args: Sequence[str]) -> None:
     print(found.line())
     print()
     print(thresholds_table(rows))
-    trouble = None if config.relative else warning(*rows[0][1])
+    trouble = None if config.granularity is not None else warning(*rows[0][1])
     if trouble:
         print(f"warning    {trouble}")
     out = folder(asked, config)

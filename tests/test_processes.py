@@ -32,7 +32,6 @@ from smooseg_fast.features.extract import open_or_extract
 from smooseg_fast.features.job import FeatureOptions
 from smooseg_fast.features.store import read_shard
 from smooseg_fast.learn import loop, monitors
-from smooseg_fast.learn import run as steps
 from smooseg_fast.learn.shares import Shares
 from smooseg_fast.learn.trainer import require_same_state
 from smooseg_fast.measure.confusion import LabelSquares
@@ -132,13 +131,10 @@ def test_heads_are_put_together_again(pair, heads):
     assert pair(gathered, heads) == [(True, losses)] * 2
 
 
-def learn_in(processes, place, args, seconds=None):
-    """`smooseg_fast.train` in a folder, printing nothing; -> what it printed. seconds: between two meetings of the
-    processes.
-    """
+def learn_in(processes, place, args):
+    """`smooseg_fast.train` in a folder, printing nothing; -> what it printed."""
     os.chdir(place)
     os.environ["XDG_CACHE_HOME"] = str(place / "cache")
-    steps.MEET_S = steps.MEET_S if seconds is None else seconds
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
         train.main([str(arg) for arg in args], processes)
@@ -162,7 +158,7 @@ def test_a_process_without_a_head_changes_nothing(pair, labelled, tmp_path):
     """Bit for bit; the second process makes features and counts labels."""
     args = ["--data", "set", *SMALL, "--granularity", "0.06"]
     learn_in(ALONE, tmp_path, [*args, "--out", "one", "--cache", "a"])
-    printed, _ = pair(learn_in, tmp_path, [*args, "--out", "two", "--cache", "b"], 0)
+    printed, _ = pair(learn_in, tmp_path, [*args, "--out", "two", "--cache", "b"])
     assert "processes  2: all share features and evaluation; heads learnt by each: 1, 0\n" in printed
     assert weights("one") == weights("two")
     assert open("one/metrics.jsonl").read() == open("two/metrics.jsonl").read()
@@ -176,11 +172,10 @@ def weights(out):
     return {name: value.numpy().tobytes() for name, value in state.items()}
 
 
-@pytest.mark.parametrize("seconds", [0, 1000], ids=["meet at every step", "meet where something is written"])
-def test_two_processes_learn_the_heads_of_one(pair, labelled, tmp_path, seconds):
+def test_two_processes_learn_the_heads_of_one(pair, labelled, tmp_path):
     args = ["--data", "set", *SMALL, "--granularity", "0.06", "0.1", "-0.05"]
     expected = learn_in(ALONE, tmp_path, [*args, "--out", "one"])
-    printed, _ = pair(learn_in, tmp_path, [*args, "--out", "two"], seconds)
+    printed, _ = pair(learn_in, tmp_path, [*args, "--out", "two"])
 
     def shape(text):  # the first word of each line
         return [line.split()[0] for line in text.splitlines() if not line.startswith("processes")]

@@ -214,7 +214,7 @@ def parts_of(path):
         (("config", "resample"), 7, "--resample: must be text, got 7"),
         (("config", "lr"), True, "--lr: must be a number, got True"),
         (("config", "code_dim"), [], "--code-dim: must be a whole number"),
-        (("config", "granularity"), [], "--granularity: give one or more different numbers, got none"),
+        (("config", "granularity"), [], "--granularity: give one or more different numbers, got ()"),
     ],
 )
 def test_checkpoints_with_another_header(trained, tmp_path, capsys, place, value, words):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,13 @@ from .schedule import Draws, Schedule, Settings
 from .step import make_optimizer, train_step
 
 WARM_UP_STEPS = 3  # before a capture; their changes are put back
+
+
+class Captured(NamedTuple):
+    """One recorded step; a replay overwrites the losses."""
+
+    graph: torch.cuda.CUDAGraph
+    losses: sk.SmooSegLoss
 
 
 class Loop:
@@ -49,9 +57,8 @@ class Loop:
         self.capture = self.device.type == "cuda" if capture is None else capture
         self.optimizer = make_optimizer(heads, lr, lr_prototypes)
         self.not_captured: str | None = None  # why steps run one by one though a capture was asked for
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._captured: Captured | None = None
         self._inputs: list[Tensor] = []  # read by a replay: the draws, then the batch where features are not resident
-        self._losses: sk.SmooSegLoss | None = None
         self._ahead: tuple[int, Draws] | None = None
 
     def step(self, number: int) -> sk.SmooSegLoss:
@@ -63,18 +70,18 @@ class Loop:
         draws = self._draws(number)
         if not self.capture:
             return self._work(draws, self._batch(draws))
-        if self._graph is None:
+        if self._captured is None:
             try:
-                self._record(draws)
+                self._captured = self._record(draws)
             except RuntimeError as error:
-                self._graph, self.capture, self.not_captured = None, False, str(error).splitlines()[0]
+                self.capture, self.not_captured = False, str(error).splitlines()[0]
                 return self.step(number)
         for held, fresh in zip(self._inputs, self._changing(draws)):
             held.copy_(fresh, non_blocking=True)
-        self._graph.replay()
+        self._captured.graph.replay()
         if self.schedule.ready(number + 1):
             self._ahead = number + 1, self._draw(number + 1)  # on the host, while the device works
-        return self._losses
+        return self._captured.losses
 
     def _draws(self, number: int) -> Draws:
         return self._ahead[1] if self._ahead is not None and self._ahead[0] == number else self._draw(number)
@@ -100,7 +107,7 @@ class Loop:
         batch = [] if isinstance(self.features, Tensor) else [self.features(draws.rows).pin_memory()]
         return draws.tensors() + batch
 
-    def _record(self, draws: Draws) -> None:
+    def _record(self, draws: Draws) -> Captured:
         """Captures one step. The steps that warm up change heads and optimiser, which are put back in place."""
         fixed = draws.map(lambda value: value.to(self.device, copy=True))
         batch = None if isinstance(self.features, Tensor) else self._batch(draws)
@@ -109,34 +116,34 @@ class Loop:
         def work() -> sk.SmooSegLoss:
             return self._work(fixed, self._batch(fixed) if batch is None else batch)
 
-        before = _copies(self.heads.state_dict()), _copies(self.optimizer.state)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
+        with self.undone():
+            try:
+                with torch.cuda.stream(stream):
+                    for _ in range(WARM_UP_STEPS):
+                        work()
+            finally:
+                torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            losses = work()
+        return Captured(graph, losses)
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Undoes in place what steps inside change. Adam's moments and counts become 0 where it had none."""
+
+        def state() -> list[Tensor]:
+            moments = (value for state in self.optimizer.state.values() for value in state.values())
+            return [*self.heads.state_dict().values(), *moments]
+
+        before = [(tensor, tensor.clone()) for tensor in state()]
         try:
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UP_STEPS):
-                    work()
+            yield
         finally:
-            torch.cuda.current_stream().wait_stream(stream)
-            _put_back(self.heads.state_dict(), before[0])
-            _put_back(self.optimizer.state, before[1])
+            for tensor in state():
+                tensor.zero_()
+            for tensor, value in before:
+                tensor.copy_(value)
             self.optimizer.zero_grad(set_to_none=True)  # gradients belong to the graph's own memory
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._losses = work()
-
-
-def _copies(state: Any) -> Any:
-    """Copies every tensor of a nested state."""
-    if isinstance(state, Tensor):
-        return state.clone()
-    return {key: _copies(value) for key, value in state.items()}
-
-
-def _put_back(state: Any, before: Any) -> None:
-    """Restores a nested state in place. Tensors that `before` lacks become 0, where Adam's moments and counts start."""
-    for key, value in state.items():
-        if isinstance(value, Tensor):
-            value.copy_(before[key]) if key in before else value.zero_()
-        else:
-            _put_back(value, before.get(key, {}))

@@ -10,6 +10,7 @@ from typing import Any
 from ..config import Variant
 
 COLLAPSED = 1.05  # a perplexity below it means one group in use
+COLLAPSE = "puts everything into one group; a higher --granularity, or higher thresholds, give more groups"
 
 # Drift (labels come to stand for whole images) shows in I(image;label) / H(label). On CamVid, over all images and with
 # network features, it stayed between .04 and .11 in runs without drift, like that of the ground truth (.09), and went
@@ -23,7 +24,7 @@ RISE = 0.04  # and above it by as much
 
 
 def drifts(information: Sequence[float]) -> bool:
-    """Whether the last LINES values of I(image;label)/H(label) lie well above the lowest earlier ones; oldest first."""
+    """True if the last LINES values of I(image;label)/H(label) lie well above the lowest earlier ones; oldest first."""
     levels = [median(information[end - LINES : end]) for end in range(LINES, len(information) + 1)]
     return bool(levels) and levels[-1] > max(FLOOR, RATIO * min(levels), RISE + min(levels))
 
@@ -31,12 +32,10 @@ def drifts(information: Sequence[float]) -> bool:
 class Watch:
     """Follows the records of a run's heads, and reports each trouble of each head once.
 
-    Its state comes from the records alone, so a resumed run knows what the stopped one knew. If only one group is asked
-    for, one group in use is no trouble.
+    Its state comes from the records alone, so a resumed run knows what the stopped one knew.
     """
 
-    def __init__(self, variants: Iterable[Variant], groups: int | None = None):
-        self._groups = groups
+    def __init__(self, variants: Iterable[Variant]):
         self._labels = {variant.name: variant.label() for variant in variants}
         self._information: dict[str, list[float]] = {name: [] for name in self._labels}
         self.broken: set[str] = set()  # names of heads whose loss is NaN or infinite
@@ -52,16 +51,16 @@ class Watch:
         if total is None or not math.isfinite(total):
             self.broken.add(name)
             return f"step {step}: {label}: loss is NaN or infinite; this head is dropped"
-        if record["perplexity"] < COLLAPSED and self._groups != 1 and name not in self.collapsed:
+        if record["perplexity"] < COLLAPSED and name not in self.collapsed:
             self.collapsed.add(name)
-            return f"step {step}: {label} has collapsed, {collapse(record['perplexity'])}"
+            return f"step {step}: {label} {COLLAPSE}"
         past = self._information[name]
         past.append(record["image_information"])
         if name not in self.drifted and drifts(past):
             self.drifted.add(name)
             return (
-                f"step {step}: {label} labels whole images instead of the things in them: I(image;label)/H(label) rose "
-                f"from {min(past):.2f} to {past[-1]:.2f}; use fewer --steps, or --granularity in place of thresholds"
+                f"step {step}: {label}: labels now tell whole images apart instead of the things in them; "
+                "use fewer --steps, or --granularity in place of thresholds"
             )
         return None
 
@@ -71,10 +70,5 @@ class Watch:
 
     @property
     def all_drifted(self) -> bool:
-        """Whether every head that still counts has drifted."""
+        """True once every head that still counts has drifted."""
         return not self.all_broken and self.broken | self.drifted == set(self._labels)
-
-
-def collapse(perplexity: float) -> str:
-    """Say what a collapse means, and what helps."""
-    return f"one group is in use (perplexity {perplexity:.2f}); a higher --granularity, or higher thresholds, give more"

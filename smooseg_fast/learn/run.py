@@ -34,7 +34,6 @@ from .setting import Setting
 from .shares import Shares
 
 SAVE_S = 30.0  # a saved state is never older, however slow the steps are
-MEET_S = 0.2  # between two exchanges of several processes where nothing is logged: a signal is answered no later
 WATCHED_ROWS = 16  # squares whose labels are looked at for each line of the log
 
 
@@ -51,7 +50,7 @@ class Run:
         self.shares = Shares(len(setting.variants), setting.processes)
         self.variants = setting.variants[self.shares.part]  # those that this process learns
         self.schedule = setting.stream or Schedule(len(setting.store), self.config.batch_size, self.config.data_seed)
-        self.watch = Watch(setting.variants, self.config.prototypes)
+        self.watch = Watch(setting.variants)
         self.drift_stops = False  # whether --on-drift asks for an end here
         self.loop: Loop | None = None  # stays None in a process without a head
         self.losses: dict[str, Tensor] = {}  # this process's heads, last step
@@ -59,8 +58,7 @@ class Run:
         self.report: dict[str, Any] = {}
         self.board: Board | None = None
         self.done = self.saved = 0 if state is None else state.step  # steps taken, and those in the folder's state
-        self.saved_at = self.met_at = time.monotonic()
-        self.met = self.meets = self.done  # step of the last exchange between processes, and of the next
+        self.saved_at = time.monotonic()
         self.counts: dict[Variant, np.ndarray] = {}
 
     def learn(self) -> None:
@@ -108,8 +106,6 @@ class Run:
         self.records = self.processes.all(self.records)[0]
         if setting.stream is not None:
             self.report["streamed"] = dataclasses.asdict(setting.stream.windows)
-        if self.schedule.batch_size < self.config.batch_size:
-            self.say(f"batch      {self.schedule.batch_size} squares, as many as there are")
         if self.processes.first:
             self.report["closeness"] = self.closeness()
         self.see(self.records)
@@ -185,21 +181,9 @@ class Run:
         self.done, self.counts = self.done + 1, {}
 
     def agree(self, stop: StopRequest) -> tuple[int, bool]:
-        """(signal to any process, or 0; whether the saved state is too old): equal on all, after the same step.
-
-        Several processes meet about every MEET_S and whenever something is logged or saved; between, each runs on.
-        """
-        late = time.monotonic() - self.saved_at > SAVE_S
-        if self.alone:
-            return stop.number or 0, late
-        if self.done < self.meets and not self.log_is_due() and not self.checkpoint_is_due():
-            return 0, False
-        seconds = (time.monotonic() - self.met_at) / (self.done - self.met)
-        words = self.processes.all((stop.number or 0, late, seconds))
-        slowest = max(seconds for _, _, seconds in words)
-        self.met, self.meets = self.done, self.done + max(1, int(MEET_S / max(slowest, 1e-6)))
-        self.met_at = time.monotonic()
-        return max(number for number, _, _ in words), words[0][1]
+        """(signal to any process, or 0; whether the saved state is too old): equal on all, after the same step."""
+        answers = self.processes.all((stop.number or 0, time.monotonic() - self.saved_at > SAVE_S))
+        return max(number for number, _ in answers), answers[0][1]
 
     def log_is_due(self) -> bool:
         return self.done % self.config.log_every == 0 or self.done == self.config.steps
@@ -232,7 +216,7 @@ class Run:
         self.records += records
         if self.board is not None:
             self.board.add(records)
-        bar.tell(live(records[0], bar.pace, self.schedule.batch_size, self.config.verbose))
+        bar.set_postfix_str(live(records[0], self.config.verbose), refresh=False)
         self.see(records)
         if self.watch.all_broken:
             raise UserError(
@@ -299,13 +283,7 @@ class Run:
             self.setting.stream.close(remove=self.done == self.config.steps or self.drift_stops)
 
 
-def live(record: dict[str, Any], rate: float | None, squares: int, verbose: bool = False) -> str:
-    """The first head's figures for the progress line, which has to fit in 100 columns.
-
-    rate: steps a second. squares: in a step. verbose: add the terms E within / across / data.
-    """
-    parts = [f"{rate * squares:.0f} img/s"] if rate else []
-    if verbose:
-        within, across = (f"{record[name]:.3f}".replace("-0.", "-.") for name in ("energy_within", "energy_across"))
-        parts.append(f"E {within}/{across}/{record['data']:.2f}")
-    return ", ".join([*parts, f"{record['perplexity']:.1f} groups"])
+def live(record: dict[str, Any], verbose: bool) -> str:
+    """The first head's figures for the progress line; `verbose` adds the terms E within / across / data."""
+    terms = "E {energy_within:.3f}/{energy_across:.3f}/{data:.2f}, ".format(**record) if verbose else ""
+    return f"{terms}{record['perplexity']:.1f} groups"

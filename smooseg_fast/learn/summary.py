@@ -21,7 +21,6 @@ from ..segment.segmenter import Segmenter
 from ..show.sheet import NAMED
 from ..system.files import write_json
 from ..system.progress import SILENT_S, Bar
-from .monitors import COLLAPSED, collapse
 from .run import Run
 from .runfolder import CHECKPOINT, METRICS, REPORT, RunFolder, head_file
 from .runpictures import Shown, draw, in_use
@@ -103,23 +102,18 @@ def health_of_all(setting: Setting, heads: Heads) -> list[Health]:
 
 def say_groups(setting: Setting, states: Mapping[Variant, Health]) -> None:
     """Tells how many groups each head has, how large they are and how sure it is of them."""
-    asked = setting.prototypes
     for number, (variant, state) in enumerate(states.items()):
         default = " (default)" if number == 0 else ""
         mark = f"{variant.label()}{default}: " if len(states) > 1 else ""
-        groups = "1 group" if asked == 1 else f"{asked} groups"
         setting.say(
-            f"groups     {mark}{groups} asked for, {in_use(state.shares)} in use: {sizes(state.shares)} of the area; "
-            f"teacher and student agree on {100 * state.agreement:.0f} %"
+            f"groups     {mark}{setting.prototypes} groups asked for, {in_use(state.shares)} in use: "
+            f"{sizes(state.shares)} of the area; teacher and student agree on {100 * state.agreement:.0f} %"
         )
         setting.detail(
             f"           perplexity {state.perplexity:.1f}; {state.labels_per_image:.1f} in an image; "
             f"I(image;label)/H(label) {state.image_information:.2f}; modularity {state.modularity:.3f} x "
             f"explained variance {state.explained_variance:.3f} = {state.modularity_x_explained:.4f}"
         )
-    for variant, state in states.items():
-        if state.perplexity < COLLAPSED and asked > 1:
-            setting.say(f"warning    {variant.label()} has collapsed, {collapse(state.perplexity)}")
 
 
 def sizes(shares: Iterable[float]) -> str:

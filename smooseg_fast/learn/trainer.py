@@ -157,10 +157,7 @@ def say_plan(config: TrainConfig, device: str, say: Say, processes: Processes) -
     labels = [variant.label() for variant in config.variants()]
     heads = "" if len(labels) == 1 else f", {len(labels)} heads at once ({'; '.join(labels)})"
     how = f"objective by {config.impl}, projection in {config.precision}"
-    groups = "1 group" if config.prototypes == 1 else f"{config.prototypes} groups"
-    say(f"learning   at most {groups}, {config.init} start, {how} on {device}{heads}")
-    if config.prototypes == 1:
-        say("warning    every pixel will belong to the one group; ask for more with --prototypes")
+    say(f"learning   at most {config.prototypes} groups, {config.init} start, {how} on {device}{heads}")
     if processes.size > 1:
         lengths = ", ".join(map(str, Shares(len(labels), processes).lengths))
         say(f"processes  {processes.size}: all share features and evaluation; heads learnt by each: {lengths}")
@@ -233,7 +230,7 @@ def resolve(config: TrainConfig, backbone: Backbone, dataset: Dataset, say: Say)
             multiple = f"a multiple of the {patch}-pixel patch of {backbone.name}"
             say(f"{name}: {getattr(config, name)} -> {size} pixels, {multiple}")
     if K is None:
-        K = GROUPS_WITHOUT_LABELS if dataset.class_names is None else len(dataset.class_names)
+        K = GROUPS_WITHOUT_LABELS if dataset.class_names is None else max(2, len(dataset.class_names))
     precision = config.precision
     if precision == "auto":
         precision = "bfloat16" if backbone.device.type == "cuda" else "float32"

@@ -37,12 +37,9 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
     say(f"output     {out}{reason}")
     train, held_out = datasets_of(config)
     say(f"smooseg_fast: preset {config.preset}, {train.name} ({len(train)} images), backbone {config.backbone}")
-    if (layout := None if config.data is None else recognise(config.data)) is not None:
-        fits = layout.preset in (config.preset, "folder")
-        say(
-            f"data       {layout.title}"
-            + ("" if fits else f"; the paper's settings for it are --preset {layout.preset}")
-        )
+    if config.data is not None and (layout := recognise(config.data)) is not None:
+        paper = f"; the paper's settings for it are --preset {layout.preset}"
+        say(f"data       {layout.title}" + ("" if layout.preset in (config.preset, "folder") else paper))
     segmenter = learn(config, train, held_out, out=out, progress=True, say=say, processes=processes)
     if processes.first:
         tell_next(config, segmenter, train if held_out is None else held_out, out)

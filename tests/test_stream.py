@@ -26,7 +26,7 @@ from smooseg_fast.features.cachefolder import CacheFolder
 from smooseg_fast.features.job import FeatureOptions
 from smooseg_fast.features.room import Expected, Windows, sampled, windows_of
 from smooseg_fast.learn import stream
-from smooseg_fast.learn.loop import Loop
+from smooseg_fast.learn.loop import Captured, Loop
 from smooseg_fast.learn.schedule import Settings
 from smooseg_fast.learn.stream import open_for_training
 from smooseg_fast.segment.checkpoint import read_training_state
@@ -338,8 +338,8 @@ def test_a_step_whose_window_is_not_there_is_not_drawn_ahead(monkeypatch):
             asked.append(step)
             return False
 
-    loop.schedule, loop.capture, loop._inputs, loop._losses, loop._ahead = Never(), True, [], "losses", (3, None)
-    loop._graph = type("Graph", (), {"replay": lambda self: None})()
+    loop.schedule, loop.capture, loop._inputs, loop._ahead = Never(), True, [], (3, None)
+    loop._captured = Captured(type("Graph", (), {"replay": lambda self: None})(), "losses")
     loop._draws, loop._changing = (lambda number: None), (lambda draws: [])
     assert loop.step(3) == "losses"
     assert asked == [4]

@@ -117,8 +117,8 @@ class Loop:
             return self._work(fixed, self._batch(fixed) if batch is None else batch)
 
         stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
         with self.undone():
+            stream.wait_stream(torch.cuda.current_stream())
             try:
                 with torch.cuda.stream(stream):
                     for _ in range(WARM_UP_STEPS):

@@ -38,12 +38,11 @@ class Draws:
 
     def tensors(self) -> list[Tensor]:
         """The fields that are not None, in their order."""
-        return [value for value in (self.rows, self.partner, self.masks, self.patches) if value is not None]
+        return [value for value in vars(self).values() if value is not None]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Draws:
         """`function` of every field that is not None."""
-        masks, patches = (None if value is None else function(value) for value in (self.masks, self.patches))
-        return Draws(function(self.rows), function(self.partner), masks, patches)
+        return Draws(*(None if value is None else function(value) for value in vars(self).values()))
 
 
 class Schedule:

@@ -22,29 +22,19 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """Everything that a run needs and does not change. Every process of a run has an equal one.
+    """Everything that a run needs and does not change. Every process of a run has an equal one."""
 
-    Args:
-        config: with every choice resolved (number of prototypes, sizes, impl, precision).
-        dataset: the training images.
-        store: features of all training squares, or of a sample of them where `stream` brings the batches.
-        validation: labelled images to measure on; None without labels.
-        folder: where the first process writes; None to write nothing.
-        say: takes each line of text about the run.
-        started: `time.perf_counter()` at the beginning of the whole run.
-    """
-
-    config: TrainConfig
-    dataset: Dataset
-    store: FeatureStore
+    config: TrainConfig  # with every choice resolved (number of prototypes, sizes, impl, precision)
+    dataset: Dataset  # the training images
+    store: FeatureStore  # features of all training squares, or of a sample of them where `stream` brings the batches
     stream: Stream | None
-    validation: LabelSquares | None
+    validation: LabelSquares | None  # labelled images to measure on
     backbone: Backbone
-    folder: RunFolder | None
-    say: Say
+    folder: RunFolder | None  # where the first process writes; None to write nothing
+    say: Say  # takes each line of text about the run
     progress: bool
     processes: Processes
-    started: float
+    started: float  # `time.perf_counter()` at the beginning of the whole run
 
     @cached_property
     def variants(self) -> tuple[Variant, ...]:

@@ -84,10 +84,7 @@ def learn(
 ) -> Segmenter:
     """Learns one run; resumes the unfinished one of the same configuration in `out`. The first process alone writes.
 
-    Args:
-        dataset: images to learn from.
-        held_out: labelled images to measure on; None for no figures with labels.
-        out: folder of the run; None to write nothing.
+    held_out: labelled images to measure on; None for no figures with labels. out: None to write nothing.
     """
     started = time.perf_counter()
     device = processes.device(pick_device(config.device))
@@ -102,7 +99,7 @@ def learn(
         say(f"{out}: this run is finished, step {checkpoint.step} of {config.steps}; give another --out to train again")
         return Segmenter(checkpoint, backbone)
 
-    for note in dict.fromkeys((*dataset.notes, *(() if held_out is None else held_out.notes))):
+    for note in dict.fromkeys(note for part in (dataset, held_out) if part is not None for note in part.notes):
         say(f"data       {note}")
     say_plan(config, device, say, processes)
     with folder.held() if folder is not None and processes.first else nullcontext():
@@ -183,10 +180,7 @@ def open_features(
     in_use: int,
     say: Say,
 ) -> tuple[FeatureStore, Stream | None]:
-    """Features of all squares and None; or those of a sample, and the stream that brings the batches.
-
-    in_use: bytes of the cache that have to stay.
-    """
+    """Features of all squares and None; or those of a sample, and the stream that brings the batches."""
     started = time.perf_counter()
     store, stream = open_for_training(
         dataset,

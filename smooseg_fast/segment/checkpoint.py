@@ -58,20 +58,14 @@ class TrainingState:
     """An unfinished run after `step` steps.
 
     Nothing random needs saving: the draws of a step depend on its number and the seeds alone.
-
-    Args:
-        heads: the state of all H heads, [H,...] under a head's names.
-        optimizer: Adam's state as `optimizer_tensors` gives it.
-        losses: those of the last step, by their names in SmooSegLoss.
-        windows: number of windows that the features are streamed through, and steps in each; None without streaming.
     """
 
     config: TrainConfig
     step: int
-    heads: Mapping[str, Tensor]
-    optimizer: Mapping[str, Tensor]
-    losses: Mapping[str, Tensor]
-    windows: tuple[int, int] | None
+    heads: Mapping[str, Tensor]  # the state of all H heads, [H,...] under a head's names
+    optimizer: Mapping[str, Tensor]  # Adam's state as `optimizer_tensors` gives it
+    losses: Mapping[str, Tensor]  # those of the last step, by their names in SmooSegLoss
+    windows: tuple[int, int] | None  # number of windows that features are streamed through, and steps in each
 
     def write(self, path: str | Path) -> Path:
         header = {"step": self.step, "config": dataclasses.asdict(self.config), "windows": self.windows}

@@ -246,7 +246,9 @@ CITYSCAPES = TrainConfig(
     log_every=50,
 )
 # its images are tiles already
-TILES = dict(backbone="facebook/dino-vitb8", crops="center", prototypes=3, eval_size=224, threshold_within=0.1)
+TILES: dict[str, Any] = dict(
+    backbone="facebook/dino-vitb8", crops="center", prototypes=3, eval_size=224, threshold_within=0.1
+)
 PRESETS: dict[str, TrainConfig] = {
     # made-up textures have many classes of equal size: finer than photos, and more to learn, so longer and faster
     "demo": TrainConfig(preset="demo", granularity=(0.2,), lr=3e-4, steps=600, patches=196, eval_size=224),

@@ -195,7 +195,7 @@ class Run:
 
     def heads(self) -> Heads:
         """All heads of the run, on every process."""
-        if self.alone:
+        if self.loop is not None and self.alone:
             return self.loop.heads
         state = {} if self.loop is None else self.loop.heads.state_dict()
         return Heads.from_state(self.shares.everywhere(state)).to(self.setting.device)
@@ -255,7 +255,8 @@ class Run:
         """Saves the state after this step, with all heads."""
         if self.setting.folder is None:
             return
-        loop, states = self.loop, ({}, {}, {})
+        loop = self.loop
+        states: tuple[dict[str, Tensor], ...] = ({}, {}, {})
         if loop is not None:
             states = loop.heads.state_dict(), optimizer_tensors(loop.optimizer), self.losses
         heads, optimizer, losses = map(self.shares.everywhere, states)

@@ -42,7 +42,8 @@ class Draws:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Draws:
         """`function` of every field that is not None."""
-        return Draws(*(None if value is None else function(value) for value in vars(self).values()))
+        masks, patches = (None if value is None else function(value) for value in (self.masks, self.patches))
+        return Draws(function(self.rows), function(self.partner), masks, patches)
 
 
 class Schedule:

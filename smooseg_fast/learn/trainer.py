@@ -67,7 +67,12 @@ def fit(
     """
     data = str(images) if isinstance(images, (str, Path)) else None
     config = with_changes(preset(preset_name), data=data, **settings)
-    dataset, held_out = (ArrayDataset(list(images)), None) if data is None else open_splits(images)
+    dataset: Dataset
+    held_out: Dataset | None = None
+    if isinstance(images, (str, Path)):
+        dataset, held_out = open_splits(images)
+    else:
+        dataset = ArrayDataset(list(images))
     out, say = None if out is None else Path(out).expanduser(), say or (lambda line: None)
     return learn(config, dataset, held_out, out=out, progress=progress, say=say)
 
@@ -218,7 +223,7 @@ def resolve(config: TrainConfig, backbone: Backbone, dataset: Dataset, say: Say)
     dataset: the images to measure on, or else those to learn from; its classes are counted.
     """
     patch, K = backbone.patch, config.prototypes
-    changes = {name: whole_patches(getattr(config, name), patch) for name in ("size", "eval_size")}
+    changes: dict[str, Any] = {name: whole_patches(getattr(config, name), patch) for name in ("size", "eval_size")}
     for name, size in changes.items():
         if size != getattr(config, name):
             multiple = f"a multiple of the {patch}-pixel patch of {backbone.name}"

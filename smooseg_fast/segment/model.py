@@ -140,6 +140,8 @@ class Projection(nn.Module):
 class Head(nn.Module):
     """Projection, student prototypes [K,Z] and their exponential moving average, the teacher [K,Z]."""
 
+    teacher: Tensor
+
     def __init__(self, dim: int, prototypes: int, code_dim: int = 64, seed: int = 0):
         """The paper's start: PyTorch's default projection, Xavier-normal prototypes made unit, teacher = student."""
         super().__init__()
@@ -170,6 +172,8 @@ class Head(nn.Module):
 
 class Heads(nn.Module):
     """H heads of one shape, trained side by side on the same features. The state has a head's names, each [H,...]."""
+
+    teacher: Tensor
 
     def __init__(self, heads: Sequence[Head]):
         super().__init__()

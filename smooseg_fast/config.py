@@ -7,9 +7,7 @@ against the same.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from .errors import UserError
 from .system.commandline import nearest
-from .system.fields import Bounds, Group, Value, check_fields, fields_of, flag
+from .system.fields import Bounds, Group, Value, check_fields, fields_of
 from .system.sizes import parse_size
 
 GROUPS = 255  # the most that an 8-bit mask holds
@@ -30,6 +28,7 @@ Init = Literal["random", "pca-kmeans"]
 Crops = Literal["center", "slide", "five"]
 Resample = Literal["nearest", "bilinear"]
 Side = Annotated[int, Bounds(8, 1 << 16, " pixels")]
+CLOSENESS = Bounds(-2.0, 2.0)  # cosines differ by no more
 SEEDS = Bounds(0, 2**63 - 1)
 Seed = Annotated[int, SEEDS]
 AtLeastOne = Annotated[int, Bounds(1)]
@@ -42,8 +41,7 @@ CacheLimit = Annotated[str, Value("SIZE"), parse_size]
 def distinct(granularity: tuple[float, ...], flag: str) -> None:
     """UserError when heads would be called alike."""
     if len({f"{value:g}" for value in granularity}) < max(1, len(granularity)):
-        numbers = " ".join(map(str, granularity)) or "none"
-        raise UserError(f"{flag}: give one or more different numbers, got {numbers}")
+        raise UserError(f"{flag}: give one or more different numbers, got {granularity}")
 
 
 @dataclass(frozen=True)
@@ -122,17 +120,17 @@ class TrainConfig:
     another."""
 
     prototypes: Annotated[
-        int | None, Group("learning"), Bounds(1, GROUPS, ", the most that an 8-bit mask can hold")
+        int | None, Group("learning"), Bounds(2, GROUPS, ", the most that an 8-bit mask can hold")
     ] = None
     """Maximum number of groups [the number of classes, or 16 without labels]."""
-    granularity: Annotated[tuple[float, ...] | None, distinct] = (0.06, -0.05, 0.0, 0.03, 0.1)
+    granularity: Annotated[tuple[float, ...] | None, CLOSENESS, distinct] = (0.06, -0.05, 0.0, 0.03, 0.1)
     """How fine the grouping is: patches pull together when their closeness exceeds the measured mean by this much.
     Lower values merge groups, higher values split them. No single value suits every set of photos, so several are
     learnt at once and shown side by side; the first one predicts. Replaces both thresholds."""
-    threshold_within: float | None = None
+    threshold_within: Annotated[float | None, CLOSENESS] = None
     """Closeness above which patches of the same image pull together, as an absolute number; needs
     --threshold-across."""
-    threshold_across: float | None = None
+    threshold_across: Annotated[float | None, CLOSENESS] = None
     """Closeness above which patches of different images pull together; needs --threshold-within."""
     temperature: Annotated[float, Bounds(1e-6, 1e6)] = 0.1
     """Temperature of the softmax over cosines to the teacher's prototypes."""
@@ -190,28 +188,23 @@ class TrainConfig:
         """Maximum size of the feature cache in bytes; None is unlimited."""
         return None if self.cache_limit is None else parse_size(self.cache_limit, "--cache-limit")
 
-    @property
-    def relative(self) -> bool:
-        """True when thresholds are an excess over the measured mean closeness."""
-        return self.granularity is not None
-
     def __post_init__(self) -> None:
-        if isinstance(self.granularity, (Real, Iterable)):  # a number is a list of one
-            values = (self.granularity,) if isinstance(self.granularity, Real) else tuple(self.granularity)
-            if all(isinstance(value, Real) for value in values):  # -0.0 is 0.0; others are left for `check`
-                object.__setattr__(self, "granularity", tuple(float(value) + 0.0 for value in values))
+        values = (self.granularity,) if isinstance(self.granularity, Real) else self.granularity
+        if isinstance(values, (list, tuple)) and all(isinstance(value, Real) for value in values):
+            # a number is a list of one, and -0.0 is 0.0; `check` refuses what is no number
+            object.__setattr__(self, "granularity", tuple(float(value) + 0.0 for value in values))
         for name in ("data", "out"):  # one name for one folder, however it is typed
             value = getattr(self, name)
             if isinstance(value, str) and value:
-                object.__setattr__(self, name, str(Path(os.path.expanduser(value))))
+                object.__setattr__(self, name, str(Path(value).expanduser()))
 
     def thresholds(self) -> tuple[Thresholds, ...]:
         """One for every granularity, or the one pair of absolute thresholds; none for a published checkpoint."""
-        if self.granularity is None:
-            if self.threshold_within is None or self.threshold_across is None:
-                return ()
-            return (Thresholds(self.threshold_within, self.threshold_across, relative=False),)
-        return tuple(Thresholds(value, value, relative=True) for value in self.granularity)
+        if self.granularity is not None:
+            return tuple(Thresholds(value, value, relative=True) for value in self.granularity)
+        if self.threshold_within is None or self.threshold_across is None:
+            return ()
+        return (Thresholds(self.threshold_within, self.threshold_across, relative=False),)
 
     def variants(self) -> tuple[Variant, ...]:
         """The heads of a run: every granularity (or the one pair of thresholds) with every seed."""
@@ -226,24 +219,10 @@ class TrainConfig:
     def check(self) -> None:
         """UserError for the first value that is not legal; names the flag, the value and the legal ones."""
         check_fields(self)
-        self._check_thresholds()
         SEEDS.check("--seed", self.seed + self.heads - 1)  # the last head's seed
-
-    def _check_thresholds(self) -> None:
-        if (self.threshold_within is None) != (self.threshold_across is None):
-            missing = "threshold_within" if self.threshold_within is None else "threshold_across"
-            raise UserError(f"{flag(missing)}: missing; absolute thresholds are given as a pair")
-        if self.granularity is None and self.threshold_within is None:
-            raise UserError("--granularity: missing; give it, or --threshold-within and --threshold-across")
-        if self.granularity is not None and self.threshold_within is not None:
-            raise UserError(
-                "--granularity: takes the place of the thresholds; leave out either it or "
-                "--threshold-within and --threshold-across"
-            )
-        for variant in self.variants():
-            pair = variant.thresholds.within, variant.thresholds.across
-            if not all(map(math.isfinite, pair)):
-                raise UserError(f"--granularity or thresholds: must be finite, got {pair}")
+        given = [value is not None for value in (self.granularity, self.threshold_within, self.threshold_across)]
+        if given not in ([True, False, False], [False, True, True]):
+            raise UserError("--granularity: give either it alone, or both --threshold-within and --threshold-across")
 
     def learning(self) -> dict[str, Any]:
         """The values that decide what is learnt: everything except output, logging and the machine."""
@@ -252,8 +231,12 @@ class TrainConfig:
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in skip}
 
 
-_PAPER: dict[str, Any] = dict(
+CITYSCAPES = TrainConfig(
+    preset="cityscapes",
     granularity=None,
+    threshold_within=-0.02,
+    threshold_across=0.5,
+    prototypes=27,
     init="random",
     crops="five",
     batch_size=32,
@@ -262,25 +245,17 @@ _PAPER: dict[str, Any] = dict(
     checkpoint_every=500,
     log_every=50,
 )
-
+# its images are tiles already
+TILES: dict[str, Any] = dict(
+    backbone="facebook/dino-vitb8", crops="center", prototypes=3, eval_size=224, threshold_within=0.1
+)
 PRESETS: dict[str, TrainConfig] = {
     # made-up textures have many classes of equal size: finer than photos, and more to learn, so longer and faster
     "demo": TrainConfig(preset="demo", granularity=(0.2,), lr=3e-4, steps=600, patches=196, eval_size=224),
     "folder": TrainConfig(),
-    "cityscapes": TrainConfig(
-        preset="cityscapes", threshold_within=-0.02, threshold_across=0.5, prototypes=27, **_PAPER
-    ),
-    "cocostuff27": TrainConfig(
-        preset="cocostuff27", threshold_within=-0.02, threshold_across=0.48, prototypes=27, **{**_PAPER, "steps": 8000}
-    ),
-    "potsdam": TrainConfig(
-        preset="potsdam",
-        threshold_within=0.1,
-        threshold_across=0.5,
-        prototypes=3,
-        eval_size=224,
-        **{**_PAPER, "backbone": "facebook/dino-vitb8", "crops": "center"},  # its images are tiles already
-    ),
+    "cityscapes": CITYSCAPES,
+    "cocostuff27": dataclasses.replace(CITYSCAPES, preset="cocostuff27", threshold_across=0.48, steps=8000),
+    "potsdam": dataclasses.replace(CITYSCAPES, preset="potsdam", **TILES),
 }
 
 
@@ -298,11 +273,10 @@ def with_changes(base: TrainConfig, **changes: Any) -> TrainConfig:
         if name not in known:
             raise UserError(f"{name}: is not a setting{nearest(name, known) or '; known are ' + ', '.join(known)}")
     changes = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in changes.items()}
-    named_thresholds = changes.get("threshold_within") is not None or changes.get("threshold_across") is not None
-    if named_thresholds and "granularity" not in changes:
-        changes["granularity"] = None
-    if changes.get("granularity") is not None and not named_thresholds:
-        changes |= {"threshold_within": None, "threshold_across": None}
+    if changes.get("granularity") is not None:
+        changes = {"threshold_within": None, "threshold_across": None, **changes}
+    elif changes.get("threshold_within") is not None or changes.get("threshold_across") is not None:
+        changes = {"granularity": None, **changes}
     config = dataclasses.replace(base, **changes)
     config.check()
     return config

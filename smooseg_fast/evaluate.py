@@ -66,7 +66,7 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
     from .features.extract import open_or_extract
     from .features.job import FeatureOptions
     from .features.room import require_room
-    from .measure.confusion import LabelSquares, confusion_of, head_codes, require_same_rows
+    from .measure.confusion import LabelSquares, head_codes, require_same_rows
     from .segment.segmenter import pick_device
     from .system.processes import ALONE
 
@@ -96,8 +96,7 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
         mirrored = open_or_extract(dataset, segmenter.backbone, replace(options, mirror=True))
         require_same_rows(store, mirrored)
     labels = LabelSquares(dataset, store, size, processes)
-    codes = head_codes(segmenter.head, store, mirrored)
-    counts = confusion_of(codes, segmenter.head.teacher, store.grid, labels, len(classes_of(dataset)))
+    counts = labels.confusion(head_codes(segmenter.head, store, mirrored), segmenter.head.teacher)
     if processes.first:
         report(config, dataset, store, counts, size)
 

@@ -104,10 +104,13 @@ def main(args: Sequence[str]) -> None:
     if len(store) < 2:
         more = "add images, or --crops slide"
         raise UserError(f"--data: {len(store)} square of {config.size} pixels, but pairs of images need 2; {more}")
-    measured = similarity(store, backbone.device, largest=asked.pairs)
-    rows = [(variant, closeness(measured, variant.thresholds)) for variant in config.variants()]
-    print(spread_table(measured), measured.line(), "", thresholds_table(rows), sep="\n")
-    trouble = None if config.relative else warning(*rows[0][1])
+    found = similarity(store, backbone.device, largest=asked.pairs, partners=asked.partners)
+    rows = [(variant, closeness(found, variant.thresholds)) for variant in config.variants()]
+    print(spread_table(found))
+    print(found.line())
+    print()
+    print(thresholds_table(rows))
+    trouble = None if config.granularity is not None else warning(*rows[0][1])
     if trouble:
         print(f"warning    {trouble}")
     out = folder(asked, config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ SAMPLES = 6
 
 def main(args: Sequence[str], processes: Processes | None = None) -> None:
     config = configure(args)
+    from .datasets import recognise
     from .datasets.demo import datasets_of
     from .learn.trainer import learn
     from .system.processes import ALONE
@@ -37,8 +37,9 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
     say(f"output     {out}{reason}")
     train, held_out = datasets_of(config)
     say(f"smooseg_fast: preset {config.preset}, {train.name} ({len(train)} images), backbone {config.backbone}")
-    for line in recognised(config):
-        say(line)
+    if config.data is not None and (layout := recognise(config.data)) is not None:
+        paper = f"; the paper's settings for it are --preset {layout.preset}"
+        say(f"data       {layout.title}" + ("" if layout.preset in (config.preset, "folder") else paper))
     segmenter = learn(config, train, held_out, out=out, progress=True, say=say, processes=processes)
     if processes.first:
         tell_next(config, segmenter, train if held_out is None else held_out, out)
@@ -72,19 +73,6 @@ def write_samples(dataset: Dataset, folder: Path) -> None:
             save(folder / Path(dataset.names[index].replace("/", "_")).with_suffix(".png"), dataset.image(index))
 
 
-def recognised(config: TrainConfig) -> list[str]:
-    """A line about data in the layout of its owner, whose paper settings may be another preset."""
-    from .datasets import recognise
-
-    layout = None if config.data is None else recognise(config.data)
-    if layout is None:
-        return []
-    fits = layout.preset in (config.preset, "folder")
-    return [
-        f"data       {layout.title}" + ("" if fits else f"; the paper's settings for it are --preset {layout.preset}")
-    ]
-
-
 def say(line: str) -> None:
     """Print above the progress bar, and not through it."""
     tqdm.write(line)
@@ -97,8 +85,8 @@ def free_folder(config: TrainConfig) -> tuple[Path, str]:
     from .learn.runfolder import RunFolder
 
     base, reason = Path("runs") / (Path(config.data).resolve().name if config.data else "demo"), ""
-    for number in itertools.count(1):
-        path = base if number == 1 else base.with_name(f"{base.name}-{number}")
+    path, number = base, 1
+    while True:
         try:
             RunFolder(path, config)
             return path, reason
@@ -106,15 +94,13 @@ def free_folder(config: TrainConfig) -> tuple[Path, str]:
             why = f"holds another run, {flag(other.name)} {words(other.recorded)} against {words(other.asked)}"
         except UserError as error:
             why = str(error).removeprefix(f"--out {path}: ").partition(";")[0]
-        reason = reason or f": {path} {why}"
-    raise AssertionError("unreachable")
+        reason, number = reason or f": {path} {why}", number + 1
+        path = base.with_name(f"{base.name}-{number}")
 
 
 def words(value: Any) -> str:
     """A setting as one would type it."""
-    if isinstance(value, (list, tuple)):
-        return " ".join(f"{item}" for item in value)
-    return "none" if value is None else str(value)
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def configure(args: Sequence[str]) -> TrainConfig:

@@ -413,7 +413,7 @@ def test_help_shows_groups_choices_ranges_and_the_defaults_of_the_preset(monkeyp
     titles = [line for line in shown.splitlines() if line and line[0].islower()][1:]
     assert titles == ["options:", "data:", "features:", "learning:", "output:"]
     assert "  --impl {auto,triton,torch,dense}\n" in shown
-    assert re.search(r"--prototypes N .*\(1 to 255\) \[27\]", shown)
+    assert re.search(r"--prototypes N .*\(2 to 255\) \[27\]", shown)
     assert re.search(r"--steps N +Optimiser steps. \(at least 1\) \[8000\]", shown)
     assert "Seed of the initial weights. (at least 0) [0]" in shown
     assert "  --deterministic  " in shown

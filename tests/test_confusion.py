@@ -8,7 +8,7 @@ import torch
 
 from smooseg_fast.datasets import IGNORE
 from smooseg_fast.features.sample import BATCH
-from smooseg_fast.measure.confusion import LabelSquares, confusion_of
+from smooseg_fast.measure.confusion import LabelSquares
 
 SIZE, GRID, K, CLASSES = 6, 3, 4, 3  # pixels of a square's side, patches of it, groups, classes
 
@@ -23,12 +23,13 @@ def test_every_pixel_of_every_image_counts(count):
     rng = np.random.default_rng(count)
     truth = rng.choice([*range(CLASSES), IGNORE], (count, SIZE, SIZE)).astype(np.uint8)
     groups = rng.integers(0, K, (count, GRID * GRID))
-    dataset = Images(name="made", names=tuple(map(str, range(count))), label=lambda index: truth[index])
+    names, kinds = tuple(map(str, range(count))), tuple(map(str, range(CLASSES)))
+    dataset = Images(name="made", names=names, class_names=kinds, grid=(GRID, GRID), label=lambda index: truth[index])
 
     prototypes = torch.eye(K)
     codes = prototypes[torch.from_numpy(groups)]
     labels = LabelSquares(dataset, dataset, SIZE, progress=False)
-    counts = confusion_of(lambda rows: codes[rows], prototypes, (GRID, GRID), labels, CLASSES)
+    counts = labels.confusion(lambda rows: codes[rows], prototypes)
 
     upsampled = torch.nn.functional.interpolate(codes.mT.unflatten(2, (GRID, GRID)), size=(SIZE, SIZE), mode="bilinear")
     expected = np.zeros((K, CLASSES), np.int64)

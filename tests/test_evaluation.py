@@ -15,10 +15,10 @@ from smooseg_fast.datasets import base, images
 from smooseg_fast.errors import UserError
 from smooseg_fast.features.sample import BATCH
 from smooseg_fast.measure import confusion as evaluation
-from smooseg_fast.measure.confusion import LabelSquares, confusion_of
+from smooseg_fast.measure.confusion import LabelSquares
 
 
-def made_up_labels(count, size, classes=4, only=None):
+def made_up_labels(count, size, classes=4, only=None, grid=(4, 4)):
     """A dataset of random labels that are made whenever they are asked for, and a store of its images at once; reads
     are noted.
     """
@@ -34,13 +34,14 @@ def made_up_labels(count, size, classes=4, only=None):
         def __len__(self):
             return count
 
-    return Made(name="made", names=tuple(map(str, range(count))), label=label, reads=reads)
+    names, kinds = tuple(map(str, range(count))), ("a", "b", "c")  # number 3 counts nowhere
+    return Made(name="made", names=names, class_names=kinds, grid=grid, label=label, reads=reads)
 
 
 def counted(labels, K=5):
     g = torch.Generator().manual_seed(0)
     codes, prototypes = torch.randn(len(labels.dataset), 16, 6, generator=g), torch.randn(K, 6, generator=g)
-    return confusion_of(lambda rows: codes[rows], prototypes, (4, 4), labels, 3)
+    return labels.confusion(lambda rows: codes[rows], prototypes)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 2, 100], ids="{} batches kept".format)
@@ -50,8 +51,8 @@ def test_counts_do_not_depend_on_what_is_kept(kept, monkeypatch):
     made = made_up_labels(count, size)
     labels = LabelSquares(made, made, size)
     assert sorted(made.reads) == list(range(count))
-    squares = torch.cat([squares for _, squares in labels.batches()])
-    assert torch.cat([rows for rows, _ in labels.batches()]).tolist() == list(range(count))
+    squares = np.concatenate([squares for _, squares, _ in labels._batches("labels")])
+    assert [start for start, *_ in labels._batches("labels")] == list(range(0, count, BATCH))
     np.testing.assert_array_equal(squares, np.stack([made.label(index) for index in range(count)]))
     first, made.reads[:] = counted(labels), []
     np.testing.assert_array_equal(counted(labels), first)
@@ -65,11 +66,11 @@ def test_memory_does_not_grow_with_the_set(monkeypatch):
     monkeypatch.setattr(evaluation, "THREADS", threads)
     peaks = []
     for batches in (6, 30):
-        made = made_up_labels(batches * BATCH, size)
+        made = made_up_labels(batches * BATCH, size, grid=(1, 1))
         codes = torch.ones(1, 1, 2).expand(BATCH, -1, -1)
         tracemalloc.start()
         try:
-            confusion_of(lambda rows, codes=codes: codes, torch.ones(1, 2), (1, 1), LabelSquares(made, made, size), 4)
+            LabelSquares(made, made, size).confusion(lambda rows, codes=codes: codes, torch.ones(1, 2))
             peaks.append(tracemalloc.get_traced_memory()[1])
         finally:
             tracemalloc.stop()
@@ -87,8 +88,8 @@ def test_where_nobody_labelled():
     with pytest.raises(UserError, match="--data: every pixel in the central squares of all 20 labels of made is 255"):
         LabelSquares(made, made, 8)
     labels = LabelSquares(*[made_up_labels(20, 8, only=(3,))] * 2, 8)
-    squares = torch.cat([squares for _, squares in labels.batches()])
-    assert (squares != 255).flatten(1).any(1).nonzero().flatten().tolist() == [3]
+    squares = np.concatenate([squares for _, squares, _ in labels._batches("labels")])
+    assert np.flatnonzero((squares != 255).any((1, 2))).tolist() == [3]
 
 
 def test_features_and_their_mirror_images_of_other_images_are_refused(trained, labelled, monkeypatch, capsys):

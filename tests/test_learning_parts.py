@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from smooseg_fast.learn import loop as loops
-from smooseg_fast.learn.loop import Loop, _copies, _put_back
+from smooseg_fast.learn.loop import Loop
 from smooseg_fast.learn.schedule import Schedule, Settings
 from smooseg_fast.learn.step import make_optimizer, train_step
 from smooseg_fast.measure.health import entropy, health
@@ -317,11 +317,9 @@ def test_what_a_warm_up_changes_is_put_back():
     features = torch.randn(9, 12, 10)
     loop = make_loop(Heads([Head(10, 4, 8, 0)]), features, torch.full((1, 2), 0.1))
     fresh = make_loop(Heads([Head(10, 4, 8, 0)]), features, torch.full((1, 2), 0.1))
-    before = _copies(loop.heads.state_dict()), _copies(loop.optimizer.state)
-    for step in range(3):
-        loop.step(step)
-    _put_back(loop.heads.state_dict(), before[0])
-    _put_back(loop.optimizer.state, before[1])
+    with loop.undone():
+        for step in range(3):
+            loop.step(step)
     for step in range(3):
         assert torch.equal(loop.step(step).total, fresh.step(step).total)
 

@@ -122,16 +122,7 @@ def test_nothing_labelled():
         assert scores.pixels == 0
         assert scores.mapping == (-1, -1)
         assert np.isnan([scores.accuracy, scores.miou, *scores.iou]).all()
-        assert "-" in scores_table({"x": scores})
-
-
-@pytest.mark.parametrize(
-    "bad", [np.zeros(3, int), np.zeros((0, 3), int), np.zeros((2, 2)), np.array([[1, -1]])], ids=repr
-)
-@pytest.mark.parametrize("match", [hungarian, majority])
-def test_matching_refuses_anything_but_counts(match, bad):
-    with pytest.raises(ValueError, match="must hold counts"):
-        match(bad)
+        assert "-" in scores_table({"x": scores}, ["a", "b", "c"])
 
 
 def test_large_counts_do_not_overflow():
@@ -151,8 +142,7 @@ def test_as_dict_is_json_with_names():
     assert [c["name"] for c in read["classes"]] == ["sky", "Straße", "sky"]  # the same name twice loses nothing
     assert read["classes"][1] == {"name": "Straße", "pixels": 0, "iou": None}
     assert read["clusters"][1:] == [{"cluster": 1, "class": "sky"}, {"cluster": 2, "class": None}]
-    assert hungarian(np.eye(2, dtype=int)).as_dict()["classes"][1]["name"] == "1"
-    with pytest.raises(ValueError, match="2 class names for 3"):
+    with pytest.raises(ValueError, match="longer"):
         scores.as_dict(["a", "b"])
 
 
@@ -162,24 +152,15 @@ def test_table_by_hand():
     assert text == "\n".join(
         [
             "class     share  hungarian  majority",
-            "--------  -----  ---------  --------",
+            "------------------------------------",
             "sky        70.0       71.4     100.0",
             "道路          -          -         -",
             "tree       30.0      100.0     100.0",
-            "--------  -----  ---------  --------",
+            "------------------------------------",
             "mean IoU              85.7     100.0",
             "accuracy              80.0     100.0",
         ]
     )
-
-
-def test_table_refuses():
-    with pytest.raises(ValueError, match="empty"):
-        scores_table({})
-    with pytest.raises(ValueError, match="different numbers"):
-        scores_table({"a": majority(np.eye(2, dtype=int)), "b": majority(np.eye(3, dtype=int))})
-    with pytest.raises(ValueError, match="1 class names"):
-        scores_table({"a": majority(np.eye(2, dtype=int))}, ["one"])
 
 
 def test_percent():

@@ -33,10 +33,9 @@ from smooseg_fast.features.extract import open_or_extract
 from smooseg_fast.features.job import FeatureOptions
 from smooseg_fast.features.store import read_shard
 from smooseg_fast.learn import loop, monitors
-from smooseg_fast.learn import run as steps
 from smooseg_fast.learn.shares import Shares
 from smooseg_fast.learn.trainer import require_same_state
-from smooseg_fast.measure.confusion import LabelSquares, confusion_of
+from smooseg_fast.measure.confusion import LabelSquares
 from smooseg_fast.segment.checkpoint import read_training_state
 from smooseg_fast.segment.model import Head, Heads
 from smooseg_fast.system import processes as joining
@@ -108,18 +107,9 @@ def test_heads_are_shared_out_in_order(size):
         parts = [list(range(heads))[share.part] for share in shares]
         assert list(itertools.chain(*parts)) == list(range(heads))
         lengths = [len(part) for part in parts]
+        assert lengths == shares[0].lengths
         assert max(lengths) - min(lengths) <= 1
         assert lengths == sorted(lengths, reverse=True)  # the first process always has a head
-
-
-def test_the_line_that_says_who_learns_what():
-    lines = {(size, heads): Shares(heads, Processes(0, size)).line() for size in (1, 2, 3) for heads in (1, 2, 4)}
-    assert lines[1, 4] is None
-    assert lines[2, 4] == "2: each learns 2 of the 4 heads; they share features and evaluation"
-    assert lines[3, 4] == "3: each learns 1 or 2 of the 4 heads; they share features and evaluation"
-    assert lines[2, 1] == "2: the one head is learnt by 1 of them; the other helps with features and evaluation only"
-    assert lines[3, 1] == "3: the one head is learnt by 1 of them; the other 2 help with features and evaluation only"
-    assert lines[3, 2] == "3: the 2 heads are learnt by 2 of them; the other helps with features and evaluation only"
 
 
 def gathered(processes, heads):
@@ -128,29 +118,24 @@ def gathered(processes, heads):
     """
     shares = Shares(heads, processes)
     state = Heads([Head(6, 3, 4, seed) for seed in range(heads)]).state_dict()
-    own = shares.of(state)
-    part = Heads.from_state(own) if len(own["student"]) else None
     losses = {"total": torch.arange(heads) + 0.5, "mean": torch.tensor([3.0, 4.0]), "step": torch.tensor(7)}
-    sent = {} if part is None else shares.of(losses, ["mean"])
-    whole, first = shares.everywhere(part, CPU), shares.to_first(sent, ["mean"])
-    same = all(torch.equal(value, state[name]) for name, value in whole.state_dict().items())
-    return same, {name: value.tolist() for name, value in first.items()}
+    part = shares.of(state | losses)
+    whole = shares.everywhere(part if len(part["student"]) else {})
+    same = all(torch.equal(whole[name], value) for name, value in state.items())
+    return same, {name: whole[name].tolist() for name in losses}
 
 
 @pytest.mark.parametrize("heads", [1, 2, 5])
 def test_heads_are_put_together_again(pair, heads):
     losses = {"total": [head + 0.5 for head in range(heads)], "mean": [3.0, 4.0], "step": 7}
     assert gathered(ALONE, heads) == (True, losses)
-    assert pair(gathered, heads) == [(True, losses), (True, {})]
+    assert pair(gathered, heads) == [(True, losses)] * 2
 
 
-def learn_in(processes, place, args, seconds=None):
-    """`smooseg_fast.train` in a folder, printing nothing; -> what it printed. seconds: between two meetings of the
-    processes.
-    """
+def learn_in(processes, place, args):
+    """`smooseg_fast.train` in a folder, printing nothing; -> what it printed."""
     os.chdir(place)
     os.environ["XDG_CACHE_HOME"] = str(place / "cache")
-    steps.MEET_S = steps.MEET_S if seconds is None else seconds
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
         train.main([str(arg) for arg in args], processes)
@@ -174,8 +159,8 @@ def test_a_process_without_a_head_changes_nothing(pair, labelled, tmp_path):
     """Bit for bit; the second process makes features and counts labels."""
     args = ["--data", "set", *SMALL, "--granularity", "0.06"]
     learn_in(ALONE, tmp_path, [*args, "--out", "one", "--cache", "a"])
-    printed, _ = pair(learn_in, tmp_path, [*args, "--out", "two", "--cache", "b"], 0)
-    assert "processes  2: the one head is learnt by 1 of them; the other helps with features and evaluation" in printed
+    printed, _ = pair(learn_in, tmp_path, [*args, "--out", "two", "--cache", "b"])
+    assert "processes  2: all share features and evaluation; heads learnt by each: 1, 0\n" in printed
     assert weights("one") == weights("two")
     assert open("one/metrics.jsonl").read() == open("two/metrics.jsonl").read()
     assert json.load(open("one/report.json")) == json.load(open("two/report.json"))
@@ -188,16 +173,15 @@ def weights(out):
     return {name: value.numpy().tobytes() for name, value in state.items()}
 
 
-@pytest.mark.parametrize("seconds", [0, 1000], ids=["meet at every step", "meet where something is written"])
-def test_two_processes_learn_the_heads_of_one(pair, labelled, tmp_path, seconds):
+def test_two_processes_learn_the_heads_of_one(pair, labelled, tmp_path):
     args = ["--data", "set", *SMALL, "--granularity", "0.06", "0.1", "-0.05"]
     expected = learn_in(ALONE, tmp_path, [*args, "--out", "one"])
-    printed, _ = pair(learn_in, tmp_path, [*args, "--out", "two"], seconds)
+    printed, _ = pair(learn_in, tmp_path, [*args, "--out", "two"])
 
     def shape(text):  # the first word of each line
         return [line.split()[0] for line in text.splitlines() if not line.startswith("processes")]
 
-    assert "processes  2: each learns 1 or 2 of the 3 heads; they share features and evaluation" in printed
+    assert "processes  2: all share features and evaluation; heads learnt by each: 2, 1\n" in printed
     assert shape(printed) == shape(expected)
     close("one", "two")
     one, two = (json.load(open(f"{out}/report.json")) for out in ("one", "two"))
@@ -292,16 +276,14 @@ def test_one_label_is_enough_wherever_it_is(pair, alone):
 def count_one(processes, alone):
     made = made_up_labels(20, 20, classes=1, only=(alone,))
     codes = torch.ones(20, 16, 6)
-    return confusion_of(
-        lambda index: codes[index], torch.ones(1, 6), (4, 4), LabelSquares(made, made, 20, processes), 1
-    )
+    return LabelSquares(made, made, 20, processes).confusion(lambda index: codes[index], torch.ones(1, 6))
 
 
 def confusion(processes):
     g = torch.Generator().manual_seed(0)
     codes, prototypes = torch.randn(50, 16, 6, generator=g), torch.randn(5, 6, generator=g)
     made = made_up_labels(50, 20)
-    return confusion_of(lambda index: codes[index], prototypes, (4, 4), LabelSquares(made, made, 20, processes), 3)
+    return LabelSquares(made, made, 20, processes).confusion(lambda index: codes[index], prototypes)
 
 
 def test_confusion_counts_sum_exactly(pair):
@@ -428,11 +410,11 @@ def test_devices_of_several(monkeypatch):
 
 def test_a_state_that_only_one_process_finds():
     class Other(Processes):
-        def largest(self, number):
-            return 7
+        def all(self, number):
+            return [7, number]
 
     with pytest.raises(
-        UserError, match="--out out: process 1 finds step 0 there, and another step 7; give a shared folder"
+        UserError, match=r"--out out: the processes find the steps \[7, 0\] there; give a shared folder"
     ):
         require_same_state(None, Path("out"), Other(1, 2))
 

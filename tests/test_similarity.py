@@ -200,10 +200,14 @@ def test_fewer_pairs_than_there_are(folder, capsys):
 
 BAD = [
     (["--pairs", "0"], "--pairs: must be at least 1, got 0"),
-    (["--threshold-within", "0.1"], "--threshold-across: missing; absolute thresholds are given as a pair"),
+    (["--partners", "16"], "--partners: must be at most 15, got 16"),
+    (
+        ["--threshold-within", "0.1"],
+        "--granularity: give either it alone, or both",
+    ),
     (
         ["--granularity", "0.1", "--threshold-within", "0.1", "--threshold-across", "0.1"],
-        "--granularity: takes the place of the thresholds",
+        "--granularity: give either it alone, or both",
     ),
     (["--preset", "nowhere"], "--preset: 'nowhere' is not known"),
     (["--preset", "cityscapes"], "--data: missing; preset cityscapes needs a folder of images"),

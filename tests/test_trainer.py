@@ -27,7 +27,7 @@ from smooseg_fast.errors import UserError
 from smooseg_fast.learn import loop, runpictures, trainer
 from smooseg_fast.learn import run as steps
 from smooseg_fast.learn.summary import sizes
-from smooseg_fast.measure.validation import Validation
+from smooseg_fast.measure.confusion import LabelSquares
 from smooseg_fast.segment.checkpoint import read_checkpoint, read_training_state
 from smooseg_fast.system.locks import Lock
 
@@ -392,15 +392,16 @@ BAD = [
     (["--backbone", "nobody/nothing"], "--backbone nobody/nothing"),
     (["--impl", "cuda"], "--impl: 'cuda' is not known"),
     (["--granularity", "0.1", "0.1"], "--granularity: give one or more different numbers"),
-    (["--granularity", "nan"], "must be finite"),
+    (["--granularity", "nan"], "--granularity: must be between -2 and 2, got nan"),
     (["--heads", "0"], "--heads: must be at least 1"),
     (
         ["--granularity", "0.1", "--threshold-within", "0.1", "--threshold-across", "0.2"],
-        "--granularity: takes the place",
+        "--granularity: give either it alone, or both",
     ),
-    (["--threshold-within", "0.1"], "--threshold-across: missing"),
+    (["--threshold-within", "0.1"], "--granularity: give either it alone, or both"),
     (["--device", "cuda:99"], "--device cuda:99"),
     (["--prototypes", "300"], "--prototypes: must be at most 255"),
+    (["--prototypes", "1"], "--prototypes: must be at least 2"),
     (["--nonsense", "1"], "--nonsense"),
     (["--dropout", "1"], "--dropout: must be between 0 and 0.99"),
     (["--seed", str(2**63)], "--seed: must be below 2^63, got 9223372036854775808"),
@@ -498,8 +499,8 @@ def test_a_state_that_is_damaged(folder, monkeypatch, capsys):
     Path("out/training.safetensors").write_text("junk")
     assert call("--data", folder, "--out", "out", *SMALL) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: out/training.safetensors: cut short, damaged or no safetensors file")
-    assert error.endswith("; take it away to train from the first step, or give another --out")
+    assert error.startswith("error: out/training.safetensors: damaged, or written by another version")
+    assert error.endswith("; remove it to train from the first step, or give another --out")
     Path("out/training.safetensors").unlink()
     assert call("--data", folder, "--out", "out", *SMALL) == 0
 
@@ -515,8 +516,8 @@ def test_lines_of_metrics_that_are_none_of_the_run_go(folder):
 
 
 def test_scores_of_the_last_step_are_counted_once(labelled, monkeypatch):
-    confusion, seen = Validation.confusion, []
-    monkeypatch.setattr(Validation, "confusion", lambda self, head: seen.append(1) or confusion(self, head))
+    of_head, seen = LabelSquares.of_head, []
+    monkeypatch.setattr(LabelSquares, "of_head", lambda self, head: seen.append(1) or of_head(self, head))
     args = ["--data", labelled, *SMALL, "--granularity", "0.1", "0.2"]
     assert call(*args, "--out", "a") == 0
     assert len(seen) == 2
@@ -532,15 +533,6 @@ def test_scores_of_the_last_step_are_counted_once(labelled, monkeypatch):
     assert call(*args, "--out", "b") == 0
     assert len(seen) == 8
     assert json.load(open("b/report.json")) == made
-
-
-def test_one_group_is_said_once_and_is_no_collapse(folder, capsys):
-    assert call("--data", folder, "--out", "out", *SMALL, "--prototypes", "1") == 0
-    said = capsys.readouterr().out
-    assert "at most 1 group," in said
-    assert [line for line in said.splitlines() if line.startswith("warning")] == [
-        "warning    every pixel will belong to the one group; ask for more with --prototypes"
-    ]
 
 
 @pytest.mark.parametrize(("crops", "more"), [("slide", "add images"), ("center", "add images, or --crops slide")])
@@ -624,7 +616,10 @@ def test_choose_makes_another_head_the_default(folder, capsys):
             ["--run", "out"],
             "--granularity or --seed: missing; the heads are granularity_-0.05_seed_0, granularity_0.1_seed_0",
         ),
-        (["--run", "out", "--granularity", "7"], "--granularity 7 with seed 0: no such head"),
+        (
+            ["--run", "out", "--granularity", "7"],
+            "--run out: has no head granularity_7_seed_0; there are ",
+        ),
         (["--run", "nowhere", "--seed", "1"], "--run nowhere: holds no finished run"),
     ):
         assert run(choose.main, args) == 2

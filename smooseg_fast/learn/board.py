@@ -40,9 +40,8 @@ class Board:
     def add(self, records: Iterable[dict[str, Any]]) -> None:
         with disk_errors(self.writer.log_dir):
             for record in records:
-                for name, value in record.items():
-                    if isinstance(value, float):
-                        self.writer.add_scalar(f"{name}/{record['head']}", value, record["step"])
+                for name in (name for name, value in record.items() if isinstance(value, float)):
+                    self.writer.add_scalar(f"{name}/{record['head']}", record[name], record["step"])
 
     def close(self) -> None:
         with disk_errors(self.writer.log_dir):

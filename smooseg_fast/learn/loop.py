@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -115,35 +116,34 @@ class Loop:
         def work() -> sk.SmooSegLoss:
             return self._work(fixed, self._batch(fixed) if batch is None else batch)
 
-        before = _copies(self.heads.state_dict()), _copies(self.optimizer.state)
         stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        try:
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UP_STEPS):
-                    work()
-        finally:
-            torch.cuda.current_stream().wait_stream(stream)
-            _put_back(self.heads.state_dict(), before[0])
-            _put_back(self.optimizer.state, before[1])
-            self.optimizer.zero_grad(set_to_none=True)  # gradients belong to the graph's own memory
+        with self.undone():
+            stream.wait_stream(torch.cuda.current_stream())
+            try:
+                with torch.cuda.stream(stream):
+                    for _ in range(WARM_UP_STEPS):
+                        work()
+            finally:
+                torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             losses = work()
         return Captured(graph, losses)
 
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Undoes in place what steps inside change. Adam's moments and counts become 0 where it had none."""
 
-def _copies(state: Any) -> Any:
-    """Copies every tensor of a nested state."""
-    if isinstance(state, Tensor):
-        return state.clone()
-    return {key: _copies(value) for key, value in state.items()}
+        def state() -> list[Tensor]:
+            moments = (value for state in self.optimizer.state.values() for value in state.values())
+            return [*self.heads.state_dict().values(), *moments]
 
-
-def _put_back(state: Any, before: Any) -> None:
-    """Restores a nested state in place. Tensors that `before` lacks become 0, where Adam's moments and counts start."""
-    for key, value in state.items():
-        if isinstance(value, Tensor):
-            value.copy_(before[key]) if key in before else value.zero_()
-        else:
-            _put_back(value, before.get(key, {}))
+        before = [(tensor, tensor.clone()) for tensor in state()]
+        try:
+            yield
+        finally:
+            for tensor in state():
+                tensor.zero_()
+            for tensor, value in before:
+                tensor.copy_(value)
+            self.optimizer.zero_grad(set_to_none=True)  # gradients belong to the graph's own memory

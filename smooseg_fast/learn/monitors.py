@@ -32,12 +32,10 @@ def drifts(information: Sequence[float]) -> bool:
 class Watch:
     """Follows the records of a run's heads, and reports each trouble of each head once.
 
-    Its state comes from the records alone, so a resumed run knows what the stopped one knew. If only one group is asked
-    for, one group in use is no trouble.
+    Its state comes from the records alone, so a resumed run knows what the stopped one knew.
     """
 
-    def __init__(self, variants: Iterable[Variant], groups: int | None = None):
-        self._groups = groups
+    def __init__(self, variants: Iterable[Variant]):
         self._labels = {variant.name: variant.label() for variant in variants}
         self._information: dict[str, list[float]] = {name: [] for name in self._labels}
         self.broken: set[str] = set()  # names of heads whose loss is NaN or infinite
@@ -53,7 +51,7 @@ class Watch:
         if total is None or not math.isfinite(total):
             self.broken.add(name)
             return f"step {step}: {label}: loss is NaN or infinite; this head is dropped"
-        if record["perplexity"] < COLLAPSED and self._groups != 1 and name not in self.collapsed:
+        if record["perplexity"] < COLLAPSED and name not in self.collapsed:
             self.collapsed.add(name)
             return f"step {step}: {label} {COLLAPSE}"
         past = self._information[name]

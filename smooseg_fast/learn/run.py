@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,34 +34,15 @@ from .setting import Setting
 from .shares import Shares
 
 SAVE_S = 30.0  # a saved state is never older, however slow the steps are
-MEET_S = 0.2  # between two exchanges of several processes where nothing is logged: a signal is answered no later
 WATCHED_ROWS = 16  # squares whose labels are looked at for each line of the log
-COMMON = ("mean",)  # losses without a head axis
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A run after its last step.
-
-    Args:
-        heads: all H of them, on every process.
-        step: number of steps taken.
-        broken: heads whose losses became NaN or infinite.
-        records: the lines of metrics.jsonl.
-        counts: confusion counts of the heads as they are now, as far as they were taken.
-        report: figures of the run so far.
-    """
-
-    heads: Heads
-    step: int
-    broken: frozenset[Variant]
-    records: list[dict[str, Any]]
-    counts: Mapping[Variant, np.ndarray]
-    report: dict[str, Any]
 
 
 class Run:
-    """The steps of one run, from `state` or from the start."""
+    """The steps of one run, from `state` or from the start.
+
+    After `learn`, `done` is the number of steps taken, `records` are the lines of metrics.jsonl, `report` holds the
+    figures so far, and `counts` the confusion counts of the heads as they are now, if they were taken.
+    """
 
     def __init__(self, setting: Setting, state: TrainingState | None):
         self.setting, self.config, self.state = setting, setting.config, state
@@ -70,55 +50,54 @@ class Run:
         self.shares = Shares(len(setting.variants), setting.processes)
         self.variants = setting.variants[self.shares.part]  # those that this process learns
         self.schedule = setting.stream or Schedule(len(setting.store), self.config.batch_size, self.config.data_seed)
-        self.watch = Watch(setting.variants, self.config.prototypes)
+        self.watch = Watch(setting.variants)
         self.drift_stops = False  # whether --on-drift asks for an end here
+        self.loop: Loop | None = None  # stays None in a process without a head
+        self.losses: dict[str, Tensor] = {}  # this process's heads, last step
         self.records: list[dict[str, Any]] = []  # all heads
         self.report: dict[str, Any] = {}
         self.board: Board | None = None
         self.done = self.saved = 0 if state is None else state.step  # steps taken, and those in the folder's state
-        self.saved_at = self.met_at = time.monotonic()
-        self.met = self.meets = self.done  # step of the last exchange between processes, and of the next
+        self.saved_at = time.monotonic()
         self.counts: dict[Variant, np.ndarray] = {}
-        self.counted = 0  # the step that `counts` belong to
 
-    def learn(self) -> Ended:
+    def learn(self) -> None:
         """Takes all steps, or fewer with --on-drift stop. Interrupted after a signal, with the state saved."""
-        loop = self.prepare()
+        self.prepare()
         steps, first = self.config.steps, self.done
         bar = Bar(total=steps, initial=first, desc="train", unit="step", disable=not self.setting.progress)
-        with closing(self), bar, stop_request() as stop:
-            self.log_again(loop, bar)
+        with closing(self), bar, StopRequest() as stop:
+            logged = any(record["step"] == self.done for record in self.records)
+            if self.state is not None and self.state.losses and self.log_is_due() and not logged:
+                self.log(bar)  # a stop cut this line short
             while self.done < steps and not self.drift_stops:
-                losses = self.step(loop)
-                if self.done == first + 1 and loop is not None and loop.not_captured is not None:
-                    self.say(f"warning    steps run one by one, without a CUDA graph: {loop.not_captured}")
+                self.step()
+                if self.done == first + 1 and self.loop is not None and self.loop.not_captured is not None:
+                    self.say(f"warning    steps run one by one, without a CUDA graph: {self.loop.not_captured}")
                 bar.update()
                 if self.log_is_due() and not (self.alone and stop.number):
                     # resuming rewrites a line that a signal cut short from saved losses; several processes finish it
                     with stop.at_once() if self.alone else nullcontext():
-                        self.log(loop, losses, bar)
+                        self.log(bar)
                 number, late = self.agree(stop)
                 # a window of a stream takes the backbone minutes, so the state is saved before it
                 if self.checkpoint_is_due() or late or self.drift_stops or number or not self.schedule.ready(self.done):
-                    self.save(loop, losses)
+                    self.save()
                 if number:
                     self.processes.wait()  # the end of one would end another that still writes
                     raise Interrupted(number)
         if self.done < steps:
             self.say(f"stop       at step {self.done} of {steps}, as --on-drift stop asks: every head drifts")
-        variants = [variant for variant in self.setting.variants if variant.name in self.watch.broken]
-        counts = self.counts if self.counted == self.done else {}
-        return Ended(self.heads(loop), self.done, frozenset(variants), self.records, counts, self.report)
 
-    def prepare(self) -> Loop | None:
-        """Claims the folder; -> the loop of this process's heads, None for a process without a head."""
+    def prepare(self) -> None:
+        """Claims the folder, and starts or resumes this process's heads."""
         setting, state = self.setting, self.state
-        loop = None
         if self.variants:
-            loop = self.loop(self.start() if state is None else Heads.from_state(self.shares.of(state.heads)))
+            self.loop = self.make_loop(self.start() if state is None else Heads.from_state(self.shares.of(state.heads)))
         if state is not None:
-            if loop is not None:
-                restore_optimizer(loop.optimizer, self.shares.of(state.optimizer))
+            self.losses = self.shares.of(state.losses)
+            if self.loop is not None:
+                restore_optimizer(self.loop.optimizer, self.shares.of(state.optimizer))
             self.say(f"resume     from step {state.step} of {self.config.steps}")
         if setting.written is not None:
             self.records = setting.written.resume(self.done)
@@ -127,49 +106,39 @@ class Run:
         self.records = self.processes.all(self.records)[0]
         if setting.stream is not None:
             self.report["streamed"] = dataclasses.asdict(setting.stream.windows)
-        if self.schedule.batch_size < self.config.batch_size:
-            self.say(f"batch      {self.schedule.batch_size} squares, as many as there are")
         if self.processes.first:
             self.report["closeness"] = self.closeness()
         self.see(self.records)
-        return loop
 
-    def loop(self, heads: Heads) -> Loop:
+    def make_loop(self, heads: Heads) -> Loop:
         config, store = self.config, self.setting.store
         pairs = [variant.thresholds for variant in self.variants]
-        settings = Settings(
-            relative=pairs[0].relative,
-            temperature=config.temperature,
-            teacher_decay=config.teacher_decay,
-            dropout=config.dropout,
-            patches=config.patches,
-            impl=config.impl,
-        )
+        names = ("temperature", "teacher_decay", "dropout", "patches", "impl")
         return Loop(
             heads.to(self.setting.device),
             self.features(),
             (store.P, store.D),
             self.schedule,
             torch.tensor([[pair.within, pair.across] for pair in pairs]),
-            settings,
+            Settings(relative=pairs[0].relative, **{name: getattr(config, name) for name in names}),
             lr=config.lr,
             lr_prototypes=config.lr_prototypes,
         )
 
     def start(self) -> Heads:
         """Heads of one seed start alike; their thresholds tell them apart later."""
-        starts = {seed: self.start_of(seed) for seed in dict.fromkeys(variant.seed for variant in self.variants)}
-        return Heads([starts[variant.seed] for variant in self.variants])
+        seeds = [variant.seed for variant in self.variants]
+        starts = {seed: self.start_of(seed) for seed in dict.fromkeys(seeds)}
+        return Heads([starts[seed] for seed in seeds])
 
     def start_of(self, seed: int) -> Head:
-        config, setting = self.config, self.setting
-        head = Head(setting.store.D, setting.prototypes, config.code_dim, seed).to(setting.device)
-        if config.init == "pca-kmeans":
-            rows = sample_patches(setting.store, seed).to(setting.device)
-            groups, patches = setting.prototypes, len(rows)
-            if patches < groups:
-                raise UserError(f"--prototypes: {groups} groups cannot start from {patches} patches; ask for fewer")
-            self.say(f"start      {patches:,} patches sorted into {groups} first groups, seed {seed}")
+        store, device, groups = self.setting.store, self.setting.device, self.setting.prototypes
+        head = Head(store.D, groups, self.config.code_dim, seed).to(device)
+        if self.config.init == "pca-kmeans":
+            rows = sample_patches(store, seed).to(device)
+            if len(rows) < groups:
+                raise UserError(f"--prototypes: {groups} groups cannot start from {len(rows)} patches; ask for fewer")
+            self.say(f"start      {len(rows):,} patches sorted into {groups} first groups, seed {seed}")
             head.start_from_features(rows, seed)
         return head
 
@@ -177,11 +146,12 @@ class Run:
         """All features on a GPU, where they take at most 60 % of its free memory; else rows through the memory map."""
         store, stream, device = self.setting.store, self.setting.stream, self.setting.device
         dtype = getattr(torch, self.config.precision)
+        if stream is not None:
+            return functools.partial(stream.features, dtype=dtype)
         nbytes = len(store) * store.P * store.D * dtype.itemsize
-        resident = device.type == "cuda" and stream is None and nbytes <= 0.6 * torch.cuda.mem_get_info(device)[0]
-        if resident:
+        if device.type == "cuda" and nbytes <= 0.6 * torch.cuda.mem_get_info(device)[0]:
             return store.load(device, dtype)
-        return functools.partial(store.rows if stream is None else stream.features, dtype=dtype)
+        return functools.partial(store.rows, dtype=dtype)
 
     def closeness(self) -> dict[str, Any]:
         """Figures on how alike patches are, for the report; warns of thresholds that pull in opposite directions."""
@@ -191,8 +161,7 @@ class Run:
         setting.detail(f"closeness  within images  {within.line()}")
         setting.detail(f"           across images  {across.line()}")
         setting.detail(f"           {measured.line()}")
-        problem = warning(within, across)
-        if problem:
+        if problem := warning(within, across):
             self.say(f"warning    {problem}")
         return {
             "within": dataclasses.asdict(within) | {"pairs": measured.within.pairs},
@@ -203,30 +172,18 @@ class Run:
 
     # steps
 
-    def step(self, loop: Loop | None) -> dict[str, Tensor]:
-        """The losses of this process's heads. One without a head still enters the windows of a stream."""
-        if loop is None:
+    def step(self) -> None:
+        """Takes a step with this process's heads. A process without a head still enters the windows of a stream."""
+        if self.loop is None:
             self.schedule.rows_of(self.done)
-        losses = {} if loop is None else loop.step(self.done)._asdict()
-        self.done += 1
-        return losses
+        else:
+            self.losses = self.loop.step(self.done)._asdict()
+        self.done, self.counts = self.done + 1, {}
 
     def agree(self, stop: StopRequest) -> tuple[int, bool]:
-        """(signal to any process, or 0; whether the saved state is too old): equal on all, after the same step.
-
-        Several processes meet about every MEET_S and whenever something is logged or saved; between, each runs on.
-        """
-        late = time.monotonic() - self.saved_at > SAVE_S
-        if self.alone:
-            return stop.number or 0, late
-        if self.done < self.meets and not self.log_is_due() and not self.checkpoint_is_due():
-            return 0, False
-        seconds = (time.monotonic() - self.met_at) / (self.done - self.met)
-        words = self.processes.all((stop.number or 0, late, seconds))
-        slowest = max(seconds for _, _, seconds in words)
-        self.met, self.meets = self.done, self.done + max(1, int(MEET_S / max(slowest, 1e-6)))
-        self.met_at = time.monotonic()
-        return max(number for number, _, _ in words), words[0][1]
+        """(signal to any process, or 0; whether the saved state is too old): equal on all, after the same step."""
+        answers = self.processes.all((stop.number or 0, time.monotonic() - self.saved_at > SAVE_S))
+        return max(number for number, _ in answers), answers[0][1]
 
     def log_is_due(self) -> bool:
         return self.done % self.config.log_every == 0 or self.done == self.config.steps
@@ -236,28 +193,22 @@ class Run:
 
     # log and state
 
-    def heads(self, loop: Loop | None) -> Heads:
+    def heads(self) -> Heads:
         """All heads of the run, on every process."""
-        return self.shares.everywhere(None if loop is None else loop.heads, self.setting.device)
+        if self.loop is not None and self.alone:
+            return self.loop.heads
+        state = {} if self.loop is None else self.loop.heads.state_dict()
+        return Heads.from_state(self.shares.everywhere(state)).to(self.setting.device)
 
-    def log_again(self, loop: Loop | None, bar: Bar) -> None:
-        """Makes the line of metrics that a stop cut short, from the losses that were saved with the state."""
-        state = self.state
-        if state is None or not state.losses or not self.log_is_due():
-            return
-        if not any(record["step"] == self.done for record in self.records):
-            self.log(loop, self.shares.of(state.losses, COMMON), bar)
-
-    def log(self, loop: Loop | None, losses: dict[str, Tensor], bar: Bar) -> None:
+    def log(self, bar: Bar) -> None:
         """Writes a line of metrics for each head and names heads in trouble. UserError when all are broken."""
         setting = self.setting
-        measured = [] if loop is None else self.measure(loop.heads, losses)
+        measured = [] if self.loop is None else self.measure(self.loop.heads)
         records = [record for part in self.processes.all(measured) for record in part]
         if setting.validation is not None and self.checkpoint_is_due():
-            heads = self.heads(loop)
-            self.counts = {v: setting.validation.confusion(heads[h]) for h, v in enumerate(setting.variants)}
-            self.counted = self.done
-            for variant, record in zip(setting.variants, records):
+            heads = self.heads()
+            for h, (variant, record) in enumerate(zip(setting.variants, records)):
+                self.counts[variant] = setting.validation.of_head(heads[h])
                 scores = hungarian(self.counts[variant])
                 record |= {"accuracy": scores.accuracy, "miou": scores.miou}
         if setting.written is not None:
@@ -265,8 +216,7 @@ class Run:
         self.records += records
         if self.board is not None:
             self.board.add(records)
-        rate = bar.format_dict["rate"]
-        bar.set_postfix_str(live(records[0], rate, self.schedule.batch_size, self.config.verbose), refresh=False)
+        bar.set_postfix_str(live(records[0], self.config.verbose), refresh=False)
         self.see(records)
         if self.watch.all_broken:
             raise UserError(
@@ -274,24 +224,24 @@ class Run:
                 "try a lower --lr and --lr-prototypes"
             )
 
-    def measure(self, heads: Heads, losses: dict[str, Tensor]) -> list[dict[str, Any]]:
+    def measure(self, heads: Heads) -> list[dict[str, Any]]:
         """The records of this process's heads at this step."""
         states = health(heads, batches(self.setting.store, self.setting.device, WATCHED_ROWS))
-        total, energy, data, distance, mean = (losses[name].detach().float().cpu() for name in sk.SmooSegLoss._fields)
+        losses = sk.SmooSegLoss(**{name: value.detach().float().cpu() for name, value in self.losses.items()})
+        columns = {
+            "total": losses.total,
+            "energy_within": losses.energy[:, 0],
+            "energy_across": losses.energy[:, 1],
+            "data": losses.data,
+            "distance_within": losses.distance[:, 0],
+            "distance_across": losses.distance[:, 1],
+            "closeness_within": losses.mean[0].expand(len(heads)),
+            "closeness_across": losses.mean[1].expand(len(heads)),
+        }
         return [
-            {
-                "step": self.done,
-                "head": variant.name,
-                "total": float(total[h]),
-                "energy_within": float(energy[h, 0]),
-                "energy_across": float(energy[h, 1]),
-                "data": float(data[h]),
-                "distance_within": float(distance[h, 0]),
-                "distance_across": float(distance[h, 1]),
-                "closeness_within": float(mean[0]),
-                "closeness_across": float(mean[1]),
-                **state.figures(),
-            }
+            {"step": self.done, "head": variant.name}
+            | {name: float(values[h]) for name, values in columns.items()}
+            | state.figures()
             for h, (variant, state) in enumerate(zip(self.variants, states))
         ]
 
@@ -301,13 +251,15 @@ class Run:
             self.say(f"warning    {trouble}")
         self.drift_stops = self.config.on_drift == "stop" and self.watch.all_drifted
 
-    def save(self, loop: Loop | None, losses: dict[str, Tensor]) -> None:
+    def save(self) -> None:
         """Saves the state after this step, with all heads."""
         if self.setting.folder is None:
             return
-        heads = self.shares.to_first({} if loop is None else loop.heads.state_dict())
-        optimizer = self.shares.to_first({} if loop is None else optimizer_tensors(loop.optimizer))
-        losses = self.shares.to_first(losses, COMMON)
+        loop = self.loop
+        states: tuple[dict[str, Tensor], ...] = ({}, {}, {})
+        if loop is not None:
+            states = loop.heads.state_dict(), optimizer_tensors(loop.optimizer), self.losses
+        heads, optimizer, losses = map(self.shares.everywhere, states)
         if self.setting.written is not None:
             stream = self.setting.stream
             windows = None if stream is None else dataclasses.astuple(stream.windows)
@@ -332,13 +284,7 @@ class Run:
             self.setting.stream.close(remove=self.done == self.config.steps or self.drift_stops)
 
 
-def live(record: dict[str, Any], rate: float | None, squares: int, verbose: bool = False) -> str:
-    """The first head's figures for the progress line, which has to fit in 100 columns.
-
-    rate: steps a second. squares: in a step. verbose: add the energies, E within / across / data term.
-    """
-    parts = [f"{rate * squares:.0f} img/s"] if rate else []
-    if verbose:
-        within, across = (f"{record[name]:.3f}".replace("-0.", "-.") for name in ("energy_within", "energy_across"))
-        parts.append(f"E {within}/{across}/{record['data']:.2f}")
-    return ", ".join([*parts, f"{record['perplexity']:.1f} groups"])
+def live(record: dict[str, Any], verbose: bool) -> str:
+    """The first head's figures for the progress line; `verbose` adds the terms E within / across / data."""
+    terms = "E {energy_within:.3f}/{energy_across:.3f}/{data:.2f}, ".format(**record) if verbose else ""
+    return f"{terms}{record['perplexity']:.1f} groups"

@@ -23,8 +23,7 @@ class RunFolder(OutFolder):
         )
         self.metrics = Journal(path / METRICS)
         self._heads = {variant.name for variant in config.variants()}
-        several = config.granularity is not None and len(config.granularity) > 1
-        self.pictures = (GROUPS, CURVES, LADDER) if several else (GROUPS, CURVES)
+        self.pictures = (GROUPS, CURVES, LADDER) if len(config.thresholds()) > 1 else (GROUPS, CURVES)
 
     def state(self) -> TrainingState | None:
         """Read the last state that an earlier process of this run saved; None without one."""
@@ -39,11 +38,8 @@ class RunFolder(OutFolder):
         return all((self.path / name).exists() for name in (REPORT, CHECKPOINT, *self.pictures))
 
     def resume(self, step: int) -> list[dict[str, Any]]:
-        """Claim the folder and return the metrics up to `step`; removes lines of later steps, of other heads, and half
-        lines.
-
-        Removes the lines of `step` itself too unless every head has one: the run writes them again.
-        """
+        """Claim the folder and return the metrics up to `step`; removes all other lines. Those of `step` stay only if
+        every head has one: the run writes them again."""
         self.claim()
         ours = [r for r in self.metrics.read() if r.get("head") in self._heads and type(r.get("step")) is int]
         complete = sum(record["step"] == step for record in ours) == len(self._heads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,10 @@ from ..features.sample import evenly_spaced
 from ..segment.segmenter import Segmenter
 from ..show import charts, pictures
 from ..show.sheet import NAMED, groups_sheet, thumbnails
-from ..system.progress import Bar
+from ..system.progress import SILENT_S, Bar
 from .runfolder import CURVES, GROUPS, LADDER, RunFolder
 from .setting import Setting
 
-SILENT_S = 2.0  # that drawing may take before it shows a bar
 GROUPS_IMAGES, LADDER_IMAGES = 8, 6
 PANELS = {
     "energy": ("energy_within", "energy_across"),
@@ -50,53 +50,45 @@ class Shown:
     def default(self) -> Variant:
         return next(iter(self.segmenters))
 
-    def images(self, count: int) -> Iterator[tuple[str, np.ndarray]]:
-        """Names and pixels of at most `count` images, evenly spaced over those (held-out ones first) with features."""
+    def images(self, name: str, count: int) -> Iterator[tuple[str, np.ndarray]]:
+        """Names and pixels of at most `count` images, evenly spaced over those (held-out ones first) with features.
+
+        A bar called `name` shows once they take long.
+        """
         setting = self.setting if self.setting.validation is None else self.setting.validation
         usable = list(dict.fromkeys(setting.store.names))
-        chosen = {usable[place] for place in evenly_spaced(len(usable), count).tolist()}
-        for index, name in enumerate(setting.dataset.names):
-            if name not in chosen:
-                continue
-            try:
-                yield name, setting.dataset.image(index)
-            except ImageError:  # gone since its features were taken
-                continue
+        chosen = {usable[place] for place in spread(len(usable), count).tolist()}
+        indices = [index for index, image in enumerate(setting.dataset.names) if image in chosen]
+        for index in Bar(
+            iterable=indices, desc=name, unit="image", delay=SILENT_S, leave=False, disable=not self.setting.progress
+        ):
+            with suppress(ImageError):  # gone since its features were taken
+                yield setting.dataset.names[index], setting.dataset.image(index)
 
-    def labels(self, variant: Variant, image: np.ndarray, bar: Bar) -> np.ndarray:
+    def labels(self, variant: Variant, image: np.ndarray) -> np.ndarray:
         """uint8 [H,W] groups of an image."""
-        labels = self.segmenters[variant].predict(image).astype(np.uint8)
-        bar.update()
-        return labels
+        return self.segmenters[variant].predict(image).astype(np.uint8)
 
 
 def draw(shown: Shown) -> list[Path]:
     """Draws the pictures of the folder; -> those that succeeded. Reports a failure and continues."""
-    setting = shown.setting
-    names = shown.folder.pictures
-    total = GROUPS_IMAGES + (LADDER_IMAGES * len(ladder(shown)) if LADDER in names else 0)
-    paths = []
-    with Bar(total=total, desc="pictures", unit="image", delay=SILENT_S, disable=not setting.progress) as bar:
-        makers = {
-            GROUPS: lambda: groups_picture(shown, bar),
-            CURVES: lambda: curves_picture(shown),
-            LADDER: lambda: ladder_picture(shown, bar),
-        }
-        for name in names:
-            try:
-                paths.append(pictures.save(shown.folder.path / name, makers[name]()))
-            except WriteError:  # the disk is full: the report would not fit either
-                raise
-            except Exception as error:  # whatever it is, a picture must not lose a run that is learnt
-                setting.say(f"warning    {name} could not be drawn ({reason(error)}); the same command tries again")
+    makers, paths = {GROUPS: groups_picture, CURVES: curves_picture, LADDER: ladder_picture}, []
+    for name in shown.folder.pictures:
+        try:
+            paths.append(pictures.save(shown.folder.path / name, makers[name](shown)))
+        except WriteError:  # the disk is full: the report would not fit either
+            raise
+        except Exception as error:  # whatever it is, a picture must not lose a run that is learnt
+            problem = f"{name} could not be drawn ({reason(error)})"
+            shown.setting.say(f"warning    {problem}; the same command tries again")
     return paths
 
 
-def groups_picture(shown: Shown, bar: Bar) -> Image:
+def groups_picture(shown: Shown) -> Image:
     """Images of the default head: as they are, under their groups, and the groups alone."""
     groups, shares = shown.segmenters[shown.default].groups, shown.report["health"]["shares"]
     title = f"{in_use(shares)} of {groups} groups in use, found without labels"
-    cells = ((name, image, shown.labels(shown.default, image, bar)) for name, image in shown.images(GROUPS_IMAGES))
+    cells = ((name, image, shown.labels(shown.default, image)) for name, image in shown.images(GROUPS, GROUPS_IMAGES))
     return groups_sheet(cells, pictures.palette(groups), dict(enumerate(shares)), title)
 
 
@@ -106,35 +98,28 @@ def curves_picture(shown: Shown) -> Image:
     return charts.curves_picture(records, PANELS, str(shown.folder.path))
 
 
-def ladder_picture(shown: Shown, bar: Bar) -> Image:
+def ladder_picture(shown: Shown) -> Image:
     """The same images at every granularity, coarse to fine, one seed.
 
     A group has the colour of the default head's group that shares most pixels with it.
     """
-    rungs, default = ladder(shown), shown.default
-    images: list[tuple[str, np.ndarray]] = []
-    labels: dict[Variant, list[np.ndarray]] = {variant: [] for variant in rungs}
-    for name, image in shown.images(LADDER_IMAGES):
-        images.append((name, image))
-        for variant in rungs:
-            labels[variant].append(shown.labels(variant, image, bar))
-    K = shown.segmenters[default].groups
-    colours = pictures.palette(K)
-    rows = [[thumbnails(image, groups, colours)[0]] for (_, image), groups in zip(images, labels[rungs[0]])]
+    default, K = shown.default, shown.segmenters[shown.default].groups
+    rungs = sorted((v for v in shown.segmenters if v.seed == default.seed), key=lambda v: v.thresholds.within)
+    names, images, labels = [], [], []
+    for name, image in shown.images(LADDER, LADDER_IMAGES):
+        names.append(name)
+        images.append(image)
+        labels.append({variant: shown.labels(variant, image) for variant in rungs})
+    colours = {v: pictures.palette(K)[matching([(of[v], of[default]) for of in labels], K)] for v in rungs}
+    rows = []
+    for image, of in zip(images, labels):
+        row = [thumbnails(image, of[variant], colours[variant]) for variant in rungs]
+        rows.append([row[0][0], *(groups for *_, groups in row)])
     titles = ["image"]
     for variant in rungs:
-        matched = colours[matching(labels[variant], labels[default], K)]
-        for row, (_, image), groups in zip(rows, images, labels[variant]):
-            row.append(thumbnails(image, groups, matched)[2])
         used = in_use(shown.report["heads"][variant.name]["health"]["shares"])
         titles.append(f"{variant.granularity:g}: {used} groups" + (" (default)" if variant == default else ""))
-    names = [name for name, _ in images]
     return pictures.contact_sheet(rows, titles, names, (), "granularity, and the groups it leaves in use")
-
-
-def ladder(shown: Shown) -> list[Variant]:
-    """The heads of the default one's seed, coarse to fine."""
-    return sorted((v for v in shown.segmenters if v.seed == shown.default.seed), key=lambda v: v.thresholds.within)
 
 
 def in_use(shares: Sequence[float]) -> int:
@@ -142,9 +127,10 @@ def in_use(shares: Sequence[float]) -> int:
     return sum(share >= NAMED for share in shares)
 
 
-def matching(labels: Sequence[np.ndarray], onto: Sequence[np.ndarray], K: int) -> np.ndarray:
-    """int [K]: for each group of `labels` one of `onto`, one to one, so that the most pixels agree."""
+def matching(labels: Sequence[tuple[np.ndarray, np.ndarray]], K: int) -> np.ndarray:
+    """int [K]: for each group of the first labels of each pair one of the second, one to one, so that the most pixels
+    agree."""
     counts = np.zeros((K, K), np.int64)
-    for ours, theirs in zip(labels, onto):
+    for ours, theirs in labels:
         counts += np.bincount(ours.ravel().astype(np.int64) * K + theirs.ravel(), minlength=K * K).reshape(K, K)
     return linear_sum_assignment(counts, maximize=True)[1]

@@ -38,7 +38,7 @@ class Draws:
 
     def tensors(self) -> list[Tensor]:
         """The fields that are not None, in their order."""
-        return [value for value in (self.rows, self.partner, self.masks, self.patches) if value is not None]
+        return [value for value in vars(self).values() if value is not None]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Draws:
         """`function` of every field that is not None."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -13,8 +12,8 @@ from ..backbones import Backbone
 from ..config import TrainConfig, Variant
 from ..datasets import Dataset
 from ..features.store import FeatureStore
-from ..measure.validation import Validation
-from ..system.processes import ALONE, Processes
+from ..measure.confusion import LabelSquares
+from ..system.processes import Processes
 from .runfolder import RunFolder
 from .stream import Stream
 
@@ -23,29 +22,19 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """Everything that a run needs and does not change. Every process of a run has an equal one.
+    """Everything that a run needs and does not change. Every process of a run has an equal one."""
 
-    Args:
-        config: with every choice resolved (number of prototypes, sizes, impl, precision).
-        dataset: the training images.
-        store: features of all training squares, or of a sample of them where `stream` brings the batches.
-        validation: labelled images to measure on; None without labels.
-        folder: where the first process writes; None to write nothing.
-        say: takes each line of text about the run.
-        started: `time.perf_counter()` at the beginning of the whole run.
-    """
-
-    config: TrainConfig
-    dataset: Dataset
-    store: FeatureStore
+    config: TrainConfig  # with every choice resolved (number of prototypes, sizes, impl, precision)
+    dataset: Dataset  # the training images
+    store: FeatureStore  # features of all training squares, or of a sample of them where `stream` brings the batches
     stream: Stream | None
-    validation: Validation | None
+    validation: LabelSquares | None  # labelled images to measure on
     backbone: Backbone
-    folder: RunFolder | None
-    say: Say
-    progress: bool = True
-    processes: Processes = ALONE
-    started: float = field(default_factory=time.perf_counter)
+    folder: RunFolder | None  # where the first process writes; None to write nothing
+    say: Say  # takes each line of text about the run
+    progress: bool
+    processes: Processes
+    started: float  # `time.perf_counter()` at the beginning of the whole run
 
     @cached_property
     def variants(self) -> tuple[Variant, ...]:
@@ -61,6 +50,13 @@ class Setting:
     @property
     def device(self) -> torch.device:
         return self.backbone.device
+
+    @property
+    def prototypes(self) -> int:
+        """K, once `trainer.resolve` has chosen it. ValueError before."""
+        if self.config.prototypes is None:
+            raise ValueError("the number of prototypes is not resolved")
+        return self.config.prototypes
 
     @property
     def written(self) -> RunFolder | None:

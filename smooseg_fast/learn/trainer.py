@@ -24,7 +24,6 @@ from ..features.job import FeatureOptions
 from ..features.room import Windows, require_room
 from ..features.store import FeatureStore
 from ..measure.confusion import LabelSquares
-from ..measure.validation import Validation
 from ..segment.checkpoint import TrainingState
 from ..segment.segmenter import Segmenter, pick_device
 from ..system.host import deterministic, keep_freed_memory
@@ -74,14 +73,8 @@ def fit(
         dataset, held_out = open_splits(images)
     else:
         dataset = ArrayDataset(list(images))
-    return learn(
-        config,
-        dataset,
-        held_out,
-        out=None if out is None else Path(out).expanduser(),
-        progress=progress,
-        say=say or (lambda line: None),
-    )
+    out, say = None if out is None else Path(out).expanduser(), say or (lambda line: None)
+    return learn(config, dataset, held_out, out=out, progress=progress, say=say)
 
 
 def learn(
@@ -96,10 +89,7 @@ def learn(
 ) -> Segmenter:
     """Learns one run; resumes the unfinished one of the same configuration in `out`. The first process alone writes.
 
-    Args:
-        dataset: images to learn from.
-        held_out: labelled images to measure on; None for no figures with labels.
-        out: folder of the run; None to write nothing.
+    held_out: labelled images to measure on; None for no figures with labels. out: None to write nothing.
     """
     started = time.perf_counter()
     device = processes.device(pick_device(config.device))
@@ -114,7 +104,7 @@ def learn(
         say(f"{out}: this run is finished, step {checkpoint.step} of {config.steps}; give another --out to train again")
         return Segmenter(checkpoint, backbone)
 
-    for note in dict.fromkeys((*dataset.notes, *(() if held_out is None else held_out.notes))):
+    for note in dict.fromkeys(note for part in (dataset, held_out) if part is not None for note in part.notes):
         say(f"data       {note}")
     say_plan(config, device, say, processes)
     with folder.held() if folder is not None and processes.first else nullcontext():
@@ -130,9 +120,8 @@ def learn(
             progress=progress,
             processes=processes,
         )
-        validation = None
-        if held_out is not None:  # first, so that labels that do not fit are known early
-            validation = open_validation(config, held_out, backbone, options)
+        # first, so that labels that do not fit are known early
+        validation = None if held_out is None else open_validation(config, held_out, backbone, options)
         in_use = 0 if validation is None else validation.store.nbytes
         store, stream = open_features(config, dataset, backbone, options, state=state, in_use=in_use, say=say)
         setting = Setting(
@@ -156,9 +145,9 @@ def learn_from(setting: Setting, state: TrainingState | None) -> Segmenter:
     run, started = Run(setting, state), time.perf_counter()
     try:
         with deterministic(setting.config.deterministic):
-            ended = run.learn()
-        setting.say(f"learnt     {ended.step} steps in {time.perf_counter() - started:.1f} s")
-        return finish(setting, ended)
+            run.learn()
+        setting.say(f"learnt     {run.done} steps in {time.perf_counter() - started:.1f} s")
+        return finish(run)
     except KeyboardInterrupt as stop:
         raise with_kept(stop, run.kept()) from None
     except WriteError as error:
@@ -167,26 +156,23 @@ def learn_from(setting: Setting, state: TrainingState | None) -> Segmenter:
 
 def say_plan(config: TrainConfig, device: str, say: Say, processes: Processes) -> None:
     """Tells what is about to be learnt, how and where."""
-    variants = config.variants()
-    labels = "; ".join(variant.label() for variant in variants)
-    heads = "" if len(variants) == 1 else f", {len(variants)} heads at once ({labels})"
+    labels = [variant.label() for variant in config.variants()]
+    heads = "" if len(labels) == 1 else f", {len(labels)} heads at once ({'; '.join(labels)})"
     how = f"objective by {config.impl}, projection in {config.precision}"
-    groups = "1 group" if config.prototypes == 1 else f"{config.prototypes} groups"
-    say(f"learning   at most {groups}, {config.init} start, {how} on {device}{heads}")
-    if config.prototypes == 1:
-        say("warning    every pixel will belong to the one group; ask for more with --prototypes")
-    shares = Shares(len(variants), processes).line()
-    if shares is not None:
-        say(f"processes  {shares}")
+    say(f"learning   at most {config.prototypes} groups, {config.init} start, {how} on {device}{heads}")
+    if processes.size > 1:
+        lengths = ", ".join(map(str, Shares(len(labels), processes).lengths))
+        say(f"processes  {processes.size}: all share features and evaluation; heads learnt by each: {lengths}")
 
 
-def open_validation(config: TrainConfig, held_out: Dataset, backbone: Backbone, options: FeatureOptions) -> Validation:
+def open_validation(
+    config: TrainConfig, held_out: Dataset, backbone: Backbone, options: FeatureOptions
+) -> LabelSquares:
     """Features and labels of the images to measure on, in central squares of --eval-size."""
     options = dataclasses.replace(options, size=config.eval_size, crops="center", argument="--eval-size")
     require_room(held_out, backbone, options)
     store = open_or_extract(held_out, backbone, options)
-    labels = LabelSquares(held_out, store, config.eval_size, options.processes, options.progress)
-    return Validation(held_out, store, labels, options.processes)
+    return LabelSquares(held_out, store, config.eval_size, options.processes, options.progress)
 
 
 def open_features(
@@ -199,10 +185,7 @@ def open_features(
     in_use: int,
     say: Say,
 ) -> tuple[FeatureStore, Stream | None]:
-    """Features of all squares and None; or those of a sample, and the stream that brings the batches.
-
-    in_use: bytes of the cache that have to stay.
-    """
+    """Features of all squares and None; or those of a sample, and the stream that brings the batches."""
     started = time.perf_counter()
     store, stream = open_for_training(
         dataset,
@@ -218,24 +201,20 @@ def open_features(
     if len(store) < 2:
         more = "add images" if config.crops == "slide" else "add images, or --crops slide"
         raise UserError(f"--data: {len(store)} square(s) of {config.size} pixels, but pairs of images need 2; {more}")
+    skipped = f"; {len(store.skipped)} images could not be used" if store.skipped else ""
     say(
         f"{'features' if stream is None else 'sample  '}   {len(store)} squares of {len(set(store.names))} images, "
-        f"{store.grid[0]}x{store.grid[1]} patches, {store.D} channels of {backbone.name}, {store.nbytes / 2**20:.0f} MB"
-        + (f"; {len(store.skipped)} images could not be used" if store.skipped else "")
-        + f"; {time.perf_counter() - started:.1f} s"
+        f"{store.grid[0]}x{store.grid[1]} patches, {store.D} channels of {backbone.name}, "
+        f"{store.nbytes / 2**20:.0f} MB{skipped}; {time.perf_counter() - started:.1f} s"
     )
     return store, stream
 
 
 def require_same_state(state: TrainingState | None, out: Path | None, processes: Processes) -> None:
     """UserError where a process does not find the state that another finds."""
-    step = 0 if state is None else state.step
-    furthest = processes.largest(step)
-    if step != furthest:
-        raise UserError(
-            f"--out {out}: process {processes.rank} finds step {step} there, and another step {furthest}; "
-            "give a shared folder"
-        )
+    steps = processes.all(0 if state is None else state.step)
+    if len(set(steps)) > 1:
+        raise UserError(f"--out {out}: the processes find the steps {steps} there; give a shared folder")
 
 
 def resolve(config: TrainConfig, backbone: Backbone, dataset: Dataset, say: Say) -> TrainConfig:
@@ -243,23 +222,19 @@ def resolve(config: TrainConfig, backbone: Backbone, dataset: Dataset, say: Say)
 
     dataset: the images to measure on, or else those to learn from; its classes are counted.
     """
-    changes: dict[str, Any] = {}
-    for name in ("size", "eval_size"):
-        size = getattr(config, name)
-        fitting = whole_patches(size, backbone.patch)
-        if fitting != size:
-            say(
-                f"{name}: {size} -> {fitting} pixels, a multiple of the {backbone.patch}-pixel patch of {backbone.name}"
-            )
-            changes[name] = fitting
-    prototypes = config.prototypes
-    if prototypes is None:
-        names = dataset.class_names
-        prototypes = changes["prototypes"] = GROUPS_WITHOUT_LABELS if names is None else len(names)
-    if config.precision == "auto":
-        changes["precision"] = "bfloat16" if backbone.device.type == "cuda" else "float32"
-    changes["impl"] = usable_impl(config.impl, prototypes, config.code_dim, backbone.device)
-    return dataclasses.replace(config, **changes)
+    patch, K = backbone.patch, config.prototypes
+    changes: dict[str, Any] = {name: whole_patches(getattr(config, name), patch) for name in ("size", "eval_size")}
+    for name, size in changes.items():
+        if size != getattr(config, name):
+            multiple = f"a multiple of the {patch}-pixel patch of {backbone.name}"
+            say(f"{name}: {getattr(config, name)} -> {size} pixels, {multiple}")
+    if K is None:
+        K = GROUPS_WITHOUT_LABELS if dataset.class_names is None else max(2, len(dataset.class_names))
+    precision = config.precision
+    if precision == "auto":
+        precision = "bfloat16" if backbone.device.type == "cuda" else "float32"
+    impl = usable_impl(config.impl, K, config.code_dim, backbone.device)
+    return dataclasses.replace(config, prototypes=K, precision=precision, impl=impl, **changes)
 
 
 def usable_impl(impl: str, K: int, Z: int, device: torch.device) -> str:

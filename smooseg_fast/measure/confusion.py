@@ -20,11 +20,11 @@ from ..features.store import FeatureStore
 from ..segment.model import Head, project
 from ..system.ahead import ahead
 from ..system.processes import ALONE, Processes
-from ..system.progress import Bar
+from ..system.progress import SILENT_S, Bar
+from .scores import Scores, hungarian
 
 KEPT_BYTES = 64 * 2**20  # label squares that a process keeps: 650 of 320 pixels
 THREADS = 4  # that read labels, at most, each a batch
-SILENT_S = 2.0  # that reading or counting may take before it shows a bar
 
 
 class LabelSquares:
@@ -34,7 +34,7 @@ class LabelSquares:
 
     Args:
         size: S, the side of a square in pixels.
-        processes: each reads the batches alone that it will count.
+        processes: each reads the batches alone that it will count; all ask for the same counts in the same order.
         progress: show a bar where reading or counting takes long.
 
     Raises:
@@ -44,17 +44,16 @@ class LabelSquares:
     def __init__(
         self, dataset: Dataset, store: FeatureStore, size: int, processes: Processes = ALONE, progress: bool = True
     ):
-        self.dataset, self.size, self.processes, self.progress = dataset, size, processes, progress
+        self.dataset, self.store, self.size = dataset, store, size
+        self.processes, self.progress = processes, progress
         places = {name: index for index, name in enumerate(dataset.names)}
         self._images = [places[name] for name in store.names]
         self._kept: dict[int, np.ndarray] = {}
         labelled, room = torch.zeros(2, dtype=torch.int64), KEPT_BYTES // (BATCH * size**2)
-        with self.bar("labels", "label") as bar:
-            for start, squares, labels in self._read():
-                labelled += torch.tensor([labels, np.count_nonzero(squares != IGNORE)])
-                if len(self._kept) < room:
-                    self._kept[start] = squares
-                bar.update(min(processes.size * BATCH, len(store) - bar.n))
+        for start, squares, labels in self._batches("labels"):
+            labelled += torch.tensor([labels, np.count_nonzero(squares != IGNORE)])
+            if len(self._kept) < room:
+                self._kept[start] = squares
         labels, pixels = processes.sum(labelled).tolist()
         if not labels:
             raise UserError(f"--data: none of the {len(store)} images of {dataset.name} has a label")
@@ -64,23 +63,47 @@ class LabelSquares:
                 "(ignore), so nothing can be measured; write class numbers from 0 into the labels"
             )
 
-    def bar(self, name: str, unit: str) -> Bar:
-        """A bar over all rows, which shows once they take long."""
-        total, off = len(self._images), not self.progress
-        return Bar(total=total, desc=name, unit=unit, delay=SILENT_S, leave=False, disable=off)
+    def confusion(self, codes: Callable[[Tensor], Tensor], prototypes: Tensor) -> np.ndarray:
+        """int64 [K,classes] over all labelled pixels. `codes` gives [n,P,Z] for int64 [n] numbers of rows.
 
-    def batches(self) -> Generator[tuple[Tensor, Tensor], None, None]:
-        """(rows int64 [n], their labels uint8 [n,S,S], 255 without a label) of every batch of this process."""
-        for start, squares, _ in self._read():
-            yield torch.arange(start, start + len(squares)), torch.from_numpy(squares)
+        Several processes count different batches, and all get the sum, which equals that of one process to the last
+        pixel.
+        """
+        classes = len(self.dataset.class_names)
+        counts = torch.zeros(len(prototypes), classes, dtype=torch.int64)
+        for start, squares, _ in self._batches("scores"):
+            truth = torch.from_numpy(squares).to(prototypes.device)
+            rows, grid = torch.arange(start, start + len(truth)), self.store.grid
+            part = sk.assign(codes(rows), prototypes, grid=grid, size=truth.shape[1:], labels=truth, classes=classes)[1]
+            counts += part.cpu()
+        return self.processes.sum(counts).numpy()
 
-    def _read(self) -> Iterator[tuple[int, np.ndarray, int]]:
+    def of_head(self, head: Head) -> np.ndarray:
+        """int64 [K,classes] pixels of every group of a head in every class."""
+        return self.confusion(head_codes(head, self.store), head.teacher)
+
+    def kmeans(self, centres: Tensor) -> Scores:
+        """Scores of plain k-means centres [K,D] on the same features, which any learning has to beat."""
+        centres = self.processes.all(centres.cpu())[0].to(centres.device)
+        return hungarian(self.confusion(self.store.rows, centres))
+
+    def _batches(self, title: str) -> Iterator[tuple[int, np.ndarray, int]]:
+        """Read the batches of this process, with a bar once they take long."""
         starts = range(self.processes.rank * BATCH, len(self._images), self.processes.size * BATCH)
         threads = min(THREADS, os.cpu_count() or 1)
-        return ahead(self._batch, starts, threads=threads, waiting=threads)
+        with closing(ahead(self._batch, starts, threads=threads, waiting=threads)) as read:
+            yield from Bar(
+                iterable=read,
+                total=len(starts),
+                desc=title,
+                unit="batch",
+                delay=SILENT_S,
+                leave=False,
+                disable=not self.progress,
+            )
 
     def _batch(self, start: int) -> tuple[int, np.ndarray, int]:
-        """(start, uint8 [n,S,S] of that row and the next ones, number of them that have a label)"""
+        """(start, uint8 [n,S,S] of that row and the next ones, 255 without a label; number of images with a label)"""
         if start in self._kept:
             return start, self._kept[start], 0
         labels = [self.dataset.label(index) for index in self._images[start : start + BATCH]]
@@ -89,23 +112,6 @@ class LabelSquares:
             if label is not None:
                 square[:] = cut_squares(label, self.size, "center")[0][1]
         return start, squares, sum(label is not None for label in labels)
-
-
-def confusion_of(
-    codes: Callable[[Tensor], Tensor], prototypes: Tensor, grid: tuple[int, int], labels: LabelSquares, classes: int
-) -> np.ndarray:
-    """int64 [K,classes] over all labelled pixels. `codes` gives [n,P,Z] for int64 [n] numbers of rows.
-
-    Several processes count different batches, and all get the sum, which equals that of one process to the last pixel.
-    """
-    counts = torch.zeros(len(prototypes), classes, dtype=torch.int64)
-    with closing(labels.batches()) as batches, labels.bar("scores", "image") as bar:
-        for rows, squares in batches:
-            truth = squares.to(prototypes.device)
-            _, part = sk.assign(codes(rows), prototypes, grid=grid, size=truth.shape[1:], labels=truth, classes=classes)
-            counts += part.cpu()
-            bar.update(min(labels.processes.size * len(rows), bar.total - bar.n))
-    return labels.processes.sum(counts).numpy()
 
 
 def head_codes(head: Head, store: FeatureStore, mirrored: FeatureStore | None = None) -> Callable[[Tensor], Tensor]:

@@ -23,9 +23,7 @@ class Health:
     shares: tuple[float, ...]  # [K] of all patches
     perplexity: float  # exp(H(label)), the effective number of labels in use: 1 to K
     labels_per_image: float  # mean over images of exp(H(label | image))
-    image_information: (
-        float  # I(image; label) / H(label): 0 when all images have the same mix, 1 when a label tells the image
-    )
+    image_information: float  # I(image; label) / H(label): 0 if all images have one mix, 1 if a label tells the image
     agreement: float  # share of patches with one label from teacher and student
     modularity: float  # modularity of the closeness graph, see `Moments.modularity`
     explained_variance: float  # share of the frozen features' variance, see `Moments.explained_variance`
@@ -93,21 +91,19 @@ def health(heads: Heads, batches: Iterable[Tensor]) -> list[Health]:
     H, K, _ = heads.student.shape
     D = heads.projection.linear.weight.shape[2]
     counts: list[list[Tensor]] = [[] for _ in range(H)]
-    agree, total, moments = [0] * H, 0, [Moments(K, D) for _ in range(H)]
+    agree, moments = [0] * H, [Moments(K, D) for _ in range(H)]
     for features in batches:
-        codes_of_heads, unit = heads.codes(features), unit_rows(features).flatten(0, 1)
-        total += len(unit)
-        for h, codes in enumerate(codes_of_heads):
+        unit = unit_rows(features).flatten(0, 1)
+        for h, codes in enumerate(heads.codes(features)):
             labels = sk.assign(codes, heads.teacher[h])
             agree[h] += int((labels == sk.assign(codes, heads.student[h])).sum())
-            seen = torch.zeros(len(labels), K, dtype=torch.int64, device=labels.device)
-            counts[h].append(seen.scatter_add_(1, labels, torch.ones_like(labels)))
+            counts[h].append(F.one_hot(labels, K).sum(1))
             moments[h].add(unit, labels.flatten())
-    return [_health(torch.cat(counts[h]).cpu().double(), agree[h] / total, moments[h]) for h in range(H)]
+    return [_health(torch.cat(counts[h]).cpu().double(), agree[h], moments[h]) for h in range(H)]
 
 
-def _health(counts: Tensor, agreement: float, moments: Moments) -> Health:
-    """Take the figures from counts [N,K] of the labels in each image."""
+def _health(counts: Tensor, agree: int, moments: Moments) -> Health:
+    """Take the figures from counts [N,K] of the labels in each image, and of patches labelled alike by the student."""
     per_image = counts / counts.sum(1, keepdim=True)
     shares = per_image.mean(0)
     overall, inside = float(entropy(shares)), entropy(per_image)  # H(label), H(label | image)
@@ -117,7 +113,7 @@ def _health(counts: Tensor, agreement: float, moments: Moments) -> Health:
         perplexity=math.exp(overall),
         labels_per_image=float(inside.exp().mean()),
         image_information=float((overall - inside.mean()) / overall) if overall > 1e-9 else 0.0,
-        agreement=agreement,
+        agreement=agree / float(counts.sum()),
         modularity=modularity,
         explained_variance=explained,
         modularity_x_explained=modularity * explained,

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -26,26 +27,8 @@ from ..system.files import finite, write_atomic
 from .model import Head, Heads
 
 T = TypeVar("T")
-KEY, FORMAT = "smooseg_fast.checkpoint", 1
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of file, and how errors speak of it."""
-
-    key: str  # names its header
-    usual: str  # its usual name
-    argument: str  # the flag that names it, at the start of an error
-    advice: str  # the end of an error
-
-
-CHECKPOINT = Kind(KEY, "checkpoint.safetensors", "--checkpoint ", "copy it again or train again")
-STATE = Kind(  # nobody names this file: it lies in --out
-    "smooseg_fast.training",
-    "training.safetensors",
-    "",
-    "take it away to train from the first step, or give another --out",
-)
+Parts = Mapping[str, Mapping[str, Tensor]]
+KEY, STATE_KEY, FORMAT = "smooseg_fast.checkpoint", "smooseg_fast.training", 1
 
 
 @dataclass
@@ -62,16 +45,13 @@ class Checkpoint:
 
     def write(self, path: str | Path) -> Path:
         header = {
-            "format": FORMAT,
             "step": self.step,
             "backbone": {"name": self.backbone_name, "digest": self.backbone_digest},
             "class_names": self.class_names,
             "config": dataclasses.asdict(self.config),
             "report": self.report,
         }
-        return _write(
-            path, CHECKPOINT, header, {f"head.{name}": value for name, value in self.head.state_dict().items()}
-        )
+        return _write(path, KEY, header, {"head": self.head.state_dict()})
 
 
 @dataclass
@@ -79,75 +59,74 @@ class TrainingState:
     """An unfinished run after `step` steps.
 
     Nothing random needs saving: the draws of a step depend on its number and the seeds alone.
-
-    Args:
-        heads: the state of all H heads, [H,...] under a head's names.
-        optimizer: Adam's state as `optimizer_tensors` gives it.
-        losses: those of the last step, by their names in SmooSegLoss.
-        windows: number of windows that the features are streamed through, and steps in each; None without streaming.
     """
 
     config: TrainConfig
     step: int
-    heads: Mapping[str, Tensor]
-    optimizer: dict[str, Tensor]
-    losses: dict[str, Tensor] = field(default_factory=dict)
-    windows: tuple[int, int] | None = None
+    heads: Mapping[str, Tensor]  # the state of all H heads, [H,...] under a head's names
+    optimizer: Mapping[str, Tensor]  # Adam's state as `optimizer_tensors` gives it
+    losses: Mapping[str, Tensor]  # those of the last step, by their names in SmooSegLoss
+    windows: tuple[int, int] | None  # number of windows that features are streamed through, and steps in each
 
     def write(self, path: str | Path) -> Path:
-        config = dataclasses.asdict(self.config)
-        header = {"format": FORMAT, "step": self.step, "config": config, "windows": self.windows}
-        parts = {"heads": self.heads, "optimizer": self.optimizer, "losses": self.losses}
-        tensors = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
-        return _write(path, STATE, header, tensors)
+        header = {"step": self.step, "config": dataclasses.asdict(self.config), "windows": self.windows}
+        return _write(
+            path, STATE_KEY, header, {"heads": self.heads, "optimizer": self.optimizer, "losses": self.losses}
+        )
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """UserError in one line for a missing, damaged or foreign file."""
-    return _read(Path(path).expanduser(), CHECKPOINT, _checkpoint)
+    path = Path(path).expanduser()
+    return _read(path, KEY, _checkpoint, place=f"--checkpoint {path}", advice="copy it again or train again")
 
 
 def read_training_state(path: str | Path) -> TrainingState:
     """UserError in one line for a missing, damaged or foreign file."""
-    return _read(Path(path), STATE, _training_state)
+    advice = "remove it to train from the first step, or give another --out"
+    return _read(Path(path), STATE_KEY, _training_state, place=str(path), advice=advice)
 
 
-def _write(path: str | Path, kind: Kind, header: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    return write_atomic(path, save(tensors, {kind.key: json.dumps(finite(header))}))
+def _write(path: str | Path, key: str, header: dict[str, Any], parts: Parts) -> Path:
+    tensors = {
+        f"{part}.{name}": value.detach().cpu().contiguous()
+        for part, values in parts.items()
+        for name, value in values.items()
+    }
+    return write_atomic(path, save(tensors, {key: json.dumps(finite({"format": FORMAT, **header}))}))
 
 
-def _read(path: Path, kind: Kind, build: Callable[[dict[str, Any], dict[str, Tensor]], T]) -> T:
-    place = f"{kind.argument}{path}"
+def _read(path: Path, key: str, build: Callable[[dict[str, Any], Parts], T], *, place: str, advice: str) -> T:
+    usual = key.rpartition(".")[2] + ".safetensors"
     if not path.is_file():
-        raise UserError(f"{place}: no such file; give the {kind.usual} that training wrote")
+        raise UserError(f"{place}: no such file; give the {usual} that training wrote")
     try:
         with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(kind.key)
-            tensors = {} if text is None else {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if text is not None:
-            header = json.loads(text)
-            if header["format"] != FORMAT:
-                raise ValueError(f"format {header['format']}, this version reads {FORMAT}")
-            return build(header, tensors)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{place}: cut short, damaged or no safetensors file ({error}); {kind.advice}") from error
-    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError, UserError) as error:
+            text = (file.metadata() or {}).get(key)
+            if text is not None:
+                header = json.loads(text)
+                if header["format"] != FORMAT:
+                    raise ValueError(f"format {header['format']}, this version reads {FORMAT}")
+                parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+                for part, name in (full_name.split(".", 1) for full_name in file.keys()):  # noqa: SIM118
+                    parts[part][name] = file.get_tensor(f"{part}.{name}")
+                return build(header, parts)
+    except Exception as error:  # whatever a damaged or foreign file makes fail
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{place}: damaged, or written by another version ({reason}); {kind.advice}") from error
-    raise UserError(f"{place}: a safetensors file of another kind; give a {kind.usual} that training wrote")
+        raise UserError(f"{place}: damaged, or written by another version ({reason}); {advice}") from error
+    raise UserError(f"{place}: a safetensors file of another kind; give a {usual} that training wrote")
 
 
-def _checkpoint(header: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoint:
+def _checkpoint(header: dict[str, Any], parts: Parts) -> Checkpoint:
     step, backbone, names, report = (header[name] for name in ("step", "backbone", "class_names", "report"))
-    texts = [backbone["name"], backbone["digest"], *([] if names is None else names)]
+    texts = [backbone["name"], backbone["digest"], *(names or ())]
     if type(step) is not int or not isinstance(report, dict) or not all(isinstance(text, str) for text in texts):
         raise ValueError("its header holds values of the wrong kind")
     config = TrainConfig(**header["config"])
     check_fields(config)
     return Checkpoint(
         config=config,
-        head=head_of(below("head.", tensors)),
+        head=_head(parts["head"]),
         step=step,
         backbone_name=backbone["name"],
         backbone_digest=backbone["digest"],
@@ -156,8 +135,7 @@ def _checkpoint(header: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoin
     )
 
 
-def head_of(weights: Mapping[str, Tensor]) -> Head:
-    """The head with this state. ValueError or KeyError where names, shapes or values do not fit."""
+def _head(weights: Mapping[str, Tensor]) -> Head:
     (K, Z), (_, D) = weights["student"].shape, weights["projection.linear.weight"].shape
     if not 1 <= K <= GROUPS:
         raise ValueError(f"{K} prototypes, and 1 to {GROUPS} are possible")
@@ -174,27 +152,29 @@ def head_of(weights: Mapping[str, Tensor]) -> Head:
     return head
 
 
-def _training_state(header: dict[str, Any], tensors: dict[str, Tensor]) -> TrainingState:
-    heads, optimizer, losses = (below(f"{part}.", tensors) for part in ("heads", "optimizer", "losses"))
-    Heads.from_state(heads)  # raises where names or shapes do not fit
-    windows = header.get("windows")
-    config = TrainConfig(**header["config"])
-    return TrainingState(config, header["step"], heads, optimizer, losses, None if windows is None else tuple(windows))
+def _training_state(header: dict[str, Any], parts: Parts) -> TrainingState:
+    Heads.from_state(parts["heads"])  # raises where names or shapes do not fit
+    windows = header["windows"]
+    return TrainingState(
+        config=TrainConfig(**header["config"]),
+        step=header["step"],
+        heads=parts["heads"],
+        optimizer=parts["optimizer"],
+        losses=parts["losses"],
+        windows=None if windows is None else tuple(windows),
+    )
 
 
 def optimizer_tensors(optimizer: torch.optim.Adam) -> dict[str, Tensor]:
     """Adam's state under flat names: the parameter's number, a dot and the moment."""
     states = optimizer.state_dict()["state"]
-    return {
-        f"{number}.{name}": torch.as_tensor(value) for number, state in states.items() for name, value in state.items()
-    }
+    return {f"{number}.{name}": value for number, state in states.items() for name, value in state.items()}
 
 
 def restore_optimizer(optimizer: torch.optim.Adam, tensors: Mapping[str, Tensor]) -> None:
     """Loads the state that `optimizer_tensors` gave."""
-    state = optimizer.state_dict()
-    state["state"] = {}
+    states: dict[int, dict[str, Tensor]] = defaultdict(dict)
     for name, value in tensors.items():
         number, moment = name.split(".")
-        state["state"].setdefault(int(number), {})[moment] = value
-    optimizer.load_state_dict(state)
+        states[int(number)][moment] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": states})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +11,7 @@ from torch import Tensor, nn
 
 from .kmeans import principal_directions, spherical_kmeans
 
-# size of a block's hidden layers; with 2 MB, which two cores' caches hold, starting many operations costs more than the
-# memory saves
+# size of a block's hidden layers; with 2 MB, which two cores' caches hold, starting operations costs more than it saves
 BLOCK_BYTES = 1 << 23
 
 
@@ -32,22 +32,20 @@ class Projections(nn.Module):
 
 
 def codes_of(
-    features: Tensor, projection: Projections, linear_mask: Tensor | None = None, hidden_mask: Tensor | None = None
+    features: Tensor, projection: Projection, linear_mask: Tensor | None = None, hidden_mask: Tensor | None = None
 ) -> Tensor:
     """W1 (f * m1) + b1 + W3 SiLU(W2 (f * m2) + b2) + b3 for H heads at once. Lan et al. 2023, section 3.2.
 
-    features [B,P,D] and masks [B,D] are common to the heads -> [H,B,P,Z]. The heads' W1 and W2 lie side by side, so
-    that each is one matrix product.
+    features [B,P,D] and masks [B,D] are common to the heads; the projection's weights are [H,.,D], its biases [H,.].
+    -> [H,B,P,Z]. The heads' W1 and W2 lie side by side, so that each is one matrix product.
     """
     linear, hidden, outer = projection.linear, projection.hidden, projection.outer
     if features.device.type == "cpu" and not torch.compiler.is_compiling():
         weights = (linear.weight, linear.bias + outer.bias, hidden.weight, hidden.bias, outer.weight)
         return InBlocks.apply(features, linear_mask, hidden_mask, *weights, torch.is_grad_enabled())
     (B, P), (H, Z) = features.shape[:2], linear.bias.shape
-    if linear_mask is None:
-        straight = features @ linear.weight.flatten(0, 1).mT
-    else:  # the mask rides on the weights, which are smaller than the features
-        straight = features @ (linear.weight.flatten(0, 1) * linear_mask[:, None, :]).mT
+    weight = linear.weight.flatten(0, 1)  # the mask rides on it, because it is smaller than the features
+    straight = features @ (weight if linear_mask is None else weight * linear_mask[:, None, :]).mT
     masked = features if hidden_mask is None else features * hidden_mask[:, None, :].to(features.dtype)
     curved = F.silu(F.linear(masked, hidden.weight.flatten(0, 1), hidden.bias.flatten()))
     straight, curved = (x.reshape(B * P, H, -1).transpose(0, 1) for x in (straight, curved))
@@ -66,27 +64,22 @@ class InBlocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features, linear_mask, hidden_mask, linear, bias, hidden, hidden_bias, outer, keep):
         (B, P, D), (H, Z, _), dtype = features.shape, outer.shape, features.dtype
-        linear_weight, hidden_t, outer_t = (
-            linear.flatten(0, 1).to(dtype),
-            hidden.flatten(0, 1).to(dtype).mT,
-            outer.to(dtype).mT,
-        )
-        bias, hidden_bias = bias.to(dtype), hidden_bias.flatten().to(dtype)
+        linear_weight, bias = linear.flatten(0, 1).to(dtype), bias.to(dtype)
+        hidden_t, hidden_bias = hidden.flatten(0, 1).to(dtype).mT, hidden_bias.flatten().to(dtype)
+        outer_t = outer.to(dtype).mT
         step = images_a_block(features, H)
         before, codes = features.new_empty(B if keep else step, P, H * D), features.new_empty(H, B, P, Z)
         scratch = features.new_empty(step * P, H * D)
         for block in blocks(B, step):
             f = features[block]
-            straight = (
-                f @ (linear_weight if linear_mask is None else linear_weight * linear_mask[block, None].to(dtype)).mT
-            )
+            weight = linear_weight if linear_mask is None else linear_weight * linear_mask[block, None].to(dtype)
+            straight = f @ weight.mT
             place = before[block if keep else slice(len(f))].flatten(0, 1)
             # the bias after the product: together, `place` would be written first and read again
             torch.mm(_times(f, hidden_mask, block, scratch), hidden_t, out=place).add_(hidden_bias)
             curved = torch.ops.aten.silu.out(place, out=scratch[: len(place)])
-            for out, b, w, rows, wide in zip(
-                codes[:, block], bias, outer_t, _by_head(straight, H), _by_head(curved, H)
-            ):
+            of_heads = codes[:, block], bias, outer_t, _by_head(straight, H), _by_head(curved, H)
+            for out, b, w, rows, wide in zip(*of_heads):
                 torch.addmm(rows, wide, w, out=out.flatten(0, 1)).add_(b)
         if keep:
             ctx.save_for_backward(features, linear_mask, hidden_mask, before, outer)
@@ -96,8 +89,7 @@ class InBlocks(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_codes):
         features, linear_mask, hidden_mask, before, outer = ctx.saved_tensors
-        (B, P, D), (H, Z, _), dtype = features.shape, outer.shape, features.dtype
-        weight = outer.to(dtype)
+        (B, P, D), (H, Z, _), weight = features.shape, outer.shape, outer.to(features.dtype)
         d_linear, d_hidden = outer.new_zeros(H * Z, D), outer.new_zeros(H * D, D)
         d_outer, d_hidden_bias = torch.zeros_like(outer), outer.new_zeros(H * D)
         step = images_a_block(features, H)
@@ -105,10 +97,8 @@ class InBlocks(torch.autograd.Function):
         for block in blocks(B, step):
             f, d = features[block], d_codes[:, block].flatten(1, 2)
             d_side = d.transpose(0, 1).reshape(*f.shape[:2], H * Z).mT
-            if linear_mask is None:
-                d_linear += (d_side @ f).sum(0)
-            else:
-                d_linear += ((d_side @ f) * linear_mask[block, None]).sum(0)
+            d_rows = d_side @ f
+            d_linear += (d_rows if linear_mask is None else d_rows * linear_mask[block, None]).sum(0)
             rows = before[block].flatten(0, 1)
             curved = torch.ops.aten.silu.out(rows, out=scratch[: len(rows)])
             d_outer += d.mT @ _by_head(curved, H)
@@ -117,18 +107,8 @@ class InBlocks(torch.autograd.Function):
             d_before = torch.ops.aten.silu_backward.grad_input(curved, rows, grad_input=curved)
             _add_product(d_hidden, d_before.mT, _times(f, hidden_mask, block, masked))
             d_hidden_bias += d_before.sum(0)
-        d_bias = d_codes.sum((1, 2), dtype=outer.dtype)
-        return (
-            None,
-            None,
-            None,
-            d_linear.view(H, Z, D),
-            d_bias,
-            d_hidden.view(H, D, D),
-            d_hidden_bias.view(H, D),
-            d_outer,
-            None,
-        )
+        d_straight = d_linear.view(H, Z, D), d_codes.sum((1, 2), dtype=outer.dtype)
+        return None, None, None, *d_straight, d_hidden.view(H, D, D), d_hidden_bias.view(H, D), d_outer, None
 
 
 def images_a_block(features: Tensor, H: int) -> int:
@@ -200,9 +180,8 @@ class Head(nn.Module):
         self.projection.linear.bias.zero_()
         self.projection.outer.weight.zero_()
         self.projection.outer.bias.zero_()
-        centres = spherical_kmeans(
-            rows.float() @ directions.T.to(rows.device), len(self.student), starts=4, seed=seed
-        ).centres
+        codes = rows.float() @ directions.T.to(rows.device)
+        centres = spherical_kmeans(codes, len(self.student), starts=4, seed=seed).centres
         self.student.copy_(centres)
         self.teacher.copy_(centres)
 
@@ -216,10 +195,9 @@ class Heads(nn.Module):
         super().__init__()
         states = [head.state_dict() for head in heads]
         stacked = {name: torch.stack([state[name] for state in states]) for name in states[0]}
-        self.projection = Projections(
-            (stacked[f"projection.{part}.weight"], stacked[f"projection.{part}.bias"])
-            for part in ("linear", "hidden", "outer")
-        )
+        self.projection = deepcopy(heads[0].projection)
+        for name, parameter in self.projection.named_parameters():
+            parameter.data = stacked[f"projection.{name}"]
         self.student = nn.Parameter(stacked["student"])
         self.register_buffer("teacher", stacked["teacher"])
 

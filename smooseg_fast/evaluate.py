@@ -61,7 +61,6 @@ class EvaluateConfig:
 
 def main(args: Sequence[str], processes: Processes | None = None) -> None:
     config = parse(EvaluateConfig, args, "evaluate")
-    from .datasets import classes_of
     from .datasets.images import whole_patches
     from .features.extract import open_or_extract
     from .features.job import FeatureOptions

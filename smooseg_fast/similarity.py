@@ -104,7 +104,7 @@ def main(args: Sequence[str]) -> None:
     if len(store) < 2:
         more = "add images, or --crops slide"
         raise UserError(f"--data: {len(store)} square of {config.size} pixels, but pairs of images need 2; {more}")
-    found = similarity(store, backbone.device, largest=asked.pairs, partners=asked.partners)
+    found = similarity(store, backbone.device, largest=asked.pairs)
     rows = [(variant, closeness(found, variant.thresholds)) for variant in config.variants()]
     print(spread_table(found))
     print(found.line())
@@ -116,10 +116,10 @@ def main(args: Sequence[str]) -> None:
     out = folder(asked, config)
     mark_as_ours(out, PICTURE)
     title = f"Closeness of patches: {dataset.name}, {backbone.name}"
-    save(out / PICTURE, closeness_picture(measured, rows, title))
+    save(out / PICTURE, closeness_picture(found, rows, title))
     settings = {name: getattr(config, name) for name in ("size", "crops", "resample")}
     about = {"data": dataset.name, "backbone": backbone.name, **settings, "skipped": store.skipped}
-    write_json(out / RECORD, closeness_record(measured, rows) | about)
+    write_json(out / RECORD, closeness_record(found, rows) | about)
     print(f"saved      {out / PICTURE}, {out / RECORD}")
     print("next       " + next_command(asked, config))
 

@@ -66,7 +66,7 @@ class Run:
         self.prepare()
         steps, first = self.config.steps, self.done
         bar = Bar(total=steps, initial=first, desc="train", unit="step", disable=not self.setting.progress)
-        with closing(self), bar, StopRequest() as stop:
+        with closing(self), bar, stop_request() as stop:
             logged = any(record["step"] == self.done for record in self.records)
             if self.state is not None and self.state.losses and self.log_is_due() and not logged:
                 self.log(bar)  # a stop cut this line short

@@ -57,7 +57,7 @@ class Shown:
         """
         setting = self.setting if self.setting.validation is None else self.setting.validation
         usable = list(dict.fromkeys(setting.store.names))
-        chosen = {usable[place] for place in spread(len(usable), count).tolist()}
+        chosen = {usable[place] for place in evenly_spaced(len(usable), count).tolist()}
         indices = [index for index, image in enumerate(setting.dataset.names) if image in chosen]
         for index in Bar(
             iterable=indices, desc=name, unit="image", delay=SILENT_S, leave=False, disable=not self.setting.progress

@@ -41,13 +41,6 @@ class Setting:
         return self.config.variants()
 
     @property
-    def prototypes(self) -> int:
-        """K, once `trainer.resolve` has chosen it. ValueError before."""
-        if self.config.prototypes is None:
-            raise ValueError("the number of prototypes is not resolved")
-        return self.config.prototypes
-
-    @property
     def device(self) -> torch.device:
         return self.backbone.device
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from ..config import Variant
+from ..datasets import classes_of
 from ..features.sample import BATCH, batches, sample_patches
 from ..measure.confusion import LabelSquares
 from ..measure.health import Health, health
 from ..measure.scores import Scores, hungarian, majority, percent
-from ..measure.validation import Validation
 from ..segment.checkpoint import Checkpoint
 from ..segment.kmeans import spherical_kmeans
 from ..segment.model import Heads
@@ -132,7 +132,7 @@ def score(
     run: Run, validation: LabelSquares, heads: Heads, places: Mapping[Variant, int]
 ) -> dict[Variant, dict[str, Any]]:
     """Scores for the report, matched to classes by the labels (Hungarian), next to k-means on the same features."""
-    names, say = validation.dataset.class_names, run.say
+    names, say = classes_of(validation.dataset), run.say
     where = "held-out images" if validation.dataset.held_out else "the training images"
     say(f"scores     {len(validation.store)} {where}; groups are matched to classes by the labels (Hungarian):")
     rows = sample_patches(run.setting.store, seed=0).to(run.setting.device)

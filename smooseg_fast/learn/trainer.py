@@ -233,8 +233,8 @@ def resolve(config: TrainConfig, backbone: Backbone, dataset: Dataset, say: Say)
     precision = config.precision
     if precision == "auto":
         precision = "bfloat16" if backbone.device.type == "cuda" else "float32"
-    impl = usable_impl(config.impl, K, config.code_dim, backbone.device)
-    return dataclasses.replace(config, prototypes=K, precision=precision, impl=impl, **changes)
+    changes["impl"] = usable_impl(config.impl, K, config.code_dim, backbone.device)
+    return dataclasses.replace(config, prototypes=K, precision=precision, **changes)
 
 
 def usable_impl(impl: str, K: int, Z: int, device: torch.device) -> str:

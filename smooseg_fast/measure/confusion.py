@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 
 import smooseg_kernels as sk
 
-from ..datasets import IGNORE, Dataset
+from ..datasets import IGNORE, Dataset, classes_of
 from ..datasets.images import cut_squares
 from ..errors import UserError
 from ..features.sample import BATCH
@@ -69,7 +69,7 @@ class LabelSquares:
         Several processes count different batches, and all get the sum, which equals that of one process to the last
         pixel.
         """
-        classes = len(self.dataset.class_names)
+        classes = len(classes_of(self.dataset))
         counts = torch.zeros(len(prototypes), classes, dtype=torch.int64)
         for start, squares, _ in self._batches("scores"):
             truth = torch.from_numpy(squares).to(prototypes.device)

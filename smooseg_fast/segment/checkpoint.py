@@ -19,7 +19,6 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..backbones.original import below
 from ..config import GROUPS, TrainConfig
 from ..errors import UserError
 from ..system.fields import check_fields
@@ -126,7 +125,7 @@ def _checkpoint(header: dict[str, Any], parts: Parts) -> Checkpoint:
     check_fields(config)
     return Checkpoint(
         config=config,
-        head=_head(parts["head"]),
+        head=head_of(parts["head"]),
         step=step,
         backbone_name=backbone["name"],
         backbone_digest=backbone["digest"],
@@ -135,7 +134,8 @@ def _checkpoint(header: dict[str, Any], parts: Parts) -> Checkpoint:
     )
 
 
-def _head(weights: Mapping[str, Tensor]) -> Head:
+def head_of(weights: Mapping[str, Tensor]) -> Head:
+    """The head with this state. ValueError or KeyError where names, shapes or values do not fit."""
     (K, Z), (_, D) = weights["student"].shape, weights["projection.linear.weight"].shape
     if not 1 <= K <= GROUPS:
         raise ValueError(f"{K} prototypes, and 1 to {GROUPS} are possible")

@@ -44,8 +44,12 @@ class StopRequest:
         self.number: int | None = None
         self._at_once = False
         # as if the signal came once more: Python runs the handler in the main thread
-        self._timer = threading.Timer(PATIENCE_S, lambda: _thread.interrupt_main(self.number))
+        self._timer = threading.Timer(PATIENCE_S, self._again)
         self._timer.daemon = True
+
+    def _again(self) -> None:
+        if self.number is not None:
+            _thread.interrupt_main(self.number)
 
     @contextmanager
     def at_once(self) -> Iterator[None]:

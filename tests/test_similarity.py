@@ -200,7 +200,6 @@ def test_fewer_pairs_than_there_are(folder, capsys):
 
 BAD = [
     (["--pairs", "0"], "--pairs: must be at least 1, got 0"),
-    (["--partners", "16"], "--partners: must be at most 15, got 16"),
     (
         ["--threshold-within", "0.1"],
         "--granularity: give either it alone, or both",

@@ -484,7 +484,7 @@ def test_a_folder_that_another_process_has(folder, capsys):
 def test_an_output_folder_that_cannot_be_written_is_known_before_features_are_taken(folder, capsys):
     assert call("--data", folder, "--out", folder / "0.png" / "out", *SMALL) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line == f"error: --out {folder}/0.png/out: cannot be written (Not a directory); give another folder"
+    assert line == f"error: --out {folder}/0.png/out: cannot be read (run.json: Not a directory); give another folder"
 
 
 def test_a_run_that_fails_leaves_no_folder(folder, monkeypatch):

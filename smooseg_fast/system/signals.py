@@ -49,7 +49,7 @@ class StopRequest:
 
     def _again(self) -> None:
         if self.number is not None:
-            _thread.interrupt_main(self.number)
+            _thread.interrupt_main(signal.Signals(self.number))
 
     @contextmanager
     def at_once(self) -> Iterator[None]:

@@ -30,7 +30,8 @@ def load_backbone(spec: str, device: str | torch.device = "cpu", precision: str 
     backbone that cannot be loaded and for a precision that it does not support.
     """
     device, path = usable_device(device), Path(spec).expanduser()
-    backbone, files = None, None
+    backbone: Backbone | None = None
+    files: VitFiles | None = None
     with naming(f"--backbone {spec}"):
         if spec == "filterbank":
             from .filterbank import Filterbank

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, Protocol
 
 import huggingface_hub
 import torch
@@ -48,7 +48,7 @@ class VitBackbone(Backbone):
         # transformers resizes position embeddings only on request, and only families with a table of them can
         accepts_resizing = "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters
         self.options = {"interpolate_pos_encoding": True} if accepts_resizing else {}
-        patch = getattr(self.model.config, "patch_size", None)
+        patch: Any = getattr(self.model.config, "patch_size", None)  # `_probe` refuses all but a number of pixels
         patch = patch[0] if isinstance(patch, (tuple, list)) else patch
         self.prefix, dim = self._probe(patch, device)
         super().__init__(name=name, digest=digest, patch=patch, dim=dim, device=device)
@@ -80,7 +80,21 @@ class VitBackbone(Backbone):
         return prefix, dim
 
 
-def dino_positions(self: nn.Module, embeddings: Tensor, height: int, width: int) -> Tensor:
+class PatchEmbeddings(Protocol):
+    """The part of transformers' module that `dino_positions` reads: pixels of a patch and an image, (rows, columns)."""
+
+    patch_size: tuple[int, int]
+    image_size: tuple[int, int]
+
+
+class Embeddings(Protocol):
+    """The part of transformers' embeddings that `dino_positions` reads. position_embeddings: [1, 1+h*w, D]."""
+
+    patch_embeddings: PatchEmbeddings
+    position_embeddings: Tensor
+
+
+def dino_positions(self: Embeddings, embeddings: Tensor, height: int, width: int) -> Tensor:
     """Positions [1, 1+h*w, D] for tokens `embeddings` [B, 1+h*w, D] of an image of height x width pixels.
 
     A method for transformers' embeddings that resizes as DINO, and DINOv2 without registers, published it: bicubic with
@@ -115,8 +129,9 @@ def fetch(name: str) -> Path:
 
     def conversions() -> Iterator[str]:
         """Older repositories, such as DINO's, hold only pickles; the hub's own bot then offers a conversion."""
-        requests = {"discussion_type": "pull_request", "discussion_status": "open"}
-        for offer in api.get_repo_discussions(name, author="SFconvertbot", **requests):
+        for offer in api.get_repo_discussions(
+            name, author="SFconvertbot", discussion_type="pull_request", discussion_status="open"
+        ):
             yield f"refs/pr/{offer.num}"
 
     try:
@@ -137,12 +152,13 @@ def fetch(name: str) -> Path:
     raise UserError("the hub has no safetensors weights for it, and pickled ones are never loaded; use another model")
 
 
-def build(files: VitFiles) -> nn.Module:
+def build(files: VitFiles) -> transformers.PreTrainedModel:
     """The bare model in float32 with every weight of its trunk set. Raises UserError if the files do not fit."""
-    kind = files.config.get("model_type")
+    kind = str(files.config.get("model_type"))
     try:
         settings = transformers.CONFIG_MAPPING[kind].from_dict(files.config)
-        architecture = transformers.MODEL_MAPPING[type(settings)]
+        # transformers annotates its mapping of models as one of tokenizers
+        architecture: type[Any] = transformers.MODEL_MAPPING[type(settings)]  # type: ignore[assignment]
     except Exception as error:
         known = f"transformers {transformers.__version__} has no model of type {kind} with this config.json"
         raise UserError(f"{known} ({reason(error)}); update it, or use another backbone") from error

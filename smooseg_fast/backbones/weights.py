@@ -140,7 +140,7 @@ def _scan(content: IO[bytes]) -> set[str]:
         if opcode.name == "PROTO" and value != 2:
             raise UserError(f"uses protocol {value} of pickle, and torch.save's own is 2")
         if opcode.name == "GLOBAL":
-            module, name = value.split(" ")
+            module, name = str(value).split(" ")
             names.add(".".join(NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))))
         elif isinstance(value, str) and len(value) < 40:
             text = normalize_encoding(value).lower()

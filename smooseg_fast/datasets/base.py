@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from .images import SUFFIXES, image_size, read_image, read_label, visible_files
 IGNORE = 255  # the class number of unlabelled pixels
 
 Split = Literal["train", "val"]
+Listing = TypeVar("Listing", bound="Files")
 
 
 class Dataset(Protocol):
@@ -101,7 +102,7 @@ class Files:
 
     @classmethod
     def matched(
-        cls,
+        cls: type[Listing],
         name: str,
         folder: Path,
         images: Sequence[Path],
@@ -112,7 +113,7 @@ class Files:
         present: Sequence[Path] | None = None,
         notes: Sequence[str] = (),
         **fields: Any,
-    ) -> Files:
+    ) -> Listing:
         """Pair `images` in `folder` with the files in the folder `labels` that have the same relative path.
 
         Args:
@@ -142,7 +143,7 @@ class Files:
 
     @classmethod
     def of_owner(
-        cls,
+        cls: type[Listing],
         numbering: Numbering,
         split: str,
         images: Path,
@@ -153,7 +154,7 @@ class Files:
         unlisted: Path | None = None,
         notes: Sequence[str] = (),
         **matching: Any,
-    ) -> Files:
+    ) -> Listing:
         """List a split of an owner. `matching`: options of `matched`.
 
         Args:
@@ -176,8 +177,17 @@ class Files:
         if not chosen:
             names = "" if listed is None else f" that {listed} lists"
             raise UserError(f"--data {images}: has no images of {name}{names}; unpack them there")
-        fields = {"held_out": split != "train", "numbering": numbering, "present": present, "notes": notes}
-        return cls.matched(name, images, chosen, labels, **fields, **matching)
+        return cls.matched(
+            name,
+            images,
+            chosen,
+            labels,
+            held_out=split != "train",
+            numbering=numbering,
+            present=present,
+            notes=notes,
+            **matching,
+        )
 
     @cached_property
     def labelled(self) -> bool:

@@ -128,7 +128,9 @@ def read_colours(path: Path | str) -> Image.Image:
     with _opened(path) as image:
         if image.mode not in ("RGB", "RGBA", "RGBX", "P"):
             raise ImageError(path, f"an image of mode {image.mode}, not of 8-bit colours")
-        premultiplied = image.format == "TIFF" and image.mode == "RGBA" and image.tag_v2.get(_EXTRA_SAMPLES) == (1,)
+        premultiplied = (
+            isinstance(image, TiffImageFile) and image.mode == "RGBA" and image.tag_v2.get(_EXTRA_SAMPLES) == (1,)
+        )
         if premultiplied:  # decoding would divide by the fourth channel
             raise ImageError(path, "declares its fourth channel as transparency that is multiplied in")
         return image.convert("RGB")
@@ -226,7 +228,8 @@ def cut_squares(
     return squares
 
 
-_limits_lock, _limits = threading.Lock(), []
+_limits_lock = threading.Lock()
+_limits: list[int | None] = []
 
 
 @contextmanager

@@ -206,12 +206,13 @@ def cells(rng: Generator, u: Array, v: Array, jitter: float) -> tuple[Array, Arr
 
 def two_nearest(points: Iterable[tuple[int | Array, Array]]) -> tuple[Array, Array, Array]:
     """From (number, squared distances) of points, the nearest one's number, its distances, and the second nearest's."""
-    winner, nearest, second = 0, np.float32(np.inf), np.float32(np.inf)
+    winner: int | Array = 0
+    nearest, second = np.float32(np.inf), np.float32(np.inf)
     for number, distance in points:
         winner = np.where(distance < nearest, number, winner)
         second = np.minimum(second, np.maximum(nearest, distance))
         nearest = np.minimum(nearest, distance)
-    return winner, nearest, second
+    return np.asarray(winner), nearest, second
 
 
 # Textures: (rng, u, v), points in periods -> (mix, relief). mix: 0 is the dark colour, 1 the light one; relief: 1 is

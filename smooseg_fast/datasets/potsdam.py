@@ -147,8 +147,7 @@ def _classes(image: Image.Image) -> np.ndarray:
 def _mosaics(root: Path) -> Layout | None:
     folder = first_folder(*(root / name for name in MOSAICS))
     labels_folder = first_folder(*(root / name for name in LABELS))
-    mosaics = {} if folder is None else _by_place(folder)
-    if not mosaics:
+    if folder is None or not (mosaics := _by_place(folder)):
         return None
     labels = {} if labels_folder is None else _by_place(labels_folder)
     paired = {mosaics[place]: labels.get(place) for place in sorted(mosaics)}

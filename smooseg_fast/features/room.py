@@ -67,10 +67,10 @@ def require_room(
 
     in_use: bytes of the cache that have to stay.
     """
-    forecast = expected(dataset, backbone, options)
-    if forecast is not None and stores * forecast.nbytes + in_use > options.limit:
+    limit, forecast = options.limit, expected(dataset, backbone, options)
+    if limit is not None and forecast is not None and stores * forecast.nbytes + in_use > limit:
         raise UserError(
-            f"--cache-limit {readable(options.limit)}: the features of {dataset.name} take about "
+            f"--cache-limit {readable(limit)}: the features of {dataset.name} take about "
             f"{readable(stores * forecast.nbytes)} and are needed all at once; "
             f"give at least {readable(stores * forecast.nbytes + in_use)}"
         )

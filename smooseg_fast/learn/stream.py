@@ -171,7 +171,7 @@ def open_for_training(
     if resumed and windows is None:
         require_room(dataset, backbone, options, in_use=in_use)
     forecast = None if resumed else expected(dataset, backbone, options)
-    if forecast is not None:
+    if forecast is not None and options.limit is not None:
         windows = windows_of(forecast, options.limit, in_use, batch_size)
     if windows is None:
         return open_or_extract(dataset, backbone, options), None

@@ -177,6 +177,6 @@ def mean_unit_rows(f: Tensor) -> Tensor:
 
 def histograms(f: Tensor, impl: str) -> Tensor:
     """Count W - M of squares f [B,P,D] in random order, int64 [2,BINS]: within, and with the next one."""
-    pairs = ["self", torch.arange(len(f), device=f.device).roll(-1)]
+    pairs: list[str | Tensor] = ["self", torch.arange(len(f), device=f.device).roll(-1)]
     zero = torch.zeros(2, device=f.device)
     return sk.similarity_statistics(f, pairs, bins=BINS, limits=(-REACH, REACH), mean=zero, impl=impl).histogram.cpu()

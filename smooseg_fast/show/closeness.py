@@ -68,6 +68,6 @@ def closeness_record(measured: Similarity, rows: Sequence[Row]) -> dict[str, Any
         }
     record["thresholds"] = [{"name": name_of(variant)} for variant, _ in rows]
     for entry, (_, kinds) in zip(record["thresholds"], rows):
-        for name, kind in zip(KINDS, kinds):
-            entry[name] = {"threshold": kind.threshold, "pulled": kind.pulled, "net_force": kind.force}
+        for name, effect in zip(KINDS, kinds):
+            entry[name] = {"threshold": effect.threshold, "pulled": effect.pulled, "net_force": effect.force}
     return record

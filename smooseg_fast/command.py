@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from inspect import signature
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from .errors import UserError, WriteError
 from .system.commandline import HELP, command_line, starter
-from .system.progress import printable
+from .system.progress import announced, printable
 from .system.signals import terminable, with_kept
 
 if TYPE_CHECKING:
@@ -71,6 +72,9 @@ def run(main: Callable[..., None], args: Sequence[str] | None = None, *, quick: 
             return 2
         finally:
             sys.stdout.flush()  # at Python's own end nobody could catch that it fails
+    except KeyboardInterrupt:  # before the command began
+        print("interrupted; nothing was begun", file=sys.stderr)
+        return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader of stdout has gone, as `head` does: no news for the user
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -78,7 +82,8 @@ def run(main: Callable[..., None], args: Sequence[str] | None = None, *, quick: 
 
 
 def _run(main: Callable[..., None], args: Sequence[str]) -> int:
-    from .system.processes import PATIENCE_S, joined
+    with announced("starting   PyTorch is loading"):
+        from .system.processes import PATIENCE_S, joined
 
     with joined() as processes, terminable(lambda: processes.ending):
         try:

@@ -80,3 +80,18 @@ def test_no_module_is_too_long_to_be_one_idea():
         module: n for module, path in MODULES.items() if (n := len(path.read_text(encoding="utf-8").splitlines())) > 400
     }
     assert not too_long
+
+
+@pytest.mark.parametrize("package", ["smooseg_fast", "smooseg_kernels"])
+def test_calls_have_at_most_six_arguments_by_position(package):
+    home = Path(__import__(package).__file__).parent
+    many = [
+        f"{path.relative_to(home)}:{call.lineno} {ast.unparse(call.func)}"
+        for path in home.rglob("*.py")
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        # what PyTorch saves for a backward has no names
+        if isinstance(call, ast.Call)
+        and len(call.args) > 6
+        and not ast.unparse(call.func).endswith("save_for_backward")
+    ]
+    assert not many

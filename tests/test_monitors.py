@@ -180,7 +180,7 @@ def test_a_collapsed_head_is_named_once_and_the_rest_goes_on(folder, capsys, mon
     out = capsys.readouterr().out
     said = [line for line in out.splitlines() if monitors.COLLAPSE in line]
     assert said == [f"warning    step 2: granularity 0.1, seed 0 {monitors.COLLAPSE}"]
-    assert "granularity 0.1, seed 0 (default): 3 groups asked for, 1 in use: 100 % of the area" in out
+    assert "granularity 0.1, seed 0 (predicts): 1 of 3 in use, 100 % of the area" in out
     assert read_checkpoint("out/heads/granularity_0.2_seed_0.safetensors").step == 6
 
 

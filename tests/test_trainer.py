@@ -66,11 +66,11 @@ def files(out):
 def test_a_folder_without_labels(folder, capsys):
     assert call("--data", folder, "--out", "out", "--prototypes", "5", *SMALL) == 0
     out = capsys.readouterr().out
-    assert "objective by torch" in out
+    assert "learning   at most 5 groups on cpu\n" in out
     assert "net force" not in out
     assert "perplexity" not in out
     assert re.search(
-        r"^groups     .*: 5 groups asked for, [1-5] in use: \d+ %(, \d+ %)* of the area; teacher and student agree",
+        r"^groups     .*: [1-5] of 5 in use, \d+ %(, \d+ %)* of the area; labels settled on \d+ % of it",
         out,
         re.M,
     )
@@ -578,8 +578,8 @@ def test_a_ladder_with_seeds(labelled, capsys):
     out = capsys.readouterr().out
     names = [f"granularity_{g}_seed_{seed}" for g in ("0.1", "-0.05") for seed in (0, 1)]
     assert sorted(path.stem for path in Path("out/heads").iterdir()) == sorted(names)
-    assert "4 heads at once" in out
-    assert "granularity 0.1, seed 0 (default): " in out
+    assert "2 granularities at once" in out
+    assert "granularity 0.1, seed 0 (predicts): " in out
     assert re.search(r"granularity -0.05 +accuracy [\d.]+ ± [\d.]+ %  mIoU [\d.]+ ± [\d.]+ %  \(2 seeds\)", out)
     report = json.load(open("out/report.json"))
     assert (report["default"], sorted(report["heads"])) == (names[0], sorted(names))

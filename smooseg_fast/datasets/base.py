@@ -177,13 +177,12 @@ class Files:
         if not chosen:
             names = "" if listed is None else f" that {listed} lists"
             raise UserError(f"--data {images}: has no images of {name}{names}; unpack them there")
-        held_out = split != "train"
         return cls.matched(
             name,
             images,
             chosen,
             labels,
-            held_out=held_out,
+            held_out=split != "train",
             numbering=numbering,
             present=present,
             notes=notes,

@@ -104,11 +104,11 @@ def health_of_all(setting: Setting, heads: Heads) -> list[Health]:
 def say_groups(setting: Setting, states: Mapping[Variant, Health]) -> None:
     """Tells how many groups each head has, how large they are and how sure it is of them."""
     for number, (variant, state) in enumerate(states.items()):
-        default = " (default)" if number == 0 else ""
-        mark = f"{variant.label()}{default}: " if len(states) > 1 else ""
+        predicts = " (predicts)" if number == 0 else ""
+        mark = f"{variant.label()}{predicts}: " if len(states) > 1 else ""
         setting.say(
-            f"groups     {mark}{setting.prototypes} groups asked for, {in_use(state.shares)} in use: "
-            f"{sizes(state.shares)} of the area; teacher and student agree on {100 * state.agreement:.0f} %"
+            f"groups     {mark}{in_use(state.shares)} of {setting.prototypes} in use, {sizes(state.shares)} of the "
+            f"area; labels settled on {100 * state.agreement:.0f} % of it"
         )
         setting.detail(
             f"           perplexity {state.perplexity:.1f}; {state.labels_per_image:.1f} in an image; "

@@ -156,12 +156,15 @@ def learn_from(setting: Setting, state: TrainingState | None) -> Segmenter:
 
 def say_plan(config: TrainConfig, device: str, say: Say, processes: Processes) -> None:
     """Tells what is about to be learnt, how and where."""
-    labels = [variant.label() for variant in config.variants()]
-    heads = "" if len(labels) == 1 else f", {len(labels)} heads at once ({'; '.join(labels)})"
-    how = f"objective by {config.impl}, projection in {config.precision}"
-    say(f"learning   at most {config.prototypes} groups, {config.init} start, {how} on {device}{heads}")
+    heads = f", {config.heads} seeds" if config.heads > 1 else ""
+    if config.granularity is not None and len(config.granularity) > 1:
+        first, *others = (f"{value:g}" for value in config.granularity)
+        heads = f", at {len(others) + 1} granularities at once: {first} (predicts), {', '.join(others)}{heads}"
+    say(f"learning   at most {config.prototypes} groups on {device}{heads}")
+    if config.verbose:
+        say(f"           {config.init} start, objective by {config.impl}, projection in {config.precision}")
     if processes.size > 1:
-        lengths = ", ".join(map(str, Shares(len(labels), processes).lengths))
+        lengths = ", ".join(map(str, Shares(len(config.variants()), processes).lengths))
         say(f"processes  {processes.size}: all share features and evaluation; heads learnt by each: {lengths}")
 
 

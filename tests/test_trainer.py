@@ -66,7 +66,7 @@ def files(out):
 def test_a_folder_without_labels(folder, capsys):
     assert call("--data", folder, "--out", "out", "--prototypes", "5", *SMALL) == 0
     out = capsys.readouterr().out
-    assert "learning   at most 5 groups on cpu\n" in out
+    assert "learning   at most 5 groups on cpu" in out
     assert "net force" not in out
     assert "perplexity" not in out
     assert re.search(

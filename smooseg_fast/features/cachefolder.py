@@ -67,7 +67,7 @@ class StoreFolder:
 
     @cached_property
     def meta(self) -> dict[str, Any]:
-        """What meta.json says; empty if it cannot be read."""
+        """The content of meta.json; empty if it cannot be read."""
         try:
             meta = json.loads((self.path / META).read_text(encoding="utf-8"))
         except (OSError, ValueError):

@@ -21,6 +21,7 @@ from ..datasets import Dataset
 from ..datasets.images import ImageError
 from ..errors import UserError
 from ..system.ahead import ahead
+from ..system.commandline import command_line
 from ..system.files import sweep, write_json
 from ..system.host import keep_freed_memory
 from ..system.locks import Lock
@@ -94,7 +95,7 @@ class Extraction:
         return [number for number in range(self.job.shards) if number not in self.shards]
 
     def kept(self) -> str:
-        """What is kept after a stop, in words."""
+        """Tells what is kept after a stop."""
         if not self.shards:
             return "no shard of features was finished yet"
         images = len(self.job.dataset) - self._images(self.missing())
@@ -105,7 +106,7 @@ class Extraction:
 
         The first process reads every byte of a small store, and of one that is not finished: the machine may have gone
         down during a write, and reading takes a hundredth of the time of making. Of a large finished store it reads the
-        headers alone, because the features would take minutes; `python -m smooseg_fast.cache verify` reads those.
+        headers alone, because the features would take minutes; `smooseg cache verify` reads those.
         """
         silent = not self.job.options.progress
         every_byte = self.processes.first and (self.folder.nbytes <= CHECKED_BYTES or not self.job.on_disk)
@@ -208,7 +209,7 @@ class Extraction:
             if not other.readable and all(other.meta.get(name) == meta[name] for name in SAME):
                 say(
                     f"{other.path} was written by an older version and will be recomputed; "
-                    f"to free its {readable(other.nbytes)}: python -m smooseg_fast.cache rm {other.key[:8]}"
+                    f"to free its {readable(other.nbytes)}: {command_line('cache', 'rm', other.key[:8])}"
                 )
         write_json(self.folder.path / META, meta)
 

@@ -45,7 +45,7 @@ def starter(module: str, processes: int = 1) -> list[str]:
 
 
 def command_line(command: str, *words: str) -> str:
-    """What to type for a command of this package, such as "predict"."""
+    """The words that start a command of this package, such as "predict"."""
     return shlex.join([*starter(f"{PACKAGE}.{command}"), *words])
 
 

@@ -113,14 +113,21 @@ class Run:
     def make_loop(self, heads: Heads) -> Loop:
         config, store = self.config, self.setting.store
         pairs = [variant.thresholds for variant in self.variants]
-        names = ("temperature", "teacher_decay", "dropout", "patches", "impl")
+        settings = Settings(
+            relative=pairs[0].relative,
+            temperature=config.temperature,
+            teacher_decay=config.teacher_decay,
+            dropout=config.dropout,
+            patches=config.patches,
+            impl=config.impl,
+        )
         return Loop(
             heads.to(self.setting.device),
             self.features(),
             (store.P, store.D),
             self.schedule,
             torch.tensor([[pair.within, pair.across] for pair in pairs]),
-            Settings(relative=pairs[0].relative, **{name: getattr(config, name) for name in names}),
+            settings,
             lr=config.lr,
             lr_prototypes=config.lr_prototypes,
         )

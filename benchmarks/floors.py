@@ -40,13 +40,6 @@ class PairProblem:
     H: ClassVar[int] = 1
 
 
-@dataclass(frozen=True)
-class Launch:
-    name: str
-    read: int
-    written: int
-
-
 def objective_floor(problem: Problem, backward: bool = True) -> int:
     """Forward and backward read features and codes once each; the gradient is written."""
     once = problem.features + problem.codes
@@ -103,8 +96,8 @@ def floor_ms(floor_bytes: int, flops: int, bytes_per_s: float, flops_per_s: floa
     return 1e3 * max(floor_bytes / bytes_per_s, flops / flops_per_s)
 
 
-def objective_launches(problem: Problem, columns: int, splits: int, slices: int, norms_alone: bool) -> list[Launch]:
-    """Bytes of every launch as if nothing stayed in the cache between launches, and everything within one.
+def objective_launches(problem: Problem, columns: int, splits: int, slices: int, norms_alone: bool) -> dict[str, int]:
+    """Bytes that every launch moves, as if nothing stayed in the cache between launches, and everything within one.
 
     Partial sums have the element size of their summands.
     """
@@ -112,10 +105,9 @@ def objective_launches(problem: Problem, columns: int, splits: int, slices: int,
     once, norms = problem.features + problem.codes, 4 * B * P
     sums = H * B * splits * (D * columns * problem.element + columns * 4 + K * Z * problem.element)
     pull, students = H * B * (D * columns * problem.element + (T + slices) * columns * 4), H * K * Z * 4
-    moments = (once + norms, sums) if norms_alone else (once, sums + norms)
-    return [
-        *([Launch("row_norms", problem.features, norms)] if norms_alone else []),
-        Launch("image_moments", *moments),
-        Launch("pair_sums", sums, pull + students),
-        Launch("energy_gradient", once + pull + norms, problem.codes + students),
-    ]
+    launches = {"row_norms": problem.features + norms} if norms_alone else {}
+    return launches | {
+        "image_moments": once + norms + sums,
+        "pair_sums": sums + pull + students,
+        "energy_gradient": once + pull + norms + problem.codes + students,
+    }

@@ -25,16 +25,16 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = (ROOT, ROOT / "kernels" / "torch-ext", ROOT / "tests")
 TESTS = ("triton_gpu", "triton_objective", "triton_rows", "triton_pair_energy", "triton_pair_energy_gpu", "trainer_gpu")
 TOTAL_S, TESTS_S, COMPILE_S = 530, 260, 110
-# file, cases that pytest takes from it (-k), and the seconds they may take; compiled forms take minutes and come last
-CASES = (
-    ("objective", "(cityscapes_s8 or heads16) and not compiled", TOTAL_S),
-    ("assign", "eval320", TOTAL_S),
-    ("pairs", "(stego_b32 or all_784) and not compiled", TOTAL_S),
-    ("step", "cityscapes_s8 or heads64", TOTAL_S),
-    ("objective", "compiled and heads16 and torch", COMPILE_S),
-    ("objective", "compiled and cityscapes_s8 and torch", COMPILE_S),
-    ("pairs", "compiled and all_784 and dense", COMPILE_S),
-)
+# cases that pytest takes (-k), and the seconds they may take; compiled forms take minutes and come last
+CASES = {
+    "function and objective and (cityscapes_s8 or heads16)": TOTAL_S,
+    "assign and eval320": TOTAL_S,
+    "function and (stego_b32 or all_784)": TOTAL_S,
+    "head_step and (cityscapes_s8 or heads)": TOTAL_S,
+    "compiled and heads16 and torch": COMPILE_S,
+    "compiled and cityscapes_s8 and torch": COMPILE_S,
+    "compiled and all_784 and dense": COMPILE_S,
+}
 
 
 def pytest(arguments: list[str], seconds: float, **variables: str) -> bool:
@@ -74,14 +74,14 @@ def main() -> int:
     if args.smoke:
         options += ["--bench-smoke", "--bench-triton"]
         variables["TRITON_INTERPRET"] = "1"
-    for name, cases, limit_s in CASES:
+    for cases, limit_s in CASES.items():
         if args.no_compile and limit_s == COMPILE_S:
             continue
         left_s = min(limit_s, TOTAL_S - (time.perf_counter() - start_s))
         if left_s < COMPILE_S / 2:
-            print(f"no time left for {name}, {cases}: its cells stay empty", flush=True)
-        elif not pytest([f"benchmarks/bench_{name}.py", "-k", cases, *options], left_s, **variables):
-            failed.append(f"{name}, {cases}")
+            print(f"no time left for {cases}: its cells stay empty", flush=True)
+        elif not pytest(["benchmarks/bench_operators.py", "-k", cases, *options], left_s, **variables):
+            failed.append(cases)
     for what in failed:
         print("FAILED", what)
     print(f"{time.perf_counter() - start_s:.0f} s")

@@ -82,10 +82,8 @@ def main() -> int:
             print(f"no time left for {cases}: its cells stay empty", flush=True)
         elif not pytest(["benchmarks/bench_operators.py", "-k", cases, *options], left_s, **variables):
             failed.append(cases)
-    for what in failed:
-        print("FAILED", what)
-    print(f"{time.perf_counter() - start_s:.0f} s")
-    return 1 if failed else 0
+    print("\n".join([*(f"FAILED {what}" for what in failed), f"{time.perf_counter() - start_s:.0f} s"]))
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

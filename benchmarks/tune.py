@@ -53,7 +53,7 @@ def rank(kernel: str, heads: int, seconds: float) -> None:
     """Times settings until `seconds` are over and prints the best eight."""
     subject, problem = ("pairs", PairProblem()) if kernel == "pair_tiles" else ("objective", Problem(H=heads))
     subjects = problems.rotation(subject, problem, "triton", "forward + backward", "bfloat16", "cuda")
-    runs, ranking, stop_s = [one.run for one in subjects], [], time.perf_counter() + seconds
+    run, ranking, stop_s = measure.in_turn([one.run for one in subjects]), [], time.perf_counter() + seconds
     launch.OVERRIDES.clear()
     default = launch.config(kernel, torch.empty(0, dtype=torch.bfloat16, device="cuda"), heads)
     for setting in settings_of(kernel, heads, default):
@@ -62,7 +62,7 @@ def rank(kernel: str, heads: int, seconds: float) -> None:
         launch.OVERRIDES[kernel] = setting
         try:
             subjects[0].check(subjects[0].run())
-            timing = measure.timed(measure.captured(runs)[0], "cuda", len(runs), seconds=0.1)
+            timing = measure.timed(measure.captured(run)[0], "cuda", len(subjects), seconds=0.1)
             ranking.append((timing["median_ms"], setting))
         except Exception as error:  # does not fit the card, or is wrong: no candidate
             print(f"{kernel} H={heads} {setting}: {type(error).__name__}: {str(error)[:120]}")

@@ -61,7 +61,6 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--no-tests", action="store_true", help="timings alone")
-    parser.add_argument("--no-compile", action="store_true", help="without the compiled forms, which take minutes")
     args = parser.parse_args()
     if not args.smoke and not torch.cuda.is_available():
         print("no GPU here: run on a machine with one, or with --smoke", file=sys.stderr)
@@ -75,8 +74,6 @@ def main() -> int:
         options += ["--bench-smoke", "--bench-triton"]
         variables["TRITON_INTERPRET"] = "1"
     for cases, limit_s in CASES.items():
-        if args.no_compile and limit_s == COMPILE_S:
-            continue
         left_s = min(limit_s, TOTAL_S - (time.perf_counter() - start_s))
         if left_s < COMPILE_S / 2:
             print(f"no time left for {cases}: its cells stay empty", flush=True)

@@ -118,9 +118,7 @@ class Bench:
             for kernel, mean_us in measure.kernel_times(run, len(runs)).items():
                 self.add({**cell, "mode": f"kernel {kernel}", "dtype": dtype, "mean_us": mean_us})
 
-    def alternating(
-        self, case: str, shape: str, sizes: dict, runs: dict[str, measure.Run], dtype: str, between
-    ) -> None:
+    def alternating(self, case, shape, sizes, runs: dict[str, measure.Run], dtype, between: measure.Run) -> None:
         """Times all `runs` (checked before) in each of five rounds after one to warm up, since a machine drifts.
 
         `between` follows every run and is not timed.

@@ -64,15 +64,11 @@ def pairs_flops(problem: PairProblem, backward: bool = True) -> int:
     return 2 * problem.B * problem.P**2 * (problem.D + (3 if backward else 1) * problem.Z)
 
 
-def head_parameters(problem: Problem) -> int:
-    """W1, W2, W3 with their biases, and the student."""
-    D, Z, K = problem.D, problem.Z, problem.K
-    return D * D + D + 2 * (D * Z + Z) + K * Z
-
-
 def head_step_floor(problem: Problem) -> int:
     """Features read forward and backward; Adam reads and writes fp32 parameters and two moments, the teacher itself."""
-    return 2 * problem.features + 4 * (6 * head_parameters(problem) + 2 * problem.K * problem.Z)
+    D, Z, K = problem.D, problem.Z, problem.K
+    parameters = D * D + D + 2 * (D * Z + Z) + K * Z  # W1, W2, W3 with their biases, and the student
+    return 2 * problem.features + 4 * (6 * parameters + 2 * K * Z)
 
 
 def head_step_flops(problem: Problem) -> int:
@@ -81,14 +77,14 @@ def head_step_flops(problem: Problem) -> int:
     return 2 * B * P * (2 * (D * D + 2 * D * Z) + D * Z) + objective_flops(problem)
 
 
-def assignment_floor(B: int, P: int, Z: int, H: int, W: int, element: int, label_bytes: int) -> int:
-    """Codes in, int64 labels out, labels to compare with in."""
-    return B * P * Z * element + B * H * W * (8 + label_bytes)
+def assignment_floor(problem: Problem, pixels: int) -> int:
+    """Codes in, int64 labels out, uint8 labels to compare with in; `pixels` of one picture."""
+    return problem.codes + problem.B * pixels * (8 + 1)
 
 
-def assignment_flops(B: int, P: int, Z: int, K: int, H: int, W: int) -> int:
+def assignment_flops(problem: Problem, pixels: int) -> int:
     """Numerators, and one interpolation (three operations) a pixel and prototype; that along columns costs less."""
-    return 2 * B * P * Z * K + 3 * B * H * W * K
+    return problem.B * problem.K * (2 * problem.P * problem.Z + 3 * pixels)
 
 
 def floor_ms(floor_bytes: int, flops: int, bytes_per_s: float, flops_per_s: float) -> float:

@@ -253,9 +253,8 @@ def assignment(problem: Problem, impl: str, mode: str, dtype, device: str, seed:
         wanted = torch.bincount((assigned * problem.K + labels).flatten(), minlength=problem.K**2)
         assert torch.equal(counts, wanted.view(problem.K, problem.K)), "wrong counts"
 
-    sides = (problem.Z, problem.K, pixels, pixels)
-    floor_bytes = floors.assignment_floor(problem.B, problem.P, problem.Z, pixels, pixels, problem.element, 1)
-    return Subject(run, check_outputs, floor_bytes, floors.assignment_flops(problem.B, problem.P, *sides))
+    counts = floors.assignment_floor(problem, pixels**2), floors.assignment_flops(problem, pixels**2)
+    return Subject(run, check_outputs, *counts)
 
 
 def pairs(problem: PairProblem, impl: str, mode: str, dtype, device: str, seed: int = 0, function=None) -> Subject:

@@ -50,12 +50,6 @@ def pytest(arguments: list[str], seconds: float, **variables: str) -> bool:
     return status in (0, 5)  # 5: nothing was selected, as the GPU tests are on a CPU
 
 
-def run_tests(smoke: bool) -> bool:
-    """All tests of the Triton kernels where xdist can spread them (they mostly compile), else those marked gpu."""
-    spread = importlib.util.find_spec("xdist") and not smoke
-    return pytest([*(["-n", "12"] if spread else ["-m", "gpu"]), *(f"tests/test_{name}.py" for name in TESTS)], TESTS_S)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true")
@@ -66,7 +60,9 @@ def main() -> int:
         print("no GPU here: run on a machine with one, or with --smoke", file=sys.stderr)
         return 2
     start_s, failed = time.perf_counter(), []
-    if not (args.no_tests or run_tests(args.smoke)):
+    # all tests of the Triton kernels where xdist can spread them (they mostly compile), else those marked gpu
+    selection = ["-n", "12"] if importlib.util.find_spec("xdist") and not args.smoke else ["-m", "gpu"]
+    if not (args.no_tests or pytest([*selection, *(f"tests/test_{name}.py" for name in TESTS)], TESTS_S)):
         failed.append("tests")
     options = ["--benchmark-only", "--benchmark-quiet", "--bench-results", str(args.out.resolve() / "gpu.jsonl")]
     variables = {"SMOOSEG_RUN": uuid.uuid4().hex[:12]}

@@ -122,7 +122,6 @@ def pairs_case(dtype: torch.dtype, points: int = 784, full: bool = False, D: int
 def shipped_cases(quick: bool = False) -> dict:
     """Calls by name; `quick`: the launches of a training step alone."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    every, both = (-1, 0, -2), (0, -2)
     cases = {
         "bf16 dropout": partial(objective_case, bf16, 1, scaled=True),
         "bf16 dropout, H=16": partial(objective_case, bf16, 16, scaled=True),
@@ -130,26 +129,23 @@ def shipped_cases(quick: bool = False) -> dict:
     }
     if quick:
         return cases
-    return cases | {
-        "bf16 H=1": partial(objective_case, bf16, 1),
-        "bf16 H=16": partial(objective_case, bf16, 16),
-        "fp16 H=1": partial(objective_case, fp16, 1),
-        "fp32 H=1": partial(objective_case, fp32, 1),
-        "bf16 every option": partial(objective_case, bf16, 1, every, full=True),
-        "bf16 every option, H=16": partial(objective_case, bf16, 16, every, full=True),
-        "fp16 every option, H=16": partial(objective_case, fp16, 16, every, full=True),
+    for name, dtype, heads in (("bf16", bf16, 1), ("bf16", bf16, 16), ("fp16", fp16, 1), ("fp32", fp32, 1)):
+        cases[f"{name} H={heads}"] = partial(objective_case, dtype, heads)
+    for name, dtype, heads in (("bf16", bf16, 1), ("bf16", bf16, 16), ("fp16", fp16, 16)):
+        title = f"{name} every option" + (f", H={heads}" if heads > 1 else "")
+        cases[title] = partial(objective_case, dtype, heads, (-1, 0, -2), full=True)
+    cases |= {
         "bf16 pairs, P=121": partial(pairs_case, bf16, 121),
         "bf16 pairs, options": partial(pairs_case, bf16, full=True),
         "fp32 pairs": partial(pairs_case, fp32),
         "bf16 pairs, D=768": partial(pairs_case, bf16, D=768),
         "bf16 pairs, Z=200": partial(pairs_case, bf16, Z=200),
-        "bf16 rows": partial(rows_case, bf16),
-        "fp32 rows": partial(rows_case, fp32),
-        "bf16 statistics": partial(statistics_case, bf16),
-        "fp32 statistics": partial(statistics_case, fp32),
-        "bf16 statistics, every option": partial(statistics_case, bf16, both, full=True),
-        "fp32 statistics, every option": partial(statistics_case, fp32, both, full=True),
     }
+    for name, dtype in (("bf16", bf16), ("fp32", fp32)):
+        cases[f"{name} rows"] = partial(rows_case, dtype)
+        cases[f"{name} statistics"] = partial(statistics_case, dtype)
+        cases[f"{name} statistics, every option"] = partial(statistics_case, dtype, (0, -2), full=True)
+    return cases
 
 
 def signature(kernel, args, constants):
@@ -180,13 +176,10 @@ def compile_launch(kernel, args, constants, target: str) -> dict:
     with contextlib.redirect_stdout(io.StringIO()):  # an assembler's error comes with the whole program
         compiled = triton.compile(source, target=GPUTarget(backend, architecture, warp), options=options)
     row = {"warps": compiled.metadata.num_warps, "shared": compiled.metadata.shared, "shared_limit": shared_limit}
+    row["matrix"] = sorted(set(re.findall(MATRIX, compiled.asm["amdgcn" if backend == "hip" else "ptx"])))
     if backend == "hip":
-        text = compiled.asm["amdgcn"]
-        row["registers"] = int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1])
-        row["spills"] = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", text)[1])
-        row["matrix"] = sorted(set(re.findall(MATRIX, text)))
-        return row
-    row["matrix"] = sorted(set(re.findall(MATRIX, compiled.asm["ptx"])))
+        counts = re.findall(r"\.vgpr_(count|spill_count):\s*(\d+)", compiled.asm["amdgcn"])
+        return row | {{"count": "registers", "spill_count": "spills"}[name]: int(count) for name, count in counts}
     usage = tool("cuobjdump", "-res-usage", cubin=compiled.asm["cubin"])
     row["registers"], row["spills"] = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # spills: the stack
     if any(name.startswith(("wgmma", "tcgen05")) for name in row["matrix"]):  # the others' operands have no addresses
@@ -244,8 +237,9 @@ def report(target: str, cases: dict) -> list[dict]:
         row |= {**compile_launch(kernel, args, constants, target), "triton": triton.__version__}
         needs_matrix = re.search(r"\bdot\(|cosines\(", kernel.src) and not label.startswith("fp32")
         row["faults"] = "; ".join(faults(row, bool(needs_matrix)))
-        rows.append(row)
-        print(line(row), flush=True)
+        texts = {name: " ".join(value) if isinstance(value, list) else value for name, value in row.items()}
+        rows.append({name: texts[name] for name in FIELDS if name in texts})
+        print(line(rows[-1]), flush=True)
     return rows
 
 
@@ -261,11 +255,7 @@ def faults(row: dict, needs_matrix: bool) -> list[str]:
 
 
 def line(row: dict) -> str:
-    return ", ".join(f"{name} {text(row[name])}" for name in FIELDS if name in row)
-
-
-def text(value: object) -> str:
-    return " ".join(value) if isinstance(value, list) else str(value)
+    return ", ".join(f"{name} {value}" for name, value in row.items())
 
 
 def main() -> int:
@@ -279,10 +269,11 @@ def main() -> int:
         with args.csv.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
             writer.writeheader()
-            writer.writerows({name: text(value) for name, value in row.items()} for row in rows)
-    bad = [f"FAULT {line(row)}" for row in rows if row["faults"]]
-    print("\n".join(bad))
-    return int(bool(bad))
+            writer.writerows(rows)
+    faulty = [row for row in rows if row["faults"]]
+    for row in faulty:
+        print("FAULT", line(row))
+    return int(bool(faulty))
 
 
 if __name__ == "__main__":

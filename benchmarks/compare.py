@@ -41,10 +41,6 @@ class Side(NamedTuple):
     medians: list[float]
     half_widths: list[float]
 
-    @property
-    def weight(self) -> float:
-        return 1 / math.sqrt(len(self.medians))
-
 
 class Change(NamedTuple):
     cell: Cell
@@ -103,8 +99,9 @@ def compare(a: dict[Cell, Side], b: dict[Cell, Side], threshold: float = 0.05) -
     changes = []
     for cell, spread in run_spreads(a, b).items():
         pair = a[cell], b[cell]
-        calls = CALLS_FACTOR * math.hypot(*(statistics.median(side.half_widths) * side.weight for side in pair))
-        runs = RUNS_FACTOR * spread * math.hypot(*(side.weight for side in pair))
+        weights = [1 / math.sqrt(len(side.medians)) for side in pair]
+        widths = [statistics.median(side.half_widths) * weight for side, weight in zip(pair, weights)]
+        calls, runs = CALLS_FACTOR * math.hypot(*widths), RUNS_FACTOR * spread * math.hypot(*weights)
         medians = tuple(statistics.median(side.medians) for side in pair)
         counts = "+".join(str(len(side.medians)) for side in pair)
         changes.append(Change(cell, medians, math.exp(max(math.log1p(threshold), calls, runs)), counts))

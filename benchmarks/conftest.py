@@ -30,7 +30,7 @@ from smooseg_fast.system.host import keep_freed_memory
 DENSE_BYTES, DENSE_SHARE = 8e8, 0.8
 SAMPLED_S, LEAST, MOST = 1.0, 5, 200  # seconds of samples, and how many there may be
 GRAPHS = ("graph", "captured step")
-SESSION = pytest.StashKey["Session"]()
+BENCH = pytest.StashKey["Bench"]()
 
 
 def pytest_addoption(parser):
@@ -55,8 +55,10 @@ def pytest_collection_modifyitems(config, items):
     items[:] = filter(runs, items)
 
 
-class Session:
-    """One run: the machine, its ceilings (measured on first use), and the lines so far."""
+class Bench:
+    """One run: the machine, its ceilings (measured on first use), the lines so far, and the calls for benchmarks."""
+
+    benchmark: Any  # the fixture of pytest-benchmark, a new one in every test
 
     def __init__(self, config) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -85,17 +87,9 @@ class Session:
         if not self.smoke:
             results.append(self.path, {**self.machine, **row})
 
-
-class Bench:
-    """Calls for benchmarks, with the `benchmark` fixture of their test."""
-
-    def __init__(self, session: Session, benchmark) -> None:
-        self.session, self.benchmark = session, benchmark
-        self.full, self.smoke, self.device = session.full, session.smoke, session.device
-
     def time(self, subject, shape, problem, impl, mode, *, case=None, peak=False, dtype=None, **extra) -> None:
         """Checks, times and records one of problems.SUBJECTS; `peak` adds its peak memory, `extra` is the subject's."""
-        dtype = dtype or self.session.dtype
+        dtype = dtype or self.dtype
         problem = problems.of_dtype(problems.shrunk(problem) if self.smoke else problem, problems.DTYPES[dtype])
         self.benchmark.group = f"{case or subject} {shape} {mode}"
         cell = {"case": case or subject, "shape": shape, "sizes": problems.letters(problem) | extra, "impl": impl}
@@ -107,11 +101,11 @@ class Bench:
         first, runs = subjects[0], [one.run for one in subjects]
         run = measure.in_turn(runs)
         if mode == "graph":
-            run, outputs = measure.captured(runs)
+            run, outputs = measure.captured(run)
             run()
             first.check(outputs)
         floor = {"floor_bytes": first.floor_bytes, "floor_flops": first.floor_flops}
-        floor["floor_ms"] = floors.floor_ms(*floor.values(), *self.session.ceilings(dtype))
+        floor["floor_ms"] = floors.floor_ms(*floor.values(), *self.ceilings(dtype))
         row |= self.repeat(run, len(runs)) | floor
         row["times_floor"] = row["median_ms"] / row["floor_ms"]
         if peak and not self.smoke:
@@ -119,17 +113,15 @@ class Bench:
             on_card = self.device == "cuda"
             job = (subject, problem, impl, mode, dtype)
             row["peak_bytes"] = memory.peak_on_card(first.run) if on_card else memory.peak_bytes(*job, **extra)
-        self.session.add(row)
+        self.add(row)
         if mode == "graph" and impl == "triton":
             for kernel, mean_us in measure.kernel_times(run, len(runs)).items():
-                self.session.add({**cell, "mode": f"kernel {kernel}", "dtype": dtype, "mean_us": mean_us})
+                self.add({**cell, "mode": f"kernel {kernel}", "dtype": dtype, "mean_us": mean_us})
 
-    def alternating(
-        self, case: str, shape: str, sizes: dict, runs: dict[str, measure.Run], dtype: str, between: measure.Run
-    ) -> None:
-        """Times every one of `runs` (checked before) in each of five rounds, so that a drift of the machine meets all.
+    def alternating(self, case, shape, sizes, runs: dict[str, measure.Run], dtype, between: measure.Run) -> None:
+        """Times all `runs` (checked before) in each of five rounds after one to warm up, since a machine drifts.
 
-        `between` follows every run and is not timed. The first round warms up.
+        `between` follows every run and is not timed.
         """
         self.benchmark.group = f"{case} {shape}"
         times: dict[str, list[float]] = {name: [] for name in runs}
@@ -143,7 +135,7 @@ class Bench:
         for name, samples in times.items():
             row = {"case": case, "shape": shape, "sizes": sizes, "impl": name, "mode": "all images", "dtype": dtype}
             row |= measure.percentiles(samples if self.smoke else samples[1:])
-            self.session.add({**row, "images_per_s": 1e3 * sizes["images"] / row["median_ms"]})
+            self.add({**row, "images_per_s": 1e3 * sizes["images"] / row["median_ms"]})
 
     def stop_where_it_must(self, row: results.Row, problem: floors.Problem, subject: str) -> None:
         if not row["impl"].startswith("dense"):
@@ -157,7 +149,7 @@ class Bench:
             reason += f", more than {DENSE_BYTES:,.0f}: under --bench-full"
         else:
             return
-        self.session.add(row | {"counted_bytes": counted, "skipped": reason})
+        self.add(row | {"counted_bytes": counted, "skipped": reason})
         pytest.skip(reason)
 
     def unless_full(self, long: bool) -> None:
@@ -176,21 +168,19 @@ class Bench:
 
 @pytest.fixture
 def bench(benchmark, request) -> Iterator[Bench]:
-    stash = request.config.stash
-    if SESSION not in stash:
-        stash[SESSION] = Session(request.config)
-    yield Bench(stash[SESSION], benchmark)
+    bench = request.config.stash.setdefault(BENCH, None) or Bench(request.config)
+    request.config.stash[BENCH], bench.benchmark = bench, benchmark
+    yield bench
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # the next benchmark asks how much is free
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    session = config.stash.get(SESSION, None)
-    if session is None:
+    bench = config.stash.get(BENCH, None)
+    if bench is None:
         return
-    terminalreporter.section("smooseg benchmarks")
-    took_s = time.perf_counter() - session.start_s
-    written = f"{took_s:.0f} s; {len(session.rows)} lines appended to {session.path}"
-    if session.smoke:
+    written = f"{time.perf_counter() - bench.start_s:.0f} s; {len(bench.rows)} lines appended to {bench.path}"
+    if bench.smoke:
         written = "smoke form: the times mean nothing, no line was written"
-    terminalreporter.write_line("\n".join([*results.summary(session.rows), written]))
+    terminalreporter.section("smooseg benchmarks")
+    terminalreporter.write_line("\n".join([*results.summary(bench.rows), written]))

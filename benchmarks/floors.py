@@ -40,13 +40,6 @@ class PairProblem:
     H: ClassVar[int] = 1
 
 
-@dataclass(frozen=True)
-class Launch:
-    name: str
-    read: int
-    written: int
-
-
 def objective_floor(problem: Problem, backward: bool = True) -> int:
     """Forward and backward read features and codes once each; the gradient is written."""
     once = problem.features + problem.codes
@@ -71,15 +64,11 @@ def pairs_flops(problem: PairProblem, backward: bool = True) -> int:
     return 2 * problem.B * problem.P**2 * (problem.D + (3 if backward else 1) * problem.Z)
 
 
-def head_parameters(problem: Problem) -> int:
-    """W1, W2, W3 with their biases, and the student."""
-    D, Z, K = problem.D, problem.Z, problem.K
-    return D * D + D + 2 * (D * Z + Z) + K * Z
-
-
 def head_step_floor(problem: Problem) -> int:
     """Features read forward and backward; Adam reads and writes fp32 parameters and two moments, the teacher itself."""
-    return 2 * problem.features + 4 * (6 * head_parameters(problem) + 2 * problem.K * problem.Z)
+    D, Z, K = problem.D, problem.Z, problem.K
+    parameters = D * D + D + 2 * (D * Z + Z) + K * Z  # W1, W2, W3 with their biases, and the student
+    return 2 * problem.features + 4 * (6 * parameters + 2 * K * Z)
 
 
 def head_step_flops(problem: Problem) -> int:
@@ -88,14 +77,14 @@ def head_step_flops(problem: Problem) -> int:
     return 2 * B * P * (2 * (D * D + 2 * D * Z) + D * Z) + objective_flops(problem)
 
 
-def assignment_floor(B: int, P: int, Z: int, H: int, W: int, element: int, label_bytes: int) -> int:
-    """Codes in, int64 labels out, labels to compare with in."""
-    return B * P * Z * element + B * H * W * (8 + label_bytes)
+def assignment_floor(problem: Problem, pixels: int) -> int:
+    """Codes in, int64 labels out, uint8 labels to compare with in; `pixels` of one picture."""
+    return problem.codes + problem.B * pixels * (8 + 1)
 
 
-def assignment_flops(B: int, P: int, Z: int, K: int, H: int, W: int) -> int:
+def assignment_flops(problem: Problem, pixels: int) -> int:
     """Numerators, and one interpolation (three operations) a pixel and prototype; that along columns costs less."""
-    return 2 * B * P * Z * K + 3 * B * H * W * K
+    return problem.B * problem.K * (2 * problem.P * problem.Z + 3 * pixels)
 
 
 def floor_ms(floor_bytes: int, flops: int, bytes_per_s: float, flops_per_s: float) -> float:
@@ -103,8 +92,8 @@ def floor_ms(floor_bytes: int, flops: int, bytes_per_s: float, flops_per_s: floa
     return 1e3 * max(floor_bytes / bytes_per_s, flops / flops_per_s)
 
 
-def objective_launches(problem: Problem, columns: int, splits: int, slices: int, norms_alone: bool) -> list[Launch]:
-    """Bytes of every launch as if nothing stayed in the cache between launches, and everything within one.
+def objective_launches(problem: Problem, columns: int, splits: int, slices: int, norms_alone: bool) -> dict[str, int]:
+    """Bytes that every launch moves, as if nothing stayed in the cache between launches, and everything within one.
 
     Partial sums have the element size of their summands.
     """
@@ -112,10 +101,9 @@ def objective_launches(problem: Problem, columns: int, splits: int, slices: int,
     once, norms = problem.features + problem.codes, 4 * B * P
     sums = H * B * splits * (D * columns * problem.element + columns * 4 + K * Z * problem.element)
     pull, students = H * B * (D * columns * problem.element + (T + slices) * columns * 4), H * K * Z * 4
-    moments = (once + norms, sums) if norms_alone else (once, sums + norms)
-    return [
-        *([Launch("row_norms", problem.features, norms)] if norms_alone else []),
-        Launch("image_moments", *moments),
-        Launch("pair_sums", sums, pull + students),
-        Launch("energy_gradient", once + pull + norms, problem.codes + students),
-    ]
+    launches = {"row_norms": problem.features + norms} if norms_alone else {}
+    return launches | {
+        "image_moments": once + norms + sums,
+        "pair_sums": sums + pull + students,
+        "energy_gradient": once + pull + norms + problem.codes + students,
+    }

@@ -25,16 +25,16 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = (ROOT, ROOT / "kernels" / "torch-ext", ROOT / "tests")
 TESTS = ("triton_gpu", "triton_objective", "triton_rows", "triton_pair_energy", "triton_pair_energy_gpu", "trainer_gpu")
 TOTAL_S, TESTS_S, COMPILE_S = 530, 260, 110
-# file, cases that pytest takes from it (-k), and the seconds they may take; compiled forms take minutes and come last
-CASES = (
-    ("objective", "(cityscapes_s8 or heads16) and not compiled", TOTAL_S),
-    ("assign", "eval320", TOTAL_S),
-    ("pairs", "(stego_b32 or all_784) and not compiled", TOTAL_S),
-    ("step", "cityscapes_s8 or heads64", TOTAL_S),
-    ("objective", "compiled and heads16 and torch", COMPILE_S),
-    ("objective", "compiled and cityscapes_s8 and torch", COMPILE_S),
-    ("pairs", "compiled and all_784 and dense", COMPILE_S),
-)
+# cases that pytest takes (-k), and the seconds they may take; compiled forms take minutes and come last
+CASES = {
+    "function and objective and (cityscapes_s8 or heads16)": TOTAL_S,
+    "assign and eval320": TOTAL_S,
+    "function and (stego_b32 or all_784)": TOTAL_S,
+    "head_step and (cityscapes_s8 or heads)": TOTAL_S,
+    "compiled and heads16 and torch": COMPILE_S,
+    "compiled and cityscapes_s8 and torch": COMPILE_S,
+    "compiled and all_784 and dense": COMPILE_S,
+}
 
 
 def pytest(arguments: list[str], seconds: float, **variables: str) -> bool:
@@ -50,42 +50,33 @@ def pytest(arguments: list[str], seconds: float, **variables: str) -> bool:
     return status in (0, 5)  # 5: nothing was selected, as the GPU tests are on a CPU
 
 
-def run_tests(smoke: bool) -> bool:
-    """All tests of the Triton kernels where xdist can spread them (they mostly compile), else those marked gpu."""
-    spread = importlib.util.find_spec("xdist") and not smoke
-    return pytest([*(["-n", "12"] if spread else ["-m", "gpu"]), *(f"tests/test_{name}.py" for name in TESTS)], TESTS_S)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--no-tests", action="store_true", help="timings alone")
-    parser.add_argument("--no-compile", action="store_true", help="without the compiled forms, which take minutes")
     args = parser.parse_args()
     if not args.smoke and not torch.cuda.is_available():
         print("no GPU here: run on a machine with one, or with --smoke", file=sys.stderr)
         return 2
     start_s, failed = time.perf_counter(), []
-    if not (args.no_tests or run_tests(args.smoke)):
+    # all tests of the Triton kernels where xdist can spread them (they mostly compile), else those marked gpu
+    selection = ["-n", "12"] if importlib.util.find_spec("xdist") and not args.smoke else ["-m", "gpu"]
+    if not (args.no_tests or pytest([*selection, *(f"tests/test_{name}.py" for name in TESTS)], TESTS_S)):
         failed.append("tests")
     options = ["--benchmark-only", "--benchmark-quiet", "--bench-results", str(args.out.resolve() / "gpu.jsonl")]
     variables = {"SMOOSEG_RUN": uuid.uuid4().hex[:12]}
     if args.smoke:
         options += ["--bench-smoke", "--bench-triton"]
         variables["TRITON_INTERPRET"] = "1"
-    for name, cases, limit_s in CASES:
-        if args.no_compile and limit_s == COMPILE_S:
-            continue
+    for cases, limit_s in CASES.items():
         left_s = min(limit_s, TOTAL_S - (time.perf_counter() - start_s))
         if left_s < COMPILE_S / 2:
-            print(f"no time left for {name}, {cases}: its cells stay empty", flush=True)
-        elif not pytest([f"benchmarks/bench_{name}.py", "-k", cases, *options], left_s, **variables):
-            failed.append(f"{name}, {cases}")
-    for what in failed:
-        print("FAILED", what)
-    print(f"{time.perf_counter() - start_s:.0f} s")
-    return 1 if failed else 0
+            print(f"no time left for {cases}: its cells stay empty", flush=True)
+        elif not pytest(["benchmarks/bench_operators.py", "-k", cases, *options], left_s, **variables):
+            failed.append(cases)
+    print("\n".join([*(f"FAILED {what}" for what in failed), f"{time.perf_counter() - start_s:.0f} s"]))
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

@@ -33,9 +33,9 @@ def percentiles(times: list[float], calls: int = 1) -> dict[str, Any]:
     return {"n": len(times), "calls": calls, "median_ms": quantiles[4], "p20_ms": quantiles[1], "p80_ms": quantiles[7]}
 
 
-def timed(run: Run, device: str, calls: int = 1, seconds: float = 1.5, warm: int = 3) -> dict[str, Any]:
+def timed(run: Run, device: str, calls: int = 1, *, seconds: float) -> dict[str, Any]:
     """Percentiles of the time of one of the `calls` that `run` makes, from 3 to 200 samples."""
-    for _ in range(warm):
+    for _ in range(3):
         run()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -46,28 +46,27 @@ def timed(run: Run, device: str, calls: int = 1, seconds: float = 1.5, warm: int
 
 
 def in_turn(runs: list[Run]) -> Run:
-    """One call of each; a single one is returned as it is, without a loop around it."""
+    """One call of each, with the outputs of the first; a single one is returned as it is, without a loop around it."""
 
-    def call() -> None:
-        for run in runs:
+    def call() -> Any:
+        outputs = runs[0]()
+        for run in runs[1:]:
             run()
+        return outputs
 
     return call if len(runs) > 1 else runs[0]
 
 
-def captured(runs: list[Run]) -> tuple[Run, Any]:
-    """-> replay of one CUDA graph of all the calls, and the outputs of the first (filled by every replay)."""
+def captured(run: Run) -> tuple[Run, Any]:
+    """-> replay of a CUDA graph of the call, and its outputs (filled by every replay)."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for run in runs:
-            run()
+        run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        outputs = runs[0]()
-        for run in runs[1:]:
-            run()
+        outputs = run()
     return graph.replay, outputs
 
 
@@ -98,12 +97,12 @@ def ceilings(device: str, dtype: torch.dtype, tiny: bool = False) -> list[dict[s
     Both rates come from p20: other programs may slow the machine, never speed it up.
     """
     size, n = (1 << 20, 64) if tiny else (1 << 31, 8192) if device == "cuda" else (1 << 28, 2048)
-    pace = {"seconds": 0.0, "warm": 1} if tiny else {}
+    seconds = 0.0 if tiny else 1.5
     source = torch.empty(size, dtype=torch.uint8, device=device).random_(0, 255)
     target = torch.empty_like(source)
-    copy = timed(lambda: target.copy_(source), device, **pace)
+    copy = timed(lambda: target.copy_(source), device, seconds=seconds)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in "ab")
-    product = timed(lambda: a @ b, device, **pace)
+    product = timed(lambda: a @ b, device, seconds=seconds)
     rates = {"bytes_per_s": 2e3 * size / copy["p20_ms"]}, {"flops_per_s": 2e3 * n**3 / product["p20_ms"]}
     common = {"case": "ceiling", "mode": "eager"}
     return [{**common, "impl": "copy", **rates[0], **copy}, {**common, "impl": "matmul", **rates[1], **product}]

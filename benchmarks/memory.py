@@ -1,18 +1,12 @@
-"""Peak memory of one call beyond its inputs: the allocator's on a card, resident memory of a separate process on a CPU.
-
-python benchmarks/memory.py '{"case": "objective", "impl": "torch", "mode": "forward + backward", "dtype": "float32",
-                              "problem": {"B": 1, "P": 16384}}'
-"""
+"""Peak memory of one call beyond its inputs: a card's allocator says it, on a CPU the memory of a fresh process."""
 
 from __future__ import annotations
 
 import gc
-import json
+import multiprocessing
 import os
-import subprocess
-import sys
-from dataclasses import asdict
 from pathlib import Path
+from unittest import mock
 
 import counting
 import problems
@@ -25,15 +19,22 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536
 
 
 def peak_bytes(case: str, problem: Problem | PairProblem, impl: str, mode: str, dtype: str, **extra: object) -> int:
-    """Resident memory, measured by this file run as a program; RuntimeError with its last line where it fails."""
-    job = {"case": case, "problem": asdict(problem), "impl": impl, "mode": mode, "dtype": dtype, "extra": extra}
-    command = [sys.executable, str(Path(__file__).resolve()), json.dumps(job)]
-    environment = {**os.environ, **ALLOCATOR}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=environment)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
-        raise RuntimeError(f"no peak of {impl} at {problem}: {last}")
-    return json.loads(done.stdout.strip().splitlines()[-1])["peak_bytes"]
+    """Resident memory, measured in a fresh process."""
+    job = (case, problem, impl, mode, problems.DTYPES[dtype], extra)
+    with mock.patch.dict(os.environ, ALLOCATOR), multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply_async(resident_peak, job).get(TIMEOUT_S)
+
+
+def resident_peak(case: str, problem: Problem | PairProblem, impl: str, mode: str, dtype: torch.dtype, extra) -> int:
+    build = problems.SUBJECTS[case]
+    build(problems.shrunk(problem), impl, mode, dtype, "cpu").run()  # loads libraries, starts threads
+    subject = build(problem, impl, mode, dtype, "cpu", **extra)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the high-water mark
+    # getrusage's mark would include the process that started this one
+    before = kernel_figure("/proc/self/status", "VmHWM")
+    subject.run()
+    return kernel_figure("/proc/self/status", "VmHWM") - before
 
 
 def peak_on_card(run) -> int:
@@ -62,22 +63,3 @@ def kernel_figure(path: str, name: str) -> int:
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"no {name} in {path}: memory is measured on Linux")
-
-
-def main() -> int:
-    job = json.loads(sys.argv[1])
-    build, arguments = problems.SUBJECTS[job["case"]], (job["impl"], job["mode"], problems.DTYPES[job["dtype"]], "cpu")
-    problem = (PairProblem if job["case"] == "pairs" else Problem)(**job["problem"])
-    build(problems.shrunk(problem), *arguments).run()  # loads libraries, starts threads
-    subject = build(problem, *arguments, **job.get("extra", {}))
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the high-water mark
-    # getrusage's mark would include the process that started this one
-    before = kernel_figure("/proc/self/status", "VmHWM")
-    subject.run()
-    print(json.dumps({"peak_bytes": kernel_figure("/proc/self/status", "VmHWM") - before}))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -40,11 +40,8 @@ TRAINED = {
 }
 # work of two cores in a second
 SMALL = {"b8_p784": Problem(B=8), "b4_p1600": Problem(B=4, P=1600)}
-STEPS = {
-    "filterbank_b16": Problem(B=16, D=104, K=16),
-    "vit_s_b16": Problem(B=16),
-    "camvid_b16": Problem(B=16, D=432, K=11),
-}
+STEPS = {"filterbank_b16": Problem(B=16, D=104, K=16), "vit_s_b16": Problem(B=16)}
+STEPS |= {"camvid_b16": Problem(B=16, D=432, K=11)}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ORACLE_PAIRS = 5_000_000  # heads x images x P x P that the oracle may have, a second or two on a CPU
 STEP_ORACLE_PAIRS = 1 << 25  # for a head step, whose inputs are no copies of smaller ones
@@ -64,9 +61,8 @@ def letters(problem: Problem) -> dict[str, int]:
 
 def shrunk(problem: Problem | PairProblem) -> Problem | PairProblem:
     """The same kind of problem at a size that takes no time."""
-    if isinstance(problem, PairProblem):
-        return replace(problem, B=min(problem.B, 2), P=36, D=20, Z=6)
-    return replace(problem, B=min(problem.B, 2), P=36, D=20, Z=6, K=min(problem.K, 5), H=min(problem.H, 2))
+    groups = {} if isinstance(problem, PairProblem) else {"K": min(problem.K, 5), "H": min(problem.H, 2)}
+    return replace(problem, B=min(problem.B, 2), P=36, D=20, Z=6, **groups)
 
 
 @dataclass
@@ -167,11 +163,8 @@ def objective(problem: Problem, impl: str, mode: str, dtype, device: str, seed: 
     call = functools.partial(function, case.features, codes, student, case.teacher, case.partners)
 
     def run():
-        if not backward:
-            with torch.no_grad():
-                return (call(case.thresholds),)
         total = call(case.thresholds)
-        return (total.detach(), *torch.autograd.grad(total, [codes, student], upstream))
+        return (total.detach(), *(torch.autograd.grad(total, [codes, student], upstream) if backward else ()))
 
     def check_outputs(outputs):
         # a form's own rounding would excuse anything that it does
@@ -200,14 +193,12 @@ def head_step(problem: Problem, impl: str, mode: str, dtype: torch.dtype, device
 
     def make(form: str, dtype: torch.dtype, capture: bool = False):
         """-> the step, and its parameters by name; every call starts alike."""
-        wide = dtype == torch.float64
         heads = Heads([Head(problem.D, problem.K, problem.Z, seed) for seed in range(problem.H)])
-        heads = heads.to(device, torch.float64 if wide else torch.float32)
+        heads = heads.to(device, torch.promote_types(dtype, torch.float32))
         settings, steps = Settings(relative=False, impl=form), iter(range(10**9))
         sizes, schedule = (problem.P, problem.D), Schedule(problem.B, problem.B, 0)
-        loop = Loop(
-            heads, rows_in(dtype), sizes, schedule, thresholds, settings, lr=1e-4, lr_prototypes=5e-4, capture=capture
-        )
+        options = {"lr": 1e-4, "lr_prototypes": 5e-4, "capture": capture}
+        loop = Loop(heads, rows_in(dtype), sizes, schedule, thresholds, settings, **options)
         return lambda: loop.step(next(steps)), dict(heads.named_parameters())
 
     def result(loss: sk.SmooSegLoss, parameters: dict) -> Result:
@@ -262,9 +253,8 @@ def assignment(problem: Problem, impl: str, mode: str, dtype, device: str, seed:
         wanted = torch.bincount((assigned * problem.K + labels).flatten(), minlength=problem.K**2)
         assert torch.equal(counts, wanted.view(problem.K, problem.K)), "wrong counts"
 
-    sides = (problem.Z, problem.K, pixels, pixels)
-    floor_bytes = floors.assignment_floor(problem.B, problem.P, problem.Z, pixels, pixels, problem.element, 1)
-    return Subject(run, check_outputs, floor_bytes, floors.assignment_flops(problem.B, problem.P, *sides))
+    counts = floors.assignment_floor(problem, pixels**2), floors.assignment_flops(problem, pixels**2)
+    return Subject(run, check_outputs, *counts)
 
 
 def pairs(problem: PairProblem, impl: str, mode: str, dtype, device: str, seed: int = 0, function=None) -> Subject:
@@ -276,11 +266,9 @@ def pairs(problem: PairProblem, impl: str, mode: str, dtype, device: str, seed: 
     rows = (inputs.features_i, codes[0], inputs.features_j, codes[1], inputs.options["partner"])
 
     def run():
-        if not backward:
-            with torch.no_grad():
-                return tuple(function(*rows))
         out = function(*rows)
-        return (out.energy.detach(), out.similarity.detach(), *torch.autograd.grad(out.energy, codes, upstream))
+        gradients = torch.autograd.grad(out.energy, codes, upstream) if backward else ()
+        return (out.energy.detach(), out.similarity.detach(), *gradients)
 
     def check_outputs(outputs):
         values, gradients = zip(("energy", "similarity"), outputs), zip(("codes_i", "codes_j"), outputs[2:])

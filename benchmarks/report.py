@@ -94,16 +94,16 @@ def gain(run: pd.DataFrame, figure: str) -> str:
     return f"{times(dense / ours.min())} ({ours.idxmin()})" if len(ours) and dense > 0 else ""
 
 
-def footnotes(runs: dict[str, list[pd.DataFrame]]) -> str:
+def footnotes(lines: pd.DataFrame) -> str:
     """A letter a run: when, which code, where, with which versions, and how many samples."""
     notes = []
-    for letter, parts in zip(LETTERS, runs.values()):
-        lines, one = pd.concat(parts), parts[0].iloc[0]
+    for letter, (_, run) in zip(LETTERS, lines.groupby("run", sort=False)):
+        one = run.iloc[0]
         dirty = {True: " with uncommitted changes", False: ""}.get(one["dirty"], " (uncommitted changes not recorded)")
         where = [one["date"][:10], f"commit {one['commit'][:7]}{dirty}", one["machine"]]
         where += [] if pd.isna(one["threads"]) else [f"{one['threads']:.0f} threads"]
         where += [f"{name} {one[name]}" for name in ("driver", "torch", "triton", "python") if pd.notna(one[name])]
-        where += [f"n = {lines['n'].min():.0f} to {lines['n'].max():.0f}"] if lines["n"].notna().any() else []
+        where += [f"n = {run['n'].min():.0f} to {run['n'].max():.0f}"] if run["n"].notna().any() else []
         notes.append(f"{letter}: {', '.join(where)}")
     return "<br>\n".join(notes)
 
@@ -112,21 +112,21 @@ def markdown(head: list[str], body: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *body))
 
 
-def letter_of(run: pd.DataFrame, runs: dict[str, list[pd.DataFrame]]) -> str:
-    runs.setdefault(run["run"].iloc[0], []).append(run)
-    return LETTERS[list(runs).index(run["run"].iloc[0])]
+def letters(lines: pd.DataFrame) -> dict[str, str]:
+    return dict(zip(lines["run"].unique(), LETTERS))
 
 
 def table(lines: pd.DataFrame, figure: str = "median_ms") -> str:
     """Rows of cases and sizes, columns of implementations, dense over the better of ours, and the run."""
-    runs, body, rows = {}, [], list(rows_of(lines, figure))
-    shown = {impl for _, run in rows for impl in run.index[run[[figure, "skipped"]].notna().any(axis=1)]}
+    body, rows = [], list(rows_of(lines, figure))
+    lines = pd.concat([run for _, run in rows] or [lines[:0]])
+    shown = set(lines.index[lines[[figure, "skipped"]].notna().any(axis=1)])
     impls = [impl for impl in IMPLS if impl in shown]
     for key, run in rows:
         what = ", ".join([key["case"], "GPU" if key["device"] == "cuda" else "CPU", key["dtype"], key["mode"]])
         entries = [entry(run.loc[impl], figure) if impl in run.index else "" for impl in impls]
-        body.append([what, key["sizes"], *entries, gain(run, figure), letter_of(run, runs)])
-    return "\n\n".join([markdown(["", "sizes", *impls, "dense over ours", "run"], body), footnotes(runs)])
+        body.append([what, key["sizes"], *entries, gain(run, figure), letters(lines)[run["run"].iloc[0]]])
+    return "\n\n".join([markdown(["", "sizes", *impls, "dense over ours", "run"], body), footnotes(lines)])
 
 
 def sweeps(lines: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
@@ -146,26 +146,21 @@ def slope(points: pd.DataFrame, figure: str) -> str:
     return f"{np.polyfit(*np.log(points.to_numpy().T), 1)[0]:.2f}" if len(points) > 1 else ""
 
 
-def stop_of(curve: pd.DataFrame) -> str:
-    """Where a curve stops and why; "" where it does not."""
-    last = curve["at"][curve["median_ms"].notna()].max()
-    beyond = curve[curve["skipped"].notna() & (curve["at"] > last)].head(1).itertuples()
-    return "".join(f"at {line.at}: needs {readable(line.counted_bytes)}" for line in beyond)
-
-
 def scaling(lines: pd.DataFrame) -> str:
-    runs, body = {}, []
-    for _, letter, sweep in sweeps(lines):
-        mark = letter_of(sweep, runs)
+    body, shown = [], list(sweeps(lines))
+    lines = pd.concat([sweep for _, _, sweep in shown] or [lines[:0]])
+    for _, letter, sweep in shown:
         for impl, curve in sweep.groupby("impl", sort=False):
             timed = curve[curve["median_ms"].notna()]
-            stop = stop_of(curve)
+            beyond = curve[curve["skipped"].notna() & (curve["at"] > timed["at"].max())].head(1).itertuples()
+            stop = "".join(f"at {line.at}: needs {readable(line.counted_bytes)}" for line in beyond)
             part = timed[timed["at"].between(*STATED.get(letter, (0, 0)))]
             for points in [timed] + [part] * (1 < len(part) < len(timed) and impl != "dense"):
                 slopes = [slope(points, figure) for figure in ("median_ms", "peak_bytes")]
-                body.append([letter, impl, f"{points['at'].min()} to {points['at'].max()}", *slopes, stop, mark])
+                extent = f"{points['at'].min()} to {points['at'].max()}"
+                body.append([letter, impl, extent, *slopes, stop, letters(lines)[sweep["run"].iloc[0]]])
     head = ["against", "implementation", "range", "slope of time", "slope of memory", "dense stops", "run"]
-    return markdown(head, body) + "\n\n" + footnotes(runs)
+    return markdown(head, body) + "\n\n" + footnotes(lines)
 
 
 def aot(rows: pd.DataFrame) -> str:
@@ -174,10 +169,10 @@ def aot(rows: pd.DataFrame) -> str:
     for target, group in rows.groupby("target", sort=False):
         registers = group.loc[group["registers"].idxmax()]
         shared = group.loc[(group["shared"] / group["shared_limit"]).idxmax()]
-        counts = [len(group), group["faults"].notna().sum(), group["spills"].max()]
         worst = f"{registers['registers']} ({registers['kernel']}, {registers['case']})"
         most = f"{shared['shared']:,} of {shared['shared_limit']:,} ({shared['kernel']}, {shared['case']})"
-        body.append([target, *map(str, counts), worst, most])
+        faults, spilled = group["faults"].notna().sum(), group["spills"].max()
+        body.append([target, f"{len(group)}", f"{faults}", f"{spilled}", worst, most])
     head = ["target", "kernels", "faults", "most bytes spilled", "most registers", "most shared bytes"]
     return markdown(head, body) + f"\n\nCompiled by Triton {', '.join(sorted(set(rows['triton'])))}."
 

@@ -39,30 +39,22 @@ SPACES = {
 }
 
 
-def settings_of(kernel: str, heads: int, default: dict) -> list[dict]:
-    """The shipped setting first, then the whole space in a fixed random order."""
-    space = SPACES[kernel]
-    settings = [dict(zip(space, values)) for values in itertools.product(*space.values())]
-    if heads == 1:
-        settings = [setting for setting in settings if setting.get("HEADS", 1) == 1]
-    random.Random(0).shuffle(settings)
-    return [default, *settings]
-
-
 def rank(kernel: str, heads: int, seconds: float) -> None:
-    """Times settings until `seconds` are over and prints the best eight."""
+    """Times the shipped setting, then the space in a fixed random order, for `seconds`, and prints the best eight."""
     subject, problem = ("pairs", PairProblem()) if kernel == "pair_tiles" else ("objective", Problem(H=heads))
     subjects = problems.rotation(subject, problem, "triton", "forward + backward", "bfloat16", "cuda")
-    runs, ranking, stop_s = [one.run for one in subjects], [], time.perf_counter() + seconds
+    run, ranking, stop_s = measure.in_turn([one.run for one in subjects]), [], time.perf_counter() + seconds
     launch.OVERRIDES.clear()
-    default = launch.config(kernel, torch.empty(0, dtype=torch.bfloat16, device="cuda"), heads)
-    for setting in settings_of(kernel, heads, default):
+    shipped = launch.config(kernel, torch.empty(0, dtype=torch.bfloat16, device="cuda"), heads)
+    settings = [dict(zip(SPACES[kernel], values)) for values in itertools.product(*SPACES[kernel].values())]
+    random.Random(0).shuffle(settings)
+    for setting in [shipped, *(setting for setting in settings if setting.get("HEADS", 1) <= heads)]:
         if time.perf_counter() > stop_s:
             break
         launch.OVERRIDES[kernel] = setting
         try:
             subjects[0].check(subjects[0].run())
-            timing = measure.timed(measure.captured(runs)[0], "cuda", len(runs), seconds=0.1)
+            timing = measure.timed(measure.captured(run)[0], "cuda", len(subjects), seconds=0.1)
             ranking.append((timing["median_ms"], setting))
         except Exception as error:  # does not fit the card, or is wrong: no candidate
             print(f"{kernel} H={heads} {setting}: {type(error).__name__}: {str(error)[:120]}")

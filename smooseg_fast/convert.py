@@ -20,7 +20,8 @@ from .system.progress import printable
 RECORD, BACKBONE = "convert.json", "backbone"
 # words in the names of hyper-parameters that describe what was trained, and how
 TELLING = re.compile(
-    r"(dataset|arch|patch|feat|res|resolution|crop|thresholds?|shift|b1|b2|batch|steps|lr|classes|alpha|momentum|tau|seed)"
+    r"(dataset|arch|patch|feat|res|resolution|crop|thresholds?|shift|b1|b2|batch|steps|lr|classes"
+    r"|alpha|momentum|tau|seed)"
 )
 
 

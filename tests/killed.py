@@ -16,7 +16,7 @@ from pathlib import Path
 
 from smooseg_fast import train
 from smooseg_fast.command import run
-from smooseg_fast.learn import trainer  # noqa: F401  # commands import it when they start, which every fork would repeat
+from smooseg_fast.learn import trainer  # noqa: F401  # commands import it late, and every fork would again
 from smooseg_fast.show import charts, sheet  # noqa: F401
 
 

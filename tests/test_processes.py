@@ -62,6 +62,15 @@ def serve(rank, port, pipe):
                 raise
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Give this process the threads of those that it is compared with: sums depend on them in their last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def pair():
     """Call a function of this file in both processes, with the processes first; -> what each returned."""

@@ -1,9 +1,9 @@
 """Whole heads shared among processes: which of them each one learns, and how the first gathers them.
 
 Every process takes every step, with the same batches and draws, so its heads learn what they would learn side by side
-with all others. A run of one head is the same bit for bit with any number of processes. Several heads share matrix
-products, whose last bits depend on how many heads there are: after 200 steps of 3 and 2 heads in place of 5 (B 16, P
-196, D 104, CPU), losses were equal and weights differed by at most 1e-6 of the largest one.
+with all others. A run of one head is the same bit for bit with any number of processes of as many threads each. Several
+heads share matrix products, whose last bits depend on how many heads there are: after 200 steps of 3 and 2 heads in
+place of 5 (B 16, P 196, D 104, CPU), losses were equal and weights differed by at most 1e-6 of the largest one.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import shtab
 
 import smooseg_fast
 from smooseg_fast import __main__ as smooseg
-from smooseg_fast import cache, completion, data, train
+from smooseg_fast import cache, command, completion, data, train
 from smooseg_fast.command import predict_command, run
 from smooseg_fast.config import PRESETS, TrainConfig, preset, with_changes
 from smooseg_fast.errors import UserError, WriteError
@@ -544,3 +544,12 @@ def test_the_public_names():
 
     assert callable(fit)
     assert callable(Segmenter.load)
+
+
+def test_ctrl_c_while_pytorch_loads_is_one_line(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "_run", interrupted)
+    assert run(train.main, []) == 130
+    assert capsys.readouterr().err == "interrupted; nothing was begun\n"

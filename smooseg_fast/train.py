@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ SAMPLES = 6
 
 
 def main(args: Sequence[str], processes: Processes | None = None) -> None:
-    config = configure(args)
+    started, config = time.perf_counter(), configure(args)
     from .datasets import recognise
     from .datasets.demo import datasets_of
     from .learn.trainer import learn
@@ -40,7 +41,7 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
     if config.data is not None and (layout := recognise(config.data)) is not None:
         paper = f"; the paper's settings for it are --preset {layout.preset}"
         say(f"data       {layout.title}" + ("" if layout.preset in (config.preset, "folder") else paper))
-    segmenter = learn(config, train, held_out, out=out, progress=True, say=say, processes=processes)
+    segmenter = learn(config, train, held_out, out=out, progress=True, say=say, processes=processes, started=started)
     if processes.first:
         tell_next(config, segmenter, train if held_out is None else held_out, out)
 

@@ -86,12 +86,14 @@ def learn(
     progress: bool,
     say: Say,
     processes: Processes = ALONE,
+    started: float | None = None,
 ) -> Segmenter:
     """Learns one run; resumes the unfinished one of the same configuration in `out`. The first process alone writes.
 
     held_out: labelled images to measure on; None for no figures with labels. out: None to write nothing.
+    started: `time.perf_counter()` at the beginning of the command; None for now.
     """
-    started = time.perf_counter()
+    started = time.perf_counter() if started is None else started
     device = processes.device(pick_device(config.device))
     keep_freed_memory()
     if config.log == "tensorboard":

@@ -35,6 +35,7 @@ AtLeastOne = Annotated[int, Bounds(1)]
 Folder = Annotated[str, Value("FOLDER")]
 Device = Annotated[str, Value("DEVICE")]
 Backbone = Annotated[str, Value("NAME")]
+AUTO = "auto"  # the backbone that `backbones.auto` chooses
 CacheLimit = Annotated[str, Value("SIZE"), parse_size]
 
 
@@ -93,10 +94,11 @@ class TrainConfig:
     finds)."""
     preset: PresetName = "folder"
     """Settings to start from; the flags that are given change them."""
-    size: Side = 224
-    """Short side in pixels for training; images are cut into squares of this side."""
-    eval_size: Side = 320
-    """Short side in pixels for evaluation and prediction."""
+    size: Side | None = None
+    """Short side in pixels for training; images are cut into squares of this side [what suits the backbone: 224 for
+    most]."""
+    eval_size: Side | None = None
+    """Short side in pixels for evaluation and prediction [what suits the backbone: 320 for most]."""
     crops: Crops = "slide"
     """slide cuts squares along the long side, so that the whole image is seen. center cuts the middle square alone.
     five cuts the corners and the centre at half the height and width, as the paper does for Cityscapes and
@@ -104,9 +106,10 @@ class TrainConfig:
     resample: Resample = "nearest"
     """How images are resized; the paper takes nearest."""
 
-    backbone: Annotated[Backbone, Group("features")] = "filterbank"
-    """Frozen features: filterbank (built in), a transformers ViT by hub name or folder, a DINO or DINOv2 .pth, or
-    module:callable."""
+    backbone: Annotated[Backbone, Group("features")] = AUTO
+    """Frozen features: auto (the best that is on this machine), filterbank (built in), efficientnet-lite0 (from a
+    wheel), a transformers ViT by hub name or folder, a DINO or DINOv2 .pth, or module:callable. smooseg backbones lists
+    them."""
     backbone_precision: BackbonePrecision = "auto"
     """Number format of a ViT backbone. auto takes half precision on a GPU and on a CPU with matrix units (AMX), where
     it needs a third of the time, and float32 elsewhere."""
@@ -198,6 +201,14 @@ class TrainConfig:
             if isinstance(value, str) and value:
                 object.__setattr__(self, name, str(Path(value).expanduser()))
 
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Short sides in pixels for training and for evaluation. ValueError before `trainer.resolve` has chosen
+        them."""
+        if self.size is None or self.eval_size is None:
+            raise ValueError("the sizes are not resolved")
+        return self.size, self.eval_size
+
     def thresholds(self) -> tuple[Thresholds, ...]:
         """One for every granularity, or the one pair of absolute thresholds; none for a published checkpoint."""
         if self.granularity is not None:
@@ -233,6 +244,8 @@ class TrainConfig:
 
 CITYSCAPES = TrainConfig(
     preset="cityscapes",
+    size=224,
+    eval_size=320,
     granularity=None,
     threshold_within=-0.02,
     threshold_across=0.5,
@@ -251,7 +264,16 @@ TILES: dict[str, Any] = dict(
 )
 PRESETS: dict[str, TrainConfig] = {
     # made-up textures have many classes of equal size: finer than photos, and more to learn, so longer and faster
-    "demo": TrainConfig(preset="demo", granularity=(0.2,), lr=3e-4, steps=600, patches=196, eval_size=224),
+    "demo": TrainConfig(
+        preset="demo",
+        backbone="filterbank",
+        size=224,
+        eval_size=224,
+        granularity=(0.2,),
+        lr=3e-4,
+        steps=600,
+        patches=196,
+    ),
     "folder": TrainConfig(),
     "cityscapes": CITYSCAPES,
     "cocostuff27": dataclasses.replace(CITYSCAPES, preset="cocostuff27", threshold_across=0.48, steps=8000),

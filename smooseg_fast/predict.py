@@ -80,7 +80,7 @@ def settings(config: PredictConfig, segmenter: Segmenter) -> dict[str, Any]:
         "checkpoint": f"step {segmenter.checkpoint.step}, {segmenter.digest[:16]}",
         "backbone": segmenter.backbone.digest[:16],
         "mirror": config.mirror,
-        "short_side": segmenter.config.eval_size if config.short_side is None else config.short_side,
+        "short_side": segmenter.config.sides[1] if config.short_side is None else config.short_side,
     }
 
 

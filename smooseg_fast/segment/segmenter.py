@@ -43,7 +43,7 @@ class Segmenter:
     def __repr__(self) -> str:
         granularity, path = self.config.granularity, self.path
         return (
-            f"Segmenter(groups={self.groups}, backbone={self.backbone.name!r}, size={self.config.eval_size}, "
+            f"Segmenter(groups={self.groups}, backbone={self.backbone.name!r}, size={self.config.sides[1]}, "
             f"device={str(self.backbone.device)!r}, step={self.checkpoint.step}"
             + ("" if granularity is None else f", granularity={granularity[0]}")
             + ("" if path is None else f", path={str(path)!r}")
@@ -122,7 +122,7 @@ class Segmenter:
             UserError: where `pixels` raises it, for a short side below one patch, and when memory runs out.
         """
         pixels = self.pixels(image)
-        side = self.config.eval_size if short_side is None else short_side
+        side = self.config.sides[1] if short_side is None else short_side
         patch = self.backbone.patch
         if side < patch:
             raise UserError(f"--short-side: must be at least one patch, {patch} pixels, got {side}")
@@ -163,9 +163,10 @@ class Segmenter:
         return project(self.head, features).unflatten(1, grid)
 
     def about(self) -> dict[str, Any]:
-        """Return its backbone, step, groups and report, ready for JSON."""
+        """Return its backbone, the licence of the backbone's weights, step, groups and report, ready for JSON."""
         return {
             "backbone": self.checkpoint.backbone_name,
+            "licence": self.checkpoint.backbone_licence,
             "step": self.checkpoint.step,
             "groups": self.groups,
             **self.checkpoint.report,

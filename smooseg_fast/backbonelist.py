@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .command import run
+from .config import Backbone as BackboneName
 from .config import Device
 from .errors import UserError
 from .system.commandline import parse
@@ -30,14 +31,19 @@ class BackbonesConfig:
     in docs/guide.md.
     """
 
+    check: BackboneName | None = None
+    """Load one backbone, given as for --backbone, and print what it is, with the digest of its weights, instead of the
+    list. The digest is the same wherever the copy is sound, and in whatever layout the weights lie."""
     measure: bool = True
     """Fill the column images/s for those that are here, in some seconds each; --no-measure leaves it empty."""
     device: Device = "auto"
-    """Where to measure: cpu, cuda, cuda:1, mps, or auto: a GPU if there is one."""
+    """Device to measure on: cpu, cuda, cuda:1, mps, or auto: a GPU if there is one."""
 
 
 def main(args: Sequence[str]) -> None:
     config = parse(BackbonesConfig, args, "backbones")
+    if config.check is not None:
+        return check(config.check, config.device, config.measure)
     from .backbones.auto import candidates, explained, look
     from .backbones.catalogue import CATALOGUE, how_to_get
     from .system.table import aligned
@@ -55,6 +61,21 @@ def main(args: Sequence[str]) -> None:
             print(f"get        {', '.join(names)}:\n           {steps}")
         print("           without a network: docs/offline.md tells which files to bring, and how to check them\n")
     print(f"auto       {explained(candidates(here)[0], here)[0].removeprefix('backbone').strip()}")
+
+
+def check(name: str, device: str, measure: bool) -> None:
+    """Print what the backbone `name` is. UserError when it cannot be loaded."""
+    from .backbones import load_backbone
+    from .segment.segmenter import pick_device
+
+    backbone = load_backbone(name, pick_device(device))
+    print(f"backbone   {name}: patches of {backbone.patch} pixels, {backbone.dim} channels, in {backbone.precision}")
+    print(f"licence    {backbone.licence}")
+    print(f"digest     {backbone.digest}")
+    if measure:
+        print(
+            f"speed      {images_a_second(backbone):.3g} images a second of {backbone.sizes[0]} pixels on {backbone.device}"
+        )
 
 
 def row(entry: Entry, speeds: Mapping[str, str]) -> tuple[str, ...]:

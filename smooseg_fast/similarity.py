@@ -50,7 +50,7 @@ class SimilarityConfig:
     preset: PresetName | None = None
     """Settings to start from [folder with --data, demo without]."""
     size: Side | None = None
-    """Short side in pixels; images are cut into squares of this side [what suits the backbone]."""
+    """Short side in pixels; images are cut into squares of this side. By default, what suits the backbone."""
     crops: Crops | None = None
     """slide cuts squares along the long side, center the middle square alone, five the corners and the centre at half
     height and width."""

@@ -188,6 +188,22 @@ def test_a_run_keeps_the_backbone_that_it_began_with(hub, models, folder, capsys
     )
 
 
+def test_a_folder_of_a_run_imports_no_code(hub, folder, capsys):
+    command = ["--data", str(folder), "--out", "out", *SHORT]
+    assert run(train.main, command) == 0
+    recorded = json.load(open("out/run.json"))
+    Path("out/run.json").write_text(json.dumps(recorded | {"backbone": "antigravity:fly"}))
+    capsys.readouterr()
+    assert run(train.main, command) == 2
+    assert capsys.readouterr().err.startswith(
+        "error: --backbone: missing; the run in --out began with antigravity:fly, and a folder never imports code"
+    )
+    for backbone in (None, 7, ["x"]):
+        Path("out/run.json").write_text(json.dumps(recorded | {"backbone": backbone}))
+        assert run(train.main, command) == 2
+        assert "holds another run (backbone is " in capsys.readouterr().err
+
+
 def test_a_run_that_asked_for_its_backbone_is_not_what_auto_asks_for(hub, folder, capsys):
     assert run(train.main, ["--data", str(folder), "--out", "out", *SHORT, "--backbone", "filterbank"]) == 0
     assert run(train.main, ["--data", str(folder), "--out", "out", *SHORT]) == 2

@@ -235,6 +235,9 @@ def choose_backbone(config: TrainConfig, folder: RunFolder | None, say: Say, pro
     name = begun_with or best.name
     lines = explained(best, here)
     if name != best.name:
+        if ":" in name:
+            why = f"the run in --out began with {name}, and a folder never imports code by itself"
+            raise UserError(f"--backbone: missing; {why}: add --backbone {name}")
         lines = [f"backbone   {name}, as this run began; with another --out, auto takes {best.name} ({best.reason})"]
     for line in lines:
         say(line)

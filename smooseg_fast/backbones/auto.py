@@ -66,10 +66,10 @@ def _complete(repository: Path) -> bool:
         main = (repository / "refs" / "main").read_text(encoding="utf-8").strip()
         if not main or not (repository / "snapshots" / main).is_dir():
             return False
-        snapshots = sorted((repository / "snapshots").iterdir())
-    except (OSError, ValueError):
+        snapshots = (repository / "snapshots").iterdir()
+        return any(weight_files(folder) and (folder / CONFIG).is_file() for folder in snapshots)
+    except (OSError, ValueError):  # a folder or file that cannot be read
         return False
-    return any(weight_files(folder) and (folder / CONFIG).is_file() for folder in snapshots)
 
 
 def candidates(here: Here) -> list[Candidate]:

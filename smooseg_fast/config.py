@@ -25,7 +25,7 @@ Impl = Literal["auto", "triton", "torch", "dense"]
 Precision = Literal["auto", "float32", "bfloat16"]
 BackbonePrecision = Literal["auto", "float32", "bfloat16", "float16"]
 Init = Literal["random", "pca-kmeans"]
-Crops = Literal["center", "slide", "five"]
+Crops = Literal["center", "slide", "five", "tiles"]
 Resample = Literal["nearest", "bilinear"]
 Side = Annotated[int, Bounds(8, 1 << 16, " pixels")]
 CLOSENESS = Bounds(-2.0, 2.0)  # cosines differ by no more
@@ -35,6 +35,7 @@ AtLeastOne = Annotated[int, Bounds(1)]
 Folder = Annotated[str, Value("FOLDER")]
 Device = Annotated[str, Value("DEVICE")]
 Backbone = Annotated[str, Value("NAME")]
+FIT, NATIVE = "fit", "native"
 AUTO = "auto"  # the backbone that `backbones.auto` chooses
 CacheLimit = Annotated[str, Value("SIZE"), parse_size]
 
@@ -43,6 +44,25 @@ def distinct(granularity: tuple[float, ...], flag: str) -> None:
     """UserError when heads would be called alike."""
     if len({f"{value:g}" for value in granularity}) < max(1, len(granularity)):
         raise UserError(f"{flag}: give one or more different numbers, got {granularity}")
+
+
+def scale_factor(scale: str) -> float | None:
+    """The factor of an image's height and width; None for "fit"."""
+    return None if scale == FIT else 1.0 if scale == NATIVE else float(scale)
+
+
+def legal_scales(scales: tuple[str, ...], flag: str) -> None:
+    """UserError unless it is "fit" alone, or one or several factors, largest first."""
+    try:
+        factors = [scale_factor(scale) for scale in scales]
+    except ValueError:
+        factors = []
+    if factors == [None]:
+        return
+    sizes = [factor for factor in factors if factor is not None and 0.001 <= factor <= 100]
+    if not sizes or len(sizes) < len(factors) or sorted(set(sizes), reverse=True) != sizes:
+        legal = "fit alone, or native and factors between 0.001 and 100, each once and the largest first"
+        raise UserError(f"{flag}: give {legal}; got {' '.join(map(str, scales)):.80}")
 
 
 @dataclass(frozen=True)
@@ -102,7 +122,16 @@ class TrainConfig:
     crops: Crops = "slide"
     """slide cuts squares along the long side, so that the whole image is seen. center cuts the middle square alone.
     five cuts the corners and the centre at half the height and width, as the paper does for Cityscapes and
-    COCO-Stuff."""
+    COCO-Stuff. tiles lays a grid over the whole image, and takes a sample of it where it is large; a scale other than
+    fit needs tiles or center, and takes tiles for slide."""
+    scale: Annotated[tuple[str, ...], Value("SCALE"), legal_scales] = (FIT,)
+    """fit resizes every image so that its short side is --size; native keeps its own pixels; a number is the factor of
+    its height and width. Several, as in --scale 1 0.5, stand side by side in the features: the first is cut into
+    squares, and the others add the surroundings of each."""
+    margin: Annotated[int, Bounds(0, 4096, " pixels")] = 0
+    """Pixels of context on every side of a square, real where the image goes on and mirrored where it ends, whose
+    features are thrown away. It takes the trace of the border out of the features, which helps where position means
+    nothing (micrographs, tiles) and hurts where it does (photos with a sky)."""
     resample: Resample = "nearest"
     """How images are resized; the paper takes nearest."""
 
@@ -196,6 +225,10 @@ class TrainConfig:
         if isinstance(values, (list, tuple)) and all(isinstance(value, Real) for value in values):
             # a number is a list of one, and -0.0 is 0.0; `check` refuses what is no number
             object.__setattr__(self, "granularity", tuple(float(value) + 0.0 for value in values))
+        scale = self.scale
+        if isinstance(scale, (str, Real)) or (isinstance(scale, (list, tuple)) and all(scale)):
+            scales = (scale,) if isinstance(scale, (str, Real)) else scale
+            object.__setattr__(self, "scale", tuple(f"{v:g}" if isinstance(v, Real) else v for v in scales))
         for name in ("data", "out"):  # one name for one folder, however it is typed
             value = getattr(self, name)
             if isinstance(value, str) and value:
@@ -231,6 +264,9 @@ class TrainConfig:
         """UserError for the first value that is not legal; names the flag, the value and the legal ones."""
         check_fields(self)
         SEEDS.check("--seed", self.seed + self.heads - 1)  # the last head's seed
+        if self.crops == "five" and (self.scale != (FIT,) or self.margin):
+            other = "--margin" if self.scale == (FIT,) else "--scale"
+            raise UserError(f"--crops five: are the paper's, which have no {other}; take --crops tiles with it")
         given = [value is not None for value in (self.granularity, self.threshold_within, self.threshold_across)]
         if given not in ([True, False, False], [False, True, True]):
             raise UserError("--granularity: give either it alone, or both --threshold-within and --threshold-across")

@@ -16,7 +16,7 @@ import smooseg_kernels as sk
 
 from ..backbones import Backbone, load_backbone
 from ..backbones.auto import candidates, explained, look
-from ..config import AUTO, TrainConfig, preset, with_changes
+from ..config import AUTO, FIT, TrainConfig, preset, with_changes
 from ..datasets import ArrayDataset, Dataset, open_splits
 from ..datasets.images import whole_patches
 from ..errors import UserError, WriteError
@@ -119,6 +119,8 @@ def learn(
             size=config.sides[0],
             crops=config.crops,
             resample=config.resample,
+            scale=config.scale,
+            margin=config.margin,
             cache=config.cache,
             limit=config.limit,
             progress=progress,
@@ -259,6 +261,13 @@ def resolve(config: TrainConfig, backbone: Backbone, dataset: Dataset, say: Say)
         if changes[name] != asked:
             multiple = f"a multiple of the {patch}-pixel patch of {backbone.name}"
             say(f"{name}: {asked} -> {changes[name]} pixels, {multiple}")
+    if config.scale != (FIT,) and config.crops == "slide":
+        changes["crops"] = "tiles"
+        say(f"crops      slide -> tiles, at --scale {' '.join(config.scale)}")
+    if config.margin % patch:
+        changes["margin"] = whole_patches(config.margin, patch)
+        multiple = f"a multiple of the {patch}-pixel patch of {backbone.name}"
+        say(f"margin: {config.margin} -> {changes['margin']} pixels, {multiple}")
     if K is None:
         K = GROUPS_WITHOUT_LABELS if dataset.class_names is None else max(2, len(dataset.class_names))
     precision = config.precision

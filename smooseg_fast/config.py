@@ -180,6 +180,9 @@ class TrainConfig:
     """Share of the feature channels that each mask hides from an image."""
     teacher_decay: Annotated[float, Bounds(0.0, 1.0)] = 0.998
     """How slowly the teacher's prototypes follow the student's: the share that they keep in each step."""
+    channels: Annotated[int | None, Bounds(2)] = 128
+    """Channels of the features that the projection sees: their leading singular directions [all]. Its time grows with
+    their square. The objective sees all channels."""
     code_dim: AtLeastOne = 64
     """Channels of a code, which the projection computes from the features of a patch."""
     init: Init = "pca-kmeans"
@@ -283,6 +286,7 @@ CITYSCAPES = TrainConfig(
     size=224,
     eval_size=320,
     granularity=None,
+    channels=None,
     threshold_within=-0.02,
     threshold_across=0.5,
     prototypes=27,

@@ -242,6 +242,7 @@ OTHER = {
     "lr_prototypes": "0.003",
     "dropout": "0.4",
     "teacher_decay": "0.9",
+    "channels": "33",
     "code_dim": "12",
     "init": "random",
     "heads": "3",

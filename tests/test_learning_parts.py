@@ -15,8 +15,9 @@ from smooseg_fast.learn.schedule import Schedule, Settings
 from smooseg_fast.learn.step import make_optimizer, train_step
 from smooseg_fast.measure.health import entropy, health
 from smooseg_fast.segment import model
+from smooseg_fast.segment.checkpoint import head_of
 from smooseg_fast.segment.kmeans import principal_directions, spherical_kmeans
-from smooseg_fast.segment.model import Head, Heads
+from smooseg_fast.segment.model import Head, Heads, basis_of, channels_of, project
 
 CPU = torch.device("cpu")
 
@@ -369,3 +370,47 @@ def test_a_step_that_cannot_be_captured_runs_as_it_is(monkeypatch):
     for step in range(3):
         assert torch.equal(loop.step(step).total, plain.step(step).total)
     assert loop.not_captured == "operation not permitted when stream is capturing"
+
+
+# a projection of few channels
+
+
+def test_a_basis_keeps_the_cosines_and_spreads_the_channels_evenly():
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randn(500, 6, generator=g) @ torch.randn(6, 40, generator=g)  # six directions in all
+    basis = basis_of(rows, 8)
+    torch.testing.assert_close(basis @ basis.mT, torch.eye(8), rtol=0, atol=2e-7)
+    few = channels_of(rows, basis)
+    # float32 sums of forty products: measured 3e-7
+    torch.testing.assert_close(cosines(few), cosines(rows), rtol=0, atol=3e-6)
+    shares = few.square().sum(0) / few.square().sum()
+    assert shares.max() < 4 * shares.min(), "no channel stands for the leading direction alone"
+    assert torch.equal(basis, basis_of(rows, 8))
+
+
+def cosines(rows):
+    rows = torch.nn.functional.normalize(rows, dim=-1)
+    return rows @ rows.mT
+
+
+def test_heads_with_a_basis_are_heads_on_its_channels():
+    basis = basis_of(torch.randn(90, 12, generator=torch.Generator().manual_seed(1)), 5)
+    single = [Head(12, 3, 4, seed, basis=basis) for seed in range(2)]
+    plain = Heads([Head(5, 3, 4, seed) for seed in range(2)])
+    heads, features, masks = Heads(single), torch.randn(2, 7, 12), torch.rand(2, 2, 12)
+    assert single[0].dim == heads[1].dim == 12
+    few = features @ basis.mT
+    for got, expected in (
+        (heads.codes(features), plain.codes(few)),
+        (heads.codes(features, *masks), plain.codes(few, *masks[..., :5])),
+        (torch.stack([project(head, features) for head in single]), plain.codes(few)),
+    ):
+        torch.testing.assert_close(got, expected)
+    again = Heads.from_state(heads.state_dict())
+    assert torch.equal(again.codes(features, *masks), heads.codes(features, *masks))
+    assert torch.equal(head_of(heads[1].state_dict()).basis, basis)
+    rows = torch.randn(60, 12)
+    single[0].start_from_features(rows)
+    start = Head(5, 3, 4)
+    start.start_from_features(rows @ basis.mT)
+    torch.testing.assert_close(single[0].projection.linear.weight, start.projection.linear.weight)

@@ -22,7 +22,7 @@ from ..measure.closeness import closeness, similarity, warning
 from ..measure.health import health
 from ..measure.scores import hungarian
 from ..segment.checkpoint import TrainingState, optimizer_tensors, restore_optimizer
-from ..segment.model import Head, Heads
+from ..segment.model import Head, Heads, basis_of
 from ..system.progress import Bar
 from ..system.signals import Interrupted, StopRequest, stop_request
 from .board import Board
@@ -140,7 +140,10 @@ class Run:
 
     def start_of(self, seed: int) -> Head:
         store, device, groups = self.setting.store, self.setting.device, self.setting.prototypes
-        head = Head(store.D, groups, self.config.code_dim, seed).to(device)
+        channels, basis = self.config.channels, None
+        if channels is not None and channels < store.D:  # of all heads alike
+            basis = basis_of(sample_patches(store, seed=0).to(device), channels)
+        head = Head(store.D, groups, self.config.code_dim, seed, basis=basis).to(device)
         if self.config.init == "pca-kmeans":
             rows = sample_patches(store, seed).to(device)
             if len(rows) < groups:

@@ -147,18 +147,19 @@ def _checkpoint(header: dict[str, Any], parts: Parts) -> Checkpoint:
 
 def head_of(weights: Mapping[str, Tensor]) -> Head:
     """The head with this state. ValueError or KeyError where names, shapes or values do not fit."""
-    (K, Z), (_, D) = weights["student"].shape, weights["projection.linear.weight"].shape
+    (K, Z), (_, N), basis = weights["student"].shape, weights["projection.linear.weight"].shape, weights.get("basis")
     if not 1 <= K <= GROUPS:
         raise ValueError(f"{K} prototypes, and 1 to {GROUPS} are possible")
     with torch.device("meta"):  # shapes alone: a small file may claim a network that fits into no memory
-        expected = Head(D, K, Z).state_dict()
+        # a basis has as many rows as the projection has channels
+        expected = Head(N, K, Z, basis=None if basis is None else torch.empty(N, basis.shape[1])).state_dict()
     for name, like in expected.items():
         value = weights[name]
         if value.shape != like.shape or not value.is_floating_point():
             raise ValueError(f"{name} is {value.dtype} {list(value.shape)} and not numbers {list(like.shape)}")
         if not value.float().isfinite().all():
             raise ValueError(f"{name} has values that are NaN or infinite")
-    head = Head(D, K, Z)
+    head = Head(N, K, Z, basis=basis)
     head.load_state_dict(weights)
     return head
 

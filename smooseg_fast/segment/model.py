@@ -157,16 +157,26 @@ class Head(nn.Module):
     """Projection, student prototypes [K,Z] and their exponential moving average, the teacher [K,Z]."""
 
     teacher: Tensor
+    basis: Tensor | None
 
-    def __init__(self, dim: int, prototypes: int, code_dim: int = 64, seed: int = 0):
-        """The paper's start: PyTorch's default projection, Xavier-normal prototypes made unit, teacher = student."""
+    def __init__(self, dim: int, prototypes: int, code_dim: int = 64, seed: int = 0, *, basis: Tensor | None = None):
+        """The paper's start: PyTorch's default projection, Xavier-normal prototypes made unit, teacher = student.
+
+        dim: D of the features. basis: [N,D], for a projection that sees N channels of the features, see `basis_of`.
+        """
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.projection = Projection(dim, code_dim)
+            self.projection = Projection(dim if basis is None else len(basis), code_dim)
             rows = F.normalize(nn.init.xavier_normal_(torch.empty(prototypes, code_dim)), dim=-1)
         self.student = nn.Parameter(rows)
         self.register_buffer("teacher", rows.clone())
+        self.register_buffer("basis", basis)
+
+    @property
+    def dim(self) -> int:
+        """D of the features."""
+        return self.projection.linear.in_features if self.basis is None else self.basis.shape[1]
 
     @torch.no_grad()
     def start_from_features(self, rows: Tensor, seed: int = 0) -> None:
@@ -175,6 +185,7 @@ class Head(nn.Module):
         Seeds then end closer to each other than from random starts. N is at least K. K-means is spherical, the best of
         4, and runs on the codes.
         """
+        rows = channels_of(rows, self.basis)
         directions = principal_directions(rows, self.student.shape[1])
         self.projection.linear.weight.copy_(directions)
         self.projection.linear.bias.zero_()
@@ -187,9 +198,13 @@ class Head(nn.Module):
 
 
 class Heads(nn.Module):
-    """H heads of one shape, trained side by side on the same features. The state has a head's names, each [H,...]."""
+    """H heads of one shape, trained side by side on the same features. The state has a head's names, each [H,...].
+
+    They see the same channels of the features.
+    """
 
     teacher: Tensor
+    basis: Tensor | None
 
     def __init__(self, heads: Sequence[Head]):
         super().__init__()
@@ -200,12 +215,13 @@ class Heads(nn.Module):
             parameter.data = stacked[f"projection.{name}"]
         self.student = nn.Parameter(stacked["student"])
         self.register_buffer("teacher", stacked["teacher"])
+        self.register_buffer("basis", stacked.get("basis"))
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> Heads:
         """The heads whose `state_dict` this is. RuntimeError or KeyError where names or shapes do not fit."""
-        (H, K, Z), D = state["student"].shape, state["projection.linear.weight"].shape[2]
-        heads = cls([Head(D, K, Z)] * H)
+        (H, K, Z), D, basis = state["student"].shape, state["projection.linear.weight"].shape[2], state.get("basis")
+        heads = cls([Head(D, K, Z, basis=None if basis is None else basis[0])] * H)
         heads.load_state_dict(state)
         return heads
 
@@ -217,12 +233,21 @@ class Heads(nn.Module):
         H, K, Z = self.student.shape
         if not 0 <= index < H:
             raise IndexError(f"head {index} of {H}")
-        head = Head(self.projection.linear.weight.shape[2], K, Z)
+        basis = None if self.basis is None else self.basis[index].cpu()
+        head = Head(self.projection.linear.weight.shape[2], K, Z, basis=basis)
         head.load_state_dict({name: value[index] for name, value in self.state_dict().items()})
         return head.to(self.student.device)
 
     def codes(self, features: Tensor, linear_mask: Tensor | None = None, hidden_mask: Tensor | None = None) -> Tensor:
-        """features [B,P,D]; masks [B,D] multiply an image's channels on the way into W1 and W2 -> [H,B,P,Z]."""
+        """features [B,P,D]; masks [B,D] multiply an image's channels on the way into W1 and W2 -> [H,B,P,Z].
+
+        Where the heads see N channels, the first N numbers of the masks count.
+        """
+        if self.basis is not None:
+            features = channels_of(features, self.basis[0])
+            linear_mask, hidden_mask = (
+                None if mask is None else mask[:, : self.basis.shape[1]] for mask in (linear_mask, hidden_mask)
+            )
         return codes_of(features, self.projection, linear_mask, hidden_mask)
 
     @torch.no_grad()
@@ -234,4 +259,20 @@ class Heads(nn.Module):
 @torch.no_grad()
 def project(head: Head, features: Tensor) -> Tensor:
     """Codes [B,P,Z] of features [B,P,D] of any float type, without masks."""
-    return head.projection(features.to(head.student.dtype))
+    return head.projection(channels_of(features.to(head.student.dtype), head.basis))
+
+
+def basis_of(rows: Tensor, count: int) -> Tensor:
+    """[N,D] orthonormal directions that keep the cosines of feature rows [M,D] best; N = `count`, below D.
+
+    They span the leading singular vectors, and are turned at random (always alike), so that every channel carries about
+    as much as any other and dropout hides a like share of each patch.
+    """
+    g = torch.Generator().manual_seed(count)
+    turned = torch.linalg.qr(torch.randn(count, count, generator=g, dtype=torch.float64)).Q
+    return (turned @ principal_directions(rows, count).cpu().double()).float()
+
+
+def channels_of(features: Tensor, basis: Tensor | None) -> Tensor:
+    """[...,D] -> [...,N] of the channels that a projection sees."""
+    return features if basis is None else features @ basis.to(features.dtype).mT

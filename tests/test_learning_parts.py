@@ -398,7 +398,7 @@ def test_heads_with_a_basis_are_heads_on_its_channels():
     single = [Head(12, 3, 4, seed, basis=basis) for seed in range(2)]
     plain = Heads([Head(5, 3, 4, seed) for seed in range(2)])
     heads, features, masks = Heads(single), torch.randn(2, 7, 12), torch.rand(2, 2, 12)
-    assert single[0].dim == heads[1].dim == 12
+    assert single[0].dim == heads[1].dim == heads.dim == 12
     few = features @ basis.mT
     for got, expected in (
         (heads.codes(features), plain.codes(few)),

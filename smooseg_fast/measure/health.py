@@ -89,7 +89,7 @@ def unit_rows(features: Tensor) -> Tensor:
 def health(heads: Heads, batches: Iterable[Tensor]) -> list[Health]:
     """Measure every head in one pass over `batches` of features [B,P,D] on the heads' device."""
     H, K, _ = heads.student.shape
-    D = heads.projection.linear.weight.shape[2]
+    D = heads.dim
     counts: list[list[Tensor]] = [[] for _ in range(H)]
     agree, moments = [0] * H, [Moments(K, D) for _ in range(H)]
     for features in batches:

@@ -228,6 +228,11 @@ class Heads(nn.Module):
     def __len__(self) -> int:
         return len(self.student)
 
+    @property
+    def dim(self) -> int:
+        """D of the features."""
+        return (self.projection.linear.weight if self.basis is None else self.basis).shape[2]
+
     def __getitem__(self, index: int) -> Head:
         """A copy of one head, on the same device."""
         H, K, Z = self.student.shape

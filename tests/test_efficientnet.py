@@ -37,9 +37,11 @@ def test_equals_the_network_of_the_published_wheel(size: tuple[int, int]) -> Non
     with torch.no_grad():
         x = network._swish(network._bn0(network._conv_stem((images / 255 - 0.498) / 0.502)))
         outputs = [x := block(x) for block in network._blocks]
-    expected = torch.cat([outputs[10], F.interpolate(outputs[15], grid, mode="bilinear")], 1).flatten(2).mT
-    # measured: 5e-5 where the largest feature is 24, from folding the batch norms
-    torch.testing.assert_close(features, expected, rtol=0, atol=2e-4)
+    maps = F.avg_pool2d(outputs[2], 4), outputs[10], F.interpolate(outputs[15], grid, mode="bilinear")
+    rows = [F.normalize(x, dim=1) * length for x, length in zip(maps, (1.0, 0.5, 1.0))]
+    expected = torch.cat(rows, 1).flatten(2).mT * (456 / 2.25) ** 0.5
+    # measured: 2e-5 where rows are 21 long, from folding the batch norms
+    torch.testing.assert_close(features, expected, rtol=0, atol=1e-4)
 
 
 @wheel
@@ -48,7 +50,7 @@ def test_every_multiple_of_a_patch_has_its_grid(size: tuple[int, int]) -> None:
     backbone = load_backbone(LITE)
     features, grid = backbone(pictures(1, *size))
     assert grid == (size[0] // 16, size[1] // 16)
-    assert features.shape == (1, grid[0] * grid[1], 432)
+    assert features.shape == (1, grid[0] * grid[1], 456)
     assert features.isfinite().all()
 
 
@@ -95,7 +97,7 @@ def test_joined_rows_have_the_mean_of_the_cosines() -> None:
 @wheel
 def test_a_joined_backbone_stands_for_both() -> None:
     both = load_backbone("efficientnet-lite0+filterbank")
-    assert (both.name, both.patch, both.dim) == ("efficientnet-lite0+filterbank", 16, 432 + both.parts[1].dim)
+    assert (both.name, both.patch, both.dim) == ("efficientnet-lite0+filterbank", 16, 456 + both.parts[1].dim)
     assert both.sizes == (448, 448)
     assert both.licence == "Apache-2.0"
     assert both.digest != load_backbone("filterbank+efficientnet-lite0").digest

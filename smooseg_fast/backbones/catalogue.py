@@ -57,7 +57,7 @@ CATALOGUE = (
     Entry("facebook/dino-vitb8", PARTS, 8, 768, APACHE, 343),
     Entry("facebook/dino-vits16", SCENES, 16, 384, APACHE, 87),
     Entry("facebook/dino-vitb16", SCENES, 16, 768, APACHE, 343),
-    Entry(LITE, "objects and scenes (ImageNet classes), fast on any machine", 16, 432, APACHE, 18),
+    Entry(LITE, "objects and scenes (ImageNet classes), fast on any machine", 16, 456, APACHE, 18),
     Entry(BUILT_IN, "textures and colours, no objects; needs nothing", 8, 104, APACHE, 0),
 )
 ENTRIES = {entry.name: entry for entry in CATALOGUE}

@@ -80,7 +80,7 @@ def test_other_weights_in_its_place_are_refused(monkeypatch: pytest.MonkeyPatch)
 
 
 @wheel
-def test_joined_rows_have_the_mean_of_the_cosines() -> None:
+def test_joined_rows_have_a_weighted_mean_of_the_cosines() -> None:
     names = ["efficientnet-lite0", "filterbank"]
     images = pictures(2, 64, 96)
     both, grid = load_backbone("+".join(names))(images)
@@ -91,7 +91,7 @@ def test_joined_rows_have_the_mean_of_the_cosines() -> None:
     pooled = F.avg_pool2d(F.normalize(fine, dim=-1).mT.unflatten(2, fine_grid), 2).flatten(2).mT
     cosines = [rows @ rows.mT for rows in (F.normalize(x, dim=-1) for x in (both, coarse, pooled))]
     # three float32 sums of some 500 products: measured 4e-7
-    torch.testing.assert_close(cosines[0], (cosines[1] + cosines[2]) / 2, rtol=0, atol=2e-6)
+    torch.testing.assert_close(cosines[0], 0.9 * cosines[1] + 0.1 * cosines[2], rtol=0, atol=2e-6)
 
 
 @wheel

@@ -85,6 +85,7 @@ def main(args: Sequence[str]) -> None:
     from .backbones.auto import candidates, explained, look
     from .datasets.demo import datasets_of
     from .datasets.images import whole_patches
+    from .datasets.inspection import is_grey
     from .features.extract import open_or_extract
     from .features.job import FeatureOptions
     from .measure.closeness import closeness, similarity, warning
@@ -92,10 +93,11 @@ def main(args: Sequence[str]) -> None:
     from .show.closeness import closeness_picture, closeness_record, spread_table, thresholds_table
     from .show.pictures import save
 
+    dataset, _ = datasets_of(request)
     name = request.backbone
     if name == AUTO:
         here = look()
-        best = candidates(here)[0]
+        best = candidates(here, is_grey(dataset))[0]
         print("\n".join(explained(best, here)))
         name = best.name
     backbone = load_backbone(name, pick_device(asked.device))
@@ -104,7 +106,6 @@ def main(args: Sequence[str]) -> None:
     if size != suits:
         print(f"size: {suits} -> {size} pixels, a multiple of the backbone's {backbone.patch}-pixel patch")
     config = dataclasses.replace(request, backbone=name, size=size)
-    dataset, _ = datasets_of(config)
     how = f"backbone {config.backbone}, {size} px, crops {config.crops}"
     print(f"smooseg_fast: {dataset.name} ({len(dataset)} images), {how}")
     options = FeatureOptions(size=size, crops=config.crops, resample=config.resample, cache=asked.cache)

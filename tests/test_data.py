@@ -14,8 +14,9 @@ import smooseg_fast
 from smooseg_fast import choose, data, evaluate, predict, train
 from smooseg_fast.command import run
 from smooseg_fast.config import PRESETS
-from smooseg_fast.datasets import open_dataset
+from smooseg_fast.datasets import ArrayDataset, open_dataset
 from smooseg_fast.datasets.images import cut_squares, whole_patches
+from smooseg_fast.datasets.inspection import is_grey
 
 
 def check(*args):
@@ -311,3 +312,12 @@ def test_what_is_missing_is_said_by_a_run(tmp_path, monkeypatch, capsys):
     assert printed.count("data       no curated list (") == 2
     assert "data       1 of 3 COCO-Stuff val images have no label in" in printed
     assert Image.open("out/groups.png").width > 100
+
+
+def test_grey_images_are_told_from_coloured_ones():
+    grey = np.random.default_rng(0).integers(0, 256, (64, 64, 1), dtype=np.uint8).repeat(3, axis=2)
+    noisy = np.clip(grey.astype(int) + np.random.default_rng(1).integers(-1, 2, (64, 64, 3)), 0, 255).astype(np.uint8)
+    red = grey.copy()
+    red[..., 0] //= 2
+    assert is_grey(ArrayDataset([grey, noisy, red]))  # most are
+    assert not is_grey(ArrayDataset([grey, red, red]))

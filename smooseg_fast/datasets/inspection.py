@@ -8,6 +8,7 @@ import os
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -16,6 +17,9 @@ import numpy as np
 from ..errors import UserError
 from ..system.progress import Bar
 from .base import IGNORE, Dataset, extent
+
+LOOKED_AT = 16  # images
+TINT = 4.0  # mean difference of the colour channels, of 255, below which an image is grey, with the noise of JPEG
 
 
 @dataclass
@@ -50,6 +54,16 @@ class Inspection:
             rest = "" if len(self.sizes) == 1 else f" in {often} of them; from {least} to {most}"
             parts.append(f"{extent(common)} pixels{rest}")
         return "; ".join(parts)
+
+
+def is_grey(dataset: Dataset) -> bool:
+    """True when most of a few images, evenly spaced, have no colour; without any that opens, False."""
+    tints = []
+    for place in range(min(LOOKED_AT, len(dataset))):
+        with suppress(UserError):
+            small = dataset.image(place * len(dataset) // min(LOOKED_AT, len(dataset)))[::8, ::8].astype(np.int16)
+            tints.append(float((small.max(2) - small.min(2)).mean()))
+    return len(tints) > 0 and float(np.median(tints)) < TINT
 
 
 def inspect(dataset: Dataset, split: str, sample: int) -> Inspection:

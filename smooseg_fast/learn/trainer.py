@@ -19,6 +19,7 @@ from ..backbones.auto import candidates, explained, look
 from ..config import AUTO, FIT, TrainConfig, preset, with_changes
 from ..datasets import ArrayDataset, Dataset, open_splits
 from ..datasets.images import whole_patches
+from ..datasets.inspection import is_grey
 from ..errors import UserError, WriteError
 from ..features.extract import open_or_extract
 from ..features.job import FeatureOptions
@@ -100,7 +101,7 @@ def learn(
     if config.log == "tensorboard":
         require_tensorboard()
     folder = None if out is None else RunFolder(out, config)
-    config = choose_backbone(config, folder, say, processes)
+    config = choose_backbone(config, dataset, folder, say, processes)
     backbone = load_backbone(config.backbone, device, config.backbone_precision)
     config = resolve(config, backbone, dataset if held_out is None else held_out, say)
     if folder is not None and folder.finished():
@@ -227,13 +228,16 @@ def require_same_state(state: TrainingState | None, out: Path | None, processes:
         raise UserError(f"--out {out}: the processes find the steps {steps} there; give a shared folder")
 
 
-def choose_backbone(config: TrainConfig, folder: RunFolder | None, say: Say, processes: Processes) -> TrainConfig:
+def choose_backbone(
+    config: TrainConfig, dataset: Dataset, folder: RunFolder | None, say: Say, processes: Processes
+) -> TrainConfig:
     """`config` with the backbone that "auto" stands for: the one that the run in `folder` began with, else the best
-    that is here. The first process chooses for all."""
+    that is here for these images. The first process chooses for all."""
     if config.backbone != AUTO:
         return config
     here = look()
-    best, begun_with = processes.all((candidates(here)[0], None if folder is None else folder.begun_with))[0]
+    best = candidates(here, grey=processes.first and is_grey(dataset))[0]
+    best, begun_with = processes.all((best, None if folder is None else folder.begun_with))[0]
     name = begun_with or best.name
     lines = explained(best, here)
     if name != best.name:

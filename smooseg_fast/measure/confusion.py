@@ -13,7 +13,6 @@ from torch import Tensor
 import smooseg_kernels as sk
 
 from ..datasets import IGNORE, Dataset, classes_of
-from ..datasets.cutting import Cutting
 from ..datasets.images import cut_squares
 from ..errors import UserError
 from ..features.sample import BATCH
@@ -29,13 +28,12 @@ THREADS = 4  # that read labels, at most, each a batch
 
 
 class LabelSquares:
-    """The labels of the squares of a store: all are checked at once, and read again whenever they are counted.
+    """The labels of a store of central squares: all are checked at once, and read again whenever they are counted.
 
     KEPT_BYTES of them stay in memory, which is all of most sets; the others only pass through it.
 
     Args:
         size: S, the side of a square in pixels.
-        cutting: how the squares were cut; None for central squares of images that fit.
         processes: each reads the batches alone that it will count; all ask for the same counts in the same order.
         progress: show a bar where reading or counting takes long.
 
@@ -44,17 +42,9 @@ class LabelSquares:
     """
 
     def __init__(
-        self,
-        dataset: Dataset,
-        store: FeatureStore,
-        size: int,
-        processes: Processes = ALONE,
-        progress: bool = True,
-        *,
-        cutting: Cutting | None = None,
+        self, dataset: Dataset, store: FeatureStore, size: int, processes: Processes = ALONE, progress: bool = True
     ):
-        self.dataset, self.store = dataset, store
-        self.size, self.cutting = size, cutting or Cutting(size=size)
+        self.dataset, self.store, self.size = dataset, store, size
         self.processes, self.progress = processes, progress
         places = {name: index for index, name in enumerate(dataset.names)}
         self._images = [places[name] for name in store.names]
@@ -66,11 +56,10 @@ class LabelSquares:
                 self._kept[start] = squares
         labels, pixels = processes.sum(labelled).tolist()
         if not labels:
-            raise UserError(f"--data: none of the {len(set(store.names))} images of {dataset.name} has a label")
+            raise UserError(f"--data: none of the {len(store)} images of {dataset.name} has a label")
         if not pixels:
-            where = "central squares" if self.cutting.crops == "center" else "squares"
             raise UserError(
-                f"--data: every pixel in the {where} of all {labels} labels of {dataset.name} is {IGNORE} "
+                f"--data: every pixel in the central squares of all {labels} labels of {dataset.name} is {IGNORE} "
                 "(ignore), so nothing can be measured; write class numbers from 0 into the labels"
             )
 
@@ -114,26 +103,15 @@ class LabelSquares:
             )
 
     def _batch(self, start: int) -> tuple[int, np.ndarray, int]:
-        """(start, uint8 [n,S,S] of that row and the next ones, 255 without a label; number of rows with a label)"""
+        """(start, uint8 [n,S,S] of that row and the next ones, 255 without a label; number of images with a label)"""
         if start in self._kept:
             return start, self._kept[start], 0
-        images = self._images[start : start + BATCH]
-        squares, labelled = np.full((len(images), self.size, self.size), IGNORE, np.uint8), 0
-        index, label = -1, None
-        for row, square in enumerate(squares):
-            if index != images[row]:  # the squares of an image follow one another
-                index = images[row]
-                label = self.dataset.label(index)
+        labels = [self.dataset.label(index) for index in self._images[start : start + BATCH]]
+        squares = np.full((len(labels), self.size, self.size), IGNORE, np.uint8)
+        for square, label in zip(squares, labels):
             if label is not None:
-                labelled += 1
-                square[:] = self._truth(label, start + row)
-        return start, squares, labelled
-
-    def _truth(self, label: np.ndarray, row: int) -> np.ndarray:
-        """uint8 [S,S] of the square of a row."""
-        if self.cutting.plain and self.cutting.crops == "center":
-            return cut_squares(label, self.size, "center")[0][1]
-        return self.cutting.truth(label, self.store.crops[row])
+                square[:] = cut_squares(label, self.size, "center")[0][1]
+        return start, squares, sum(label is not None for label in labels)
 
 
 def head_codes(head: Head, store: FeatureStore, mirrored: FeatureStore | None = None) -> Callable[[Tensor], Tensor]:

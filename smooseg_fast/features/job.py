@@ -40,6 +40,7 @@ class FeatureOptions:
         size: side of a square in pixels, a multiple of the backbone's patch.
         crops, resample, scale, margin: how squares are cut out of an image, see `cutting.Cutting`; the margin is a
             multiple of the backbone's patch.
+        most: tiles of an image; None takes as many as suit the number of images.
         mirror: take the features of the mirrored squares, with the columns of the grid mirrored back.
         argument: the flag that sets `size`, for error messages.
         cache: folder of all feature stores; None is $XDG_CACHE_HOME/smooseg_fast or ~/.cache/smooseg_fast.
@@ -54,6 +55,7 @@ class FeatureOptions:
     resample: Resample = "nearest"
     scale: tuple[str, ...] = (FIT,)
     margin: int = 0
+    most: int | None = None
     mirror: bool = False
     argument: str = "--size"
     cache: Path | str | None = None
@@ -110,8 +112,8 @@ class Job:
     @cached_property
     def cutting(self) -> Cutting:
         options = self.options
-        most = None
-        if options.crops == "tiles":
+        most = options.most
+        if most is None and options.crops == "tiles":
             most = min(tiles_of_an_image(len(self.dataset)), max(1, TILES_BYTES // self.square_bytes))
         return Cutting(
             size=options.size,

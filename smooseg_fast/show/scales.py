@@ -13,7 +13,7 @@ from torch import Tensor
 import smooseg_kernels as sk
 
 from ..backbones import Backbone
-from ..config import FIT, NATIVE
+from ..config import FIT, NATIVE, TrainConfig
 from ..datasets.cutting import first_scale, starts
 from ..datasets.scaled import Scaled
 from ..segment.kmeans import spherical_kmeans
@@ -56,7 +56,7 @@ def scales_sheet(images: Sequence[np.ndarray], names: Sequence[str], backbone: B
 
 def groups_at(scale: str, images: Sequence[np.ndarray], backbone: Backbone, size: int) -> list[np.ndarray]:
     """Group the middles of all images at a scale -> labels uint8 [h,w] of each, brighter groups later."""
-    scaled = [first_scale(image, (scale,), size, "bilinear") for image in images]
+    scaled = [first_scale(image, (scale,), size, TrainConfig().resample) for image in images]
     regions = [region_at(part, image.shape[:2]) for part, image in zip(scaled, images)]
     tiles = [tiles_of(region, part.size, size) for region, part in zip(regions, scaled)]
     features = [

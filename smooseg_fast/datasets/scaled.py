@@ -1,0 +1,68 @@
+"""A picture at a scale, of which only the windows that are asked for are ever resized."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from .images import Resample
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """The picture `pixels` uint8 [H,W,3] seen at another size.
+
+    Attributes:
+        size: (height, width) of the whole at this scale, in pixels.
+        resample: as in `images.resize_short_side`.
+    """
+
+    pixels: np.ndarray
+    size: tuple[int, int]
+    resample: Resample
+
+    @classmethod
+    def by(cls, pixels: np.ndarray, factor: float, resample: Resample) -> Scaled:
+        """The picture at `factor` times its size, at least a pixel high and wide."""
+        height, width = (max(1, round(side * factor)) for side in pixels.shape[:2])
+        return cls(pixels, (height, width), resample)
+
+    def window(self, top: int, left: int, height: int, width: int) -> np.ndarray:
+        """The pixels uint8 [height,width,3] of a window; beyond the picture's border its content is mirrored."""
+        rows, columns = mirrored(top, height, self.size[0]), mirrored(left, width, self.size[1])
+        first = (int(rows.min()), int(columns.min()))
+        inside = self._resized(first, (int(rows.max()) + 1, int(columns.max()) + 1))
+        if top >= 0 and left >= 0 and top + height <= self.size[0] and left + width <= self.size[1]:
+            return inside
+        return inside[(rows - first[0])[:, None], columns - first[1]]
+
+    def _resized(self, start: tuple[int, int], stop: tuple[int, int]) -> np.ndarray:
+        """The part from `start` to `stop`, (row, column) at this scale: what a resized whole has there."""
+        if self.size == self.pixels.shape[:2]:
+            return self.pixels[start[0] : stop[0], start[1] : stop[1]]
+        if self.resample == "nearest":
+            rows, columns = (
+                # the pixel below the centre, in whole numbers so that it is the same in every window
+                (2 * np.arange(first, end) + 1) * there // (2 * here)
+                for first, end, there, here in zip(start, stop, self.pixels.shape, self.size)
+            )
+            return self.pixels[rows[:, None], columns]
+        (top, bottom), (left, right) = (
+            (first * there / here, end * there / here)
+            for first, end, there, here in zip(start, stop, self.pixels.shape, self.size)
+        )
+        # Pillow's filter reaches one target pixel, and at least one pixel of the picture, beyond its box
+        reach = [int(max(1, there / here)) + 2 for there, here in zip(self.pixels.shape, self.size)]
+        up, across = max(0, int(top) - reach[0]), max(0, int(left) - reach[1])
+        cut = self.pixels[up : int(bottom) + reach[0] + 1, across : int(right) + reach[1] + 1]
+        box = (left - across, top - up, min(right - across, cut.shape[1]), min(bottom - up, cut.shape[0]))
+        small = (stop[1] - start[1], stop[0] - start[0])
+        return np.array(Image.fromarray(cut).resize(small, Image.Resampling.BILINEAR, box=box))
+
+
+def mirrored(start: int, count: int, length: int) -> np.ndarray:
+    """The places int [count] in 0..length-1 of start, start + 1, ..., folded back at both ends, the ends twice."""
+    place = np.arange(start, start + count) % (2 * length)
+    return np.minimum(place, 2 * length - 1 - place)

@@ -7,6 +7,7 @@ against the same.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from dataclasses import dataclass
 from numbers import Real
@@ -42,6 +43,21 @@ def distinct(granularity: tuple[float, ...], flag: str) -> None:
     """UserError when heads would be called alike."""
     if len({f"{value:g}" for value in granularity}) < max(1, len(granularity)):
         raise UserError(f"{flag}: give one or more different numbers, got {granularity}")
+
+
+def legal_scales(scales: tuple[str, ...], flag: str) -> None:
+    """UserError for a scale that is not fit, native or a factor."""
+    for scale in scales:
+        if scale in ("fit", "native"):
+            continue
+        try:
+            factor = float(scale)
+        except ValueError:
+            factor = math.nan
+        if not 1e-3 <= factor <= 1e3:
+            raise UserError(f"{flag} {scale}: must be fit, native, or a number from 0.001 to 1000")
+    if not scales or len(set(scales)) < len(scales):
+        raise UserError(f"{flag}: give one or more different scales, got {scales}")
 
 
 @dataclass(frozen=True)
@@ -101,6 +117,12 @@ class TrainConfig:
     """slide cuts squares along the long side, so that the whole image is seen. center cuts the middle square alone.
     five cuts the corners and the centre at half the height and width, as the paper does for Cityscapes and
     COCO-Stuff."""
+    scale: Annotated[tuple[str, ...], Value("fit|native|X"), legal_scales] = ("fit",)
+    """Scale at which pictures are seen. fit brings the short side to the size; native takes every pixel; a number
+    resizes by that factor. Several are seen side by side."""
+    margin: Annotated[int, Bounds(0, 1 << 12, " pixels")] = 0
+    """Pixels of context around every square whose features are thrown away: real where the picture goes on, mirrored
+    where it ends."""
     resample: Resample = "nearest"
     """How images are resized; the paper takes nearest."""
 
@@ -193,6 +215,9 @@ class TrainConfig:
         if isinstance(values, (list, tuple)) and all(isinstance(value, Real) for value in values):
             # a number is a list of one, and -0.0 is 0.0; `check` refuses what is no number
             object.__setattr__(self, "granularity", tuple(float(value) + 0.0 for value in values))
+        scales = (self.scale,) if isinstance(self.scale, (str, Real)) else self.scale
+        if isinstance(scales, (list, tuple)):
+            object.__setattr__(self, "scale", tuple(map(str, scales)))
         for name in ("data", "out"):  # one name for one folder, however it is typed
             value = getattr(self, name)
             if isinstance(value, str) and value:

@@ -12,7 +12,7 @@ from .images import Resample
 
 @dataclass(frozen=True)
 class Scaled:
-    """The picture `pixels` uint8 [H,W,3] seen at another size.
+    """The picture `pixels` uint8 [H,W,3], or with "nearest" the labels [H,W], seen at another size.
 
     Attributes:
         size: (height, width) of the whole at this scale, in pixels.
@@ -30,7 +30,7 @@ class Scaled:
         return cls(pixels, (height, width), resample)
 
     def window(self, top: int, left: int, height: int, width: int) -> np.ndarray:
-        """The pixels uint8 [height,width,3] of a window; beyond the picture's border its content is mirrored."""
+        """The pixels [height,width,3] of a window; beyond the picture's border its content is mirrored."""
         rows, columns = mirrored(top, height, self.size[0]), mirrored(left, width, self.size[1])
         first = (int(rows.min()), int(columns.min()))
         inside = self._resized(first, (int(rows.max()) + 1, int(columns.max()) + 1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +12,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import smooseg_kernels as sk
-
 from ..backbones import Backbone, build_vit, load_backbone
 from ..backbones.base import digest_of, naming
 from ..backbones.weights import is_pickle
-from ..config import TrainConfig
+from ..config import TrainConfig, legal_scales
 from ..datasets.images import ImageError, as_rgb, read_image, require_patch
 from ..errors import UserError
 from .checkpoint import Checkpoint, read_checkpoint
 from .model import project
 from .published import read_published
-from .tiles import code_map
+from .tiles import TILE, Tile, code_bands, label_bands
+from .views import Views
 
 Picture = np.ndarray | Image.Image | str | Path
 
@@ -108,33 +109,90 @@ class Segmenter:
         """A hex digest of all that was learnt and of how images are resized, without the backbone."""
         return digest_of(self.head.state_dict(), self.config.resample)
 
-    @torch.no_grad()
-    def predict(self, image: Picture, *, mirror: bool = True, short_side: int | None = None) -> np.ndarray:
-        """Label every pixel of an image -> int64 [H,W] in 0..K-1.
+    def predict(
+        self,
+        image: Picture,
+        *,
+        mirror: bool = True,
+        short_side: int | None = None,
+        scale: Sequence[str | float] | str | float | None = None,
+    ) -> np.ndarray:
+        """Label every pixel of an image -> uint8 [H,W] in 0..K-1.
+
+        Memory: the image, the labels, and some bands of tiles, however large the image is.
 
         Args:
             image: uint8 [H,W,3] RGB, uint8 [H,W] grey, a Pillow image (not turned), or a path (turned upright by EXIF).
             mirror: average the codes with those of the mirrored image, as the paper does, in twice the time.
             short_side: pixels of the short side when features are computed, at least one patch; by default the
-                evaluation size of training. More pixels give finer detail and less context.
+                evaluation size of training. More pixels give finer detail and less context. For the scale "fit" alone.
+            scale: as many as in training of "fit" (short_side), "native" (every pixel) and numbers (times that size);
+                by default those of training, or "fit" where `short_side` is given.
 
         Raises:
-            UserError: where `pixels` raises it, for a short side below one patch, and when memory runs out.
+            UserError: where `pixels` raises it, for a scale or short side that cannot be, and when memory runs out.
         """
         pixels = self.pixels(image)
-        side = self.config.eval_size if short_side is None else short_side
-        patch = self.backbone.patch
-        if side < patch:
-            raise UserError(f"--short-side: must be at least one patch, {patch} pixels, got {side}")
+        labels, first = np.empty(pixels.shape[:2], np.uint8), 0
         try:
-            codes = code_map(pixels, self.codes, patch, short_side=side, resample=self.config.resample, mirror=mirror)
+            for band in self.bands(pixels, mirror=mirror, short_side=short_side, scale=scale):
+                labels[first : first + len(band)] = band
+                first += len(band)
         except MemoryError as error:
             name = image if isinstance(image, (str, Path)) else "image"
-            reason = f"does not fit into memory with its short side at {side} pixels"
+            reason = f"does not fit into memory with its short side at {short_side or self.config.eval_size} pixels"
             raise ImageError(name, reason, "give a smaller --short-side, or cut it into tiles") from error
-        H, W = pixels.shape[:2]
-        grid, rows = codes.codes.shape[:2], codes.codes.flatten(0, 1)[None]
-        return sk.assign(rows, self.head.teacher, grid=grid, size=codes.size)[0, :H, :W].cpu().numpy()
+        return labels
+
+    @torch.no_grad()
+    def bands(
+        self,
+        pixels: np.ndarray,
+        *,
+        mirror: bool = True,
+        short_side: int | None = None,
+        scale: Sequence[str | float] | str | float | None = None,
+    ) -> Iterator[np.ndarray]:
+        """Label pixels uint8 [H,W,3] -> bands uint8 [n,W] from top to bottom; options as for `predict`."""
+        scales, side = self.scales(scale, short_side)
+        views = Views(
+            pixels,
+            scales,
+            self.backbone,
+            short_side=side,
+            resample=self.config.resample,
+            margin=self.config.margin,
+        )
+
+        def codes(tile: Tile) -> Tensor:
+            codes = self.codes(views, tile, mirror=False)
+            return (codes + self.codes(views, tile, mirror=True)) / 2 if mirror else codes
+
+        codes_of_all = code_bands(views.grid, max(1, TILE // self.backbone.patch), codes)
+        labelled = label_bands(codes_of_all, self.head.teacher, views.grid[0], views.covered, pixels.shape[:2])
+        for band in labelled:
+            yield band.cpu().numpy()
+
+    def scales(
+        self, scale: Sequence[str | float] | str | float | None = None, short_side: int | None = None
+    ) -> tuple[tuple[str, ...], int]:
+        """The scales to predict at, and the pixels of the short side for "fit". UserError where they cannot be."""
+        trained, patch = self.config.scale, self.backbone.patch
+        if scale is None:
+            scale = "fit" if short_side is not None and len(trained) == 1 else trained
+        scales = tuple(map(str, [scale] if isinstance(scale, (str, Real)) else scale))
+        legal_scales(scales, "--scale")
+        if len(scales) != len(trained):
+            counts = f"{len(scales)} of them, but the checkpoint was trained at {len(trained)}: {' '.join(trained)}"
+            raise UserError(f"--scale {' '.join(scales)}: {counts}; give as many")
+        if short_side is not None and "fit" not in scales:
+            raise UserError(
+                f"--short-side {short_side}: is for --scale fit, not for {' '.join(scales)}; give one of them"
+            )
+        side = self.config.eval_size if short_side is None else short_side
+        if side < patch:
+            raise UserError(f"--short-side: must be at least one patch, {patch} pixels, got {side}")
+        return scales, side
 
     def pixels(self, image: Picture) -> np.ndarray:
         """Read what `predict` takes as uint8 [H,W,3].
@@ -157,10 +215,9 @@ class Segmenter:
         require_patch(pixels, self.backbone.patch, name)
         return pixels
 
-    def codes(self, images: Tensor) -> Tensor:
-        """Compute the codes [B,h,w,Z] of images uint8 [B,3,S,T]."""
-        features, grid = self.backbone(images)
-        return project(self.head, features).unflatten(1, grid)
+    def codes(self, views: Views, tile: Tile, mirror: bool) -> Tensor:
+        """Compute the codes [rows,columns,Z] of a tile, or those of its mirror image, mirrored back."""
+        return project(self.head, views.features(tile, mirror))[0].unflatten(0, (tile.rows, tile.columns)).float()
 
     def about(self) -> dict[str, Any]:
         """Return its backbone, step, groups and report, ready for JSON."""

@@ -9,7 +9,7 @@ from importlib import import_module
 from . import __version__
 from .command import run
 from .errors import UserError
-from .system.commandline import Parser, choose_command, program
+from .system.commandline import MODULES, Parser, choose_command, program
 from .system.progress import printable
 
 COMMANDS = {
@@ -19,6 +19,7 @@ COMMANDS = {
     "choose": "choose which head of a run predicts",
     "convert": "rewrite a published SmooSeg checkpoint as one of this program",
     "data": "check what a folder holds before training",
+    "backbones": "list the frozen features that are here and that could be, with licences and speed",
     "similarity": "measure how alike patches are, and what thresholds make of it",
     "cache": "list, remove or verify cached features",
     "completion": "print a script that completes commands, flags and values in your shell",
@@ -38,7 +39,7 @@ def main(args: Sequence[str] | None = None) -> int:
     if chosen is None:
         return 0
     command, words = chosen
-    module = import_module(f".{command}", __package__)
+    module = import_module(f".{MODULES.get(command, command)}", __package__)
     return run(module.main, words, quick=command == "completion")
 
 

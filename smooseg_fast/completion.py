@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from . import cache, data
+from .backbonelist import BackbonesConfig
 from .choose import ChooseConfig
 from .command import run
 from .config import TrainConfig
@@ -40,6 +41,7 @@ SETTINGS: dict[str, type] = {
     "choose": ChooseConfig,
     "convert": ConvertConfig,
     "similarity": SimilarityConfig,
+    "backbones": BackbonesConfig,
     "completion": CompletionConfig,
     **{f"data {name}": settings for name, (_, settings) in data.COMMANDS.items()},
     **{f"cache {name}": settings for name, (_, settings) in cache.COMMANDS.items()},

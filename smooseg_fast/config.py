@@ -7,7 +7,6 @@ against the same.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from dataclasses import dataclass
 from numbers import Real
@@ -26,7 +25,7 @@ Impl = Literal["auto", "triton", "torch", "dense"]
 Precision = Literal["auto", "float32", "bfloat16"]
 BackbonePrecision = Literal["auto", "float32", "bfloat16", "float16"]
 Init = Literal["random", "pca-kmeans"]
-Crops = Literal["center", "slide", "five"]
+Crops = Literal["center", "slide", "five", "tiles"]
 Resample = Literal["nearest", "bilinear"]
 Side = Annotated[int, Bounds(8, 1 << 16, " pixels")]
 CLOSENESS = Bounds(-2.0, 2.0)  # cosines differ by no more
@@ -36,6 +35,8 @@ AtLeastOne = Annotated[int, Bounds(1)]
 Folder = Annotated[str, Value("FOLDER")]
 Device = Annotated[str, Value("DEVICE")]
 Backbone = Annotated[str, Value("NAME")]
+FIT, NATIVE = "fit", "native"
+AUTO = "auto"  # the backbone that `backbones.auto` chooses
 CacheLimit = Annotated[str, Value("SIZE"), parse_size]
 
 
@@ -45,19 +46,23 @@ def distinct(granularity: tuple[float, ...], flag: str) -> None:
         raise UserError(f"{flag}: give one or more different numbers, got {granularity}")
 
 
+def scale_factor(scale: str) -> float | None:
+    """The factor of an image's height and width; None for "fit"."""
+    return None if scale == FIT else 1.0 if scale == NATIVE else float(scale)
+
+
 def legal_scales(scales: tuple[str, ...], flag: str) -> None:
-    """UserError for a scale that is not fit, native or a factor."""
-    for scale in scales:
-        if scale in ("fit", "native"):
-            continue
-        try:
-            factor = float(scale)
-        except ValueError:
-            factor = math.nan
-        if not 1e-3 <= factor <= 1e3:
-            raise UserError(f"{flag} {scale}: must be fit, native, or a number from 0.001 to 1000")
-    if not scales or len(set(scales)) < len(scales):
-        raise UserError(f"{flag}: give one or more different scales, got {scales}")
+    """UserError unless it is "fit" alone, or one or several factors, largest first."""
+    try:
+        factors = [scale_factor(scale) for scale in scales]
+    except ValueError:
+        factors = []
+    if factors == [None]:
+        return
+    sizes = [factor for factor in factors if factor is not None and 0.001 <= factor <= 100]
+    if not sizes or len(sizes) < len(factors) or sorted(set(sizes), reverse=True) != sizes:
+        legal = "fit alone, or native and factors between 0.001 and 100, each once and the largest first"
+        raise UserError(f"{flag}: give {legal}; got {' '.join(map(str, scales)):.80}")
 
 
 @dataclass(frozen=True)
@@ -109,26 +114,31 @@ class TrainConfig:
     finds)."""
     preset: PresetName = "folder"
     """Settings to start from; the flags that are given change them."""
-    size: Side = 224
-    """Short side in pixels for training; images are cut into squares of this side."""
-    eval_size: Side = 320
-    """Short side in pixels for evaluation and prediction."""
+    size: Side | None = None
+    """Short side in pixels for training; images are cut into squares of this side. By default, what suits the
+    backbone: 224 for most."""
+    eval_size: Side | None = None
+    """Short side in pixels for evaluation and prediction. By default, what suits the backbone: 320 for most."""
     crops: Crops = "slide"
     """slide cuts squares along the long side, so that the whole image is seen. center cuts the middle square alone.
     five cuts the corners and the centre at half the height and width, as the paper does for Cityscapes and
-    COCO-Stuff."""
-    scale: Annotated[tuple[str, ...], Value("fit|native|X"), legal_scales] = ("fit",)
-    """Scale at which pictures are seen. fit brings the short side to the size; native takes every pixel; a number
-    resizes by that factor. Several are seen side by side."""
-    margin: Annotated[int, Bounds(0, 1 << 12, " pixels")] = 0
-    """Pixels of context around every square whose features are thrown away: real where the picture goes on, mirrored
-    where it ends."""
+    COCO-Stuff. tiles lays a grid over the whole image, and takes a sample of it where it is large; a scale other than
+    fit needs tiles or center, and takes tiles for slide."""
+    scale: Annotated[tuple[str, ...], Value("SCALE"), legal_scales] = (FIT,)
+    """fit resizes every image so that its short side is --size; native keeps its own pixels; a number is the factor of
+    its height and width. Several, as in --scale 1 0.5, stand side by side in the features: the first is cut into
+    squares, and the others add the surroundings of each."""
+    margin: Annotated[int, Bounds(0, 4096, " pixels")] = 0
+    """Pixels of context on every side of a square, real where the image goes on and mirrored where it ends, whose
+    features are thrown away. It takes the trace of the border out of the features, which helps where position means
+    nothing (micrographs, tiles) and hurts where it does (photos with a sky)."""
     resample: Resample = "nearest"
     """How images are resized; the paper takes nearest."""
 
-    backbone: Annotated[Backbone, Group("features")] = "filterbank"
-    """Frozen features: filterbank (built in), a transformers ViT by hub name or folder, a DINO or DINOv2 .pth, or
-    module:callable."""
+    backbone: Annotated[Backbone, Group("features")] = AUTO
+    """Frozen features: auto (the best that is on this machine), filterbank (built in), efficientnet-lite0 (from a
+    wheel), a transformers ViT by hub name or folder, a DINO or DINOv2 .pth, or module:callable. smooseg backbones lists
+    them."""
     backbone_precision: BackbonePrecision = "auto"
     """Number format of a ViT backbone. auto takes half precision on a GPU and on a CPU with matrix units (AMX), where
     it needs a third of the time, and float32 elsewhere."""
@@ -215,13 +225,22 @@ class TrainConfig:
         if isinstance(values, (list, tuple)) and all(isinstance(value, Real) for value in values):
             # a number is a list of one, and -0.0 is 0.0; `check` refuses what is no number
             object.__setattr__(self, "granularity", tuple(float(value) + 0.0 for value in values))
-        scales = (self.scale,) if isinstance(self.scale, (str, Real)) else self.scale
-        if isinstance(scales, (list, tuple)):
-            object.__setattr__(self, "scale", tuple(map(str, scales)))
+        scale = self.scale
+        if isinstance(scale, (str, Real)) or (isinstance(scale, (list, tuple)) and all(scale)):
+            scales = (scale,) if isinstance(scale, (str, Real)) else scale
+            object.__setattr__(self, "scale", tuple(f"{v:g}" if isinstance(v, Real) else v for v in scales))
         for name in ("data", "out"):  # one name for one folder, however it is typed
             value = getattr(self, name)
             if isinstance(value, str) and value:
                 object.__setattr__(self, name, str(Path(value).expanduser()))
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Short sides in pixels for training and for evaluation. ValueError before `trainer.resolve` has chosen
+        them."""
+        if self.size is None or self.eval_size is None:
+            raise ValueError("the sizes are not resolved")
+        return self.size, self.eval_size
 
     def thresholds(self) -> tuple[Thresholds, ...]:
         """One for every granularity, or the one pair of absolute thresholds; none for a published checkpoint."""
@@ -245,6 +264,9 @@ class TrainConfig:
         """UserError for the first value that is not legal; names the flag, the value and the legal ones."""
         check_fields(self)
         SEEDS.check("--seed", self.seed + self.heads - 1)  # the last head's seed
+        if self.crops == "five" and (self.scale != (FIT,) or self.margin):
+            other = "--margin" if self.scale == (FIT,) else "--scale"
+            raise UserError(f"--crops five: are the paper's, which have no {other}; take --crops tiles with it")
         given = [value is not None for value in (self.granularity, self.threshold_within, self.threshold_across)]
         if given not in ([True, False, False], [False, True, True]):
             raise UserError("--granularity: give either it alone, or both --threshold-within and --threshold-across")
@@ -258,6 +280,8 @@ class TrainConfig:
 
 CITYSCAPES = TrainConfig(
     preset="cityscapes",
+    size=224,
+    eval_size=320,
     granularity=None,
     threshold_within=-0.02,
     threshold_across=0.5,
@@ -276,7 +300,16 @@ TILES: dict[str, Any] = dict(
 )
 PRESETS: dict[str, TrainConfig] = {
     # made-up textures have many classes of equal size: finer than photos, and more to learn, so longer and faster
-    "demo": TrainConfig(preset="demo", granularity=(0.2,), lr=3e-4, steps=600, patches=196, eval_size=224),
+    "demo": TrainConfig(
+        preset="demo",
+        backbone="filterbank",
+        size=224,
+        eval_size=224,
+        granularity=(0.2,),
+        lr=3e-4,
+        steps=600,
+        patches=196,
+    ),
     "folder": TrainConfig(),
     "cityscapes": CITYSCAPES,
     "cocostuff27": dataclasses.replace(CITYSCAPES, preset="cocostuff27", threshold_across=0.48, steps=8000),

@@ -75,9 +75,10 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
     dataset = labelled_images(config.data, segmenter.checkpoint)
     settings = segmenter.config if config.preset is None else protocol(config.preset, config.data)
     patch = segmenter.backbone.patch
-    size = whole_patches(settings.eval_size, patch) if config.eval_size is None else config.eval_size
-    if config.eval_size is None and size != settings.eval_size:
-        print(f"eval_size: {settings.eval_size} -> {size} pixels, a multiple of the {patch}-pixel patch")
+    suits = settings.eval_size or segmenter.backbone.sizes[1]
+    size = whole_patches(suits, patch) if config.eval_size is None else config.eval_size
+    if config.eval_size is None and size != suits:
+        print(f"eval_size: {suits} -> {size} pixels, a multiple of the {patch}-pixel patch")
     for note in dataset.notes:
         print(f"data       {note}")
     options = FeatureOptions(

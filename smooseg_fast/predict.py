@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from .command import load_segmenter, run
-from .config import Backbone, BackbonePrecision, Device, legal_scales
+from .config import FIT, Backbone, BackbonePrecision, Device, legal_scales
 from .errors import UserError
 from .system.commandline import parse
 from .system.fields import Bounds, Group, Value
@@ -33,9 +33,9 @@ class PredictConfig:
     short_side: Annotated[int | None, Bounds(1, 1 << 16, " pixels")] = None
     """Size in pixels to which the short side of an image is brought before features are taken [the checkpoint's];
     larger sees finer detail."""
-    scale: Annotated[tuple[str, ...] | None, Value("fit|native|X"), legal_scales] = None
-    """Scale at which images are seen [the checkpoint's]: fit brings the short side to --short-side, native takes every
-    pixel, a number resizes by that factor; as many as the checkpoint was trained at."""
+    scale: Annotated[tuple[str, ...] | None, Value("SCALE"), legal_scales] = None
+    """Scale at which images are seen, as in training [the checkpoint's]: fit, native, or a factor of height and width;
+    as many as the checkpoint was trained at. All but fit are segmented in tiles."""
     mirror: bool = True
     """Take each image once, which halves the time, instead of averaging its codes with those of its mirror image as the
     paper does."""
@@ -80,13 +80,13 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
 
 def settings(config: PredictConfig, segmenter: Segmenter) -> dict[str, Any]:
     """Everything that decides the labels of an image."""
-    scales, short_side = segmenter.scales(config.scale, config.short_side)
+    cutting = segmenter.cutting(config.scale, config.short_side)
     return {
         "checkpoint": f"step {segmenter.checkpoint.step}, {segmenter.digest[:16]}",
         "backbone": segmenter.backbone.digest[:16],
         "mirror": config.mirror,
-        "scale": list(scales),
-        "short_side": short_side if "fit" in scales else None,
+        "scale": list(cutting.scale),
+        "short_side": cutting.size if cutting.scale == (FIT,) else None,
     }
 
 

@@ -12,6 +12,7 @@ from typing import Annotated
 
 from .command import run
 from .config import (
+    AUTO,
     Backbone,
     Crops,
     Device,
@@ -49,7 +50,7 @@ class SimilarityConfig:
     preset: PresetName | None = None
     """Settings to start from [folder with --data, demo without]."""
     size: Side | None = None
-    """Short side in pixels; images are cut into squares of this side."""
+    """Short side in pixels; images are cut into squares of this side. By default, what suits the backbone."""
     crops: Crops | None = None
     """slide cuts squares along the long side, center the middle square alone, five the corners and the centre at half
     height and width."""
@@ -57,8 +58,7 @@ class SimilarityConfig:
     """How images are resized."""
 
     backbone: Annotated[Backbone | None, Group("features")] = None
-    """Frozen features: filterbank, a transformers ViT by hub name or folder, a DINO or DINOv2 .pth, or
-    module:callable."""
+    """Frozen features, as for training: smooseg backbones lists them [those of the checkpoint or the preset]."""
     device: Device = "auto"
     """cpu, cuda, cuda:1, mps, or auto: a GPU if there is one."""
     cache: Folder | None = None
@@ -80,8 +80,9 @@ class SimilarityConfig:
 
 def main(args: Sequence[str]) -> None:
     asked = parse(SimilarityConfig, args, "similarity")
-    config = configure(asked)
+    request = configure(asked)
     from .backbones import load_backbone
+    from .backbones.auto import candidates, explained, look
     from .datasets.demo import datasets_of
     from .datasets.images import whole_patches
     from .features.extract import open_or_extract
@@ -91,19 +92,26 @@ def main(args: Sequence[str]) -> None:
     from .show.closeness import closeness_picture, closeness_record, spread_table, thresholds_table
     from .show.pictures import save
 
-    backbone = load_backbone(config.backbone, pick_device(asked.device))
-    size = whole_patches(config.size, backbone.patch)
-    if size != config.size:
-        print(f"size: {config.size} -> {size} pixels, a multiple of the backbone's {backbone.patch}-pixel patch")
-        config = dataclasses.replace(config, size=size)
+    name = request.backbone
+    if name == AUTO:
+        here = look()
+        best = candidates(here)[0]
+        print("\n".join(explained(best, here)))
+        name = best.name
+    backbone = load_backbone(name, pick_device(asked.device))
+    suits = request.size or backbone.sizes[0]
+    size = whole_patches(suits, backbone.patch)
+    if size != suits:
+        print(f"size: {suits} -> {size} pixels, a multiple of the backbone's {backbone.patch}-pixel patch")
+    config = dataclasses.replace(request, backbone=name, size=size)
     dataset, _ = datasets_of(config)
-    how = f"backbone {config.backbone}, {config.size} px, crops {config.crops}"
+    how = f"backbone {config.backbone}, {size} px, crops {config.crops}"
     print(f"smooseg_fast: {dataset.name} ({len(dataset)} images), {how}")
-    options = FeatureOptions(size=config.size, crops=config.crops, resample=config.resample, cache=asked.cache)
+    options = FeatureOptions(size=size, crops=config.crops, resample=config.resample, cache=asked.cache)
     store = open_or_extract(dataset, backbone, options)
     if len(store) < 2:
         more = "add images, or --crops slide"
-        raise UserError(f"--data: {len(store)} square of {config.size} pixels, but pairs of images need 2; {more}")
+        raise UserError(f"--data: {len(store)} square of {size} pixels, but pairs of images need 2; {more}")
     found = similarity(store, backbone.device, largest=asked.pairs)
     rows = [(variant, closeness(found, variant.thresholds)) for variant in config.variants()]
     print(spread_table(found))
@@ -121,7 +129,7 @@ def main(args: Sequence[str]) -> None:
     about = {"data": dataset.name, "backbone": backbone.name, **settings, "skipped": store.skipped}
     write_json(out / RECORD, closeness_record(found, rows) | about)
     print(f"saved      {out / PICTURE}, {out / RECORD}")
-    print("next       " + next_command(asked, config))
+    print("next       " + next_command(asked, request))
 
 
 def configure(asked: SimilarityConfig) -> TrainConfig:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from .command import pictures_of, predict_command, run
-from .config import TrainConfig, preset, with_changes
+from .config import AUTO, TrainConfig, preset, with_changes
 from .errors import UserError
 from .system.commandline import HELP, command_line, parser_of, read
 from .system.fields import flag
@@ -37,7 +37,8 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
     out, reason = (Path(config.out), "") if config.out else free_folder(config)
     say(f"output     {out}{reason}")
     train, held_out = datasets_of(config)
-    say(f"smooseg_fast: preset {config.preset}, {train.name} ({len(train)} images), backbone {config.backbone}")
+    backbone = "" if config.backbone == AUTO else f", backbone {config.backbone}"  # else the choice is said next
+    say(f"smooseg_fast: preset {config.preset}, {train.name} ({len(train)} images){backbone}")
     if config.data is not None and (layout := recognise(config.data)) is not None:
         paper = f"; the paper's settings for it are --preset {layout.preset}"
         say(f"data       {layout.title}" + ("" if layout.preset in (config.preset, "folder") else paper))
@@ -61,7 +62,7 @@ def tell_next(config: TrainConfig, segmenter: Segmenter, dataset: Dataset, out: 
         another = next(value for value in reversed(config.granularity) if value != now)
         other = command_line("choose", "--run", str(out), "--granularity", f"{another:g}")
         print(f"choose     look at {out / LADDER}; {now:g} predicts, and another would by: {other}")
-    print("next       " + predict_command(out / CHECKPOINT, images, predictions, config.backbone))
+    print("next       " + predict_command(out / CHECKPOINT, images, predictions, segmenter.config.backbone))
 
 
 def write_samples(dataset: Dataset, folder: Path) -> None:

@@ -12,6 +12,9 @@ from textures import draw, make_photos
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# what --backbone auto takes, whatever wheels and caches this machine has; tests of auto itself remove it
+os.environ["SMOOSEG_BACKBONE"] = "filterbank"
+
 # a shell that starts pytest in the background makes it, and all that it starts, ignore Ctrl-C, which some tests send
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

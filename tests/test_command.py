@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 import re
 import shutil
@@ -22,7 +21,7 @@ from smooseg_fast.config import PRESETS, TrainConfig, preset, with_changes
 from smooseg_fast.errors import UserError, WriteError
 from smooseg_fast.learn.runfolder import RunFolder
 from smooseg_fast.predict import PredictConfig
-from smooseg_fast.system.commandline import command_line, parse, parser_of, read, starter
+from smooseg_fast.system.commandline import MODULES, command_line, parse, parser_of, read, starter
 from smooseg_fast.system.fields import check_fields, fields_of, helps_of
 from smooseg_fast.system.signals import Interrupted
 
@@ -108,7 +107,7 @@ def test_every_command_is_listed_and_completed():
     modules = {
         path.stem for path in Path(smooseg_fast.__file__).parent.glob("*.py") if "sys.exit(run(main" in path.read_text()
     }
-    assert modules == set(smooseg.COMMANDS)
+    assert modules == {MODULES.get(name, name) for name in smooseg.COMMANDS}
     assert {path.split()[0] for path in completion.SETTINGS} == set(smooseg.COMMANDS)
 
 
@@ -190,6 +189,14 @@ def test_commands_are_printed_as_the_program_was_started(script, processes, word
     assert " ".join(starter("smooseg_fast.train", processes)) == words
 
 
+@pytest.mark.parametrize(
+    ("script", "words"), [("smooseg", "smooseg backbones"), ("x", "python -m smooseg_fast.backbonelist")]
+)
+def test_a_command_whose_module_has_another_name(script, words, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [f"/venv/bin/{script}"])
+    assert command_line("backbones") == words == " ".join(starter("smooseg_fast.backbonelist"))
+
+
 def test_next_and_resume_are_commands_of_smooseg(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["/venv/bin/smooseg"])
     assert command_line("choose", "--run", "my runs") == "smooseg choose --run 'my runs'"
@@ -216,6 +223,8 @@ OTHER = {
     "eval_size": "72",
     "crops": "center",
     "resample": "bilinear",
+    "scale": "0.5 0.25",
+    "margin": "24",
     "backbone": "facebook/dino-vits16",
     "backbone_precision": "float16",
     "device": "cuda:1",
@@ -282,7 +291,7 @@ def test_every_flag_arrives_in_the_settings_and_in_the_identity_of_a_run(field):
 def test_a_flag_changes_its_own_setting_alone(field):
     if field.name in ("data", "preset", "granularity", "threshold_within", "threshold_across"):
         return  # they decide about others
-    words = [field.label] if field.kind is bool else [f"{field.label}={OTHER[field.name]}"]
+    words = [field.label] if field.kind is bool else [f"{field.label}={OTHER[field.name].split()[0]}"]
     before, after = (vars(train.configure(["--data", "photos", *more])) for more in ([], words))
     assert {name for name in before if before[name] != after[name]} == {field.name}
 
@@ -426,7 +435,7 @@ def test_help_is_as_wide_as_the_terminal(settings, monkeypatch):
         lines = parser_of(settings, "smooseg x").format_help().splitlines()
         assert all(len(line) <= width or line.startswith("  --") for line in lines)
         flags = {line.split()[0] for line in lines if line.startswith("  --")}
-        off = {"--no-mirror": "--mirror"}
+        off = {"--no-mirror": "--mirror", "--no-measure": "--measure"}
         expected = {field.label for field in fields_of(settings).values() if not field.value.positional}
         assert {off.get(name, name) for name in flags} == expected
         assert any(line.startswith("  -h, --help ") for line in lines)
@@ -501,7 +510,8 @@ def test_completion_knows_every_flag_in_every_shell(shell, prefix, capsys):
     for settings in completion.SETTINGS.values():
         for field in fields_of(settings).values():
             for flag in field.flags:
-                if flag not in ("--mirror", "--no-deterministic", "--no-verbose", "--no-all"):  # they change nothing
+                nothing_new = ("--mirror", "--measure", "--no-deterministic", "--no-verbose", "--no-all")
+                if flag not in nothing_new:
                     assert re.search(rf"[\s\"'(]{prefix}{flag[2:]}\b(?!-)", script), flag
 
 
@@ -517,8 +527,9 @@ def test_the_output_folder_is_said_first_with_the_reason(tmp_path, monkeypatch, 
         return capsys.readouterr().out.splitlines()[0]
 
     def hold(path, *args):
-        Path(path).mkdir(parents=True)
-        Path(path, "run.json").write_text(json.dumps(train.configure(["--data", "photos", *args]).learning()))
+        held = RunFolder(Path(path), train.configure(["--data", "photos", *args]))
+        held.settle("filterbank")
+        held.claim()
 
     assert first_line("--data", "photos") == "output     runs/photos"
     assert first_line("--data", "photos", "--out", "mine") == "output     mine"
@@ -531,6 +542,9 @@ def test_the_output_folder_is_said_first_with_the_reason(tmp_path, monkeypatch, 
     assert first_line("--data", "photos", "--prototypes", "5", "--granularity", "0.1", "0.2").endswith(
         "runs/photos holds another run, --granularity 0.06 -0.05 0.0 0.03 0.1 against 0.1 0.2"
     )
+    assert first_line("--data", "photos", "--prototypes", "5", "--backbone", "filterbank") == "output     runs/photos"
+    reason = "runs/photos holds another run, --backbone filterbank against mine:colours"
+    assert first_line("--data", "photos", "--prototypes", "5", "--backbone", "mine:colours").endswith(reason)
     Path("runs/demo").write_text("")
     assert first_line() == "output     runs/demo-2: runs/demo cannot be read (run.json: Not a directory)"
     assert RunFolder(Path("runs/photos"), train.configure(["--data", "photos", "--prototypes", "5"]))

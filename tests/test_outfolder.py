@@ -47,7 +47,7 @@ def test_a_run_in_the_folder_of_photos_does_not_hide_them(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     photos = find_images(tmp_path)
-    RunFolder(tmp_path, TrainConfig()).claim()
+    RunFolder(tmp_path, TrainConfig(backbone="filterbank")).claim()
     (tmp_path / "samples").mkdir()
     for name in ("groups.png", "curves.png", "ladder.png", "samples/0.png"):
         (tmp_path / name).write_bytes(b"")
@@ -57,15 +57,15 @@ def test_a_run_in_the_folder_of_photos_does_not_hide_them(tmp_path):
 def test_pictures_of_somebody_else_are_not_written_over(tmp_path):
     (tmp_path / "groups.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"holds groups\.png but no run\.json; give another folder"):
-        RunFolder(tmp_path, TrainConfig())
+        RunFolder(tmp_path, TrainConfig(backbone="filterbank"))
 
 
 def test_resuming_drops_a_line_of_metrics_that_was_cut_short(tmp_path):
     """At every byte of the last line: the whole lines stay, the half one goes, and the next record stands on a line of
     its own.
     """
-    folder = RunFolder(tmp_path, TrainConfig())
-    head = TrainConfig().variants()[0].name
+    folder = RunFolder(tmp_path, TrainConfig(backbone="filterbank"))
+    head = TrainConfig(backbone="filterbank").variants()[0].name
     records = [{"step": step, "head": head, "total": 0.5 * step} for step in (1, 2)]
     folder.metrics.append(*records)
     whole = folder.metrics.path.read_bytes()

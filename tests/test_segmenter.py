@@ -21,6 +21,7 @@ from smooseg_fast.backbones import Backbone
 from smooseg_fast.command import run
 from smooseg_fast.config import TrainConfig
 from smooseg_fast.datasets import demo, images
+from smooseg_fast.datasets.cutting import Cutting
 from smooseg_fast.datasets.mosaic import Mosaic
 from smooseg_fast.segment.checkpoint import KEY, read_checkpoint
 from smooseg_fast.segment.segmenter import Segmenter
@@ -49,7 +50,7 @@ def untrained(prototypes, backbone=None, **settings):
 
 
 def codes_of(image, tile, mirror=False, **options):
-    views = Views(image, ("fit",), MeanColours(), resample="nearest", **{"margin": 0, **options})
+    views = Views(image, Cutting(**options), MeanColours())
 
     def codes(tile):
         return views.features(tile, mirror)[0].unflatten(0, (tile.rows, tile.columns))
@@ -59,24 +60,24 @@ def codes_of(image, tile, mirror=False, **options):
 
 def test_tiles_equal_the_whole_where_a_patch_sees_only_itself():
     image = np.random.default_rng(0).integers(0, 256, (96, 400, 3), dtype=np.uint8)
-    views, whole = codes_of(image, 1000, short_side=96)
+    views, whole = codes_of(image, 1000, size=96)
     assert whole.shape == (12, 50, 3)
-    assert views.covered == (96, 400)
+    assert views.size == (96, 400)
     for options in ({}, {"mirror": True}, {"margin": 16}, {"margin": 3, "mirror": True}):
-        torch.testing.assert_close(codes_of(image, 64, short_side=96, **options)[1], whole, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(codes_of(image, 64, size=96, **options)[1], whole, atol=1e-5, rtol=1e-5)
 
 
 def test_padding_is_mirrored_content_and_never_stretches():
     image = np.full((50, 101, 3), 7, np.uint8)
     image[:, 96:] = 200
-    views, codes = codes_of(image, 640, short_side=50)
+    views, codes = codes_of(image, 640, size=50)
     assert codes.shape == (7, 13, 3)
-    assert views.covered == (56, 104)  # pixels that 7 x 13 patches cover
+    assert views.size == (56, 104)  # pixels that 7 x 13 patches cover
     torch.testing.assert_close(codes[:, :12], torch.full((7, 12, 3), 7 / 255 - 0.5))
     torch.testing.assert_close(codes[:, 12], torch.full((7, 3), 200 / 255 - 0.5))
-    views, codes = codes_of(image, 640, short_side=100)
+    views, codes = codes_of(image, 640, size=100)
     assert codes.shape == (13, 26, 3)
-    assert views.covered == (52, 104)
+    assert views.size == (52, 104)
 
 
 @pytest.mark.parametrize(("length", "side"), [(1, 8), (8, 8), (9, 8), (100, 8), (37, 10)])
@@ -229,10 +230,13 @@ def parts_of(path):
     [
         (("backbone", "name"), None, "of the wrong kind"),
         (("backbone", "digest"), 7, "of the wrong kind"),
+        (("backbone", "licence"), None, "of the wrong kind"),
         (("report",), [], "of the wrong kind"),
         (("step",), "x", "of the wrong kind"),
         (("class_names",), [1, 2], "of the wrong kind"),
-        (("config", "eval_size"), None, "--eval-size: must be a whole number, got None"),
+        (("config", "eval_size"), None, "its sizes or its backbone are not chosen"),
+        (("config", "size"), None, "its sizes or its backbone are not chosen"),
+        (("config", "backbone"), "auto", "its sizes or its backbone are not chosen"),
         (("config", "eval_size"), 1 << 70, "--eval-size: must be at most 65,536 pixels"),
         (("config", "resample"), 7, "--resample: must be text, got 7"),
         (("config", "lr"), True, "--lr: must be a number, got True"),
@@ -291,7 +295,7 @@ def refused_by_predict(path, words, folder, capsys):
 
 def test_a_checkpoint_that_still_notes_the_patch_loads(trained, tmp_path):
     header, tensors = parts_of(trained)
-    assert set(header["backbone"]) == {"name", "digest"}
+    assert set(header["backbone"]) == {"name", "digest", "licence"}
     header["backbone"]["patch"] = 8
     save_file(tensors, tmp_path / "old.safetensors", {KEY: json.dumps(header)})
     assert read_checkpoint(tmp_path / "old.safetensors").backbone_name == "filterbank"

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from smooseg_fast.datasets import open_dataset
+from smooseg_fast.datasets import cutting, open_dataset
 from smooseg_fast.datasets.images import cut_squares
 from smooseg_fast.errors import UserError, WriteError
 from smooseg_fast.features import job, store
@@ -227,7 +227,7 @@ def test_an_image_smaller_than_a_patch_is_skipped(photos, tmp_path, capsys):
 @pytest.mark.parametrize("why", ["memory", "pixels"])
 def test_a_strip_too_long_for_the_memory_is_skipped(photos, tmp_path, monkeypatch, why):
     """At a short side of 8 pixels, 5.png (12 x 40) has 208, and 6.png no more than any other square."""
-    plain = job.cut_squares
+    plain = cutting.cut_squares
 
     def short(image, *settings):
         if image.shape[:2] == (12, 40):
@@ -235,7 +235,7 @@ def test_a_strip_too_long_for_the_memory_is_skipped(photos, tmp_path, monkeypatc
         return plain(image, *settings)
 
     if why == "memory":
-        monkeypatch.setattr(job, "cut_squares", short)
+        monkeypatch.setattr(cutting, "cut_squares", short)
     else:
         monkeypatch.setattr(job, "MAX_PIXELS", 212)
     names = dict(extract(photos, tmp_path).skipped)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .catalogue import licence_of
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -25,15 +26,18 @@ class Backbone(ABC):
         dim: D, channels of a feature row.
         device: images are moved there, and features come out there.
         precision: the dtype it computes in, by torch's name, or "its own"; affects the last bits of the features.
+        licence: of the weights, as `catalogue.licence_of` knows it.
+        sizes: short sides in pixels that suit it for training and for evaluation.
 
     A subclass sets the first five through `__init__` and implements `extract`.
     """
 
     precision = "float32"
+    sizes: tuple[int, int] = (224, 320)
 
     def __init__(self, *, name: str, digest: str, patch: int, dim: int, device: str | torch.device = "cpu") -> None:
         self.name, self.digest, self.patch, self.dim = name, digest, patch, dim
-        self.device = torch.device(device)
+        self.device, self.licence = torch.device(device), licence_of(name)
 
     @abstractmethod
     def extract(self, images: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from .images import Resample
 
 @dataclass(frozen=True)
 class Scaled:
-    """The picture `pixels` uint8 [H,W,3], or with "nearest" the labels [H,W], seen at another size.
+    """The picture `pixels` uint8 [H,W,3] seen at another size.
 
     Attributes:
         size: (height, width) of the whole at this scale, in pixels.
@@ -29,8 +29,14 @@ class Scaled:
         height, width = (max(1, round(side * factor)) for side in pixels.shape[:2])
         return cls(pixels, (height, width), resample)
 
+    @classmethod
+    def of(cls, pixels: np.ndarray, first: Scaled, ratio: float) -> Scaled:
+        """The picture `pixels` at `ratio` times the size that it has in `first`."""
+        height, width = (max(1, round(side * ratio)) for side in first.size)
+        return cls(pixels, (height, width), first.resample)
+
     def window(self, top: int, left: int, height: int, width: int) -> np.ndarray:
-        """The pixels [height,width,3] of a window; beyond the picture's border its content is mirrored."""
+        """The pixels uint8 [height,width,3] of a window; beyond the picture's border its content is mirrored."""
         rows, columns = mirrored(top, height, self.size[0]), mirrored(left, width, self.size[1])
         first = (int(rows.min()), int(columns.min()))
         inside = self._resized(first, (int(rows.max()) + 1, int(columns.max()) + 1))

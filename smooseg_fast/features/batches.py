@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from ..backbones.base import Backbone
+from ..backbones.scales import side_by_side
 from ..errors import UserError
 
 
 class Square(NamedTuple):
     name: str  # of its image
-    crop: tuple[int, int]  # (top, left) at the squares' scale (images.cut_squares)
-    pixels: np.ndarray  # uint8 [size,size,3]
+    crop: tuple[int, int]  # (top, left) at the squares' scale (cutting.Cutting)
+    pixels: np.ndarray  # uint8 [n,side,side,3]: the square with its margins at each of n scales
 
 
 class Flight(NamedTuple):
@@ -38,12 +39,13 @@ class Batches:
     """Turn squares into features, batch by batch. `seconds` counts the time that the backbone takes.
 
     Args:
-        grid: (h, w) patches that the backbone promises for squares of this size.
+        grid: (h, w) patches of a square without its margins.
+        ratios: the scales as shares of the first.
         mirror: mirror the squares on their way in and the columns of the features on their way out.
     """
 
-    def __init__(self, backbone: Backbone, grid: tuple[int, int], mirror: bool):
-        self.backbone, self.grid, self.mirror, self.seconds = backbone, grid, mirror, 0.0
+    def __init__(self, backbone: Backbone, grid: tuple[int, int], mirror: bool, ratios: Sequence[float] = (1.0,)):
+        self.backbone, self.grid, self.mirror, self.ratios, self.seconds = backbone, grid, mirror, ratios, 0.0
         self._streams = [torch.cuda.Stream(backbone.device) for _ in "io"] if backbone.device.type == "cuda" else []
 
     def features(self, squares: Sequence[Square], batch_size: int, show: Callable[[int], None]) -> list[Tensor] | None:
@@ -80,15 +82,19 @@ class Batches:
         images = self._sent([square.pixels for square in squares])
         with self._timed():
             features, grid = self.backbone(images.flip(3) if self.mirror else images)
-            promised = (len(squares), self.grid[0] * self.grid[1], self.backbone.dim)
-            if tuple(features.shape) != promised or tuple(grid) != self.grid:
+            side = images.shape[2] // self.backbone.patch
+            promised = (len(images), side * side, self.backbone.dim)
+            if tuple(features.shape) != promised or tuple(grid) != (side, side):
                 raise UserError(
                     f"backbone {self.backbone.name}: gave {tuple(features.shape)} on grid {tuple(grid)} for squares of "
-                    f"{images.shape[2]} pixels, not {promised} on {self.grid} as its patch of {self.backbone.patch} "
+                    f"{images.shape[2]} pixels, not {promised} on {(side, side)} as its patch of {self.backbone.patch} "
                     "pixels says; correct its patch or take another size"
                 )
+            if (side, side) != self.grid or len(self.ratios) > 1:
+                maps = features.view(len(squares), len(self.ratios), side, side, -1).unbind(1)
+                features = side_by_side(maps, self.ratios, self.grid)
             if self.mirror:
-                features = features.unflatten(1, grid).flip(2).flatten(1, 2)
+                features = features.unflatten(1, self.grid).flip(2).flatten(1, 2)
             extremes = torch.stack([features.amin(), features.amax()])  # NaN where any feature is
         return self._fetched(features, extremes, [square.name for square in squares])
 
@@ -106,13 +112,14 @@ class Batches:
         return flight.features
 
     def _sent(self, squares: list[np.ndarray]) -> Tensor:
-        """Copy squares to the device -> uint8 [B,3,S,S]."""
+        """Copy the scales of squares to the device, those of a square in a row -> uint8 [B*n,3,S,S]."""
         if not self._streams:
-            images = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).contiguous()
+            images = torch.from_numpy(np.concatenate(squares)).permute(0, 3, 1, 2).contiguous()
             return images.to(self.backbone.device)
         incoming, now = self._streams[0], torch.cuda.current_stream(self.backbone.device)
-        pixels = torch.empty(len(squares), *squares[0].shape, dtype=torch.uint8, pin_memory=True)
-        np.stack(squares, out=pixels.numpy())
+        count, *shape = squares[0].shape
+        pixels = torch.empty(len(squares) * count, *shape, dtype=torch.uint8, pin_memory=True)
+        np.concatenate(squares, out=pixels.numpy())
         with torch.cuda.stream(incoming):
             images = pixels.to(self.backbone.device, non_blocking=True).permute(0, 3, 1, 2).contiguous()
         now.wait_stream(incoming)

@@ -40,7 +40,17 @@ if TYPE_CHECKING:
 CHECKED_BYTES = 256 * 2**20
 WAIT_S = 0.5  # between looks at another run that makes the same features
 ABANDONED_S = 3600.0  # age at which a half-written shard is nobody's, where no lock says so
-SAME = ("dataset", "backbone", "precision", "size", "crops", "resample", "mirror")  # in a store that replaces another
+SAME = (
+    "dataset",
+    "backbone",
+    "precision",
+    "size",
+    "crops",
+    "resample",
+    "scale",
+    "margin",
+    "mirror",
+)  # in a store that replaces another
 MAX_THREADS = 16  # that decode images
 
 
@@ -137,7 +147,7 @@ class Extraction:
         self._made, started = True, time.perf_counter()
         if self.processes.first:
             self._prepare(alone)
-        batches = Batches(job.backbone, job.grid, options.mirror)
+        batches = Batches(job.backbone, job.grid, options.mirror, job.cutting.ratios())
         own_images = chain(*map(job.images_of, missing[self.processes.rank :: self.processes.size]))
         threads = min(MAX_THREADS, os.cpu_count() or 1)
         decoded = ahead(job.squares, own_images, threads=threads, waiting=threads + job.images_per_shard)
@@ -247,7 +257,7 @@ class Extraction:
                 skipped=tuple((name, error.reason) for name, error in skipped),
                 batch=batch_size,
             )
-            empty = torch.empty(0, job.grid[0] * job.grid[1], job.backbone.dim)
+            empty = torch.empty(0, job.grid[0] * job.grid[1], job.channels)
             write_shard(self._path(number), contents, *parts or [empty])
         processes.wait()
         for number in numbers:

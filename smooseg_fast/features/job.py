@@ -10,8 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..config import FIT
 from ..datasets import Dataset
-from ..datasets.images import MAX_PIXELS, Crops, ImageError, Resample, cut_squares, require_patch
+from ..datasets.cutting import Crops, Cutting, tiles_of_an_image
+from ..datasets.images import MAX_PIXELS, ImageError, Resample, require_patch
 from ..errors import UserError
 from ..system.processes import ALONE, Processes
 from ..system.progress import announced
@@ -32,7 +34,8 @@ class FeatureOptions:
 
     Args:
         size: side of a square in pixels, a multiple of the backbone's patch.
-        crops, resample: how `images.cut_squares` cuts squares out of an image.
+        crops, resample, scale, margin: how squares are cut out of an image, see `cutting.Cutting`; the margin is a
+            multiple of the backbone's patch.
         mirror: take the features of the mirrored squares, with the columns of the grid mirrored back.
         argument: the flag that sets `size`, for error messages.
         cache: folder of all feature stores; None is $XDG_CACHE_HOME/smooseg_fast or ~/.cache/smooseg_fast.
@@ -45,6 +48,8 @@ class FeatureOptions:
     size: int
     crops: Crops = "center"
     resample: Resample = "nearest"
+    scale: tuple[str, ...] = (FIT,)
+    margin: int = 0
     mirror: bool = False
     argument: str = "--size"
     cache: Path | str | None = None
@@ -68,6 +73,12 @@ class Job:
             below, above = size // patch * patch, (size // patch + 1) * patch
             advice = f"{below} or {above}" if below > 0 else str(patch)
             raise UserError(f"{argument} {size}: not a multiple of the backbone's patch, {patch} pixels; take {advice}")
+        if margin := self.options.margin % patch:
+            below = self.options.margin - margin
+            advice = f"{below} or {below + patch}"
+            raise UserError(
+                f"--margin {self.options.margin}: not a multiple of the backbone's patch, {patch} pixels; take {advice}"
+            )
 
     @property
     def batch_size(self) -> int:
@@ -80,14 +91,33 @@ class Job:
         side = self.options.size // self.backbone.patch
         return side, side
 
+    @cached_property
+    def cutting(self) -> Cutting:
+        options = self.options
+        most = tiles_of_an_image(len(self.dataset)) if options.crops == "tiles" else None
+        return Cutting(
+            size=options.size,
+            crops=options.crops,
+            resample=options.resample,
+            scale=options.scale,
+            margin=options.margin,
+            most=most,
+        )
+
+    @property
+    def channels(self) -> int:
+        """D of a feature row."""
+        return self.backbone.dim * len(self.options.scale)
+
     @property
     def square_bytes(self) -> int:
         """Bytes that the features of one square take on disk."""
-        return 2 * self.grid[0] * self.grid[1] * self.backbone.dim
+        return 2 * self.grid[0] * self.grid[1] * self.channels
 
     @cached_property
     def images_per_shard(self) -> int:
-        return max(1, store.SHARD_BYTES // (self.square_bytes * SQUARES[self.options.crops]))
+        squares = self.cutting.most or SQUARES[self.options.crops]
+        return max(1, store.SHARD_BYTES // (self.square_bytes * squares))
 
     @property
     def shards(self) -> int:
@@ -133,10 +163,13 @@ class Job:
             size=options.size,
             crops=options.crops,
             resample=options.resample,
+            scale=options.scale,
+            margin=options.margin,
+            most=self.cutting.most,
             mirror=options.mirror,
             batch=self.batch_size,
             grid=self.grid,
-            channels=backbone.dim,
+            channels=self.channels,
         )
 
     def squares(self, index: int) -> list[Square] | ImageError:
@@ -147,10 +180,9 @@ class Job:
             require_patch(image, self.backbone.patch, name)
             height, width = image.shape[:2]
             # with its short side at `size` pixels, a long strip would be larger than any image may be
-            if height * width * size**2 <= MAX_PIXELS * min(height, width) ** 2:
+            if not self.cutting.plain or height * width * size**2 <= MAX_PIXELS * min(height, width) ** 2:
                 with contextlib.suppress(MemoryError):
-                    squares = cut_squares(image, size, self.options.crops, self.options.resample)
-                    return [Square(name, crop, pixels) for crop, pixels in squares]
+                    return [Square(name, crop, pixels) for crop, pixels in self.cutting.squares(image)]
         except ImageError as error:
             return error
         reason = f"{width} x {height} pixels, too many for the memory with {size} on the short side"

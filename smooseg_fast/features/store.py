@@ -44,7 +44,7 @@ class Contents:
     images: tuple[int, int]  # the first image's number in the dataset, and that behind the last
     grid: tuple[int, int]  # (h, w) patches, P = h * w row-major
     names: tuple[str, ...]  # image of each row
-    crops: tuple[tuple[int, int], ...]  # (top, left) of each row's square at the squares' scale (images.cut_squares)
+    crops: tuple[tuple[int, int], ...]  # (top, left) of each row's square at the squares' scale (cutting.Cutting)
     skipped: tuple[tuple[str, str], ...]  # (name, reason)
     batch: int  # squares that went through the backbone at once
 
@@ -64,7 +64,7 @@ class FeatureStore:
     """Rows of patch features, one for each square of each image, in the order of the dataset.
 
     `names` and `crops` give the image and the (top, left) of each row's square, at the squares' scale
-    (`images.cut_squares`). A row has `P` = h * w patches of `grid` (h, w), row-major, and `D` channels. `skipped` holds
+    (`cutting.Cutting`). A row has `P` = h * w patches of `grid` (h, w), row-major, and `D` channels. `skipped` holds
     (name, reason) of images that could not be used; `nbytes` is the size of the features on disk. The store holds
     `lock`, if any, until it is closed or forgotten.
     """

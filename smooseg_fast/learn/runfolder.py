@@ -5,25 +5,42 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..config import TrainConfig, Variant
+from ..config import AUTO, TrainConfig, Variant
 from ..segment.checkpoint import Checkpoint, TrainingState, read_checkpoint, read_training_state
-from ..system.outfolder import Journal, OutFolder
+from ..system.outfolder import HoldsAnotherRun, Journal, OutFolder
 
 CHECKPOINT, TRAINING, HEADS = "checkpoint.safetensors", "training.safetensors", "heads"
 METRICS, BOARD, RUN, REPORT = "metrics.jsonl", "tensorboard", "run.json", "report.json"
 GROUPS, CURVES, LADDER, SAMPLES = "groups.png", "curves.png", "ladder.png", "samples"
+CHOSEN = "backbone_chosen"  # in RUN: whether --backbone auto chose the backbone that is recorded
 
 
 class RunFolder(OutFolder):
-    """The settings, heads, state and metrics of one run. UserError when the folder holds another run."""
+    """The settings, heads, state and metrics of one run. UserError when the folder holds another run.
+
+    With --backbone auto, it holds this run if auto chose its backbone, whatever it would choose today; `settle` before
+    `claim`.
+    """
 
     def __init__(self, path: Path, config: TrainConfig):
+        settings, auto = config.learning(), config.backbone == AUTO
+        if auto:
+            del settings["backbone"]
         super().__init__(
-            path, config.learning(), record=RUN, outputs=(CHECKPOINT, GROUPS, CURVES, LADDER, SAMPLES), below=(HEADS,)
+            path, settings, record=RUN, outputs=(CHECKPOINT, GROUPS, CURVES, LADDER, SAMPLES), below=(HEADS,)
         )
+        name, chosen = self.recorded.get("backbone"), self.recorded.get(CHOSEN) is True
+        if auto and self.recorded and not (chosen and isinstance(name, str)):
+            raise HoldsAnotherRun(path, "backbone", name, AUTO)
+        self.begun_with: str | None = name if auto else None  # the backbone of an unfinished or finished run
+        self.settings[CHOSEN] = auto or chosen
         self.metrics = Journal(path / METRICS)
         self._heads = {variant.name for variant in config.variants()}
         self.pictures = (GROUPS, CURVES, LADDER) if len(config.thresholds()) > 1 else (GROUPS, CURVES)
+
+    def settle(self, backbone: str) -> None:
+        """Record the backbone that auto chose."""
+        self.settings["backbone"] = backbone
 
     def state(self) -> TrainingState | None:
         """Read the last state that an earlier process of this run saved; None without one."""

@@ -55,12 +55,14 @@ def finish(run: Run) -> Segmenter:
             step=run.done,
             backbone_name=setting.backbone.name,
             backbone_digest=setting.backbone.digest,
+            backbone_licence=setting.backbone.licence,
             class_names=None if setting.validation is None else setting.validation.dataset.class_names,
             report={"closeness": run.report.get("closeness")} | common | figures[variant],
         )
         segmenters[variant] = Segmenter(checkpoint, setting.backbone)
     if setting.written is not None:
         run.report |= common | {"default": default.name, "broken": sorted(run.watch.broken)}
+        run.report["backbone"] = {"name": setting.backbone.name, "licence": setting.backbone.licence}
         run.report["heads"] = {variant.name: of_head for variant, of_head in figures.items()}
         leave(run, setting.written, run.report | figures[default], segmenters)
     setting.say(f"done       the whole run took {time.perf_counter() - setting.started:.1f} s")

@@ -15,7 +15,8 @@ import torch
 import smooseg_kernels as sk
 
 from ..backbones import Backbone, load_backbone
-from ..config import TrainConfig, preset, with_changes
+from ..backbones.auto import candidates, explained, look
+from ..config import AUTO, FIT, TrainConfig, preset, with_changes
 from ..datasets import ArrayDataset, Dataset, open_splits
 from ..datasets.images import whole_patches
 from ..errors import UserError, WriteError
@@ -98,8 +99,9 @@ def learn(
     keep_freed_memory()
     if config.log == "tensorboard":
         require_tensorboard()
-    backbone = load_backbone(config.backbone, device, config.backbone_precision)
     folder = None if out is None else RunFolder(out, config)
+    config = choose_backbone(config, folder, say, processes)
+    backbone = load_backbone(config.backbone, device, config.backbone_precision)
     config = resolve(config, backbone, dataset if held_out is None else held_out, say)
     if folder is not None and folder.finished():
         checkpoint = folder.checkpoint()
@@ -114,9 +116,11 @@ def learn(
         # before this check nobody has written into the folder, and after it everybody has read it
         require_same_state(state, out, processes)
         options = FeatureOptions(
-            size=config.size,
+            size=config.sides[0],
             crops=config.crops,
             resample=config.resample,
+            scale=config.scale,
+            margin=config.margin,
             cache=config.cache,
             limit=config.limit,
             progress=progress,
@@ -174,10 +178,11 @@ def open_validation(
     config: TrainConfig, held_out: Dataset, backbone: Backbone, options: FeatureOptions
 ) -> LabelSquares:
     """Features and labels of the images to measure on, in central squares of --eval-size."""
-    options = dataclasses.replace(options, size=config.eval_size, crops="center", argument="--eval-size")
+    size = config.sides[1]
+    options = dataclasses.replace(options, size=size, crops="center", argument="--eval-size")
     require_room(held_out, backbone, options)
     store = open_or_extract(held_out, backbone, options)
-    return LabelSquares(held_out, store, config.eval_size, options.processes, options.progress)
+    return LabelSquares(held_out, store, size, options.processes, options.progress)
 
 
 def open_features(
@@ -222,17 +227,47 @@ def require_same_state(state: TrainingState | None, out: Path | None, processes:
         raise UserError(f"--out {out}: the processes find the steps {steps} there; give a shared folder")
 
 
+def choose_backbone(config: TrainConfig, folder: RunFolder | None, say: Say, processes: Processes) -> TrainConfig:
+    """`config` with the backbone that "auto" stands for: the one that the run in `folder` began with, else the best
+    that is here. The first process chooses for all."""
+    if config.backbone != AUTO:
+        return config
+    here = look()
+    best, begun_with = processes.all((candidates(here)[0], None if folder is None else folder.begun_with))[0]
+    name = begun_with or best.name
+    lines = explained(best, here)
+    if name != best.name:
+        if ":" in name:
+            why = f"the run in --out began with {name}, and a folder never imports code by itself"
+            raise UserError(f"--backbone: missing; {why}: add --backbone {name}")
+        lines = [f"backbone   {name}, as this run began; with another --out, auto takes {best.name} ({best.reason})"]
+    for line in lines:
+        say(line)
+    if folder is not None:
+        folder.settle(name)
+    return dataclasses.replace(config, backbone=name)
+
+
 def resolve(config: TrainConfig, backbone: Backbone, dataset: Dataset, say: Say) -> TrainConfig:
     """Makes every choice that depends on data and backbone: prototypes, sizes in whole patches, impl, precision.
 
     dataset: the images to measure on, or else those to learn from; its classes are counted.
     """
     patch, K = backbone.patch, config.prototypes
-    changes: dict[str, Any] = {name: whole_patches(getattr(config, name), patch) for name in ("size", "eval_size")}
-    for name, size in changes.items():
-        if size != getattr(config, name):
+    changes: dict[str, Any] = {}
+    for name, suits in zip(("size", "eval_size"), backbone.sizes):
+        asked = getattr(config, name) or suits
+        changes[name] = whole_patches(asked, patch)
+        if changes[name] != asked:
             multiple = f"a multiple of the {patch}-pixel patch of {backbone.name}"
-            say(f"{name}: {getattr(config, name)} -> {size} pixels, {multiple}")
+            say(f"{name}: {asked} -> {changes[name]} pixels, {multiple}")
+    if config.scale != (FIT,) and config.crops == "slide":
+        changes["crops"] = "tiles"
+        say(f"crops      slide -> tiles, at --scale {' '.join(config.scale)}")
+    if config.margin % patch:
+        changes["margin"] = whole_patches(config.margin, patch)
+        multiple = f"a multiple of the {patch}-pixel patch of {backbone.name}"
+        say(f"margin: {config.margin} -> {changes['margin']} pixels, {multiple}")
     if K is None:
         K = GROUPS_WITHOUT_LABELS if dataset.class_names is None else max(2, len(dataset.class_names))
     precision = config.precision

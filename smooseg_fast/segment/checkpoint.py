@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..config import GROUPS, TrainConfig
+from ..config import AUTO, GROUPS, TrainConfig
 from ..errors import UserError
 from ..system.fields import check_fields
 from ..system.files import finite, write_atomic
@@ -27,25 +27,33 @@ from .model import Head, Heads
 
 T = TypeVar("T")
 Parts = Mapping[str, Mapping[str, Tensor]]
-KEY, STATE_KEY, FORMAT = "smooseg_fast.checkpoint", "smooseg_fast.training", 1
+KEY, STATE_KEY, FORMAT = "smooseg_fast.checkpoint", "smooseg_fast.training", 2
 
 
 @dataclass
 class Checkpoint:
-    """One head. `config` describes it alone, with every choice resolved (number of prototypes, sizes that fit)."""
+    """One head. `config` describes it alone, with every choice resolved (number of prototypes, backbone, sizes).
+
+    backbone_licence: of the weights that the features came from, or "unknown".
+    """
 
     config: TrainConfig
     head: Head
     step: int
     backbone_name: str
     backbone_digest: str
+    backbone_licence: str = "unknown"
     class_names: tuple[str, ...] | None = None
     report: dict[str, Any] = field(default_factory=dict)  # figures of the run, ready for JSON
 
     def write(self, path: str | Path) -> Path:
         header = {
             "step": self.step,
-            "backbone": {"name": self.backbone_name, "digest": self.backbone_digest},
+            "backbone": {
+                "name": self.backbone_name,
+                "digest": self.backbone_digest,
+                "licence": self.backbone_licence,
+            },
             "class_names": self.class_names,
             "config": dataclasses.asdict(self.config),
             "report": self.report,
@@ -118,17 +126,20 @@ def _read(path: Path, key: str, build: Callable[[dict[str, Any], Parts], T], *, 
 
 def _checkpoint(header: dict[str, Any], parts: Parts) -> Checkpoint:
     step, backbone, names, report = (header[name] for name in ("step", "backbone", "class_names", "report"))
-    texts = [backbone["name"], backbone["digest"], *(names or ())]
+    texts = [backbone["name"], backbone["digest"], backbone["licence"], *(names or ())]
     if type(step) is not int or not isinstance(report, dict) or not all(isinstance(text, str) for text in texts):
         raise ValueError("its header holds values of the wrong kind")
     config = TrainConfig(**header["config"])
     check_fields(config)
+    if None in (config.size, config.eval_size) or config.backbone == AUTO:
+        raise ValueError("its sizes or its backbone are not chosen")
     return Checkpoint(
         config=config,
         head=head_of(parts["head"]),
         step=step,
         backbone_name=backbone["name"],
         backbone_digest=backbone["digest"],
+        backbone_licence=backbone["licence"],
         class_names=None if names is None else tuple(names),
         report=report,
     )

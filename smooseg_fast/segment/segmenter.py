@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch import Tensor
 from ..backbones import Backbone, build_vit, load_backbone
 from ..backbones.base import digest_of, naming
 from ..backbones.weights import is_pickle
-from ..config import TrainConfig, legal_scales
+from ..config import FIT, TrainConfig, legal_scales
+from ..datasets.cutting import Cutting
 from ..datasets.images import ImageError, as_rgb, read_image, require_patch
 from ..errors import UserError
 from .checkpoint import Checkpoint, read_checkpoint
@@ -25,6 +26,7 @@ from .tiles import TILE, Tile, code_bands, label_bands
 from .views import Views
 
 Picture = np.ndarray | Image.Image | str | Path
+Scale = str | float | Sequence[str | float]
 
 
 class Segmenter:
@@ -33,10 +35,11 @@ class Segmenter:
     path: Path | None = None  # the file it was loaded from
 
     def __init__(self, checkpoint: Checkpoint, backbone: Backbone):
-        if backbone.dim != checkpoint.head.projection.linear.in_features:
+        given, learnt = backbone.dim * len(checkpoint.config.scale), checkpoint.head.projection.linear.in_features
+        if given != learnt:
             raise UserError(
-                f"--backbone {backbone.name}: gives {backbone.dim} channels, but the checkpoint was trained on "
-                f"{checkpoint.head.projection.linear.in_features} of {checkpoint.backbone_name}; give that backbone"
+                f"--backbone {backbone.name}: gives {given} channels, but the checkpoint was trained on {learnt} of "
+                f"{checkpoint.backbone_name}; give that backbone"
             )
         self.checkpoint, self.backbone = checkpoint, backbone
         self.head = checkpoint.head.to(backbone.device).eval()
@@ -44,7 +47,7 @@ class Segmenter:
     def __repr__(self) -> str:
         granularity, path = self.config.granularity, self.path
         return (
-            f"Segmenter(groups={self.groups}, backbone={self.backbone.name!r}, size={self.config.eval_size}, "
+            f"Segmenter(groups={self.groups}, backbone={self.backbone.name!r}, size={self.config.sides[1]}, "
             f"device={str(self.backbone.device)!r}, step={self.checkpoint.step}"
             + ("" if granularity is None else f", granularity={granularity[0]}")
             + ("" if path is None else f", path={str(path)!r}")
@@ -106,8 +109,8 @@ class Segmenter:
 
     @property
     def digest(self) -> str:
-        """A hex digest of all that was learnt and of how images are resized, without the backbone."""
-        return digest_of(self.head.state_dict(), self.config.resample)
+        """A hex digest of all that was learnt, of how images are resized, and of the margin, without the backbone."""
+        return digest_of(self.head.state_dict(), self.config.resample, str(self.config.margin))
 
     def predict(
         self,
@@ -115,7 +118,7 @@ class Segmenter:
         *,
         mirror: bool = True,
         short_side: int | None = None,
-        scale: Sequence[str | float] | str | float | None = None,
+        scale: Scale | None = None,
     ) -> np.ndarray:
         """Label every pixel of an image -> uint8 [H,W] in 0..K-1.
 
@@ -126,8 +129,8 @@ class Segmenter:
             mirror: average the codes with those of the mirrored image, as the paper does, in twice the time.
             short_side: pixels of the short side when features are computed, at least one patch; by default the
                 evaluation size of training. More pixels give finer detail and less context. For the scale "fit" alone.
-            scale: as many as in training of "fit" (short_side), "native" (every pixel) and numbers (times that size);
-                by default those of training, or "fit" where `short_side` is given.
+            scale: "fit", "native" or a factor, as in training; as many as there, largest first. By default those of
+                training, or "fit" where `short_side` is given.
 
         Raises:
             UserError: where `pixels` raises it, for a scale or short side that cannot be, and when memory runs out.
@@ -140,8 +143,11 @@ class Segmenter:
                 first += len(band)
         except MemoryError as error:
             name = image if isinstance(image, (str, Path)) else "image"
-            reason = f"does not fit into memory with its short side at {short_side or self.config.eval_size} pixels"
-            raise ImageError(name, reason, "give a smaller --short-side, or cut it into tiles") from error
+            cutting = self.cutting(scale, short_side)
+            fits = cutting.scale == (FIT,)
+            at = f"with its short side at {cutting.size} pixels" if fits else f"at --scale {' '.join(cutting.scale)}"
+            advice = f"give a smaller {'--short-side' if fits else '--scale'}, or cut it into tiles"
+            raise ImageError(name, f"does not fit into memory {at}", advice) from error
         return labels
 
     @torch.no_grad()
@@ -151,48 +157,43 @@ class Segmenter:
         *,
         mirror: bool = True,
         short_side: int | None = None,
-        scale: Sequence[str | float] | str | float | None = None,
+        scale: Scale | None = None,
     ) -> Iterator[np.ndarray]:
         """Label pixels uint8 [H,W,3] -> bands uint8 [n,W] from top to bottom; options as for `predict`."""
-        scales, side = self.scales(scale, short_side)
-        views = Views(
-            pixels,
-            scales,
-            self.backbone,
-            short_side=side,
-            resample=self.config.resample,
-            margin=self.config.margin,
-        )
+        views = Views(pixels, self.cutting(scale, short_side), self.backbone)
 
         def codes(tile: Tile) -> Tensor:
             codes = self.codes(views, tile, mirror=False)
             return (codes + self.codes(views, tile, mirror=True)) / 2 if mirror else codes
 
         codes_of_all = code_bands(views.grid, max(1, TILE // self.backbone.patch), codes)
-        labelled = label_bands(codes_of_all, self.head.teacher, views.grid[0], views.covered, pixels.shape[:2])
+        labelled = label_bands(codes_of_all, self.head.teacher, views.grid[0], views.size, pixels.shape[:2])
         for band in labelled:
             yield band.cpu().numpy()
 
-    def scales(
-        self, scale: Sequence[str | float] | str | float | None = None, short_side: int | None = None
-    ) -> tuple[tuple[str, ...], int]:
-        """The scales to predict at, and the pixels of the short side for "fit". UserError where they cannot be."""
-        trained, patch = self.config.scale, self.backbone.patch
+    def cutting(self, scale: Scale | None = None, short_side: int | None = None) -> Cutting:
+        """How an image is seen with these options of `predict`. UserError where they cannot be."""
+        config, patch = self.config, self.backbone.patch
         if scale is None:
-            scale = "fit" if short_side is not None and len(trained) == 1 else trained
-        scales = tuple(map(str, [scale] if isinstance(scale, (str, Real)) else scale))
+            scale = FIT if short_side is not None and len(config.scale) == 1 else config.scale
+        scales = dataclasses.replace(config, scale=scale).scale
         legal_scales(scales, "--scale")
-        if len(scales) != len(trained):
-            counts = f"{len(scales)} of them, but the checkpoint was trained at {len(trained)}: {' '.join(trained)}"
-            raise UserError(f"--scale {' '.join(scales)}: {counts}; give as many")
-        if short_side is not None and "fit" not in scales:
+        text, trained = " ".join(scales), " ".join(config.scale)
+        if len(scales) != len(config.scale):
             raise UserError(
-                f"--short-side {short_side}: is for --scale fit, not for {' '.join(scales)}; give one of them"
+                f"--scale {text}: the checkpoint was trained at {len(config.scale)} ({trained}); give as many"
             )
-        side = self.config.eval_size if short_side is None else short_side
-        if side < patch:
-            raise UserError(f"--short-side: must be at least one patch, {patch} pixels, got {side}")
-        return scales, side
+        if scales != (FIT,):
+            if short_side is not None:
+                raise UserError(
+                    f"--short-side {short_side}: belongs to --scale fit, not to {text}; give one of the two"
+                )
+            side = config.sides[0]  # in training too, an image below it is enlarged
+        else:
+            side = config.sides[1] if short_side is None else short_side
+            if side < patch:
+                raise UserError(f"--short-side: must be at least one patch, {patch} pixels, got {side}")
+        return Cutting(size=side, resample=config.resample, scale=scales, margin=config.margin)
 
     def pixels(self, image: Picture) -> np.ndarray:
         """Read what `predict` takes as uint8 [H,W,3].
@@ -220,9 +221,10 @@ class Segmenter:
         return project(self.head, views.features(tile, mirror))[0].unflatten(0, (tile.rows, tile.columns)).float()
 
     def about(self) -> dict[str, Any]:
-        """Return its backbone, step, groups and report, ready for JSON."""
+        """Return its backbone, the licence of the backbone's weights, step, groups and report, ready for JSON."""
         return {
             "backbone": self.checkpoint.backbone_name,
+            "licence": self.checkpoint.backbone_licence,
             "step": self.checkpoint.step,
             "groups": self.groups,
             **self.checkpoint.report,

@@ -23,6 +23,7 @@ from .fields import Field, fields_of, helps_of
 T = TypeVar("T")
 HELP = {"-h", "--help"}
 PACKAGE = "smooseg_fast"
+MODULES = {"backbones": "backbonelist"}  # commands whose module has another name than they
 
 
 def program() -> str:
@@ -36,8 +37,9 @@ def program() -> str:
 
 def starter(module: str, processes: int = 1) -> list[str]:
     """The words that start the command of `module`, in the way in which this process was started."""
-    words = program().split()
-    words = [*words, module.removeprefix(f"{PACKAGE}.")] if words else ["python", "-m", module]
+    words, command = program().split(), module.removeprefix(f"{PACKAGE}.")
+    command = next((name for name, stem in MODULES.items() if stem == command), command)
+    words = [*words, command] if words else ["python", "-m", module]
     if processes == 1:
         return words
     words = words[1:] if words[0] == "python" else ["--no-python", *words]
@@ -46,7 +48,7 @@ def starter(module: str, processes: int = 1) -> list[str]:
 
 def command_line(command: str, *words: str) -> str:
     """The words that start a command of this package, such as "predict"."""
-    return shlex.join([*starter(f"{PACKAGE}.{command}"), *words])
+    return shlex.join([*starter(f"{PACKAGE}.{MODULES.get(command, command)}"), *words])
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -48,9 +48,10 @@ class OutFolder:
         self, path: Path, settings: dict[str, Any], *, record: str, outputs: Sequence[str], below: Sequence[str] = ()
     ):
         self.path, self.settings = path, finite(settings)
+        self.recorded: dict[str, Any] = {}  # in the folder, before `claim`
         self._record, self._outputs, self._below = record, outputs, below
         try:
-            recorded = {**json.loads((path / record).read_text(encoding="utf-8"))}
+            self.recorded = {**json.loads((path / record).read_text(encoding="utf-8"))}
         except FileNotFoundError:
             if foreign := [name for name in outputs if (path / name).exists()]:
                 raise UserError(f"--out {path}: holds {foreign[0]} but no {record}; give another folder") from None
@@ -59,8 +60,8 @@ class OutFolder:
             why = f"{record}: {getattr(error, 'strerror', error)}"
             raise UserError(f"--out {path}: cannot be read ({why}); give another folder") from error
         for name, value in self.settings.items():
-            if recorded.get(name) != value:
-                raise HoldsAnotherRun(path, name, recorded.get(name), value)
+            if self.recorded.get(name) != value:
+                raise HoldsAnotherRun(path, name, self.recorded.get(name), value)
 
     @contextmanager
     def held(self) -> Iterator[None]:

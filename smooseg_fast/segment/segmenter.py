@@ -171,8 +171,11 @@ class Segmenter:
         for band in labelled:
             yield band.cpu().numpy()
 
-    def cutting(self, scale: Scale | None = None, short_side: int | None = None) -> Cutting:
-        """How an image is seen with these options of `predict`. UserError where they cannot be."""
+    def cutting(
+        self, scale: Scale | None = None, short_side: int | None = None, argument: str = "--short-side"
+    ) -> Cutting:
+        """How an image is seen with these options of `predict`. UserError where they cannot be; `argument` is the flag
+        that gives `short_side`."""
         config, patch = self.config, self.backbone.patch
         if scale is None:
             scale = FIT if short_side is not None and len(config.scale) == 1 else config.scale
@@ -185,14 +188,12 @@ class Segmenter:
             )
         if scales != (FIT,):
             if short_side is not None:
-                raise UserError(
-                    f"--short-side {short_side}: belongs to --scale fit, not to {text}; give one of the two"
-                )
+                raise UserError(f"{argument} {short_side}: belongs to --scale fit, not to {text}; give one of the two")
             side = config.sides[0]  # in training too, an image below it is enlarged
         else:
             side = config.sides[1] if short_side is None else short_side
             if side < patch:
-                raise UserError(f"--short-side: must be at least one patch, {patch} pixels, got {side}")
+                raise UserError(f"{argument}: must be at least one patch, {patch} pixels, got {side}")
         return Cutting(size=side, resample=config.resample, scale=scales, margin=config.margin)
 
     def pixels(self, image: Picture) -> np.ndarray:

@@ -80,14 +80,17 @@ def test_padding_is_mirrored_content_and_never_stretches():
     assert views.size == (52, 104)
 
 
-@pytest.mark.parametrize(("length", "side"), [(1, 8), (8, 8), (9, 8), (100, 8), (37, 10)])
-def test_spans_cover_and_overlap(length, side):
-    pieces = spans(length, side)
+@pytest.mark.parametrize(
+    ("length", "side", "step"), [(1, 8, 1), (8, 8, 1), (9, 8, 1), (100, 8, 1), (37, 10, 1), (100, 8, 2), (96, 17, 4)]
+)
+def test_spans_cover_and_overlap(length, side, step):
+    pieces = spans(length, side, step)
     assert pieces[0][0] == 0
     assert sum(pieces[-1]) == length
     for (a, n), (b, _) in itertools.pairwise(pieces):
-        assert n == side
+        assert n == side // step * step
         assert a < b <= a + n - side // 4
+        assert b % step == 0
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (8, 300), (301, 9), (64, 64), (65, 200), (700, 900)])

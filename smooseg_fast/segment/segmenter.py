@@ -166,7 +166,7 @@ class Segmenter:
             codes = self.codes(views, tile, mirror=False)
             return (codes + self.codes(views, tile, mirror=True)) / 2 if mirror else codes
 
-        codes_of_all = code_bands(views.grid, max(1, TILE // self.backbone.patch), codes)
+        codes_of_all = code_bands(views.grid, max(1, TILE // self.backbone.patch), codes, views.step)
         labelled = label_bands(codes_of_all, self.head.teacher, views.grid[0], views.size, pixels.shape[:2])
         for band in labelled:
             yield band.cpu().numpy()

@@ -29,15 +29,16 @@ class Tile(NamedTuple):
     columns: int
 
 
-def code_bands(grid: tuple[int, int], side: int, codes_of: Callable[[Tile], Tensor]) -> Iterator[Tensor]:
+def code_bands(grid: tuple[int, int], side: int, codes_of: Callable[[Tile], Tensor], step: int = 1) -> Iterator[Tensor]:
     """Blend the codes of tiles of at most `side` patches -> bands [n,w,Z] that make up [h,w,Z] from top to bottom.
 
-    grid: (h, w) patches of the picture. codes_of: gives the codes [rows,columns,Z] of a tile.
+    grid: (h, w) patches of the picture. codes_of: gives the codes [rows,columns,Z] of a tile, which begins at multiples
+    of `step`.
     """
     (h, w), total = grid, torch.empty(0)
-    tops = spans(h, side)
+    tops = spans(h, side, step)
     for (top, rows), following in zip(tops, [*(start for start, _ in tops[1:]), h]):
-        for left, columns in spans(w, side):
+        for left, columns in spans(w, side, step):
             codes = F.pad(codes_of(Tile(top, left, rows, columns)), (0, 1), value=1.0)  # a channel for the weights' sum
             if len(total) < rows:  # `total` begins at the tile's first row
                 fresh = codes.new_zeros(rows - len(total), w, codes.shape[-1])
@@ -86,13 +87,17 @@ def label_bands(
             scores, first = scores[:, int(above[done]) - first :], int(above[done])
 
 
-def spans(length: int, side: int) -> list[tuple[int, int]]:
-    """Return (start, length) of evenly spaced pieces of at most `side` that cover 0..length, overlapping by OVERLAP."""
+def spans(length: int, side: int, step: int = 1) -> list[tuple[int, int]]:
+    """Return (start, length) of evenly spaced pieces of at most `side` that cover 0..length, overlapping by OVERLAP.
+
+    Starts are multiples of `step`, if `length` is one.
+    """
     if length <= side:
         return [(0, length)]
-    stride = max(1, int(side * (1 - OVERLAP)))
+    side = max(1, side // step) * step
+    stride = max(1, int(side * (1 - OVERLAP)) // step) * step
     count = -(-(length - side) // stride) + 1
-    return [(round(i * (length - side) / (count - 1)), side) for i in range(count)]
+    return [(round(i * (length - side) / (count - 1) / step) * step, side) for i in range(count)]
 
 
 def tent(n: int, length: int) -> Tensor:

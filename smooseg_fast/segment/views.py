@@ -14,12 +14,14 @@ from ..datasets.images import resize_short_side
 from ..datasets.scaled import Scaled
 from .tiles import Tile
 
+MOST = 8  # patches, the largest step between tiles that is taken for the sake of further scales
+
 
 class Views:
     """A picture uint8 [H,W,3] at one or more scales. Its `grid` (h, w) of patches lies on the first, the finest.
 
-    The last row and column of patches may reach beyond the picture, so that the grid covers the `size` (height, width),
-    at least (H, W), in pixels of the picture.
+    The last rows and columns of patches may reach beyond the picture, so that the grid covers the `size` (height,
+    width), at least (H, W), in pixels of the picture.
 
     Args:
         cutting: scales, resampling and margin; for the scale "fit", `size` is the picture's short side there, for the
@@ -37,7 +39,10 @@ class Views:
         self.ratios = cutting.ratios()
         self.pictures = [first, *(Scaled.of(pixels, first, ratio) for ratio in self.ratios[1:])]
         (H, W), (height, width) = pixels.shape[:2], first.size
-        self.grid = h, w = -(-height // self.patch), -(-width // self.patch)
+        # tiles that begin at multiples of it have their patches of every scale at the same places
+        self.step = next((n for n in range(1, MOST + 1) if all(_whole(n * ratio) for ratio in self.ratios)), 1)
+        h, w = (-(-side // (self.patch * self.step)) * self.step for side in (height, width))
+        self.grid = h, w
         self.size = max(H, round(h * self.patch * H / height)), max(W, round(w * self.patch * W / width))
 
     def features(self, tile: Tile, mirror: bool = False) -> Tensor:
@@ -59,3 +64,7 @@ class Views:
             features = features.unflatten(1, grid)
             maps.append(features.flip(2) if mirror else features)
         return side_by_side(maps, self.ratios, (tile.rows, tile.columns))
+
+
+def _whole(number: float) -> bool:
+    return abs(number - round(number)) < 1e-6

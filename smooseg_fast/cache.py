@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from .command import run
-from .config import Folder
+from .config import FIT, Folder
 from .errors import UserError
 from .system.commandline import Parser, choose_command, command_line, parse
 from .system.fields import Bounds, Value
@@ -23,14 +23,15 @@ if TYPE_CHECKING:
 
 DAY_S = 86_400.0
 SETTINGS = ("dataset", "backbone", "size", "crops", "images")
-DETAILS = ("mirror", "precision", "resample", "batch", "weights", "files")  # shown where rows that look alike differ
+# shown where rows that look alike differ
+DETAILS = ("scale", "margin", "mirror", "precision", "resample", "batch", "weights", "files")
 
 
 @dataclass(frozen=True, kw_only=True)
 class List:
     """List the contents of the cache, the last used first. Where rows would look alike, further columns show what
-    differs: mirror, precision, resample and batch (squares that the backbone took at once), and digests of the
-    backbone's weights and of the image files."""
+    differs: scale, margin, mirror, precision, resample and batch (squares that the backbone took at once), and digests
+    of the backbone's weights and of the image files."""
 
     cache: Folder | None = None
     """Folder of the feature cache [~/.cache/smooseg_fast]."""
@@ -107,7 +108,8 @@ def show(home: CacheFolder, command: List) -> None:
 
 def row(store: StoreFolder) -> dict[str, str]:
     """The cells of a store in the table, by column."""
-    cells = {name: printable(str(store.meta.get(name, "?"))) for name in (*SETTINGS, *DETAILS)}
+    meta = store.meta | {"scale": " ".join(map(str, store.meta.get("scale", [FIT])))}
+    cells = {name: printable(str(meta.get(name, "?"))) for name in (*SETTINGS, *DETAILS)}
     cells |= {name: cells[name][:8] for name in ("weights", "files")}
     last_used = time.strftime("%Y-%m-%d %H:%M", time.localtime(store.last_used))
     size = f"{store.nbytes / 1e9:.2f}"

@@ -220,6 +220,11 @@ class TrainConfig:
         """Maximum size of the feature cache in bytes; None is unlimited."""
         return None if self.cache_limit is None else parse_size(self.cache_limit, "--cache-limit")
 
+    @property
+    def grid_crops(self) -> Crops:
+        """`crops`, but tiles for slide at a scale other than fit, where squares do not span the short side."""
+        return "tiles" if self.crops == "slide" and self.scale != (FIT,) else self.crops
+
     def __post_init__(self) -> None:
         values = (self.granularity,) if isinstance(self.granularity, Real) else self.granularity
         if isinstance(values, (list, tuple)) and all(isinstance(value, Real) for value in values):

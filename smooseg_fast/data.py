@@ -11,15 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from .command import run
+from .config import AUTO, Backbone, Device, Folder
 from .errors import UserError
 from .system.commandline import Parser, choose_command, command_line, parse
-from .system.fields import Bounds, Value
+from .system.fields import Bounds, Group, Value
+from .system.outfolder import mark_as_ours
 from .system.table import aligned
 
 if TYPE_CHECKING:
     from .datasets import Dataset, Layout
     from .datasets.inspection import Inspection
 
+SHEET, DRAWN = "scales.jpg", 3  # images on it
+SHRUNK, STRIP = 3, 4  # from these ratios on, another scale deserves a look
+USUAL_SIZE = 224  # pixels of the short side at --scale fit, with most backbones
 NOT_HELD_OUT = "no images are kept apart: figures would be taken on the images that are learnt from"
 
 
@@ -32,6 +37,13 @@ class CheckConfig:
     """The folder that --data of train and evaluate would be given."""
     sample: Annotated[int, Bounds(0)] = 200
     """Images of each split to open with their labels, evenly spaced; 0 opens all."""
+    pictures: Annotated[Folder | None, Group("which scale?")] = None
+    """Draw scales.jpg into this folder: three images at --scale fit, 0.5 and native, each grouped without
+    training."""
+    backbone: Backbone = AUTO
+    """Frozen features of these pictures, as for training."""
+    device: Device = "auto"
+    """cpu, cuda, cuda:1, mps, or auto: a GPU if there is one."""
 
 
 COMMANDS = {"check": ("tell what DIR was recognised as, what it holds and what is missing", CheckConfig)}
@@ -58,6 +70,9 @@ def check(config: CheckConfig) -> None:
     for split, dataset in splits.items():
         inspections[split] = inspect(dataset, split, config.sample)
         say(split, inspections[split].line())
+    learnt_from = next(iter(inspections.values()))
+    for line in another_scale(learnt_from):
+        say("scale", line)
     for split, part in {} if layout is None else layout.parts.items():
         if split not in ("train", "val"):
             try:
@@ -70,6 +85,10 @@ def check(config: CheckConfig) -> None:
     problems = [line for split, inspection in inspections.items() for line in judge(split, inspection, "val" in splits)]
     if problems:
         raise UserError("; ".join(problems))
+    if config.pictures is not None:
+        draw(config, learnt_from)
+    elif another_scale(learnt_from):
+        say("look", command_line("data", "check", config.data, "--pictures", "FOLDER"))
     preset = [] if layout is None or layout.preset == "folder" else ["--preset", layout.preset]
     words = ["train", *preset] if "train" in splits else ["evaluate", *preset, "--checkpoint", "FILE"]
     say("next", command_line(*words, "--data", config.data))
@@ -130,6 +149,58 @@ def judge(split: str, inspection: Inspection, measured: bool) -> list[str]:
             else:
                 say("warning", f"{line} ({consequence})")
     return problems
+
+
+def another_scale(inspection: Inspection) -> list[str]:
+    """Tell where a --scale other than fit deserves a look, from the sizes of the images alone."""
+    sizes, lines, usual = inspection.sizes, [], USUAL_SIZE
+    count = sizes.total()
+    large = sum(n for size, n in sizes.items() if min(size) >= SHRUNK * usual)
+    if 2 * large > count:
+        short = sorted(min(size) for size in sizes.elements())[count // 2]
+        lines.append(
+            f"fit shrinks the images by {short / usual:.1f} (short side {short} -> {usual} pixels): if what you look "
+            "for is small in them, try --scale native, or 0.5"
+        )
+    strips = sum(n for size, n in sizes.items() if max(size) >= STRIP * min(size))
+    if strips:
+        lines.append(
+            f"{strips} of {count} images are at least {STRIP} times as long as wide and would be cut into many more "
+            "squares than the others: --crops tiles takes a fair share of each"
+        )
+    return lines
+
+
+def draw(config: CheckConfig, inspection: Inspection) -> None:
+    """Write the sheet of a few images at several scales."""
+    from .backbones import load_backbone
+    from .backbones.auto import candidates, explained, look
+    from .datasets.images import ImageError, require_patch, whole_patches
+    from .segment.segmenter import pick_device
+    from .show.pictures import save
+    from .show.scales import scales_sheet
+
+    name = config.backbone
+    if name == AUTO:
+        here = look()
+        best = candidates(here)[0]
+        print("\n".join(explained(best, here)))
+        name = best.name
+    backbone = load_backbone(name, pick_device(config.device))
+    names, images, dataset = [], [], inspection.dataset
+    for index in inspection.evenly_spaced(DRAWN):
+        with suppress(ImageError):  # `judge` has told
+            image = dataset.image(index)
+            require_patch(image, backbone.patch, dataset.names[index])
+            names.append(dataset.names[index])
+            images.append(image)
+    if not images:
+        raise UserError(f"--data {config.data}: none of the images chosen for --pictures can be used; check them")
+    out = Path(config.pictures or "").expanduser()
+    mark_as_ours(out, SHEET)
+    sheet = scales_sheet(images, names, backbone, whole_patches(backbone.sizes[0], backbone.patch))
+    save(out / SHEET, sheet)
+    say("saved", str(out / SHEET))
 
 
 def say(what: str, line: str) -> None:

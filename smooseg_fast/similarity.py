@@ -22,6 +22,7 @@ from .config import (
     Side,
     TrainConfig,
     distinct,
+    legal_scales,
     preset,
     with_changes,
 )
@@ -32,7 +33,8 @@ from .system.files import write_json
 from .system.outfolder import mark_as_ours
 
 PICTURE, RECORD = "similarity.png", "similarity.json"
-LEARNING = ("backbone", "size", "crops", "resample", "granularity", "threshold_within", "threshold_across")
+SQUARES = ("size", "crops", "scale", "margin", "resample")
+LEARNING = ("backbone", *SQUARES, "granularity", "threshold_within", "threshold_across")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,11 @@ class SimilarityConfig:
     """Short side in pixels; images are cut into squares of this side. By default, what suits the backbone."""
     crops: Crops | None = None
     """slide cuts squares along the long side, center the middle square alone, five the corners and the centre at half
-    height and width."""
+    height and width, tiles a grid over the whole image."""
+    scale: Annotated[tuple[str, ...] | None, Value("SCALE"), legal_scales] = None
+    """fit, native, or one or several factors, as for training."""
+    margin: Annotated[int | None, Bounds(0, 4096, " pixels")] = None
+    """Pixels of context on every side of a square, as for training."""
     resample: Resample | None = None
     """How images are resized."""
 
@@ -103,11 +109,12 @@ def main(args: Sequence[str]) -> None:
     size = whole_patches(suits, backbone.patch)
     if size != suits:
         print(f"size: {suits} -> {size} pixels, a multiple of the backbone's {backbone.patch}-pixel patch")
-    config = dataclasses.replace(request, backbone=name, size=size)
+    config = dataclasses.replace(request, backbone=name, size=size, crops=request.grid_crops)
     dataset, _ = datasets_of(config)
-    how = f"backbone {config.backbone}, {size} px, crops {config.crops}"
+    how = f"backbone {config.backbone}, {size} px, crops {config.crops}, scale {' '.join(config.scale)}"
     print(f"smooseg_fast: {dataset.name} ({len(dataset)} images), {how}")
-    options = FeatureOptions(size=size, crops=config.crops, resample=config.resample, cache=asked.cache)
+    squares = {name: getattr(config, name) for name in SQUARES}
+    options = FeatureOptions(**squares, cache=asked.cache)
     store = open_or_extract(dataset, backbone, options)
     if len(store) < 2:
         more = "add images, or --crops slide"
@@ -125,8 +132,7 @@ def main(args: Sequence[str]) -> None:
     mark_as_ours(out, PICTURE)
     title = f"Closeness of patches: {dataset.name}, {backbone.name}"
     save(out / PICTURE, closeness_picture(found, rows, title))
-    settings = {name: getattr(config, name) for name in ("size", "crops", "resample")}
-    about = {"data": dataset.name, "backbone": backbone.name, **settings, "skipped": store.skipped}
+    about = {"data": dataset.name, "backbone": backbone.name, **squares, "skipped": store.skipped}
     write_json(out / RECORD, closeness_record(found, rows) | about)
     print(f"saved      {out / PICTURE}, {out / RECORD}")
     print("next       " + next_command(asked, request))
@@ -171,7 +177,8 @@ def next_command(asked: SimilarityConfig, config: TrainConfig) -> str:
     for name in LEARNING:
         value = getattr(config, name)
         if value is not None and value != getattr(base, name):
-            words += [flag(name), *([f"{v:g}" for v in value] if isinstance(value, tuple) else [f"{value}"])]
+            values = value if isinstance(value, tuple) else (value,)
+            words += [flag(name), *(f"{v:g}" if isinstance(v, float) else f"{v}" for v in values)]
     words += [] if asked.cache is None else ["--cache", asked.cache]
     return command_line("train", *words)
 

@@ -473,7 +473,7 @@ def test_completion_in_bash(tmp_path):
         "tr": {"train"},
         "cache ": {"ls", "rm", "verify"},
         "cache rm --o": {"--older"},
-        "data check --": {"--sample", "--help"},
+        "data check --": {"--sample", "--pictures", "--backbone", "--device", "--help"},
         "train --impl ": {"auto", "triton", "torch", "dense"},
         "train --impl tr": {"triton"},
         "train --data photos --granul": {"--granularity"},

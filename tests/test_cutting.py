@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,12 +14,14 @@ from PIL import Image
 
 from smooseg_fast.backbones.base import Backbone
 from smooseg_fast.config import TrainConfig, preset, with_changes
-from smooseg_fast.datasets import open_dataset
+from smooseg_fast.datasets import cutting, open_dataset
 from smooseg_fast.datasets.cutting import TILES, TILES_OF_AN_IMAGE, Cutting, starts, tiles_of_an_image
 from smooseg_fast.datasets.images import cut_squares
 from smooseg_fast.errors import UserError
 from smooseg_fast.features.extract import open_or_extract
-from smooseg_fast.features.job import FeatureOptions, Job
+from smooseg_fast.features.job import TILES_BYTES, FeatureOptions, Job
+from smooseg_fast.learn.stream import open_for_training
+from smooseg_fast.show import scales
 
 
 def noise(height: int, width: int) -> np.ndarray:
@@ -101,16 +106,16 @@ def test_starts_reach_both_ends():
 
 def test_truth_lies_under_its_square():
     label = np.random.default_rng(5).integers(0, 9, (90, 130), dtype=np.uint8)
-    for cutting in (
+    for way in (
         Cutting(size=16, crops="tiles", scale=("native",), margin=8),
         Cutting(size=16, crops="tiles", scale=("0.6", "0.3")),
         Cutting(size=16, crops="slide", margin=8),
         Cutting(size=16, crops="center"),
     ):
-        margin = cutting.margin
-        for place, stack in cutting.squares(np.repeat(label[..., None], 3, 2)):
+        margin = way.margin
+        for place, stack in way.squares(np.repeat(label[..., None], 3, 2)):
             inner = stack[0, margin : margin + 16, margin : margin + 16, 0]
-            np.testing.assert_array_equal(cutting.truth(label, place), inner)
+            np.testing.assert_array_equal(way.truth(label, place), inner)
 
 
 @pytest.mark.parametrize("patch", [8, 14, 16])
@@ -197,3 +202,89 @@ def test_one_scale_may_be_a_word_or_a_number():
     assert TrainConfig(scale="native").scale == ("native",)
     assert TrainConfig(scale=0.5).scale == ("0.5",)
     assert TrainConfig(scale=[1, 0.5]).scale == ("1", "0.5")
+
+
+def test_a_run_says_how_many_tiles_it_takes_and_what_it_enlarges(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cutting, "TILES", 20)
+    for name, side in (("a", 96), ("b", 12)):
+        Image.fromarray(noise(side, side)).save(tmp_path / f"{name}.png")
+    dataset, cache = open_dataset(tmp_path, "train"), tmp_path / "cache"
+    options = FeatureOptions(size=16, crops="tiles", scale=("native",), cache=cache)
+    assert len(open_or_extract(dataset, Means(8), options)) == 17
+    err = capsys.readouterr().err
+    assert "tiles      17 of the 37 that would cover the images, at most 16 of an image\n" in err
+    assert "enlarged   1 images to a short side of 16 pixels; they are smaller at --scale native\n" in err
+    open_or_extract(dataset, Means(8), FeatureOptions(size=16, cache=cache))
+    assert not any(word in capsys.readouterr().err for word in ("tiles ", "enlarged"))
+
+
+def test_the_features_of_one_image_fit_into_memory(tmp_path):
+    Image.fromarray(noise(64, 64)).save(tmp_path / "a.png")
+    dataset, options = open_dataset(tmp_path, "train"), FeatureOptions(size=224, crops="tiles", scale=("native",))
+    small, large = Job(dataset, Means(8), options), Job(dataset, Means(8), options)
+    large.backbone.dim = 1024
+    assert small.cutting.most == TILES
+    assert large.cutting.most < TILES
+    assert large.cutting.most * large.square_bytes <= TILES_BYTES
+    assert large.images_per_shard == 1
+
+
+def test_a_part_of_the_images_has_as_many_tiles_of_each(tmp_path, monkeypatch):
+    """Features that do not fit the cache are made in windows, whose number was foretold with the tiles of all."""
+    for number in range(8):
+        Image.fromarray(noise(160, 160)).save(tmp_path / f"{number}.png")
+    dataset, backbone = open_dataset(tmp_path, "train"), Means(8)
+    options = FeatureOptions(size=16, crops="tiles", scale=("native",), cache=tmp_path / "cache", progress=False)
+    monkeypatch.setattr(cutting, "TILES", 64)
+    rows = Job(dataset, backbone, options).cutting.most
+    assert rows == 16 < 100
+    limit = 8 * rows * Job(dataset, backbone, options).square_bytes
+    settings = dict(batch_size=8, data_seed=0, in_use=0, resumed=False, windows=None, say=lambda line: None)
+    sample, stream = open_for_training(dataset, backbone, replace(options, limit=limit), **settings)
+    assert stream is not None
+    assert len(sample) == rows * len(set(sample.names))
+    stream.rows_of(0)
+    assert len(stream.store) == rows * len(set(stream.store.names))
+    stream.close()
+
+
+def test_a_store_at_scale_fit_has_the_key_that_it_has_always_had(tmp_path):
+    Image.fromarray(noise(64, 64)).save(tmp_path / "a.png")
+    job = Job(open_dataset(tmp_path, "train"), Means(8), FeatureOptions(size=16, progress=False))
+    new = ("dataset", "backbone", "scale", "margin", "most")
+    deciding = {name: value for name, value in job.describe().items() if name not in new}
+    assert [*deciding][5:] == ["precision", "size", "crops", "resample", "mirror", "batch", "grid", "channels"]
+    assert job.key() == hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:32]
+
+
+def test_slide_becomes_tiles_where_squares_do_not_span_the_image():
+    assert TrainConfig().grid_crops == "slide"
+    assert TrainConfig(scale="native").grid_crops == "tiles"
+    assert TrainConfig(scale="native", crops="center").grid_crops == "center"
+
+
+@pytest.mark.parametrize("scale", scales.SCALES)
+@pytest.mark.parametrize("shape", [(100, 140), (1300, 40), (33, 2500), (1200, 1300)])
+def test_the_tiles_of_a_sheet_cover_the_part_that_it_shows(scale, shape):
+    image = np.zeros((*shape, 3), np.uint8)
+    scaled = cutting.first_scale(image, (scale,), 32, "nearest")
+    region = scales.region_at(scaled, shape)
+    ratio = np.array(scales.middle(image).shape[:2]) / (region.height, region.width)
+    np.testing.assert_allclose(ratio, np.array(shape) / scaled.size, rtol=0.55)  # up to a pixel
+    seen = np.zeros(scaled.size, bool)
+    for top, left in scales.tiles_of(region, scaled.size, 32):
+        assert 0 <= top <= scaled.size[0] - 32
+        assert 0 <= left <= scaled.size[1] - 32
+        seen[top : top + 32, left : left + 32] = True
+    assert seen[region.top :, region.left :][: region.height, : region.width].all()
+
+
+def test_the_groups_of_a_sheet_lie_where_the_colours_are_and_have_one_order(monkeypatch):
+    monkeypatch.setattr(scales, "GROUPS", 2)
+    image = np.full((80, 120, 3), (250, 200, 200), np.uint8)
+    image[:, :64] = (0, 10, 90)
+    for scale in scales.SCALES:
+        [labels] = scales.groups_at(scale, [image], Means(8), 32)
+        assert labels.shape == (80, 120)
+        np.testing.assert_array_equal(labels[:, :48], 0)
+        np.testing.assert_array_equal(labels[:, 80:], 1)

@@ -143,6 +143,35 @@ def test_check_without_the_labels_or_with_a_list_of_others(tmp_path, capsys):
     assert "Coco164kFull_Stuff_Coarse_7.txt lists; unpack them there" in err
 
 
+def test_check_says_when_another_scale_deserves_a_look(tmp_path, capsys):
+    for name, shape in (("a", (700, 900)), ("b", (680, 680)), ("c", (200, 300))):
+        save(tmp_path / "large" / f"{name}.png", np.zeros((*shape, 3), np.uint8))
+        save(tmp_path / "usual" / f"{name}.png", np.zeros((400, 300, 3), np.uint8))
+    save(tmp_path / "usual" / "strip.png", np.zeros((40, 170, 3), np.uint8))
+    assert check(tmp_path / "large") == 0
+    out = capsys.readouterr().out
+    assert "scale      fit shrinks the images by 3.0 (short side 680 -> 224 pixels): if what you look for is" in out
+    assert f"look       python -m smooseg_fast.data check {tmp_path / 'large'} --pictures FOLDER\n" in out
+    assert check(tmp_path / "usual") == 0
+    out = capsys.readouterr().out
+    assert "fit shrinks" not in out
+    assert "scale      1 of 4 images are at least 4 times as long as wide" in out
+    (tmp_path / "usual" / "strip.png").unlink()
+    assert check(tmp_path / "usual") == 0
+    assert "scale " not in capsys.readouterr().out
+
+
+def test_check_draws_a_few_images_at_three_scales(tmp_path, capsys):
+    photos, out = tmp_path / "photos", tmp_path / "photos" / "look"
+    for number in range(5):
+        save(photos / f"{number}.png", np.random.default_rng(number).integers(0, 256, (260, 330, 3), np.uint8))
+    assert check(photos, "--pictures", out, "--backbone", "filterbank") == 0
+    assert f"saved      {out / 'scales.jpg'}\n" in capsys.readouterr().out
+    with Image.open(out / "scales.jpg") as sheet:
+        assert sheet.width == 1600
+    assert len(open_dataset(photos, "train")) == 5, "the sheet is not taken for a photo"
+
+
 def test_check_of_folders_that_nobody_owns(folder, labelled, capsys):
     assert check(folder) == 0
     out = capsys.readouterr().out

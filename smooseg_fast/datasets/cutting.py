@@ -72,17 +72,21 @@ class Cutting:
 
     def places(self, height: int, width: int) -> list[tuple[int, int]]:
         """(top, left) of the squares of an image that has this size at the first scale."""
-        size = self.size
-        if self.crops == "center":
-            return [((height - size) // 2, (width - size) // 2)]
-        if self.crops == "slide":  # of an image that fits
-            return [(top, left) for top in starts(height, size, size // 4) for left in starts(width, size, size // 4)]
-        grid = [(top, left) for top in starts(height, size, size) for left in starts(width, size, size)]
+        grid = self.grid(height, width)
         if self.most is None or len(grid) <= self.most:
             return grid
         # one of each of `most` equal parts of the grid: a fixed step could fall into one column
         picked = np.random.default_rng(len(grid)).random(self.most)
         return [grid[int((number + share) * len(grid) / self.most)] for number, share in enumerate(picked)]
+
+    def grid(self, height: int, width: int) -> list[tuple[int, int]]:
+        """As `places`, all of them however many `most` allows."""
+        size = self.size
+        if self.crops == "center":
+            return [((height - size) // 2, (width - size) // 2)]
+        if self.crops == "slide":  # of an image that fits
+            return [(top, left) for top in starts(height, size, size // 4) for left in starts(width, size, size // 4)]
+        return [(top, left) for top in starts(height, size, size) for left in starts(width, size, size)]
 
     def truth(self, label: np.ndarray, place: tuple[int, int]) -> np.ndarray:
         """The square [size,size] of a label [H,W] at a place of its image."""

@@ -35,6 +35,12 @@ class Inspection:
         """True when every image was opened."""
         return self.opened == len(self.dataset)
 
+    def evenly_spaced(self, count: int) -> list[int]:
+        """Numbers of `count` images that are evenly spaced over the dataset, or of all."""
+        total = len(self.dataset)
+        count = min(count, total)
+        return [place * total // count for place in range(count)]
+
     def shares(self) -> np.ndarray:
         """[classes] shares of the labelled pixels; 0 without any."""
         counts = self.counts[: len(self.dataset.class_names or ())]
@@ -57,7 +63,7 @@ def inspect(dataset: Dataset, split: str, sample: int) -> Inspection:
     _ = dataset.class_names  # counted here, where they have to be: its own progress line should not cross ours
     count = min(sample, len(dataset)) or len(dataset)
     inspection = Inspection(dataset, count)
-    chosen = [place * len(dataset) // count for place in range(count)]
+    chosen = inspection.evenly_spaced(count)
     bar = Bar(total=count, desc=f"check {split}", unit="image", leave=False, file=sys.stderr)
     with bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         try:

@@ -30,7 +30,7 @@ from ..system.signals import with_kept
 from ..system.sizes import readable
 from .batches import Batches, Square
 from .cachefolder import META, WRITING, CacheFolder
-from .job import FeatureOptions, Job
+from .job import PLAIN, FeatureOptions, Job
 from .store import Contents, DamagedShard, FeatureStore, Shard, read_shard, require_sound, shard_path, write_shard
 
 if TYPE_CHECKING:
@@ -40,17 +40,8 @@ if TYPE_CHECKING:
 CHECKED_BYTES = 256 * 2**20
 WAIT_S = 0.5  # between looks at another run that makes the same features
 ABANDONED_S = 3600.0  # age at which a half-written shard is nobody's, where no lock says so
-SAME = (
-    "dataset",
-    "backbone",
-    "precision",
-    "size",
-    "crops",
-    "resample",
-    "scale",
-    "margin",
-    "mirror",
-)  # in a store that replaces another
+# in a store that replaces another
+SAME = ("dataset", "backbone", "precision", "size", "crops", "resample", "scale", "margin", "mirror")
 MAX_THREADS = 16  # that decode images
 
 
@@ -166,6 +157,20 @@ class Extraction:
                 f"{contents[-1].batch} squares a batch{'' if n == 1 else f' in each of {n} processes'}, "
                 f"{job.backbone.name} in {job.backbone.precision} on {job.backbone.device}"
             )
+        self._tell_tiles()
+
+    def _tell_tiles(self) -> None:
+        """Says how many squares of the grids were taken, and how many images were enlarged."""
+        job = self.job
+        totals = torch.tensor([*map(sum, zip(*job.tiled))] or [0, 0, 0])
+        taken, grid, enlarged = self.processes.sum(totals).tolist()
+        if not job.options.progress:
+            return
+        if taken < grid:
+            say(f"tiles      {taken} of the {grid} that would cover the images, at most {job.cutting.most} of an image")
+        if enlarged:
+            scale, size = job.options.scale[0], job.options.size
+            say(f"enlarged   {enlarged} images to a short side of {size} pixels; they are smaller at --scale {scale}")
 
     def store(self, used: Lock) -> FeatureStore:
         """All shards as one store; says which images an earlier run skipped."""
@@ -216,7 +221,7 @@ class Extraction:
             say(f"damaged: {self._path(number)}: {damage}; it will be recomputed")
         meta = self.job.describe()
         for other in [] if self.folder.meta else self.home.stores():
-            if not other.readable and all(other.meta.get(name) == meta[name] for name in SAME):
+            if not other.readable and all(other.meta.get(name, PLAIN.get(name)) == meta[name] for name in SAME):
                 say(
                     f"{other.path} was written by an older version and will be recomputed; "
                     f"to free its {readable(other.nbytes)}: {command_line('cache', 'rm', other.key[:8])}"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from ..config import FIT
+from ..config import FIT, scale_factor
 from ..datasets import Dataset
 from ..datasets.cutting import Crops, Cutting, tiles_of_an_image
 from ..datasets.images import MAX_PIXELS, ImageError, Resample, require_patch
@@ -22,10 +22,14 @@ from .batches import Square
 from .cachefolder import CacheFolder, StoreFolder
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ..backbones.base import Backbone
 
 CPU_BATCH, CARD_BATCH = 16, 64  # squares: a CPU is as fast with any number from 4 on, a card needs many
+TILES_BYTES = 256 * 2**20  # of features that the tiles of one image may take, for they are in memory together
 SQUARES = {"center": 1, "slide": 4, "five": 5}  # that an image is assumed to have when images are dealt to shards
+PLAIN = {"scale": [FIT], "margin": 0, "most": None}  # do not enter a key: stores from before them are as good
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +40,7 @@ class FeatureOptions:
         size: side of a square in pixels, a multiple of the backbone's patch.
         crops, resample, scale, margin: how squares are cut out of an image, see `cutting.Cutting`; the margin is a
             multiple of the backbone's patch.
+        most: tiles of an image; None takes as many as suit the number of images.
         mirror: take the features of the mirrored squares, with the columns of the grid mirrored back.
         argument: the flag that sets `size`, for error messages.
         cache: folder of all feature stores; None is $XDG_CACHE_HOME/smooseg_fast or ~/.cache/smooseg_fast.
@@ -50,6 +55,7 @@ class FeatureOptions:
     resample: Resample = "nearest"
     scale: tuple[str, ...] = (FIT,)
     margin: int = 0
+    most: int | None = None
     mirror: bool = False
     argument: str = "--size"
     cache: Path | str | None = None
@@ -59,13 +65,25 @@ class FeatureOptions:
     processes: Processes = ALONE
 
 
+class Tiled(NamedTuple):
+    """How an image was cut into tiles, or at a scale other than "fit"."""
+
+    taken: int  # squares
+    grid: int  # squares that would cover the image
+    enlarged: bool  # because its short side was below `size` at that scale
+
+
 @dataclass(frozen=True)
 class Job:
-    """An extraction whose size fits the backbone, or UserError. Shard n holds the squares of `images_of(n)`."""
+    """An extraction whose size fits the backbone, or UserError. Shard n holds the squares of `images_of(n)`.
+
+    `tiled` collects how images were cut, in any order.
+    """
 
     dataset: Dataset
     backbone: Backbone
     options: FeatureOptions
+    tiled: list[Tiled] = field(default_factory=list, compare=False)
 
     def __post_init__(self) -> None:
         patch, size, argument = self.backbone.patch, self.options.size, self.options.argument
@@ -94,7 +112,9 @@ class Job:
     @cached_property
     def cutting(self) -> Cutting:
         options = self.options
-        most = tiles_of_an_image(len(self.dataset)) if options.crops == "tiles" else None
+        most = options.most
+        if most is None and options.crops == "tiles":
+            most = min(tiles_of_an_image(len(self.dataset)), max(1, TILES_BYTES // self.square_bytes))
         return Cutting(
             size=options.size,
             crops=options.crops,
@@ -135,7 +155,8 @@ class Job:
 
     def key(self) -> str:
         """Hash of everything that decides the features; precision and batch size decide their last bits."""
-        deciding = {name: value for name, value in self.describe().items() if name not in ("dataset", "backbone")}
+        skip = (("dataset", self.dataset.name), ("backbone", self.backbone.name), *PLAIN.items())
+        deciding = {name: value for name, value in self.describe().items() if (name, value) not in skip}
         return hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:32]
 
     @cached_property
@@ -163,7 +184,7 @@ class Job:
             size=options.size,
             crops=options.crops,
             resample=options.resample,
-            scale=options.scale,
+            scale=list(options.scale),
             margin=options.margin,
             most=self.cutting.most,
             mirror=options.mirror,
@@ -179,11 +200,21 @@ class Job:
             image = self.dataset.image(index)
             require_patch(image, self.backbone.patch, name)
             height, width = image.shape[:2]
+            bounded = self.options.crops == "tiles" or self.options.scale != (FIT,)
             # with its short side at `size` pixels, a long strip would be larger than any image may be
-            if not self.cutting.plain or height * width * size**2 <= MAX_PIXELS * min(height, width) ** 2:
+            if bounded or height * width * size**2 <= MAX_PIXELS * min(height, width) ** 2:
                 with contextlib.suppress(MemoryError):
-                    return [Square(name, crop, pixels) for crop, pixels in self.cutting.squares(image)]
+                    squares = [Square(name, crop, pixels) for crop, pixels in self.cutting.squares(image)]
+                    if bounded:
+                        self.tiled.append(self._tiled(len(squares), image))
+                    return squares
         except ImageError as error:
             return error
         reason = f"{width} x {height} pixels, too many for the memory with {size} on the short side"
         return ImageError(name, reason, "cut it into tiles")
+
+    def _tiled(self, taken: int, image: np.ndarray) -> Tiled:
+        height, width = self.cutting.scaled(image).size
+        factor = scale_factor(self.options.scale[0])
+        enlarged = factor is not None and min(height, width) > max(1, round(min(image.shape[:2]) * factor))
+        return Tiled(taken, len(self.cutting.grid(height, width)), enlarged)

@@ -16,6 +16,7 @@ import hashlib
 import json
 import signal
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,7 +26,7 @@ from torch import Tensor
 from ..datasets import Dataset
 from ..features.cachefolder import StoreFolder
 from ..features.extract import open_or_extract
-from ..features.job import FeatureOptions
+from ..features.job import FeatureOptions, Job
 from ..features.room import Windows, expected, require_room, sampled, windows_of
 from ..features.store import FeatureStore
 from ..system.processes import ALONE, Processes
@@ -168,6 +169,8 @@ def open_for_training(
         in_use: bytes of the cache that have to stay.
         resumed, windows: whether the run resumes, and the windows that it had. They count, whatever the limit is now.
     """
+    # a part of the images has as many tiles of each as all would have
+    options = replace(options, most=Job(dataset, backbone, options).cutting.most)
     if resumed and windows is None:
         require_room(dataset, backbone, options, in_use=in_use)
     forecast = None if resumed else expected(dataset, backbone, options)

@@ -16,7 +16,7 @@ import smooseg_kernels as sk
 
 from ..backbones import Backbone, load_backbone
 from ..backbones.auto import candidates, explained, look
-from ..config import AUTO, FIT, TrainConfig, preset, with_changes
+from ..config import AUTO, TrainConfig, preset, with_changes
 from ..datasets import ArrayDataset, Dataset, open_splits
 from ..datasets.images import whole_patches
 from ..errors import UserError, WriteError
@@ -263,8 +263,8 @@ def resolve(config: TrainConfig, backbone: Backbone, dataset: Dataset, say: Say)
         if changes[name] != asked:
             multiple = f"a multiple of the {patch}-pixel patch of {backbone.name}"
             say(f"{name}: {asked} -> {changes[name]} pixels, {multiple}")
-    if config.scale != (FIT,) and config.crops == "slide":
-        changes["crops"] = "tiles"
+    if config.grid_crops != config.crops:
+        changes["crops"] = config.grid_crops
         say(f"crops      slide -> tiles, at --scale {' '.join(config.scale)}")
     if config.margin % patch:
         changes["margin"] = whole_patches(config.margin, patch)

@@ -9,7 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from .command import load_segmenter, run
-from .config import Backbone, BackbonePrecision, CacheLimit, Device, Folder, PresetName, TrainConfig, preset
+from .config import (
+    FIT,
+    Backbone,
+    BackbonePrecision,
+    CacheLimit,
+    Device,
+    Folder,
+    PresetName,
+    Resample,
+    TrainConfig,
+    preset,
+)
 from .errors import UserError
 from .system.commandline import parse
 from .system.fields import Group, Value
@@ -21,8 +32,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from .datasets import Dataset
-    from .features.store import FeatureStore
     from .segment.checkpoint import Checkpoint
+    from .segment.segmenter import Segmenter
     from .system.processes import Processes
 
 
@@ -40,6 +51,9 @@ class EvaluateConfig:
     (potsdam 224), nearest neighbour, mirror averaging, all images [the checkpoint's sizes]."""
     eval_size: int | None = None
     """Short side in pixels [the preset's, else the checkpoint's]."""
+    whole: bool = False
+    """Measure every labelled pixel of whole images, at their own size, instead of the paper's central squares. A
+    checkpoint of another scale than fit is always measured so, unless a --preset is given."""
     mirror: bool = True
     """Take each image once, which halves the time, instead of averaging its codes with those of its mirror image as the
     paper does."""
@@ -62,10 +76,6 @@ class EvaluateConfig:
 def main(args: Sequence[str], processes: Processes | None = None) -> None:
     config = parse(EvaluateConfig, args, "evaluate")
     from .datasets.images import whole_patches
-    from .features.extract import open_or_extract
-    from .features.job import FeatureOptions
-    from .features.room import require_room
-    from .measure.confusion import LabelSquares, head_codes, require_same_rows
     from .segment.segmenter import pick_device
     from .system.processes import ALONE
 
@@ -77,14 +87,51 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
     patch = segmenter.backbone.patch
     suits = settings.eval_size or segmenter.backbone.sizes[1]
     size = whole_patches(suits, patch) if config.eval_size is None else config.eval_size
-    if config.eval_size is None and size != suits:
-        print(f"eval_size: {suits} -> {size} pixels, a multiple of the {patch}-pixel patch")
     for note in dataset.notes:
         print(f"data       {note}")
+    if config.whole or settings.scale != (FIT,):
+        measured = wholes(config, segmenter, dataset, processes)
+    else:
+        if config.eval_size is None and size != suits:
+            print(f"eval_size: {suits} -> {size} pixels, a multiple of the {patch}-pixel patch")
+        measured = central_squares(config, segmenter, dataset, settings.resample, size=size, processes=processes)
+    if processes.first:
+        report(config, dataset, measured)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """counts: [groups, classes]. size: the short side in pixels where there is one. how: the scale, for people."""
+
+    counts: np.ndarray
+    images: int
+    skipped: list[tuple[str, str]]
+    size: int | None
+    how: str
+
+
+def central_squares(
+    config: EvaluateConfig,
+    segmenter: Segmenter,
+    dataset: Dataset,
+    resample: Resample,
+    *,
+    size: int,
+    processes: Processes,
+) -> Measured:
+    """Measure on the central squares of all images, from cached features, as the paper does."""
+    from .datasets.cutting import Cutting
+    from .features.extract import open_or_extract
+    from .features.job import FeatureOptions
+    from .features.room import require_room
+    from .measure.confusion import LabelSquares, head_codes, require_same_rows
+
+    cutting = Cutting(size=size, resample=resample, margin=segmenter.config.margin)
     options = FeatureOptions(
         size=size,
         argument="--eval-size",
-        resample=settings.resample,
+        resample=resample,
+        margin=cutting.margin,
         cache=config.cache,
         limit=None if config.cache_limit is None else parse_size(config.cache_limit, "--cache-limit"),
         processes=processes,
@@ -95,19 +142,29 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
     if config.mirror:
         mirrored = open_or_extract(dataset, segmenter.backbone, replace(options, mirror=True))
         require_same_rows(store, mirrored)
-    labels = LabelSquares(dataset, store, size, processes)
+    labels = LabelSquares(dataset, store, cutting, processes)
     counts = labels.confusion(head_codes(segmenter.head, store, mirrored), segmenter.head.teacher)
-    if processes.first:
-        report(config, dataset, store, counts, size)
+    return Measured(counts, len(store), store.skipped, size, f"at {size} px")
 
 
-def report(config: EvaluateConfig, dataset: Dataset, store: FeatureStore, counts: np.ndarray, size: int) -> None:
-    """Write the figures of the confusion `counts` [groups, classes] to the output folder, and print them."""
+def wholes(config: EvaluateConfig, segmenter: Segmenter, dataset: Dataset, processes: Processes) -> Measured:
+    """Measure on whole images, every pixel at its own size."""
+    from .measure.confusion import count_wholes
+
+    cutting = segmenter.cutting(short_side=config.eval_size, argument="--eval-size")
+    counts, skipped = count_wholes(segmenter, dataset, processes, mirror=config.mirror, short_side=config.eval_size)
+    fits = cutting.scale == (FIT,)
+    how = f"of whole images at {cutting.size} px" if fits else f"of whole images at scale {' '.join(cutting.scale)}"
+    return Measured(counts, len(dataset) - len(skipped), skipped, cutting.size if fits else None, how)
+
+
+def report(config: EvaluateConfig, dataset: Dataset, measured: Measured) -> None:
+    """Write the figures to the output folder, and print them."""
     from .datasets import classes_of
     from .measure.scores import hungarian, majority, percent, scores_table
     from .show import charts, pictures
 
-    names = classes_of(dataset)
+    names, counts = classes_of(dataset), measured.counts
     best = hungarian(counts)
     matched = {"hungarian": best, "majority": majority(counts)}
     out = Path(config.out).expanduser() if config.out else Path(config.checkpoint).parent / "evaluation"
@@ -116,9 +173,10 @@ def report(config: EvaluateConfig, dataset: Dataset, store: FeatureStore, counts
         "data": dataset.name,
         "held_out": dataset.held_out,
         "preset": config.preset,
-        "images": len(store),
-        "skipped": store.skipped,
-        "size": size,
+        "images": measured.images,
+        "skipped": measured.skipped,
+        "size": measured.size,
+        "measured": measured.how,
         "mirror": config.mirror,
         **{name: scores.as_dict(names) for name, scores in matched.items()},
         "confusion": counts.tolist(),
@@ -127,9 +185,9 @@ def report(config: EvaluateConfig, dataset: Dataset, store: FeatureStore, counts
     write_json(out / "scores.json", summary)
     pictures.save(out / "confusion.png", charts.confusion_picture(counts, best, names))
     print(scores_table(matched, names))
-    skipped = f"; {len(store.skipped)} images could not be used" if store.skipped else ""
+    skipped = f"; {len(measured.skipped)} images could not be used" if measured.skipped else ""
     print(
-        f"\n{len(store)} images of {dataset.name}, {best.pixels:,} labelled pixels at {size} px, "
+        f"\n{measured.images} images of {dataset.name}, {best.pixels:,} labelled pixels {measured.how}, "
         f"{'mirror averaged' if config.mirror else 'no mirror'}; {len(counts)} groups, {len(names)} classes{skipped}\n"
         "both mappings from groups to classes are chosen by these labels: "
         "hungarian one to one (the field's), majority many to one\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from .command import load_segmenter, run
-from .config import Backbone, BackbonePrecision, Device
+from .config import FIT, Backbone, BackbonePrecision, Device, legal_scales
 from .errors import UserError
 from .system.commandline import parse
 from .system.fields import Bounds, Group, Value
@@ -33,6 +33,9 @@ class PredictConfig:
     short_side: Annotated[int | None, Bounds(1, 1 << 16, " pixels")] = None
     """Size in pixels to which the short side of an image is brought before features are taken [the checkpoint's];
     larger sees finer detail."""
+    scale: Annotated[tuple[str, ...] | None, Value("SCALE"), legal_scales] = None
+    """Scale at which images are seen, as in training [the checkpoint's]: fit, native, or a factor of height and width;
+    as many as the checkpoint was trained at. All but fit are segmented in tiles."""
     mirror: bool = True
     """Take each image once, which halves the time, instead of averaging its codes with those of its mirror image as the
     paper does."""
@@ -45,8 +48,8 @@ class PredictConfig:
     """cpu, cuda, cuda:1, mps, or auto: a GPU if there is one."""
 
     out: Annotated[str, Group("output"), Value("FOLDER")]
-    """Folder for masks/ (8-bit palette PNG of the image's own size), overlays/, shares.json and sheet.jpg, all of one
-    checkpoint."""
+    """Folder for masks/ (8-bit palette PNG of the image's own size), overlays/ (at most 16 megapixels), shares.json and
+    sheet.jpg, all of one checkpoint."""
 
 
 def main(args: Sequence[str], processes: Processes | None = None) -> None:
@@ -69,18 +72,21 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
     if done:
         print(f"{len(done)} of {len(items)} images are done in {out}, by this checkpoint and with these settings")
     with folder.claimed():
-        outcome = segment(segmenter, items, done, folder, mirror=config.mirror, short_side=config.short_side)
+        options = {"mirror": config.mirror, "short_side": config.short_side, "scale": config.scale}
+        outcome = segment(segmenter, items, done, folder, **options)
         if processes.first:
             finish(segmenter, config, items, folder, outcome)
 
 
 def settings(config: PredictConfig, segmenter: Segmenter) -> dict[str, Any]:
     """Everything that decides the labels of an image."""
+    cutting = segmenter.cutting(config.scale, config.short_side)
     return {
         "checkpoint": f"step {segmenter.checkpoint.step}, {segmenter.digest[:16]}",
         "backbone": segmenter.backbone.digest[:16],
         "mirror": config.mirror,
-        "short_side": segmenter.config.sides[1] if config.short_side is None else config.short_side,
+        "scale": list(cutting.scale),
+        "short_side": cutting.size if cutting.scale == (FIT,) else None,
     }
 
 

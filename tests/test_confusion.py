@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from smooseg_fast.datasets import IGNORE
+from smooseg_fast.datasets.cutting import Cutting
 from smooseg_fast.features.sample import BATCH
 from smooseg_fast.measure.confusion import LabelSquares
 
@@ -24,11 +25,18 @@ def test_every_pixel_of_every_image_counts(count):
     truth = rng.choice([*range(CLASSES), IGNORE], (count, SIZE, SIZE)).astype(np.uint8)
     groups = rng.integers(0, K, (count, GRID * GRID))
     names, kinds = tuple(map(str, range(count))), tuple(map(str, range(CLASSES)))
-    dataset = Images(name="made", names=names, class_names=kinds, grid=(GRID, GRID), label=lambda index: truth[index])
+    dataset = Images(
+        name="made",
+        names=names,
+        crops=[(0, 0)] * count,
+        class_names=kinds,
+        grid=(GRID, GRID),
+        label=lambda index: truth[index],
+    )
 
     prototypes = torch.eye(K)
     codes = prototypes[torch.from_numpy(groups)]
-    labels = LabelSquares(dataset, dataset, SIZE, progress=False)
+    labels = LabelSquares(dataset, dataset, Cutting(size=SIZE), progress=False)
     counts = labels.confusion(lambda rows: codes[rows], prototypes)
 
     upsampled = torch.nn.functional.interpolate(codes.mT.unflatten(2, (GRID, GRID)), size=(SIZE, SIZE), mode="bilinear")

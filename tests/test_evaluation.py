@@ -12,6 +12,7 @@ import torch
 from smooseg_fast import evaluate
 from smooseg_fast.command import run
 from smooseg_fast.datasets import base, images
+from smooseg_fast.datasets.cutting import Cutting
 from smooseg_fast.errors import UserError
 from smooseg_fast.features.sample import BATCH
 from smooseg_fast.measure import confusion as evaluation
@@ -35,7 +36,9 @@ def made_up_labels(count, size, classes=4, only=None, grid=(4, 4)):
             return count
 
     names, kinds = tuple(map(str, range(count))), ("a", "b", "c")  # number 3 counts nowhere
-    return Made(name="made", names=names, class_names=kinds, grid=grid, label=label, reads=reads)
+    return Made(
+        name="made", names=names, crops=[(0, 0)] * count, class_names=kinds, grid=grid, label=label, reads=reads
+    )
 
 
 def counted(labels, K=5):
@@ -49,7 +52,7 @@ def test_counts_do_not_depend_on_what_is_kept(kept, monkeypatch):
     count, size = 3 * BATCH + 5, 20
     monkeypatch.setattr(evaluation, "KEPT_BYTES", kept * BATCH * size**2)
     made = made_up_labels(count, size)
-    labels = LabelSquares(made, made, size)
+    labels = LabelSquares(made, made, Cutting(size=size))
     assert sorted(made.reads) == list(range(count))
     squares = np.concatenate([squares for _, squares, _ in labels._batches("labels")])
     assert [start for start, *_ in labels._batches("labels")] == list(range(0, count, BATCH))
@@ -70,7 +73,7 @@ def test_memory_does_not_grow_with_the_set(monkeypatch):
         codes = torch.ones(1, 1, 2).expand(BATCH, -1, -1)
         tracemalloc.start()
         try:
-            LabelSquares(made, made, size).confusion(lambda rows, codes=codes: codes, torch.ones(1, 2))
+            LabelSquares(made, made, Cutting(size=size)).confusion(lambda rows, codes=codes: codes, torch.ones(1, 2))
             peaks.append(tracemalloc.get_traced_memory()[1])
         finally:
             tracemalloc.stop()
@@ -83,11 +86,11 @@ def test_memory_does_not_grow_with_the_set(monkeypatch):
 def test_where_nobody_labelled():
     made = made_up_labels(20, 8, only=())
     with pytest.raises(UserError, match="--data: none of the 20 images of made has a label"):
-        LabelSquares(made, made, 8)
+        LabelSquares(made, made, Cutting(size=8))
     made.label = lambda index: np.full((9, 8), 255, np.uint8)
-    with pytest.raises(UserError, match="--data: every pixel in the central squares of all 20 labels of made is 255"):
-        LabelSquares(made, made, 8)
-    labels = LabelSquares(*[made_up_labels(20, 8, only=(3,))] * 2, 8)
+    with pytest.raises(UserError, match="--data: every pixel in the squares of all 20 labels of made is 255"):
+        LabelSquares(made, made, Cutting(size=8))
+    labels = LabelSquares(*[made_up_labels(20, 8, only=(3,))] * 2, Cutting(size=8))
     squares = np.concatenate([squares for _, squares, _ in labels._batches("labels")])
     assert np.flatnonzero((squares != 255).any((1, 2))).tolist() == [3]
 

@@ -1,6 +1,5 @@
 """predict as a user runs it: what is written, and what the same command does after a stop, a change or a mishap."""
 
-import functools
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from textures import draw
 
 import smooseg_fast
 from smooseg_fast import evaluate, predict, similarity, train
+from smooseg_fast.backbones import Backbone
 from smooseg_fast.command import run
 from smooseg_fast.config import TrainConfig
 from smooseg_fast.datasets.images import find_images, resize_short_side
@@ -103,10 +103,12 @@ def test_predict_on_masks_alone(trained, labelled, capsys):
 PATCH = 8
 
 
-def mean_colours(pixels):
-    """uint8 [B,3,S,T] -> codes [B,h,w,3]: what a patch has depends on its own pixels alone."""
-    b, _, s, t = pixels.shape
-    return pixels.float().view(b, 3, s // PATCH, PATCH, t // PATCH, PATCH).mean((3, 5)).permute(0, 2, 3, 1) - 127.5
+class MeanColours(Backbone):
+    """What a patch has depends on its own pixels alone."""
+
+    def extract(self, images):
+        b, _, s, t = images.shape
+        return images.view(b, 3, s // PATCH, PATCH, t // PATCH, PATCH).mean((3, 5)).flatten(2).mT - 0.5
 
 
 def taps(pixels, patches, covered):
@@ -126,9 +128,9 @@ def test_labels_lie_where_their_pixels_are(monkeypatch, height, width, short_sid
     prototypes = torch.from_numpy(rng.standard_normal((7, 3))).float()
     chosen = object.__new__(Segmenter)  # one that has learnt nothing
     chosen.checkpoint = SimpleNamespace(config=TrainConfig(resample="bilinear"))
-    chosen.backbone, chosen.head = SimpleNamespace(patch=PATCH), SimpleNamespace(teacher=prototypes)
-    chosen.codes = mean_colours
-    monkeypatch.setattr(segmenter, "code_map", functools.partial(segmenter.code_map, tile=tile))
+    chosen.backbone = MeanColours(name="colours", digest="colours", patch=PATCH, dim=3)
+    chosen.head = SimpleNamespace(teacher=prototypes, student=prototypes, projection=lambda features: features)
+    monkeypatch.setattr(segmenter, "TILE", tile)
     labels = chosen.predict(image, mirror=mirror, short_side=short_side)
 
     resized = resize_short_side(image, short_side, "bilinear")
@@ -136,7 +138,8 @@ def test_labels_lie_where_their_pixels_are(monkeypatch, height, width, short_sid
     assert below > 0
     assert beyond > 0
     padded = np.pad(resized, ((0, below), (0, beyond), (0, 0)), mode="symmetric")
-    codes = mean_colours(torch.from_numpy(padded).permute(2, 0, 1)[None])[0].double().numpy()
+    features, grid = chosen.backbone(torch.from_numpy(padded).permute(2, 0, 1)[None])
+    codes = features[0].unflatten(0, grid).double().numpy()
     h, w = codes.shape[:2]
     top, bottom, down = taps(height, h, round(padded.shape[0] * height / resized.shape[0]))
     left, right, across = taps(width, w, round(padded.shape[1] * width / resized.shape[1]))
@@ -429,13 +432,13 @@ def test_no_two_images_share_a_mask():
 
 def test_what_does_not_fit_into_memory_is_skipped_and_said_in_one_line(trained, photos, monkeypatch, capsys):
     shutil.move(photos / "3.png", photos / "new\nline\x1b[2J.png")
-    plain = segmenter.code_map
+    plain = segmenter.code_bands
 
-    def full(image, *args, **options):
-        monkeypatch.setattr(segmenter, "code_map", plain)
+    def full(*args):
+        monkeypatch.setattr(segmenter, "code_bands", plain)
         raise MemoryError
 
-    monkeypatch.setattr(segmenter, "code_map", full)
+    monkeypatch.setattr(segmenter, "code_bands", full)
     assert call(trained, photos, "made") == 0
     assert len(json.load(open("made/shares.json"))["images"]) == 4
     small, broken = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped: ")]

@@ -26,6 +26,7 @@ from test_trainer import SMALL, call, files
 
 from smooseg_fast import command, similarity, train
 from smooseg_fast.datasets import open_dataset
+from smooseg_fast.datasets.cutting import Cutting
 from smooseg_fast.datasets.images import ImageError
 from smooseg_fast.errors import UserError
 from smooseg_fast.features import store
@@ -285,14 +286,14 @@ def test_one_label_is_enough_wherever_it_is(pair, alone):
 def count_one(processes, alone):
     made = made_up_labels(20, 20, classes=1, only=(alone,))
     codes = torch.ones(20, 16, 6)
-    return LabelSquares(made, made, 20, processes).confusion(lambda index: codes[index], torch.ones(1, 6))
+    return LabelSquares(made, made, Cutting(size=20), processes).confusion(lambda index: codes[index], torch.ones(1, 6))
 
 
 def confusion(processes):
     g = torch.Generator().manual_seed(0)
     codes, prototypes = torch.randn(50, 16, 6, generator=g), torch.randn(5, 6, generator=g)
     made = made_up_labels(50, 20)
-    return LabelSquares(made, made, 20, processes).confusion(lambda index: codes[index], prototypes)
+    return LabelSquares(made, made, Cutting(size=20), processes).confusion(lambda index: codes[index], prototypes)
 
 
 def test_confusion_counts_sum_exactly(pair):

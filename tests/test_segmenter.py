@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,54 +17,80 @@ from textures import draw
 
 import smooseg_fast
 from smooseg_fast import evaluate, predict, train
+from smooseg_fast.backbones import Backbone
 from smooseg_fast.command import run
+from smooseg_fast.config import TrainConfig
 from smooseg_fast.datasets import demo, images
+from smooseg_fast.datasets.cutting import Cutting
 from smooseg_fast.datasets.mosaic import Mosaic
 from smooseg_fast.segment.checkpoint import KEY, read_checkpoint
-from smooseg_fast.segment.tiles import code_map, spans
+from smooseg_fast.segment.segmenter import Segmenter
+from smooseg_fast.segment.tiles import code_bands, spans
+from smooseg_fast.segment.views import Views
 
 
-def positions(images):
-    """Codes that tell the mean colour of every 8-pixel patch: [B,h,w,3]."""
-    b, _, s, t = images.shape
-    return images.float().view(b, 3, s // 8, 8, t // 8, 8).mean((3, 5)).permute(0, 2, 3, 1)
+class MeanColours(Backbone):
+    """A patch has the mean colour of its own pixels alone, around 0."""
+
+    def __init__(self):
+        super().__init__(name="colours", digest="colours", patch=8, dim=3)
+
+    def extract(self, images):
+        b, _, s, t = images.shape
+        return images.view(b, 3, s // 8, 8, t // 8, 8).mean((3, 5)).flatten(2).mT - 0.5
+
+
+def untrained(prototypes, backbone=None, **settings):
+    """A segmenter whose codes are the features."""
+    chosen = object.__new__(Segmenter)
+    chosen.checkpoint = SimpleNamespace(config=TrainConfig(**settings))
+    head = SimpleNamespace(teacher=prototypes, student=prototypes, projection=lambda features: features)
+    chosen.backbone, chosen.head = backbone or MeanColours(), head
+    return chosen
+
+
+def codes_of(image, tile, mirror=False, **options):
+    views = Views(image, Cutting(**options), MeanColours())
+
+    def codes(tile):
+        return views.features(tile, mirror)[0].unflatten(0, (tile.rows, tile.columns))
+
+    return views, torch.cat(list(code_bands(views.grid, tile // 8, codes)))
 
 
 def test_tiles_equal_the_whole_where_a_patch_sees_only_itself():
     image = np.random.default_rng(0).integers(0, 256, (96, 400, 3), dtype=np.uint8)
-    options = dict(short_side=96, resample="nearest", mirror=False)
-    whole = code_map(image, positions, 8, **options, tile=1000)
-    tiled = code_map(image, positions, 8, **options, tile=64)
-    torch.testing.assert_close(whole.codes, tiled.codes, atol=1e-3, rtol=1e-5)
-    assert whole.codes.shape == (12, 50, 3)
-    assert whole.size == (96, 400)
-    # the mirror's codes come back to their places
-    torch.testing.assert_close(
-        code_map(image, positions, 8, **{**options, "mirror": True}, tile=64).codes, tiled.codes, atol=1e-3, rtol=1e-5
-    )
+    views, whole = codes_of(image, 1000, size=96)
+    assert whole.shape == (12, 50, 3)
+    assert views.size == (96, 400)
+    for options in ({}, {"mirror": True}, {"margin": 16}, {"margin": 3, "mirror": True}):
+        torch.testing.assert_close(codes_of(image, 64, size=96, **options)[1], whole, atol=1e-5, rtol=1e-5)
 
 
 def test_padding_is_mirrored_content_and_never_stretches():
     image = np.full((50, 101, 3), 7, np.uint8)
     image[:, 96:] = 200
-    found = code_map(image, positions, 8, short_side=50, resample="nearest", mirror=False)
-    assert found.codes.shape == (7, 13, 3)
-    assert found.size == (56, 104)  # pixels that 7 x 13 patches cover
-    assert (found.codes[:, :12] == 7).all()
-    assert (found.codes[:, 12] == 200).all()
-    scaled = code_map(image, positions, 8, short_side=100, resample="nearest", mirror=False)
-    assert scaled.codes.shape == (13, 26, 3)
-    assert scaled.size == (52, 104)
+    views, codes = codes_of(image, 640, size=50)
+    assert codes.shape == (7, 13, 3)
+    assert views.size == (56, 104)  # pixels that 7 x 13 patches cover
+    torch.testing.assert_close(codes[:, :12], torch.full((7, 12, 3), 7 / 255 - 0.5))
+    torch.testing.assert_close(codes[:, 12], torch.full((7, 3), 200 / 255 - 0.5))
+    views, codes = codes_of(image, 640, size=100)
+    assert codes.shape == (13, 26, 3)
+    assert views.size == (52, 104)
 
 
-@pytest.mark.parametrize(("length", "side"), [(1, 8), (8, 8), (9, 8), (100, 8), (37, 10)])
-def test_spans_cover_and_overlap(length, side):
-    pieces = spans(length, side)
+@pytest.mark.parametrize(
+    ("length", "side", "step"), [(1, 8, 1), (8, 8, 1), (9, 8, 1), (100, 8, 1), (37, 10, 1), (100, 8, 2), (96, 17, 4)]
+)
+def test_spans_cover_and_overlap(length, side, step):
+    pieces = spans(length, side, step)
     assert pieces[0][0] == 0
     assert sum(pieces[-1]) == length
     for (a, n), (b, _) in itertools.pairwise(pieces):
-        assert n == side
+        assert n == side // step * step
         assert a < b <= a + n - side // 4
+        assert b % step == 0
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (8, 300), (301, 9), (64, 64), (65, 200), (700, 900)])

@@ -22,6 +22,7 @@ SUFFIX_LIST = " ".join(SUFFIXES)
 MAX_PIXELS = 2**30  # 32,768 pixels square: beyond this a header is more likely damaged than true
 
 Crops = Literal["center", "slide", "five"]
+ROWS = 512  # that are copied at a time
 FIVE_RATIO = 0.5  # height and width of each of five crops, as a share of the image's (the paper's value)
 Resample = Literal["nearest", "bilinear"]
 
@@ -292,7 +293,12 @@ def as_rgb(image: Image.Image, source: str | None) -> np.ndarray:
         white = Image.new("RGBA", image.size, "white")
         white.alpha_composite(image.convert("RGBA"))
         image = white
-    return np.array(image.convert("RGB"))
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for top in range(0, image.height, ROWS):  # np.array would hold two more copies of the whole on its way
+        bottom = min(top + ROWS, image.height)
+        pixels[top:bottom] = np.asarray(image.crop((0, top, image.width, bottom)))
+    return pixels
 
 
 def _stretch(values: np.ndarray) -> np.ndarray:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..backbones.base import Backbone
+from ..backbones.scales import side_by_side
 from ..errors import UserError
-from .scales import side_by_side
 
 
 class Square(NamedTuple):

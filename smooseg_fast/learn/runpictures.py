@@ -13,7 +13,7 @@ from PIL.Image import Image
 from scipy.optimize import linear_sum_assignment
 
 from ..backbones.base import reason
-from ..config import Variant
+from ..config import Variant, scale_factor
 from ..datasets.images import ImageError
 from ..errors import WriteError
 from ..features.sample import evenly_spaced
@@ -25,6 +25,7 @@ from .runfolder import CURVES, GROUPS, LADDER, RunFolder
 from .setting import Setting
 
 GROUPS_IMAGES, LADDER_IMAGES = 8, 6
+LARGEST = 1024  # pixels of an image's side, at the scale of the run, that are shown
 PANELS = {
     "energy": ("energy_within", "energy_across"),
     "label distance": ("distance_within", "distance_across"),
@@ -63,11 +64,22 @@ class Shown:
             iterable=indices, desc=name, unit="image", delay=SILENT_S, leave=False, disable=not self.setting.progress
         ):
             with suppress(ImageError):  # gone since its features were taken
-                yield setting.dataset.names[index], setting.dataset.image(index)
+                image, name = setting.dataset.image(index), setting.dataset.names[index]
+                middle = self.middle(image)
+                yield (name if middle.shape == image.shape else f"{name} (middle)"), middle
+
+    def middle(self, image: np.ndarray) -> np.ndarray:
+        """The middle of an image, LARGEST pixels a side at the scale of the run; a scale that fits shows all of it."""
+        factor = scale_factor(self.setting.config.scale[0])
+        if factor is None:
+            return image
+        sides = [min(side, max(self.setting.backbone.patch, round(LARGEST / factor))) for side in image.shape[:2]]
+        top, left = ((there - side) // 2 for there, side in zip(image.shape, sides))
+        return image[top : top + sides[0], left : left + sides[1]]
 
     def labels(self, variant: Variant, image: np.ndarray) -> np.ndarray:
         """uint8 [H,W] groups of an image."""
-        return self.segmenters[variant].predict(image).astype(np.uint8)
+        return self.segmenters[variant].predict(image)
 
 
 def draw(shown: Shown) -> list[Path]:

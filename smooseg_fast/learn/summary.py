@@ -136,7 +136,8 @@ def score(
     """Scores for the report, matched to classes by the labels (Hungarian), next to k-means on the same features."""
     names, say = classes_of(validation.dataset), run.say
     where = "held-out images" if validation.dataset.held_out else "the training images"
-    say(f"scores     {len(validation.store)} {where}; groups are matched to classes by the labels (Hungarian):")
+    tiles = "" if len(validation.store) == validation.images else f", {len(validation.store)} tiles of them"
+    say(f"scores     {validation.images} {where}{tiles}; groups are matched to classes by the labels (Hungarian):")
     rows = sample_patches(run.setting.store, seed=0).to(run.setting.device)
     baseline = validation.kmeans(spherical_kmeans(rows, run.setting.prototypes, starts=10).centres)
     figures: dict[Variant, dict[str, Any]] = {}

@@ -22,7 +22,7 @@ from ..datasets.images import whole_patches
 from ..datasets.inspection import is_grey
 from ..errors import UserError, WriteError
 from ..features.extract import open_or_extract
-from ..features.job import FeatureOptions
+from ..features.job import FeatureOptions, Job
 from ..features.room import Windows, require_room
 from ..features.store import FeatureStore
 from ..measure.confusion import LabelSquares
@@ -178,12 +178,14 @@ def say_plan(config: TrainConfig, device: str, say: Say, processes: Processes) -
 def open_validation(
     config: TrainConfig, held_out: Dataset, backbone: Backbone, options: FeatureOptions
 ) -> LabelSquares:
-    """Features and labels of the images to measure on, in central squares of --eval-size."""
-    size = config.sides[1]
-    options = dataclasses.replace(options, size=size, crops="center", argument="--eval-size")
+    """Features and labels of the images to measure on, in central squares of --eval-size; in tiles of that side at
+    another scale than fit."""
+    size, crops = config.sides[1], "center" if config.scale == (FIT,) else "tiles"
+    options = dataclasses.replace(options, size=size, crops=crops, argument="--eval-size")
     require_room(held_out, backbone, options)
     store = open_or_extract(held_out, backbone, options)
-    return LabelSquares(held_out, store, size, options.processes, options.progress)
+    cutting = Job(held_out, backbone, options).cutting
+    return LabelSquares(held_out, store, cutting, options.processes, options.progress)
 
 
 def open_features(

@@ -1,10 +1,11 @@
-"""Cached features and labels -> confusion counts over a whole set, of a trained head or of plain k-means."""
+"""Confusion counts over a whole set: of a trained head or plain k-means on cached squares, or of whole pictures."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,11 +14,13 @@ from torch import Tensor
 import smooseg_kernels as sk
 
 from ..datasets import IGNORE, Dataset, classes_of
-from ..datasets.images import cut_squares
+from ..datasets.cutting import Cutting
+from ..datasets.images import ImageError, require_patch
 from ..errors import UserError
 from ..features.sample import BATCH
 from ..features.store import FeatureStore
 from ..segment.model import Head, project
+from ..segment.segmenter import Segmenter
 from ..system.ahead import ahead
 from ..system.processes import ALONE, Processes
 from ..system.progress import SILENT_S, Bar
@@ -28,12 +31,12 @@ THREADS = 4  # that read labels, at most, each a batch
 
 
 class LabelSquares:
-    """The labels of a store of central squares: all are checked at once, and read again whenever they are counted.
+    """The labels of the squares of a store: all are checked at once, and read again whenever they are counted.
 
     KEPT_BYTES of them stay in memory, which is all of most sets; the others only pass through it.
 
     Args:
-        size: S, the side of a square in pixels.
+        cutting: how the squares were cut; their side is S pixels.
         processes: each reads the batches alone that it will count; all ask for the same counts in the same order.
         progress: show a bar where reading or counting takes long.
 
@@ -42,26 +45,35 @@ class LabelSquares:
     """
 
     def __init__(
-        self, dataset: Dataset, store: FeatureStore, size: int, processes: Processes = ALONE, progress: bool = True
+        self,
+        dataset: Dataset,
+        store: FeatureStore,
+        cutting: Cutting,
+        processes: Processes = ALONE,
+        progress: bool = True,
     ):
-        self.dataset, self.store, self.size = dataset, store, size
+        self.dataset, self.store, self.cutting = dataset, store, cutting
         self.processes, self.progress = processes, progress
         places = {name: index for index, name in enumerate(dataset.names)}
         self._images = [places[name] for name in store.names]
         self._kept: dict[int, np.ndarray] = {}
-        labelled, room = torch.zeros(2, dtype=torch.int64), KEPT_BYTES // (BATCH * size**2)
+        labelled, room = torch.zeros(2, dtype=torch.int64), KEPT_BYTES // (BATCH * cutting.size**2)
         for start, squares, labels in self._batches("labels"):
             labelled += torch.tensor([labels, np.count_nonzero(squares != IGNORE)])
             if len(self._kept) < room:
                 self._kept[start] = squares
         labels, pixels = processes.sum(labelled).tolist()
         if not labels:
-            raise UserError(f"--data: none of the {len(store)} images of {dataset.name} has a label")
+            raise UserError(f"--data: none of the {self.images} images of {dataset.name} has a label")
         if not pixels:
             raise UserError(
-                f"--data: every pixel in the central squares of all {labels} labels of {dataset.name} is {IGNORE} "
+                f"--data: every pixel in the squares of all {labels} labels of {dataset.name} is {IGNORE} "
                 "(ignore), so nothing can be measured; write class numbers from 0 into the labels"
             )
+
+    @property
+    def images(self) -> int:
+        return len(set(self._images))
 
     def confusion(self, codes: Callable[[Tensor], Tensor], prototypes: Tensor) -> np.ndarray:
         """int64 [K,classes] over all labelled pixels. `codes` gives [n,P,Z] for int64 [n] numbers of rows.
@@ -106,12 +118,71 @@ class LabelSquares:
         """(start, uint8 [n,S,S] of that row and the next ones, 255 without a label; number of images with a label)"""
         if start in self._kept:
             return start, self._kept[start], 0
-        labels = [self.dataset.label(index) for index in self._images[start : start + BATCH]]
-        squares = np.full((len(labels), self.size, self.size), IGNORE, np.uint8)
-        for square, label in zip(squares, labels):
+        rows = range(start, min(start + BATCH, len(self._images)))
+        squares = np.full((len(rows), self.cutting.size, self.cutting.size), IGNORE, np.uint8)
+        labels, last = 0, -1
+        label: np.ndarray | None = None
+        for square, row in zip(squares, rows):
+            index = self._images[row]
+            if index != last:  # the rows of an image follow each other
+                label, last = self.dataset.label(index), index
+                labels += label is not None
             if label is not None:
-                square[:] = cut_squares(label, self.size, "center")[0][1]
-        return start, squares, sum(label is not None for label in labels)
+                square[:] = self.cutting.truth(label, self.store.crops[row])
+        return start, squares, labels
+
+
+class Wholes(NamedTuple):
+    """The counts of whole pictures, int64 [K,classes], and which of them could not be used: (name, reason)."""
+
+    counts: np.ndarray
+    skipped: list[tuple[str, str]]
+
+
+def count_wholes(
+    segmenter: Segmenter, dataset: Dataset, processes: Processes = ALONE, *, progress: bool = True, **options: Any
+) -> Wholes:
+    """Count every labelled pixel of every picture at its own size, each process a share of the pictures.
+
+    options: as for `Segmenter.predict`. Memory: a picture and its label. UserError when no pixel is labelled, or no
+    picture can be used.
+    """
+    classes = len(classes_of(dataset))
+    counts, skipped = np.zeros((segmenter.groups, classes), np.int64), []
+    bar = Bar(total=len(dataset), desc="evaluate", unit="image", delay=SILENT_S, leave=False, disable=not progress)
+    with bar:
+        for index in range(processes.rank, len(dataset), processes.size):
+            try:
+                pixels, label = dataset.image(index), dataset.label(index)
+                require_patch(pixels, segmenter.backbone.patch, dataset.names[index])
+            except ImageError as error:
+                skipped.append((dataset.names[index], error.reason))
+                label = None
+            if label is not None:
+                count_picture(counts, segmenter.bands(pixels, **options), label)
+            bar.update(min(processes.size, bar.total - bar.n))
+    counts = processes.sum(torch.from_numpy(counts)).numpy()
+    skipped = [image for part in processes.all(skipped) for image in part]
+    if len(skipped) == len(dataset):
+        (name, reason), *_ = skipped
+        raise UserError(f"--data: none of the {len(dataset)} images can be used (first: {name}: {reason})")
+    if not counts.any():
+        raise UserError(
+            f"--data: no pixel of the labels of {dataset.name} has a class, so nothing can be measured; "
+            "write class numbers from 0 into the labels"
+        )
+    return Wholes(counts, skipped)
+
+
+def count_picture(counts: np.ndarray, bands: Iterable[np.ndarray], truth: np.ndarray) -> None:
+    """Add the pixels of a picture, labelled in bands uint8 [n,W] from top to bottom, to int64 [K,classes]."""
+    first, classes = 0, counts.shape[1]
+    for band in bands:
+        part = truth[first : first + len(band)]
+        first += len(band)
+        known = part < classes
+        cells = band[known].astype(np.int64) * classes + part[known]
+        counts += np.bincount(cells, minlength=counts.size).reshape(counts.shape)
 
 
 def head_codes(head: Head, store: FeatureStore, mirrored: FeatureStore | None = None) -> Callable[[Tensor], Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +12,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import smooseg_kernels as sk
-
 from ..backbones import Backbone, build_vit, load_backbone
 from ..backbones.base import digest_of, naming
 from ..backbones.weights import is_pickle
-from ..config import TrainConfig
+from ..config import FIT, TrainConfig, legal_scales
+from ..datasets.cutting import Cutting
 from ..datasets.images import ImageError, as_rgb, read_image, require_patch
 from ..errors import UserError
 from .checkpoint import Checkpoint, read_checkpoint
 from .model import project
 from .published import read_published
-from .tiles import code_map
+from .tiles import TILE, Tile, code_bands, label_bands
+from .views import Views
 
 Picture = np.ndarray | Image.Image | str | Path
+Scale = str | float | Sequence[str | float]
 
 
 class Segmenter:
@@ -32,10 +35,11 @@ class Segmenter:
     path: Path | None = None  # the file it was loaded from
 
     def __init__(self, checkpoint: Checkpoint, backbone: Backbone):
-        if backbone.dim != checkpoint.head.dim:
+        given, learnt = backbone.dim * len(checkpoint.config.scale), checkpoint.head.dim
+        if given != learnt:
             raise UserError(
-                f"--backbone {backbone.name}: gives {backbone.dim} channels, but the checkpoint was trained on "
-                f"{checkpoint.head.dim} of {checkpoint.backbone_name}; give that backbone"
+                f"--backbone {backbone.name}: gives {given} channels, but the checkpoint was trained on {learnt} of "
+                f"{checkpoint.backbone_name}; give that backbone"
             )
         self.checkpoint, self.backbone = checkpoint, backbone
         self.head = checkpoint.head.to(backbone.device).eval()
@@ -105,36 +109,92 @@ class Segmenter:
 
     @property
     def digest(self) -> str:
-        """A hex digest of all that was learnt and of how images are resized, without the backbone."""
-        return digest_of(self.head.state_dict(), self.config.resample)
+        """A hex digest of all that was learnt, of how images are resized, and of the margin, without the backbone."""
+        return digest_of(self.head.state_dict(), self.config.resample, str(self.config.margin))
 
-    @torch.no_grad()
-    def predict(self, image: Picture, *, mirror: bool = True, short_side: int | None = None) -> np.ndarray:
-        """Label every pixel of an image -> int64 [H,W] in 0..K-1.
+    def predict(
+        self,
+        image: Picture,
+        *,
+        mirror: bool = True,
+        short_side: int | None = None,
+        scale: Scale | None = None,
+    ) -> np.ndarray:
+        """Label every pixel of an image -> uint8 [H,W] in 0..K-1.
+
+        Memory: the image, the labels, and some bands of tiles, however large the image is.
 
         Args:
             image: uint8 [H,W,3] RGB, uint8 [H,W] grey, a Pillow image (not turned), or a path (turned upright by EXIF).
             mirror: average the codes with those of the mirrored image, as the paper does, in twice the time.
             short_side: pixels of the short side when features are computed, at least one patch; by default the
-                evaluation size of training. More pixels give finer detail and less context.
+                evaluation size of training. More pixels give finer detail and less context. For the scale "fit" alone.
+            scale: "fit", "native" or a factor, as in training; as many as there, largest first. By default those of
+                training, or "fit" where `short_side` is given.
 
         Raises:
-            UserError: where `pixels` raises it, for a short side below one patch, and when memory runs out.
+            UserError: where `pixels` raises it, for a scale or short side that cannot be, and when memory runs out.
         """
         pixels = self.pixels(image)
-        side = self.config.sides[1] if short_side is None else short_side
-        patch = self.backbone.patch
-        if side < patch:
-            raise UserError(f"--short-side: must be at least one patch, {patch} pixels, got {side}")
+        labels, first = np.empty(pixels.shape[:2], np.uint8), 0
         try:
-            codes = code_map(pixels, self.codes, patch, short_side=side, resample=self.config.resample, mirror=mirror)
+            for band in self.bands(pixels, mirror=mirror, short_side=short_side, scale=scale):
+                labels[first : first + len(band)] = band
+                first += len(band)
         except MemoryError as error:
             name = image if isinstance(image, (str, Path)) else "image"
-            reason = f"does not fit into memory with its short side at {side} pixels"
-            raise ImageError(name, reason, "give a smaller --short-side, or cut it into tiles") from error
-        H, W = pixels.shape[:2]
-        grid, rows = codes.codes.shape[:2], codes.codes.flatten(0, 1)[None]
-        return sk.assign(rows, self.head.teacher, grid=grid, size=codes.size)[0, :H, :W].cpu().numpy()
+            cutting = self.cutting(scale, short_side)
+            fits = cutting.scale == (FIT,)
+            at = f"with its short side at {cutting.size} pixels" if fits else f"at --scale {' '.join(cutting.scale)}"
+            advice = f"give a smaller {'--short-side' if fits else '--scale'}, or cut it into tiles"
+            raise ImageError(name, f"does not fit into memory {at}", advice) from error
+        return labels
+
+    @torch.no_grad()
+    def bands(
+        self,
+        pixels: np.ndarray,
+        *,
+        mirror: bool = True,
+        short_side: int | None = None,
+        scale: Scale | None = None,
+    ) -> Iterator[np.ndarray]:
+        """Label pixels uint8 [H,W,3] -> bands uint8 [n,W] from top to bottom; options as for `predict`."""
+        views = Views(pixels, self.cutting(scale, short_side), self.backbone)
+
+        def codes(tile: Tile) -> Tensor:
+            codes = self.codes(views, tile, mirror=False)
+            return (codes + self.codes(views, tile, mirror=True)) / 2 if mirror else codes
+
+        codes_of_all = code_bands(views.grid, max(1, TILE // self.backbone.patch), codes, views.step)
+        labelled = label_bands(codes_of_all, self.head.teacher, views.grid[0], views.size, pixels.shape[:2])
+        for band in labelled:
+            yield band.cpu().numpy()
+
+    def cutting(
+        self, scale: Scale | None = None, short_side: int | None = None, argument: str = "--short-side"
+    ) -> Cutting:
+        """How an image is seen with these options of `predict`. UserError where they cannot be; `argument` is the flag
+        that gives `short_side`."""
+        config, patch = self.config, self.backbone.patch
+        if scale is None:
+            scale = FIT if short_side is not None and len(config.scale) == 1 else config.scale
+        scales = dataclasses.replace(config, scale=scale).scale
+        legal_scales(scales, "--scale")
+        text, trained = " ".join(scales), " ".join(config.scale)
+        if len(scales) != len(config.scale):
+            raise UserError(
+                f"--scale {text}: the checkpoint was trained at {len(config.scale)} ({trained}); give as many"
+            )
+        if scales != (FIT,):
+            if short_side is not None:
+                raise UserError(f"{argument} {short_side}: belongs to --scale fit, not to {text}; give one of the two")
+            side = config.sides[0]  # in training too, an image below it is enlarged
+        else:
+            side = config.sides[1] if short_side is None else short_side
+            if side < patch:
+                raise UserError(f"{argument}: must be at least one patch, {patch} pixels, got {side}")
+        return Cutting(size=side, resample=config.resample, scale=scales, margin=config.margin)
 
     def pixels(self, image: Picture) -> np.ndarray:
         """Read what `predict` takes as uint8 [H,W,3].
@@ -157,10 +217,9 @@ class Segmenter:
         require_patch(pixels, self.backbone.patch, name)
         return pixels
 
-    def codes(self, images: Tensor) -> Tensor:
-        """Compute the codes [B,h,w,Z] of images uint8 [B,3,S,T]."""
-        features, grid = self.backbone(images)
-        return project(self.head, features).unflatten(1, grid)
+    def codes(self, views: Views, tile: Tile, mirror: bool) -> Tensor:
+        """Compute the codes [rows,columns,Z] of a tile, or those of its mirror image, mirrored back."""
+        return project(self.head, views.features(tile, mirror))[0].unflatten(0, (tile.rows, tile.columns)).float()
 
     def about(self) -> dict[str, Any]:
         """Return its backbone, the licence of the backbone's weights, step, groups and report, ready for JSON."""

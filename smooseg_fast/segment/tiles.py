@@ -1,70 +1,103 @@
-"""Codes of an image of any size: at the training scale, in overlapping tiles if it is large, never stretched."""
+"""Labels of a picture of any size, from overlapping tiles, band by band, so that memory grows with its width alone.
+
+Tiles are cut out of the picture at its scale, real where it goes on and mirrored where it ends. Their codes are blended
+under tents. Each finished band of patches is scored against the prototypes, upsampled and labelled, and forgotten.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import product
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..datasets.images import Resample, resize_short_side
+from smooseg_kernels.rows import unit_rows
 
-TILE = 640  # pixels of a tile's side; larger images are cut
+TILE = 640  # pixels of a tile's side; larger pictures are cut
 OVERLAP = 0.25  # least share of a tile's side
+STRIP_ELEMENTS = 1 << 22  # upsampled scores at a time
 
 
-class CodeMap(NamedTuple):
-    codes: Tensor  # [h,w,Z]
-    size: tuple[int, int]  # (H, W) pixels under the h x w patches: the image's own and padding
+class Tile(NamedTuple):
+    """A rectangle of patches: its first row and column, and their numbers."""
+
+    top: int
+    left: int
+    rows: int
+    columns: int
 
 
-def code_map(
-    image: np.ndarray,
-    features: Callable[[Tensor], Tensor],
-    patch: int,
-    *,
-    short_side: int,
-    resample: Resample,
-    mirror: bool,
-    tile: int = TILE,
-) -> CodeMap:
-    """Compute the codes of an image uint8 [H,W,3].
+def code_bands(grid: tuple[int, int], side: int, codes_of: Callable[[Tile], Tensor], step: int = 1) -> Iterator[Tensor]:
+    """Blend the codes of tiles of at most `side` patches -> bands [n,w,Z] that make up [h,w,Z] from top to bottom.
 
-    Resizes the short side to `short_side` pixels, and pads both sides to whole patches with mirrored content. Images
-    above `tile` pixels a side are cut. `features` takes uint8 [B,3,S,T] (sides multiples of `patch`) and gives codes
-    [B,S/patch,T/patch,Z]; with `mirror` they are averaged with those of the mirrored image.
+    grid: (h, w) patches of the picture. codes_of: gives the codes [rows,columns,Z] of a tile, which begins at multiples
+    of `step`.
     """
-    resized = resize_short_side(image, short_side, resample)
-    height, width = resized.shape[:2]
-    h, w = -(-height // patch), -(-width // patch)
-    padded = np.pad(resized, ((0, h * patch - height), (0, w * patch - width), (0, 0)), mode="symmetric")
-    total, side = torch.empty(0), max(1, tile // patch)
-    for (top, rows), (left, columns) in product(spans(h, side), spans(w, side)):
-        piece = padded[top * patch : (top + rows) * patch, left * patch : (left + columns) * patch]
-        pixels = torch.from_numpy(np.ascontiguousarray(piece)).permute(2, 0, 1)[None]
-        codes = features(pixels)[0].float()
-        if mirror:
-            codes = (codes + features(pixels.flip(-1))[0].flip(1).float()) / 2
-        codes = F.pad(codes, (0, 1), value=1.0)  # a last channel for the sum of the weights
-        total = total if len(total) else codes.new_zeros(h, w, codes.shape[-1])
-        # patches at the border of a tile see least around them, so they count least where tiles overlap
-        ramp = (tent(rows, h)[:, None] * tent(columns, w))[..., None].to(codes)
-        total[top : top + rows, left : left + columns] += codes * ramp
-    size = (round(h * patch * image.shape[0] / height), round(w * patch * image.shape[1] / width))
-    return CodeMap(total[..., :-1] / total[..., -1:], (max(image.shape[0], size[0]), max(image.shape[1], size[1])))
+    (h, w), total = grid, torch.empty(0)
+    tops = spans(h, side, step)
+    for (top, rows), following in zip(tops, [*(start for start, _ in tops[1:]), h]):
+        for left, columns in spans(w, side, step):
+            codes = F.pad(codes_of(Tile(top, left, rows, columns)), (0, 1), value=1.0)  # a channel for the weights' sum
+            if len(total) < rows:  # `total` begins at the tile's first row
+                fresh = codes.new_zeros(rows - len(total), w, codes.shape[-1])
+                total = torch.cat([total, fresh]) if len(total) else fresh
+            # patches at the border of a tile see least around them, so they count least where tiles overlap
+            ramp = (tent(rows, h)[:, None] * tent(columns, w))[..., None].to(codes)
+            total[:, left : left + columns] += codes * ramp
+        done, total = total[: following - top], total[following - top :]
+        yield done[..., :-1] / done[..., -1:]
 
 
-def spans(length: int, side: int) -> list[tuple[int, int]]:
-    """Return (start, length) of evenly spaced pieces of at most `side` that cover 0..length, overlapping by OVERLAP."""
+def label_bands(
+    bands: Iterable[Tensor], prototypes: Tensor, rows: int, size: tuple[int, int], shape: tuple[int, int]
+) -> Iterator[Tensor]:
+    """Label the pixels of upsampled codes by their nearest prototype -> bands uint8 [n,W], n to suit the memory.
+
+    As `smooseg_kernels.assign` does with a grid, but for codes that come band by band.
+
+    Args:
+        bands: codes [n,w,Z] from top to bottom, `rows` of them in all.
+        prototypes: [K,Z], K at most 256.
+        size: pixels (height, width) under all the patches.
+        shape: (H, W), the pixels to label, which begin at the same corner; at most `size`.
+    """
+    H, W = shape
+    directions = unit_rows(prototypes.float())
+    # bilinear interpolation is separable: two taps for the rows here, the library for the columns
+    y = ((torch.arange(H, dtype=torch.float32) + 0.5) * (rows / size[0]) - 0.5).clamp(min=0.0)
+    above = y.long().clamp(max=rows - 1)
+    below, share = (above + 1).clamp(max=rows - 1), (y - above)[:, None].to(prototypes.device)
+    scores, first, done = torch.empty(0), 0, 0  # [K,n,w] of the rows from `first` on; pixels that are labelled
+    for band in bands:
+        fresh = (band @ directions.mT).permute(2, 0, 1)
+        scores = torch.cat([scores, fresh], 1) if scores.numel() else fresh
+        # pixels whose lower tap has come
+        ready = int(torch.searchsorted(below, first + scores.shape[1]))
+        step = max(1, STRIP_ELEMENTS // (len(scores) * size[1]))
+        for start in range(done, ready, step):
+            part = slice(start, min(start + step, ready))
+            upper, lower = (scores[:, (tap[part] - first).to(scores.device)] for tap in (above, below))
+            lines = torch.lerp(upper, lower, share[part])
+            fine = F.interpolate(lines[None], size=(lines.shape[1], size[1]), mode="bilinear", align_corners=False)
+            yield fine[0, :, :, :W].argmax(0).to(torch.uint8)
+        done = ready
+        if done < H:
+            scores, first = scores[:, int(above[done]) - first :], int(above[done])
+
+
+def spans(length: int, side: int, step: int = 1) -> list[tuple[int, int]]:
+    """Return (start, length) of evenly spaced pieces of at most `side` that cover 0..length, overlapping by OVERLAP.
+
+    Starts are multiples of `step`, if `length` is one.
+    """
     if length <= side:
         return [(0, length)]
-    stride = max(1, int(side * (1 - OVERLAP)))
+    side = max(1, side // step) * step
+    stride = max(1, int(side * (1 - OVERLAP)) // step) * step
     count = -(-(length - side) // stride) + 1
-    return [(round(i * (length - side) / (count - 1)), side) for i in range(count)]
+    return [(round(i * (length - side) / (count - 1) / step) * step, side) for i in range(count)]
 
 
 def tent(n: int, length: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import ChainMap, Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -13,6 +14,7 @@ import numpy as np
 
 from ..datasets import recognise
 from ..datasets.images import ImageError, find_images, read_image, read_label
+from ..datasets.scaled import Scaled
 from ..errors import UserError
 from ..features.sample import evenly_spaced
 from ..segment.segmenter import Segmenter
@@ -24,6 +26,8 @@ from . import pictures
 from .sheet import Shown, groups_sheet
 
 SHEET_IMAGES = 24
+OVERLAY_PIXELS = 2**24  # an overlay of a larger image is reduced to as many
+BAND = 512  # rows that are reduced at a time
 RUN, DONE, MASKS, OVERLAYS = "predict.json", "done.jsonl", "masks", "overlays"
 SHARES, SHEET = "shares.json", "sheet.jpg"
 
@@ -107,9 +111,11 @@ class Predictions(OutFolder):
     def write(self, item: Item, stamp: list[str | int] | None, image: np.ndarray, labels: np.ndarray) -> Shares:
         """Write mask and overlay of `image` uint8 [H,W,3] with labels uint8 [H,W], then a line of the journal."""
         colours = pictures.palette(256)
-        pictures.save(self.overlay(item), pictures.overlay(image, labels, colours))
+        pictures.save(self.overlay(item), pictures.overlay(*reduced(image, labels), colours))
         pictures.write_mask(self.mask(item), labels, colours)
-        shares = {str(k): round(float(n) / labels.size, 6) for k, n in enumerate(np.bincount(labels.ravel())) if n}
+        # row by row, because bincount takes eight bytes a label
+        counts = sum(np.bincount(row, minlength=len(colours)) for row in labels)
+        shares = {str(k): round(float(n) / labels.size, 6) for k, n in enumerate(counts) if n}
         self._journal.append({"stem": item.stem, "stamp": stamp, "shares": shares})
         return shares
 
@@ -131,7 +137,7 @@ def segment(
                 break
             try:
                 stamp, image = item.stamp(), segmenter.pixels(item.file)
-                labels = segmenter.predict(image, **options).astype(np.uint8)
+                labels = segmenter.predict(image, **options)
             except ImageError as error:
                 outcome.skipped[item.name] = ImageError(item.file, error.reason, error.advice)
                 say_skipped(outcome.skipped[item.name])
@@ -148,6 +154,18 @@ def segment(
         skipped=dict(ChainMap(*(outcome.skipped for outcome in outcomes))),
         signal=next((outcome.signal for outcome in outcomes if outcome.signal is not None), None),
     )
+
+
+def reduced(image: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Bring an image [H,W,3] and its labels [H,W] to at most OVERLAY_PIXELS, in memory for a band and the result."""
+    factor = math.sqrt(OVERLAY_PIXELS / labels.size)
+    if factor >= 1:
+        return image, labels
+    scaled = [Scaled.by(image, factor, "bilinear"), Scaled.by(labels, factor, "nearest")]
+    height, width = scaled[0].size
+    bands = [(top, min(BAND, height - top)) for top in range(0, height, BAND)]
+    small = [np.concatenate([part.window(top, 0, rows, width) for top, rows in bands]) for part in scaled]
+    return small[0], small[1]
 
 
 def say_skipped(error: ImageError) -> None:

@@ -51,6 +51,14 @@ def scale_factor(scale: str) -> float | None:
     return None if scale == FIT else 1.0 if scale == NATIVE else float(scale)
 
 
+def scale_words(scale: Any) -> Any:
+    """Scales as --scale has them: a word or a number is a list of one; what is neither stays for `legal_scales`."""
+    scales = (scale,) if isinstance(scale, (str, Real)) else scale
+    if not isinstance(scales, (list, tuple)) or not all(scales):
+        return scale
+    return tuple(f"{item:g}" if isinstance(item, Real) else item for item in scales)
+
+
 def legal_scales(scales: tuple[str, ...], flag: str) -> None:
     """UserError unless it is "fit" alone, or one or several factors, largest first."""
     try:
@@ -233,10 +241,7 @@ class TrainConfig:
         if isinstance(values, (list, tuple)) and all(isinstance(value, Real) for value in values):
             # a number is a list of one, and -0.0 is 0.0; `check` refuses what is no number
             object.__setattr__(self, "granularity", tuple(float(value) + 0.0 for value in values))
-        scale = self.scale
-        if isinstance(scale, (str, Real)) or (isinstance(scale, (list, tuple)) and all(scale)):
-            scales = (scale,) if isinstance(scale, (str, Real)) else scale
-            object.__setattr__(self, "scale", tuple(f"{v:g}" if isinstance(v, Real) else v for v in scales))
+        object.__setattr__(self, "scale", scale_words(self.scale))
         for name in ("data", "out"):  # one name for one folder, however it is typed
             value = getattr(self, name)
             if isinstance(value, str) and value:

@@ -58,9 +58,9 @@ CATALOGUE = (
     Entry("facebook/dino-vitb8", PARTS, 8, 768, APACHE, 343),
     Entry("facebook/dino-vits16", SCENES, 16, 384, APACHE, 87),
     Entry("facebook/dino-vitb16", SCENES, 16, 768, APACHE, 343),
-    Entry(BOTH, "objects, scenes and textures (ImageNet classes), fast on any machine", 16, 566, APACHE, 18),
+    Entry(BOTH, "objects, scenes and textures (ImageNet classes), fast on any machine", 16, 502, APACHE, 18),
     Entry(LITE, "the same without textures", 16, 456, APACHE, 18),
-    Entry(BUILT_IN, "textures and colours, grey images; no objects; needs nothing", 8, 110, APACHE, 0),
+    Entry(BUILT_IN, "textures and colours, grey images; no objects; needs nothing", 8, 46, APACHE, 0),
 )
 ENTRIES = {entry.name: entry for entry in CATALOGUE}
 # files of the original releases, by the beginnings of their names; DINOv3's are not read

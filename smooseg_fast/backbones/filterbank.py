@@ -149,7 +149,7 @@ def mirrored(x: Tensor, margin: int) -> Tensor:
     return x
 
 
-def blur(x: Tensor, window: tuple[int, ...]) -> Tensor:
+def blur(x: Tensor, window: tuple[float, ...]) -> Tensor:
     """Weighted mean over a square window, borders mirrored; [...,h,w] -> [...,h,w]."""
     height, width = x.shape[-2:]
     x = mirrored(x, len(window) // 2)
@@ -159,7 +159,7 @@ def blur(x: Tensor, window: tuple[int, ...]) -> Tensor:
     return sum((weight * x[..., k : k + width] for k, weight in enumerate(weights)), start=zero)
 
 
-def deviation(x: Tensor, window: tuple[int, ...]) -> Tensor:
+def deviation(x: Tensor, window: tuple[float, ...]) -> Tensor:
     """Standard deviation over a square window, [...,h,w] -> [...,h,w]."""
     mean = blur(x, window)
     return (blur(x * x, window) - mean * mean).clamp_min(0).sqrt()

@@ -16,7 +16,7 @@ import smooseg_kernels as sk
 
 from ..backbones import Backbone, load_backbone
 from ..backbones.auto import candidates, explained, look
-from ..config import AUTO, TrainConfig, preset, with_changes
+from ..config import AUTO, FIT, Crops, TrainConfig, preset, with_changes
 from ..datasets import ArrayDataset, Dataset, open_splits
 from ..datasets.images import whole_patches
 from ..datasets.inspection import is_grey
@@ -180,7 +180,8 @@ def open_validation(
 ) -> LabelSquares:
     """Features and labels of the images to measure on, in central squares of --eval-size; in tiles of that side at
     another scale than fit."""
-    size, crops = config.sides[1], "center" if config.scale == (FIT,) else "tiles"
+    size = config.sides[1]
+    crops: Crops = "center" if config.scale == (FIT,) else "tiles"
     options = dataclasses.replace(options, size=size, crops=crops, argument="--eval-size")
     require_room(held_out, backbone, options)
     store = open_or_extract(held_out, backbone, options)

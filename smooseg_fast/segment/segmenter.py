@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -179,7 +178,7 @@ class Segmenter:
         config, patch = self.config, self.backbone.patch
         if scale is None:
             scale = FIT if short_side is not None and len(config.scale) == 1 else config.scale
-        scales = dataclasses.replace(config, scale=scale).scale
+        scales = scale_words(scale)
         legal_scales(scales, "--scale")
         text, trained = " ".join(scales), " ".join(config.scale)
         if len(scales) != len(config.scale):

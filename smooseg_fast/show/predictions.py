@@ -114,7 +114,9 @@ class Predictions(OutFolder):
         pictures.save(self.overlay(item), pictures.overlay(*reduced(image, labels), colours))
         pictures.write_mask(self.mask(item), labels, colours)
         # row by row, because bincount takes eight bytes a label
-        counts = sum(np.bincount(row, minlength=len(colours)) for row in labels)
+        counts = np.zeros(len(colours), np.int64)
+        for row in labels:
+            counts += np.bincount(row, minlength=len(colours))
         shares = {str(k): round(float(n) / labels.size, 6) for k, n in enumerate(counts) if n}
         self._journal.append({"stem": item.stem, "stamp": stamp, "shares": shares})
         return shares

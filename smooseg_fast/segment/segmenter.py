@@ -14,7 +14,7 @@ from torch import Tensor
 from ..backbones import Backbone, build_vit, load_backbone
 from ..backbones.base import digest_of, naming
 from ..backbones.weights import is_pickle
-from ..config import FIT, TrainConfig, legal_scales
+from ..config import FIT, TrainConfig, legal_scales, scale_words
 from ..datasets.cutting import Cutting
 from ..datasets.images import ImageError, as_rgb, read_image, require_patch
 from ..errors import UserError

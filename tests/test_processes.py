@@ -332,7 +332,10 @@ def photos(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("settings", [{"crops": "slide"}, {"mirror": True}], ids=str)
+SETTINGS = [{"crops": "slide"}, {"mirror": True}, {"crops": "tiles", "scale": ("2", "1")}]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("rows", [1, 7, 100], ids="{} rows a shard".format)
 def test_the_store_is_the_same_to_the_byte(pair, photos, tmp_path, settings, rows):
     """The backbone's features tell the size of their batch and the column of each patch."""

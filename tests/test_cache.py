@@ -332,6 +332,8 @@ def column(out, name):
         ("weights", ["f00d", "beef"], {}),
         ("resample", ["nearest", "bilinear"], {"resample": "bilinear"}),
         ("mirror", ["False", "True"], {"mirror": True}),
+        ("scale", ["fit", "native"], {"scale": ("native",)}),
+        ("margin", ["0", "4"], {"margin": 4}),
         ("batch", ["3", "2"], {"batch_size": 2}),
         ("files", None, {}),
     ],

@@ -530,3 +530,23 @@ def test_images_and_labels_are_cut_at_the_same_places(crops):
             assert place == other
             assert mask.shape == (size, size)
             np.testing.assert_array_equal(square[..., 0], mask)
+
+
+@pytest.mark.parametrize(("most", "at_once"), [(63, 1), (64, 4)])
+def test_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch, most, at_once):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    inside, meeting, plain = [], threading.Barrier(4), images.as_rgb
+
+    def decode(image, source):
+        inside.append(1)
+        if at_once == 4:
+            meeting.wait(timeout=30)  # all are inside together
+        assert len(inside) <= at_once
+        pixels = plain(image, source)
+        inside.pop()
+        return pixels
+
+    monkeypatch.setattr(images, "LARGE_PIXELS", most)
+    monkeypatch.setattr(images, "as_rgb", decode)
+    with ThreadPoolExecutor(4) as pool:
+        assert [read.shape for read in pool.map(images.read_image, [tmp_path / "a.png"] * 4)] == [(8, 8, 3)] * 4

@@ -159,6 +159,16 @@ def test_the_command_on_a_folder(folder, capsys):
     assert last == f"next       python -m smooseg_fast.train --data {folder} --size 64 --granularity 0.06 -0.1"
 
 
+def test_the_command_at_another_scale(folder, capsys):
+    flags = ["--size", "64", "--scale", "0.8", "0.4", "--margin", "8"]
+    assert call("--data", folder, *flags) == 0
+    found = json.load(open("runs/photos/similarity/similarity.json"))
+    assert (found["crops"], found["scale"], found["margin"]) == ("tiles", ["0.8", "0.4"], 8)
+    out = capsys.readouterr().out
+    assert "crops tiles, scale 0.8 0.4" in out
+    assert out.endswith(f"next       python -m smooseg_fast.train --data {folder} {' '.join(flags)}\n")
+
+
 def test_what_it_prints_is_what_training_says(folder, capsys):
     small = ["--data", folder, "--size", "64", "--threshold-within", "0.9", "--threshold-across", "-0.2"]
     assert call(*small, "--out", "found") == 0

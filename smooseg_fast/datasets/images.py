@@ -6,7 +6,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +20,8 @@ from ..system.outfolder import MARKER, written_by_us
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
 SUFFIX_LIST = " ".join(SUFFIXES)
 MAX_PIXELS = 2**30  # 32,768 pixels square: beyond this a header is more likely damaged than true
+
+LARGE_PIXELS = 2**25  # 100 MB
 
 Crops = Literal["center", "slide", "five"]
 ROWS = 512  # that are copied at a time
@@ -102,7 +104,7 @@ def read_image(path: Path | str) -> np.ndarray:
     no fixed white, by stretching their smallest..largest finite value to 0..255 (a constant image becomes black, and so
     does nan). Reads the first frame only, and ignores an embedded colour profile.
     """
-    with _opened(path) as image:
+    with _opened(path) as image, _turn_of(image):
         source = image.format
         image.load()
         return as_rgb(_upright(image), source)
@@ -227,6 +229,14 @@ def cut_squares(
             place = (top * scaled_h // h + y, left * scaled_w // w + x)
             squares.append((place, resized[y : y + size, x : x + size].copy()))
     return squares
+
+
+_large_lock = threading.Lock()
+
+
+def _turn_of(image: Image.Image) -> AbstractContextManager:
+    """Let one thread at a time decode a large image, which takes twice the memory of its pixels."""
+    return _large_lock if image.width * image.height > LARGE_PIXELS else nullcontext()
 
 
 _limits_lock = threading.Lock()

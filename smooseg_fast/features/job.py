@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..backbones.base import Backbone
 
 CPU_BATCH, CARD_BATCH = 16, 64  # squares: a CPU is as fast with any number from 4 on, a card needs many
-TILES_BYTES = 256 * 2**20  # of features that the tiles of one image may take, for they are in memory together
+TILES_BYTES = 128 * 2**20  # of features that the tiles of one image may take, for they are in memory together
 SQUARES = {"center": 1, "slide": 4, "five": 5}  # that an image is assumed to have when images are dealt to shards
 PLAIN = {"scale": [FIT], "margin": 0, "most": None}  # do not enter a key: stores from before them are as good
 

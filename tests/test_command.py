@@ -511,7 +511,7 @@ def test_completion_knows_every_flag_in_every_shell(shell, prefix, capsys):
     for settings in completion.SETTINGS.values():
         for field in fields_of(settings).values():
             for flag in field.flags:
-                nothing_new = ("--mirror", "--measure", "--no-deterministic", "--no-verbose", "--no-all")
+                nothing_new = ("--mirror", "--measure", "--no-deterministic", "--no-verbose", "--no-all", "--no-whole")
                 if flag not in nothing_new:
                     assert re.search(rf"[\s\"'(]{prefix}{flag[2:]}\b(?!-)", script), flag
 

@@ -405,7 +405,7 @@ def test_memory_that_runs_out_is_an_image_error(tmp_path, monkeypatch, colours):
         raise MemoryError
 
     Image.fromarray(colours).save(tmp_path / "x.png")
-    monkeypatch.setattr(Image.Image, "convert", exhausted)
+    monkeypatch.setattr(Image.Image, "crop", exhausted)
     with pytest.raises(ImageError, match=r"x\.png: cannot be decoded \(MemoryError\)"):
         read_image(tmp_path / "x.png")
 

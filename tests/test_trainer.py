@@ -560,7 +560,7 @@ def test_fit_from_arrays_writes_nothing(tmp_path, monkeypatch):
     )
     labels = segmenter.predict(draw(9, 50, 130)[0])
     assert labels.shape == (50, 130)
-    assert labels.dtype == np.int64
+    assert labels.dtype == np.uint8
     assert {p.name for p in tmp_path.iterdir()} == {"cache"}
     path = segmenter.save(tmp_path / "one.safetensors")
     again = smooseg_fast.Segmenter.load(path, device="cpu")

@@ -178,8 +178,8 @@ class TrainConfig:
     """Optimiser steps."""
     batch_size: Annotated[int, Bounds(2)] = 16
     """Squares per step; fewer if there are not as many."""
-    patches: AtLeastOne | None = None
-    """Random patches of each square per step [all]. 196 learn as well at a quarter of the cost."""
+    patches: AtLeastOne | None = 196
+    """Random patches of each square per step [all]. 196 learn as well as all 784 at a quarter of the cost."""
     lr: Annotated[float, Bounds(0.0, 1e3)] = 1e-4
     """Learning rate of the projection (Adam)."""
     lr_prototypes: Annotated[float, Bounds(0.0, 1e3)] = 5e-4
@@ -296,6 +296,7 @@ CITYSCAPES = TrainConfig(
     size=224,
     eval_size=320,
     granularity=None,
+    patches=None,
     channels=None,
     threshold_within=-0.02,
     threshold_across=0.5,

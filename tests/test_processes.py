@@ -239,7 +239,7 @@ def test_on_drift_stop_ends_all_at_one_step(pair, labelled, tmp_path):
 def test_a_stream_of_two(pair, folder, tmp_path):
     """One process has the head, and both enter every window."""
     args = ["--data", "photos", *SMALL, "--granularity", "0.06", "--prototypes", "3", "--steps", "8"]
-    args += ["--cache-limit", "180kB"]
+    args += ["--cache-limit", "80kB"]
     learn_in(ALONE, tmp_path, [*args, "--out", "one", "--cache", "a"])
     pair(learn_in, tmp_path, [*args, "--out", "two", "--cache", "b"])
     assert read_training_state("two/training.safetensors").windows == (3, 2)

@@ -214,13 +214,13 @@ def test_a_run_that_began_with_all_features_goes_on_with_them(tmp_path):
 
 # whole runs
 
-STREAMED = ["--granularity", "0.06", "--prototypes", "3", "--steps", "8", "--cache-limit", "180kB"]
+STREAMED = ["--granularity", "0.06", "--prototypes", "3", "--steps", "8", "--cache-limit", "80kB"]
 
 
 def test_a_streamed_run_says_so_and_its_parts_go(folder, capsys):
     assert call("--data", folder, "--out", "out", "--cache", "c", *SMALL, *STREAMED) == 0
     out = capsys.readouterr().out
-    assert "features   streamed: all would take about 251.6 kB; 3 windows of 2 steps follow one another" in out
+    assert "features   streamed: all would take about 111.3 kB; 3 windows of 2 steps follow one another" in out
     assert "sample     6 squares of 2 images" in out
     assert "stream     window 1 of 3 in pass 2: 2 images, steps 7 to 8" in out
     state = read_training_state("out/training.safetensors")
@@ -231,7 +231,7 @@ def test_a_streamed_run_says_so_and_its_parts_go(folder, capsys):
     segmenter = smooseg_fast.fit(
         folder,
         cache="c",
-        cache_limit="180kB",
+        cache_limit="80kB",
         size=64,
         eval_size=64,
         steps=2,
@@ -297,9 +297,9 @@ def test_a_full_disk_between_windows(folder, monkeypatch, capsys):
     [
         ("much", "--cache-limit much: no size; give a number above 0 with its unit, such as 50GB"),
         (
-            "146kB",
-            "--cache-limit 146.0 kB: too small; a run needs at least 146.8 kB at a time, and all features take "
-            "251.6 kB",
+            "64kB",
+            "--cache-limit 64.0 kB: too small; a run needs at least 64.9 kB at a time, and all features take "
+            "111.3 kB",
         ),
     ],
 )
@@ -312,17 +312,17 @@ def test_limits_that_cannot_be(folder, capsys, limit, message):
 
 def test_figures_need_all_their_features(labelled, trained, capsys):
     args = ["--checkpoint", str(trained), "--data", str(labelled), "--cache", "c"]
-    assert run(evaluate.main, [*args, "--cache-limit", "60kB"]) == 2  # three squares, and three mirrored
+    assert run(evaluate.main, [*args, "--cache-limit", "27kB"]) == 2  # three squares, and three mirrored
     expected = (
-        "error: --cache-limit 60.0 kB: the features of set/val take about 83.9 kB and are needed all at "
-        "once; give at least 83.9 kB"
+        "error: --cache-limit 27.0 kB: the features of set/val take about 37.1 kB and are needed all at "
+        "once; give at least 37.1 kB"
     )
     assert expected in capsys.readouterr().err
-    assert run(evaluate.main, [*args, "--cache-limit", "60kB", "--no-mirror"]) == 0
+    assert run(evaluate.main, [*args, "--cache-limit", "27kB", "--no-mirror"]) == 0
     assert run(evaluate.main, [*args, "--cache-limit", "1.5"]) == 2
     assert "error: --cache-limit 1.5: no size" in capsys.readouterr().err
-    assert run(train.main, ["--data", str(labelled), "--cache", "d", *SMALL, "--cache-limit", "30kB"]) == 2
-    assert "the features of set/val take about 41.9 kB" in capsys.readouterr().err
+    assert run(train.main, ["--data", str(labelled), "--cache", "d", *SMALL, "--cache-limit", "14kB"]) == 2
+    assert "the features of set/val take about 18.5 kB" in capsys.readouterr().err
 
 
 def test_a_step_whose_window_is_not_there_is_not_drawn_ahead(monkeypatch):

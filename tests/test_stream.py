@@ -298,8 +298,7 @@ def test_a_full_disk_between_windows(folder, monkeypatch, capsys):
         ("much", "--cache-limit much: no size; give a number above 0 with its unit, such as 50GB"),
         (
             "64kB",
-            "--cache-limit 64.0 kB: too small; a run needs at least 64.9 kB at a time, and all features take "
-            "111.3 kB",
+            "--cache-limit 64.0 kB: too small; a run needs at least 64.9 kB at a time, and all features take 111.3 kB",
         ),
     ],
 )

@@ -129,7 +129,9 @@ def test_labels_lie_where_their_pixels_are(monkeypatch, height, width, short_sid
     chosen = object.__new__(Segmenter)  # one that has learnt nothing
     chosen.checkpoint = SimpleNamespace(config=TrainConfig(resample="bilinear"))
     chosen.backbone = MeanColours(name="colours", digest="colours", patch=PATCH, dim=3)
-    chosen.head = SimpleNamespace(teacher=prototypes, student=prototypes, projection=lambda features: features)
+    chosen.head = SimpleNamespace(
+        teacher=prototypes, student=prototypes, projection=lambda features: features, basis=None
+    )
     monkeypatch.setattr(segmenter, "TILE", tile)
     labels = chosen.predict(image, mirror=mirror, short_side=short_side)
 

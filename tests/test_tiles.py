@@ -49,7 +49,9 @@ def untrained(reach=0, **settings):
     chosen.checkpoint = SimpleNamespace(config=TrainConfig(**{"size": 64, "eval_size": 64, **settings}))
     dim = 3 * len(chosen.config.scale)
     prototypes = torch.randn(7, dim, generator=torch.Generator().manual_seed(0))
-    chosen.head = SimpleNamespace(teacher=prototypes, student=prototypes, projection=lambda features: features)
+    chosen.head = SimpleNamespace(
+        teacher=prototypes, student=prototypes, projection=lambda features: features, basis=None
+    )
     chosen.backbone = Blurred(reach)
     return chosen
 

@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 MEASURED_S = 1.0  # for each backbone, after a first batch
 SQUARES = 4  # at once: as many as the smallest runs have
-HEAD = ("", "patch", "channels", "MB", "images/s", "mIoU %", "licence", "good for")
+HEAD = ("", "patch", "channels", "MB", "images/s", "colour / grey", "licence", "good for")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackbonesConfig:
     """List the frozen features that are on this machine and those that could be, and the command that gets each.
 
-    images/s is measured here, at the training size that suits the features. mIoU is the mean over the sets of the table
-    in docs/guide.md.
+    images/s is measured here, at the training size that suits the features. colour / grey is the mean mIoU in % that
+    they reach without training on sets of colour images and of grey ones (docs/guide.md).
     """
 
     check: BackboneName | None = None
@@ -60,7 +60,9 @@ def main(args: Sequence[str]) -> None:
             names = [entry.name for entry in missing if how_to_get(entry, here.transformers) == steps]
             print(f"get        {', '.join(names)}:\n           {steps}")
         print("           without a network: docs/offline.md tells which files to bring, and how to check them\n")
-    print(f"auto       {explained(candidates(here)[0], here)[0].removeprefix('backbone').strip()}")
+    photos, grey = (candidates(here, grey)[0] for grey in (False, True))
+    others = "" if grey.name == photos.name else f"; for grey images {grey.name}"
+    print(f"auto       {explained(photos, here)[0].removeprefix('backbone').strip()}{others}")
 
 
 def check(name: str, device: str, measure: bool) -> None:
@@ -78,7 +80,8 @@ def check(name: str, device: str, measure: bool) -> None:
 
 
 def row(entry: Entry, speeds: Mapping[str, str]) -> tuple[str, ...]:
-    score, megabytes = "-" if entry.score is None else f"{entry.score:.1f}", str(entry.megabytes or "-")
+    megabytes = str(entry.megabytes or "-")
+    score = "-" if entry.scores is None else " / ".join(f"{score:.1f}" for score in entry.scores)
     numbers = (str(entry.patch), str(entry.channels), megabytes, speeds.get(entry.name, "-"), score)
     return entry.name, *numbers, entry.licence, entry.good_for
 

@@ -299,7 +299,7 @@ def test_the_list(hub, models, capsys, monkeypatch):
     out, err = capsys.readouterr()
     here, missing = out.split("\n\n")[:2]
     assert [line.split()[0] for line in here.splitlines()] == ["here", DINO, "filterbank"]
-    assert re.search(r"^filterbank +8 +46 +- +[\d.]+ +- +Apache-2.0 +textures", here, re.MULTILINE)
+    assert re.search(r"^filterbank +8 +46 +- +[\d.]+ +27.4 / 35.8 +Apache-2.0 +textures", here, re.MULTILINE)
     assert {line.split()[0] for line in missing.splitlines()[1:]} == set(ENTRIES) - {DINO, "filterbank"}
     assert err.splitlines() == [f"measuring  {DINO}", "measuring  filterbank"]
     for entry in CATALOGUE:

@@ -23,8 +23,8 @@ class Entry:
     """A backbone by its --backbone value.
 
     patch: pixels per side. channels: D of a feature row. licence: of the weights. megabytes: to download. gated: the
-    hub asks for consent to the licence first. score: mean mIoU in percent of the table in docs/guide.md; None where
-    it was not measured.
+    hub asks for consent to the licence first. scores: mean mIoU in percent of the table in docs/guide.md, over the sets
+    of colour and those of grey images; None where it was not measured.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Entry:
     licence: str
     megabytes: int
     gated: bool = False
-    score: float | None = None
+    scores: tuple[float, float] | None = None
 
     @property
     def on_hub(self) -> bool:
@@ -57,8 +57,18 @@ CATALOGUE = (
     Entry("facebook/dino-vitb8", PARTS, 8, 768, APACHE, 343),
     Entry("facebook/dino-vits16", SCENES, 16, 384, APACHE, 87),
     Entry("facebook/dino-vitb16", SCENES, 16, 768, APACHE, 343),
-    Entry(LITE, "objects and scenes in photos (ImageNet classes), fast on any machine", 16, 456, APACHE, 18),
-    Entry(BUILT_IN, "textures and colours, grey images; no objects; needs nothing", 8, 46, APACHE, 0),
+    Entry(
+        LITE,
+        "objects and scenes in photos (ImageNet classes); fast",
+        16,
+        456,
+        APACHE,
+        18,
+        scores=(32.1, 19.3),
+    ),
+    Entry(
+        BUILT_IN, "textures and colours, grey images; no objects; needs nothing", 8, 46, APACHE, 0, scores=(27.4, 35.8)
+    ),
 )
 ENTRIES = {entry.name: entry for entry in CATALOGUE}
 # files of the original releases, by the beginnings of their names; DINOv3's are not read

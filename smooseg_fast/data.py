@@ -38,8 +38,8 @@ class CheckConfig:
     sample: Annotated[int, Bounds(0)] = 200
     """Images of each split to open with their labels, evenly spaced; 0 opens all."""
     pictures: Annotated[Folder | None, Group("which scale?")] = None
-    """Draw scales.jpg into this folder: three images at --scale fit, 0.5 and native, each grouped without
-    training."""
+    """Draw scales.jpg into this folder: three images at --scale fit, 0.5 and native, where these differ, grouped
+    without training."""
     backbone: Backbone = AUTO
     """Frozen features of these pictures, as for training."""
     device: Device = "auto"

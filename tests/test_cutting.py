@@ -288,3 +288,15 @@ def test_the_groups_of_a_sheet_lie_where_the_colours_are_and_have_one_order(monk
         assert labels.shape == (80, 120)
         np.testing.assert_array_equal(labels[:, :48], 0)
         np.testing.assert_array_equal(labels[:, 80:], 1)
+
+
+def test_a_sheet_leaves_out_a_scale_that_would_enlarge_every_image_to_fit(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        scales, "groups_at", lambda scale, images, *_: drawn.append(scale) or [image[..., 0] for image in images]
+    )
+    for side in (40, 64):  # half of it is no more than a square of 32 pixels
+        scales.scales_sheet([np.zeros((side, side, 3), np.uint8)], ["a"], Means(8), 32)
+    assert drawn == ["fit", "native", "fit", "native"]
+    scales.scales_sheet([np.zeros((80, 80, 3), np.uint8)], ["a"], Means(8), 32)
+    assert drawn[4:] == ["fit", "0.5", "native"]

@@ -40,11 +40,14 @@ def scales_sheet(images: Sequence[np.ndarray], names: Sequence[str], backbone: B
     are equally bright, no more. size: side of the squares that the backbone gets, a multiple of its patch.
     """
     rows = [[middle(image)] for image in images]
-    for scale in SCALES:
+    # a scale at which all images would be smaller than a square enlarges them, and shows what "fit" does
+    sizes = {scale: tuple(first_scale(image, (scale,), size, "nearest").size for image in images) for scale in SCALES}
+    scales = list({seen: scale for scale, seen in reversed(sizes.items())}.values())[::-1]
+    for scale in scales:
         for row, labels in zip(rows, groups_at(scale, images, backbone, size)):
             row.append(overlay(row[0], labels, palette(GROUPS)))
     part = [f"; the middle {PART} pixels" if max(image.shape[:2]) > PART else "" for image in images]
-    titles = [f"--scale {scale}" + (f" (short side {size})" if scale == FIT else "") for scale in SCALES]
+    titles = [f"--scale {scale}" + (f" (short side {size})" if scale == FIT else "") for scale in scales]
     return contact_sheet(
         rows,
         ["image", *titles],

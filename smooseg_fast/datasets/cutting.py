@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-from ..config import FIT, scale_factor
+from ..config import FIT, Crops, scale_factor
 from .images import Resample, cut_squares, resize_short_side
 from .scaled import Scaled
 
-Crops = Literal["center", "slide", "five", "tiles"]
 TILES, TILES_OF_AN_IMAGE = 512, 16  # squares of a whole set, and yet at least so many of each image
 
 

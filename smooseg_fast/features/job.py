@@ -10,9 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..config import FIT, scale_factor
+from ..config import FIT, Crops, scale_factor
 from ..datasets import Dataset
-from ..datasets.cutting import Crops, Cutting, tiles_of_an_image
+from ..datasets.cutting import Cutting, tiles_of_an_image
 from ..datasets.images import MAX_PIXELS, ImageError, Resample, require_patch
 from ..errors import UserError
 from ..system.processes import ALONE, Processes

@@ -31,6 +31,7 @@ def pytest_collection_modifyitems(items):
 def same_on_every_cpu(monkeypatch):
     """Hide matrix units, with which a vision transformer would compute in bfloat16."""
     monkeypatch.setattr("smooseg_fast.backbones.precision.has_matrix_units", lambda: False)
+    monkeypatch.setattr("smooseg_fast.backbones.precision.has_dot_products", lambda: False)
 
 
 @pytest.fixture
@@ -73,6 +74,7 @@ def trained_once(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(root / "cache"))
         patch.setattr("smooseg_fast.backbones.precision.has_matrix_units", lambda: False)
+        patch.setattr("smooseg_fast.backbones.precision.has_dot_products", lambda: False)
         assert run(train.main, ["--data", str(write_labelled(root / "set")), "--out", str(root / "out"), *SMALL]) == 0
     return root
 

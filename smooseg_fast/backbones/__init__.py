@@ -43,7 +43,7 @@ def load_backbone(spec: str, device: str | torch.device = "cpu", precision: str 
         elif spec == LITE:
             from .efficientnet import EfficientNetLite0
 
-            return EfficientNetLite0(device, compute_dtype(precision, device))
+            return EfficientNetLite0(device, compute_dtype(precision, device, convolutions=True))
         elif spec and path.is_dir():
             files = read_folder(path)
         elif path.is_file():

@@ -70,7 +70,7 @@ class EfficientNetLite0(Backbone):
     10, each with rows of one length. Block 2 is averaged over the patch, block 15 upsampled.
 
     In channels-last order, which takes two thirds of the time on a CPU (448 pixels: 17 squares a second of one core
-    against 11). It computes in the precision that `compute_dtype` chooses.
+    against 11). It computes in the precision that `compute_dtype` chooses for convolutions.
     """
 
     sizes = (560, 560)

@@ -138,8 +138,8 @@ class TrainConfig:
     squares, and the others add the surroundings of each."""
     margin: Annotated[int, Bounds(0, 4096, " pixels")] = 0
     """Pixels of context on every side of a square, real where the image goes on and mirrored where it ends, whose
-    features are thrown away. It takes the trace of the border out of the features, which helps where position means
-    nothing (micrographs, tiles) and hurts where it does (photos with a sky)."""
+    features are thrown away. It takes the trace of the border out of the features, which helps some pictures and hurts
+    others."""
     resample: Resample = "nearest"
     """How images are resized; the paper takes nearest."""
 

@@ -18,7 +18,7 @@ VARIABLE = "SMOOSEG_BACKBONE"
 
 @dataclass(frozen=True)
 class Here:
-    """What this machine has.
+    """The backbones that this machine has.
 
     named: the --backbone value in the environment variable SMOOSEG_BACKBONE, or nothing. cached: names of the
     catalogue that are complete in Hugging Face's cache, and can be built. wheel, transformers: they are installed.

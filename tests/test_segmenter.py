@@ -102,6 +102,18 @@ def test_any_size(trained, shape):
     assert labels.max() < segmenter.groups
 
 
+def test_heads_of_a_run_share_the_features_of_a_picture(trained, monkeypatch):
+    segmenter, calls = smooseg_fast.Segmenter.load(trained, device="cpu"), []
+    image = draw(0, 700, 900)[0]
+    expected, extract = segmenter.predict(image), segmenter.backbone.extract
+    monkeypatch.setattr(segmenter.backbone, "extract", lambda images: calls.append(1) or extract(images))
+    views, counts = segmenter.views(image), []
+    for _ in range(2):
+        np.testing.assert_array_equal(np.concatenate([*segmenter.bands(image, views=views)]), expected)
+        counts.append(len(calls))
+    assert counts[0] == counts[1] > 0
+
+
 def test_a_pillow_image_is_the_picture_that_it_shows(trained, tmp_path):
     segmenter = smooseg_fast.Segmenter.load(trained, device="cpu")
     exif = Image.Exif()

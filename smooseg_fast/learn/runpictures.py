@@ -77,9 +77,10 @@ class Shown:
         top, left = ((there - side) // 2 for there, side in zip(image.shape, sides))
         return image[top : top + sides[0], left : left + sides[1]]
 
-    def labels(self, variant: Variant, image: np.ndarray) -> np.ndarray:
-        """uint8 [H,W] groups of an image."""
-        return self.segmenters[variant].predict(image)
+    def labels(self, image: np.ndarray, variants: Sequence[Variant]) -> dict[Variant, np.ndarray]:
+        """uint8 [H,W] groups of an image by each head; the backbone sees it once."""
+        views = self.segmenters[self.default].views(image)
+        return {variant: np.concatenate([*self.segmenters[variant].bands(image, views=views)]) for variant in variants}
 
 
 def draw(shown: Shown) -> list[Path]:
@@ -100,7 +101,10 @@ def groups_picture(shown: Shown) -> Image:
     """Images of the default head: as they are, under their groups, and the groups alone."""
     groups, shares = shown.segmenters[shown.default].groups, shown.report["health"]["shares"]
     title = f"{in_use(shares)} of {groups} groups in use, found without labels"
-    cells = ((name, image, shown.labels(shown.default, image)) for name, image in shown.images(GROUPS, GROUPS_IMAGES))
+    cells = (
+        (name, image, shown.labels(image, [shown.default])[shown.default])
+        for name, image in shown.images(GROUPS, GROUPS_IMAGES)
+    )
     return groups_sheet(cells, pictures.palette(groups), dict(enumerate(shares)), title)
 
 
@@ -121,7 +125,7 @@ def ladder_picture(shown: Shown) -> Image:
     for name, image in shown.images(LADDER, LADDER_IMAGES):
         names.append(name)
         images.append(image)
-        labels.append({variant: shown.labels(variant, image) for variant in rungs})
+        labels.append(shown.labels(image, rungs))
     colours = {v: pictures.palette(K)[matching([(of[v], of[default]) for of in labels], K)] for v in rungs}
     rows = []
     for image, of in zip(images, labels):

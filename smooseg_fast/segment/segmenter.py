@@ -157,9 +157,13 @@ class Segmenter:
         mirror: bool = True,
         short_side: int | None = None,
         scale: Scale | None = None,
+        views: Views | None = None,
     ) -> Iterator[np.ndarray]:
-        """Label pixels uint8 [H,W,3] -> bands uint8 [n,W] from top to bottom; options as for `predict`."""
-        views = Views(pixels, self.cutting(scale, short_side), self.backbone)
+        """Label pixels uint8 [H,W,3] -> bands uint8 [n,W] from top to bottom; options as for `predict`.
+
+        views: those of the picture that `views` made for another head of the same run, in place of scale and side.
+        """
+        views = Views(pixels, self.cutting(scale, short_side), self.backbone) if views is None else views
 
         def codes(tile: Tile) -> Tensor:
             codes = self.codes(views, tile, mirror=False)
@@ -169,6 +173,10 @@ class Segmenter:
         labelled = label_bands(codes_of_all, self.head.teacher, views.grid[0], views.size, pixels.shape[:2])
         for band in labelled:
             yield band.cpu().numpy()
+
+    def views(self, pixels: np.ndarray) -> Views:
+        """A picture as `predict` sees it by default, which remembers its features for other heads of the same run."""
+        return Views(pixels, self.cutting(), self.backbone, keep=True)
 
     def cutting(
         self, scale: Scale | None = None, short_side: int | None = None, argument: str = "--short-side"

@@ -26,10 +26,12 @@ class Views:
     Args:
         cutting: scales, resampling and margin; for the scale "fit", `size` is the picture's short side there, for the
             others the least one.
+        keep: remember the features of every tile, so that several heads can share them.
     """
 
-    def __init__(self, pixels: np.ndarray, cutting: Cutting, backbone: Backbone):
+    def __init__(self, pixels: np.ndarray, cutting: Cutting, backbone: Backbone, keep: bool = False):
         self.backbone, self.patch = backbone, backbone.patch
+        self._kept: dict[tuple[Tile, bool], Tensor] | None = {} if keep else None
         self.border = -(-cutting.margin // self.patch)  # patches; training has whole ones
         if cutting.scale == (FIT,):
             small = resize_short_side(pixels, cutting.size, cutting.resample)
@@ -51,6 +53,13 @@ class Views:
 
         Each further scale sees as many pixels about the same centre.
         """
+        if self._kept is None:
+            return self._features(tile, mirror)
+        if (tile, mirror) not in self._kept:
+            self._kept[tile, mirror] = self._features(tile, mirror)
+        return self._kept[tile, mirror]
+
+    def _features(self, tile: Tile, mirror: bool) -> Tensor:
         maps = []
         for picture, ratio in zip(self.pictures, self.ratios):
             top, left = (

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from . import __version__
-from .command import run
+from .command import end, run
 from .errors import UserError
 from .system.commandline import MODULES, Parser, choose_command, program
 from .system.progress import printable
@@ -51,4 +51,4 @@ def parser(program: str) -> Parser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(end(main()))

@@ -81,6 +81,20 @@ def run(main: Callable[..., None], args: Sequence[str] | None = None, *, quick: 
         return 128 + 13  # like a command that SIGPIPE ends
 
 
+def end(code: int) -> int:
+    """The exit code of a command, for `sys.exit`; a process that torchrun started ends with it here and now.
+
+    Python's own end takes down what threads of torch still use, and aborted now and then after all work was done
+    ("terminate called without an active exception").
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
 def _run(main: Callable[..., None], args: Sequence[str]) -> int:
     with announced("starting   PyTorch is loading"):
         from .system.processes import PATIENCE_S, joined

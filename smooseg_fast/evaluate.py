@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from .command import load_segmenter, run
+from .command import end, load_segmenter, run
 from .config import (
     FIT,
     Backbone,
@@ -227,4 +227,4 @@ def protocol(name: str, data: str | None) -> TrainConfig:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(end(run(main)))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from .command import load_segmenter, run
+from .command import end, load_segmenter, run
 from .config import FIT, Backbone, BackbonePrecision, Device, legal_scales
 from .errors import UserError
 from .system.commandline import parse
@@ -122,4 +122,4 @@ def finish(
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(end(run(main)))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from .command import pictures_of, predict_command, run
+from .command import end, pictures_of, predict_command, run
 from .config import AUTO, TrainConfig, preset, with_changes
 from .errors import UserError
 from .system.commandline import HELP, command_line, parser_of, read
@@ -121,4 +121,4 @@ def configure(args: Sequence[str]) -> TrainConfig:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(end(run(main)))

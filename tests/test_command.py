@@ -104,9 +104,8 @@ def test_without_arguments_it_lists_its_commands(capsys):
 
 
 def test_every_command_is_listed_and_completed():
-    modules = {
-        path.stem for path in Path(smooseg_fast.__file__).parent.glob("*.py") if "sys.exit(run(main" in path.read_text()
-    }
+    files = Path(smooseg_fast.__file__).parent.glob("*.py")
+    modules = {path.stem for path in files if re.search(r"sys\.exit\((end\()?run\(main", path.read_text())}
     assert modules == {MODULES.get(name, name) for name in smooseg.COMMANDS}
     assert {path.split()[0] for path in completion.SETTINGS} == set(smooseg.COMMANDS)
 
@@ -568,3 +567,14 @@ def test_ctrl_c_while_pytorch_loads_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(command, "_run", interrupted)
     assert run(train.main, []) == 130
     assert capsys.readouterr().err == "interrupted; nothing was begun\n"
+
+
+def test_a_process_of_torchrun_ends_at_once_and_others_as_python_does(monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert end(130) == 130
+    assert ended == []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    end(2)
+    assert ended == [2]

@@ -16,7 +16,7 @@ import shtab
 import smooseg_fast
 from smooseg_fast import __main__ as smooseg
 from smooseg_fast import cache, command, completion, data, train
-from smooseg_fast.command import predict_command, run
+from smooseg_fast.command import end, predict_command, run
 from smooseg_fast.config import PRESETS, TrainConfig, preset, with_changes
 from smooseg_fast.errors import UserError, WriteError
 from smooseg_fast.learn.runfolder import RunFolder

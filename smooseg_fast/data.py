@@ -176,6 +176,7 @@ def draw(config: CheckConfig, inspection: Inspection) -> None:
     from .backbones import load_backbone
     from .backbones.auto import candidates, explained, look
     from .datasets.images import ImageError, require_patch, whole_patches
+    from .datasets.inspection import is_grey
     from .segment.segmenter import pick_device
     from .show.pictures import save
     from .show.scales import scales_sheet
@@ -183,7 +184,7 @@ def draw(config: CheckConfig, inspection: Inspection) -> None:
     name = config.backbone
     if name == AUTO:
         here = look()
-        best = candidates(here)[0]
+        best = candidates(here, is_grey(inspection.dataset))[0]
         print("\n".join(explained(best, here)))
         name = best.name
     backbone = load_backbone(name, pick_device(config.device))

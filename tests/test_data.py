@@ -12,6 +12,7 @@ from test_trainer import SMALL
 
 import smooseg_fast
 from smooseg_fast import choose, data, evaluate, predict, train
+from smooseg_fast.backbones.auto import Here
 from smooseg_fast.command import run
 from smooseg_fast.config import PRESETS
 from smooseg_fast.datasets import ArrayDataset, open_dataset
@@ -350,3 +351,13 @@ def test_grey_images_are_told_from_coloured_ones():
     red[..., 0] //= 2
     assert is_grey(ArrayDataset([grey, noisy, red]))  # most are
     assert not is_grey(ArrayDataset([grey, red, red]))
+
+
+def test_pictures_of_scales_take_the_features_that_training_takes(tmp_path, monkeypatch, capsys):
+    """For grey images the built-in ones, though the wheel is there."""
+    monkeypatch.setattr("smooseg_fast.backbones.auto.look", lambda: Here(wheel=True))
+    grey = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
+    (tmp_path / "grey").mkdir()
+    Image.fromarray(grey).save(tmp_path / "grey" / "a.png")
+    assert check(tmp_path / "grey", "--pictures", tmp_path / "out") == 0
+    assert "backbone   filterbank (best for grey images)" in capsys.readouterr().out

@@ -104,7 +104,7 @@ PATCH = 8
 
 
 class MeanColours(Backbone):
-    """What a patch has depends on its own pixels alone."""
+    """Features that depend on the patch's own pixels alone."""
 
     def extract(self, images):
         b, _, s, t = images.shape

@@ -101,7 +101,8 @@ def test_heads_equal_single_calls(H, dtype, poisoned):
     eps = EPS[dtype]
     for name in ("total", "energy", "data", "distance"):
         assert (single.values[name] - got.values[name][-1]).abs().max() <= 2 * eps * term_size(case)
-    assert (single.gradients["codes"] - got.gradients["codes"][-1]).norm() <= 4 * eps * single.gradients["codes"].norm()
+    # one head and several have other tiles: 6.2 eps apart in float32 on an H200
+    assert (single.gradients["codes"] - got.gradients["codes"][-1]).norm() <= 8 * eps * single.gradients["codes"].norm()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

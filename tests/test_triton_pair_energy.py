@@ -19,7 +19,7 @@ from smooseg_kernels.triton import launch, pairs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
-CLAMPS = [(None, None), (0.0, None), (None, 0.3), (0.2, 0.8)]
+CLAMPS = [(None, None), (0.0, None), (None, 0.3), (0.2, 0.8), (None, -0.1)]
 OPTIONS = [dict(clamp=c, hinge=h, center=m) for c, h, m in itertools.product(CLAMPS, (False, True), (False, True))]
 
 

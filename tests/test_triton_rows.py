@@ -128,27 +128,18 @@ def test_upsampled_assignment(grid, size, dtype):
     assert torch.equal(counts, expected)
 
 
-@pytest.mark.parametrize("grid", [(28, 28), (3, 5)], ids=str)
-@pytest.mark.parametrize("size", [(320, 320), (321, 159), (1024, 2048), (27, 1000)], ids=str)
-def test_every_row_of_pixels_belongs_to_one_program(grid, size):
-    """Counts the heights of the bands without running them: their pieces must reach every row."""
-    for patches, pixels in zip(grid, size):
-        position = (
-            (torch.arange(pixels, dtype=torch.float32) + 0.5) * torch.tensor(patches / pixels, dtype=torch.float32)
-            - 0.5
-        ).clamp(min=0)
-        band = position.int().clamp(max=patches - 1)
-        rows = torch.bincount(band, minlength=patches)
-        first = torch.tensor(
-            [
-                max(0, int(torch.ceil(torch.tensor((b + 0.5) / (patches / pixels) - 0.5))) - 1) if b else 0
-                for b in range(patches)
-            ]
-        )
-        start = torch.searchsorted(band, torch.arange(patches, dtype=band.dtype))
-        reach = assignment.band_height(patches, pixels)
-        assert ((first <= start) | (rows == 0)).all()
-        assert ((start + rows <= first + reach) | (rows == 0)).all()
+@pytest.mark.parametrize(("patches", "pixels"), [(1, 1), (1, 40), (3, 2), (3, 159), (28, 321), (50, 27)])
+def test_every_pixel_belongs_to_one_program(patches, pixels):
+    """One side at a time: every pixel has its label, and is counted once."""
+    codes, prototypes = (
+        torch.ones(1, patches, 6, device=DEVICE),
+        torch.tensor([[-1.0], [1.0]], device=DEVICE).expand(2, 6),
+    )
+    for grid, size in (((patches, 1), (pixels, 1)), ((1, patches), (1, pixels))):
+        truth = torch.zeros(1, *size, dtype=torch.uint8, device=DEVICE)
+        got, counts = assign(codes, prototypes, grid=grid, size=size, labels=truth, classes=1, impl="triton")
+        assert (got == 1).all()
+        assert counts.tolist() == [[0], [pixels]]
 
 
 @pytest.mark.parametrize("labels_dtype", [torch.int64, torch.uint8, torch.int32])
@@ -161,12 +152,34 @@ def test_patch_assignment_and_counts(labels_dtype):
     assert torch.equal(counts, expected)
 
 
-def test_more_cells_than_a_histogram_holds():
+@pytest.mark.parametrize("classes", [1, 2000, 100_000])
+@pytest.mark.parametrize("sizes", [{}, {"grid": (5, 8), "size": (11, 9)}], ids=["patches", "pixels"])
+def test_copies_of_few_and_of_many_cells(classes, sizes):
+    """Fewer copies of more cells; values beyond int32 are no class of the low bits that they share with one."""
     case = make_case(B=1, P=40, K=5, device=DEVICE)
-    labels = torch.randint(0, 2000, (1, 40), device=DEVICE)
-    got = assign(case.codes, case.teacher, labels=labels, classes=2000, impl="triton")
-    want = assign(case.codes, case.teacher, labels=labels, classes=2000, impl="torch")
+    labels = torch.randint(-1, classes + 1, (1, *sizes.get("size", (40,))), device=DEVICE)
+    labels[0, :2] = 1 << 32
+    got, want = (
+        assign(case.codes, case.teacher, labels=labels, classes=classes, impl=impl, **sizes)
+        for impl in ("triton", "torch")
+    )
     assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+def test_counts_of_uniform_ground_truth():
+    """Runs of a cell, as pictures have them."""
+    case = make_case(B=2, P=12, K=3, device=DEVICE)
+    labels = torch.ones(2, 40, 50, dtype=torch.uint8, device=DEVICE)
+    labels[1] = 255
+    got, counts = assign(case.codes, case.teacher, grid=(3, 4), size=(40, 50), labels=labels, classes=2, impl="triton")
+    assert torch.equal(counts[:, 1], torch.bincount(got[0].flatten(), minlength=3))
+    assert not counts[:, 0].any()
+
+
+def test_sides_beyond_32_bits_are_refused():
+    codes, prototypes = torch.ones(1, 1, 6, device="meta"), torch.ones(5, 6, device="meta")
+    with pytest.raises(ValueError, match="are too large: patches times pixels of a side"):
+        assignment.assign.launcher(codes, prototypes, [1, 1], [1, 1 << 31], None, 0)
 
 
 def test_ties_go_to_the_lowest_index():

@@ -37,9 +37,14 @@ def draw_partners(
         raise ValueError(f"B must be at least 2, because every image needs another one as its partner, got {B}")
     if device is None and generator is not None:
         device = generator.device
-    partners = torch.randperm(B, device=device, generator=generator)
-    own = torch.arange(B, device=device)
-    return torch.where(partners == own, (partners + 1) % B, partners)
+    return partners_of(torch.randperm(B, device=device, generator=generator))
+
+
+def partners_of(order: Tensor) -> Tensor:
+    """int64 [...,B] permutations of image numbers -> partners: an image that drew itself takes the next number."""
+    B = order.shape[-1]
+    itself = torch.arange(B, device=order.device)
+    return torch.where(order == itself, (order + 1) % B, order)
 
 
 class SmoothnessLoss(nn.Module):

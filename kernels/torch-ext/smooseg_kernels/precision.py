@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable)
+# asked once: torch.compile of PyTorch 2.11 cannot trace the question
+KINDS = frozenset(kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind))
 
 
 def outside_autocast(function: Function) -> Function:
@@ -22,7 +24,7 @@ def outside_autocast(function: Function) -> Function:
     def run(*args, **kwargs):
         first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
         kind = None if first is None else first.device.type
-        if kind is None or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        if kind not in KINDS or not torch.is_autocast_enabled(kind):
             return function(*args, **kwargs)
         with torch.autocast(kind, enabled=False):
             return function(*args, **kwargs)

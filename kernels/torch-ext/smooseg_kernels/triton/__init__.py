@@ -12,7 +12,7 @@ from torch import Tensor
 from ..problem import ClosenessProblem, PairProblem, Problem
 from . import assignment, code_rows, objective, pairs, similarity
 from .launch import INTERPRETED, fits, require_interpreter
-from .pair_sums import ALL, SELF
+from .pair_sets import ALL, SELF
 
 __all__ = [
     "INTERPRETED",

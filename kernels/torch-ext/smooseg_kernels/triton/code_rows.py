@@ -10,16 +10,20 @@ import triton.language as tl
 from torch import Tensor
 
 from ..derivatives import refuse_second
+from . import labels
 from .labels import (
+    LN2,
+    LOG2E,
+    both_products,
+    both_unit_parts,
     codes_backward,
-    cosines,
-    cross_entropy,
+    column_bias,
     inverse_norms,
     load_rows,
-    load_unit_prototypes,
-    split,
+    product,
+    soft_labels,
     store_prototype_gradient,
-    unit_probs,
+    unit_parts,
 )
 from .launch import (
     block_k,
@@ -31,6 +35,7 @@ from .launch import (
     operator,
     or_nothing,
     precision,
+    softmax_arguments,
     with_rows_together,
 )
 
@@ -46,32 +51,34 @@ def probabilities_kernel(
     d_codes_ptr,  # [H,B,P,Z], contiguous
     partial_ptr,  # [H,B*TILES,K,Z] fp32: sum_p (gradient to the cosine) code_p / |code_p| of a tile
     # sizes
-    P, temperature, stride_h, stride_b, stride_p, K: tl.constexpr, Z: tl.constexpr,
+    P, sharpness, stride_h, stride_b, stride_p, K: tl.constexpr, Z: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Z: tl.constexpr,
     # switches
-    GRADIENT: tl.constexpr, CODE: tl.constexpr, PRECISION: tl.constexpr,
+    BOUNDED: tl.constexpr, GRADIENT: tl.constexpr, CODE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, b, h = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     B, start = tl.num_programs(1), tile * BLOCK_P
     row, k, z = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_Z)
-    high, low = split(load_unit_prototypes(prototypes_ptr + h * K * Z, K, Z, BLOCK_K, BLOCK_Z)[0], CODE)
+    high, low = unit_parts(prototypes_ptr + h * K * Z, CODE, K, Z, BLOCK_K, BLOCK_Z)
     codes = load_rows(
         codes_ptr + h * stride_h + b * stride_b, start, P, stride_p, width=Z, BLOCK=BLOCK_P, WIDTH=BLOCK_Z
     ).to(CODE)
     inverse = inverse_norms(codes)
-    cosine = cosines(codes, inverse, high, low, CODE, PRECISION)
-    e = unit_probs(cosine, k, temperature, K)
-    probability = e / tl.sum(e, 1)[:, None]
+    toward = product(codes, high, low, PRECISION)
+    e = soft_labels(toward, inverse * sharpness, k, sharpness, K, BOUNDED)[1]
+    probability = e * (1.0 / tl.sum(e, 1))[:, None]
     first_row = (h * B + b) * P + start
     tile_ptr = out_ptr + first_row * K + row[:, None] * K + k[None, :]
     inside = (start + row < P)[:, None]
     if GRADIENT:
         d_probability = tl.load(tile_ptr, mask=inside & (k < K)[None, :], other=0.0)
-        d_cosine = probability * (d_probability - tl.sum(probability * d_probability, 1)[:, None]) / temperature
+        mean = tl.sum(probability * d_probability, 1)
+        d_cosine = probability * (d_probability - mean[:, None]) * (sharpness * LN2)
         # relative to the largest of the tile: upstream gradients may be far from 1, and codes 16 bits wide
-        largest = tl.max(tl.max(tl.abs(d_cosine), 1), 0)
+        largest = tl.max(tl.abs(d_cosine))
         largest = tl.where(largest > 0, largest, 1.0)
-        d_cosine = d_cosine / largest
+        d_cosine = d_cosine * (1.0 / largest)
+        cosine = toward * inverse[:, None]
         d_codes = codes_backward(d_cosine, cosine, codes, inverse, high, OPERAND=CODE, PRECISION=PRECISION) * largest
         d_ptr = d_codes_ptr + first_row * Z + row[:, None] * Z + z[None, :]
         tl.store(d_ptr, d_codes.to(d_codes_ptr.dtype.element_ty), mask=inside & (z < Z)[None, :])
@@ -112,11 +119,17 @@ def data_term_kernel(
         codes_ptr + h * stride_h + b * stride_b, start, P, stride_p, width=Z, BLOCK=BLOCK_P, WIDTH=BLOCK_Z
     ).to(CODE)
     inverse = inverse_norms(codes)
-    high, low = split(load_unit_prototypes(teacher_ptr + h * K * Z, K, Z, BLOCK_K, BLOCK_Z)[0], CODE)
-    toward_teacher = cosines(codes, inverse, high, low, CODE, PRECISION)
-    high, low = split(load_unit_prototypes(student_ptr + h * K * Z, K, Z, BLOCK_K, BLOCK_Z)[0], CODE)
-    loss, d_cosine = cross_entropy(cosines(codes, inverse, high, low, CODE, PRECISION), toward_teacher, k, K)
-    tl.store(losses_ptr + h * 2 * parts + part, tl.sum(loss * weight, 0))
+    high, low = both_unit_parts(
+        teacher_ptr + h * K * Z, student_ptr + h * K * Z, OPERAND=CODE, K=K, Z=Z, BLOCK_K=BLOCK_K, BLOCK_Z=BLOCK_Z
+    )
+    toward_teacher, toward_student = both_products(
+        codes, high, low, BLOCK_P=BLOCK_P, BLOCK_K=BLOCK_K, PRECISION=PRECISION
+    )
+    scale = inverse * LOG2E
+    teacher_logits = toward_teacher * scale[:, None] + column_bias(k, 0.0, K)[None, :]
+    loss, d_cosine = labels.data_term(toward_student, teacher_logits, scale, k, LOG2E, K=K, BLOCK_K=BLOCK_K)
+    # rows to one number in two steps: Triton 3.6 fails on one for sm_100, where products lie in tensor memory
+    tl.store(losses_ptr + h * 2 * parts + part, tl.sum(tl.reshape(loss * weight, (16, BLOCK_P // 16))))
     tl.store(losses_ptr + h * 2 * parts + parts + part, tl.sum(weight, 0))
     if GRADIENT:
         largest = tl.max(weight, 0)
@@ -199,12 +212,12 @@ def probabilities(codes: Tensor, prototypes: Tensor, temperature: float) -> Tens
     codes, prototypes = with_rows_together(codes), prototypes.contiguous()
     out = torch.empty(H, B, P, K, dtype=torch.float32, device=codes.device)
     arguments = code_arguments(codes, K)
+    arguments |= softmax_arguments(temperature, K)
     with torch.cuda.device_of(codes):
         launch(
             probabilities_kernel, (triton.cdiv(P, arguments["settings"]["BLOCK_P"]), B, H),
-            prototypes_ptr=prototypes, out_ptr=out, d_codes_ptr=out, partial_ptr=out, temperature=temperature,
-            GRADIENT=False,
-            **arguments,
+            prototypes_ptr=prototypes, out_ptr=out, d_codes_ptr=out, partial_ptr=out,
+            GRADIENT=False, **arguments,
         )  # fmt: skip
     return out
 
@@ -224,12 +237,13 @@ def probabilities_backward(
     d_prototypes = torch.empty_like(prototypes.contiguous())
     codes, prototypes, d_out = with_rows_together(codes), prototypes.contiguous(), d_out.contiguous()
     arguments = code_arguments(codes, K)
+    arguments |= softmax_arguments(temperature, K)
     tiles = triton.cdiv(P, arguments["settings"]["BLOCK_P"])
     partial = torch.empty(H, B * tiles, K, Z, dtype=torch.float32, device=codes.device)
     with torch.cuda.device_of(codes):
         launch(
             probabilities_kernel, (tiles, B, H),
-            prototypes_ptr=prototypes, out_ptr=d_out, d_codes_ptr=d_codes, partial_ptr=partial, temperature=temperature,
+            prototypes_ptr=prototypes, out_ptr=d_out, d_codes_ptr=d_codes, partial_ptr=partial,
             GRADIENT=True, **arguments,
         )  # fmt: skip
         finish(partial, prototypes, d_prototypes, gradient=True)

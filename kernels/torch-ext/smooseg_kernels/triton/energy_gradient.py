@@ -1,6 +1,6 @@
 """The gradient of the energies to the codes (or to the probs), from one more read of the features.
 
-An image's sums act on each of its patches alone: dE/dc_p = -w_p / B (pull^T f_p + prob pull). The gradient goes on
+An image's sums act on each of its patches alone: dE/dc_p = -w_p / B (pull^T f_p + constant). The gradient goes on
 through the unit probs, the softmax and the cosine to the code, all recomputed from the code in registers.
 """
 
@@ -9,19 +9,56 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .image_moments import LIFT
 from .labels import (
-    codes_backward,
-    cosines,
+    LIFT,
+    LN2,
     inverse_norms,
     invert,
+    load_prepared,
     load_rows,
-    load_unit_prototypes,
-    split,
-    unit_probs,
-    unit_probs_backward,
+    load_tile,
+    product,
+    soft_labels,
+    unit_parts,
 )
-from .pair_sums import count_pairs, largest_upstream, upstream
+from .student_gradient import scale_student_gradient
+
+
+@triton.jit
+def load_pull(ptr, d, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr):
+    tile_ptr = ptr + d[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    if D % BLOCK_D == 0:
+        pull = tl.load(tile_ptr)
+    else:
+        pull = tl.load(tile_ptr, mask=(d < D)[:, None], other=0.0)
+    return pull
+
+
+@triton.jit
+def code_gradient(
+    codes, high, low, pulled, inverse, constant, factor, sharpness,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Takes d_c = pulled / |f| + constant through unit probs and cosines: [BLOCK_P,BLOCK_Z], times `factor`."""
+    k, code_inverse = tl.arange(0, BLOCK_K), inverse_norms(codes)
+    toward = product(codes, high, low, PRECISION)
+    _, e, e_inverse = soft_labels(toward, code_inverse * sharpness, k, sharpness, K, BOUNDED)
+    c = e * e_inverse[:, None]
+    d_c = pulled * inverse[:, None] + constant[None, :]
+    d_logit = c * (d_c - c * tl.sum(c * d_c, 1)[:, None])
+    along = tl.sum(d_logit * toward, 1) * (code_inverse * code_inverse)
+    back = tl.dot(d_logit.to(high.dtype), high, input_precision=PRECISION)
+    # the logits' own factor 1 / temperature is sharpness * ln 2
+    return (back - along[:, None] * codes.to(tl.float32)) * (code_inverse * (factor * (sharpness * LN2)))[:, None]
+
+
+@triton.jit
+def prob_gradient(probs, pulled, inverse, constant, factor):
+    """Takes d_c = pulled / |f| + constant through probs' own normalisation: [BLOCK_P,BLOCK_K], times `factor`."""
+    prob_inverse = inverse_norms(probs)
+    c = probs * prob_inverse[:, None]
+    d_c = pulled * inverse[:, None] + constant[None, :]
+    return (d_c - c * tl.sum(c * d_c, 1)[:, None]) * (prob_inverse * factor)[:, None]
 
 
 @triton.jit
@@ -29,131 +66,78 @@ def energy_gradient_kernel(
     # in
     features_ptr,  # [B,P,D]
     rows_ptr,  # codes [H,B,P,Z], or probs [H,B,P,K] without FROM_CODES
-    teacher_ptr,  # [H,K,Z]
+    prototypes_ptr,  # teacher [H,K,Z]; with PREPARED unit rows [H,2,2 * BLOCK_K,BLOCK_Z], see load_prepared
     weight_ptr,  # [B,P] fp32
     norms_ptr,  # [B,P] fp32
     totals_ptr,  # [B] fp32
-    partners_ptr,  # [rows,B] int64
-    thresholds_ptr,  # [H,T] fp32
-    mean_ptr,  # [T] fp32
     pull_ptr,  # [H,B,D,BLOCK_K]
-    prob_pull_ptr,  # [H,B,T,BLOCK_K] fp32
-    drift_ptr,  # [H,B,SLICES,BLOCK_K] fp32
-    unit_d_student_ptr,  # [H,K,Z] fp32
+    constant_ptr,  # [H,B,BLOCK_K] fp32
+    upstream_ptr,  # [H] fp32: the factor of pull and constant
     d_total_ptr,  # [H] fp32
-    d_energy_ptr,  # [H,T] fp32
-    d_distance_ptr,  # [H,T] fp32
     d_data_ptr,  # [H] fp32
+    unit_d_student_ptr,  # [H,K,Z] fp32
     # out
     d_rows_ptr,  # like rows, contiguous
     d_student_ptr,  # [H,K,Z]
     # sizes
-    B, P, head_blocks, temperature,
-    stride_fb, stride_fp, stride_rh, stride_rb, stride_rp, stride_th, stride_tt, stride_total, stride_data,
-    D: tl.constexpr, K: tl.constexpr, Z: tl.constexpr, T: tl.constexpr, ENTRIES: tl.constexpr, SLICES: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_Z: tl.constexpr,
+    B, P, H, sharpness,
+    stride_fb, stride_fp, stride_rh, stride_rb, stride_rp, stride_upstream, stride_total, stride_data,
+    D: tl.constexpr, K: tl.constexpr, Z: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_Z: tl.constexpr,
     # switches
-    FROM_CODES: tl.constexpr, RELATIVE: tl.constexpr, CENTER: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    ROWS_GRADIENT: tl.constexpr, STUDENT_GRADIENT: tl.constexpr,
-    HAS_TOTAL: tl.constexpr, HAS_ENERGY: tl.constexpr, HAS_DISTANCE: tl.constexpr, HAS_DATA: tl.constexpr,
-    UNIT: tl.constexpr,  # pull is for upstream gradients of 1; the total's is applied here
+    FROM_CODES: tl.constexpr, PREPARED: tl.constexpr, BOUNDED: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    ROWS_GRADIENT: tl.constexpr, STUDENT_GRADIENT: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_DATA: tl.constexpr,
     FEATURE: tl.constexpr,  # the types in which the matrix unit reads features and codes
     CODE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Multiplies a tile of features by a head's pull and takes the product back to the head's rows."""
     # heads of one tile run next to each other and find its features in the cache; a second axis ends at 65,535
-    head, tile = tl.program_id(0) % head_blocks * HEADS, tl.program_id(0) // head_blocks
-    b = tl.program_id(1).to(tl.int64)
-    row, k = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_K)
+    tile, h, b = tl.program_id(0) // H, (tl.program_id(0) % H).to(tl.int64), tl.program_id(1).to(tl.int64)
     WIDTH: tl.constexpr = Z if FROM_CODES else K
-    column = tl.arange(0, BLOCK_Z if FROM_CODES else BLOCK_K)
+    BLOCK_WIDTH: tl.constexpr = BLOCK_Z if FROM_CODES else BLOCK_K
     if ROWS_GRADIENT:
-        start = tile * BLOCK_P
+        start, row = tile * BLOCK_P, tl.arange(0, BLOCK_P)
         inside = start + row < P
-        pulls = (tl.zeros((BLOCK_P, BLOCK_K), tl.float32),) * HEADS
-        for first in range(0, D, BLOCK_D):
-            d = first + tl.arange(0, BLOCK_D)
-            feature_inside, pull_inside = inside[:, None], (k < BLOCK_K)[None, :]
-            if D % BLOCK_D != 0:
-                feature_inside, pull_inside = feature_inside & (d < D)[None, :], pull_inside & (d < D)[:, None]
-            first_ptr = features_ptr + b * stride_fb + start.to(tl.int64) * stride_fp
-            tile_ptr = first_ptr + row[:, None] * stride_fp + d[None, :]
-            features = tl.load(tile_ptr, mask=feature_inside, other=0.0).to(FEATURE)
-            new_pulls = ()
-            for j in tl.static_range(HEADS):
-                image_ptr = pull_ptr + ((head + j).to(tl.int64) * B + b) * D * BLOCK_K
-                pull = tl.load(image_ptr + d[:, None] * BLOCK_K + k[None, :], mask=pull_inside, other=0.0).to(FEATURE)
-                new_pulls = new_pulls + (tl.dot(features, pull, pulls[j], input_precision=PRECISION),)
-            pulls = new_pulls
+        features_ptr += b * stride_fb
+        pull_ptr += (h * B + b) * D * BLOCK_K
+        # these loads overlap with the product's
         inverse = invert(tl.load(norms_ptr + b * P + start + row, mask=inside, other=0.0))
+        constant = tl.load(constant_ptr + (h * B + b) * BLOCK_K + tl.arange(0, BLOCK_K))
         total = tl.load(totals_ptr + b)
-        weight = tl.zeros((BLOCK_P,), tl.float32) + tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
+        factor = tl.where(total > 0, (-1.0 / LIFT) / tl.maximum(total, 1e-30), 0.0) / B
+        factor *= tl.load(upstream_ptr + h * stride_upstream)
+        rows = load_rows(
+            rows_ptr + h * stride_rh + b * stride_rb, start, P, stride_rp,
+            width=WIDTH, BLOCK=BLOCK_P, WIDTH=BLOCK_WIDTH,
+        )  # fmt: skip
+        pulled = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
+        for first in range(0, D, BLOCK_D):
+            f = load_tile(features_ptr, start, P, stride_fp, first, width=D, BLOCK=BLOCK_P, WIDTH=BLOCK_D).to(FEATURE)
+            pull = load_pull(pull_ptr, first + tl.arange(0, BLOCK_D), D, BLOCK_D, BLOCK_K).to(FEATURE)
+            pulled = tl.dot(f, pull, pulled, input_precision=PRECISION)
+        # a second mask, without which the compiler would copy rows to shared memory at once and wait for them
+        rows = tl.where(inside[:, None], rows, 0.0)
         if HAS_WEIGHT:
-            weight *= tl.load(weight_ptr + b * P + start + row, mask=inside, other=0.0)
-        for j in tl.static_range(HEADS):
-            h = (head + j).to(tl.int64)
-            largest = tl.zeros((), tl.float32)
-            if UNIT:
-                largest += tl.load(d_total_ptr + h * stride_total)
+            factor *= tl.load(weight_ptr + b * P + start + row, mask=inside, other=0.0)
+        if FROM_CODES:
+            if PREPARED:
+                parts = load_prepared(prototypes_ptr + h * 4 * BLOCK_K * BLOCK_Z, CODE, BLOCK_K, BLOCK_K, BLOCK_Z)
             else:
-                largest += largest_upstream(
-                    d_total_ptr, d_energy_ptr, d_distance_ptr, h, stride_total, T=T,
-                    HAS_TOTAL=HAS_TOTAL, HAS_ENERGY=HAS_ENERGY, HAS_DISTANCE=HAS_DISTANCE,
-                )  # fmt: skip
-            constant = tl.zeros((BLOCK_K,), tl.float32)
-            for i in tl.static_range(SLICES):
-                constant -= tl.load(drift_ptr + ((h * B + b) * SLICES + i) * BLOCK_K + k)
-            for t in tl.static_range(T):
-                # energy t moves with the distance by M - b, or by -b without centring
-                threshold = tl.load(thresholds_ptr + h * stride_th + t * stride_tt)
-                mean = tl.load(mean_ptr + t)
-                if RELATIVE:
-                    threshold += mean
-                slope = -threshold
-                if CENTER:
-                    slope += mean
-                if not UNIT:
-                    arriving = upstream(
-                        d_total_ptr, d_energy_ptr, h, t, stride_total, T=T, HAS_TOTAL=HAS_TOTAL, HAS_ENERGY=HAS_ENERGY
-                    )
-                    slope *= arriving / largest
-                    if HAS_DISTANCE:
-                        slope += tl.load(d_distance_ptr + h * T + t) / largest
-                share = B / tl.maximum(count_pairs(totals_ptr, partners_ptr, B, ENTRIES[t], BLOCK_B), 1.0)
-                constant += share * slope * tl.load(prob_pull_ptr + ((h * B + b) * T + t) * BLOCK_K + k)
-            d_c = pulls[j] * inverse[:, None] + constant[None, :]
-            factor = weight * (-largest / (B * LIFT))
-
-            head_ptr = rows_ptr + h * stride_rh + b * stride_rb
-            if FROM_CODES:
-                unit = load_unit_prototypes(teacher_ptr + h * K * Z, K, Z, BLOCK_K, BLOCK_Z)[0]
-                high, low = split(unit, CODE)
-                codes = load_rows(head_ptr, start, P, stride_rp, width=Z, BLOCK=BLOCK_P, WIDTH=BLOCK_Z).to(CODE)
-                code_inverse = inverse_norms(codes)
-                cosine = cosines(codes, code_inverse, high, low, CODE, PRECISION)
-                d_cosine = unit_probs_backward(unit_probs(cosine, k, temperature, K), d_c) / temperature
-                d_row = (
-                    codes_backward(d_cosine, cosine, codes, code_inverse, high, OPERAND=CODE, PRECISION=PRECISION)
-                    * factor[:, None]
-                )
-            else:
-                probs = load_rows(head_ptr, start, P, stride_rp, width=K, BLOCK=BLOCK_P, WIDTH=BLOCK_K).to(tl.float32)
-                prob_inverse = inverse_norms(probs)
-                c = probs * prob_inverse[:, None]
-                d_row = (d_c - c * tl.sum(c * d_c, 1)[:, None]) * (prob_inverse * factor)[:, None]
-            out_ptr = d_rows_ptr + ((h * B + b) * P + start) * WIDTH + row[:, None] * WIDTH + column[None, :]
-            tl.store(out_ptr, d_row.to(d_rows_ptr.dtype.element_ty), mask=inside[:, None] & (column < WIDTH)[None, :])
+                parts = unit_parts(prototypes_ptr + h * K * Z, CODE, K, Z, BLOCK_K, BLOCK_Z)
+            d_row = code_gradient(
+                rows.to(CODE), parts[0], parts[1], pulled, inverse, constant, factor=factor, sharpness=sharpness,
+                K=K, BLOCK_K=BLOCK_K, BOUNDED=BOUNDED, PRECISION=PRECISION,
+            )  # fmt: skip
+        else:
+            d_row = prob_gradient(rows.to(tl.float32), pulled, inverse, constant, factor)
+        column = tl.arange(0, BLOCK_WIDTH)
+        out_ptr = d_rows_ptr + ((h * B + b) * P + start) * WIDTH + row[:, None] * WIDTH + column[None, :]
+        tl.store(out_ptr, d_row.to(d_rows_ptr.dtype.element_ty), mask=inside[:, None] & (column < WIDTH)[None, :])
 
     if STUDENT_GRADIENT:  # noqa: SIM102 - one condition for the compiler, one for the program
         if (tile == 0) & (b == 0):
-            z = tl.arange(0, BLOCK_Z)
-            for j in tl.static_range(HEADS):
-                h = (head + j).to(tl.int64)
-                g = upstream(d_total_ptr, d_data_ptr, h, 0, stride_total, T=1, HAS_TOTAL=HAS_TOTAL, HAS_ENERGY=False)
-                if HAS_DATA:
-                    g += tl.load(d_data_ptr + h * stride_data)
-                offset = h * K * Z + k[:, None] * Z + z[None, :]
-                inside_k = (k < K)[:, None] & (z < Z)[None, :]
-                unit_gradient = tl.load(unit_d_student_ptr + offset, mask=inside_k, other=0.0)
-                tl.store(d_student_ptr + offset, (g * unit_gradient).to(d_student_ptr.dtype.element_ty), mask=inside_k)
+            scale_student_gradient(
+                d_student_ptr, unit_d_student_ptr, d_total_ptr, d_data_ptr, h, stride_total, stride_data=stride_data,
+                K=K, Z=Z, BLOCK_K=BLOCK_K, BLOCK_Z=BLOCK_Z, HAS_TOTAL=HAS_TOTAL, HAS_DATA=HAS_DATA,
+            )  # fmt: skip

@@ -1,8 +1,11 @@
-"""Functions for the kernels that take codes to probs and to the data term: cosines to unit prototypes, and the
-gradients.
+"""Functions for the kernels that take codes to probs and to the data term, and back to gradients.
 
 With c = e / |e| and e = exp(cosine / temperature) the softmax's own denominator cancels, so unit probs need no division
-by it, and their gradient is short: dl_k = c_k dc_k - c_k^2 sum_j c_j dc_j for logits l.
+by it, and their gradient is short: dl_k = c_k dc_k - c_k^2 sum_j c_j dc_j for logits l. Logarithms are to the base 2,
+which the hardware raises to a power in one instruction.
+
+A warp owns 16 rows of a matrix product. Where probs are made, a block has at least 16 rows a warp, or warps compute
+copies of each other's rows.
 """
 
 from __future__ import annotations
@@ -13,21 +16,36 @@ import triton.language as tl
 from .. import rows
 
 SHORTEST = tl.constexpr(rows.SHORTEST)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# weights that add up to 1 over an image are small: a power of two lifts them exactly, out of fp16's subnormal range
+LIFT = tl.constexpr(64.0)
+FAR = tl.constexpr(-16384.0)  # a logarithm whose power is 0, and that 0 times is 0
 
 
 @triton.jit
 def invert(norms):
     """Returns 1 / norms, and 0 where a norm is below 1e-10: that row has cosine 0 and gradient 0."""
-    short = norms < SHORTEST
-    return tl.where(short, 0.0, 1.0 / tl.where(short, 1.0, norms))
+    # a reciprocal square root is one instruction, a division ten
+    bounded = tl.maximum(norms, SHORTEST)
+    return tl.where(norms < SHORTEST, 0.0, tl.rsqrt(bounded * bounded))
 
 
 @triton.jit
 def load_rows(ptr, start, count, stride, width: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
     """Loads rows start .. start + BLOCK of a matrix with adjacent columns: [BLOCK,WIDTH], zero beyond the matrix."""
-    row, column = tl.arange(0, BLOCK), tl.arange(0, WIDTH)
+    return load_tile(ptr, start, count, stride, 0, width=width, BLOCK=BLOCK, WIDTH=WIDTH)
+
+
+@triton.jit
+def load_tile(ptr, start, count, stride, first, width: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """Loads rows start .. start + BLOCK and columns first .. first + WIDTH: [BLOCK,WIDTH], zero beyond the matrix.
+
+    `first` is a multiple of WIDTH.
+    """
+    row, column = tl.arange(0, BLOCK), first + tl.arange(0, WIDTH)
     inside = (start + row < count)[:, None]
-    if width != WIDTH:
+    if width % WIDTH != 0:
         inside = inside & (column < width)[None, :]
     # int64 once for the tile, so that offsets hold past 2^31 elements while those within the tile stay short
     tile_ptr = ptr + tl.cast(start, tl.int64) * stride + row[:, None] * stride + column[None, :]
@@ -51,31 +69,115 @@ def split(unit, OPERAND: tl.constexpr):
 
 @triton.jit
 def inverse_norms(tile):
+    """Returns 1 / |row| [N] of a tile [N,Z], and 0 for a row shorter than 1e-10."""
     wide = tile.to(tl.float32)
-    return invert(tl.sqrt(tl.sum(wide * wide, 1)))
+    squares = tl.sum(wide * wide, 1)
+    shortest: tl.constexpr = SHORTEST * SHORTEST
+    return tl.where(squares < shortest, 0.0, tl.rsqrt(tl.maximum(squares, shortest)))
 
 
 @triton.jit
-def cosines(codes, inverse, high, low, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
-    """Takes codes [N,Z] and unit prototypes [K,Z] in two parts to [N,K]. The norms divide the smaller product."""
-    products = tl.dot(codes, tl.trans(high), input_precision=PRECISION)
-    if tl.float32 != OPERAND:
-        products = tl.dot(codes, tl.trans(low), products)
-    return products * inverse[:, None]
+def unit_parts(
+    ptr, OPERAND: tl.constexpr, K: tl.constexpr, Z: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Z: tl.constexpr
+):
+    """Loads prototypes [K,Z] of any length as unit rows in two parts, [BLOCK_K,BLOCK_Z] each."""
+    return split(load_unit_prototypes(ptr, K, Z, BLOCK_K, BLOCK_Z)[0], OPERAND)
 
 
 @triton.jit
-def unit_probs(cosine, column, temperature, K: tl.constexpr):
-    """Returns softmax(cosine / temperature) scaled to length 1, [N, BLOCK_K], zero beyond K."""
-    logits = tl.where(column[None, :] < K, cosine / temperature, float("-inf"))
-    e = tl.exp(logits - tl.max(logits, 1)[:, None])
-    return e * (1.0 / tl.sqrt(tl.sum(e * e, 1)))[:, None]
+def both_unit_parts(
+    teacher_ptr, student_ptr,
+    OPERAND: tl.constexpr, K: tl.constexpr, Z: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Z: tl.constexpr,
+):  # fmt: skip
+    """Loads two lots of prototypes [K,Z] as unit rows in two parts, [2 * BLOCK_K,BLOCK_Z] each, the teacher's first."""
+    row, z = tl.arange(0, 2 * BLOCK_K), tl.arange(0, BLOCK_Z)
+    k = row % BLOCK_K
+    inside = (k < K)[:, None] & (z < Z)[None, :]
+    tile = k[:, None] * Z + z[None, :]
+    teacher = tl.load(teacher_ptr + tile, mask=inside & (row < BLOCK_K)[:, None], other=0.0).to(tl.float32)
+    student = tl.load(student_ptr + tile, mask=inside & (row >= BLOCK_K)[:, None], other=0.0).to(tl.float32)
+    prototypes = teacher + student
+    return split(prototypes * inverse_norms(prototypes)[:, None], OPERAND)
 
 
 @triton.jit
-def unit_probs_backward(c, d_c):
-    """Returns the gradient of the logits."""
-    return c * d_c - c * c * tl.sum(c * d_c, 1)[:, None]
+def load_prepared(ptr, OPERAND: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Z: tl.constexpr):
+    """Loads the first rows of both parts of prepared prototypes, [2,2 * BLOCK_K,BLOCK_Z]: BLOCK_K are the teacher's."""
+    row, z = tl.arange(0, ROWS), tl.arange(0, BLOCK_Z)
+    part_ptr = ptr + row[:, None] * BLOCK_Z + z[None, :]
+    return tl.load(part_ptr).to(OPERAND), tl.load(part_ptr + 2 * BLOCK_K * BLOCK_Z).to(OPERAND)
+
+
+@triton.jit
+def product(codes, high, low, PRECISION: tl.constexpr):
+    """Multiplies codes [N,Z] by unit prototypes [BLOCK_K,Z] in two parts: |code| times the cosines, [N,BLOCK_K]."""
+    toward = tl.dot(codes, tl.trans(high), input_precision=PRECISION)
+    if high.dtype != tl.float32:
+        toward = tl.dot(codes, tl.trans(low), toward)
+    return toward
+
+
+@triton.jit
+def halves(rows, BLOCK_K: tl.constexpr):
+    """Splits [2 * BLOCK_K,Z] into its first and its last rows."""
+    return tl.split(tl.permute(tl.reshape(rows, (2, BLOCK_K, rows.shape[1])), (1, 2, 0)))
+
+
+@triton.jit
+def both_products(codes, high, low, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
+    """Multiplies codes by the teacher's and the student's prototypes in one product: two [BLOCK_P,BLOCK_K].
+
+    The halves lie in different registers of the same threads, so nothing moves.
+    """
+    # three products of tf32 need more registers than a program has for both; one instruction has 256 columns at most,
+    # and with a second one along them Triton 3.6 read out of bounds on a card
+    if high.dtype == tl.float32 or BLOCK_K > 128:
+        teacher_high, student_high = halves(high, BLOCK_K)
+        teacher_low, student_low = halves(low, BLOCK_K)
+        toward_teacher = product(codes, teacher_high, teacher_low, PRECISION)
+        toward_student = product(codes, student_high, student_low, PRECISION)
+    else:
+        both = product(codes, high, low, PRECISION)
+        toward_teacher, toward_student = tl.split(tl.permute(tl.reshape(both, (BLOCK_P, 2, BLOCK_K)), (0, 2, 1)))
+    return toward_teacher, toward_student
+
+
+@triton.jit
+def column_bias(k, value, K: tl.constexpr):
+    """Returns what makes products logarithms when added to them: columns beyond K vanish in the same instruction."""
+    return tl.where(k < K, value, FAR)
+
+
+@triton.jit
+def soft_labels(toward, scale, k, sharpness, K: tl.constexpr, BOUNDED: tl.constexpr):
+    """Takes products with the teacher [N,BLOCK_K] to log2 e and e [N,BLOCK_K], and 1 / |e| [N].
+
+    sharpness is log2(e) / temperature, and scale [N] sharpness / |code|. A cosine is at most 1, so with BOUNDED
+    sharpness itself bounds the logits.
+    """
+    if BOUNDED:
+        x = toward * scale[:, None] + column_bias(k, -sharpness, K)[None, :]
+    else:
+        x = tl.where((k < K)[None, :], toward * scale[:, None], float("-inf"))
+        x -= tl.max(x, 1)[:, None]
+    e = tl.exp2(x)
+    return x, e, tl.rsqrt(tl.sum(e * e, 1))
+
+
+@triton.jit
+def data_term(toward_student, x, scale, k, sharpness, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Returns the cross-entropy [N] and its gradient to the student's cosines [N,BLOCK_K]; scale as for `soft_labels`.
+
+    The label is the largest of the teacher's logits x, at the lowest index. The student's cosines need no shift.
+    """
+    label = tl.min(tl.where(x == tl.max(x, 1)[:, None], k[None, :], BLOCK_K), 1)
+    chosen = tl.where(k[None, :] == label[:, None], 1.0, 0.0)
+    # the same factor of a row as the teacher's, which moves between threads once
+    y = toward_student * scale[:, None] * (LOG2E / sharpness) + column_bias(k, 0.0, K)[None, :]
+    e = tl.exp2(y)
+    logarithm = tl.log2(tl.sum(e, 1))
+    loss = (logarithm - tl.sum(chosen * y, 1)) * LN2
+    return loss, e * tl.exp2(-logarithm)[:, None] - chosen
 
 
 @triton.jit
@@ -84,21 +186,6 @@ def codes_backward(d_cosine, cosine, codes, inverse, high, OPERAND: tl.constexpr
     toward = tl.dot(d_cosine.to(OPERAND), high, input_precision=PRECISION)
     along = tl.sum(d_cosine * cosine, 1) * inverse
     return (toward - along[:, None] * codes.to(tl.float32)) * inverse[:, None]
-
-
-@triton.jit
-def cross_entropy(toward_student, toward_teacher, column, K: tl.constexpr):
-    """Returns the loss [N] against the teacher's nearest prototype, and its gradient to the student's cosines [N,K].
-
-    A cosine cannot exceed 1, so the softmax needs no shift by the maximum. Ties go to the lowest index.
-    """
-    inside = column[None, :] < K
-    label = tl.argmax(tl.where(inside, toward_teacher, float("-inf")), 1)
-    e = tl.where(inside, tl.exp(toward_student), 0.0)
-    denominator = tl.sum(e, 1)
-    chosen = column[None, :] == label[:, None]
-    loss = tl.log(denominator) - tl.sum(tl.where(chosen, toward_student, 0.0), 1)
-    return loss, e / denominator[:, None] - tl.where(chosen, 1.0, 0.0)
 
 
 @triton.jit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -117,9 +118,14 @@ def narrow(settings: dict[str, int], heads: int, columns: int) -> dict[str, int]
     return settings
 
 
-def operand(dtype: torch.dtype):
+def operand_dtype(dtype: torch.dtype) -> torch.dtype:
     """Returns the type in which the matrix unit reads a tensor. The interpreter gets bf16 wrong and reads fp32."""
-    return tl.float32 if INTERPRETED and dtype == torch.bfloat16 else OPERANDS[dtype]
+    return torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype
+
+
+def operand(dtype: torch.dtype):
+    """Returns Triton's name of `operand_dtype`."""
+    return OPERANDS[operand_dtype(dtype)]
 
 
 def precision(device: torch.device) -> str:
@@ -127,6 +133,14 @@ def precision(device: torch.device) -> str:
     if family(device) in ("interpreter", "gfx942"):
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+
+
+def softmax_arguments(temperature: float, K: int) -> dict[str, float | bool]:
+    """Returns the arguments of `soft_labels`.
+
+    Below 0.05 the square of e could leave fp32's range without a maximum, which also makes the only e of K = 1 exact.
+    """
+    return {"sharpness": math.log2(math.e) / temperature, "BOUNDED": temperature >= 0.05 and K > 1}
 
 
 def with_rows_together(tensor: Tensor) -> Tensor:
@@ -141,6 +155,15 @@ def or_nothing(tensor: Tensor | None, nothing: Tensor) -> Tensor:
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
+
+
+def strides(tensor: Tensor, *names: str) -> dict[str, int]:
+    """Names the strides of the leading axes as the kernels' parameters."""
+    return {f"stride_{name}": stride for name, stride in zip(names, tensor.stride())}
+
+
+def first_stride(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.stride(0)
 
 
 def launch(kernel, grid: tuple[int, ...], *, settings: dict[str, int], **arguments) -> None:

@@ -14,46 +14,33 @@ import triton
 from torch import Tensor
 
 from .energy_gradient import energy_gradient_kernel
-from .image_moments import image_moments_kernel
-from .launch import config, contiguous, launch, narrow, operand, operator, or_nothing, precision, with_rows_together
-from .pair_sums import ALL, crowd_kernel, pair_sums_kernel
+from .label_rows import label_rows_kernel
+from .launch import (
+    config,
+    contiguous,
+    first_stride,
+    launch,
+    operand,
+    operator,
+    or_nothing,
+    precision,
+    softmax_arguments,
+    strides,
+    with_rows_together,
+)
+from .moment_pairs import DataTerm, PairSets, add_up_pairs, relative_upstream
 from .plan import Outputs, Plan, Scratch, partial_dtype
-from .row_norms import row_norms_kernel
-
-STUDENT_BLOCK = 16  # rows of partial student gradients added at a time
-
-
-class PairSets(NamedTuple):
-    """Inputs of the sums over pairs, next to the moments."""
-
-    partners: Tensor | None  # int64 [rows,B]
-    entries: Sequence[int]  # for each pair set SELF, ALL or its row in partners
-    thresholds: Tensor  # [H,T]
-    channel_scale: Tensor | None  # [B,D]
-    mean: Tensor | None  # [T]
-    relative: bool
-    center: bool
+from .row_norms import prepare_kernel, row_norms_kernel
+from .row_products import row_products_kernel
 
 
-class Forward(NamedTuple):
-    """Further tensors of the sums over pairs in the forward pass."""
+class Constants(NamedTuple):
+    """The features and what multiplies or divides them."""
 
-    outputs: Outputs
-    student: Tensor | None  # [H,K,Z]
-    entropy: Tensor  # [H,B,S]
-    student_sums: Tensor  # [H,B,S,K,Z] with a gradient to the student
-    arrivals: Tensor  # int32 [H]
-
-
-class Upstream(NamedTuple):
-    """Gradients that arrive in the backward pass."""
-
-    total: Tensor | None  # [H]
-    energy: Tensor | None  # [H,T]
-    distance: Tensor | None  # [H,T]
-
-
-NO_UPSTREAM = Upstream(None, None, None)
+    features: Tensor  # [B,P,D]
+    scale: Tensor | None  # [B,D] fp32
+    weight: Tensor | None  # [B,P] fp32
+    norms: Tensor | None  # [B,P] fp32, where the caller gives them
 
 
 @operator("objective")
@@ -78,123 +65,78 @@ def objective(
     """Returns the Outputs, then the Scratch. entries: for each pair set SELF, ALL or its row in partners [rows,B]."""
     plan = Plan(features, rows, teacher, len(entries))
     outputs = plan.outputs(features)
-    scratch = plan.scratch(features, feature_norms is not None, rows_gradient, student_gradient)
-    totals = scratch.totals
-    B, H, K, Z, S = plan.B, plan.H, plan.K, plan.Z, plan.splits
-    features, rows = with_rows_together(features), with_rows_together(rows)
-    student, teacher, channel_scale = contiguous(student), contiguous(teacher), contiguous(channel_scale)
-    patch_weight, feature_norms = contiguous(patch_weight), contiguous(feature_norms)
-    pair_sets = PairSets(
-        contiguous(partners), entries, thresholds, channel_scale, contiguous(mean), relative=relative, center=center
+    scratch = plan.scratch(features, rows, feature_norms is not None, rows_gradient, student_gradient)
+    constants = Constants(
+        with_rows_together(features), contiguous(channel_scale), contiguous(patch_weight), contiguous(feature_norms)
     )
-    entropy, arrivals = totals.new_empty(H, B, S), totals.new_empty(H, dtype=torch.int32)
-    student_sums = totals.new_empty(H, B, S, K, Z, dtype=partial_dtype(rows)) if student_gradient else totals
+    rows, student, teacher = with_rows_together(rows), contiguous(student), contiguous(teacher)
+    pair_sets = PairSets(
+        contiguous(partners), entries, thresholds, constants.scale, contiguous(mean), relative=relative, center=center
+    )
+    parts, new = (plan.H, plan.B, plan.parts), scratch.totals.new_empty
+    arrivals = new(plan.H, dtype=torch.int32)
+    data_term = DataTerm(
+        student,
+        entropy=new(parts),
+        student_sums=new(*parts, plan.K, plan.Z, dtype=partial_dtype(rows)) if student_gradient else scratch.totals,
+    )
     with torch.cuda.device_of(features):
-        if plan.norms_alone and feature_norms is None:
-            measure_norms(plan, features, channel_scale, scratch)
-        launch(
-            image_moments_kernel, (H // plan.sums["HEADS"], B, plan.slices * S), settings=plan.sums,
-            # in
-            features_ptr=features, rows_ptr=rows,
-            student_ptr=or_nothing(student, totals), teacher_ptr=or_nothing(teacher, totals),
-            scale_ptr=or_nothing(channel_scale, totals), weight_ptr=or_nothing(patch_weight, totals),
-            norms_ptr=or_nothing(feature_norms, scratch.norms),
-            # out
-            sums_ptr=scratch.sums, prob_sums_ptr=scratch.prob_sums, entropy_ptr=entropy, student_sums_ptr=student_sums,
-            totals_ptr=totals, arrivals_ptr=arrivals,
-            # sizes
-            B=B, P=plan.P, temperature=temperature, **strides(features, "fb", "fp"), **strides(rows, "rh", "rb", "rp"),
-            D=plan.D, K=K, Z=Z, SPLITS=S, BLOCK_K=plan.columns, BLOCK_Z=plan.code_columns,
-            # switches
-            FROM_CODES=teacher is not None, NORMS_GIVEN=plan.norms_alone or feature_norms is not None,
-            HAS_SCALE=channel_scale is not None, HAS_WEIGHT=patch_weight is not None, STUDENT_GRADIENT=student_gradient,
-            UNIT_FEATURES=features.dtype == torch.float16,
-            FEATURE=operand(features.dtype), CODE=operand(rows.dtype), PRECISION=precision(features.device),
-        )  # fmt: skip
+        add_up_rows(plan, scratch, constants, data_term, arrivals, rows, teacher=teacher, temperature=temperature)
         add_up_pairs(
-            plan,
-            scratch,
-            pair_sets,
-            forward=Forward(outputs, student, entropy, student_sums, arrivals),
-            rows_gradient=rows_gradient,
-            student_gradient=student_gradient,
-        )
+            plan, scratch, pair_sets, outputs, arrivals, data_term=data_term, rows_gradient=rows_gradient,
+            student_gradient=student_gradient, weighted=patch_weight is not None,
+        )  # fmt: skip
     return (*outputs, *scratch)
 
 
-def strides(tensor: Tensor, *names: str) -> dict[str, int]:
-    """Names the strides of the leading axes as the kernels' parameters."""
-    return {f"stride_{name}": stride for name, stride in zip(names, tensor.stride())}
-
-
-def measure_norms(plan: Plan, features: Tensor, channel_scale: Tensor | None, scratch: Scratch) -> None:
-    settings = config("row_norms", features)
-    launch(
-        row_norms_kernel, (triton.cdiv(plan.P, settings["BLOCK_P"]), plan.B), settings=settings,
-        features_ptr=features, scale_ptr=or_nothing(channel_scale, scratch.totals), norms_ptr=scratch.norms,
-        P=plan.P, **strides(features, "fb", "fp"), D=plan.D, HAS_SCALE=channel_scale is not None,
-    )  # fmt: skip
-
-
-def add_up_pairs(
+def add_up_rows(
     plan: Plan,
     scratch: Scratch,
-    pair_sets: PairSets,
-    *,
-    forward: Forward | None = None,
-    upstream: Upstream = NO_UPSTREAM,
-    rows_gradient: bool,
-    student_gradient: bool = False,
+    constants: Constants,
+    data_term: DataTerm,
+    arrivals: Tensor,
+    rows: Tensor,
+    teacher: Tensor | None,
+    temperature: float,
 ) -> None:
-    """Launches the sums over pairs: forward to fill the outputs, backward for more than the total's gradient."""
-    totals, T, SLICES = scratch.totals, plan.T, plan.pair_slices
-    crowd, crowd_probs = add_up_crowd(plan, scratch, pair_sets.center) if ALL in pair_sets.entries else (totals, totals)
-    nothing = Forward(Outputs(*[totals] * 5), None, totals, totals, totals)
-    outputs, student, entropy, student_sums, arrivals = forward or nothing
-    programs = plan.B * SLICES + (plan.K if student_gradient else 0)
+    """Launches the sums over patches: norms and prepared prototypes for several heads, label rows, their moments."""
+    (features, scale, weight, norms), totals = constants, scratch.totals
+    B, P, H, K, Z, N = plan.B, plan.P, plan.H, plan.K, plan.Z, plan.H * plan.columns
+    norms_here = norms is None and H == 1 and features.dtype != torch.float32
+    sides = features.new_empty(B, P, N)
+    common = {
+        "features_ptr": features, "scale_ptr": or_nothing(scale, totals), "norms_ptr": or_nothing(norms, scratch.norms),
+        "P": P, **strides(features, "fb", "fp"), "D": plan.D, "HAS_SCALE": scale is not None,
+    }  # fmt: skip
+    weights = {"weight_ptr": or_nothing(weight, totals), "HAS_WEIGHT": weight is not None}
+    switches = {"UNIT_FEATURES": features.dtype == torch.float16, "PRECISION": precision(features.device)}
+    if norms is None and not norms_here:
+        settings = config("row_norms", features)
+        launch(row_norms_kernel, (triton.cdiv(P, settings["BLOCK_P"]), B), settings=settings, **common)
+    prototypes = {
+        "student_ptr": or_nothing(data_term.student, totals), "teacher_ptr": or_nothing(teacher, totals),
+        "prepared_ptr": scratch.prepared, "K": K, "Z": Z, "BLOCK_K": plan.columns, "BLOCK_Z": plan.code_columns,
+    }  # fmt: skip
+    if plan.prepared:
+        launch(prepare_kernel, (H,), settings=config("prepare", rows), **prototypes)
     launch(
-        pair_sums_kernel, (programs, plan.H), settings=plan.pairs,
-        # in
-        sums_ptr=scratch.sums, prob_sums_ptr=scratch.prob_sums, entropy_ptr=entropy, student_sums_ptr=student_sums,
-        totals_ptr=totals, scale_ptr=or_nothing(pair_sets.channel_scale, totals),
-        partners_ptr=or_nothing(pair_sets.partners, totals), crowd_ptr=crowd, crowd_probs_ptr=crowd_probs,
-        thresholds_ptr=pair_sets.thresholds, given_mean_ptr=or_nothing(pair_sets.mean, totals),
-        student_ptr=or_nothing(student, totals), d_total_ptr=or_nothing(upstream.total, totals),
-        d_energy_ptr=or_nothing(upstream.energy, totals), d_distance_ptr=or_nothing(upstream.distance, totals),
-        # scratch
-        parts_ptr=totals.new_empty(plan.H, T, 3, plan.B * SLICES) if forward else totals, arrivals_ptr=arrivals,
+        label_rows_kernel, (plan.parts, B, H), settings=plan.labels,
+        # in and out
+        **common, **prototypes, **weights, **switches, rows_ptr=rows,
         # out
-        total_ptr=outputs.total, energy_ptr=outputs.energy, data_ptr=outputs.data, distance_ptr=outputs.distance,
-        mean_ptr=outputs.mean, pull_ptr=scratch.pull, prob_pull_ptr=scratch.prob_pull, drift_ptr=scratch.drift,
-        d_student_ptr=scratch.d_student,
+        sides_ptr=sides, label_sums_ptr=scratch.label_sums, entropy_ptr=data_term.entropy,
+        student_sums_ptr=data_term.student_sums, totals_ptr=totals, arrivals_ptr=arrivals,
         # sizes
-        B=plan.B, **strides(pair_sets.thresholds, "th", "tt"), stride_total=first_stride(upstream.total),
-        D=plan.D, K=plan.K, Z=plan.Z, T=T, ENTRIES=tuple(pair_sets.entries), SPLITS=plan.splits, SLICES=SLICES,
-        BLOCK_B=triton.next_power_of_2(plan.B), BLOCK_K=plan.columns, BLOCK_Z=plan.code_columns, BLOCK_N=STUDENT_BLOCK,
+        B=B, H=H, **strides(rows, "rh", "rb", "rp"), PARTS=plan.parts,
         # switches
-        RELATIVE=pair_sets.relative, CENTER=pair_sets.center, HAS_SCALE=pair_sets.channel_scale is not None,
-        HAS_MEAN=pair_sets.mean is not None, HAS_DATA=student is not None, STUDENT_GRADIENT=student_gradient,
-        ENERGIES=forward is not None, GRADIENT=rows_gradient, UNIT=forward is not None,
-        HAS_TOTAL=upstream.total is not None, HAS_ENERGY=upstream.energy is not None,
-        HAS_DISTANCE=upstream.distance is not None,
+        FROM_CODES=teacher is not None, PREPARED=plan.prepared, NORMS=norms_here, CODE=operand(rows.dtype),
+        STUDENT_GRADIENT=data_term.student_sums is not totals, **softmax_arguments(temperature, plan.K),
     )  # fmt: skip
-
-
-def first_stride(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.stride(0)
-
-
-def add_up_crowd(plan: Plan, scratch: Scratch, center: bool) -> tuple[Tensor, Tensor]:
-    """Launches the sums over the batch that pair sets of all images need."""
-    totals, settings = scratch.totals, config("crowd", scratch.totals)
-    settings["BLOCK_D"] = min(settings["BLOCK_D"], max(1, 2048 // plan.columns))
-    crowd, crowd_probs = totals.new_empty(plan.H, 2, plan.D, plan.columns), totals.new_empty(plan.H, plan.columns)
     launch(
-        crowd_kernel, (triton.cdiv(plan.D, settings["BLOCK_D"]), plan.H), settings=settings,
-        sums_ptr=scratch.sums, prob_sums_ptr=scratch.prob_sums, crowd_ptr=crowd, crowd_probs_ptr=crowd_probs,
-        B=plan.B, D=plan.D, K=plan.K, SPLITS=plan.splits, BLOCK_K=plan.columns, CENTER=center,
+        row_products_kernel, (*plan.blocks, B * plan.splits), settings=plan.sums,
+        **common, **weights, **switches, sides_ptr=sides, sums_ptr=scratch.sums,
+        B=B, per_split=plan.per_split, N=N, FEATURE=operand(features.dtype),
     )  # fmt: skip
-    return crowd, crowd_probs
 
 
 @objective.register_fake
@@ -203,7 +145,7 @@ def _(
     temperature, relative, center, rows_gradient, student_gradient,
 ):  # fmt: skip
     plan = Plan(features, rows, teacher, len(entries))
-    scratch = plan.scratch(features, feature_norms is not None, rows_gradient, student_gradient)
+    scratch = plan.scratch(features, rows, feature_norms is not None, rows_gradient, student_gradient)
     return (*plan.outputs(features), *scratch)
 
 
@@ -235,48 +177,56 @@ def objective_backward(
     totals = kept.totals
     d_rows, d_student = empty_gradients(rows, student, rows_gradient, student_gradient)
     features, rows = with_rows_together(features), with_rows_together(rows)
-    teacher, patch_weight, partners = contiguous(teacher), contiguous(patch_weight), contiguous(partners)
-    upstream = Upstream(d_total, contiguous(d_energy), contiguous(d_distance))
+    teacher, patch_weight = contiguous(teacher), contiguous(patch_weight)
     unit = d_total is not None and d_energy is None and d_distance is None
     with torch.cuda.device_of(features):
+        upstream = d_total
         if rows_gradient and not unit:
-            kept = kept._replace(
-                pull=torch.empty_like(kept.pull),
-                prob_pull=torch.empty_like(kept.prob_pull),
-                drift=torch.empty_like(kept.drift),
+            factors, upstream, arrivals = relative_upstream(
+                plan, d_total, contiguous(d_energy), contiguous(d_distance), like=totals
             )
-            channel_scale = contiguous(channel_scale)
-            pair_sets = PairSets(partners, entries, thresholds, channel_scale, None, relative=relative, center=center)
-            add_up_pairs(plan, kept, pair_sets, upstream=upstream, rows_gradient=True)
-        settings = narrow(config("energy_gradient", features, plan.H), plan.H, plan.columns)
-        settings["BLOCK_D"] = min(settings["BLOCK_D"], max(16, triton.next_power_of_2(plan.D)))
-        head_blocks = plan.H // settings["HEADS"]
-        grid = (head_blocks * triton.cdiv(plan.P, settings["BLOCK_P"]), plan.B)
+            kept = kept._replace(pull=torch.empty_like(kept.pull), constant=torch.empty_like(kept.constant))
+            pair_sets = PairSets(
+                contiguous(partners), entries, thresholds, contiguous(channel_scale), mean,
+                relative=relative, center=center,
+            )  # fmt: skip
+            add_up_pairs(
+                plan, kept, pair_sets, plan.outputs(features), arrivals, factors=factors, rows_gradient=True,
+                weighted=patch_weight is not None,
+            )  # fmt: skip
+        settings = gradient_settings(plan, features)
+        grid = (plan.H * triton.cdiv(plan.P, settings["BLOCK_P"]), plan.B)
+        prepared = kept.prepared.shape[0] > 0
         launch(
-            energy_gradient_kernel, grid if rows_gradient else (head_blocks, 1), settings=settings,
+            energy_gradient_kernel, grid if rows_gradient else (plan.H, 1), settings=settings,
             # in
-            features_ptr=features, rows_ptr=rows, teacher_ptr=or_nothing(teacher, totals),
-            weight_ptr=or_nothing(patch_weight, totals), norms_ptr=kept.norms, totals_ptr=totals,
-            partners_ptr=or_nothing(partners, totals), thresholds_ptr=thresholds, mean_ptr=mean,
-            pull_ptr=kept.pull, prob_pull_ptr=kept.prob_pull, drift_ptr=kept.drift, unit_d_student_ptr=kept.d_student,
-            d_total_ptr=or_nothing(d_total, totals), d_energy_ptr=or_nothing(upstream.energy, totals),
-            d_distance_ptr=or_nothing(upstream.distance, totals), d_data_ptr=or_nothing(d_data, totals),
+            features_ptr=features, rows_ptr=rows,
+            prototypes_ptr=kept.prepared if prepared else or_nothing(teacher, totals),
+            weight_ptr=or_nothing(patch_weight, totals), norms_ptr=kept.norms, totals_ptr=totals, pull_ptr=kept.pull,
+            constant_ptr=kept.constant, upstream_ptr=or_nothing(upstream, totals),
+            d_total_ptr=or_nothing(d_total, totals), d_data_ptr=or_nothing(d_data, totals),
+            unit_d_student_ptr=kept.d_student,
             # out
             d_rows_ptr=d_rows, d_student_ptr=d_student,
             # sizes
-            B=plan.B, P=plan.P, head_blocks=head_blocks, temperature=temperature,
-            **strides(features, "fb", "fp"), **strides(rows, "rh", "rb", "rp"), **strides(thresholds, "th", "tt"),
+            B=plan.B, P=plan.P, H=plan.H, **strides(features, "fb", "fp"),
+            **strides(rows, "rh", "rb", "rp"), stride_upstream=first_stride(upstream),
             stride_total=first_stride(d_total), stride_data=first_stride(d_data),
-            D=plan.D, K=plan.K, Z=plan.Z, T=plan.T, ENTRIES=tuple(entries), SLICES=plan.pair_slices,
-            BLOCK_B=triton.next_power_of_2(plan.B), BLOCK_K=plan.columns, BLOCK_Z=plan.code_columns,
+            D=plan.D, K=plan.K, Z=plan.Z, BLOCK_K=plan.columns, BLOCK_Z=plan.code_columns,
             # switches
-            FROM_CODES=teacher is not None, RELATIVE=relative, CENTER=center, HAS_WEIGHT=patch_weight is not None,
-            ROWS_GRADIENT=rows_gradient, STUDENT_GRADIENT=student_gradient, UNIT=unit,
-            HAS_TOTAL=d_total is not None, HAS_ENERGY=d_energy is not None, HAS_DISTANCE=d_distance is not None,
-            HAS_DATA=d_data is not None,
+            FROM_CODES=teacher is not None, PREPARED=prepared, **softmax_arguments(temperature, plan.K),
+            HAS_WEIGHT=patch_weight is not None, ROWS_GRADIENT=rows_gradient, STUDENT_GRADIENT=student_gradient,
+            HAS_TOTAL=d_total is not None, HAS_DATA=d_data is not None,
             FEATURE=operand(features.dtype), CODE=operand(rows.dtype), PRECISION=precision(features.device),
         )  # fmt: skip
     return d_rows, d_student
+
+
+def gradient_settings(plan: Plan, features: Tensor) -> dict[str, int]:
+    """Returns the gradient's settings: blocks of 16 rows a warp, and no more of D than there is or fits."""
+    settings = config("energy_gradient", features, plan.H)
+    settings["BLOCK_D"] = max(16, min(settings["BLOCK_D"], triton.next_power_of_2(plan.D), 8192 // plan.columns))
+    return settings
 
 
 def empty_gradients(

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 
 from .labels import invert, load_rows
-from .pair_sums import add_up
 from .pair_tiles import met_image
+from .pair_totals import add_up
 
 
 @triton.jit

@@ -1,10 +1,11 @@
 """Inner products <g_n, g_n' - u_n' s_n'^T> of the images' moments: the energies of every pair set, and inputs of the
 backward pass.
 
-A pair set is a number in ENTRIES: SELF, ALL (every ordered pair of different images) or a row of the table of partners.
 One program holds one image, a slice of D and a head. It looks up the image's partner and the images whose partner it
 is, so no program adds to another's results. The last program of a head to arrive adds up the parts, in a fixed order.
 The counter of arrivals is the only atomic, and an integer.
+
+All sums are LIFT times as large; u stands in column K of g.
 """
 
 from __future__ import annotations
@@ -12,313 +13,306 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .image_moments import LIFT
-from .labels import store_prototype_gradient
-
-SELF, ALL = -1, -2
-ITSELF, OTHERS = tl.constexpr(SELF), tl.constexpr(ALL)
+from .labels import LIFT
+from .pair_sets import ITSELF, OTHERS, count_pairs, load_partner, next_back
+from .pair_totals import finish_energies, load_pulls, store_constants
+from .student_gradient import student_gradient
 
 
 @triton.jit
-def load_moments(sums_ptr, prob_sums_ptr, image, h, B, d, k, D, K, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Loads g [BLOCK_D, BLOCK_K], u [BLOCK_D] and s [BLOCK_K], all LIFT times as large."""
-    part = (h * B + image) * SPLITS
-    both = tl.zeros((d.shape[0], BLOCK_K), tl.float32)
-    s = tl.zeros((BLOCK_K,), tl.float32)
+def load_label_sums(ptr, k, K: tl.constexpr, PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Adds up an image's parts [PARTS,BLOCK_K]: s [BLOCK_K], 0 from column K on."""
+    if PARTS <= 2:
+        s = tl.load(ptr + k)
+        if PARTS == 2:
+            s += tl.load(ptr + BLOCK_K + k)
+    else:
+        part = tl.arange(0, BLOCK_PARTS)[:, None]
+        s = tl.sum(tl.load(ptr + part * BLOCK_K + k[None, :], mask=part < PARTS, other=0.0), 0)
+    return tl.where(k < K, s, 0.0)
+
+
+@triton.jit
+def load_g(row_ptr, d, k, stride_s, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Adds up an image's splits: g [BLOCK_D,BLOCK_K], with any columns from K on."""
     for i in tl.static_range(SPLITS):
-        tile_ptr = sums_ptr + (part + i) * D * BLOCK_K + d[:, None] * BLOCK_K + k[None, :]
-        both += tl.load(tile_ptr, mask=(d < D)[:, None], other=0.0).to(tl.float32)
-        s += tl.load(prob_sums_ptr + (part + i) * BLOCK_K + k)
-    u = tl.sum(tl.where(k[None, :] == K, both, 0.0), 1)
-    return tl.where(k[None, :] < K, both, 0.0), u, s
+        tile_ptr = (row_ptr + i * stride_s)[:, None] + k[None, :]
+        if D % BLOCK_D == 0:
+            split = tl.load(tile_ptr).to(tl.float32)
+        else:
+            split = tl.load(tile_ptr, mask=(d < D)[:, None], other=0.0).to(tl.float32)
+        if i == 0:
+            g = split
+        else:
+            g += split
+    return g
+
+
+@triton.jit
+def load_u(row_ptr, d, stride_s, D: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr):
+    """Loads column K once more, which spares a search for it in g: u [BLOCK_D]."""
+    u = tl.load(row_ptr + K, mask=d < D, other=0.0).to(tl.float32)
+    for i in tl.static_range(1, SPLITS):
+        u += tl.load(row_ptr + i * stride_s + K, mask=d < D, other=0.0).to(tl.float32)
+    return u
+
+
+@triton.jit
+def as_shown(g, u, s, CENTER: tl.constexpr):
+    """Returns g as a partner sees it: g - u s^T, or g without centring."""
+    if CENTER:
+        g -= u[:, None] * (s * (1.0 / LIFT))[None, :]
+    return g
 
 
 @triton.jit
 def crowd_kernel(
     # in
-    sums_ptr,  # [H,B,S,D,BLOCK_K]
-    prob_sums_ptr,  # [H,B,S,BLOCK_K] fp32
+    sums_ptr,  # moments by strides
+    label_sums_ptr,  # [H,B,PARTS,BLOCK_K] fp32
     # out
-    crowd_ptr,  # [H,2,D,BLOCK_K] fp32: sum_n g_n, sum_n u_n in column K; sum_n (g_n - u_n s_n^T), or the first again
-    crowd_probs_ptr,  # [H,BLOCK_K] fp32: sum_n s_n
+    crowd_ptr,  # [H,2,D,BLOCK_K] fp32: sum_n g_n, with sum_n u_n in column K; sum_n (g_n - u_n s_n^T)
+    crowd_labels_ptr,  # [H,BLOCK_K] fp32: sum_n s_n
     # sizes
-    B, D: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    B, stride_h, stride_b, stride_s, stride_d,
+    D: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     # switches
     CENTER: tl.constexpr,
 ):  # fmt: skip
-    """Adds up the batch, so that "all" pairs cost no more than one."""
-    h, k = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK_K)
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    plain, centred = tl.zeros((BLOCK_D, BLOCK_K), tl.float32), tl.zeros((BLOCK_D, BLOCK_K), tl.float32)
-    probs = tl.zeros((BLOCK_K,), tl.float32)
-    for image in range(0, B):
-        g, u, s = load_moments(sums_ptr, prob_sums_ptr, image, h, B, d, k=k, D=D, K=K, SPLITS=SPLITS, BLOCK_K=BLOCK_K)
-        plain += tl.where(k[None, :] == K, u[:, None], g)
-        centred += other_side(g, u, s, CENTER)
-        probs += s
-    tile_ptr = crowd_ptr + h * 2 * D * BLOCK_K + d[:, None] * BLOCK_K + k[None, :]
-    tl.store(tile_ptr, plain, mask=(d < D)[:, None])
-    tl.store(tile_ptr + D * BLOCK_K, centred, mask=(d < D)[:, None])
-    if tl.program_id(0) == 0:
-        tl.store(crowd_probs_ptr + h * BLOCK_K + k, probs)
+    """Adds up one channel over the batch, so that "all" pairs cost no more than one."""
+    h, d = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    image, k = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_K)
+    plain, shown, labels = (tl.zeros((BLOCK_B, BLOCK_K), tl.float32),) * 3
+    for first in range(0, B, BLOCK_B):
+        n = (first + image).to(tl.int64)[:, None]
+        g, s = tl.zeros((BLOCK_B, BLOCK_K), tl.float32), tl.zeros((BLOCK_B, BLOCK_K), tl.float32)
+        for i in tl.static_range(SPLITS):
+            part_ptr = sums_ptr + h * stride_h + n * stride_b + i * stride_s + d * stride_d + k[None, :]
+            g += tl.load(part_ptr, mask=(n < B) & (k <= K)[None, :], other=0.0).to(tl.float32)
+        for i in tl.static_range(PARTS):
+            part_ptr = label_sums_ptr + ((h * B + n) * PARTS + i) * BLOCK_K + k[None, :]
+            s += tl.load(part_ptr, mask=(n < B) & (k < K)[None, :], other=0.0)
+        plain += g
+        labels += s
+        if CENTER:
+            u = tl.sum(tl.where(k[None, :] == K, g, 0.0), 1)
+            g -= u[:, None] * s * (1.0 / LIFT)
+        shown += g
+    out_ptr = crowd_ptr + (h * 2 * D + d) * BLOCK_K + k
+    tl.store(out_ptr, tl.sum(plain, 0))
+    tl.store(out_ptr + D * BLOCK_K, tl.sum(shown, 0))
+    if d == 0:
+        tl.store(crowd_labels_ptr + h * BLOCK_K + k, tl.sum(labels, 0))
+
+
+# the two sides of an image's pairs: its partner's g as shown, u and s; the sums of g and s over whose partner it is
 
 
 @triton.jit
-def other_side(g, u, s, CENTER: tl.constexpr):
-    """Returns g as a partner sees it: g - u s^T, or g without centring."""
-    if CENTER:
-        g -= u[:, None] * s[None, :] * (1.0 / LIFT)
-    return g
+def pair_with_itself(g, shown, u, s):
+    return shown, u, s, g, s
 
 
 @triton.jit
-def count_pairs(totals_ptr, partners_ptr, B, ENTRY: tl.constexpr, BLOCK_B: tl.constexpr):
-    """Counts a pair set's image pairs in which both have weight (a float)."""
-    image = tl.arange(0, BLOCK_B)
-    present = tl.where(tl.load(totals_ptr + image, mask=image < B, other=0.0) > 0, 1.0, 0.0)
-    if ENTRY == ITSELF:
-        pairs = tl.sum(present, 0)
-    elif ENTRY == OTHERS:
-        pairs = tl.sum(present, 0) * (tl.sum(present, 0) - 1.0)
-    else:
-        j = load_partner(partners_ptr, ENTRY, image, B)
-        pairs = tl.sum(tl.where(tl.load(totals_ptr + j, mask=image < B, other=0.0) > 0, present, 0.0), 0)
-    return pairs
-
-
-@triton.jit
-def load_partner(partners_ptr, ENTRY: tl.constexpr, image, B):
-    """Loads a partner, clamped: a number out of range must not read out of bounds, a check would make a GPU wait."""
-    j = tl.load(partners_ptr + ENTRY * B + image, mask=image < B, other=0)
-    return tl.minimum(tl.maximum(j, 0), B - 1)
-
-
-@triton.jit
-def upstream(
-    total_ptr, energy_ptr, h, t, stride_total, T: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_ENERGY: tl.constexpr
+def pair_with_all(
+    crowd_ptr, crowd_labels_ptr, g, shown, u, s, d, k, D: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """Returns the gradient that arrives at energy t of head h."""
-    g = tl.zeros((), tl.float32)
-    if HAS_TOTAL:
-        g += tl.load(total_ptr + h * stride_total)
-    if HAS_ENERGY:
-        g += tl.load(energy_ptr + h * T + t)
-    return g
+    tile_ptr = crowd_ptr + d[:, None] * BLOCK_K + k[None, :]
+    all_g = tl.load(tile_ptr, mask=(d < D)[:, None], other=0.0)
+    all_shown = tl.load(tile_ptr + D * BLOCK_K, mask=(d < D)[:, None], other=0.0)
+    all_u = tl.load(crowd_ptr + d * BLOCK_K + K, mask=d < D, other=0.0)
+    others_s = tl.load(crowd_labels_ptr + k) - s
+    return all_shown - shown, all_u - u, others_s, all_g - g, others_s
 
 
 @triton.jit
-def largest_upstream(
-    total_ptr, energy_ptr, distance_ptr, h, stride_total, T: tl.constexpr,
-    HAS_TOTAL: tl.constexpr, HAS_ENERGY: tl.constexpr, HAS_DISTANCE: tl.constexpr,
+def pair_by_index(
+    partner, m, rows_ptr, labels_ptr, d, k, B, stride_b, stride_s,
+    D: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, CENTER: tl.constexpr,
 ):  # fmt: skip
-    """Returns the largest upstream gradient, or 1 for none. Relative to it, a loss scale meets no 16-bit range."""
-    largest = tl.zeros((), tl.float32)
-    for t in tl.static_range(T):
-        g = upstream(total_ptr, energy_ptr, h, t, stride_total, T=T, HAS_TOTAL=HAS_TOTAL, HAS_ENERGY=HAS_ENERGY)
-        largest = tl.maximum(largest, tl.abs(g))
-        if HAS_DISTANCE:
-            largest = tl.maximum(largest, tl.abs(tl.load(distance_ptr + h * T + t)))
-    return tl.where(largest > 0, largest, 1.0)
+    """m: the first image with this one for its partner, or B. Others come later: they are rare, and loops wait."""
+    row_ptr, first_ptr = rows_ptr + partner * stride_b, rows_ptr + tl.minimum(m, B - 1).to(tl.int64) * stride_b
+    g = load_g(row_ptr, d, k, stride_s, D, SPLITS, BLOCK_D=BLOCK_D)
+    u = load_u(row_ptr, d, stride_s, D, K, SPLITS)
+    s = load_label_sums(labels_ptr + partner * PARTS * BLOCK_K, k, K, PARTS, BLOCK_PARTS, BLOCK_K)
+    back_g = load_g(first_ptr, d, k, stride_s, D, SPLITS, BLOCK_D=BLOCK_D)
+    back_s = load_label_sums(labels_ptr + tl.minimum(m, B - 1) * PARTS * BLOCK_K, k, K, PARTS, BLOCK_PARTS, BLOCK_K)
+    return as_shown(g, u, s, CENTER), u, s, tl.where(m < B, back_g, 0.0), tl.where(m < B, back_s, 0.0)
+
+
+@triton.jit
+def pair_share(
+    totals_ptr, partners_ptr, B, ENTRY: tl.constexpr, BLOCK_B: tl.constexpr, IMAGE_BLOCKS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+):  # fmt: skip
+    """Returns B / number of pairs, a constant where it is 1."""
+    if HAS_WEIGHT or ENTRY == OTHERS:
+        share = B / tl.maximum(
+            count_pairs(totals_ptr, partners_ptr, B, ENTRY, BLOCK_B, IMAGE_BLOCKS, HAS_WEIGHT=HAS_WEIGHT), 1.0
+        )
+    else:
+        share = 1.0
+    return share
 
 
 @triton.jit
 def pair_sums_kernel(
     # in
-    sums_ptr,  # [H,B,S,D,BLOCK_K] the moments
-    prob_sums_ptr,  # [H,B,S,BLOCK_K] fp32
-    entropy_ptr,  # [H,B,S] fp32
-    student_sums_ptr,  # [H,B,S,K,Z]
+    sums_ptr,  # the moments by strides, column K is u
+    label_sums_ptr,  # [H,B,PARTS,BLOCK_K] fp32
+    entropy_ptr,  # [H,B,PARTS] fp32
+    student_sums_ptr,  # [H,B,PARTS,K,Z]
     totals_ptr,  # [B] fp32
     scale_ptr,  # [B,D] fp32
     partners_ptr,  # [rows,B] int64
     crowd_ptr,  # [H,2,D,BLOCK_K] fp32, with "all"
-    crowd_probs_ptr,  # [H,BLOCK_K] fp32
+    crowd_labels_ptr,  # [H,BLOCK_K] fp32
     thresholds_ptr,  # [H,T] fp32
     given_mean_ptr,  # [T] fp32
     student_ptr,  # [H,K,Z]
-    d_total_ptr,  # [H] fp32: upstream gradients, without UNIT
-    d_energy_ptr,  # [H,T] fp32
-    d_distance_ptr,  # [H,T] fp32
+    factors_ptr,  # [H,2,T] fp32: relative upstream gradients to energies and distances, without UNIT
     # scratch
     parts_ptr,  # [H,T,3,B*SLICES] fp32
+    label_pull_ptr,  # [H,B,T,BLOCK_K] fp32: s_pi + sum_m s_m
+    drift_ptr,  # [H,B,SLICES,BLOCK_K] fp32: sum_t share_t sum_m g_m^T u_n over a slice of D
     arrivals_ptr,  # [H] int32, zero
-    # out, with ENERGIES
+    # out
     total_ptr,  # [H] fp32
     energy_ptr,  # [H,T] fp32
     data_ptr,  # [H] fp32
     distance_ptr,  # [H,T] fp32
     mean_ptr,  # [T] fp32
     # out, with GRADIENT
-    pull_ptr,  # [H,B,D,BLOCK_K]: sum_t share_t g_t (g_pi - u_pi s_pi^T + sum_m g_m), times m_n
-    prob_pull_ptr,  # [H,B,T,BLOCK_K] fp32: s_pi + sum_m s_m
-    drift_ptr,  # [H,B,SLICES,BLOCK_K] fp32: sum_t share_t g_t sum_m g_m^T u_n over a slice of D
+    pull_ptr,  # [H,B,D,BLOCK_K]: sum_t share_t (g_pi - u_pi s_pi^T + sum_m g_m), times m_n
+    constant_ptr,  # [H,B,BLOCK_K] fp32: sum_t share_t slope_t label_pull_t - drift
     # out, with STUDENT_GRADIENT
     d_student_ptr,  # [H,K,Z] fp32: the student's gradient for an upstream gradient of 1
     # sizes
-    B, stride_th, stride_tt, stride_total,
+    B, stride_h, stride_b, stride_s, stride_d, stride_th, stride_tt,
     D: tl.constexpr, K: tl.constexpr, Z: tl.constexpr, T: tl.constexpr, ENTRIES: tl.constexpr, SPLITS: tl.constexpr,
-    SLICES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Z: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr, SLICES: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_B: tl.constexpr,
+    IMAGE_BLOCKS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Z: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     # switches
-    RELATIVE: tl.constexpr, CENTER: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_MEAN: tl.constexpr,
-    HAS_DATA: tl.constexpr,
-    STUDENT_GRADIENT: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_ENERGY: tl.constexpr, HAS_DISTANCE: tl.constexpr,
-    ENERGIES: tl.constexpr,  # forward: add up the energies
+    RELATIVE: tl.constexpr, CENTER: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    HAS_MEAN: tl.constexpr, HAS_DATA: tl.constexpr, STUDENT_GRADIENT: tl.constexpr,
     GRADIENT: tl.constexpr,  # write the inputs of the backward pass
-    UNIT: tl.constexpr,  # for upstream gradients of 1 to every energy; else for those given
+    UNIT: tl.constexpr,  # for upstream gradients of 1 to every energy; else for the factors
 ):  # fmt: skip
     h, task = tl.program_id(1).to(tl.int64), tl.program_id(0)
-    images = tl.arange(0, BLOCK_B)
+    k = tl.arange(0, BLOCK_K)
     if task >= B * SLICES:
         if STUDENT_GRADIENT:
-            weight = tl.sum(tl.load(totals_ptr + images, mask=images < B, other=0.0), 0)
-            store_prototype_gradient(
-                out_ptr=d_student_ptr + h * K * Z, partial_ptr=student_sums_ptr + h * B * SPLITS * K * Z,
-                share_ptr=totals_ptr,
-                prototypes_ptr=student_ptr + h * K * Z, k=task - B * SLICES, parts=B * SPLITS,
-                total_share=tl.maximum(weight, 1e-38) * LIFT, PARTS_PER_SHARE=SPLITS, K=K, Z=Z, BLOCK_Z=BLOCK_Z,
-                BLOCK_N=BLOCK_N, HAS_SHARE=True,
+            student_gradient(
+                out_ptr=d_student_ptr + h * K * Z, student_sums_ptr=student_sums_ptr + h * B * PARTS * K * Z,
+                totals_ptr=totals_ptr, student_ptr=student_ptr + h * K * Z, k=task - B * SLICES, B=B,
+                K=K, Z=Z, PARTS=PARTS, BLOCK_N=BLOCK_N, BLOCK_Z=BLOCK_Z, HAS_WEIGHT=HAS_WEIGHT,
             )  # fmt: skip
     else:
         n, slice_ = (task // SLICES).to(tl.int64), task % SLICES
-        k, d = tl.arange(0, BLOCK_K), slice_ * BLOCK_D + tl.arange(0, BLOCK_D)
-        g, u, s = load_moments(sums_ptr, prob_sums_ptr, n, h, B, d, k=k, D=D, K=K, SPLITS=SPLITS, BLOCK_K=BLOCK_K)
-        seen = other_side(g, u, s, CENTER)
-        pull, drift = tl.zeros((BLOCK_D, BLOCK_K), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
+        d = slice_ * BLOCK_D + tl.arange(0, BLOCK_D)
+        partners, firsts = (), ()  # these loads come first, as others wait for them
         for t in tl.static_range(T):
-            # the partner's side, and the sum over the images whose partner this one is
-            if ENTRIES[t] == ITSELF:
-                partner_g, partner_u, partner_s = seen, u, s
-                back_g, back_s = g, s
-            elif ENTRIES[t] == OTHERS:
-                tile_ptr = crowd_ptr + h * 2 * D * BLOCK_K + d[:, None] * BLOCK_K + k[None, :]
-                crowd = tl.load(tile_ptr, mask=(d < D)[:, None], other=0.0)
-                partner_u = tl.sum(tl.where(k[None, :] == K, crowd, 0.0), 1) - u
-                back_g = tl.where(k[None, :] < K, crowd - g, 0.0)
-                partner_g = tl.load(tile_ptr + D * BLOCK_K, mask=(d < D)[:, None], other=0.0) - seen
-                partner_s = tl.load(crowd_probs_ptr + h * BLOCK_K + k) - s
-                back_s = partner_s
+            if ENTRIES[t] >= 0:
+                partners = partners + (load_partner(partners_ptr + ENTRIES[t] * B, n, B),)
+                firsts = firsts + (next_back(partners_ptr + ENTRIES[t] * B, n, -1, B, BLOCK_B, IMAGE_BLOCKS),)
             else:
-                j = load_partner(partners_ptr, ENTRIES[t], n, B)
-                partner_g, partner_u, partner_s = load_moments(
-                    sums_ptr, prob_sums_ptr, j, h, B, d, k=k, D=D, K=K, SPLITS=SPLITS, BLOCK_K=BLOCK_K
-                )
-                partner_g = other_side(partner_g, partner_u, partner_s, CENTER)
-                back_g, back_s = tl.zeros((BLOCK_D, BLOCK_K), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
-                if GRADIENT:
-                    towards = tl.where(images < B, load_partner(partners_ptr, ENTRIES[t], images, B), -1) == n
-                    m = tl.min(tl.where(towards, images, B), 0)
-                    while m < B:
-                        g_m, _, s_m = load_moments(
-                            sums_ptr, prob_sums_ptr, m, h, B, d, k=k, D=D, K=K, SPLITS=SPLITS, BLOCK_K=BLOCK_K
-                        )
-                        back_g, back_s = back_g + g_m, back_s + s_m
-                        m = tl.min(tl.where(towards & (images > m), images, B), 0)
-            if ENERGIES:
-                part_ptr = parts_ptr + (h * T + t) * 3 * B * SLICES + task
-                tl.store(part_ptr, tl.sum(tl.sum(g * partner_g, 1), 0))
-                tl.store(part_ptr + B * SLICES, tl.sum(u * partner_u, 0))
-                tl.store(part_ptr + 2 * B * SLICES, tl.where(slice_ == 0, tl.sum(s * partner_s, 0), 0.0))
-            if GRADIENT:
-                share = B / tl.maximum(count_pairs(totals_ptr, partners_ptr, B, ENTRIES[t], BLOCK_B), 1.0)
-                if not UNIT:
-                    arriving = upstream(
-                        d_total_ptr, d_energy_ptr, h, t, stride_total, T=T, HAS_TOTAL=HAS_TOTAL, HAS_ENERGY=HAS_ENERGY
-                    )
-                    share *= arriving / largest_upstream(
-                        d_total_ptr,
-                        d_energy_ptr,
-                        d_distance_ptr,
-                        h,
-                        stride_total,
-                        T=T,
-                        HAS_TOTAL=HAS_TOTAL,
-                        HAS_ENERGY=HAS_ENERGY,
-                        HAS_DISTANCE=HAS_DISTANCE,
-                    )
-                pull += share * (partner_g + back_g)
-                if CENTER:
-                    drift += share * tl.sum(back_g * u[:, None], 0) * (1.0 / LIFT)
-                if slice_ == 0:
-                    tl.store(prob_pull_ptr + ((h * B + n) * T + t) * BLOCK_K + k, partner_s + back_s)
+                partners, firsts = partners + (0,), firsts + (0,)
+        row_ptr = sums_ptr + h * stride_h + d * stride_d
+        labels_ptr = label_sums_ptr + h * B * PARTS * BLOCK_K
+        g = load_g(row_ptr + n * stride_b, d, k, stride_s, D, SPLITS, BLOCK_D=BLOCK_D)
+        u = load_u(row_ptr + n * stride_b, d, stride_s, D, K, SPLITS)
+        s = load_label_sums(labels_ptr + n * PARTS * BLOCK_K, k, K, PARTS, BLOCK_PARTS, BLOCK_K)
+        g = tl.where(k[None, :] < K, g, 0.0)
+        shown = as_shown(g, u, s, CENTER)
+        # all other loads before the first sum over warps, which ends their overlap
+        sides = ()
+        for t in tl.static_range(T):
+            if ENTRIES[t] == ITSELF:
+                sides = sides + pair_with_itself(g, shown, u, s)
+            elif ENTRIES[t] == OTHERS:
+                sides = sides + pair_with_all(
+                    crowd_ptr + h * 2 * D * BLOCK_K, crowd_labels_ptr + h * BLOCK_K, g, shown, u, s, d=d, k=k,
+                    D=D, K=K, BLOCK_K=BLOCK_K,
+                )  # fmt: skip
+            else:
+                sides = sides + pair_by_index(
+                    partners[t], firsts[t], row_ptr, labels_ptr, d, k, B=B, stride_b=stride_b, stride_s=stride_s,
+                    D=D, K=K, SPLITS=SPLITS, PARTS=PARTS, BLOCK_PARTS=BLOCK_PARTS, BLOCK_D=BLOCK_D, BLOCK_K=BLOCK_K,
+                    CENTER=CENTER,
+                )  # fmt: skip
+        if GRADIENT and HAS_SCALE:
+            scale = tl.load(scale_ptr + n * D + d, mask=d < D, other=0.0)
+        for t in tl.static_range(T):
+            part_ptr = parts_ptr + (h * T + t) * 3 * B * SLICES + task
+            tl.store(part_ptr, tl.sum(g * sides[5 * t]))
+            tl.store(part_ptr + B * SLICES, tl.sum(u * sides[5 * t + 1], 0))
+            tl.store(part_ptr + 2 * B * SLICES, tl.where(slice_ == 0, tl.sum(s * sides[5 * t + 2], 0), 0.0))
         if GRADIENT:
+            for t in tl.static_range(T):
+                back_t, back_s = sides[5 * t + 3], sides[5 * t + 4]
+                if ENTRIES[t] >= 0:
+                    m = next_back(partners_ptr + ENTRIES[t] * B, n, firsts[t], B, BLOCK_B, IMAGE_BLOCKS)
+                    while m < B:
+                        back_t += load_g(
+                            row_ptr + m.to(tl.int64) * stride_b, d, k, stride_s, D, SPLITS, BLOCK_D=BLOCK_D
+                        )
+                        back_s += load_label_sums(labels_ptr + m * PARTS * BLOCK_K, k, K, PARTS, BLOCK_PARTS, BLOCK_K)
+                        m = next_back(partners_ptr + ENTRIES[t] * B, n, m, B, BLOCK_B, IMAGE_BLOCKS)
+                share = pair_share(
+                    totals_ptr, partners_ptr, B, ENTRIES[t], BLOCK_B, IMAGE_BLOCKS, HAS_WEIGHT=HAS_WEIGHT
+                )
+                if not UNIT:
+                    share *= tl.load(factors_ptr + h * 2 * T + t)
+                if t == 0:
+                    pull, back = share * (sides[0] + back_t), share * back_t
+                else:
+                    pull, back = pull + share * (sides[5 * t] + back_t), back + share * back_t
+                if slice_ == 0:
+                    tl.store(label_pull_ptr + ((h * B + n) * T + t) * BLOCK_K + k, sides[5 * t + 2] + back_s)
+            if CENTER:
+                drift = tl.sum(back * (u * (1.0 / LIFT))[:, None], 0)
+                tl.store(drift_ptr + ((h * B + n) * SLICES + slice_) * BLOCK_K + k, drift)
             if HAS_SCALE:
-                pull *= tl.load(scale_ptr + n * D + d, mask=d < D, other=0.0)[:, None]
+                pull *= scale[:, None]
             tile_ptr = pull_ptr + (h * B + n) * D * BLOCK_K + d[:, None] * BLOCK_K + k[None, :]
             tl.store(tile_ptr, pull.to(pull_ptr.dtype.element_ty), mask=(d < D)[:, None])
-            tl.store(drift_ptr + ((h * B + n) * SLICES + slice_) * BLOCK_K + k, drift)
-        if ENERGIES:
-            # every thread's stores come before the count, and the count before the last program's loads
-            tl.debug_barrier()
-            arrived = tl.atomic_add(arrivals_ptr + h, 1, sem="acq_rel", scope="gpu")
-            if arrived == B * SLICES - 1:
-                finish_energies(
-                    parts_ptr=parts_ptr, entropy_ptr=entropy_ptr, totals_ptr=totals_ptr, partners_ptr=partners_ptr,
-                    thresholds_ptr=thresholds_ptr, given_mean_ptr=given_mean_ptr,
-                    total_ptr=total_ptr, energy_ptr=energy_ptr, data_ptr=data_ptr, distance_ptr=distance_ptr,
-                    mean_ptr=mean_ptr,
-                    h=h, B=B, stride_th=stride_th, stride_tt=stride_tt,
-                    T=T, ENTRIES=ENTRIES, SPLITS=SPLITS, SLICES=SLICES, BLOCK_B=BLOCK_B,
-                    RELATIVE=RELATIVE, CENTER=CENTER, HAS_MEAN=HAS_MEAN, HAS_DATA=HAS_DATA,
-                )  # fmt: skip
-
-
-@triton.jit
-def finish_energies(
-    # in
-    parts_ptr, entropy_ptr, totals_ptr, partners_ptr, thresholds_ptr, given_mean_ptr,
-    # out
-    total_ptr, energy_ptr, data_ptr, distance_ptr, mean_ptr,
-    # sizes
-    h, B, stride_th, stride_tt, T: tl.constexpr, ENTRIES: tl.constexpr, SPLITS: tl.constexpr, SLICES: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    # switches
-    RELATIVE: tl.constexpr, CENTER: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_DATA: tl.constexpr,
-):  # fmt: skip
-    """Adds up a head: energy = (M - b) distance - inner / pairs; not centred uu / pairs instead of M distance."""
-    scale, total = 1.0 / (LIFT * LIFT), tl.zeros((), tl.float32)
-    for t in tl.static_range(T):
-        part_ptr = parts_ptr + (h * T + t) * 3 * B * SLICES
-        pairs = count_pairs(totals_ptr, partners_ptr, B, ENTRIES[t], BLOCK_B)
-        count = tl.maximum(pairs, 1.0)
-        inner = add_up(part_ptr, B * SLICES) * scale / count
-        likeness = add_up(part_ptr + B * SLICES, B * SLICES) * scale / count
-        agreement = add_up(part_ptr + 2 * B * SLICES, B * SLICES) * scale
-        mean = likeness
-        if HAS_MEAN:
-            mean = tl.load(given_mean_ptr + t)
-        bias = tl.load(thresholds_ptr + h * stride_th + t * stride_tt)
-        if RELATIVE:
-            bias += mean
-        distance = (pairs - agreement) / count
-        if CENTER:
-            energy = (mean - bias) * distance - inner
-        else:
-            energy = likeness - bias * distance - inner
-        tl.store(energy_ptr + h * T + t, energy)
-        tl.store(distance_ptr + h * T + t, distance)
-        if h == 0:
-            tl.store(mean_ptr + t, mean)
-        total += energy
-    if HAS_DATA:
-        i = tl.arange(0, 1024)
-        entropy, weight = tl.zeros((1024,), tl.float32), tl.zeros((1024,), tl.float32)
-        for start in range(0, B * SPLITS, 1024):
-            inside = start + i < B * SPLITS
-            image_total = tl.load(totals_ptr + (start + i) // SPLITS, mask=inside, other=0.0)
-            entropy += tl.load(entropy_ptr + h * B * SPLITS + start + i, mask=inside, other=0.0) * image_total
-            weight += image_total
-        data = tl.sum(entropy, 0) / (tl.maximum(tl.sum(weight, 0) / SPLITS, 1e-38) * LIFT)
-        tl.store(data_ptr + h, data)
-        total += data
-    tl.store(total_ptr + h, total)
-
-
-@triton.jit
-def add_up(ptr, count):
-    """Adds up `count` floats that other programs wrote. The loads bypass this multiprocessor's cache."""
-    i = tl.arange(0, 1024)
-    acc = tl.zeros((1024,), tl.float32)
-    for start in range(0, count, 1024):
-        acc += tl.load(ptr + start + i, mask=start + i < count, other=0.0, cache_modifier=".cg")
-    return tl.sum(acc, 0)
+        # every thread's stores come before the count, and the count before the last program's loads
+        tl.debug_barrier()
+        arrived = tl.atomic_add(arrivals_ptr + h, 1, sem="acq_rel", scope="gpu")
+        if arrived == B * SLICES - 1:
+            label_pull_ptr += h * B * T * BLOCK_K
+            drift_ptr += h * B * SLICES * BLOCK_K
+            constant_ptr += h * B * BLOCK_K
+            pulls = ()
+            if GRADIENT:  # on their way while the energies are added up
+                pulls = load_pulls(
+                    label_pull_ptr, drift_ptr, 0, B, T, SLICES, BLOCK_ROWS=BLOCK_ROWS, BLOCK_K=BLOCK_K, CENTER=CENTER
+                )
+            slopes = finish_energies(
+                parts_ptr=parts_ptr, entropy_ptr=entropy_ptr, totals_ptr=totals_ptr, partners_ptr=partners_ptr,
+                thresholds_ptr=thresholds_ptr, given_mean_ptr=given_mean_ptr, factors_ptr=factors_ptr,
+                total_ptr=total_ptr, energy_ptr=energy_ptr, data_ptr=data_ptr, distance_ptr=distance_ptr,
+                mean_ptr=mean_ptr,
+                h=h, B=B, stride_th=stride_th, stride_tt=stride_tt,
+                T=T, ENTRIES=ENTRIES, PARTS=PARTS, SLICES=SLICES, BLOCK_B=BLOCK_B, IMAGE_BLOCKS=IMAGE_BLOCKS,
+                RELATIVE=RELATIVE, CENTER=CENTER, HAS_WEIGHT=HAS_WEIGHT, HAS_MEAN=HAS_MEAN, HAS_DATA=HAS_DATA,
+                UNIT=UNIT,
+            )  # fmt: skip
+            if GRADIENT:
+                store_constants(constant_ptr, slopes, pulls, 0, B, T, BLOCK_ROWS=BLOCK_ROWS, BLOCK_K=BLOCK_K)
+                for first in range(BLOCK_ROWS, B, BLOCK_ROWS):
+                    pulls = load_pulls(
+                        label_pull_ptr,
+                        drift_ptr,
+                        first,
+                        B,
+                        T,
+                        SLICES,
+                        BLOCK_ROWS=BLOCK_ROWS,
+                        BLOCK_K=BLOCK_K,
+                        CENTER=CENTER,
+                    )
+                    store_constants(constant_ptr, slopes, pulls, first, B, T, BLOCK_ROWS=BLOCK_ROWS, BLOCK_K=BLOCK_K)

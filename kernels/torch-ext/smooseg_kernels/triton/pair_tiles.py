@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .labels import load_rows
-from .pair_sums import add_up
+from .pair_totals import add_up
 
 
 @triton.jit
@@ -21,6 +21,12 @@ def met_image(partner_ptr, n, N, HAS_PARTNER: tl.constexpr):
     if HAS_PARTNER:
         j = tl.minimum(tl.maximum(tl.load(partner_ptr + n), 0), N - 1)
     return j
+
+
+@triton.jit
+def no_gradient(BLOCK_M: tl.constexpr, width: tl.constexpr):
+    """Returns zeros [BLOCK_M,width]. Triton 3.6 takes an entry of a tuple as a size of a call alone, not of a shape."""
+    return tl.zeros((BLOCK_M, width), tl.float32)
 
 
 @triton.jit
@@ -77,6 +83,7 @@ def pair_tiles_kernel(
     ALL_PIECES: tl.constexpr,  # the pieces are all columns; else codes are streamed
     FROM_I: tl.constexpr,  # mine is the i side
     HAS_PARTNER: tl.constexpr, CENTER: tl.constexpr, HINGE: tl.constexpr, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr,
+    ZERO_MOVES: tl.constexpr,  # the clamp changes a cosine of 0
     ENERGY: tl.constexpr, GRADIENT: tl.constexpr,
     FEATURE: tl.constexpr,  # the types in which the matrix unit reads features and codes
     CODE: tl.constexpr,
@@ -120,7 +127,7 @@ def pair_tiles_kernel(
                 mine_codes_ptr + STARTS[i], start, P, ZP, width=WIDTHS[i], BLOCK=BLOCK_M, WIDTH=WIDTHS[i]
             )
             mine_codes = mine_codes + (mine_piece,)
-        gradients = gradients + (tl.zeros((BLOCK_M, WIDTHS[i]), tl.float32),)
+        gradients = gradients + (no_gradient(BLOCK_M, WIDTHS[i]),)
     energy = tl.zeros((BLOCK_M,), tl.float32)
 
     for first in range(0, Q, BLOCK_N):
@@ -165,7 +172,7 @@ def pair_tiles_kernel(
         if FROM_I:
             force += mine_bias[:, None]
             # a padded column still carries my bias, and its cosine of 0 may be clamped to another number
-            if HAS_LOW or HAS_HIGH:
+            if ZERO_MOVES:
                 force = tl.where(here[None, :], force, 0.0)
         else:
             bias = tl.zeros((BLOCK_N,), tl.float32) + shift
@@ -206,6 +213,6 @@ def pair_tiles_kernel(
         tl.store(energy_ptr + n * tl.num_programs(0) + tl.program_id(0), tl.sum(energy, 0) * largest)
     if GRADIENT:
         for i in tl.static_range(PIECES):
-            columns = first_column + STARTS[i] + tl.arange(0, WIDTHS[i])
+            columns = first_column + STARTS[i] + tl.arange(0, gradients[i].shape[1])
             out_ptr = gradient_ptr + (n * P + start) * ZP + row[:, None] * ZP + columns[None, :]
             tl.store(out_ptr, gradients[i] * largest, mask=inside[:, None])

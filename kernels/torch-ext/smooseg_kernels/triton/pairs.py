@@ -252,6 +252,7 @@ def walk_tiles(mine: Side, other: Side, rule: Rule, kept: Scratch, *, gradient: 
             # switches
             ALL_PIECES=resident_codes, FROM_I=from_i, HAS_PARTNER=rule.partner is not None, CENTER=rule.center,
             HINGE=rule.hinge, HAS_LOW=rule.low is not None, HAS_HIGH=rule.high is not None,
+            ZERO_MOVES=(rule.low or 0.0) > 0 or (rule.high or 0.0) < 0,
             ENERGY=from_i and first == 0, GRADIENT=gradient is not None,
             FEATURE=operand(mine.features.dtype), CODE=operand(mine.unit.dtype),
             PRECISION=precision(mine.features.device),

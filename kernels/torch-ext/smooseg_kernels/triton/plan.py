@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from .launch import block_k, block_z, config, narrow
+from .launch import block_k, block_z, config, operand_dtype
 
 
 class Outputs(NamedTuple):
@@ -22,15 +23,15 @@ class Outputs(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Tensors that the forward pass leaves to the backward pass. N is B if rows need a gradient, else 0; S splits."""
+    """Tensors that the forward pass leaves to the backward pass. N is B if rows need a gradient, else 0."""
 
     norms: Tensor  # [B,P] fp32 feature norms; [0,P] where the caller gives them
     totals: Tensor  # [B] fp32 sums of the patch weights
-    sums: Tensor  # [H,B,S,D,BLOCK_K] moments of the splits
-    prob_sums: Tensor  # [H,B,S,BLOCK_K] fp32
+    sums: Tensor  # [S,B,D,H*BLOCK_K] moments of the splits, see Plan.sum_strides
+    label_sums: Tensor  # [H,B,PARTS,BLOCK_K] fp32
+    prepared: Tensor  # [H,2,2*BLOCK_K,BLOCK_Z] unit rows, teacher and student, in two parts; [0,...] for one head
     pull: Tensor  # [H,N,D,BLOCK_K] in the dtype of the features
-    prob_pull: Tensor  # [H,N,T,BLOCK_K] fp32
-    drift: Tensor  # [H,N,slices,BLOCK_K] fp32
+    constant: Tensor  # [H,N,BLOCK_K] fp32
     d_student: Tensor  # [H,K,Z] fp32 for an upstream gradient of 1; [0,K,Z] where the student needs no gradient
 
 
@@ -42,6 +43,11 @@ def partial_dtype(like: Tensor) -> torch.dtype:
     return torch.float32 if like.dtype == torch.float32 else torch.float16
 
 
+def parts(wanted: int, most: int) -> int:
+    """Bounds a number of parts, which may be symbolic, to 1 .. most."""
+    return torch.sym_max(torch.sym_min(wanted, most), 1)
+
+
 class Plan:
     """Block sizes and splits of one problem, the same for the launches and for the fake operators (symbolic sizes)."""
 
@@ -51,22 +57,36 @@ class Plan:
         self.D, self.H, width = int(features.shape[2]), int(rows.shape[0]), int(rows.shape[-1])
         self.Z, self.K = (1, width) if teacher is None else (width, int(teacher.shape[1]))
         self.T, self.columns, self.code_columns = pair_sets, block_k(self.K), block_z(self.Z)
-        self.sums = narrow(config("image_moments", features, self.H), self.H, self.columns)
-        self.sums["BLOCK_D"] = min(self.sums["BLOCK_D"], max(16, triton.next_power_of_2(self.D)))
-        tiles = -(-self.D // self.sums["BLOCK_D"])
-        self.slices = -(-tiles // self.sums["TILES"])
-        self.sums["TILES"] = -(-tiles // self.slices)
-        # whole rows in one program give their norms with the sums, once a block of heads; else a launch before does
-        self.norms_alone = self.slices > 1
-        programs = self.B * self.slices * (self.H // self.sums["HEADS"])
-        patch_blocks = (self.P + self.sums["BLOCK_P"] - 1) // self.sums["BLOCK_P"]
-        self.splits = torch.sym_max(torch.sym_min(self.sums["PROGRAMS"] // programs, patch_blocks), 1)
+        # several heads: norms and unit prototypes have a launch of their own; one: the programs of label rows make them
+        self.prepared = teacher is not None and self.H > 1
+        self.labels = config("label_rows", rows, self.H)
+        if self.columns * self.code_columns > 2048:  # more than the settings were picked for
+            self.labels |= {"BLOCK_P": 64, "num_warps": 4}
+            self.labels.pop("maxnreg", None)  # it may not even compile
+        patch_blocks = -(-self.P // self.labels["BLOCK_P"])
+        self.parts = parts(self.labels["PROGRAMS"] // (self.B * self.H), patch_blocks)
+        self.sums = config("row_products", features, self.H)
+        for settings in (self.labels, self.sums):
+            settings["BLOCK_D"] = min(settings["BLOCK_D"], max(16, triton.next_power_of_2(self.D)))
+        self.sums["BLOCK_N"] = min(self.sums["BLOCK_N"], triton.next_power_of_2(self.H * self.columns))
+        self.blocks = -(-self.H * self.columns // self.sums["BLOCK_N"]), -(-self.D // self.sums["BLOCK_D"])
+        patch_blocks = -(-self.P // self.sums["BLOCK_P"])
+        programs = self.B * math.prod(self.blocks)
+        self.splits = parts(self.sums["PROGRAMS"] // programs, patch_blocks)
+        self.per_split = -(-patch_blocks // self.splits) * self.sums["BLOCK_P"]
         self.pairs = dict(config("pair_sums", features, self.H))
         self.pairs["BLOCK_D"] = max(1, min(self.pairs["BLOCK_D"], 4096 // self.columns, triton.next_power_of_2(self.D)))
         self.pair_slices = -(-self.D // self.pairs["BLOCK_D"])
 
-    def scratch(self, features: Tensor, norms_given: bool, rows_gradient: bool, student_gradient: bool) -> Scratch:
-        B, H, C, S = self.B, self.H, self.columns, self.splits
+    def sum_strides(self, sums: Tensor) -> dict[str, int]:
+        """Returns the strides of the moments along heads, images, splits and D; the columns of a head are adjacent."""
+        split, image, channel, _ = sums.stride()
+        return {"stride_h": self.columns, "stride_b": image, "stride_s": split, "stride_d": channel}
+
+    def scratch(
+        self, features: Tensor, rows: Tensor, norms_given: bool, rows_gradient: bool, student_gradient: bool
+    ) -> Scratch:
+        B, H, D, C = self.B, self.H, self.D, self.columns
         N = B if rows_gradient else 0
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -75,11 +95,11 @@ class Plan:
         return Scratch(
             norms=empty(0 if norms_given else B, self.P),
             totals=empty(B),
-            sums=empty(H, B, S, self.D, C, dtype=partial_dtype(features)),
-            prob_sums=empty(H, B, S, C),
-            pull=empty(H, N, self.D, C, dtype=features.dtype),
-            prob_pull=empty(H, N, self.T, C),
-            drift=empty(H, N, self.pair_slices, C),
+            sums=empty(self.splits, B, D, H * C, dtype=partial_dtype(features)),
+            label_sums=empty(H, B, self.parts, C),
+            prepared=empty(H if self.prepared else 0, 2, 2 * C, self.code_columns, dtype=operand_dtype(rows.dtype)),
+            pull=empty(H, N, D, C, dtype=features.dtype),
+            constant=empty(H, N, C),
             d_student=empty(H if student_gradient else 0, self.K, self.Z),
         )
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .labels import invert
 from .launch import config, contiguous, launch, operand, operator, or_nothing, precision, with_rows_together
-from .pair_sums import ALL, SELF
+from .pair_sets import ALL, SELF
 from .row_norms import row_norms_kernel
 
 ITSELF, OTHERS = tl.constexpr(SELF), tl.constexpr(ALL)

@@ -75,11 +75,15 @@ class Recipe:
 # draws
 
 
-def generator(data_seed, *key):
-    """Seeded by the data seed and a key: (1, epoch), (2, step), (3, window, round) or (4, pass)."""
+def seed_of(data_seed, *key):
+    """The data seed and a key: (1, epoch), (2,) of every step, (3, window, round) or (4, pass)."""
     for part in key:
         data_seed = (data_seed * 6364136223846793005 + part * 1442695040888963407 + 1) % 2**63
-    return torch.Generator().manual_seed(data_seed ^ (data_seed >> 29))
+    return data_seed ^ (data_seed >> 29)
+
+
+def generator(data_seed, *key):
+    return torch.Generator().manual_seed(seed_of(data_seed, *key))
 
 
 def draw_rows(step, N, recipe):
@@ -102,21 +106,46 @@ def draw_streamed_rows(step, N, recipe, windows, window_steps):
     return images[torch.tensor(places)[place * recipe.batch_size : (place + 1) * recipe.batch_size]]
 
 
-def shuffled(B, g):
-    """int64 [B]: the permutation that partners come from."""
-    return torch.randperm(B, generator=g)
+def random_words(step, recipe, count):
+    """`count` whole numbers below 2^64 of a step, by SplitMix64: a counter whose numbers are mixed."""
+
+    def mixed(x):
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+        return x ^ x >> 31
+
+    golden, seed = 0x9E3779B97F4A7C15, seed_of(recipe.data_seed, 2)
+    begin = mixed((seed + (step + 1) * golden) % 2**64)
+    return [mixed((begin + number * golden) % 2**64) for number in range(1, count + 1)]
+
+
+def pieces(words, bits):
+    """The words cut into numbers of so many bits, the lowest first, as signed numbers."""
+    parts = [word >> shift & (2**bits - 1) for word in words for shift in range(0, 64, bits)]
+    return [part - 2**bits if part >> (bits - 1) else part for part in parts]
+
+
+def shuffled(B, words):
+    """[B]: the permutation that partners come from, by the order of the first B words."""
+    return sorted(range(B), key=pieces(words[:B], 64).__getitem__)
 
 
 def draw_rest(step, recipe, patches=P, channels=D):
-    """(partner [B], masks [3,B,D] or None, patches [B,n] or None) of one step, drawn in this order."""
-    B, g = recipe.batch_size, generator(recipe.data_seed, 2, step)
-    partner = shuffled(B, g).tolist()
-    partner = torch.tensor([(n + 1) % B if drawn == n else drawn for n, drawn in enumerate(partner)])
+    """(partner [B], masks [3,B,D] or None, patches [B,n] or None) of one step; its words serve them in this order."""
+    B, n = recipe.batch_size, recipe.patches
+    in_masks = math.ceil(3 * B * channels / 4) if recipe.dropout > 0 else 0
+    in_keys = math.ceil(B * patches / 2) if n is not None and n < patches else 0
+    words = random_words(step, recipe, B + in_masks + in_keys)
+    partner = torch.tensor([(n + 1) % B if drawn == n else drawn for n, drawn in enumerate(shuffled(B, words))])
     masks = chosen = None
-    if recipe.dropout > 0:
-        masks = (torch.rand(3, B, channels, generator=g) >= recipe.dropout).float() / (1 - recipe.dropout)
-    if recipe.patches is not None and recipe.patches < patches:
-        chosen = torch.rand(B, patches, generator=g).argsort(1)[:, : recipe.patches]
+    if in_masks:
+        numbers = torch.tensor(pieces(words[B : B + in_masks], 16)[: 3 * B * channels]).view(3, B, channels)
+        masks = (numbers + 2**15 >= round(recipe.dropout * 2**16)).float() / (1 - recipe.dropout)
+    if in_keys:
+        keys, unit = pieces(words[B + in_masks :], 32), 2 ** math.ceil(math.log2(patches))
+        images = [keys[first : first + patches] for first in range(0, B * patches, patches)]
+        keyed = [sorted((key // unit, number) for number, key in enumerate(image)) for image in images]
+        chosen = torch.tensor([sorted(number for _, number in image[:n]) for image in keyed])
     return partner, masks, chosen
 
 

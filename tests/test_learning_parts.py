@@ -1,7 +1,6 @@
 """k-means, the model, what a step draws, label-free figures: each against values worked out by hand."""
 
 import math
-from contextlib import nullcontext
 from copy import deepcopy
 from types import SimpleNamespace
 
@@ -9,10 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from smooseg_fast.learn import loop as loops
 from smooseg_fast.learn.loop import Loop
 from smooseg_fast.learn.schedule import Schedule, Settings
-from smooseg_fast.learn.step import make_optimizer, train_step
+from smooseg_fast.learn.step import PIECE, PiecewiseAdam, make_optimizer, train_step
 from smooseg_fast.measure.health import entropy, health
 from smooseg_fast.segment import model
 from smooseg_fast.segment.checkpoint import head_of
@@ -58,16 +56,25 @@ def test_principal_directions_keep_inner_products_best():
     torch.testing.assert_close(lost, singular[3:].pow(4).sum().sqrt(), rtol=1e-3, atol=0)
 
 
+@pytest.fixture
+def as_on_a_card(monkeypatch):
+    """Runs the projection's form for a card on the CPU."""
+    monkeypatch.setattr(model, "InBlocks", SimpleNamespace(apply=lambda *inputs: model.Whole.apply(*inputs[:-1])))
+
+
 @pytest.mark.parametrize("masks", [True, False])
-@pytest.mark.parametrize("in_blocks", [True, False])
-def test_projection_is_the_formula(masks, in_blocks, monkeypatch):
-    """In the form for a CPU and in that for a card, values and gradients, for each of three heads."""
+@pytest.mark.parametrize("form", ["on a CPU", "on a card", "compiled"])
+@pytest.mark.parametrize("H", [1, 3])
+def test_projection_is_the_formula(masks, form, H, monkeypatch, request):
+    """Values and gradients, for each head."""
     torch.manual_seed(0)
-    single = [Head(6, 3, 4, seed).double() for seed in range(3)]
+    single = [Head(6, 3, 4, seed).double() for seed in range(H)]
     heads, features = Heads(single), torch.randn(2, 5, 6, dtype=torch.float64)
     m1, m2 = (torch.rand(2, 2, 6, dtype=torch.float64) > 0.3).double() * 1.25 if masks else (None, None)
-    upstream = torch.randn(3, 2, 5, 4, dtype=torch.float64)
-    if not in_blocks:
+    upstream = torch.randn(H, 2, 5, 4, dtype=torch.float64)
+    if form == "on a card":
+        request.getfixturevalue("as_on_a_card")
+    elif form == "compiled":
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     got = heads.codes(features, m1, m2)
     (got * upstream).sum().backward()
@@ -86,13 +93,16 @@ def test_projection_is_the_formula(masks, in_blocks, monkeypatch):
             torch.testing.assert_close(heads.codes(features, m1, m2)[h], expected)
 
 
-def test_projection_in_bf16():
+@pytest.mark.parametrize(("form", "H"), [("on a CPU", 2), ("on a card", 1), ("on a card", 2)])
+def test_projection_in_bf16(form, H, request):
     """Features of bf16 make the products so: codes bf16, gradients in the weights' own dtype and as near as one
     rounding each.
     """
-    heads, features = Heads([Head(24, 3, 8, seed) for seed in range(2)]), torch.randn(5, 40, 24).bfloat16()
+    if form == "on a card":
+        request.getfixturevalue("as_on_a_card")
+    heads, features = Heads([Head(24, 3, 8, seed) for seed in range(H)]), torch.randn(5, 40, 24).bfloat16()
     m1, m2 = ((torch.rand(5, 24) > 0.2).float() * 1.25 for _ in "12")
-    upstream, found = torch.randn(2, 5, 40, 8), {}
+    upstream, found = torch.randn(H, 5, 40, 8), {}
     for dtype in (torch.bfloat16, torch.float32):
         heads.zero_grad()
         codes = heads.codes(features.to(dtype), m1, m2)
@@ -191,12 +201,15 @@ def test_draws_depend_on_seed_and_step_alone():
     assert not torch.equal(order[0].rows, order[4].rows)
     for d in order:
         assert (d.partner != torch.arange(5)).all()
-        assert set(d.masks.unique().tolist()) <= {0.0, 1.25}
+        assert d.masks.dtype == torch.bool
         assert all(len(set(row.tolist())) == 4 for row in d.patches)
     other = Schedule(23, 5, data_seed=2).draws(0, 9, 6, settings, CPU)
     assert not torch.equal(other.masks, order[0].masks)
     share = (
-        torch.cat([Schedule(23, 5, 0).draws(s, 9, 400, settings, CPU).masks for s in range(20)]).eq(0).float().mean()
+        torch.cat([Schedule(23, 5, 0).draws(s, 9, 400, settings, CPU).masks for s in range(20)])
+        .logical_not()
+        .float()
+        .mean()
     )
     assert abs(float(share) - 0.2) < 0.01
 
@@ -225,6 +238,23 @@ def test_the_step_in_its_order():
     assert 0 < (heads.student.detach() - student).abs().max() <= 5.1e-4
     assert loss.total.requires_grad is False
     torch.testing.assert_close(loss.total, loss.energy.sum(1) + loss.data)
+
+
+def test_adam_in_pieces_is_adam():
+    """Bit for bit, through a saved state too; lengths below, at and beyond a piece."""
+    torch.manual_seed(0)
+    start = [torch.randn(shape) for shape in ((3, 9000), (7,), (PIECE,), (2 * PIECE + 1,))]
+    whole, pieces = ([torch.nn.Parameter(tensor.clone()) for tensor in start] for _ in "12")
+    optimizers = torch.optim.Adam(whole, lr=1e-2, fused=True), PiecewiseAdam(pieces, lr=1e-2, fused=True)
+    for step in range(4):
+        for one, other in zip(whole, pieces):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        if step == 2:
+            optimizers[1].load_state_dict(deepcopy(optimizers[0].state_dict()))
+        for optimizer in optimizers:
+            optimizer.step()
+        assert all(torch.equal(one, other) for one, other in zip(whole, pieces))
 
 
 def test_draws_are_mapped_field_by_field():
@@ -323,53 +353,6 @@ def test_what_a_warm_up_changes_is_put_back():
             loop.step(step)
     for step in range(3):
         assert torch.equal(loop.step(step).total, fresh.step(step).total)
-
-
-@pytest.mark.parametrize("resident", [True, False])
-@pytest.mark.parametrize("settings", [{}, {"patches": 5}, {"dropout": 0.0}], ids=str)
-def test_a_replay_reads_the_draws_of_its_step(monkeypatch, resident, settings):
-    """A stand-in replaces the card: the tensors that a captured step works on hold the draws of the step that is
-    replayed.
-    """
-    torch.manual_seed(0)
-    features, captured, replayed = torch.randn(9, 12, 10), {}, []
-
-    class Graph:
-        def replay(self):
-            batch = captured["features"].clone()
-            replayed.append((captured["draws"].map(torch.clone), None if resident else batch))
-
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    for name, value in (("CUDAGraph", Graph), ("Stream", lambda: stream), ("current_stream", lambda: stream)):
-        monkeypatch.setattr(torch.cuda, name, value)
-    for name in ("stream", "graph"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_: nullcontext())
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
-    monkeypatch.setattr(loops, "train_step", lambda *args: captured.update(features=args[2], draws=args[3]))
-    loop = make_loop(Heads([Head(10, 4, 8, 0)]), features, torch.full((1, 2), 0.1), **settings)
-    loop.capture, loop.features = True, features if resident else lambda rows: features[rows]
-    for step in range(4):
-        loop.step(step)
-    for step, (draws, batch) in enumerate(replayed):
-        expected = Schedule(9, 4, data_seed=5).draws(step, 12, 10, loop.settings, CPU)
-        assert all(torch.equal(a, b) for a, b in zip(draws.tensors(), expected.tensors(), strict=True))
-        assert resident or torch.equal(batch, features[expected.rows])
-    assert len(replayed) == 4
-
-
-def test_a_step_that_cannot_be_captured_runs_as_it_is(monkeypatch):
-    torch.manual_seed(0)
-    features = torch.randn(9, 12, 10)
-    loop, plain = (make_loop(Heads([Head(10, 4, 8, 0)]), features, torch.full((1, 2), 0.1)) for _ in range(2))
-    loop.capture = True
-
-    def refuse(*_):
-        raise RuntimeError("operation not permitted when stream is capturing\nand more")
-
-    monkeypatch.setattr(loop, "_record", refuse)
-    for step in range(3):
-        assert torch.equal(loop.step(step).total, plain.step(step).total)
-    assert loop.not_captured == "operation not permitted when stream is capturing"
 
 
 # a projection of few channels

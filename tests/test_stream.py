@@ -26,7 +26,6 @@ from smooseg_fast.features.cachefolder import CacheFolder
 from smooseg_fast.features.job import FeatureOptions
 from smooseg_fast.features.room import Expected, Windows, sampled, windows_of
 from smooseg_fast.learn import stream
-from smooseg_fast.learn.loop import Captured, Loop
 from smooseg_fast.learn.schedule import Settings
 from smooseg_fast.learn.stream import open_for_training
 from smooseg_fast.segment.checkpoint import read_training_state
@@ -322,21 +321,3 @@ def test_figures_need_all_their_features(labelled, trained, capsys):
     assert "error: --cache-limit 1.5: no size" in capsys.readouterr().err
     assert run(train.main, ["--data", str(labelled), "--cache", "d", *SMALL, "--cache-limit", "14kB"]) == 2
     assert "the features of set/val take about 18.5 kB" in capsys.readouterr().err
-
-
-def test_a_step_whose_window_is_not_there_is_not_drawn_ahead(monkeypatch):
-    """The last step of a run must not make features that nobody needs."""
-    loop = Loop.__new__(Loop)
-    asked = []
-
-    class Never:
-        def ready(self, step):
-            asked.append(step)
-            return False
-
-    loop.schedule, loop.capture, loop._inputs, loop._ahead = Never(), True, [], (3, None)
-    loop._captured = Captured(type("Graph", (), {"replay": lambda self: None})(), "losses")
-    loop._draws, loop._changing = (lambda number: None), (lambda draws: [])
-    assert loop.step(3) == "losses"
-    assert asked == [4]
-    assert loop._ahead == (3, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 import smooseg_kernels as sk
 
 from ..segment.model import Heads
+from .ahead import Inputs
 from .schedule import Draws, Schedule, Settings
 from .step import make_optimizer, train_step
 
@@ -23,6 +25,7 @@ class Captured(NamedTuple):
 
     graph: torch.cuda.CUDAGraph
     losses: sk.SmooSegLoss
+    inputs: Inputs
 
 
 class Loop:
@@ -56,66 +59,70 @@ class Loop:
         self.thresholds = thresholds.to(self.device)
         self.capture = self.device.type == "cuda" if capture is None else capture
         self.optimizer = make_optimizer(heads, lr, lr_prototypes)
+        if self.capture:  # a replay reads the rates where they lie, so that a change of them takes effect
+            for group in self.optimizer.param_groups:
+                group["lr"] = torch.tensor(group["lr"], device=self.device)
         self.not_captured: str | None = None  # why steps run one by one though a capture was asked for
         self._captured: Captured | None = None
-        self._inputs: list[Tensor] = []  # read by a replay: the draws, then the batch where features are not resident
-        self._ahead: tuple[int, Draws] | None = None
 
     def step(self, number: int) -> sk.SmooSegLoss:
         """Runs step `number`, from 0. Nothing waits for a GPU.
 
         Returns:
             The losses as device tensors, which the next step may overwrite.
+
+        Raises:
+            torch.OutOfMemoryError: the device's memory cannot hold a step.
         """
-        draws = self._draws(number)
-        if not self.capture:
-            return self._work(draws, self._batch(draws))
+        if self.capture and self._captured is None:
+            self._captured = self._capture(number)
         if self._captured is None:
-            try:
-                self._captured = self._record(draws)
-            except RuntimeError as error:
-                self.capture, self.not_captured = False, str(error).splitlines()[0]
-                return self.step(number)
-        for held, fresh in zip(self._inputs, self._changing(draws)):
-            held.copy_(fresh, non_blocking=True)
-        self._captured.graph.replay()
-        if self.schedule.ready(number + 1):
-            self._ahead = number + 1, self._draw(number + 1)  # on the host, while the device works
-        return self._captured.losses
+            return self._one(number)
+        graph, losses, inputs = self._captured
+        inputs.seek(number)
+        graph.replay()
+        inputs.taken(number)
+        return losses
 
-    def _draws(self, number: int) -> Draws:
-        return self._ahead[1] if self._ahead is not None and self._ahead[0] == number else self._draw(number)
-
-    def _draw(self, number: int) -> Draws:
-        device = torch.device("cpu") if self.capture else self.device
-        return self.schedule.draws(number, *self.sizes, self.settings, device)
-
-    def _batch(self, draws: Draws) -> Tensor:
+    def _one(self, number: int) -> sk.SmooSegLoss:
+        """A step that is not captured."""
+        draws = self.schedule.draws(number, *self.sizes, self.settings, self.device)
         if isinstance(self.features, Tensor):
-            batch = self.features.index_select(0, draws.rows.to(self.device))  # indexing is slower by a third
-            wide = self.device.type == "cpu" and batch.dtype != torch.bfloat16
-            return batch.to(self.heads.student.dtype) if wide else batch
-        return self.features(draws.rows).to(self.device)
+            return self._learn(self.features, draws)
+        return self._learn(self.features(self.schedule.rows_of(number)).to(self.device), replace(draws, rows=None))
 
-    def _work(self, draws: Draws, features: Tensor) -> sk.SmooSegLoss:
+    def _learn(self, features: Tensor, draws: Draws) -> sk.SmooSegLoss:
         return train_step(self.heads, self.optimizer, features, draws, self.thresholds, self.settings)
 
     # capture
 
-    def _changing(self, draws: Draws) -> list[Tensor]:
-        """The inputs of a replay, on the host. A batch that is not resident is pinned, so that its copy overlaps."""
-        batch = [] if isinstance(self.features, Tensor) else [self.features(draws.rows).pin_memory()]
-        return draws.tensors() + batch
-
-    def _record(self, draws: Draws) -> Captured:
-        """Captures one step. The steps that warm up change heads and optimiser, which are put back in place."""
-        fixed = draws.map(lambda value: value.to(self.device, copy=True))
-        batch = None if isinstance(self.features, Tensor) else self._batch(draws)
-        self._inputs = fixed.tensors() + ([] if batch is None else [batch])
+    def _capture(self, number: int) -> Captured | None:
+        """Captures a step, or tells in `not_captured` why it cannot be. Errors of the step itself are raised."""
+        inputs = Inputs(self.features, self.sizes, self.schedule, self.settings, step=number, device=self.device)
 
         def work() -> sk.SmooSegLoss:
-            return self._work(fixed, self._batch(fixed) if batch is None else batch)
+            return self._learn(inputs.features, inputs.draws.take())
 
+        self._warm_up(number, inputs, work)
+        graph, cause = torch.cuda.CUDAGraph(), None
+        try:
+            with torch.cuda.graph(graph):
+                try:
+                    losses = work()
+                except Exception as error:
+                    cause = error  # the end of the capture fails too, and would hide it
+                    raise
+        except Exception as error:
+            cause = cause or error
+            if not is_of_capture(cause):
+                raise cause from None
+            self.capture, self.not_captured = False, str(cause).splitlines()[0]
+            self.optimizer.zero_grad(set_to_none=True)  # gradients belong to the graph's own memory
+            return None
+        return Captured(graph, losses, inputs)
+
+    def _warm_up(self, number: int, inputs: Inputs, work: Callable[[], sk.SmooSegLoss]) -> None:
+        """Takes steps that compile kernels and make Adam's state. They change nothing that outlives them."""
         stream = torch.cuda.Stream()
         with self.undone():
             stream.wait_stream(torch.cuda.current_stream())
@@ -123,12 +130,10 @@ class Loop:
                 with torch.cuda.stream(stream):
                     for _ in range(WARM_UP_STEPS):
                         work()
+                        inputs.draws.taken(None)
+                        inputs.draws.seek(number)
             finally:
                 torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            losses = work()
-        return Captured(graph, losses)
 
     @contextmanager
     def undone(self) -> Iterator[None]:
@@ -147,3 +152,9 @@ class Loop:
             for tensor, value in before:
                 tensor.copy_(value)
             self.optimizer.zero_grad(set_to_none=True)  # gradients belong to the graph's own memory
+
+
+def is_of_capture(error: Exception) -> bool:
+    """Whether `error` says that something cannot be captured, and not that memory, a kernel or the device failed."""
+    first_line = str(error).partition("\n")[0].lower()
+    return isinstance(error, RuntimeError) and "captur" in first_line and "out of memory" not in first_line

@@ -183,11 +183,20 @@ class Run:
     # steps
 
     def step(self) -> None:
-        """Takes a step with this process's heads. A process without a head still enters the windows of a stream."""
+        """Takes a step with this process's heads. A process without a head still enters the windows of a stream.
+
+        UserError where the device's memory cannot hold a step.
+        """
         if self.loop is None:
             self.schedule.rows_of(self.done)
         else:
-            self.losses = self.loop.step(self.done)._asdict()
+            try:
+                self.losses = self.loop.step(self.done)._asdict()
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"--batch-size {self.config.batch_size}: {self.setting.device} ran out of memory in a training "
+                    f"step; give fewer, or train on a part of each square with --patches"
+                ) from error
         self.done, self.counts = self.done + 1, {}
 
     def agree(self, stop: StopRequest) -> tuple[int, bool]:

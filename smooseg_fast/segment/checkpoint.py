@@ -27,7 +27,7 @@ from .model import Head, Heads
 
 T = TypeVar("T")
 Parts = Mapping[str, Mapping[str, Tensor]]
-KEY, STATE_KEY, FORMAT = "smooseg_fast.checkpoint", "smooseg_fast.training", 2
+KEY, STATE_KEY, FORMAT = "smooseg_fast.checkpoint", "smooseg_fast.training", 3
 
 
 @dataclass

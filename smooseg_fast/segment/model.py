@@ -43,6 +43,9 @@ def codes_of(
     if features.device.type == "cpu" and not torch.compiler.is_compiling():
         weights = (linear.weight, linear.bias + outer.bias, hidden.weight, hidden.bias, outer.weight)
         return InBlocks.apply(features, linear_mask, hidden_mask, *weights, torch.is_grad_enabled())
+    if features.device.type == "cuda" and not torch.compiler.is_compiling():
+        weights = (linear.weight, linear.bias + outer.bias, hidden.weight, hidden.bias, outer.weight)
+        return Whole.apply(features, linear_mask, hidden_mask, *weights)
     (B, P), (H, Z) = features.shape[:2], linear.bias.shape
     weight = linear.weight.flatten(0, 1)  # the mask rides on it, because it is smaller than the features
     straight = features @ (weight if linear_mask is None else weight * linear_mask[:, None, :]).mT
@@ -51,6 +54,62 @@ def codes_of(
     straight, curved = (x.reshape(B * P, H, -1).transpose(0, 1) for x in (straight, curved))
     codes = torch.baddbmm(straight, curved, outer.weight.mT) + (linear.bias + outer.bias)[:, None]
     return codes.view(H, B, P, Z)
+
+
+class Whole(torch.autograd.Function):
+    """`codes_of` for a card: biases ride on the matrix products, forward, and are products with ones, backward.
+
+    PyTorch's own sum over the rows of a bf16 gradient takes 38 us where that product takes 15 (25,088 x 384, H200).
+    Products have 16 bits if the features have, as bf16. Gradients go to the weights alone.
+    """
+
+    @staticmethod
+    def forward(ctx, features, linear_mask, hidden_mask, linear, bias, hidden, hidden_bias, outer):
+        (B, P, _), (H, Z, _) = features.shape, outer.shape
+        dtype = torch.bfloat16 if features.dtype.itemsize == 2 else features.dtype
+        f, of_weights = features.to(dtype), linear.flatten(0, 1).to(dtype)
+        # the mask of W1 rides on its weights, which are smaller than the features
+        linear_weight = (
+            of_weights.expand(B, -1, -1) if linear_mask is None else of_weights * linear_mask[:, None].to(dtype)
+        )
+        masked = f if hidden_mask is None else f * hidden_mask[:, None].to(dtype)
+        hidden_weight, outer_weight, bias = hidden.flatten(0, 1).to(dtype), outer.to(dtype), bias.to(dtype)
+        before = torch.addmm(hidden_bias.flatten().to(dtype), masked.flatten(0, 1), hidden_weight.mT)
+        curved = F.silu(before)
+        if H == 1:
+            codes = torch.addmm(bias[0], curved, outer_weight[0].mT)
+            codes.view(B, P, Z).baddbmm_(f, linear_weight.mT)
+        else:
+            codes = torch.baddbmm(bias[:, None], _by_head(curved, H), outer_weight.mT)
+            codes += _by_head(f @ linear_weight.mT, H)
+        ctx.save_for_backward(f, linear_mask, masked, before, curved, outer_weight)
+        ctx.dtype = outer.dtype
+        return codes.view(H, B, P, Z)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_codes):
+        f, linear_mask, masked, before, curved, outer = ctx.saved_tensors
+        (B, P, D), (H, Z, N), dtype = f.shape, outer.shape, ctx.dtype
+        d = d_codes.to(f.dtype).flatten(1, 2)
+        side_by_side = d.transpose(0, 1).reshape(B * P, H * Z)
+        ones = f.new_ones(1, B * P)
+        d_linear = side_by_side.view(B, P, H * Z).mT @ f
+        d_linear = (d_linear if linear_mask is None else d_linear * linear_mask[:, None]).sum(0, dtype=dtype)
+        d_outer, d_bias = d.mT @ _by_head(curved, H), ones @ side_by_side
+        d_curved = torch.empty_like(before)
+        for d_head, weight, place in zip(d, outer, _by_head(d_curved, H)):
+            torch.mm(d_head, weight, out=place)
+        d_before = torch.ops.aten.silu_backward(d_curved, before)
+        d_hidden, d_hidden_bias = d_before.mT @ masked.flatten(0, 1), ones @ d_before
+        gradients = (
+            d_linear.view(H, Z, D),
+            d_bias.view(H, Z),
+            d_hidden.view(H, N, D),
+            d_hidden_bias.view(H, N),
+            d_outer,
+        )
+        return None, None, None, *(gradient.to(dtype) for gradient in gradients)
 
 
 class InBlocks(torch.autograd.Function):

@@ -1,11 +1,13 @@
-"""Report what every shipped Triton kernel compiles to, without a GPU: registers, spills, shared memory, matrix unit.
+"""Report what every shipped Triton kernel compiles to, without a GPU: registers, spills, instructions, waves, faults.
 
     python benchmarks/aot_report.py                                    # prints a line a kernel, for all targets
     python benchmarks/aot_report.py --target sm_90 --quick             # one target, the launches of a training step
+    python benchmarks/aot_report.py --triton FOLDER                    # also with another version of Triton
     python benchmarks/aot_report.py --csv benchmarks/results/aot.csv   # data of docs/kernels_aot.md; then run report.py
 
-The launchers themselves run, on tensors without memory, and their launches are compiled instead of started: kernels,
-arguments and alignments are those of a card. Exits 1 where a configuration has a fault.
+FOLDER is the target of `pip install --no-deps --target FOLDER triton==3.6.0`. The launchers themselves run, on tensors
+without memory, and their launches are compiled instead of started: kernels, arguments and alignments are those of a
+card. Exits 1 where a configuration has a fault.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels" / "tor
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
 
 from smooseg_kernels.triton import assignment, code_rows, objective, pairs, similarity
 from smooseg_kernels.triton import launch as launching
@@ -43,30 +46,42 @@ TARGETS = {
     "sm_100": ("cuda", 100, 32, 232_448),
     "gfx942": ("hip", "gfx942", 64, 65_536),
 }
-# shared memory and warps of one multiprocessor: they limit how many programs it holds at once
-MULTIPROCESSORS = {80: (164 << 10, 64), 86: (100 << 10, 48), 90: (228 << 10, 64), 100: (228 << 10, 64)}
+# number of multiprocessors (A100, A40, H100, B200), and the shared memory and warps of one, which limit its programs
+MULTIPROCESSORS = {
+    80: (108, 164 << 10, 64),
+    86: (84, 100 << 10, 48),
+    90: (132, 228 << 10, 64),
+    100: (148, 228 << 10, 64),
+}
 REGISTERS = 65536
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 STORES = ("ST", "RED.", "REDG", "REDS", "ATOM", "BAR", "UTM", "UBLKCP", "SYNCS")  # their first operand is read
 MATRIX = r"wgmma\.mma_async|tcgen05\.mma|(?<![\w.])mma\.sync|v_mfma_\w+"
-FIELDS = ["target", "case", "kernel", "pass", "programs", "warps", "registers", "spills", "shared", "shared_limit"]
-FIELDS += ["resident", "matrix", "unset", "faults", "triton"]
-POINTERS = {
-    **{torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"},
-    **{torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8"},
-}
+MMA = r"(#mma\d*) = #ttg\.(?:nvidia|amd)_(?:mma|mfma)<\{.*?warpsPerCTA = \[(\d+), (\d+)\].*?instrShape = \[(\d+), (\d+)"
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "launch_pdl", "launch_cooperative_grid")
+# bytes of stack that a kernel of fp32 operands may have: each product is three of tf32, and the label rows of one head
+# need more than 255 registers in every setting tried
+FP32_STACK = 96
+ROWS_A_WARP = 16  # of the result of a matrix instruction; further warps compute copies of the same rows
+FIELDS = ["triton", "target", "case", "kernel", "pass", "programs", "warps", "rows", "registers", "spills", "shared"]
+FIELDS += ["shared_limit", "resident", "waves", "instructions", "per_row", "copies", "matrix", "unset", "faults"]
+# modules that start kernels through `launch`, which `record` replaces
+PACKAGE = [module for name, module in sys.modules.items() if name.startswith("smooseg_kernels.")]
+LAUNCHERS = [module for module in PACKAGE if getattr(module, "launch", None) is launching.launch]
 
 
 def record(target: str, cases: dict) -> list[tuple]:
-    """Runs the operators' launchers on tensors without memory, with the configurations of `target`."""
+    """Runs the operators' launchers on tensors without memory, with the configurations of `target`.
+
+    Returns: case, kernel, grid and arguments of every launch, with Triton's own options.
+    """
     launches = []
 
     def keep(kernel, grid, *, settings, **arguments) -> None:
-        switches = {kernel.arg_names[i] for i in kernel.constexprs}
-        args = [arguments.pop(name) for name in kernel.arg_names if name in arguments and name not in switches]
-        launches.append((label, kernel, grid, args, {**arguments, **settings}))
+        options = {name: value for name, value in settings.items() if name in kernel.arg_names or name in OPTIONS}
+        launches.append((label, kernel, tuple(map(int, grid)), {**arguments, **options}))
 
-    for module in (objective, code_rows, assignment, pairs, similarity):
+    for module in LAUNCHERS:
         module.launch = keep
     launching.family = lambda device: target
     for label, case in cases.items():  # noqa: B007  # `keep` reads it
@@ -148,46 +163,52 @@ def shipped_cases(quick: bool = False) -> dict:
     return cases
 
 
-def signature(kernel, args, constants):
-    """Types, 16-byte alignments and sizes of 1, on which Triton's own launcher specialises."""
-    names = kernel.arg_names
-    types, attributes, fixed = {}, {}, {}
-    values = {**dict(zip(names, args)), **{n: constants[n] for n in names if n in constants}}
-    for i, name in enumerate(names):
-        value = values[name]
-        if name in constants or (isinstance(value, int) and value == 1):
-            types[name], fixed[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            types[name], attributes[(i,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            types[name] = "fp32"
-        else:
-            types[name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-    return types, fixed, attributes
+class Card:
+    """A card that is not there, for which Triton's own launcher specialises and compiles."""
+
+    def __init__(self, target: str):
+        backend, architecture, warp, _ = TARGETS[target]
+        self.number, self.target = list(TARGETS).index(target), GPUTarget(backend, architecture, warp)
+
+    def get_current_device(self) -> int:
+        return self.number  # compiled kernels are kept by it
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
 
 
-def compile_launch(kernel, args, constants, target: str) -> dict:
-    backend, architecture, warp, shared_limit = TARGETS[target]
-    options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
-    options["enable_fp_fusion"] = True
-    source = ASTSource(kernel, *signature(kernel, args, constants))
+def compiled_launch(kernel, grid: tuple[int, ...], arguments: dict, target: str):
+    """The binary of one launch, as on a card: a second compilation there finds it in Triton's cache."""
+    driver.set_active(Card(target))
     with contextlib.redirect_stdout(io.StringIO()):  # an assembler's error comes with the whole program
-        compiled = triton.compile(source, target=GPUTarget(backend, architecture, warp), options=options)
+        return kernel.warmup(grid=grid, **arguments, enable_fp_fusion=True)
+
+
+def figures(compiled, grid: tuple[int, ...], arguments: dict, target: str) -> dict:
+    """The figures of one binary; those that only a binary of NVIDIA tells are missing for AMD."""
+    backend, architecture, _, shared_limit = TARGETS[target]
     row = {"warps": compiled.metadata.num_warps, "shared": compiled.metadata.shared, "shared_limit": shared_limit}
     row["matrix"] = sorted(set(re.findall(MATRIX, compiled.asm["amdgcn" if backend == "hip" else "ptx"])))
+    row["copies"], row["dots"] = copies(compiled.asm["ttgir"]), "tt.dot" in compiled.asm["ttir"]
+    row["rows"] = arguments.get("BLOCK_P")
     if backend == "hip":
         counts = re.findall(r"\.vgpr_(count|spill_count):\s*(\d+)", compiled.asm["amdgcn"])
         return row | {{"count": "registers", "spill_count": "spills"}[name]: int(count) for name, count in counts}
     usage = tool("cuobjdump", "-res-usage", cubin=compiled.asm["cubin"])
     row["registers"], row["spills"] = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # spills: the stack
+    # -ndf: without its analysis of jumps it takes a quarter less time
+    code = Code(tool("nvdisasm", "-c", "-ndf", cubin=compiled.asm["cubin"]))
     if any(name.startswith(("wgmma", "tcgen05")) for name in row["matrix"]):  # the others' operands have no addresses
-        row["unset"] = unset_registers(compiled.asm["cubin"])
-    shared, warps = MULTIPROCESSORS[architecture]
+        row["unset"] = unset_registers(code)
+    row["instructions"] = len(code.instructions)
+    row["per_row"] = per_row(code, row["warps"], arguments)
+    processors, shared, warps = MULTIPROCESSORS[architecture]
     per_warp = -(-row["registers"] * 32 // 256) * 256  # registers are handed out in lots of 256 a warp
     limits = (REGISTERS // per_warp // row["warps"], shared // (row["shared"] + 1024), warps // row["warps"])
-    return row | {"resident": min(limits)}
+    return row | {"resident": min(limits), "waves": round(math.prod(grid) / (max(1, min(limits)) * processors), 2)}
 
 
 def tool(name: str, *arguments: str, cubin: bytes) -> str:
@@ -199,18 +220,95 @@ def tool(name: str, *arguments: str, cubin: bytes) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def unset_registers(cubin: bytes) -> list[str]:
+class Code:
+    """A program's instructions in the order of their addresses, and its loops as sets of their places."""
+
+    def __init__(self, disassembly: str):
+        self.instructions: list[str] = []
+        labels: dict[str, int] = {}
+        for label, text in re.findall(r"^(\.L\w+):|/\*[0-9a-f]{4,}\*/\s+(.*?);", disassembly, re.MULTILINE):
+            if label:
+                labels[label] = len(self.instructions)
+            elif text.strip() != "NOP":
+                self.instructions.append(text)
+        self.loops = natural_loops([self.next_places(i, labels) for i in range(len(self.instructions))])
+
+    def next_places(self, place: int, labels: dict[str, int]) -> list[int]:
+        """The places to which the program may go from `place`."""
+        text, following = self.instructions[place], [place + 1] * (place + 1 < len(self.instructions))
+        jump = re.search(r"\bBRA\b(.*)`\((\.L\w+)\)", text)
+        if jump:
+            return [labels[jump[2]], *(following if text.startswith("@") or "P" in jump[1] or "DIV" in jump[1] else [])]
+        return [] if re.match(r"(EXIT|RET)\b", text) else following
+
+    def places(self, operation: str) -> set[int]:
+        return {i for i, text in enumerate(self.instructions) if operation in text}
+
+
+def natural_loops(edges: list[list[int]]) -> list[set[int]]:
+    """The loops of a graph that is entered at 0: sets of nodes, one a node to which an edge from inside goes back.
+
+    An edge goes back where every way to its start leads through its end, so a jump from code that was moved out of
+    line is none.
+    """
+    before = [[] for _ in edges]
+    for i, following in enumerate(edges):
+        for j in following:
+            before[j].append(i)
+    loops: dict[int, set[int]] = {}
+    for start, end in [(i, j) for i, following in enumerate(edges) for j in following if j < i]:
+        body, new = {end}, [start]
+        while new:
+            node = new.pop()
+            if node not in body:
+                body.add(node)
+                new += before[node]
+        if end == 0 or 0 not in body:  # else a way from the entry to `start` avoids `end`
+            loops.setdefault(end, set()).update(body)
+    return list(loops.values())
+
+
+def per_row(code: Code, warps: int, arguments: dict) -> float | None:
+    """Instructions of all warps for one row of codes and one head, where a kernel computes a softmax of it.
+
+    In a loop over tiles of rows those of all outermost loops, as one of them may go over the same tiles again; else the
+    whole program. A loop in them is one over channels.
+    """
+    rows = arguments.get("codes_ptr", arguments.get("rows_ptr"))
+    exponentials = code.places("MUFU.EX2")
+    if not exponentials or rows is None or rows.dim() != 4 or "BLOCK_P" not in arguments:
+        return None
+    outer = [loop for loop in code.loops if not any(loop < other for other in code.loops)]
+    over_rows = any(loop & exponentials for loop in outer)
+    trips = -(-arguments["D"] // arguments["BLOCK_D"]) if {"D", "BLOCK_D"} <= set(arguments) else 1
+    inner = [loop for loop in code.loops if not over_rows or loop not in outer]
+    count = sum(map(len, outer)) if over_rows else len(code.instructions)
+    count += (trips - 1) * sum(map(len, inner))
+    return round(count * warps / (arguments["BLOCK_P"] * arguments.get("HEADS", 1)), 1)
+
+
+def copies(ttgir: str) -> int | None:
+    """How many warps at most compute the same part of a product; None without a matrix instruction in registers."""
+    counts = []
+    for name, *numbers in re.findall(MMA, ttgir):
+        down, across, rows, columns = map(int, numbers)
+        for height, width in re.findall(rf"tensor<(\d+)x(\d+)x\w+, {name}>", ttgir):
+            if min(int(height), int(width)) > 1:  # not a column of sums
+                counts.append(max(1, down * rows // int(height)) * max(1, across * columns // int(width)))
+    return max(counts, default=None)
+
+
+def unset_registers(code: Code) -> list[str]:
     """Uniform registers that instructions read and none writes.
 
     The assembler that came with Triton 3.6 lost the addresses of a matrix instruction's later operands: the product of
     codes and their gradients was wrong on a card, with no other sign of it. A matrix descriptor gdesc[URn] names the
     first of four registers, of which an operand in registers leaves two unused, so descriptors do not count as reads.
     """
-    # -ndf: without its analysis of jumps it takes a quarter of the time
     read, written = set(), set()
-    for code in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", tool("nvdisasm", "-c", "-ndf", cubin=cubin)):
-        code = re.sub(r"^@!?U?P\w+\s+|gdesc\[UR\d+\]", "", code)
-        operation, _, operands = code.partition(" ")
+    for text in code.instructions:
+        text = re.sub(r"^@!?U?P\w+\s+|gdesc\[UR\d+\]", "", text)
+        operation, _, operands = text.partition(" ")
         target, *rest = (x.strip() for x in operands.split(","))
         while re.match(r"U?P(\d|T)", target) and rest:  # predicates that come out before the register
             target, *rest = rest
@@ -223,33 +321,41 @@ def unset_registers(cubin: bytes) -> list[str]:
     return [f"UR{n}" for n in sorted(read - written)]
 
 
-def report(target: str, cases: dict) -> list[dict]:
+def report(target: str, cases: dict, wanted: Callable[[str], bool] = lambda kernel: True) -> list[dict]:
     """A row for every kernel and set of arguments, printed as it is compiled."""
     rows, seen = [], set()
-    for label, kernel, grid, args, constants in record(target, cases):
-        key = (kernel.__name__, str(signature(kernel, args, constants)))
-        if key in seen:
+    for label, kernel, grid, arguments in record(target, cases):
+        name = kernel.__name__.removesuffix("_kernel")
+        if not wanted(name):
             continue
-        seen.add(key)
-        backward = False in (constants.get("UNIT"), constants.get("FROM_I")) or "_gradient" in kernel.__name__
-        row = {"target": target, "case": label, "kernel": kernel.__name__.removesuffix("_kernel")}
-        row |= {"pass": "backward" if backward else "forward", "programs": math.prod(map(int, grid))}
-        row |= {**compile_launch(kernel, args, constants, target), "triton": triton.__version__}
-        needs_matrix = re.search(r"\bdot\(|cosines\(", kernel.src) and not label.startswith("fp32")
-        row["faults"] = "; ".join(faults(row, bool(needs_matrix)))
-        texts = {name: " ".join(value) if isinstance(value, list) else value for name, value in row.items()}
-        rows.append({name: texts[name] for name in FIELDS if name in texts})
+        backward = False in (arguments.get("UNIT"), arguments.get("FROM_I")) or "_gradient" in name
+        row = {"triton": triton.__version__, "target": target, "case": label, "kernel": name}
+        row |= {"pass": "backward" if backward else "forward", "programs": math.prod(grid)}
+        try:
+            compiled = compiled_launch(kernel, grid, arguments, target)
+            if compiled.hash in seen:
+                continue
+            seen.add(compiled.hash)
+            row |= figures(compiled, grid, arguments, target)
+            row["faults"] = "; ".join(faults(row))
+        except Exception as error:  # of the compiler or its assembler
+            row["faults"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[-1]}"
+        texts = {field: " ".join(value) if isinstance(value, list) else value for field, value in row.items()}
+        rows.append({field: texts[field] for field in FIELDS if texts.get(field) is not None})
         print(line(rows[-1]), flush=True)
     return rows
 
 
-def faults(row: dict, needs_matrix: bool) -> list[str]:
+def faults(row: dict) -> list[str]:
     unset, shared, limit = row.get("unset", []), row["shared"], row["shared_limit"]
+    needs_matrix = row["dots"] and not row["case"].startswith("fp32")
     conditions = {
-        f"spills {row['spills']}": row["spills"],
+        f"spills {row['spills']}": row["spills"] > (FP32_STACK if row["case"].startswith("fp32") else 0),
         f"reads {', '.join(unset)}, which nothing writes": unset,
         f"{shared} bytes of shared memory, the card has {limit}": shared > limit,
         "no matrix instruction": needs_matrix and not row["matrix"],
+        f"{row['rows']} rows for {row['warps']} warps, which compute copies": row.get("per_row") is not None
+        and row["rows"] < ROWS_A_WARP * row["warps"],
     }
     return [text for text, present in conditions.items() if present]
 
@@ -258,13 +364,27 @@ def line(row: dict) -> str:
     return ", ".join(f"{name} {value}" for name, value in row.items())
 
 
+def with_other_triton(folder: Path, targets: list[str], quick: bool) -> list[dict]:
+    """The rows of this report by the version of Triton in `folder`, from a process of its own."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "rows.csv"
+        command = [sys.executable, __file__, "--csv", str(path), *(f"--target={target}" for target in targets)]
+        search = os.pathsep.join([str(folder.resolve()), os.environ.get("PYTHONPATH", "")])
+        subprocess.run([*command, *["--quick"] * quick], env={**os.environ, "PYTHONPATH": search})
+        with path.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", action="append", choices=TARGETS, help="default: all")
     parser.add_argument("--quick", action="store_true", help="the launches of a training step alone")
+    parser.add_argument("--triton", action="append", type=Path, default=[], metavar="FOLDER")
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
-    rows = [row for target in args.target or TARGETS for row in report(target, shipped_cases(args.quick))]
+    targets = args.target or list(TARGETS)
+    rows = [row for target in targets for row in report(target, shipped_cases(args.quick))]
+    rows += [row for folder in args.triton for row in with_other_triton(folder, targets, args.quick)]
     if args.csv:
         with args.csv.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, FIELDS, lineterminator="\n")

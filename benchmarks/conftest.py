@@ -115,8 +115,8 @@ class Bench:
             row["peak_bytes"] = memory.peak_on_card(first.run) if on_card else memory.peak_bytes(*job, **extra)
         self.add(row)
         if mode == "graph" and impl == "triton":
-            for kernel, mean_us in measure.kernel_times(run, len(runs)).items():
-                self.add({**cell, "mode": f"kernel {kernel}", "dtype": dtype, "mean_us": mean_us})
+            for kernel, times in measure.kernel_times(run, len(runs)).items():
+                self.add({**cell, "mode": f"kernel {kernel}", "dtype": dtype, **times})
 
     def alternating(self, case, shape, sizes, runs: dict[str, measure.Run], dtype, between: measure.Run) -> None:
         """Times all `runs` (checked before) in each of five rounds after one to warm up, since a machine drifts.

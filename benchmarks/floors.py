@@ -7,7 +7,7 @@ could stay on chip do not count.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
@@ -92,18 +92,21 @@ def floor_ms(floor_bytes: int, flops: int, bytes_per_s: float, flops_per_s: floa
     return 1e3 * max(floor_bytes / bytes_per_s, flops / flops_per_s)
 
 
-def objective_launches(problem: Problem, columns: int, splits: int, slices: int, norms_alone: bool) -> dict[str, int]:
+def objective_launches(problem: Problem, plan: Any) -> dict[str, int]:
     """Bytes that every launch moves, as if nothing stayed in the cache between launches, and everything within one.
 
-    Partial sums have the element size of their summands.
+    `plan` is the launchers' own (smooseg_kernels.triton.plan). Partial sums have the element size of their summands.
     """
-    B, P, D, Z, K, T, H = problem.B, problem.P, problem.D, problem.Z, problem.K, problem.T, problem.H
-    once, norms = problem.features + problem.codes, 4 * B * P
-    sums = H * B * splits * (D * columns * problem.element + columns * 4 + K * Z * problem.element)
-    pull, students = H * B * (D * columns * problem.element + (T + slices) * columns * 4), H * K * Z * 4
-    launches = {"row_norms": problem.features + norms} if norms_alone else {}
-    return launches | {
-        "image_moments": once + norms + sums,
-        "pair_sums": sums + pull + students,
-        "energy_gradient": once + pull + norms + problem.codes + students,
+    B, P, D, Z, K, H = problem.B, problem.P, problem.D, problem.Z, problem.K, problem.H
+    columns, element = H * plan.columns, problem.element
+    norms, sides, students = 4 * B * P, B * P * columns * element, H * K * Z * 4
+    label_sums = B * plan.parts * (columns * 4 + H * 4 + H * K * Z * element)
+    sums, pull = plan.splits * B * D * columns * element, B * columns * (D * element + 4)
+    several = {"row_norms": problem.features + norms, "prepare": 3 * students} if H > 1 else {}
+    features_for_norms = problem.features if H == 1 else 0
+    return several | {
+        "label_rows": problem.codes + features_for_norms + norms + sides + label_sums,
+        "row_products": problem.features + sides + sums,
+        "pair_sums": sums + label_sums + pull + students,
+        "energy_gradient": problem.features + 2 * problem.codes + pull + norms + students,
     }

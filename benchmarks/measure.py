@@ -70,16 +70,32 @@ def captured(run: Run) -> tuple[Run, Any]:
     return graph.replay, outputs
 
 
-def kernel_times(run: Run, calls: int) -> dict[str, float]:
-    """Mean microseconds of each kernel in one call, from the profiler."""
+def kernel_times(run: Run, calls: int, repeats: int = 20) -> dict[str, dict[str, float]]:
+    """Microseconds of each kernel in one of the `calls` that `run` makes, by name, from the profiler.
+
+    mean_us and median_us are of all its launches in a call together.
+    """
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        for _ in range(10):
+        for _ in range(repeats):
             run()
         torch.cuda.synchronize()
-    events = profiled.key_averages()
-    return {event.key[:60]: event.device_time_total / 10 / calls for event in events if event.device_time_total > 0}
+    times: dict[str, list[float]] = {}
+    for event in profiled.events():
+        if event.device_type == DeviceType.CUDA:
+            times.setdefault(event.name[:60], []).append(event.device_time_total)
+    launches = {name: len(values) / (repeats * calls) for name, values in times.items()}
+    return {
+        name: {
+            "mean_us": statistics.fmean(values) * launches[name],
+            "median_us": statistics.median(values) * launches[name],
+            "launches": launches[name],
+        }
+        for name, values in times.items()
+        if sum(values) > 0
+    }
 
 
 def copies_beyond_cache(impl: str, touched_bytes: int, device: str) -> int:
@@ -91,13 +107,13 @@ def copies_beyond_cache(impl: str, touched_bytes: int, device: str) -> int:
     return max(2, math.ceil(3 * torch.cuda.get_device_properties(0).L2_cache_size / touched_bytes))
 
 
-def ceilings(device: str, dtype: torch.dtype, tiny: bool = False) -> list[dict[str, Any]]:
+def ceilings(device: str, dtype: torch.dtype, tiny: bool = False, seconds: float = 1.5) -> list[dict[str, Any]]:
     """Two rows: bytes a second of a large copy (read and written), operations a second of a large matrix product.
 
     Both rates come from p20: other programs may slow the machine, never speed it up.
     """
     size, n = (1 << 20, 64) if tiny else (1 << 31, 8192) if device == "cuda" else (1 << 28, 2048)
-    seconds = 0.0 if tiny else 1.5
+    seconds = 0.0 if tiny else seconds
     source = torch.empty(size, dtype=torch.uint8, device=device).random_(0, 255)
     target = torch.empty_like(source)
     copy = timed(lambda: target.copy_(source), device, seconds=seconds)

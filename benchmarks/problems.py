@@ -26,7 +26,17 @@ import pair_cases  # noqa: E402
 import torch  # noqa: E402
 from floors import PairProblem, Problem  # noqa: E402
 from torch import Tensor  # noqa: E402
-from triton_cases import EPS, FP32_EPS, Case, Result, check, evaluate, gradient_term_size, term_size  # noqa: E402
+from triton_cases import (  # noqa: E402
+    EPS,
+    FP32_EPS,
+    Case,
+    Result,
+    check,
+    evaluate,
+    gradient_term_size,
+    make_case,
+    term_size,
+)
 
 import smooseg_kernels as sk  # noqa: E402
 
@@ -126,6 +136,7 @@ class Subject:
     check: Callable[[Any], None]  # takes the outputs of a run; AssertionError where they are wrong
     floor_bytes: int
     floor_flops: int
+    loop: Any = None  # of a head step
 
 
 def total_of(form: str, features, codes, student, teacher, partners, thresholds) -> Tensor:
@@ -178,10 +189,33 @@ def objective(problem: Problem, impl: str, mode: str, dtype, device: str, seed: 
     return Subject(run, check_outputs, *counts)
 
 
-def head_step(problem: Problem, impl: str, mode: str, dtype: torch.dtype, device: str, seed: int = 0) -> Subject:
+def gate(problem: Problem, impl: str, mode: str, dtype: torch.dtype, device: str, seed: int = 0) -> Subject:
+    """Every output and gradient against the dense form in float64; with three pair sets every option of a call."""
+    sizes = {name: value for name, value in letters(problem).items() if name != "T"}
+    sizes["H"], generator = None if problem.H == 1 else problem.H, torch.Generator().manual_seed(seed)
+    options: dict[str, Any] = {"partners": ("self", "index")}
+    if problem.T == 3:
+        scale = (torch.rand(problem.B, problem.D, generator=generator) > 0.2) * 1.25
+        weight = torch.rand(problem.B, problem.P, generator=generator)
+        options = {"partners": ("self", "index", "all"), "channel_scale": scale, "patch_weight": weight}
+        options["relative"] = True
+    case = make_case(**sizes, dtype=dtype, device=device, seed=seed, **options)
+
+    def check_outputs(got):
+        same, oracle = evaluate(case, "dense"), evaluate(case.to(torch.float64), "dense")
+        check(got, same, oracle, max(FP32_EPS, EPS[dtype]), term_size(case), gradient_term_size(case))
+
+    counts = floors.objective_floor(problem), floors.objective_flops(problem)
+    return Subject(lambda: evaluate(case, impl), check_outputs, *counts)
+
+
+def head_step(
+    problem: Problem, impl: str, mode: str, dtype: torch.dtype, device: str, seed: int = 0, patches: int | None = None
+) -> Subject:
     """A whole iteration on cached features: draws, projection, objective, gradients, teacher, Adam.
 
-    Only its first run can be checked. As in training, features are resident on a card, and on a CPU in an fp16 store.
+    `patches`: how many of each image take part. Only its first run can be checked. As in training, features are
+    resident on a card, and on a CPU in an fp16 store.
     """
     from smooseg_fast.learn.loop import Loop
     from smooseg_fast.learn.schedule import Schedule, Settings
@@ -192,23 +226,23 @@ def head_step(problem: Problem, impl: str, mode: str, dtype: torch.dtype, device
     thresholds = torch.tensor([[WITHIN, ACROSS]] * problem.H)
 
     def make(form: str, dtype: torch.dtype, capture: bool = False):
-        """-> the step, and its parameters by name; every call starts alike."""
+        """-> the loop, its next step, and its parameters by name; every call starts alike."""
         heads = Heads([Head(problem.D, problem.K, problem.Z, seed) for seed in range(problem.H)])
         heads = heads.to(device, torch.promote_types(dtype, torch.float32))
-        settings, steps = Settings(relative=False, impl=form), iter(range(10**9))
+        settings, steps = Settings(relative=False, impl=form, patches=patches), iter(range(10**9))
         sizes, schedule = (problem.P, problem.D), Schedule(problem.B, problem.B, 0)
         options = {"lr": 1e-4, "lr_prototypes": 5e-4, "capture": capture}
         loop = Loop(heads, rows_in(dtype), sizes, schedule, thresholds, settings, **options)
-        return lambda: loop.step(next(steps)), dict(heads.named_parameters())
+        return loop, lambda: loop.step(next(steps)), dict(heads.named_parameters())
 
     def result(loss: sk.SmooSegLoss, parameters: dict) -> Result:
         return Result({"total": loss.total}, {name: parameter.grad for name, parameter in parameters.items()})
 
     def reference(form: str, dtype: torch.dtype) -> Result:
-        step, parameters = make(form, dtype)
+        _, step, parameters = make(form, dtype)
         return result(step(), parameters)
 
-    step, parameters = make(impl, dtype, capture=mode == "captured step")
+    loop, step, parameters = make(impl, dtype, capture=mode == "captured step")
 
     def check_outputs(loss):
         got = result(loss, parameters)
@@ -219,7 +253,8 @@ def head_step(problem: Problem, impl: str, mode: str, dtype: torch.dtype, device
         eps = EPS[torch.bfloat16] if dtype.itemsize == 2 else 16 * EPS[torch.float32]
         check(got, same, oracle, eps, 1.0 + 2.0 * ACROSS)
 
-    return Subject(step, check_outputs, floors.head_step_floor(problem), floors.head_step_flops(problem))
+    taken = problem if patches is None else replace(problem, P=patches)
+    return Subject(step, check_outputs, floors.head_step_floor(taken), floors.head_step_flops(taken), loop)
 
 
 def stored(features: Tensor) -> Callable[[torch.dtype], Callable[[Tensor], Tensor]]:
@@ -306,7 +341,7 @@ def pair_inputs(problem: PairProblem, dtype: torch.dtype, device: str, seed: int
     return pair_cases.Pairs(*rows, SHIFT, options), oracle
 
 
-SUBJECTS = {"pairs": pairs, "objective": objective, "head step": head_step, "assign": assignment}
+SUBJECTS = {"pairs": pairs, "objective": objective, "head step": head_step, "assign": assignment, "gate": gate}
 
 
 def rotation(subject: str, problem: Problem, impl: str, mode: str, dtype: str, device: str, **extra) -> list[Subject]:

@@ -164,17 +164,19 @@ def scaling(lines: pd.DataFrame) -> str:
 
 
 def aot(rows: pd.DataFrame) -> str:
-    """Faults, and the most registers, stack and shared memory of each target."""
+    """For each target and version of Triton: faults, the most that a program takes, and instructions a row and head."""
     body = []
-    for target, group in rows.groupby("target", sort=False):
+    for (target, version), group in rows.groupby(["target", "triton"], sort=False):
         registers = group.loc[group["registers"].idxmax()]
         shared = group.loc[(group["shared"] / group["shared_limit"]).idxmax()]
-        worst = f"{registers['registers']} ({registers['kernel']}, {registers['case']})"
-        most = f"{shared['shared']:,} of {shared['shared_limit']:,} ({shared['kernel']}, {shared['case']})"
+        worst = f"{registers['registers']:.0f} ({registers['kernel']}, {registers['case']})"
+        most = f"{shared['shared']:,.0f} of {shared['shared_limit']:,.0f} ({shared['kernel']}, {shared['case']})"
         faults, spilled = group["faults"].notna().sum(), group["spills"].max()
-        body.append([target, f"{len(group)}", f"{faults}", f"{spilled}", worst, most])
-    head = ["target", "kernels", "faults", "most bytes spilled", "most registers", "most shared bytes"]
-    return markdown(head, body) + f"\n\nCompiled by Triton {', '.join(sorted(set(rows['triton'])))}."
+        steps = group[group["case"].str.startswith("bf16 dropout") & group["per_row"].notna()].itertuples()
+        counts = [f"{row.kernel}{row.case.removeprefix('bf16 dropout')}: {row.per_row:.0f}" for row in steps]
+        body.append([target, version, f"{len(group)}", f"{faults}", f"{spilled:.0f}", worst, most, "<br>".join(counts)])
+    head = ["target", "Triton", "kernels", "faults", "most bytes spilled", "most registers", "most shared bytes"]
+    return markdown([*head, "instructions a row and head"], body)
 
 
 def outputs(root: Path) -> tuple[dict[Path, str], list]:

@@ -1,4 +1,8 @@
-"""Every shipped configuration compiles for its target: no spills, enough shared memory, matrix instructions."""
+"""Every shipped configuration compiles for its target by two versions of Triton: no spills, no copies, no growth.
+
+The second version is the one of the last measurements on a card. SMOOSEG_TEST_TRITON names a folder that has it; else
+pip puts it into the user's cache, and its tests are skipped where pip cannot.
+"""
 
 from __future__ import annotations
 
@@ -6,44 +10,137 @@ import csv
 import os
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
-pytest.importorskip("triton")
-REPORT = Path(__file__).parent.parent / "benchmarks" / "aot_report.py"
-TARGETS = ["sm_90", "sm_80", "sm_86", "sm_100", "gfx942"]  # the longest first
+triton = pytest.importorskip("triton")
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+OTHER = "3.6.0"
+# the longest first: every case for one target and version, a training step for the rest
+RUNS = [("sm_90", None), ("sm_90", OTHER), ("sm_80", None), ("sm_86", None), ("sm_100", None), ("gfx942", None)]
+GROWTH = 1.03  # of counts that benchmarks/results/aot.csv records
 
 
-def report(target, folder):
-    """In its own process, as the interpreter cannot compile: all cases for one target, a training step for the rest."""
+def other_triton() -> Path | None:
+    """The folder that has the other version; None where it cannot be had."""
+    if folder := os.environ.get("SMOOSEG_TEST_TRITON"):
+        return Path(folder)
+    folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "smooseg-tests" / f"triton-{OTHER}"
+    if (folder / "triton").is_dir():
+        return folder
+    scratch = folder.with_name(f"{folder.name}.{os.getpid()}")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--retries=0", "--timeout=10"]
+    try:
+        subprocess.run([*command, f"--target={scratch}", f"triton=={OTHER}"], check=True, timeout=60)
+        scratch.rename(folder)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return folder
+
+
+def report(run, folder):
+    """In its own process, as the interpreter cannot compile."""
+    target, version = run
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(REPORT), "--target", target, "--csv", str(folder / f"{target}.csv")]
-    command += [] if target == "sm_90" else ["--quick"]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    if version is not None:
+        other = other_triton()
+        if other is None:
+            return None
+        environment["PYTHONPATH"] = os.pathsep.join([str(other), os.environ.get("PYTHONPATH", "")])
+    table = folder / f"{target}-{version}.csv"
+    command = [sys.executable, str(BENCHMARKS / "aot_report.py"), "--target", target, "--csv", str(table)]
+    command += [] if run == RUNS[0] else ["--quick"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    with table.open(newline="") as file:
+        return done, list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("aot")
-
-
-@pytest.fixture(scope="module")
-def reports(request, folder):
-    """Reports of the selected targets, two at a time."""
-    selected = {item.callspec.params["target"] for item in request.session.items if item.path == request.path}
-    targets = [target for target in TARGETS if target in selected]
+def reports(request, tmp_path_factory):
+    """Reports of the selected runs, two at a time."""
+    folder = tmp_path_factory.mktemp("aot")
+    items = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    selected = {item.callspec.params["run"] for item in items}
+    runs = [run for run in RUNS if run in selected]
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(targets, pool.map(lambda target: report(target, folder), targets)))
+        return dict(zip(runs, pool.map(lambda run: report(run, folder), runs)))
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_shipped_configurations(target, reports, folder):
-    done = reports[target]
-    assert done.returncode == 0, done.stdout + done.stderr
-    with (folder / f"{target}.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert {"image_moments", "pair_sums", "energy_gradient"} <= {row["kernel"] for row in rows}
-    assert all(row["faults"] == "" and int(row["spills"]) == 0 and int(row["registers"]) > 0 for row in rows)
+@pytest.fixture
+def rows(run, reports):
+    if reports[run] is None:
+        pytest.skip(f"Triton {OTHER} cannot be installed here")
+    return reports[run][1]
+
+
+def numbered(rows):
+    """Rows by what they are of; a kernel that is compiled twice for a case has two."""
+    seen: Counter = Counter()
+    keys = []
+    for row in rows:
+        key = tuple(row[name] for name in ("triton", "target", "case", "kernel", "pass"))
+        seen[key] += 1
+        keys.append((*key, seen[key]))
+    return dict(zip(keys, rows))
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_shipped_configurations(run, rows, reports):
+    done, _ = reports[run]
+    assert done.returncode == 0, "\n".join(line for line in done.stdout.splitlines() if line.startswith("FAULT"))
+    assert {row["triton"] for row in rows} == {run[1] or triton.__version__}
+    assert {"pair_sums", "energy_gradient"} <= {row["kernel"] for row in rows}
+    assert all(row["faults"] == "" and int(row["registers"]) > 0 for row in rows)
     assert all(0 <= int(row["shared"]) <= int(row["shared_limit"]) for row in rows)
+    if run[0] != "gfx942":
+        softmax = [row for row in rows if row["per_row"]]
+        assert {"energy_gradient"} <= {row["kernel"] for row in softmax}
+        assert all(int(row["rows"]) >= 16 * int(row["warps"]) for row in softmax)
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_counts_do_not_grow(run, rows):
+    """The committed record is benchmarks/results/aot.csv."""
+    with (BENCHMARKS / "results" / "aot.csv").open(newline="") as file:
+        record = numbered(csv.DictReader(file))
+    if not any(key[:2] == (rows[0]["triton"], run[0]) for key in record):
+        pytest.skip(f"aot.csv has no rows by Triton {rows[0]['triton']}")
+    now = numbered(rows)
+    missing = [key for key in now if key not in record]
+    assert not missing, f"aot.csv is out of date, write it again (docs/kernels_aot.md): {missing}"
+    grown = [
+        f"{' '.join(map(str, key))}: {name} {record[key][name]} -> {row[name]}"
+        for key, row in now.items()
+        for name in ("instructions", "per_row", "copies", "waves", "spills")
+        if float(row[name] or 0) > GROWTH * float(record[key][name] or 0) + 0.01
+    ]
+    assert not grown, "\n".join(grown)
+
+
+def test_the_parts_of_a_binary(monkeypatch):
+    """Loops, instructions a row and copies, read from texts of the tools."""
+    pytest.importorskip("smooseg_kernels.triton")  # before the next line, so that other tests have interpreted kernels
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    aot = pytest.importorskip("aot_report")
+    lines = ["MOV R0, R1", "@P0 BRA `(.L_2)", ".L_0:", "MUFU.EX2 R2, R3", ".L_1:", "HGMMA.64x32x16 R4, gdesc[UR4]"]
+    lines += ["@P1 BRA `(.L_1)", "@!P2 BRA `(.L_3)", ".L_4:", "@P0 BRA `(.L_0)", ".L_2:", "EXIT", ".L_3:", "NOP"]
+    lines += ["SYNCS R1", "BRA `(.L_4)", ".L_5:", "BRA `(.L_5)"]
+    code = aot.Code("\n".join(x if x.startswith(".L") else f"  /*{i:04x}*/   {x} ;" for i, x in enumerate(lines)))
+    assert code.instructions[0] == "MOV R0, R1 "
+    # the jump back from SYNCS belongs to the outer loop, as its target does not come before it on every way
+    assert sorted(map(sorted, code.loops)) == [[2, 3, 4, 5, 6, 8, 9], [3, 4]]
+    sizes = {"codes_ptr": torch.empty(2, 3, 64, 8), "BLOCK_P": 64, "BLOCK_D": 64, "D": 192}
+    assert aot.per_row(code, 4, sizes) == round((7 + 2 * 2) * 4 / 64, 1)
+    assert aot.per_row(code, 4, {"BLOCK_P": 64}) is None
+    layout = "#mma = #ttg.nvidia_mma<{versionMajor = 2, warpsPerCTA = [8, 1], instrShape = [16, 8]}>\n"
+    assert aot.copies(f"{layout} tensor<32x32xf32, #mma> tensor<32x1xf32, #mma>") == 4
+    assert aot.copies(f"{layout} tensor<128x32xf32, #mma>") == 1
+    assert aot.copies("tensor<64x64xf32, #blocked>") is None
+    row = dict(case="bf16", spills=0, shared=1, shared_limit=2, dots=True, matrix=["mma"], per_row=50.0, warps=8)
+    assert aot.faults({**row, "rows": 64}) == ["64 rows for 8 warps, which compute copies"]
+    assert aot.faults({**row, "rows": 128}) == []
+    assert aot.faults({**row, "rows": 64, "per_row": None}) == []  # no labels are made

@@ -6,6 +6,7 @@ A change that lowers a number here lowers it in the table too.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import counting
@@ -16,7 +17,7 @@ import torch
 
 MODE = "forward + backward"
 # H: launches of a step, bytes they move in all over those that must move (bf16, B 32, P 784, D 384, Z 64, K 27)
-LAUNCHES = {1: (3, 1.16), 16: (3, 1.30)}
+LAUNCHES = {1: (4, 1.60), 16: (6, 1.66)}
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_90", "sm_100"])
@@ -26,7 +27,9 @@ def test_fused_launches_and_their_bytes(H, target, monkeypatch):
     from smooseg_kernels.triton import launch, objective
 
     started = []
-    monkeypatch.setattr(objective, "launch", lambda kernel, *_, **__: started.append(kernel.__name__))
+    package = [module for name, module in sys.modules.items() if name.startswith("smooseg_kernels.triton")]
+    for module in [module for module in package if getattr(module, "launch", None) is launch.launch]:
+        monkeypatch.setattr(module, "launch", lambda kernel, *_, **__: started.append(kernel.__name__))
     monkeypatch.setattr(launch, "family", lambda device: target)
 
     def tensor(*shape, dtype=torch.float32):
@@ -54,8 +57,8 @@ def test_fused_launches_and_their_bytes(H, target, monkeypatch):
         out[0], None, None, None, *common, out[4], list(out[5:]), 0.1, False, True, True, True
     )
     plan = objective.Plan(features, codes, teacher, size.T)
-    counted = floors.objective_launches(size, plan.columns, plan.splits, plan.pair_slices, plan.norms_alone)
-    assert len(started) == len(counted), f"floors counts {list(counted)}, started were {started}"
+    counted = floors.objective_launches(size, plan)
+    assert [name.removesuffix("_kernel") for name in started] == list(counted)
     most, ratio = LAUNCHES[H]
     assert len(started) <= most, started
     moved = sum(counted.values())

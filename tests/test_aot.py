@@ -108,7 +108,7 @@ def test_counts_do_not_grow(run, rows):
     with (BENCHMARKS / "results" / "aot.csv").open(newline="") as file:
         record = numbered(list(csv.DictReader(file)))
     if not any(key[:2] == (rows[0]["triton"], run[0]) for key in record):
-        pytest.skip(f"aot.csv has no rows by Triton {rows[0]['triton']}")
+        pytest.skip(f"waits for rows of Triton {rows[0]['triton']} in aot.csv")
     now = numbered(rows)
     missing = [key for key in now if key not in record]
     assert not missing, f"aot.csv is out of date, write it again (docs/kernels_aot.md): {missing}"

@@ -85,7 +85,7 @@ CASES = {
 @pytest.mark.parametrize("blocks", [False, True], ids=["whole batch", "blocks of images"])
 @pytest.mark.parametrize("name", CASES)
 def test_energies_pull_and_constant(name, blocks, poisoned, monkeypatch):
-    """With blocks, a program looks at two images at a time, as it does at a thousand in a batch of many thousands."""
+    """A program looks at two images at a time with blocks, as it does at a thousand in a batch of many thousands."""
     if blocks:
         monkeypatch.setattr(moment_pairs, "LARGEST_BLOCK_B", 2)
         monkeypatch.setattr(moment_pairs, "image_rows", lambda B, columns: 2)

@@ -272,7 +272,7 @@ def per_row(code: Code, warps: int, arguments: dict) -> float | None:
     """Instructions of all warps for one row of codes and one head, where a kernel computes a softmax of it.
 
     In a loop over tiles of rows those of all outermost loops, as one of them may go over the same tiles again; else the
-    whole program. A loop in them is one over channels.
+    whole program, up to where all but a few programs leave it. A loop in them is one over channels.
     """
     rows = arguments.get("codes_ptr", arguments.get("rows_ptr"))
     exponentials = code.places("MUFU.EX2")
@@ -282,9 +282,15 @@ def per_row(code: Code, warps: int, arguments: dict) -> float | None:
     over_rows = any(loop & exponentials for loop in outer)
     trips = -(-arguments["D"] // arguments["BLOCK_D"]) if {"D", "BLOCK_D"} <= set(arguments) else 1
     inner = [loop for loop in code.loops if not over_rows or loop not in outer]
-    count = sum(map(len, outer)) if over_rows else len(code.instructions)
+    count = sum(map(len, outer)) if over_rows else first_exit(code)
     count += (trips - 1) * sum(map(len, inner))
     return round(count * warps / (arguments["BLOCK_P"] * arguments.get("HEADS", 1)), 1)
+
+
+def first_exit(code: Code) -> int:
+    """The instructions up to the first exit after the last exponential: few programs have more to do."""
+    last = max(code.places("MUFU.EX2"), default=0)
+    return min(i + 1 for i in code.places("EXIT") if i > last)
 
 
 def copies(ttgir: str) -> int | None:

@@ -25,6 +25,7 @@ import measure  # noqa: E402
 import pair_cases  # noqa: E402
 import torch  # noqa: E402
 from floors import PairProblem, Problem  # noqa: E402
+from rounding import check_rounding  # noqa: E402
 from torch import Tensor  # noqa: E402
 from triton_cases import (  # noqa: E402
     EPS,
@@ -190,7 +191,10 @@ def objective(problem: Problem, impl: str, mode: str, dtype, device: str, seed: 
 
 
 def gate(problem: Problem, impl: str, mode: str, dtype: torch.dtype, device: str, seed: int = 0) -> Subject:
-    """Every output and gradient against the dense form in float64; with three pair sets every option of a call."""
+    """Every output and gradient against the dense form in float64, and in bf16 on a card against rounding.py.
+
+    With three pair sets every option of a call.
+    """
     sizes = {name: value for name, value in letters(problem).items() if name != "T"}
     sizes["H"], generator = None if problem.H == 1 else problem.H, torch.Generator().manual_seed(seed)
     options: dict[str, Any] = {"partners": ("self", "index")}
@@ -204,6 +208,8 @@ def gate(problem: Problem, impl: str, mode: str, dtype: torch.dtype, device: str
     def check_outputs(got):
         same, oracle = evaluate(case, "dense"), evaluate(case.to(torch.float64), "dense")
         check(got, same, oracle, max(FP32_EPS, EPS[dtype]), term_size(case), gradient_term_size(case))
+        if dtype == torch.bfloat16 and device == "cuda":  # the interpreter does not round operands
+            check_rounding(case, got, oracle)
 
     counts = floors.objective_floor(problem), floors.objective_flops(problem)
     return Subject(lambda: evaluate(case, impl), check_outputs, *counts)

@@ -136,6 +136,10 @@ def test_the_parts_of_a_binary(monkeypatch):
     sizes = {"codes_ptr": torch.empty(2, 3, 64, 8), "BLOCK_P": 64, "BLOCK_D": 64, "D": 192}
     assert aot.per_row(code, 4, sizes) == round((7 + 2 * 2) * 4 / 64, 1)
     assert aot.per_row(code, 4, {"BLOCK_P": 64}) is None
+    straight = aot.Code(
+        "  /*0000*/   MUFU.EX2 R2, R3 ;\n  /*0010*/   @P0 EXIT ;\n  /*0020*/   MOV R0, R1 ;\n  /*0030*/   EXIT ;"
+    )
+    assert aot.per_row(straight, 4, {"codes_ptr": torch.empty(2, 3, 64, 8), "BLOCK_P": 2}) == 4.0  # one tile has more
     layout = "#mma = #ttg.nvidia_mma<{versionMajor = 2, warpsPerCTA = [8, 1], instrShape = [16, 8]}>\n"
     assert aot.copies(f"{layout} tensor<32x32xf32, #mma> tensor<32x1xf32, #mma>") == 4
     assert aot.copies(f"{layout} tensor<128x32xf32, #mma>") == 1

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import dense, moments, tiles
 from .derivatives import refuse_forward_mode
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # a constant, which compiled code can guard
 IMPLS = {"dense": dense, "torch": moments}
 PAIR_IMPLS = {"dense": dense, "torch": tiles}  # for energies that do not factor
 
@@ -43,7 +44,7 @@ def implementation(
     impl = resolve_impl(impl, prototypes, *tensors)
     if impl in forms:
         return forms[impl]
-    if not has_triton():
+    if not HAS_TRITON:
         raise RuntimeError(
             'impl="triton" needs Triton, which is not installed: pip install triton, or use impl="torch" (or "auto")'
         )
@@ -62,16 +63,11 @@ def implementation(
 
 
 def triton_serves(prototypes: tuple[int, int], tensors: tuple[Tensor, ...]) -> bool:
-    if not all(t.is_cuda and t.dtype != torch.float64 for t in tensors) or not has_triton():
+    if not all(t.is_cuda and t.dtype != torch.float64 for t in tensors) or not HAS_TRITON:
         return False
     from . import triton as fused
 
     return fused.fits(*prototypes)
-
-
-@torch.compiler.assume_constant_result
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def clamps_partners(module: ModuleType) -> bool:

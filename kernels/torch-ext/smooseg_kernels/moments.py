@@ -215,5 +215,6 @@ def assign(codes: Tensor, prototypes: Tensor, grid: tuple[int, int] | None, size
     for start in range(0, H, rows):
         part = slice(start, min(start + rows, H))
         lines = torch.lerp(planes[:, :, top[part]], planes[:, :, bottom[part]], share[part])
-        strips.append(F.interpolate(lines, size=(lines.shape[2], W), mode="bilinear", align_corners=False).argmax(1))
+        upsampled = F.interpolate(lines, size=(lines.shape[2], W), mode="bilinear", align_corners=False)
+        strips.append(upsampled.max(1).indices)  # the same as argmax, which is slower on a CPU
     return torch.cat(strips, 1)

@@ -15,22 +15,33 @@ from .labels import (
     inverse_norms,
     invert,
     load_prepared,
-    load_rows,
-    load_tile,
     product,
     soft_labels,
     unit_parts,
 )
 from .student_gradient import scale_student_gradient
 
+# loads of this kernel: its base moves with a loop over channels, and offsets from it are computed once
+
 
 @triton.jit
-def load_pull(ptr, d, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr):
-    tile_ptr = ptr + d[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+def load_block(ptr, start, P, stride, first, width: tl.constexpr, BLOCK_P: tl.constexpr, WIDTH: tl.constexpr):
+    row, column = tl.arange(0, BLOCK_P), tl.arange(0, WIDTH)
+    inside = (start + row < P)[:, None]
+    if width % WIDTH != 0:
+        inside = inside & (first + column < width)[None, :]
+    tile_ptr = ptr + (tl.cast(start, tl.int64) * stride + first) + (row[:, None] * stride + column[None, :])
+    return tl.load(tile_ptr, mask=inside, other=0.0)
+
+
+@triton.jit
+def load_pull(ptr, first, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr):
+    d = tl.arange(0, BLOCK_D)
+    tile_ptr = ptr + first * BLOCK_K + (d[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :])
     if D % BLOCK_D == 0:
         pull = tl.load(tile_ptr)
     else:
-        pull = tl.load(tile_ptr, mask=(d < D)[:, None], other=0.0)
+        pull = tl.load(tile_ptr, mask=(first + d < D)[:, None], other=0.0)
     return pull
 
 
@@ -40,16 +51,24 @@ def code_gradient(
     K: tl.constexpr, BLOCK_K: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Takes d_c = pulled / |f| + constant through unit probs and cosines: [BLOCK_P,BLOCK_Z], times `factor`."""
-    k, code_inverse = tl.arange(0, BLOCK_K), inverse_norms(codes)
+    # one number of a row, as it moves between threads: all that follows takes the lengths from it
+    k, scale = tl.arange(0, BLOCK_K), inverse_norms(codes) * sharpness
     toward = product(codes, high, low, PRECISION)
-    _, e, e_inverse = soft_labels(toward, code_inverse * sharpness, k, sharpness, K, BOUNDED)
-    c = e * e_inverse[:, None]
+    _, e, e_inverse = soft_labels(toward, scale, k, sharpness, K, BOUNDED)
     d_c = pulled * inverse[:, None] + constant[None, :]
-    d_logit = c * (d_c - c * tl.sum(c * d_c, 1)[:, None])
-    along = tl.sum(d_logit * toward, 1) * (code_inverse * code_inverse)
+    # with c = e / |e|, d_logit = c (d_c - c sum(c d_c)); factors of a row wait for one product
+    d_logit = d_c - e * (tl.sum(e * d_c, 1) * (e_inverse * e_inverse))[:, None]
+    factor *= LN2  # the logits' own factor 1 / temperature is sharpness * ln 2
+    if tl.float16 == high.dtype:  # the factor may be below its range
+        d_logit *= e * e_inverse[:, None]
+    else:
+        d_logit *= e * (e_inverse * scale * factor)[:, None]
+    along = tl.sum(d_logit * toward, 1) * (scale * scale) * (1.0 / (sharpness * sharpness))
     back = tl.dot(d_logit.to(high.dtype), high, input_precision=PRECISION)
-    # the logits' own factor 1 / temperature is sharpness * ln 2
-    return (back - along[:, None] * codes.to(tl.float32)) * (code_inverse * (factor * (sharpness * LN2)))[:, None]
+    d_codes = back - along[:, None] * codes.to(tl.float32)
+    if tl.float16 == high.dtype:
+        d_codes *= (scale * factor)[:, None]
+    return d_codes
 
 
 @triton.jit
@@ -80,9 +99,9 @@ def energy_gradient_kernel(
     d_rows_ptr,  # like rows, contiguous
     d_student_ptr,  # [H,K,Z]
     # sizes
-    B, P, H, sharpness,
+    B, P, sharpness,
     stride_fb, stride_fp, stride_rh, stride_rb, stride_rp, stride_upstream, stride_total, stride_data,
-    D: tl.constexpr, K: tl.constexpr, Z: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, K: tl.constexpr, Z: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_Z: tl.constexpr,
     # switches
     FROM_CODES: tl.constexpr, PREPARED: tl.constexpr, BOUNDED: tl.constexpr, HAS_WEIGHT: tl.constexpr,
@@ -105,16 +124,16 @@ def energy_gradient_kernel(
         inverse = invert(tl.load(norms_ptr + b * P + start + row, mask=inside, other=0.0))
         constant = tl.load(constant_ptr + (h * B + b) * BLOCK_K + tl.arange(0, BLOCK_K))
         total = tl.load(totals_ptr + b)
-        factor = tl.where(total > 0, (-1.0 / LIFT) / tl.maximum(total, 1e-30), 0.0) / B
+        factor = tl.where(total > 0, (-1.0 / LIFT) / (tl.maximum(total, 1e-30) * B), 0.0)
         factor *= tl.load(upstream_ptr + h * stride_upstream)
-        rows = load_rows(
-            rows_ptr + h * stride_rh + b * stride_rb, start, P, stride_rp,
-            width=WIDTH, BLOCK=BLOCK_P, WIDTH=BLOCK_WIDTH,
+        rows = load_block(
+            rows_ptr + h * stride_rh + b * stride_rb, start, P, stride_rp, 0,
+            width=WIDTH, BLOCK_P=BLOCK_P, WIDTH=BLOCK_WIDTH,
         )  # fmt: skip
         pulled = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
         for first in range(0, D, BLOCK_D):
-            f = load_tile(features_ptr, start, P, stride_fp, first, width=D, BLOCK=BLOCK_P, WIDTH=BLOCK_D).to(FEATURE)
-            pull = load_pull(pull_ptr, first + tl.arange(0, BLOCK_D), D, BLOCK_D, BLOCK_K).to(FEATURE)
+            f = load_block(features_ptr, start, P, stride_fp, first, D, BLOCK_P=BLOCK_P, WIDTH=BLOCK_D).to(FEATURE)
+            pull = load_pull(pull_ptr, first, D, BLOCK_D, BLOCK_K).to(FEATURE)
             pulled = tl.dot(f, pull, pulled, input_precision=PRECISION)
         # a second mask, without which the compiler would copy rows to shared memory at once and wait for them
         rows = tl.where(inside[:, None], rows, 0.0)

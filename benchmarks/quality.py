@@ -1,13 +1,20 @@
-"""Which features see most: groups of frozen features without any training, held against the labels of several sets.
+"""How much is right without labels: features, the tree of groups and the number chosen, on several labelled sets.
 
     python benchmarks/quality.py sight --data DIR            # every set in it: DIR/SET/{train,val}/{images,labels}
     python benchmarks/quality.py sight --data DIR --backbones filterbank --scale 0.5 --statistics raw centred
     python benchmarks/quality.py sight --data DIR --backbones efficientnet-lite0 --size 672 --eval-size 672
+    python benchmarks/quality.py domains --data DIR --backbone module:callable    # every way to group, with training
 
-For every backbone, set and statistic, over the seeds: k-means at K = classes; and average linkage of 64 k-means groups
-(Lan et al. 2023's energy falls with a merge exactly when the mean similarity of two groups exceeds its threshold), cut
-at K = classes and at the best K of 2 to 16, which the labels choose. Groups are matched to classes by the labels
-(Hungarian), as everywhere. Figures go to --out, a line each, and a table in Markdown of everything in it is printed.
+sight: for every backbone, set and statistic, over the seeds, without training: k-means at K = classes; and average
+linkage of 64 k-means groups (Lan et al. 2023's energy falls with a merge exactly when the mean similarity of two groups
+exceeds its threshold), cut at K = classes and at the best K of 2 to 16, which the labels choose. Groups are matched to
+classes by the labels (Hungarian), as everywhere. Figures go to --out, a line each, and a table in Markdown of
+everything in it is printed.
+
+domains: all sets through one backbone and the folder preset, five seeds: one group, k-means and a head without a tree
+at K = classes, and the tree, untrained and trained, at the number of groups chosen without labels, at the number of
+classes, and at the best one by the labels. "fitted" has the matching of the training labels, "majority" many groups a
+class, "regret" is against the best number.
 """
 
 from __future__ import annotations
@@ -32,10 +39,11 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import domains  # noqa: E402
 import machine  # noqa: E402
 
 from smooseg_fast.backbones import load_backbone  # noqa: E402
-from smooseg_fast.config import FIT  # noqa: E402
+from smooseg_fast.config import FINE, FIT  # noqa: E402
 from smooseg_fast.datasets import classes_of, open_splits  # noqa: E402
 from smooseg_fast.datasets.cutting import Cutting  # noqa: E402
 from smooseg_fast.features.extract import open_or_extract  # noqa: E402
@@ -43,11 +51,13 @@ from smooseg_fast.features.job import FeatureOptions  # noqa: E402
 from smooseg_fast.features.sample import sample_patches  # noqa: E402
 from smooseg_fast.features.store import FeatureStore  # noqa: E402
 from smooseg_fast.measure.confusion import LabelSquares  # noqa: E402
+from smooseg_fast.measure.health import unit_rows  # noqa: E402
 from smooseg_fast.measure.scores import hungarian  # noqa: E402
 from smooseg_fast.segment.kmeans import spherical_kmeans  # noqa: E402
+from smooseg_fast.segment.tree import Moments, Tree  # noqa: E402
 from smooseg_fast.system.files import write_atomic  # noqa: E402
 
-FINE, MOST = 64, 16  # groups that linkage starts from, and the most that it is cut into; more where classes are many
+MOST = 16  # groups that linkage is cut into, at most; more where classes are many
 KEY = ["backbone", "set", "sizes", "scale", "margin", "statistics"]
 SHRINKAGE = 0.1  # share of the mean variance that whitening adds to every direction's
 Map = Callable[[Tensor], Tensor]
@@ -56,7 +66,9 @@ Statistic = Callable[[Tensor], Map]
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sight = parser.add_subparsers(dest="command", required=True).add_parser("sight", help="features without training")
+    commands = parser.add_subparsers(dest="command", required=True)
+    domains.add_flags(commands.add_parser("domains", help="every way to group, with training"))
+    sight = commands.add_parser("sight", help="features without training")
     sight.add_argument("--data", type=Path, required=True, help="folder of labelled sets, each with train and val")
     sight.add_argument("--sets", nargs="+", help="names of the sets (all)")
     sight.add_argument("--backbones", nargs="+", default=["filterbank", "efficientnet-lite0"])
@@ -68,6 +80,8 @@ def main(arguments: list[str] | None = None) -> None:
     sight.add_argument("--seeds", type=int, default=5)
     sight.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/sight.csv")
     args = parser.parse_args(arguments)
+    if args.command == "domains":
+        return domains.run(args)
     names = args.sets or sorted(path.name for path in args.data.iterdir() if (path / "val").is_dir())
     for backbone in args.backbones:
         for name in names:
@@ -178,8 +192,13 @@ def figures(
 
     kmeans = hungarian(confusion(spherical_kmeans(rows, K, starts=10, seed=seed).centres))
     fine = spherical_kmeans(rows, max(FINE, 2 * K), starts=1, seed=seed).centres
-    counts, groups = confusion(fine), average_linkage(rows, fine, max(MOST, K))
-    cut = {k: hungarian(np.stack([counts[members].sum(0) for members in parts])) for k, parts in groups.items()}
+    unit, moments = unit_rows(rows).double(), Moments(*fine.shape)
+    moments.add(unit[None], (unit @ fine.double().mT).argmax(1)[None])
+    tree, counts = Tree.grow(moments.pairs("all", centring=0.0), moments.shares), confusion(fine)
+    cut = {
+        k: hungarian(np.eye(k, dtype=np.int64)[tree.cut(k)].T @ counts)
+        for k in range(2, min(max(MOST, K), len(tree.splits()) + 1) + 1)
+    }
     best = max(cut.values(), key=lambda scores: scores.miou)
     return dict(
         kmeans_accuracy=kmeans.accuracy,
@@ -188,28 +207,6 @@ def figures(
         linkage_miou=cut[K].miou,
         best_k_miou=best.miou,
     )
-
-
-def average_linkage(rows: Tensor, centres: Tensor, most: int) -> dict[int, list[list[int]]]:
-    """Merges the two groups of the largest mean similarity, again and again -> {k: members of its k groups}, k from
-    `most` to 2."""
-    rows = torch.nn.functional.normalize(rows.double(), dim=-1)
-    labels = (rows @ centres.double().mT).argmax(1)
-    sizes = torch.bincount(labels, minlength=len(centres)).double().clamp(min=1e-9)
-    sums = torch.zeros(len(centres), rows.shape[1], dtype=torch.float64).index_add_(0, labels, rows)
-    parts, partitions = [[k] for k in range(len(centres))], {}
-    while len(parts) > 2:
-        means = sums @ sums.mT / (sizes[:, None] * sizes)
-        means.fill_diagonal_(-torch.inf)
-        low, high = sorted(divmod(int(means.argmax()), len(parts)))
-        parts[low] += parts.pop(high)
-        keep = torch.arange(len(sums)) != high
-        sums[low] += sums[high]
-        sizes[low] += sizes[high]
-        sums, sizes = sums[keep], sizes[keep]
-        if len(parts) <= most:
-            partitions[len(parts)] = [list(members) for members in parts]
-    return partitions
 
 
 def raw(rows: Tensor) -> Map:

@@ -17,6 +17,7 @@ COMMANDS = {
     "predict": "segment images of any size with a checkpoint",
     "evaluate": "measure a checkpoint against labels",
     "choose": "choose which head of a run predicts",
+    "sweep": "learn with several settings and seeds, and compare them",
     "convert": "rewrite a published SmooSeg checkpoint as one of this program",
     "data": "check what a folder holds before training",
     "backbones": "list the frozen features that are here and that could be, with licences and speed",

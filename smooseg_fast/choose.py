@@ -1,4 +1,4 @@
-"""`smooseg choose`: choose which head of a run predicts."""
+"""`smooseg choose`: choose how many groups a run has."""
 
 from __future__ import annotations
 
@@ -9,52 +9,45 @@ from pathlib import Path
 from typing import Annotated
 
 from .command import pictures_of, predict_command, run
-from .config import Seed, Thresholds, Variant
+from .config import CLOSENESS, GROUPS
 from .errors import UserError
 from .system.commandline import parse
-from .system.fields import Value
-from .system.files import write_atomic
+from .system.fields import Bounds, Value
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChooseConfig:
-    """Make another head of a run the one that predict and evaluate use: its checkpoint.safetensors."""
+    """Cut the tree of a finished run elsewhere: predict and evaluate then use that number of groups. Nothing is learnt,
+    and any earlier number can be chosen again."""
 
     run: Annotated[str, Value("FOLDER", usual=True)]
-    """Folder of a finished run with several heads."""
-    granularity: float | None = None
-    """Granularity of the head [that of the head in use]."""
-    seed: Seed | None = None
-    """Seed of the head [that of the head in use]."""
+    """Folder of a finished run."""
+    groups: Annotated[int | None, Bounds(1, GROUPS)] = None
+    """Number of groups."""
+    cut: Annotated[float | None, CLOSENESS] = None
+    """Height of the cut in tree.png instead: groups merge where their mean closeness exceeds it."""
 
 
 def main(args: Sequence[str]) -> None:
     config = parse(ChooseConfig, args, "choose")
-    from .learn.runfolder import CHECKPOINT, HEADS, REPORT, head_file
+    from .learn import runfolder as names
     from .segment.checkpoint import read_checkpoint
+    from .show import pictures
+    from .show.tree import tree_picture
 
     out = Path(config.run).expanduser()
-    if not (out / REPORT).is_file():
+    if not (out / names.REPORT).is_file():
         raise UserError(f"--run {out}: holds no finished run; give the --out folder of training")
-    heads = ", ".join(sorted(file.stem for file in (out / HEADS).glob("*.safetensors")))
-    if not heads:
-        more = "train with several values of --granularity or with --heads to have a choice"
-        raise UserError(f"--run {out}: has one head only; {more}")
-    if config.granularity is None and config.seed is None:
-        raise UserError(f"--granularity or --seed: missing; the heads are {heads}")
-    (now,) = read_checkpoint(out / CHECKPOINT).config.variants()
-    granularity, thresholds = config.granularity, now.thresholds
-    if granularity is not None:
-        thresholds = Thresholds(granularity + 0.0, granularity + 0.0, relative=True)
-    chosen = Variant(now.seed if config.seed is None else config.seed, thresholds)
-    file = head_file(out, chosen)
-    if not file.is_file():
-        raise UserError(f"--run {out}: has no head {chosen.name}; there are {heads}")
-    head = read_checkpoint(file)
-    write_atomic(out / CHECKPOINT, file.read_bytes())
-    print(f"{out / CHECKPOINT} is now {file.stem}; the others stay in {out / HEADS}")
-    images, predictions = pictures_of(head.config.data, out), out / f"predictions_{file.stem}"
-    print("next       " + predict_command(out / CHECKPOINT, images, predictions, head.backbone_name))
+    if (config.groups is None) == (config.cut is None):
+        raise UserError("--groups: give either it or --cut")
+    before = read_checkpoint(out / names.CHECKPOINT)
+    checkpoint = before.at(config.groups, config.cut)
+    checkpoint.write(out / names.CHECKPOINT)
+    pictures.save(out / names.TREE, tree_picture(checkpoint, str(out)))
+    print(f"{out / names.CHECKPOINT} has {checkpoint.groups} groups now; it had {before.groups or before.trained}")
+    print(f"look at    {out / names.TREE}; {out / names.GROUPS} shows the groups at the end of the run")
+    images, predictions = pictures_of(checkpoint.config.data, out), out / f"predictions_{checkpoint.groups}"
+    print("next       " + predict_command(out / names.CHECKPOINT, images, predictions, checkpoint.backbone_name))
 
 
 if __name__ == "__main__":

@@ -26,12 +26,16 @@ if TYPE_CHECKING:
     from .system.processes import Processes
 
 
-def load_segmenter(checkpoint: str, backbone: str | None, device: str, precision: str) -> Segmenter:
+def load_segmenter(
+    checkpoint: str, backbone: str | None, device: str, precision: str, *, groups: int | None
+) -> Segmenter:
     """The segmenter that a command's flags of these names ask for; warns on stderr when the backbone is not that of
     training."""
     from .segment.segmenter import Segmenter
 
     segmenter = Segmenter.load(checkpoint, backbone=backbone, device=device, precision=precision)
+    if groups is not None:
+        segmenter = segmenter.at(groups)
     if not segmenter.same_backbone:
         warning = "is not, weight for weight, the backbone of training; groups may have shifted"
         print(f"warning: {segmenter.backbone.name} {warning}", file=sys.stderr)

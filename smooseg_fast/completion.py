@@ -16,6 +16,7 @@ from .convert import ConvertConfig
 from .evaluate import EvaluateConfig
 from .predict import PredictConfig
 from .similarity import SimilarityConfig
+from .sweep import SweepConfig
 from .system.commandline import Parser, add_commands, add_fields, parse
 from .system.fields import Value
 
@@ -39,6 +40,7 @@ SETTINGS: dict[str, type] = {
     "predict": PredictConfig,
     "evaluate": EvaluateConfig,
     "choose": ChooseConfig,
+    "sweep": SweepConfig,
     "convert": ConvertConfig,
     "similarity": SimilarityConfig,
     "backbones": BackbonesConfig,

@@ -19,12 +19,13 @@ from .system.fields import Bounds, Group, Value, check_fields, fields_of
 from .system.sizes import parse_size
 
 GROUPS = 255  # the most that an 8-bit mask holds
+FINE = 64  # prototypes that a tree merges, by default
 
 PresetName = Literal["demo", "folder", "cityscapes", "cocostuff27", "potsdam"]
 Impl = Literal["auto", "triton", "torch", "dense"]
 Precision = Literal["auto", "float32", "bfloat16"]
 BackbonePrecision = Literal["auto", "float32", "bfloat16", "float16"]
-Init = Literal["random", "pca-kmeans"]
+Init = Literal["tree", "pca-kmeans", "random"]
 Crops = Literal["center", "slide", "five", "tiles"]
 Resample = Literal["nearest", "bilinear"]
 Side = Annotated[int, Bounds(8, 1 << 16, " pixels")]
@@ -162,11 +163,15 @@ class TrainConfig:
     prototypes: Annotated[
         int | None, Group("learning"), Bounds(2, GROUPS, ", the most that an 8-bit mask can hold")
     ] = None
-    """Maximum number of groups [the number of classes, or 16 without labels]."""
-    granularity: Annotated[tuple[float, ...] | None, CLOSENESS, distinct] = (0.06, -0.05, 0.0, 0.03, 0.1)
-    """How fine the grouping is: patches pull together when their closeness exceeds the measured mean by this much.
-    Lower values merge groups, higher values split them. No single value suits every set of photos, so several are
-    learnt at once and shown side by side; the first one predicts. Replaces both thresholds."""
+    """Number of fine groups that the tree merges, or the maximum number of groups with another --init [64 with a tree,
+    else the number of classes, or 16 without labels]."""
+    groups: Annotated[int | None, Bounds(1, GROUPS)] = None
+    """Number of groups [chosen without labels]. Any other number can be looked up in the tree later, at once, with
+    smooseg choose."""
+    granularity: Annotated[tuple[float, ...] | None, CLOSENESS, distinct] = (0.0,)
+    """How training moves the groups: patches pull together when their closeness exceeds the measured mean by this much.
+    Lower values merge groups, higher values split them. Several values are learnt at once, each by a head of its own;
+    the first one predicts. Replaces both thresholds."""
     threshold_within: Annotated[float | None, CLOSENESS] = None
     """Closeness above which patches of the same image pull together, as an absolute number; needs
     --threshold-across."""
@@ -174,8 +179,9 @@ class TrainConfig:
     """Closeness above which patches of different images pull together; needs --threshold-within."""
     temperature: Annotated[float, Bounds(1e-6, 1e6)] = 0.1
     """Temperature of the softmax over cosines to the teacher's prototypes."""
-    steps: AtLeastOne = 200
-    """Optimiser steps."""
+    steps: Annotated[int, Bounds(0)] = 0
+    """Optimiser steps; 0 leaves the groups as the tree has them. After a tree, some 60 steps move the borders of the
+    groups, which helped some sets of pictures and hurt more."""
     batch_size: Annotated[int, Bounds(2)] = 16
     """Squares per step; fewer if there are not as many."""
     patches: AtLeastOne | None = 196
@@ -193,9 +199,10 @@ class TrainConfig:
     their square. The objective sees all channels."""
     code_dim: AtLeastOne = 64
     """Channels of a code, which the projection computes from the features of a patch."""
-    init: Init = "pca-kmeans"
-    """Start of learning. pca-kmeans takes the features' leading singular vectors and k-means, and is steadier;
-    random is the paper's."""
+    init: Init = "tree"
+    """Start of learning. tree sorts patches into fine groups, and merges these by a tree that can be cut into any
+    number, then and later. pca-kmeans sorts them into the groups at once; both keep the features' leading singular
+    vectors. random is the paper's."""
     heads: AtLeastOne = 1
     """Number of seeds to learn at once, from --seed upwards, on the same batches; every granularity gets as many."""
     seed: Seed = 0
@@ -225,6 +232,11 @@ class TrainConfig:
     verbose: bool = False
     """Print the figures for experts too: energies, closeness, perplexity, modularity. metrics.jsonl and report.json
     always hold them."""
+
+    @property
+    def tree(self) -> bool:
+        """Whether groups come from a tree, at the start and at other numbers later."""
+        return self.init == "tree"
 
     @property
     def limit(self) -> int | None:
@@ -283,6 +295,15 @@ class TrainConfig:
         given = [value is not None for value in (self.granularity, self.threshold_within, self.threshold_across)]
         if given not in ([True, False, False], [False, True, True]):
             raise UserError("--granularity: give either it alone, or both --threshold-within and --threshold-across")
+        if not self.steps and not self.tree:
+            raise UserError(
+                f"--steps 0: --init {self.init} makes no groups without training; give --steps, such as 200"
+            )
+        groups, most = self.groups, self.prototypes or FINE
+        if groups is not None and not self.tree:
+            raise UserError(f"--groups {groups}: is a cut of the tree; with --init {self.init}, give --prototypes")
+        if groups is not None and groups > most:
+            raise UserError(f"--groups {groups}: is more than the {most} prototypes; give more --prototypes")
 
     def learning(self) -> dict[str, Any]:
         """The values that decide what is learnt: everything except output, logging and the machine."""
@@ -321,6 +342,7 @@ PRESETS: dict[str, TrainConfig] = {
         size=224,
         eval_size=224,
         granularity=(0.2,),
+        init="pca-kmeans",
         lr=3e-4,
         steps=600,
         patches=196,

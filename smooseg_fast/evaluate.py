@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from .command import end, load_segmenter, run
 from .config import (
     FIT,
+    GROUPS,
     Backbone,
     BackbonePrecision,
     CacheLimit,
@@ -23,7 +24,7 @@ from .config import (
 )
 from .errors import UserError
 from .system.commandline import parse
-from .system.fields import Group, Value
+from .system.fields import Bounds, Group, Value
 from .system.files import write_json
 from .system.outfolder import mark_as_ours
 from .system.sizes import parse_size
@@ -46,6 +47,8 @@ class EvaluateConfig:
     data: Annotated[str | None, Value("FOLDER", usual=True)] = None
     """DIR with images/ and labels/, or val/ (else test/) above them; or Cityscapes, COCO-Stuff, Potsdam or PASCAL VOC
     as their owners pack them [the demo's held-out images]."""
+    groups: Annotated[int | None, Bounds(1, GROUPS)] = None
+    """Number of groups, looked up in the tree [the number that training or smooseg choose settled on]."""
     preset: PresetName | None = None
     """The paper's protocol for a dataset, whatever the checkpoint was trained with: central squares of 320 pixels
     (potsdam 224), nearest neighbour, mirror averaging, all images [the checkpoint's sizes]."""
@@ -81,7 +84,9 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
 
     processes = processes or ALONE
     device = processes.device(pick_device(config.device))
-    segmenter = load_segmenter(config.checkpoint, config.backbone, device, config.backbone_precision)
+    segmenter = load_segmenter(
+        config.checkpoint, config.backbone, device, config.backbone_precision, groups=config.groups
+    )
     dataset = labelled_images(config.data, segmenter.checkpoint)
     settings = segmenter.config if config.preset is None else protocol(config.preset, config.data)
     patch = segmenter.backbone.patch
@@ -143,7 +148,7 @@ def central_squares(
         mirrored = open_or_extract(dataset, segmenter.backbone, replace(options, mirror=True))
         require_same_rows(store, mirrored)
     labels = LabelSquares(dataset, store, cutting, processes)
-    counts = labels.confusion(head_codes(segmenter.head, store, mirrored), segmenter.head.teacher)
+    counts = labels.confusion(head_codes(segmenter.grouping, store, mirrored), segmenter.grouping.prototypes)
     return Measured(counts, len(store), store.skipped, size, f"at {size} px")
 
 
@@ -177,6 +182,7 @@ def report(config: EvaluateConfig, dataset: Dataset, measured: Measured) -> None
         "skipped": measured.skipped,
         "size": measured.size,
         "measured": measured.how,
+        "groups": len(counts),
         "mirror": config.mirror,
         **{name: scores.as_dict(names) for name, scores in matched.items()},
         "confusion": counts.tolist(),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from .command import end, load_segmenter, run
-from .config import FIT, Backbone, BackbonePrecision, Device, legal_scales
+from .config import FIT, GROUPS, Backbone, BackbonePrecision, Device, legal_scales
 from .errors import UserError
 from .system.commandline import parse
 from .system.fields import Bounds, Group, Value
@@ -30,6 +30,8 @@ class PredictConfig:
     """An image, or a folder of images in any nesting."""
     checkpoint: Annotated[str, Value("FILE")]
     """The checkpoint.safetensors that training wrote, or a published SmooSeg .ckpt."""
+    groups: Annotated[int | None, Bounds(1, GROUPS)] = None
+    """Number of groups, looked up in the tree [the number that training or smooseg choose settled on]."""
     short_side: Annotated[int | None, Bounds(1, 1 << 16, " pixels")] = None
     """Size in pixels to which the short side of an image is brought before features are taken [the checkpoint's];
     larger sees finer detail."""
@@ -61,7 +63,9 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
 
     processes = processes or ALONE
     device = processes.device(pick_device(config.device))
-    segmenter = load_segmenter(config.checkpoint, config.backbone, device, config.backbone_precision)
+    segmenter = load_segmenter(
+        config.checkpoint, config.backbone, device, config.backbone_precision, groups=config.groups
+    )
     root, out = Path(config.images).expanduser(), Path(config.out).expanduser()
     with announced(f"listing    the images in {root}"):
         items = items_below(root) if processes.first else []

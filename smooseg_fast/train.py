@@ -49,19 +49,19 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
 
 def tell_next(config: TrainConfig, segmenter: Segmenter, dataset: Dataset, out: Path) -> None:
     """Print the commands that may follow. Pictures of `dataset` are written where it has no image files of its own."""
-    from .learn.runfolder import CHECKPOINT, LADDER
+    from .learn.runfolder import CHECKPOINT, TREE
 
     images = pictures_of(config.data, out)
     if images == out / "samples":  # the demo's images are made up, and tiles lie in no image file
         write_samples(dataset, images)
-    variant = segmenter.config.variants()[0]
-    # `choose` may have taken another head of a finished run: its predictions get a folder of their own
-    predictions = out / ("predictions" if variant == config.variants()[0] else f"predictions_{variant.name}")
-    now = variant.granularity
-    if now is not None and config.granularity is not None and len(config.granularity) > 1:
-        another = next(value for value in reversed(config.granularity) if value != now)
-        other = command_line("choose", "--run", str(out), "--granularity", f"{another:g}")
-        print(f"choose     look at {out / LADDER}; {now:g} predicts, and another would by: {other}")
+    predictions = out / "predictions"
+    checkpoint, now = segmenter.checkpoint, segmenter.groups
+    if checkpoint.fine is not None:
+        another = now + 2 if now + 2 <= checkpoint.fine.most else max(1, now - 1)
+        other = command_line("choose", "--run", str(out), "--groups", str(another))
+        print(f"choose     look at {out / TREE}; there are {now} groups, and others at once by: {other}")
+        if now != checkpoint.trained:  # chosen since, so in a folder of its own
+            predictions = out / f"predictions_{now}"
     print("next       " + predict_command(out / CHECKPOINT, images, predictions, segmenter.config.backbone))
 
 

@@ -589,6 +589,7 @@ ANOTHER = {  # every setting that decides the result, as another value than the 
     "scale": ["0.5"],
     "margin": [8],
     "prototypes": [3],
+    "groups": None,  # of a tree alone, see test_groups
     "granularity": [0.3],
     "threshold_within": [0.32],
     "threshold_across": [-0.13],

@@ -49,7 +49,7 @@ def test_a_run_in_the_folder_of_photos_does_not_hide_them(tmp_path):
     photos = find_images(tmp_path)
     RunFolder(tmp_path, TrainConfig(backbone="filterbank")).claim()
     (tmp_path / "samples").mkdir()
-    for name in ("groups.png", "curves.png", "ladder.png", "samples/0.png"):
+    for name in ("groups.png", "curves.png", "tree.png", "samples/0.png"):
         (tmp_path / name).write_bytes(b"")
     assert find_images(tmp_path) == photos
 

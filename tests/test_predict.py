@@ -23,6 +23,7 @@ from smooseg_fast.command import run
 from smooseg_fast.config import TrainConfig
 from smooseg_fast.datasets.images import find_images, resize_short_side
 from smooseg_fast.segment import segmenter
+from smooseg_fast.segment.grouping import Grouping
 from smooseg_fast.segment.segmenter import Segmenter
 from smooseg_fast.show import predictions
 from smooseg_fast.system.locks import Lock
@@ -132,6 +133,7 @@ def test_labels_lie_where_their_pixels_are(monkeypatch, height, width, short_sid
     chosen.head = SimpleNamespace(
         teacher=prototypes, student=prototypes, projection=lambda features: features, basis=None
     )
+    chosen.grouping = Grouping(chosen.head)
     monkeypatch.setattr(segmenter, "TILE", tile)
     labels = chosen.predict(image, mirror=mirror, short_side=short_side)
 

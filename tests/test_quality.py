@@ -1,41 +1,21 @@
-"""quality.py: linkage, the maps of statistics, rows of a tiny set, and what a second run replaces."""
+"""quality.py: the maps of statistics, rows of a tiny set, what a second run replaces, all ways to group."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy.cluster.hierarchy import fcluster, linkage
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import domains
 import quality
 
+HOW = (domains.CHOSEN, domains.CLASSES, domains.BEST)
 ABOUT = dict.fromkeys(quality.KEY, "x") | {"set": "a", "scale": "fit", "margin": 0}
-
-
-def test_linkage_is_scipys_average_linkage_where_every_group_is_one_row():
-    rows = torch.nn.functional.normalize(torch.randn(24, 7, generator=torch.Generator().manual_seed(0)), dim=-1)
-    tree = linkage(rows.double().numpy(), "average", metric="cosine")
-    partitions = quality.average_linkage(rows, rows, 16)
-    assert list(partitions) == list(range(16, 1, -1))
-    for k, parts in partitions.items():
-        expected = fcluster(tree, k, "maxclust")
-        assert {frozenset(members) for members in parts} == {
-            frozenset(np.flatnonzero(expected == number).tolist()) for number in range(1, k + 1)
-        }
-
-
-def test_linkage_counts_the_rows_of_a_group():
-    """Two rows at 0 degrees, one each at 50, 100 and 160: the first two groups merge, and then weigh three rows."""
-    centres = torch.tensor([[np.cos(a), np.sin(a)] for a in np.radians([0, 50, 100, 160])], dtype=torch.float32)
-    rows = centres[[0, 0, 0, 0, 1, 2, 3]]
-    # mean similarity of the row at 100 degrees to five rows (0: -.174 four times, 50: .643) is -.010, to 160: .5
-    assert quality.average_linkage(rows, centres, 3) == {3: [[0, 1], [2], [3]], 2: [[0, 1], [2, 3]]}
 
 
 @pytest.mark.parametrize("name", quality.STATISTICS)
@@ -94,3 +74,57 @@ def test_the_table_leaves_out_means_of_incomplete_rows():
     lines = quality.table(pd.DataFrame([*rows, {**rows[0], "statistics": "centred"}])).splitlines()
     assert lines[2].endswith("| 20.0 | 25.0 | 22.5 | 30.0 | 40.0 | 50.0 |")
     assert lines[3].endswith("| 20.0 | - | - | - | - | - |")
+
+
+def test_every_way_to_group_a_set_and_a_resumed_run(labelled, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "domains.jsonl"
+    flags = ["--backbone", "filterbank", "--size", "64", "--eval-size", "64", "--seeds", "2", "--steps", "4"]
+    command = ["domains", "--data", str(labelled.parent), "--sets", labelled.name, "--out", str(out), *flags]
+    quality.main(command)
+    rows = domains.read(out)
+    assert [(row["method"], row["number"]) for row in rows] == 2 * domains.ORDER
+    for row in rows:
+        assert all(0 <= row[name] <= 100 for name in ("accuracy", "miou", "fitted_miou", "majority_miou", "boundary_f"))
+        assert 1 <= row["perplexity"] <= row["groups"] + 1e-3
+        assert row["majority_accuracy"] >= row["accuracy"] >= row["fitted_accuracy"] - 1e-9
+    by_way = {(row["method"], row["number"]): row for row in rows}
+    one = by_way[domains.ONE, "one"]
+    assert (one["groups"], one["perplexity"], one["boundary_f"]) == (1, 1.0, 0.0)
+    untrained, trained = ([by_way[method, how] for how in HOW] for method in (domains.UNTRAINED, domains.TREE))
+    assert untrained[2]["miou"] >= max(row["miou"] for row in untrained)
+    assert [row["groups"] for row in untrained] == [row["groups"] for row in trained]
+    assert untrained[1]["groups"] == 2
+
+    cut_off = out.read_bytes()
+    out.write_bytes(cut_off + b'{"set": "half a li')
+    monkeypatch.setattr(domains.Domain, "open", None)  # nothing is left to measure
+    capsys.readouterr()
+    quality.main(command)
+    assert domains.read(out) == rows
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("| tree |") for line in lines) == 6
+
+
+def test_rows_that_were_cut_off_give_way_to_the_next(tmp_path):
+    out = tmp_path / "domains.jsonl"
+    domains.append(out, [{"set": "a", "seed": 0}])
+    out.write_bytes(out.read_bytes() + b'{"set": "half')
+    domains.append(out, [{"set": "a", "seed": 1}])
+    assert [(row["set"], row["seed"]) for row in domains.read(out)] == [("a", 0), ("a", 1)]
+
+
+def test_the_table_has_regret_against_the_best_number():
+    figures = dict.fromkeys(
+        ["accuracy", "fitted_miou", "majority_miou", "boundary_f", "perplexity", "groups", "seconds"], 1.0
+    )
+    rows = [
+        {"set": name, "seed": seed, "method": domains.TREE, "number": number, **figures, "miou": miou}
+        for name, extra in (("a", 0), ("b", 4))
+        for seed in (0, 1)
+        for number, miou in ((domains.CHOSEN, 20.0 + seed), (domains.BEST, 21.0 + extra + seed))
+    ]
+    lines = domains.table(rows).splitlines()
+    assert lines[2].startswith("| tree | chosen | 20.5 |")
+    assert lines[2].endswith("| 3.0 |")
+    assert lines[3].endswith("| 0.0 |")
+    assert domains.by_set(rows).splitlines()[2] == "| tree | chosen | 20.5 ± 0.7 | 20.5 ± 0.7 |"

@@ -24,6 +24,7 @@ from smooseg_fast.datasets import demo, images
 from smooseg_fast.datasets.cutting import Cutting
 from smooseg_fast.datasets.mosaic import Mosaic
 from smooseg_fast.segment.checkpoint import KEY, read_checkpoint
+from smooseg_fast.segment.grouping import Grouping
 from smooseg_fast.segment.segmenter import Segmenter
 from smooseg_fast.segment.tiles import code_bands, spans
 from smooseg_fast.segment.views import Views
@@ -45,7 +46,7 @@ def untrained(prototypes, backbone=None, **settings):
     chosen = object.__new__(Segmenter)
     chosen.checkpoint = SimpleNamespace(config=TrainConfig(**settings))
     head = SimpleNamespace(teacher=prototypes, student=prototypes, projection=lambda features: features)
-    chosen.backbone, chosen.head = backbone or MeanColours(), head
+    chosen.backbone, chosen.head, chosen.grouping = backbone or MeanColours(), head, Grouping(head)
     return chosen
 
 

@@ -23,6 +23,7 @@ from smooseg_fast.errors import UserError
 from smooseg_fast.features.batches import Batches, Square
 from smooseg_fast.learn import runpictures
 from smooseg_fast.segment import segmenter, tiles
+from smooseg_fast.segment.grouping import Grouping
 from smooseg_fast.segment.segmenter import Segmenter
 from smooseg_fast.segment.tiles import Tile, label_bands
 from smooseg_fast.segment.views import Views
@@ -52,7 +53,7 @@ def untrained(reach=0, **settings):
     chosen.head = SimpleNamespace(
         teacher=prototypes, student=prototypes, projection=lambda features: features, basis=None
     )
-    chosen.backbone = Blurred(reach)
+    chosen.backbone, chosen.grouping = Blurred(reach), Grouping(chosen.head)
     return chosen
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from textures import draw
 
 import smooseg_fast
-from smooseg_fast import choose, train
+from smooseg_fast import train
 from smooseg_fast.command import run
 from smooseg_fast.config import Thresholds
 from smooseg_fast.datasets import ImageFolder
@@ -31,9 +31,9 @@ from smooseg_fast.measure.confusion import LabelSquares
 from smooseg_fast.segment.checkpoint import read_checkpoint, read_training_state
 from smooseg_fast.system.locks import Lock
 
-EVERYTHING = {"checkpoint.safetensors", "training.safetensors", "heads", "metrics.jsonl", "run.json", "report.json"}
-EVERYTHING |= {"groups.png", "curves.png", "ladder.png", ".smooseg"}
-FIRST = "granularity_0.06_seed_0"  # the first head that is learnt by default
+EVERYTHING = {"checkpoint.safetensors", "training.safetensors", "metrics.jsonl", "run.json", "report.json"}
+EVERYTHING |= {"groups.png", "curves.png", "tree.png", ".smooseg"}
+FIRST = "granularity_0_seed_0"  # the head that is learnt by default
 SMALL = [
     "--size",
     "64",
@@ -66,11 +66,12 @@ def files(out):
 def test_a_folder_without_labels(folder, capsys):
     assert call("--data", folder, "--out", "out", "--prototypes", "5", *SMALL) == 0
     out = capsys.readouterr().out
-    assert "learning   at most 5 groups on cpu" in out
+    assert "learning   groups by a tree of 5 fine ones on cpu" in out
     assert "net force" not in out
     assert "perplexity" not in out
+    assert re.search(r"^groups     [2-5] of 5 fine ones, chosen without labels, \d+ % sure", out, re.M)
     assert re.search(
-        r"^groups     .*: [1-5] of 5 in use, \d+ %(, \d+ %)* of the area; labels settled on \d+ % of it",
+        r"^groups     [1-5] of [2-5] in use, \d+ %(, \d+ %)* of the area; labels settled on \d+ % of it$",
         out,
         re.M,
     )
@@ -129,7 +130,9 @@ def test_sizes_of_groups_in_words(shares, text):
 def test_labels_give_figures_next_to_kmeans(labelled, capsys):
     assert call("--data", labelled, "--out", "out", *SMALL) == 0
     out = capsys.readouterr().out
-    assert re.search(r"k-means +accuracy [\d.]+ %  mIoU [\d.]+ %  \(same features\)", out)
+    assert re.search(r"k-means +accuracy [\d.]+ %  mIoU [\d.]+ %  \(same features, 2 groups\)", out)
+    assert re.search(r"smooseg +accuracy [\d.]+ %  mIoU [\d.]+ %  \(\d groups\)", out)
+    assert re.search(r"tree, untrained +accuracy [\d.]+ %  mIoU [\d.]+ %  \(2 groups, as many as classes\)", out)
     assert "3 held-out images" in out
     scores = json.load(open("out/report.json"))["scores"]
     assert {c["name"] for c in scores["hungarian"]["classes"]} == {"wall", "fence"}
@@ -142,12 +145,12 @@ def test_labels_of_val_alone_are_used(labelled, capsys):
     shutil.rmtree(labelled / "train" / "labels")
     assert call("--data", labelled, "--out", "out", *SMALL) == 0
     out = capsys.readouterr().out
-    assert "at most 2 groups" in out  # val has two classes
+    assert "2 groups, as many as classes" in out  # of val
     assert "3 held-out images" in out
     assert read_checkpoint("out/checkpoint.safetensors").class_names == ("wall", "fence")
     segmenter = smooseg_fast.fit(labelled, size=64, eval_size=64, steps=3, batch_size=4, progress=False)
-    assert segmenter.groups == 2
     assert segmenter.checkpoint.report["scores"]["held_out"]
+    assert segmenter.checkpoint.report["scores"]["tree"]["groups"] == 2
 
 
 def test_two_textures_are_told_apart(tmp_path, monkeypatch):
@@ -330,7 +333,7 @@ def test_an_image_that_went_since_is_left_out_of_the_picture(folder, monkeypatch
     assert sorted(name for name, *_ in shown) == ["0.png", "4.png", "sub/1.png", "sub/3.png", "sub/5.png"]
 
 
-@pytest.mark.parametrize("name", ["groups_picture", "curves_picture", "ladder_picture"])
+@pytest.mark.parametrize("name", ["groups_picture", "curves_picture", "tree_picture"])
 def test_a_picture_that_fails_does_not_lose_the_run(folder, monkeypatch, capsys, name):
     with monkeypatch.context() as patch:
         patch.setattr(runpictures, name, lambda *_: 1 / 0)
@@ -350,7 +353,7 @@ def test_a_picture_that_fails_does_not_lose_the_run(folder, monkeypatch, capsys,
 def test_a_file_that_was_taken_away_is_made_again(folder):
     assert call("--data", folder, "--out", "out", *SMALL) == 0
     before = files("out")
-    for file in ("groups.png", "curves.png", "ladder.png", "report.json", "checkpoint.safetensors"):
+    for file in ("groups.png", "curves.png", "tree.png", "report.json", "checkpoint.safetensors"):
         Path("out", file).unlink()
         assert call("--data", folder, "--out", "out", *SMALL) == 0
         assert files("out") == before, file
@@ -383,7 +386,7 @@ def test_published_thresholds_warn_of_opposite_forces(folder, capsys):
 BAD = [
     (["--data", "nowhere"], "--data nowhere: no such file or folder"),
     (["--data", "empty"], "--data empty: no images in it"),
-    (["--steps", "0"], "--steps: must be at least 1, got 0"),
+    (["--steps", "-1"], "--steps: must be at least 0, got -1"),
     (["--steps", "many"], "--steps"),
     (["--batch-size", "1"], "--batch-size: must be at least 2"),
     (["--preset", "ade20k"], "--preset: 'ade20k' is not known; choose one of demo, folder"),
@@ -518,7 +521,7 @@ def test_lines_of_metrics_that_are_none_of_the_run_go(folder):
 def test_scores_of_the_last_step_are_counted_once(labelled, monkeypatch):
     of_head, seen = LabelSquares.of_head, []
     monkeypatch.setattr(LabelSquares, "of_head", lambda self, head: seen.append(1) or of_head(self, head))
-    args = ["--data", labelled, *SMALL, "--granularity", "0.1", "0.2"]
+    args = ["--data", labelled, *SMALL, "--granularity", "0.1", "0.2", "--init", "pca-kmeans"]
     assert call(*args, "--out", "a") == 0
     assert len(seen) == 2
     made = json.load(open("a/report.json"))
@@ -571,20 +574,20 @@ def test_fit_from_arrays_writes_nothing(tmp_path, monkeypatch):
         smooseg_fast.fit([draw(0)[0]], granularty=1)
 
 
-def test_a_ladder_with_seeds(labelled, capsys):
+def test_granularities_with_seeds(labelled, capsys):
     """Every head is saved as the run that learns it alone would have saved it."""
-    ladder = ["--data", labelled, *SMALL, "--granularity", "0.1", "-0.05", "--heads", "2"]
-    assert call(*ladder, "--out", "out") == 0
+    many = ["--data", labelled, *SMALL, "--granularity", "0.1", "-0.05", "--heads", "2"]
+    assert call(*many, "--out", "out") == 0
     out = capsys.readouterr().out
     names = [f"granularity_{g}_seed_{seed}" for g in ("0.1", "-0.05") for seed in (0, 1)]
     assert sorted(path.stem for path in Path("out/heads").iterdir()) == sorted(names)
     assert "2 granularities at once" in out
     assert "granularity 0.1, seed 0 (predicts): " in out
-    assert re.search(r"granularity -0.05 +accuracy [\d.]+ ± [\d.]+ %  mIoU [\d.]+ ± [\d.]+ %  \(2 seeds\)", out)
+    scores = r"accuracy [\d.]+ ± [\d.]+ %  mIoU [\d.]+ ± [\d.]+ %"
+    assert re.search(rf"granularity -0.05 +{scores}  \(\d+ groups, 2 seeds\)", out)
     report = json.load(open("out/report.json"))
     assert (report["default"], sorted(report["heads"])) == (names[0], sorted(names))
     assert report["health"] == report["heads"][names[0]]["health"]
-    assert Image.open("out/ladder.png").size[0] > 200
     assert call("--data", labelled, "--out", "one", *SMALL, "--granularity", "-0.05", "--seed", "1") == 0
     alone, of_many = read_checkpoint("one/checkpoint.safetensors"), read_checkpoint(f"out/heads/{names[3]}.safetensors")
     for name, value in alone.head.state_dict().items():
@@ -592,50 +595,6 @@ def test_a_ladder_with_seeds(labelled, capsys):
     assert dataclasses.replace(alone.config, out=None) == dataclasses.replace(of_many.config, out=None)
     assert set(alone.report) == set(of_many.report)
     assert not Path("one/heads").exists()
-
-
-def test_choose_makes_another_head_the_default(folder, capsys):
-    assert call("--data", folder, "--out", "out", *SMALL, "--granularity", "0.1", "-0.05", "--prototypes", "4") == 0
-    assert "python -m smooseg_fast.choose --run out --granularity -0.05" in capsys.readouterr().out
-    assert run(choose.main, ["--run", "out", "--granularity", "-0.05"]) == 0
-    assert (
-        capsys.readouterr()
-        .out.strip()
-        .splitlines()[-1]
-        .startswith("next       python -m smooseg_fast.predict --checkpoint out/checkpoint")
-    )
-    assert read_checkpoint("out/checkpoint.safetensors").config.granularity == (-0.05,)
-    assert call("--data", folder, "--out", "out", *SMALL, "--granularity", "0.1", "-0.05", "--prototypes", "4") == 0
-    printed = capsys.readouterr().out
-    assert "-0.05 predicts, and another would by: python -m smooseg_fast.choose --run out --granularity 0.1" in printed
-    assert printed.strip().endswith(
-        "--out out/predictions_granularity_-0.05_seed_0"
-    )  # out/predictions may be the first head's
-    for args, message in (
-        (
-            ["--run", "out"],
-            "--granularity or --seed: missing; the heads are granularity_-0.05_seed_0, granularity_0.1_seed_0",
-        ),
-        (
-            ["--run", "out", "--granularity", "7"],
-            "--run out: has no head granularity_7_seed_0; there are ",
-        ),
-        (["--run", "nowhere", "--seed", "1"], "--run nowhere: holds no finished run"),
-    ):
-        assert run(choose.main, args) == 2
-        assert message in capsys.readouterr().err
-
-
-def test_choose_takes_the_number_that_was_shown(folder, capsys):
-    assert (
-        call(
-            "--data", folder, "--out", "out", *SMALL, "--granularity", "0.06", "0.1234567", "-0.0", "--prototypes", "4"
-        )
-        == 0
-    )
-    for typed, stem in (("0.123457", "granularity_0.123457_seed_0"), ("0", "granularity_0_seed_0")):
-        assert run(choose.main, ["--run", "out", "--granularity", typed]) == 0
-        assert f"is now {stem}" in capsys.readouterr().out
 
 
 def test_heads_whose_losses_are_no_numbers_are_named_and_left_out(folder, capsys, monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing, nullcontext
 from typing import Any
 
@@ -21,11 +21,13 @@ from ..features.sample import batches, sample_patches
 from ..measure.closeness import closeness, similarity, warning
 from ..measure.health import health
 from ..measure.scores import hungarian
-from ..segment.checkpoint import TrainingState, optimizer_tensors, restore_optimizer
+from ..segment.checkpoint import Fine, TrainingState, optimizer_tensors, restore_optimizer
+from ..segment.grouping import Grouping
 from ..segment.model import Head, Heads, basis_of
 from ..system.progress import Bar
 from ..system.signals import Interrupted, StopRequest, stop_request
 from .board import Board
+from .grow import Grown, grow
 from .loop import Loop
 from .monitors import Watch
 from .runfolder import BOARD, TRAINING
@@ -41,7 +43,8 @@ class Run:
     """The steps of one run, from `state` or from the start.
 
     After `learn`, `done` is the number of steps taken, `records` are the lines of metrics.jsonl, `report` holds the
-    figures so far, and `counts` the confusion counts of the heads as they are now, if they were taken.
+    figures so far, `counts` the confusion counts of the heads as they are now, if they were taken, and `fine` the tree
+    that the heads of each seed started from.
     """
 
     def __init__(self, setting: Setting, state: TrainingState | None):
@@ -60,12 +63,13 @@ class Run:
         self.done = self.saved = 0 if state is None else state.step  # steps taken, and those in the folder's state
         self.saved_at = time.monotonic()
         self.counts: dict[Variant, np.ndarray] = {}
+        self.fine: dict[int, Fine] = {} if state is None else dict(state.fine)  # by seed, those of this process
 
     def learn(self) -> None:
         """Takes all steps, or fewer with --on-drift stop. Interrupted after a signal, with the state saved."""
         self.prepare()
         steps, first = self.config.steps, self.done
-        bar = Bar(total=steps, initial=first, desc="train", unit="step", disable=not self.setting.progress)
+        bar = Bar(total=steps, initial=first, desc="train", unit="step", disable=not self.setting.progress or not steps)
         with closing(self), bar, stop_request() as stop:
             logged = any(record["step"] == self.done for record in self.records)
             if self.state is not None and self.state.losses and self.log_is_due() and not logged:
@@ -92,10 +96,13 @@ class Run:
     def prepare(self) -> None:
         """Claims the folder, and starts or resumes this process's heads."""
         setting, state = self.setting, self.state
-        if self.variants:
-            self.loop = self.make_loop(self.start() if state is None else Heads.from_state(self.shares.of(state.heads)))
+        heads = self.start() if state is None else Heads.from_state(self.shares.of(state.heads))
+        if heads is not None:
+            self.loop = self.make_loop(heads)
         if state is not None:
             self.losses = self.shares.of(state.losses)
+            if state.reasons is not None:
+                self.report["tree"] = state.reasons
             if self.loop is not None:
                 restore_optimizer(self.loop.optimizer, self.shares.of(state.optimizer))
             self.say(f"resume     from step {state.step} of {self.config.steps}")
@@ -132,11 +139,34 @@ class Run:
             lr_prototypes=config.lr_prototypes,
         )
 
-    def start(self) -> Heads:
-        """Heads of one seed start alike; their thresholds tell them apart later."""
+    def start(self) -> Heads | None:
+        """Heads of one seed start alike; their thresholds tell them apart later. None for a process without a head."""
         seeds = [variant.seed for variant in self.variants]
         starts = {seed: self.start_of(seed) for seed in dict.fromkeys(seeds)}
-        return Heads([starts[seed] for seed in seeds])
+        if self.config.tree:
+            grown = {seed: grow(start, self.setting.store) for seed, start in starts.items()}
+            groups = self.number(grown)
+            fine = {seed: part.fine.tensors() for seed, part in grown.items()}
+            self.fine = {s: Fine.of(tensors) for part in self.processes.all(fine) for s, tensors in part.items()}
+            starts = {seed: part.head(groups) for seed, part in grown.items()}
+        return Heads([starts[seed] for seed in seeds]) if seeds else None
+
+    def number(self, grown: Mapping[int, Grown]) -> int:
+        """The number of groups of all heads: the one that was asked for, or that the first seed's tree suggests."""
+        asked = self.config.groups
+        known = [(asked or part.number.groups, part) for part in grown.values()]
+        groups = self.processes.all(known[0][0] if known else 0)[0]
+        most = min(
+            most for most in self.processes.all(min((part.fine.most for part in grown.values()), default=groups))
+        )
+        if most < groups and asked:
+            self.say(f"warning    --groups {asked}: the features have {most} different groups, no more")
+        groups = min(groups, most)
+        if known and self.processes.first:
+            first = known[0][1]
+            self.say(f"groups     {groups} of {len(first.fine.tree)} fine ones, {first.why(asked)}")
+            self.report["tree"] = first.reasons(groups, asked)
+        return groups
 
     def start_of(self, seed: int) -> Head:
         store, device, groups = self.setting.store, self.setting.device, self.setting.prototypes
@@ -144,11 +174,12 @@ class Run:
         if channels is not None and channels < store.D:  # of all heads alike
             basis = basis_of(sample_patches(store, seed=0).to(device), channels)
         head = Head(store.D, groups, self.config.code_dim, seed, basis=basis).to(device)
-        if self.config.init == "pca-kmeans":
+        if self.config.init != "random":
             rows = sample_patches(store, seed).to(device)
             if len(rows) < groups:
-                raise UserError(f"--prototypes: {groups} groups cannot start from {len(rows)} patches; ask for fewer")
-            self.say(f"start      {len(rows):,} patches sorted into {groups} first groups, seed {seed}")
+                raise UserError(f"--prototypes {groups}: cannot start from {len(rows)} patches; ask for fewer")
+            fine = "fine" if self.config.tree else "first"
+            self.say(f"start      {len(rows):,} patches sorted into {groups} {fine} groups, seed {seed}")
             head.start_from_features(rows, seed)
         return head
 
@@ -227,7 +258,7 @@ class Run:
         if setting.validation is not None and self.checkpoint_is_due():
             heads = self.heads()
             for h, (variant, record) in enumerate(zip(setting.variants, records)):
-                self.counts[variant] = setting.validation.of_head(heads[h])
+                self.counts[variant] = setting.validation.of_head(Grouping(heads[h]))
                 scores = hungarian(self.counts[variant])
                 record |= {"accuracy": scores.accuracy, "miou": scores.miou}
         if setting.written is not None:
@@ -282,7 +313,16 @@ class Run:
         if self.setting.written is not None:
             stream = self.setting.stream
             windows = None if stream is None else dataclasses.astuple(stream.windows)
-            state = TrainingState(self.config, self.done, heads, optimizer, losses, windows)
+            state = TrainingState(
+                config=self.config,
+                step=self.done,
+                heads=heads,
+                optimizer=optimizer,
+                losses=losses,
+                fine=self.fine,
+                reasons=self.report.get("tree"),
+                windows=windows,
+            )
             state.write(self.setting.written.path / TRAINING)
         self.saved, self.saved_at = self.done, time.monotonic()
 

@@ -11,7 +11,7 @@ from ..system.outfolder import HoldsAnotherRun, Journal, OutFolder
 
 CHECKPOINT, TRAINING, HEADS = "checkpoint.safetensors", "training.safetensors", "heads"
 METRICS, BOARD, RUN, REPORT = "metrics.jsonl", "tensorboard", "run.json", "report.json"
-GROUPS, CURVES, LADDER, SAMPLES = "groups.png", "curves.png", "ladder.png", "samples"
+GROUPS, CURVES, TREE, SAMPLES = "groups.png", "curves.png", "tree.png", "samples"
 CHOSEN = "backbone_chosen"  # in RUN: whether --backbone auto chose the backbone that is recorded
 
 
@@ -27,7 +27,7 @@ class RunFolder(OutFolder):
         if auto:
             del settings["backbone"]
         super().__init__(
-            path, settings, record=RUN, outputs=(CHECKPOINT, GROUPS, CURVES, LADDER, SAMPLES), below=(HEADS,)
+            path, settings, record=RUN, outputs=(CHECKPOINT, GROUPS, CURVES, TREE, SAMPLES), below=(HEADS,)
         )
         name, chosen = self.recorded.get("backbone"), self.recorded.get(CHOSEN) is True
         if auto and self.recorded and not (chosen and isinstance(name, str)):
@@ -36,7 +36,7 @@ class RunFolder(OutFolder):
         self.settings[CHOSEN] = auto or chosen
         self.metrics = Journal(path / METRICS)
         self._heads = {variant.name for variant in config.variants()}
-        self.pictures = (GROUPS, CURVES, LADDER) if len(config.thresholds()) > 1 else (GROUPS, CURVES)
+        self.pictures = (GROUPS, *[CURVES] * (config.steps > 0), *[TREE] * config.tree)
 
     def settle(self, backbone: str) -> None:
         """Record the backbone that auto chose."""

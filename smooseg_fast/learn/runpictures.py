@@ -1,4 +1,4 @@
-"""The pictures of a run: images under their groups, curves, and the same images at every granularity."""
+"""The pictures of a run: images under their groups, curves, and the tree of groups."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from PIL.Image import Image
-from scipy.optimize import linear_sum_assignment
 
 from ..backbones.base import reason
 from ..config import Variant, scale_factor
@@ -19,12 +18,13 @@ from ..errors import WriteError
 from ..features.sample import evenly_spaced
 from ..segment.segmenter import Segmenter
 from ..show import charts, pictures
-from ..show.sheet import NAMED, groups_sheet, thumbnails
+from ..show.sheet import NAMED, groups_sheet
+from ..show.tree import tree_picture
 from ..system.progress import SILENT_S, Bar
-from .runfolder import CURVES, GROUPS, LADDER, RunFolder
+from .runfolder import CURVES, GROUPS, TREE, RunFolder
 from .setting import Setting
 
-GROUPS_IMAGES, LADDER_IMAGES = 8, 6
+GROUPS_IMAGES = 8
 LARGEST = 1024  # pixels of an image's side, at the scale of the run, that are shown
 PANELS = {
     "energy": ("energy_within", "energy_across"),
@@ -77,15 +77,10 @@ class Shown:
         top, left = ((there - side) // 2 for there, side in zip(image.shape, sides))
         return image[top : top + sides[0], left : left + sides[1]]
 
-    def labels(self, image: np.ndarray, variants: Sequence[Variant]) -> dict[Variant, np.ndarray]:
-        """uint8 [H,W] groups of an image by each head; the backbone sees it once."""
-        views = self.segmenters[self.default].views(image)
-        return {variant: np.concatenate([*self.segmenters[variant].bands(image, views=views)]) for variant in variants}
-
 
 def draw(shown: Shown) -> list[Path]:
     """Draws the pictures of the folder; -> those that succeeded. Reports a failure and continues."""
-    makers, paths = {GROUPS: groups_picture, CURVES: curves_picture, LADDER: ladder_picture}, []
+    makers, paths = {GROUPS: groups_picture, CURVES: curves_picture, TREE: tree_of_groups}, []
     for name in shown.folder.pictures:
         try:
             paths.append(pictures.save(shown.folder.path / name, makers[name](shown)))
@@ -99,11 +94,11 @@ def draw(shown: Shown) -> list[Path]:
 
 def groups_picture(shown: Shown) -> Image:
     """Images of the default head: as they are, under their groups, and the groups alone."""
-    groups, shares = shown.segmenters[shown.default].groups, shown.report["health"]["shares"]
+    segmenter, shares = shown.segmenters[shown.default], shown.report["health"]["shares"]
+    groups = segmenter.groups
     title = f"{in_use(shares)} of {groups} groups in use, found without labels"
     cells = (
-        (name, image, shown.labels(image, [shown.default])[shown.default])
-        for name, image in shown.images(GROUPS, GROUPS_IMAGES)
+        (name, image, np.concatenate([*segmenter.bands(image)])) for name, image in shown.images(GROUPS, GROUPS_IMAGES)
     )
     return groups_sheet(cells, pictures.palette(groups), dict(enumerate(shares)), title)
 
@@ -114,39 +109,11 @@ def curves_picture(shown: Shown) -> Image:
     return charts.curves_picture(records, PANELS, str(shown.folder.path))
 
 
-def ladder_picture(shown: Shown) -> Image:
-    """The same images at every granularity, coarse to fine, one seed.
-
-    A group has the colour of the default head's group that shares most pixels with it.
-    """
-    default, K = shown.default, shown.segmenters[shown.default].groups
-    rungs = sorted((v for v in shown.segmenters if v.seed == default.seed), key=lambda v: v.thresholds.within)
-    names, images, labels = [], [], []
-    for name, image in shown.images(LADDER, LADDER_IMAGES):
-        names.append(name)
-        images.append(image)
-        labels.append(shown.labels(image, rungs))
-    colours = {v: pictures.palette(K)[matching([(of[v], of[default]) for of in labels], K)] for v in rungs}
-    rows = []
-    for image, of in zip(images, labels):
-        row = [thumbnails(image, of[variant], colours[variant]) for variant in rungs]
-        rows.append([row[0][0], *(groups for *_, groups in row)])
-    titles = ["image"]
-    for variant in rungs:
-        used = in_use(shown.report["heads"][variant.name]["health"]["shares"])
-        titles.append(f"{variant.granularity:g}: {used} groups" + (" (default)" if variant == default else ""))
-    return pictures.contact_sheet(rows, titles, names, (), "granularity, and the groups it leaves in use")
+def tree_of_groups(shown: Shown) -> Image:
+    """The default head's tree, where it is cut."""
+    return tree_picture(shown.segmenters[shown.default].checkpoint, str(shown.folder.path))
 
 
 def in_use(shares: Sequence[float]) -> int:
     """Number of groups that a legend names."""
     return sum(share >= NAMED for share in shares)
-
-
-def matching(labels: Sequence[tuple[np.ndarray, np.ndarray]], K: int) -> np.ndarray:
-    """int [K]: for each group of the first labels of each pair one of the second, one to one, so that the most pixels
-    agree."""
-    counts = np.zeros((K, K), np.int64)
-    for ours, theirs in labels:
-        counts += np.bincount(ours.ravel().astype(np.int64) * K + theirs.ravel(), minlength=K * K).reshape(K, K)
-    return linear_sum_assignment(counts, maximize=True)[1]

@@ -16,8 +16,9 @@ from ..measure.confusion import LabelSquares
 from ..measure.health import Health, health
 from ..measure.scores import Scores, hungarian, majority, percent
 from ..segment.checkpoint import Checkpoint
+from ..segment.grouping import Grouping
 from ..segment.kmeans import spherical_kmeans
-from ..segment.model import Heads
+from ..segment.model import Head, Heads
 from ..segment.segmenter import Segmenter
 from ..show.sheet import NAMED
 from ..system.files import write_json
@@ -27,6 +28,7 @@ from .runfolder import CHECKPOINT, METRICS, REPORT, RunFolder, head_file
 from .runpictures import Shown, draw, in_use
 from .setting import Setting
 from .shares import Shares
+from .typical import typical_patches
 
 LISTED = 6  # groups whose sizes a line names
 
@@ -38,13 +40,18 @@ def finish(run: Run) -> Segmenter:
         The segmenter of the default head, which is the first that did not break.
     """
     setting, heads = run.setting, run.heads()
+    run.fine = {
+        s: dataclasses.replace(fine, typical=typical_patches(setting, fine.head)) for s, fine in run.fine.items()
+    }
     places = {variant: h for h, variant in enumerate(setting.variants) if variant.name not in run.watch.broken}
     default = next(iter(places))
-    states = health_of_all(setting, heads)
+    groupings = [grouping_of(run, variant, heads[h]) for h, variant in enumerate(setting.variants)]
+    states = health_of_all(setting, heads, groupings)
     figures: dict[Variant, dict[str, Any]] = {v: {"health": dataclasses.asdict(states[h])} for v, h in places.items()}
     say_groups(setting, {variant: states[h] for variant, h in places.items()})
     if setting.validation is not None:
-        for variant, scores in score(run, setting.validation, heads, places).items():
+        of_variants = {variant: groupings[h] for variant, h in places.items()}
+        for variant, scores in score(run, setting.validation, of_variants).items():
             figures[variant]["scores"] = scores
     common = {"images": len(setting.dataset) - len(setting.store.skipped), "skipped": setting.store.skipped}
     segmenters = {}
@@ -57,7 +64,10 @@ def finish(run: Run) -> Segmenter:
             backbone_digest=setting.backbone.digest,
             backbone_licence=setting.backbone.licence,
             class_names=None if setting.validation is None else setting.validation.dataset.class_names,
-            report={"closeness": run.report.get("closeness")} | common | figures[variant],
+            report={name: run.report[name] for name in ("closeness", "tree") if name in run.report}
+            | common
+            | figures[variant],
+            fine=run.fine.get(variant.seed),
         )
         segmenters[variant] = Segmenter(checkpoint, setting.backbone)
     if setting.written is not None:
@@ -67,6 +77,14 @@ def finish(run: Run) -> Segmenter:
         leave(run, setting.written, run.report | figures[default], segmenters)
     setting.say(f"done       the whole run took {time.perf_counter() - setting.started:.1f} s")
     return segmenters[default]
+
+
+def grouping_of(run: Run, variant: Variant, head: Head) -> Grouping:
+    """How a head labels: by itself, or without any step by its tree."""
+    if run.done or variant.seed not in run.fine:
+        return Grouping(head)
+    fine = run.fine[variant.seed]
+    return Grouping(fine.head, fine.tree.cut(len(head.teacher)))
 
 
 def leave(run: Run, folder: RunFolder, report: dict[str, Any], segmenters: Mapping[Variant, Segmenter]) -> None:
@@ -79,7 +97,7 @@ def leave(run: Run, folder: RunFolder, report: dict[str, Any], segmenters: Mappi
     pictures = draw(Shown(run.setting, folder, segmenters, run.records, report))
     write_json(out / REPORT, report)
     say(f"saved      {out / CHECKPOINT}" + (f", and all {len(segmenters)} heads in {out / 'heads'}" if many else ""))
-    say(f"figures    {out / REPORT}, {out / METRICS}")
+    say(f"figures    {out / REPORT}" + (f", {out / METRICS}" if run.done else ""))
     if pictures:
         say("pictures   " + ", ".join(map(str, pictures)))
 
@@ -87,10 +105,13 @@ def leave(run: Run, folder: RunFolder, report: dict[str, Any], segmenters: Mappi
 # without labels
 
 
-def health_of_all(setting: Setting, heads: Heads) -> list[Health]:
+def health_of_all(setting: Setting, heads: Heads, groupings: Sequence[Grouping]) -> list[Health]:
     """Figures without labels of every head over all squares. Each process takes the heads that it learnt."""
-    state, states = Shares(len(heads), setting.processes).of(heads.state_dict()), []
-    if len(state["student"]):
+    shares, states = Shares(len(heads), setting.processes), []
+    mine, state = groupings[shares.part], shares.of(heads.state_dict())
+    # trained heads side by side; the fine ones of untrained trees may differ in their numbers of prototypes
+    sets = [[grouping] for grouping in mine] if any(g.groups is not None for g in mine) else [mine] if mine else []
+    for together in sets:
         bar = Bar(
             iterable=batches(setting.store, setting.device),
             total=-(-len(setting.store) // BATCH),
@@ -99,7 +120,9 @@ def health_of_all(setting: Setting, heads: Heads) -> list[Health]:
             delay=SILENT_S,
             disable=not setting.progress,
         )
-        states = health(Heads.from_state(state).to(setting.device), bar)
+        tables = [g.groups for g in together if g.groups is not None]
+        several = Heads([g.head for g in together]) if tables else Heads.from_state(state)
+        states += health(several.to(setting.device), bar, tables or None)
     return [state for part in setting.processes.all(states) for state in part]
 
 
@@ -109,8 +132,8 @@ def say_groups(setting: Setting, states: Mapping[Variant, Health]) -> None:
         predicts = " (predicts)" if number == 0 else ""
         mark = f"{variant.label()}{predicts}: " if len(states) > 1 else ""
         setting.say(
-            f"groups     {mark}{in_use(state.shares)} of {setting.prototypes} in use, {sizes(state.shares)} of the "
-            f"area; labels settled on {100 * state.agreement:.0f} % of it"
+            f"groups     {mark}{in_use(state.shares)} of {len(state.shares)} in use, {sizes(state.shares)} of the area"
+            + (f"; labels settled on {100 * state.agreement:.0f} % of it" if setting.config.steps else "")
         )
         setting.detail(
             f"           perplexity {state.perplexity:.1f}; {state.labels_per_image:.1f} in an image; "
@@ -130,34 +153,44 @@ def sizes(shares: Iterable[float]) -> str:
 # with labels
 
 
-def score(
-    run: Run, validation: LabelSquares, heads: Heads, places: Mapping[Variant, int]
-) -> dict[Variant, dict[str, Any]]:
-    """Scores for the report, matched to classes by the labels (Hungarian), next to k-means on the same features."""
+def score(run: Run, validation: LabelSquares, groupings: Mapping[Variant, Grouping]) -> dict[Variant, dict[str, Any]]:
+    """Scores for the report, matched to classes by the labels (Hungarian), next to k-means on the same features.
+
+    Where heads began with a tree, also its scores with as many groups as there are classes, and no training.
+    """
     names, say = classes_of(validation.dataset), run.say
     where = "held-out images" if validation.dataset.held_out else "the training images"
     tiles = "" if len(validation.store) == validation.images else f", {len(validation.store)} tiles of them"
     say(f"scores     {validation.images} {where}{tiles}; groups are matched to classes by the labels (Hungarian):")
     rows = sample_patches(run.setting.store, seed=0).to(run.setting.device)
-    baseline = validation.kmeans(spherical_kmeans(rows, run.setting.prototypes, starts=10).centres)
+    K = max(2, len(names)) if run.fine else run.setting.prototypes
+    baseline = validation.kmeans(spherical_kmeans(rows, K, starts=10).centres)
     figures: dict[Variant, dict[str, Any]] = {}
     by_granularity: dict[float | None, list[Scores]] = {}
-    for variant, h in places.items():
-        counts = run.counts[variant] if variant in run.counts else validation.of_head(heads[h])
+    for variant, grouping in groupings.items():
+        counts = run.counts[variant] if variant in run.counts else validation.of_head(grouping)
         matched = hungarian(counts)
         by_granularity.setdefault(variant.granularity, []).append(matched)
         figures[variant] = {
             "held_out": validation.dataset.held_out,
             "mirror": False,
+            "groups": len(counts),
             "hungarian": matched.as_dict(names),
             "majority": majority(counts).as_dict(names),
             "kmeans": baseline.as_dict(names),
         }
     for granularity, of_seeds in by_granularity.items():
         name = "smooseg" if len(by_granularity) == 1 else f"granularity {granularity:g}"
-        seeds = "" if len(of_seeds) == 1 else f"  ({len(of_seeds)} seeds)"
-        say(score_line(name, of_seeds) + seeds)
-    say(score_line("k-means", [baseline]) + "  (same features)")
+        notes = [f"{max(map(len, groupings.values()))} groups"] if run.fine else []
+        notes += [f"{len(of_seeds)} seeds"] if len(of_seeds) > 1 else []
+        say(score_line(name, of_seeds) + (f"  ({', '.join(notes)})" if notes else ""))
+    if run.fine:
+        cuts = {seed: Grouping(fine.head, fine.tree.cut(min(K, fine.most))) for seed, fine in run.fine.items()}
+        looked_up = {seed: hungarian(validation.of_head(cut)) for seed, cut in cuts.items()}
+        say(score_line("tree, untrained", list(looked_up.values())) + f"  ({K} groups, as many as classes)")
+        for variant, of_head in figures.items():
+            of_head["tree"] = {"groups": len(cuts[variant.seed]), "hungarian": looked_up[variant.seed].as_dict(names)}
+    say(score_line("k-means", [baseline]) + f"  (same features{f', {K} groups' if run.fine else ''})")
     return figures
 
 

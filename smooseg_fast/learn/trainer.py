@@ -16,7 +16,7 @@ import smooseg_kernels as sk
 
 from ..backbones import Backbone, load_backbone
 from ..backbones.auto import candidates, explained, look
-from ..config import AUTO, FIT, Crops, TrainConfig, preset, with_changes
+from ..config import AUTO, FINE, FIT, Crops, TrainConfig, preset, with_changes
 from ..datasets import ArrayDataset, Dataset, open_splits
 from ..datasets.images import whole_patches
 from ..datasets.inspection import is_grey
@@ -59,7 +59,7 @@ def fit(
         out: folder for checkpoint, figures and pictures; without it, nothing is written except the feature cache.
         preset_name: the preset that the other settings start from.
         say: takes each line of text about the run; the default drops them.
-        settings: any field of TrainConfig, such as granularity=0.06, prototypes=12, steps=400,
+        settings: any field of TrainConfig, such as groups=6, granularity=0.06, steps=400,
             backbone="facebook/dino-vits8".
 
     Raises:
@@ -153,7 +153,8 @@ def learn_from(setting: Setting, state: TrainingState | None) -> Segmenter:
     try:
         with deterministic(setting.config.deterministic):
             run.learn()
-        setting.say(f"learnt     {run.done} steps in {time.perf_counter() - started:.1f} s")
+        if run.done:
+            setting.say(f"learnt     {run.done} steps in {time.perf_counter() - started:.1f} s")
         return finish(run)
     except KeyboardInterrupt as stop:
         raise with_kept(stop, run.kept()) from None
@@ -167,7 +168,10 @@ def say_plan(config: TrainConfig, device: str, say: Say, processes: Processes) -
     if config.granularity is not None and len(config.granularity) > 1:
         first, *others = (f"{value:g}" for value in config.granularity)
         heads = f", at {len(others) + 1} granularities at once: {first} (predicts), {', '.join(others)}{heads}"
-    say(f"learning   at most {config.prototypes} groups on {device}{heads}")
+    groups = (
+        f"groups by a tree of {config.prototypes} fine ones" if config.tree else f"at most {config.prototypes} groups"
+    )
+    say(f"learning   {groups} on {device}{heads}")
     if config.verbose:
         say(f"           {config.init} start, objective by {config.impl}, projection in {config.precision}")
     if processes.size > 1:
@@ -275,7 +279,9 @@ def resolve(config: TrainConfig, backbone: Backbone, dataset: Dataset, say: Say)
         changes["margin"] = whole_patches(config.margin, patch)
         multiple = f"a multiple of the {patch}-pixel patch of {backbone.name}"
         say(f"margin: {config.margin} -> {changes['margin']} pixels, {multiple}")
-    if K is None:
+    if K is None and config.tree:
+        K = FINE
+    elif K is None:
         K = GROUPS_WITHOUT_LABELS if dataset.class_names is None else max(2, len(dataset.class_names))
     precision = config.precision
     if precision == "auto":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
 
@@ -19,11 +20,13 @@ from ..datasets.images import ImageError, require_patch
 from ..errors import UserError
 from ..features.sample import BATCH
 from ..features.store import FeatureStore
-from ..segment.model import Head, project
+from ..segment.grouping import Grouping
+from ..segment.model import project
 from ..segment.segmenter import Segmenter
 from ..system.ahead import ahead
 from ..system.processes import ALONE, Processes
 from ..system.progress import SILENT_S, Bar
+from .boundary import BoundaryCounts
 from .scores import Scores, hungarian
 
 KEPT_BYTES = 64 * 2**20  # label squares that a process keeps: 650 of 320 pixels
@@ -75,6 +78,20 @@ class LabelSquares:
     def images(self) -> int:
         return len(set(self._images))
 
+    def boundaries(
+        self, codes: Callable[[Tensor], Tensor], prototypes: Tensor, classes: Sequence[int]
+    ) -> BoundaryCounts:
+        """Compare borders between classes with those of the truth. codes, prototypes: as for `confusion`.
+
+        classes: of each group, [K]; -1 for none, which is then a class of its own.
+        """
+        counts, class_of = BoundaryCounts(), torch.tensor(classes)
+        for start, squares, _ in self._batches("boundaries"):
+            truth, rows = torch.from_numpy(squares), torch.arange(start, start + len(squares))
+            labels = sk.assign(codes(rows), prototypes, grid=self.store.grid, size=truth.shape[1:])
+            counts.add(class_of[labels.cpu()], truth)
+        return BoundaryCounts(*self.processes.sum(torch.tensor(dataclasses.astuple(counts))).tolist())
+
     def confusion(self, codes: Callable[[Tensor], Tensor], prototypes: Tensor) -> np.ndarray:
         """int64 [K,classes] over all labelled pixels. `codes` gives [n,P,Z] for int64 [n] numbers of rows.
 
@@ -90,9 +107,9 @@ class LabelSquares:
             counts += part.cpu()
         return self.processes.sum(counts).numpy()
 
-    def of_head(self, head: Head) -> np.ndarray:
-        """int64 [K,classes] pixels of every group of a head in every class."""
-        return self.confusion(head_codes(head, self.store), head.teacher)
+    def of_head(self, grouping: Grouping) -> np.ndarray:
+        """int64 [N,classes] pixels of every group of a head in every class."""
+        return self.confusion(head_codes(grouping, self.store), grouping.prototypes)
 
     def kmeans(self, centres: Tensor) -> Scores:
         """Scores of plain k-means centres [K,D] on the same features, which any learning has to beat."""
@@ -185,13 +202,19 @@ def count_picture(counts: np.ndarray, bands: Iterable[np.ndarray], truth: np.nda
         counts += np.bincount(cells, minlength=counts.size).reshape(counts.shape)
 
 
-def head_codes(head: Head, store: FeatureStore, mirrored: FeatureStore | None = None) -> Callable[[Tensor], Tensor]:
-    """From row numbers to codes; with a store of the mirrored squares, to the average of both, as in the paper."""
+def head_codes(
+    grouping: Grouping, store: FeatureStore, mirrored: FeatureStore | None = None
+) -> Callable[[Tensor], Tensor]:
+    """From row numbers to codes, or to scores of merged groups; with a store of the mirrored squares, of the average of
+    both codes, as in the paper."""
+    head = grouping.head
 
     def codes(rows: Tensor) -> Tensor:
         device = head.teacher.device
         plain = project(head, store.rows(rows).to(device))
-        return plain if mirrored is None else (plain + project(head, mirrored.rows(rows).to(device))) / 2
+        if mirrored is not None:
+            plain = (plain + project(head, mirrored.rows(rows).to(device))) / 2
+        return grouping.scores(plain)
 
     return codes
 

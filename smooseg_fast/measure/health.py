@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -86,17 +87,22 @@ def unit_rows(features: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def health(heads: Heads, batches: Iterable[Tensor]) -> list[Health]:
-    """Measure every head in one pass over `batches` of features [B,P,D] on the heads' device."""
-    H, K, _ = heads.student.shape
-    D = heads.dim
+def health(heads: Heads, batches: Iterable[Tensor], groups: Sequence[np.ndarray] | None = None) -> list[Health]:
+    """Measure every head in one pass over `batches` of features [B,P,D] on the heads' device.
+
+    groups: the group of every prototype of each head, int64 [K], where prototypes are merged.
+    """
+    H, K, D = len(heads), heads.student.shape[1], heads.dim
+    tables = [torch.arange(K) if groups is None else torch.from_numpy(groups[h]) for h in range(H)]
+    tables = [table.to(heads.student.device) for table in tables]
+    K = max(int(table.max()) + 1 for table in tables)
     counts: list[list[Tensor]] = [[] for _ in range(H)]
     agree, moments = [0] * H, [Moments(K, D) for _ in range(H)]
     for features in batches:
         unit = unit_rows(features).flatten(0, 1)
         for h, codes in enumerate(heads.codes(features)):
-            labels = sk.assign(codes, heads.teacher[h])
-            agree[h] += int((labels == sk.assign(codes, heads.student[h])).sum())
+            labels = tables[h][sk.assign(codes, heads.teacher[h])]
+            agree[h] += int((labels == tables[h][sk.assign(codes, heads.student[h])]).sum())
             counts[h].append(F.one_hot(labels, K).sum(1))
             moments[h].add(unit, labels.flatten())
     return [_health(torch.cat(counts[h]).cpu().double(), agree[h], moments[h]) for h in range(H)]

@@ -32,7 +32,7 @@ class Scores:
     accuracy: float
     miou: float
     iou: tuple[float, ...]  # [C]
-    matching: str  # "hungarian" | "majority"
+    matching: str  # "hungarian", "majority", or where else the mapping comes from
     class_pixels: tuple[int, ...]  # [C] labelled pixels of each class
 
     @property
@@ -61,7 +61,7 @@ def hungarian(confusion: np.ndarray) -> Scores:
     rows, columns = linear_sum_assignment(confusion, maximize=True)
     shared = confusion[rows, columns] > 0
     mapping[rows[shared]] = columns[shared]
-    return _scores(confusion, mapping, "hungarian")
+    return matched(confusion, mapping, "hungarian")
 
 
 def majority(confusion: np.ndarray) -> Scores:
@@ -71,7 +71,7 @@ def majority(confusion: np.ndarray) -> Scores:
     With many groups the scores come close to 1 whatever was learnt (one group a pixel is perfect): compare at equal K
     only.
     """
-    return _scores(confusion, np.where(confusion.any(1), confusion.argmax(1), -1), "majority")
+    return matched(confusion, np.where(confusion.any(1), confusion.argmax(1), -1), "majority")
 
 
 def scores_table(scores_by_name: Mapping[str, Scores], class_names: Sequence[str]) -> str:
@@ -96,7 +96,8 @@ def percent(value: float) -> str:
     return "-" if value != value else f"{100 * value:.1f}"
 
 
-def _scores(counts: np.ndarray, mapping: np.ndarray, matching: str) -> Scores:
+def matched(counts: np.ndarray, mapping: np.ndarray, matching: str) -> Scores:
+    """Score `counts` [K, C] under a given mapping [K] from groups to classes, -1 for none; `matching` says whence."""
     merged = np.zeros((counts.shape[1], counts.shape[1]), np.int64)  # [predicted class, true class]
     np.add.at(merged, mapping[mapping >= 0], counts[mapping >= 0])
     right, labelled = merged.diagonal(), counts.sum(0)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
@@ -23,11 +24,53 @@ from ..config import AUTO, GROUPS, TrainConfig
 from ..errors import UserError
 from ..system.fields import check_fields
 from ..system.files import finite, write_atomic
+from .grouping import Grouping
 from .model import Head, Heads
+from .tree import Pairs, Tree
 
 T = TypeVar("T")
 Parts = Mapping[str, Mapping[str, Tensor]]
-KEY, STATE_KEY, FORMAT = "smooseg_fast.checkpoint", "smooseg_fast.training", 3
+KEY, STATE_KEY, FORMAT = "smooseg_fast.checkpoint", "smooseg_fast.training", 4
+
+
+@dataclass(frozen=True)
+class Fine:
+    """An untrained head with fine prototypes, their tree, and the patch nearest to each, uint8 [K0,S,S,3], if known."""
+
+    head: Head
+    tree: Tree
+    typical: Tensor | None = None
+
+    @property
+    def most(self) -> int:
+        """The most groups that the tree can be cut into."""
+        return len(self.tree.splits()) + 1
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything, for a file."""
+        pairs, tree = self.tree.pairs, self.tree
+        arrays = {"closeness": pairs.closeness, "weight": pairs.weight, "lengths": pairs.lengths, "shares": tree.shares}
+        arrays["temper"] = np.array([tree.temper])
+        typical = {} if self.typical is None else {"typical": self.typical}
+        tensors = {name: torch.from_numpy(value) for name, value in arrays.items()}
+        return {f"head.{name}": value.cpu() for name, value in self.head.state_dict().items()} | tensors | typical
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Fine:
+        """From `tensors`; the tree is grown again. ValueError or KeyError where something does not fit."""
+        weights = {name.removeprefix("head."): value for name, value in tensors.items() if name.startswith("head.")}
+        head = head_of(weights)
+        K, values = len(head.teacher), {}
+        shapes = {"closeness": (K, K), "weight": (K, K), "lengths": (K,), "shares": (K,), "temper": (1,)}
+        for name, shape in shapes.items():
+            values[name] = tensors[name].numpy()
+            if values[name].shape != shape or values[name].dtype != np.float64 or not np.isfinite(values[name]).all():
+                raise ValueError(f"{name} of the tree is not finite float64 {list(shape)}")
+        typical = tensors.get("typical")
+        if typical is not None and (typical.dtype != torch.uint8 or len(typical) != K or typical.shape[3:] != (3,)):
+            raise ValueError(f"typical patches of the tree are not uint8 [{K},S,S,3]")
+        pairs = Pairs(values["closeness"], values["weight"], values["lengths"])
+        return cls(head, Tree.grow(pairs, values["shares"], float(values["temper"][0])), typical)
 
 
 @dataclass
@@ -35,6 +78,9 @@ class Checkpoint:
     """One head. `config` describes it alone, with every choice resolved (number of prototypes, backbone, sizes).
 
     backbone_licence: of the weights that the features came from, or "unknown".
+    fine: the groups that the head started from, and the tree that gives any other number of them. None for a head
+        whose prototypes were groups from the start.
+    groups: the number of groups in use; None for as many as the head was trained for.
     """
 
     config: TrainConfig
@@ -45,6 +91,32 @@ class Checkpoint:
     backbone_licence: str = "unknown"
     class_names: tuple[str, ...] | None = None
     report: dict[str, Any] = field(default_factory=dict)  # figures of the run, ready for JSON
+    fine: Fine | None = None
+    groups: int | None = None
+
+    @property
+    def trained(self) -> int:
+        """The number of groups of the head."""
+        return len(self.head.teacher)
+
+    @property
+    def grouping(self) -> Grouping:
+        """How features are labelled: by the trained head, or by fine prototypes where nothing was trained and at other
+        numbers of groups."""
+        if self.fine is None or (self.step and self.groups in (None, self.trained)):
+            return Grouping(self.head)
+        return Grouping(self.fine.head, self.fine.tree.cut(self.groups or self.trained))
+
+    def at(self, groups: int | None = None, threshold: float | None = None) -> Checkpoint:
+        """The same run with so many groups, or with its tree cut at a height. UserError where there is none such."""
+        flag = f"--cut {threshold:g}" if threshold is not None else f"--groups {groups}"
+        if self.fine is None:
+            raise UserError(f"{flag}: the checkpoint was learnt without a tree; its {self.trained} groups are fixed")
+        if threshold is not None:
+            groups = int(self.fine.tree.cut(threshold=threshold).max()) + 1
+        if groups is None or not 1 <= groups <= self.fine.most:
+            raise UserError(f"{flag}: the tree can be cut into 1 to {self.fine.most} groups; give such a number")
+        return dataclasses.replace(self, groups=None if groups == self.trained else groups)
 
     def write(self, path: str | Path) -> Path:
         header = {
@@ -57,8 +129,10 @@ class Checkpoint:
             "class_names": self.class_names,
             "config": dataclasses.asdict(self.config),
             "report": self.report,
+            "groups": self.groups,
         }
-        return _write(path, KEY, header, {"head": self.head.state_dict()})
+        parts = {"head": self.head.state_dict()} | ({} if self.fine is None else {"fine": self.fine.tensors()})
+        return _write(path, KEY, header, parts)
 
 
 @dataclass
@@ -73,13 +147,19 @@ class TrainingState:
     heads: Mapping[str, Tensor]  # the state of all H heads, [H,...] under a head's names
     optimizer: Mapping[str, Tensor]  # Adam's state as `optimizer_tensors` gives it
     losses: Mapping[str, Tensor]  # those of the last step, by their names in SmooSegLoss
+    fine: Mapping[int, Fine]  # what the heads of each seed started from; empty without a tree
+    reasons: dict[str, Any] | None  # for the number of groups, ready for JSON
     windows: tuple[int, int] | None  # number of windows that features are streamed through, and steps in each
 
     def write(self, path: str | Path) -> Path:
-        header = {"step": self.step, "config": dataclasses.asdict(self.config), "windows": self.windows}
-        return _write(
-            path, STATE_KEY, header, {"heads": self.heads, "optimizer": self.optimizer, "losses": self.losses}
-        )
+        header = {
+            "step": self.step,
+            "config": dataclasses.asdict(self.config),
+            "windows": self.windows,
+            "reasons": self.reasons,
+        }
+        parts = {"heads": self.heads, "optimizer": self.optimizer, "losses": self.losses}
+        return _write(path, STATE_KEY, header, parts | {f"fine {s}": fine.tensors() for s, fine in self.fine.items()})
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -133,7 +213,7 @@ def _checkpoint(header: dict[str, Any], parts: Parts) -> Checkpoint:
     check_fields(config)
     if None in (config.size, config.eval_size) or config.backbone == AUTO:
         raise ValueError("its sizes or its backbone are not chosen")
-    return Checkpoint(
+    checkpoint = Checkpoint(
         config=config,
         head=head_of(parts["head"]),
         step=step,
@@ -142,7 +222,9 @@ def _checkpoint(header: dict[str, Any], parts: Parts) -> Checkpoint:
         backbone_licence=backbone["licence"],
         class_names=None if names is None else tuple(names),
         report=report,
+        fine=Fine.of(parts["fine"]) if "fine" in parts else None,
     )
+    return checkpoint if header["groups"] is None else checkpoint.at(header["groups"])
 
 
 def head_of(weights: Mapping[str, Tensor]) -> Head:
@@ -173,6 +255,8 @@ def _training_state(header: dict[str, Any], parts: Parts) -> TrainingState:
         heads=parts["heads"],
         optimizer=parts["optimizer"],
         losses=parts["losses"],
+        reasons=header["reasons"],
+        fine={int(name[5:]): Fine.of(tensors) for name, tensors in parts.items() if name.startswith("fine ")},
         windows=None if windows is None else tuple(windows),
     )
 

@@ -41,7 +41,8 @@ class Segmenter:
                 f"{checkpoint.backbone_name}; give that backbone"
             )
         self.checkpoint, self.backbone = checkpoint, backbone
-        self.head = checkpoint.head.to(backbone.device).eval()
+        self.grouping = checkpoint.grouping
+        self.head = self.grouping.head.to(backbone.device).eval()
 
     def __repr__(self) -> str:
         granularity, path = self.config.granularity, self.path
@@ -98,8 +99,23 @@ class Segmenter:
 
     @property
     def groups(self) -> int:
-        """K, the number of prototypes: labels lie in 0..K-1."""
-        return len(self.head.teacher)
+        """The number of groups: labels lie in 0..groups - 1."""
+        return len(self.grouping)
+
+    def at(self, groups: int | None = None, *, cut: float | None = None) -> Segmenter:
+        """The same segmenter with another number of groups, at once, without training: looked up in the tree of the
+        groups that training began with. A group keeps its label where it does not split.
+
+        Args:
+            groups: their number; 1 is one group for everything, and that of training is the trained head.
+            cut: a height of the tree instead; groups merge above it.
+
+        Raises:
+            UserError: when it was learnt without a tree, or the tree has no such cut.
+        """
+        segmenter = Segmenter(self.checkpoint.at(groups, cut), self.backbone)
+        segmenter.path = self.path
+        return segmenter
 
     @property
     def same_backbone(self) -> bool:
@@ -108,8 +124,10 @@ class Segmenter:
 
     @property
     def digest(self) -> str:
-        """A hex digest of all that was learnt, of how images are resized, and of the margin, without the backbone."""
-        return digest_of(self.head.state_dict(), self.config.resample, str(self.config.margin))
+        """A hex digest of all that was learnt, of its groups, of how images are resized, and of the margin, without the
+        backbone."""
+        groups = [] if self.grouping.groups is None else self.grouping.groups.tolist()
+        return digest_of(self.head.state_dict(), self.config.resample, str(self.config.margin), str(groups))
 
     def predict(
         self,
@@ -119,7 +137,7 @@ class Segmenter:
         short_side: int | None = None,
         scale: Scale | None = None,
     ) -> np.ndarray:
-        """Label every pixel of an image -> uint8 [H,W] in 0..K-1.
+        """Label every pixel of an image -> uint8 [H,W] in 0..groups - 1.
 
         Memory: the image, the labels, and some bands of tiles, however large the image is.
 
@@ -161,7 +179,8 @@ class Segmenter:
     ) -> Iterator[np.ndarray]:
         """Label pixels uint8 [H,W,3] -> bands uint8 [n,W] from top to bottom; options as for `predict`.
 
-        views: those of the picture that `views` made for another head of the same run, in place of scale and side.
+        views: those of the picture that `views` made for another head of the same run or another number of groups, in
+            place of scale and side.
         """
         views = Views(pixels, self.cutting(scale, short_side), self.backbone) if views is None else views
 
@@ -170,12 +189,14 @@ class Segmenter:
             return (codes + self.codes(views, tile, mirror=True)) / 2 if mirror else codes
 
         codes_of_all = code_bands(views.grid, max(1, TILE // self.backbone.patch), codes, views.step)
-        labelled = label_bands(codes_of_all, self.head.teacher, views.grid[0], views.size, pixels.shape[:2])
+        scores, prototypes = map(self.grouping.scores, codes_of_all), self.grouping.prototypes
+        labelled = label_bands(scores, prototypes, views.grid[0], views.size, pixels.shape[:2])
         for band in labelled:
             yield band.cpu().numpy()
 
     def views(self, pixels: np.ndarray) -> Views:
-        """A picture as `predict` sees it by default, which remembers its features for other heads of the same run."""
+        """A picture as `predict` sees it by default, which remembers its features for other heads of the run and for
+        other numbers of groups."""
         return Views(pixels, self.cutting(), self.backbone, keep=True)
 
     def cutting(

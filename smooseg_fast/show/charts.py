@@ -144,6 +144,34 @@ def curves_picture(
     return rendered(figure, title)
 
 
+@styled()
+def sweep_picture(means: Sequence[Mapping[str, Any]], axes: Sequence[str], figure: str) -> Image.Image:
+    """Draw a map of `figure` over the first two of the settings `axes`; each cell has its mean in %, and its deviation.
+
+    A third setting and more are averaged over; the deviation is then left out.
+    """
+    from matplotlib.figure import Figure
+
+    names = [*axes[:2], *[""] * (2 - len(axes))]
+    across, down = (list(dict.fromkeys(row.get(name, "") for row in means)) for name in names)
+    cells: dict[tuple[Any, Any], list[Mapping[str, Any]]] = {}
+    for row in means:
+        cells.setdefault((row.get(names[1], ""), row.get(names[0], "")), []).append(row)
+    shades = [[np.mean([row[figure] for row in cells.get((y, x), ())] or np.nan) for x in across] for y in down]
+    drawing = Figure((2.5 + 1.3 * len(across), 1.8 + 0.6 * len(down)), layout="constrained")
+    plot = drawing.add_subplot(xlabel=names[0], ylabel=names[1], frame_on=False)
+    plot.pcolormesh(np.array(shades), cmap=SHADES, edgecolors=PAPER, linewidth=1.5)
+    plot.set_xticks(np.arange(len(across)) + 0.5, list(map(str, across)))
+    plot.set_yticks(np.arange(len(down)) + 0.5, list(map(str, down)))
+    middle = (np.nanmin(shades) + np.nanmax(shades)) / 2
+    for (y, x), rows in cells.items():
+        mean, deviation = np.mean([row[figure] for row in rows]), rows[0][f"{figure}_std"]
+        text = percent(float(mean)) + ("" if len(rows) > 1 or deviation is None else f" ± {percent(deviation)}")
+        ink = PAPER if mean > middle else INK
+        plot.text(across.index(x) + 0.5, down.index(y) + 0.5, text, color=ink, size=9, ha="center", va="center")
+    return rendered(drawing, f"{figure.replace('_', ' ')}, %")
+
+
 def _points(records: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
     return [(record["step"], record[key]) for record in records if record.get(key) is not None]
 

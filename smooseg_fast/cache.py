@@ -14,9 +14,10 @@ from .config import FIT, Folder
 from .errors import UserError
 from .system.commandline import Parser, choose_command, command_line, parse
 from .system.fields import Bounds, Value
-from .system.progress import Bar, printable
+from .system.progress import Bar
 from .system.sizes import readable
 from .system.table import aligned
+from .system.terminal import one_line, printable
 
 if TYPE_CHECKING:
     from .features.cachefolder import CacheFolder, StoreFolder
@@ -24,14 +25,14 @@ if TYPE_CHECKING:
 DAY_S = 86_400.0
 SETTINGS = ("dataset", "backbone", "size", "crops", "images")
 # shown where rows that look alike differ
-DETAILS = ("scale", "margin", "mirror", "precision", "resample", "batch", "weights", "files")
+DETAILS = ("scale", "margin", "mirror", "reading", "precision", "resample", "batch", "weights", "files")
 
 
 @dataclass(frozen=True, kw_only=True)
 class List:
     """List the contents of the cache, the last used first. Where rows would look alike, further columns show what
-    differs: scale, margin, mirror, precision, resample and batch (squares that the backbone took at once), and digests
-    of the backbone's weights and of the image files."""
+    differs: scale, margin, mirror, reading (intensity, bands and pages), precision, resample and batch (squares that
+    the backbone took at once), and digests of the backbone's weights and of the image files."""
 
     cache: Folder | None = None
     """Folder of the feature cache [~/.cache/smooseg_fast]."""
@@ -108,7 +109,8 @@ def show(home: CacheFolder, command: List) -> None:
 
 def row(store: StoreFolder) -> dict[str, str]:
     """The cells of a store in the table, by column."""
-    meta = store.meta | {"scale": " ".join(map(str, store.meta.get("scale", [FIT])))}
+    scale = store.meta.get("scale", [FIT])
+    meta = store.meta | {"scale": " ".join(map(str, scale if isinstance(scale, list) else [scale]))}
     cells = {name: printable(str(meta.get(name, "?"))) for name in (*SETTINGS, *DETAILS)}
     cells |= {name: cells[name][:8] for name in ("weights", "files")}
     last_used = time.strftime("%Y-%m-%d %H:%M", time.localtime(store.last_used))
@@ -158,17 +160,26 @@ def verify(home: CacheFolder, command: Verify) -> None:
         free = command_line("cache", "rm", *others)
         print(f"written by an older version, and not read: {', '.join(others)}; to free them: {free}")
     paths = [(path, store) for store in stores if store.readable for path in store.shards()]
-    damaged = 0
+    damaged = kept = 0
     for path, store in Bar(iterable=paths, desc="verify", unit="file"):
         try:
             if shard := read_shard(path):
                 require_sound(path, shard)
         except DamagedShard as damage:
             damaged += 1
-            Bar.write(f"damaged: {path} ({store.label}): {damage}")
-            path.unlink(missing_ok=True)  # a run that has the file open keeps its content
+            Bar.write(one_line(f"damaged: {path} ({store.label}): {damage}"))
+            try:
+                path.unlink(missing_ok=True)  # a run that has the file open keeps its content
+            except OSError as error:  # another user's, or a disk that is read alone
+                kept += 1
+                Bar.write(one_line(f"cannot be removed: {path} ({error.strerror})"))
     total = len(stores) - len(others)
     print(f"read {len(paths)} files of {total} stores in {home.path}: {damaged or 'none'} damaged")
+    if kept:
+        raise UserError(
+            f"{home.path}: {kept} of {damaged} damaged files cannot be removed; remove them as the user who owns them, "
+            "or give another --cache: runs recompute what is damaged"
+        )
     if damaged:
         raise UserError(
             f"{home.path}: {damaged} damaged files removed; the next run that needs them recomputes them: "

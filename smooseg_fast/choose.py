@@ -13,6 +13,8 @@ from .config import CLOSENESS, GROUPS
 from .errors import UserError
 from .system.commandline import parse
 from .system.fields import Bounds, Value
+from .system.files import sweep
+from .system.outfolder import held
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +42,12 @@ def main(args: Sequence[str]) -> None:
         raise UserError(f"--run {out}: holds no finished run; give the --out folder of training")
     if (config.groups is None) == (config.cut is None):
         raise UserError("--groups: give either it or --cut")
-    before = read_checkpoint(out / names.CHECKPOINT)
-    checkpoint = before.at(config.groups, config.cut)
-    checkpoint.write(out / names.CHECKPOINT)
-    pictures.save(out / names.TREE, tree_picture(checkpoint, str(out)))
+    with held(out, "--run"):
+        sweep(out)
+        before = read_checkpoint(out / names.CHECKPOINT)
+        checkpoint = before.at(config.groups, config.cut)
+        checkpoint.write(out / names.CHECKPOINT)
+        pictures.save(out / names.TREE, tree_picture(checkpoint, str(out)))
     print(f"{out / names.CHECKPOINT} has {checkpoint.groups} groups now; it had {before.groups or before.trained}")
     print(f"look at    {out / names.TREE}; {out / names.GROUPS} shows the groups at the end of the run")
     images, predictions = pictures_of(checkpoint.config.data, out), out / f"predictions_{checkpoint.groups}"

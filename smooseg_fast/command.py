@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import UserError, WriteError
-from .system.commandline import HELP, command_line, starter
-from .system.progress import announced, printable
+from .system.commandline import HELP, command_line, shell_line, starter
+from .system.progress import announced
 from .system.signals import terminable, with_kept
+from .system.terminal import discard, printable, terminals
+
+# words of PyTorch's errors where the memory of the machine or of a card is full
+FULL = ("can't allocate memory", "out of memory", "not enough memory")
 
 if TYPE_CHECKING:
     from .segment.segmenter import Segmenter
@@ -64,25 +67,40 @@ def run(main: Callable[..., None], args: Sequence[str] | None = None, *, quick: 
     A `quick` command only prints, as --help does, without PyTorch.
     """
     args = sys.argv[1:] if args is None else args
-    try:
+
+    def body() -> int:
+        if not quick and not HELP & set(args):
+            return _run(main, args)
+        with contextlib.suppress(SystemExit):
+            main(args)
+        return 0
+
+    return guarded(body)
+
+
+def guarded(body: Callable[[], int]) -> int:
+    """The exit code of `body`, or that of the error, signal or lost reader that ends it. What stdout does not take is
+    an error, told once the work is done."""
+    with terminals() as (out, _):
         try:
-            if not quick and not HELP & set(args):
-                return _run(main, args)
-            with contextlib.suppress(SystemExit):
-                main(args)
-            return 0
-        except UserError as error:
-            print("error: " + printable(str(error)), file=sys.stderr)
+            try:
+                code = body()
+            except UserError as error:
+                print("error: " + printable(str(error)), file=sys.stderr)
+                code = 2
+            finally:
+                out.flush()  # at Python's own end nobody could catch that it fails
+        except KeyboardInterrupt:  # before the command began
+            print("interrupted; nothing was begun", file=sys.stderr)
+            return 128 + signal.SIGINT
+        except BrokenPipeError:  # the reader of stdout has gone, as `head` does: no news for the user
+            discard(out)
+            return 128 + 13  # like a command that SIGPIPE ends
+        if code == 0 and out.failure is not None and out.failure.errno is not None:
+            why = f"cannot be written ({out.failure.strerror}), so lines are missing there"
+            print(f"error: stdout: {why}; the work is done, and its files are whole", file=sys.stderr)
             return 2
-        finally:
-            sys.stdout.flush()  # at Python's own end nobody could catch that it fails
-    except KeyboardInterrupt:  # before the command began
-        print("interrupted; nothing was begun", file=sys.stderr)
-        return 128 + signal.SIGINT
-    except BrokenPipeError:  # the reader of stdout has gone, as `head` does: no news for the user
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13  # like a command that SIGPIPE ends
+        return code
 
 
 def end(code: int) -> int:
@@ -92,9 +110,9 @@ def end(code: int) -> int:
     ("terminate called without an active exception").
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-            sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, AttributeError):  # None where it was closed
+                stream.flush()
         os._exit(code)
     return code
 
@@ -105,7 +123,7 @@ def _run(main: Callable[..., None], args: Sequence[str]) -> int:
 
     with joined() as processes, terminable(lambda: processes.ending):
         try:
-            with processes.first_heard():
+            with processes.first_heard(), paths_named():
                 if "processes" in signature(main).parameters:
                     main(args, processes)
                 elif processes.size > 1:
@@ -128,8 +146,31 @@ def _run(main: Callable[..., None], args: Sequence[str]) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def paths_named() -> Iterator[None]:
+    """Turn what the system says about a path into one line."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if error.errno is None:  # not the system's
+            raise
+        paths = [os.fsdecode(path) for path in (error.filename, error.filename2) if isinstance(path, (str, bytes))]
+        path = "".join(f"{path}: " for path in paths[:1])
+        advice = "check this path and its permissions" if path else "the same command resumes what can be resumed"
+        raise UserError(f"{path}the system refused it ({error.strerror or error}); {advice}") from error
+    except (MemoryError, RuntimeError) as error:
+        if "home directory" in str(error):  # Python's, for a path below ~ or ~NAME
+            raise UserError("~: no such user has a home folder here; write the path without ~") from error
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in FULL):
+            raise
+        advice = "give a smaller --size, --batch-size or --code-dim, or smaller images"
+        raise UserError(f"memory: does not hold what these settings ask for; {advice}") from error
+
+
 def _again(main: Callable[..., None], args: Sequence[str], processes: Processes) -> str:
     """This very command."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", processes.size)) if processes.size > 1 else 1
     spec = sys.modules[main.__module__].__spec__  # has the full name where the module itself is __main__
-    return shlex.join([*starter(main.__module__ if spec is None else spec.name, here), *args])
+    return shell_line([*starter(main.__module__ if spec is None else spec.name, here), *args])

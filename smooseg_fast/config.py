@@ -16,10 +16,12 @@ from typing import Annotated, Any, Literal
 from .errors import UserError
 from .system.commandline import nearest
 from .system.fields import Bounds, Group, Value, check_fields, fields_of
+from .system.readingflags import WORDS, Bands, Intensity, Pages
 from .system.sizes import parse_size
 
 GROUPS = 255  # the most that an 8-bit mask holds
 FINE = 64  # prototypes that a tree merges, by default
+TUNING = 60  # steps after a tree, where they help
 
 PresetName = Literal["demo", "folder", "cityscapes", "cocostuff27", "potsdam"]
 Impl = Literal["auto", "triton", "torch", "dense"]
@@ -38,6 +40,7 @@ Device = Annotated[str, Value("DEVICE")]
 Backbone = Annotated[str, Value("NAME")]
 FIT, NATIVE = "fit", "native"
 AUTO = "auto"  # the backbone that `backbones.auto` chooses
+Ignored = Annotated[tuple[int, ...], Value("NUMBER"), Bounds(0, 0xFFFFFF)]
 CacheLimit = Annotated[str, Value("SIZE"), parse_size]
 
 
@@ -123,6 +126,9 @@ class TrainConfig:
     finds)."""
     preset: PresetName = "folder"
     """Settings to start from; the flags that are given change them."""
+    ignore: Ignored = ()
+    """Numbers in the label files that count as not labelled, such as 0 for a background; 255 does anyway, unless it is
+    one of several grey values from black to white."""
     size: Side | None = None
     """Short side in pixels for training; images are cut into squares of this side. By default, what suits the
     backbone: 224 for most."""
@@ -143,6 +149,13 @@ class TrainConfig:
     others."""
     resample: Resample = "nearest"
     """How images are resized; the paper takes nearest."""
+    intensity: Intensity = ("data",)
+    """Values that become black and white, in images of more than 8 bits: data takes one range for all images, image one
+    for each; or give LOW HIGH."""
+    bands: Bands | None = None
+    """Bands to show as red, green and blue, e.g. 4 3 2, or one as grey [the first three]."""
+    pages: Pages = "1"
+    """Page of a stack (TIFF, WebP) to read; all makes an image of every page."""
 
     backbone: Annotated[Backbone, Group("features")] = AUTO
     """Frozen features: auto (the best that is on this machine), filterbank (built in), efficientnet-lite0 (from a
@@ -179,9 +192,9 @@ class TrainConfig:
     """Closeness above which patches of different images pull together; needs --threshold-within."""
     temperature: Annotated[float, Bounds(1e-6, 1e6)] = 0.1
     """Temperature of the softmax over cosines to the teacher's prototypes."""
-    steps: Annotated[int, Bounds(0)] = 0
-    """Optimiser steps; 0 leaves the groups as the tree has them. After a tree, some 60 steps move the borders of the
-    groups, which helped some sets of pictures and hurt more."""
+    steps: Annotated[int | None, Bounds(0)] = None
+    """Optimiser steps. After a tree they move the borders of its groups; 0 leaves the groups as the tree has them. By
+    default 60 for colour pictures seen by a network, where they helped, and 0 for others, where they hurt."""
     batch_size: Annotated[int, Bounds(2)] = 16
     """Squares per step; fewer if there are not as many."""
     patches: AtLeastOne | None = 196
@@ -197,13 +210,13 @@ class TrainConfig:
     channels: Annotated[int | None, Bounds(2)] = 128
     """Channels of the features that the projection sees: their leading singular directions [all]. Its time grows with
     their square. The objective sees all channels."""
-    code_dim: AtLeastOne = 64
+    code_dim: Annotated[int, Bounds(1, 4096)] = 64
     """Channels of a code, which the projection computes from the features of a patch."""
     init: Init = "tree"
     """Start of learning. tree sorts patches into fine groups, and merges these by a tree that can be cut into any
     number, then and later. pca-kmeans sorts them into the groups at once; both keep the features' leading singular
     vectors. random is the paper's."""
-    heads: AtLeastOne = 1
+    heads: Annotated[int, Bounds(1, 1000)] = 1
     """Number of seeds to learn at once, from --seed upwards, on the same batches; every granularity gets as many."""
     seed: Seed = 0
     """Seed of the initial weights."""
@@ -254,6 +267,10 @@ class TrainConfig:
             # a number is a list of one, and -0.0 is 0.0; `check` refuses what is no number
             object.__setattr__(self, "granularity", tuple(float(value) + 0.0 for value in values))
         object.__setattr__(self, "scale", scale_words(self.scale))
+        for name, words in WORDS.items():
+            object.__setattr__(self, name, words(getattr(self, name)))
+        numbers = (self.ignore,) if isinstance(self.ignore, int) else self.ignore
+        object.__setattr__(self, "ignore", tuple(numbers) if isinstance(numbers, list) else numbers)
         for name in ("data", "out"):  # one name for one folder, however it is typed
             value = getattr(self, name)
             if isinstance(value, str) and value:

@@ -15,7 +15,7 @@ from .errors import UserError
 from .system.commandline import command_line, parse
 from .system.fields import Value
 from .system.outfolder import OutFolder
-from .system.progress import printable
+from .system.terminal import printable
 
 RECORD, BACKBONE = "convert.json", "backbone"
 # words in the names of hyper-parameters that describe what was trained, and how
@@ -68,9 +68,11 @@ def main(args: Sequence[str]) -> None:
     print(f"resolution {checkpoint.config.eval_size} pixels ({known})")
 
     content = {"backbone": checkpoint.backbone_digest, "head": digest_of(checkpoint.head.state_dict())}
-    OutFolder(out, content, record=RECORD, outputs=(CHECKPOINT,)).claim()
-    vit.write(out / BACKBONE)
-    file = checkpoint.write(out / CHECKPOINT)
+    folder = OutFolder(out, content, record=RECORD, outputs=(CHECKPOINT,), below=(BACKBONE,))
+    with folder.held():
+        folder.claim()
+        vit.write(out / BACKBONE)
+        file = checkpoint.write(out / CHECKPOINT)
     print(f"written    {file}, and its backbone {out / BACKBONE}; move them together")
     print("next       " + predict_command(file, "IMAGES", out / "predictions", checkpoint.backbone_name))
     protocol = [] if preset is None else ["--preset", preset]

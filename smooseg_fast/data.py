@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from .command import run
-from .config import AUTO, Backbone, Device, Folder
+from .config import AUTO, Backbone, Device, Folder, Ignored
 from .errors import UserError
 from .system.commandline import Parser, choose_command, command_line, parse
 from .system.fields import Bounds, Group, Value
 from .system.outfolder import mark_as_ours
+from .system.readingflags import Bands, Intensity, Pages
 from .system.table import aligned
+from .system.terminal import one_line
 
 if TYPE_CHECKING:
     from .datasets import Dataset, Layout
@@ -35,6 +37,14 @@ class CheckConfig:
 
     data: Annotated[str, Value("DIR", positional=True)]
     """The folder that --data of train and evaluate would be given."""
+    ignore: Ignored = ()
+    """Numbers in the label files that count as not labelled, as for training."""
+    intensity: Intensity = ("data",)
+    """Values that become black and white, as for training."""
+    bands: Bands | None = None
+    """Bands to show as red, green and blue, as for training."""
+    pages: Pages = "1"
+    """Page of a stack to read, or all, as for training."""
     sample: Annotated[int, Bounds(0)] = 200
     """Images of each split to open with their labels, evenly spaced; 0 opens all."""
     pictures: Annotated[Folder | None, Group("which scale?")] = None
@@ -59,10 +69,11 @@ def main(args: Sequence[str]) -> None:
 def check(config: CheckConfig) -> None:
     """Print the report; UserError at its end when the folder cannot be used."""
     from .datasets import recognise
+    from .datasets.copies import copies_notes
     from .datasets.inspection import inspect
 
     layout = recognise(config.data)
-    splits, notes = open_both(config.data, layout)
+    splits, notes = open_both(config, layout)
     labels = " with labels" if any(dataset.labelled for dataset in splits.values()) else ""
     title = "a folder of images" + labels if Path(config.data).expanduser().is_dir() else "an image"
     say("data", f"{config.data}: {title if layout is None else layout.title}")
@@ -80,6 +91,7 @@ def check(config: CheckConfig) -> None:
             except UserError as error:
                 say("also", f"{split}: {error}")
     tell_classes({split: inspection for split, inspection in inspections.items() if inspection.labels})
+    notes += copies_notes(splits["train"], splits.get("val")) if "train" in splits else []
     for note in dict.fromkeys([*notes, *(note for dataset in splits.values() for note in dataset.notes)]):
         say("note", note)
     problems = [line for split, inspection in inspections.items() for line in judge(split, inspection, "val" in splits)]
@@ -91,47 +103,72 @@ def check(config: CheckConfig) -> None:
         say("look", command_line("data", "check", config.data, "--pictures", "FOLDER"))
     preset = [] if layout is None or layout.preset == "folder" else ["--preset", layout.preset]
     words = ["train", *preset] if "train" in splits else ["evaluate", *preset, "--checkpoint", "FILE"]
-    say("next", command_line(*words, "--data", config.data))
+    ignored = ["--ignore", *map(str, config.ignore)] if config.ignore else []
+    reading = reading_flags(config) if "train" in splits else []
+    say("next", command_line(*words, "--data", config.data, *ignored, *reading))
 
 
-def open_both(data: str, layout: Layout | None) -> tuple[dict[str, Dataset], list[str]]:
+def reading_flags(config: CheckConfig) -> list[str]:
+    """The flags by which training reads the files as this check did."""
+    flags = ["--intensity", *config.intensity] if config.intensity != ("data",) else []
+    flags += ["--bands", *map(str, config.bands)] if config.bands else []
+    return flags + (["--pages", config.pages] if config.pages != "1" else [])
+
+
+def open_both(config: CheckConfig, layout: Layout | None) -> tuple[dict[str, Dataset], list[str]]:
     """("train" and "val", where they differ and as far as a run would open them; why one is missing). UserError when
     neither opens."""
     from .datasets import open_dataset, open_splits
+    from .datasets.reading import PLAIN
+    from .datasets.survey import settle, settled
+
+    reading = PLAIN.changed(config.intensity, config.bands, config.pages)
 
     try:
-        train, val = open_splits(data)
+        train, val = open_splits(config.data, config.ignore)
     except UserError as error:
         with suppress(UserError):
-            return {"val": open_dataset(data, "val")}, [str(error)]
+            return {"val": settled(open_dataset(config.data, "val", config.ignore), reading)[0]}, [str(error)]
         raise
     if val is None and layout is not None:
         val = layout.open("val")  # without labels, but there
+    train, val = settle(train, val, reading)
     if val is not None and val.held_out:
         return {"train": train, "val": val}, []
     return {"train": train}, [NOT_HELD_OUT] if train.labelled else []
 
 
 def tell_classes(labelled: dict[str, Inspection]) -> None:
-    """Print the share of every class in the labels of each split."""
+    """Print what the numbers in the labels mean, and the share of every class in the labels of each split."""
     if not labelled:
         return
-    from .datasets import classes_of
+    import numpy as np
 
-    names = classes_of(next(iter(labelled.values())).dataset)
+    from .datasets import classes_of
+    from .datasets.base import Files
+    from .datasets.inspection import Classes
+
+    dataset = next(iter(labelled.values())).dataset
+    names = classes_of(dataset)
     complete = all(inspection.complete for inspection in labelled.values())
-    where = " and ".join(f"{inspection.labels} labels of {split}" for split, inspection in labelled.items())
-    where = f"all {where}" if complete else f"{where} (a sample)"
-    say("classes", f"{len(names)}; share of the labelled pixels in {where}")
+    labels = {split: inspection.labels for split, inspection in labelled.items()}
+    classes = Classes(
+        dataset, labels, complete, np.sum([inspection.counts for inspection in labelled.values()], axis=0)
+    )
+    for note in dataset.label_notes if isinstance(dataset, Files) else ():
+        say("labels", note)
+    say("classes", classes.line())
     ignored = [inspection.counts[-1] / inspection.counts.sum() for inspection in labelled.values()]
     shares = [*zip(*(inspection.shares() for inspection in labelled.values())), ignored]
     titles = [*(f"{number:3} {name}" for number, name in enumerate(names)), "    not labelled (of all pixels)"]
     rows = [[title, *(f"{share:.2%}" for share in row)] for title, row in zip(titles, shares)]
-    say("", aligned([["", *labelled], *rows]).replace("\n", "\n" + " " * 11))
+    for line in aligned([["", *labelled], *rows]).splitlines():
+        say("", line)
     unseen = [name for name, row in zip(names, shares) if not any(row)]
     if unseen:
         opened = "any label" if complete else "the labels opened"
         say("note", f"{len(unseen)} classes have no pixel in {opened}: {', '.join(unseen)}")
+    classes.require_two()
 
 
 def judge(split: str, inspection: Inspection, measured: bool) -> list[str]:
@@ -205,7 +242,7 @@ def draw(config: CheckConfig, inspection: Inspection) -> None:
 
 
 def say(what: str, line: str) -> None:
-    print(f"{what:11}{line}", flush=True)
+    print(one_line(f"{what:11}{line}"), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from .command import end, load_segmenter, run
 from .config import (
@@ -17,6 +17,7 @@ from .config import (
     CacheLimit,
     Device,
     Folder,
+    Ignored,
     PresetName,
     Resample,
     TrainConfig,
@@ -28,14 +29,19 @@ from .system.fields import Bounds, Group, Value
 from .system.files import write_json
 from .system.outfolder import mark_as_ours
 from .system.sizes import parse_size
+from .system.terminal import one_line
 
 if TYPE_CHECKING:
     import numpy as np
 
     from .datasets import Dataset
+    from .measure.probes import Kind
+    from .measure.scores import Scores
     from .segment.checkpoint import Checkpoint
     from .segment.segmenter import Segmenter
     from .system.processes import Processes
+
+PROBES = {"linear": "linear map", "neighbours": "20 nearest neighbours"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +53,8 @@ class EvaluateConfig:
     data: Annotated[str | None, Value("FOLDER", usual=True)] = None
     """DIR with images/ and labels/, or val/ (else test/) above them; or Cityscapes, COCO-Stuff, Potsdam or PASCAL VOC
     as their owners pack them [the demo's held-out images]."""
+    ignore: Ignored | None = None
+    """Numbers in the label files that count as not labelled [those of training]."""
     groups: Annotated[int | None, Bounds(1, GROUPS)] = None
     """Number of groups, looked up in the tree [the number that training or smooseg choose settled on]."""
     preset: PresetName | None = None
@@ -60,6 +68,9 @@ class EvaluateConfig:
     mirror: bool = True
     """Take each image once, which halves the time, instead of averaging its codes with those of its mirror image as the
     paper does."""
+    probes: bool = False
+    """Also fit a linear map and nearest neighbours on the labels of the training images of --data, on frozen features
+    and on codes, and score them on the held-out ones. They tell poor features from poor groups."""
 
     backbone: Annotated[Backbone | None, Group("features")] = None
     """Needed when the checkpoint was trained on a module:callable [the one that the checkpoint names]."""
@@ -79,6 +90,7 @@ class EvaluateConfig:
 def main(args: Sequence[str], processes: Processes | None = None) -> None:
     config = parse(EvaluateConfig, args, "evaluate")
     from .datasets.images import whole_patches
+    from .datasets.inspection import label_lines
     from .segment.segmenter import pick_device
     from .system.processes import ALONE
 
@@ -87,50 +99,65 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
     segmenter = load_segmenter(
         config.checkpoint, config.backbone, device, config.backbone_precision, groups=config.groups
     )
-    dataset = labelled_images(config.data, segmenter.checkpoint)
+    ignore = segmenter.config.ignore if config.ignore is None else config.ignore
+    dataset = labelled_images(config.data, segmenter.checkpoint, ignore)
+    training = training_images(config, dataset, segmenter.checkpoint, ignore) if config.probes else None
     settings = segmenter.config if config.preset is None else protocol(config.preset, config.data)
     patch = segmenter.backbone.patch
     suits = settings.eval_size or segmenter.backbone.sizes[1]
     size = whole_patches(suits, patch) if config.eval_size is None else config.eval_size
     for note in dataset.notes:
-        print(f"data       {note}")
+        print(one_line(f"data       {note}"))
+    for title, line in label_lines(dataset):
+        print(one_line(f"{title:11}{line}"))
     if config.whole or settings.scale != (FIT,):
+        if config.probes:
+            raise UserError("--probes: measure central squares, not whole images; leave it or --whole out")
         measured = wholes(config, segmenter, dataset, processes)
     else:
         if config.eval_size is None and size != suits:
             print(f"eval_size: {suits} -> {size} pixels, a multiple of the {patch}-pixel patch")
-        measured = central_squares(config, segmenter, dataset, settings.resample, size=size, processes=processes)
+        sets = dataset, training
+        measured = central_squares(config, segmenter, sets, settings.resample, size=size, processes=processes)
     if processes.first:
         report(config, dataset, measured)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """counts: [groups, classes]. size: the short side in pixels where there is one. how: the scale, for people."""
+    """counts: [groups, classes]. size: the short side in pixels where there is one. how: the scale, for people.
+    probes: those of "features" and of "codes", if they were asked for."""
 
     counts: np.ndarray
     images: int
     skipped: list[tuple[str, str]]
     size: int | None
     how: str
+    probes: dict[str, dict[Kind, Scores]] = field(default_factory=dict)
 
 
 def central_squares(
     config: EvaluateConfig,
     segmenter: Segmenter,
-    dataset: Dataset,
+    sets: tuple[Dataset, Dataset | None],
     resample: Resample,
     *,
     size: int,
     processes: Processes,
 ) -> Measured:
-    """Measure on the central squares of all images, from cached features, as the paper does."""
+    """Measure on the central squares of all images, from cached features, as the paper does.
+
+    sets: the images to measure on, and those that probes are fitted on, if any.
+    """
     from .datasets.cutting import Cutting
     from .features.extract import open_or_extract
     from .features.job import FeatureOptions
     from .features.room import require_room
     from .measure.confusion import LabelSquares, head_codes, require_same_rows
+    from .measure.probes import probe
+    from .segment.grouping import Grouping
 
+    dataset, training = sets
     cutting = Cutting(size=size, resample=resample, margin=segmenter.config.margin)
     options = FeatureOptions(
         size=size,
@@ -149,7 +176,13 @@ def central_squares(
         require_same_rows(store, mirrored)
     labels = LabelSquares(dataset, store, cutting, processes)
     counts = labels.confusion(head_codes(segmenter.grouping, store, mirrored), segmenter.grouping.prototypes)
-    return Measured(counts, len(store), store.skipped, size, f"at {size} px")
+    probes = {}
+    if training is not None:
+        fitted_on = LabelSquares(training, open_or_extract(training, segmenter.backbone, options), cutting, processes)
+        head = Grouping(segmenter.grouping.head)
+        views = {"features": lambda squares: squares.store.rows, "codes": lambda s: head_codes(head, s.store)}
+        probes = probe(fitted_on, labels, views)
+    return Measured(counts, len(store), store.skipped, size, f"at {size} px", probes)
 
 
 def wholes(config: EvaluateConfig, segmenter: Segmenter, dataset: Dataset, processes: Processes) -> Measured:
@@ -186,6 +219,7 @@ def report(config: EvaluateConfig, dataset: Dataset, measured: Measured) -> None
         "mirror": config.mirror,
         **{name: scores.as_dict(names) for name, scores in matched.items()},
         "confusion": counts.tolist(),
+        **probes_as_dict(measured, names),
     }
     mark_as_ours(out, "confusion.png")
     write_json(out / "scores.json", summary)
@@ -199,14 +233,51 @@ def report(config: EvaluateConfig, dataset: Dataset, measured: Measured) -> None
         "hungarian one to one (the field's), majority many to one\n"
         f"accuracy {percent(best.accuracy)} %  mIoU {percent(best.miou)} %  (hungarian)"
     )
+    if measured.probes:
+        print("probes     fitted on the labels of the training images; no group is matched to a class:")
+    for view, kinds in measured.probes.items():
+        for kind, scores in kinds.items():
+            name = f"{PROBES[kind]}, {view}"
+            print(f"           {name:30s}  accuracy {percent(scores.accuracy)} %  mIoU {percent(scores.miou)} %")
     print(f"saved {out / 'scores.json'}, {out / 'confusion.png'}")
 
 
-def labelled_images(data: str | None, checkpoint: Checkpoint) -> Dataset:
-    """The held-out images of the folder `data`, or without it those of the demo. UserError when they or their labels
-    are missing."""
+def probes_as_dict(measured: Measured, names: Sequence[str]) -> dict[str, Any]:
+    """For scores.json; empty without probes."""
+    probes = measured.probes.items()
+    return (
+        {"probes": {view: {k: s.as_dict(names) for k, s in kinds.items()} for view, kinds in probes}} if probes else {}
+    )
+
+
+def training_images(
+    config: EvaluateConfig, held_out: Dataset, checkpoint: Checkpoint, ignore: Sequence[int]
+) -> Dataset:
+    """The labelled images that probes are fitted on. UserError without them, or where `held_out` are the same ones."""
     from .datasets import open_dataset
     from .datasets.demo import demo_datasets
+    from .datasets.survey import settled
+
+    if config.data is None:
+        training: Dataset = demo_datasets()[0]
+    else:
+        training, _ = settled(open_dataset(config.data, "train", ignore), checkpoint.reading)
+    if not held_out.held_out or not training.labelled:
+        lacks = "no labels of training images" if held_out.held_out else "no images apart from those to measure on"
+        raise UserError(
+            f"--probes: {held_out.name} has {lacks}; give DIR/train and DIR/val, each with images and labels"
+        )
+    if training.class_names != held_out.class_names:
+        raise UserError(f"--probes: the training images of {held_out.name} have other classes than the held-out ones")
+    return training
+
+
+def labelled_images(data: str | None, checkpoint: Checkpoint, ignore: Sequence[int]) -> Dataset:
+    """The held-out images of the folder `data`, or without it those of the demo. UserError when they or their labels
+    are missing. ignore: numbers in the labels that count as not labelled."""
+    from .datasets import open_dataset
+    from .datasets.demo import demo_datasets
+    from .datasets.survey import settled
 
     if data is None:
         config = checkpoint.config
@@ -214,7 +285,7 @@ def labelled_images(data: str | None, checkpoint: Checkpoint) -> Dataset:
         if config.preset != "demo" or config.data is not None or checkpoint.class_names is None:
             raise UserError("--data: missing; the checkpoint is not of the demo: give a folder with images/ and labels")
         return demo_datasets()[1]
-    dataset = open_dataset(data, "val")
+    dataset, _ = settled(open_dataset(data, "val", ignore), checkpoint.reading)
     if not dataset.labelled:
         found = "has no labels" + "".join(f" ({note})" for note in dataset.notes)
         raise UserError(f"--data {data}: {found}; evaluation needs DIR/images and DIR/labels, prediction needs none")

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from .command import end, load_segmenter, run
-from .config import FIT, GROUPS, Backbone, BackbonePrecision, Device, legal_scales
+from .config import FIT, GROUPS, Backbone, BackbonePrecision, Device, distinct, legal_scales
 from .errors import UserError
 from .system.commandline import parse
 from .system.fields import Bounds, Group, Value
 from .system.files import write_json
+from .system.readingflags import Bands, Intensity, Pages
 from .system.signals import Interrupted
 
 if TYPE_CHECKING:
     from .segment.segmenter import Segmenter
-    from .show.predictions import Item, Outcome, Predictions
+    from .show.predictions import Item, Outcome, Predictions, Shares
     from .system.processes import Processes
 
 
@@ -30,14 +32,22 @@ class PredictConfig:
     """An image, or a folder of images in any nesting."""
     checkpoint: Annotated[str, Value("FILE")]
     """The checkpoint.safetensors that training wrote, or a published SmooSeg .ckpt."""
-    groups: Annotated[int | None, Bounds(1, GROUPS)] = None
-    """Number of groups, looked up in the tree [the number that training or smooseg choose settled on]."""
+    groups: Annotated[tuple[int, ...] | None, Bounds(1, GROUPS), distinct] = None
+    """Number of groups, looked up in the tree [the number that training or smooseg choose settled on]. Several, as in
+    --groups 4 8 16, take one pass of the backbone, and each has a folder groups_N in --out."""
     short_side: Annotated[int | None, Bounds(1, 1 << 16, " pixels")] = None
     """Size in pixels to which the short side of an image is brought before features are taken [the checkpoint's];
     larger sees finer detail."""
     scale: Annotated[tuple[str, ...] | None, Value("SCALE"), legal_scales] = None
     """Scale at which images are seen, as in training [the checkpoint's]: fit, native, or a factor of height and width;
     as many as the checkpoint was trained at. All but fit are segmented in tiles."""
+    intensity: Intensity | None = None
+    """Values that become black and white, in images of more than 8 bits [the checkpoint's]: LOW HIGH; or data for one
+    range for these images, or image for one for each."""
+    bands: Bands | None = None
+    """Bands to show as red, green and blue, e.g. 4 3 2, or one as grey [the checkpoint's]."""
+    pages: Pages | None = None
+    """Page of a stack (TIFF, WebP) to read; all segments every page [the checkpoint's]."""
     mirror: bool = True
     """Take each image once, which halves the time, instead of averaging its codes with those of its mirror image as the
     paper does."""
@@ -57,29 +67,45 @@ class PredictConfig:
 def main(args: Sequence[str], processes: Processes | None = None) -> None:
     config = parse(PredictConfig, args, "predict")
     from .segment.segmenter import pick_device
-    from .show.predictions import Predictions, items_below, segment
+    from .show.predictions import Predictions, items_below, look_at, segment
     from .system.processes import ALONE
     from .system.progress import announced
 
     processes = processes or ALONE
     device = processes.device(pick_device(config.device))
-    segmenter = load_segmenter(
-        config.checkpoint, config.backbone, device, config.backbone_precision, groups=config.groups
-    )
+    first, *others = config.groups or (None,)
+    segmenter = load_segmenter(config.checkpoint, config.backbone, device, config.backbone_precision, groups=first)
+    cuts = [segmenter, *map(segmenter.at, others)]
     root, out = Path(config.images).expanduser(), Path(config.out).expanduser()
     with announced(f"listing    the images in {root}"):
         items = items_below(root) if processes.first else []
-    folder = Predictions(out, settings(config, segmenter), processes)
-    with announced(f"checking   which of {len(items)} images are done"):
-        done = {item.name: shares for item in items if (shares := folder.shares(item)) is not None}
-    items, done = processes.all((items, done))[0]
-    if done:
-        print(f"{len(done)} of {len(items)} images are done in {out}, by this checkpoint and with these settings")
-    with folder.claimed():
+    read = segmenter.checkpoint.reading.changed(config.intensity, config.bands, config.pages)
+    items, read = processes.all(look_at(items, read) if processes.first else ([], read))[0]
+    for cut in cuts:
+        cut.checkpoint.reading = read
+    folders = {
+        cut.groups: Predictions(folder_of(out, cut.groups, many=bool(others)), settings(config, cut), processes)
+        for cut in cuts
+    }
+    with ExitStack() as stack:
+        for folder in folders.values():
+            stack.enter_context(folder.claimed())
+        with announced(f"checking   which of {len(items)} images are done"):
+            done = [folder.done(items) if processes.first else {} for folder in folders.values()]
+        items, done = processes.all((items, done))[0]
+        for folder, names in zip(folders.values(), done):
+            if names:
+                where = f"in {folder.path}, by this checkpoint and with these settings"
+                print(f"{len(names)} of {len(items)} images are done {where}")
         options = {"mirror": config.mirror, "short_side": config.short_side, "scale": config.scale}
-        outcome = segment(segmenter, items, done, folder, **options)
+        outcome = segment(segmenter, items, folders, done, **options)
         if processes.first:
-            finish(segmenter, config, items, folder, outcome)
+            finish(config, cuts, items, list(folders.values()), outcome)
+
+
+def folder_of(out: Path, groups: int, many: bool) -> Path:
+    """Where the masks of a number of groups go: `out`, or a folder in it where there are several numbers."""
+    return out / f"groups_{groups}" if many else out
 
 
 def settings(config: PredictConfig, segmenter: Segmenter) -> dict[str, Any]:
@@ -88,6 +114,7 @@ def settings(config: PredictConfig, segmenter: Segmenter) -> dict[str, Any]:
     return {
         "checkpoint": f"step {segmenter.checkpoint.step}, {segmenter.digest[:16]}",
         "backbone": segmenter.backbone.digest[:16],
+        "reading": str(segmenter.checkpoint.reading),
         "mirror": config.mirror,
         "scale": list(cutting.scale),
         "short_side": cutting.size if cutting.scale == (FIT,) else None,
@@ -95,34 +122,56 @@ def settings(config: PredictConfig, segmenter: Segmenter) -> dict[str, Any]:
 
 
 def finish(
-    segmenter: Segmenter, config: PredictConfig, items: Sequence[Item], folder: Predictions, outcome: Outcome
+    config: PredictConfig,
+    cuts: Sequence[Segmenter],
+    items: Sequence[Item],
+    folders: Sequence[Predictions],
+    outcome: Outcome,
 ) -> None:
-    """Write the shares and the sheet of all images that are done, and say how it went."""
-    from .show.predictions import MASKS, OVERLAYS, SHARES, SHEET, draw_sheet, mean_shares
-    from .system.progress import announced
+    """Write the shares and the sheet of all images that are done, at each number of groups, and say how it went."""
+    from .show.predictions import MASKS, OVERLAYS, SHARES, SHEET
 
     skipped = {item.name: outcome.skipped[item.name].reason for item in items if item.name in outcome.skipped}
-    images = {item.name: outcome.shares[item.name] for item in items if item.name in outcome.shares}
-    if not images and outcome.signal is not None:
+    done = [item for item in items if any(item.name in shares for shares in outcome.shares)]
+    if not done and outcome.signal is not None:
         raise Interrupted(outcome.signal, "no image was done yet")
-    if not images:
+    if not done:
         name, reason = next(iter(skipped.items()))
         raise UserError(
             f"--images {Path(config.images).expanduser()}: none of the {len(items)} images can be used "
             f"(first: {name}: {reason}); give images that open"
         )
-    out, mean = folder.path, mean_shares(images.values())
-    model = {"checkpoint": config.checkpoint, **segmenter.about()}
-    summary = {"groups": segmenter.groups, "mean": mean, "images": images, "skipped": skipped, "model": model}
-    write_json(out / SHARES, summary)
-    with announced("drawing    the sheet"):
-        draw_sheet(folder, [item for item in items if item.name in images], mean)
-    count = f"{len(images)} of {len(items)} images" + (f", {len(skipped)} could not be used" if skipped else "")
+    for segmenter, folder, shares in zip(cuts, folders, outcome.shares):
+        model = {"checkpoint": config.checkpoint, **segmenter.about()}
+        more = {"skipped": skipped, "model": model}
+        write_summary(folder, segmenter, items, shares, more)
+    count = f"{len(done)} of {len(items)} images" + (f", {len(skipped)} could not be used" if skipped else "")
     if outcome.signal is not None:
-        raise Interrupted(outcome.signal, f"{count} are done, in {out}")
+        raise Interrupted(outcome.signal, f"{count} are done, in {Path(config.out).expanduser()}")
     print(f"segmented {count}")
-    print(f"masks {out / MASKS}, overlays {out / OVERLAYS}, shares of each group {out / SHARES}")
-    print(f"look at {out / SHEET}")
+    for folder in folders:
+        out = folder.path
+        print(f"masks {out / MASKS}, overlays {out / OVERLAYS}, shares of each group {out / SHARES}")
+        print(f"look at {out / SHEET}")
+
+
+def write_summary(
+    folder: Predictions,
+    segmenter: Segmenter,
+    items: Sequence[Item],
+    shares: Mapping[str, Shares],
+    more: Mapping[str, Any],
+) -> None:
+    """Write the shares of all images that are done, and their sheet; none where a stop came before the first image."""
+    from .show.predictions import SHARES, draw_sheet, mean_shares
+    from .system.progress import announced
+
+    images = {item.name: shares[item.name] for item in items if item.name in shares}
+    if images:
+        mean = mean_shares(images.values())
+        write_json(folder.path / SHARES, {"groups": segmenter.groups, "mean": mean, "images": images, **more})
+        with announced("drawing    the sheet"):
+            draw_sheet(folder, [item for item in items if item.name in images], mean, segmenter.checkpoint.reading)
 
 
 if __name__ == "__main__":

@@ -31,10 +31,11 @@ from .system.commandline import command_line, parse
 from .system.fields import Bounds, Group, Value, flag
 from .system.files import write_json
 from .system.outfolder import mark_as_ours
+from .system.readingflags import Bands, Intensity, Pages
 
 PICTURE, RECORD = "similarity.png", "similarity.json"
 SQUARES = ("size", "crops", "scale", "margin", "resample")
-LEARNING = ("backbone", *SQUARES, "granularity", "threshold_within", "threshold_across")
+LEARNING = ("backbone", *SQUARES, "intensity", "bands", "pages", "granularity", "threshold_within", "threshold_across")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,12 @@ class SimilarityConfig:
     """Pixels of context on every side of a square, as for training."""
     resample: Resample | None = None
     """How images are resized."""
+    intensity: Intensity | None = None
+    """Values that become black and white in images of more than 8 bits, as for training: data, image, or LOW HIGH."""
+    bands: Bands | None = None
+    """Bands to show as red, green and blue, or one as grey, as for training."""
+    pages: Pages | None = None
+    """Page of a stack to read, or all, as for training."""
 
     backbone: Annotated[Backbone | None, Group("features")] = None
     """Frozen features, as for training: smooseg backbones lists them [those of the checkpoint or the preset]."""
@@ -114,6 +121,8 @@ def main(args: Sequence[str]) -> None:
     config = dataclasses.replace(request, backbone=name, size=size, crops=request.grid_crops)
     how = f"backbone {config.backbone}, {size} px, crops {config.crops}, scale {' '.join(config.scale)}"
     print(f"smooseg_fast: {dataset.name} ({len(dataset)} images), {how}")
+    for note in dataset.notes:
+        print(f"data       {note}")
     squares = {name: getattr(config, name) for name in SQUARES}
     options = FeatureOptions(**squares, cache=asked.cache)
     store = open_or_extract(dataset, backbone, options)

@@ -71,7 +71,11 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
             print(f"run {number} of {len(configs)}: {name}", flush=True)
         learn(learnt, *datasets_of(learnt), out=out / name, progress=True, say=lambda line: None, processes=processes)
         if processes.first:
-            rows += rows_of(learnt, runs[name], json.loads((out / name / REPORT).read_text(encoding="utf-8")))
+            report = out / name / REPORT
+            try:
+                rows += rows_of(learnt, runs[name], json.loads(report.read_text(encoding="utf-8")))
+            except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+                raise UserError(f"{report}: damaged; remove it, and the same command writes it again") from error
     if processes.first:
         means = summary(rows, list(values))
         mark_as_ours(out, PICTURE)

@@ -17,6 +17,7 @@ from .errors import UserError
 from .system.commandline import HELP, command_line, parser_of, read
 from .system.fields import flag
 from .system.outfolder import HoldsAnotherRun
+from .system.terminal import one_line
 
 if TYPE_CHECKING:
     from .datasets import Dataset
@@ -59,7 +60,7 @@ def tell_next(config: TrainConfig, segmenter: Segmenter, dataset: Dataset, out: 
     if checkpoint.fine is not None:
         another = now + 2 if now + 2 <= checkpoint.fine.most else max(1, now - 1)
         other = command_line("choose", "--run", str(out), "--groups", str(another))
-        print(f"choose     look at {out / TREE}; there are {now} groups, and others at once by: {other}")
+        print(f"choose     {out / TREE} shows how the {now} groups split and merge; another number, at once: {other}")
         if now != checkpoint.trained:  # chosen since, so in a folder of its own
             predictions = out / f"predictions_{now}"
     print("next       " + predict_command(out / CHECKPOINT, images, predictions, segmenter.config.backbone))
@@ -77,7 +78,7 @@ def write_samples(dataset: Dataset, folder: Path) -> None:
 
 def say(line: str) -> None:
     """Print above the progress bar, and not through it."""
-    tqdm.write(line)
+    tqdm.write(one_line(line))
     sys.stdout.flush()
 
 

@@ -5,22 +5,40 @@ MOMENTS is JSON, one entry for each process that is killed: [name, n], right bef
 name would be put in its place; or a share (0 to 1) of the time that an undisturbed run takes, which is then made first,
 in the folder `undisturbed`. Each run is a fork of this process, so that PyTorch is imported once. Prints how each was
 ended.
+
+python tests/killed.py KILLS [SEED]: as many kills at random moments of commands on a few small pictures: train, choose
+and predict in turn. After each kill the same command runs to its end, and what it leaves must be the files of commands
+that nobody killed, byte for byte, and no temporary file. The exit code is 1 where it is not.
 """
 
 import json
 import os
+import random
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-from smooseg_fast import train
+from textures import make_photos
+
+from smooseg_fast import choose, predict, train
 from smooseg_fast.command import run
 from smooseg_fast.learn import trainer  # noqa: F401  # commands import it late, and every fork would again
 from smooseg_fast.show import charts, sheet  # noqa: F401
 
+TINY = ["--size", "64", "--eval-size", "64", "--steps", "30", "--batch-size", "2", "--patches", "16"]
+TINY += ["--log-every", "2", "--checkpoint-every", "3", "--prototypes", "6", "--granularity", "0", "0.1"]
+TINY += ["--backbone", "filterbank"]
+COMMANDS = {
+    "train": (train.main, ["--data", "photos", "--out", "out", *TINY]),
+    "choose": (choose.main, ["--run", "out", "--groups", "3"]),
+    "predict": (predict.main, ["--checkpoint", "out/checkpoint.safetensors", "--images", "photos", "--out", "made"]),
+}
 
-def start(args, before=None):
+
+def start(args, before=None, command=train.main):
     child = os.fork()
     if child:
         return child
@@ -33,7 +51,7 @@ def start(args, before=None):
         replace(temporary, path)
 
     os.replace = kill
-    code = run(train.main, args)
+    code = run(command, args)
     sys.stdout.flush()
     os._exit(code)
 
@@ -64,5 +82,50 @@ def main(moments, args):
     print("ended", json.dumps(codes))
 
 
+def content(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+def many(kills, seed):
+    """-> how many commands left other files than those that nobody killed."""
+    sys.stdout, printed = open(os.devnull, "w"), sys.stdout
+    sys.stderr, rng, wrong = sys.stdout, random.Random(seed), 0
+    with tempfile.TemporaryDirectory() as place:
+        os.environ["XDG_CACHE_HOME"] = f"{place}/cache"
+        os.chdir(place)
+        make_photos(Path("photos"))
+        before, expected, seconds = {}, {}, {}
+        for name, (command, args) in COMMANDS.items():
+            before[name] = f"before {name}"
+            Path(before[name]).mkdir()
+            for folder in filter(os.path.exists, ("out", "made", "cache")):
+                shutil.copytree(folder, f"{before[name]}/{folder}")
+            began = time.perf_counter()
+            assert ended(start(args, command=command)) == 0
+            seconds[name] = time.perf_counter() - began
+            expected[name] = [content(folder) for folder in ("out", "made", "cache")]
+        for number in range(kills):
+            name = list(COMMANDS)[number % len(COMMANDS)]
+            command, args = COMMANDS[name]
+            for folder in ("out", "made", "cache"):
+                shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(before[name], ".", dirs_exist_ok=True)
+            child = start(args, command=command)
+            time.sleep(rng.uniform(0, seconds[name]))
+            os.kill(child, signal.SIGKILL)
+            killed, code = ended(child), ended(start(args, command=command))
+            same = [content(folder) for folder in ("out", "made", "cache")] == expected[name]
+            wrong += not same or code != 0
+            print(
+                f"{number} {name}: killed ({killed}), rerun {code}; {'same' if same else 'OTHER'}",
+                file=printed,
+                flush=True,
+            )
+    print(f"{kills} kills, {wrong} wrong", file=printed)
+    return wrong
+
+
 if __name__ == "__main__":
+    if sys.argv[1].isdecimal():
+        sys.exit(int(bool(many(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0))))
     main(json.loads(sys.argv[1]), sys.argv[2:])

@@ -45,7 +45,7 @@ def test_a_replay_reads_the_draws_of_its_step(monkeypatch, features, resident, s
     """Over the borders of two blocks, after jumps and from the middle of a run."""
     (captured, graphs), numbers = ({}, play_graphs_on_the_cpu(monkeypatch)), [*range(60, 133), 7, 8, 200, 2, 1]
 
-    def read(heads, optimizer, source, draws, *_):
+    def read(heads, optimizer, source, draws, *_, **options):
         captured.update(draws=draws, batch=chosen(source, draws))
 
     monkeypatch.setattr(loops, "train_step", read)
@@ -64,7 +64,7 @@ def test_a_replay_reads_the_draws_of_its_step(monkeypatch, features, resident, s
 def test_a_graph_that_is_replayed_alone_stays_in_the_block(monkeypatch, features):
     """A benchmark does so, to time a step without work of the host."""
     captured, graphs = {}, play_graphs_on_the_cpu(monkeypatch)
-    monkeypatch.setattr(loops, "train_step", lambda *args: captured.update(draws=args[3]))
+    monkeypatch.setattr(loops, "train_step", lambda *args, **_: captured.update(draws=args[3]))
     loop, schedule = loop_of(features), Schedule(N, B, data_seed=5)
     loop.step(0)
     for number in range(1, 130):
@@ -182,11 +182,11 @@ def failing(monkeypatch, error, at=loops.WARM_UP_STEPS):
     play_graphs_on_the_cpu(monkeypatch)
     step, calls = loops.train_step, []
 
-    def fail(*args):
+    def fail(*args, **options):
         calls.append(0)
         if len(calls) == at + 1:
             raise error
-        return step(*args)
+        return step(*args, **options)
 
     @contextlib.contextmanager
     def capture(graph):

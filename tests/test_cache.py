@@ -1,5 +1,6 @@
 """The cache as a whole: who may use what at once, what is looked at, listed, removed and made room for."""
 
+import errno
 import json
 import os
 import re
@@ -229,6 +230,20 @@ def test_a_large_finished_store_is_opened_by_its_headers(photos, tmp_path, undis
     assert backbone.calls == CALLS[2]
     assert content(home) == undisturbed
     assert call("verify", victim.parent.name[:5], "--cache", home) == 0
+
+
+def test_verify_tells_of_damage_that_it_may_not_remove(photos, tmp_path, undisturbed, monkeypatch, capsys):  # noqa: F811
+    victim = shards(tmp_path / "undisturbed")[1]
+    flip(victim)
+
+    def refused(path, **options):
+        raise PermissionError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    assert call("verify", "--cache", tmp_path / "undisturbed") == 2
+    out, err = capsys.readouterr()
+    assert f"cannot be removed: {victim} (Read-only file system)" in out
+    assert "1 of 1 damaged files cannot be removed; remove them as the user who owns them" in err
 
 
 def test_all_of_an_unfinished_store_is_looked_at(photos, tmp_path, undisturbed, monkeypatch, capsys):  # noqa: F811

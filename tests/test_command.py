@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import shtab
+import torch
 
 import smooseg_fast
 from smooseg_fast import __main__ as smooseg
@@ -21,6 +22,7 @@ from smooseg_fast.config import PRESETS, TrainConfig, preset, with_changes
 from smooseg_fast.errors import UserError, WriteError
 from smooseg_fast.learn.runfolder import RunFolder
 from smooseg_fast.predict import PredictConfig
+from smooseg_fast.segment.kmeans import spherical_kmeans
 from smooseg_fast.system.commandline import MODULES, command_line, parse, parser_of, read, starter
 from smooseg_fast.system.fields import check_fields, fields_of, helps_of
 from smooseg_fast.system.signals import Interrupted
@@ -217,12 +219,16 @@ def test_next_and_resume_are_commands_of_smooseg(monkeypatch, capsys):
 # a legal value of every setting that is not the default of any preset
 OTHER = {
     "data": "photos",
+    "ignore": "0 7",
     "preset": "cityscapes",
     "size": "64",
     "eval_size": "72",
     "crops": "center",
     "resample": "bilinear",
     "scale": "0.5 0.25",
+    "intensity": "image",
+    "bands": "4 3 2",
+    "pages": "all",
     "margin": "24",
     "backbone": "facebook/dino-vits16",
     "backbone_precision": "float16",
@@ -387,7 +393,7 @@ IN_PYTHON = [
     (dict(steps=-1), "--steps: must be at least 0, got -1"),
     (dict(steps=2.0), "--steps: must be a whole number, got 2.0"),
     (dict(steps=True), "--steps: must be a whole number, got True"),
-    (dict(steps=None), "--steps: must be a whole number, got None"),
+    (dict(batch_size=None), "--batch-size: must be a whole number, got None"),
     (dict(temperature="hot"), "--temperature: must be a number, got 'hot'"),
     (dict(granularity=["a"]), "--granularity: must be "),
     (dict(granularity="0.1"), "--granularity: must be "),
@@ -395,7 +401,7 @@ IN_PYTHON = [
     (dict(deterministic=1), "--deterministic: must be True or False, got 1"),
     (dict(crops=None), "--crops: must be text, got None"),
     (dict(granularty=0.1), "granularty: is not a setting; did you mean granularity"),
-    (dict(qqq=0.1), "qqq: is not a setting; known are data, preset,"),
+    (dict(qqq=0.1), "qqq: is not a setting; known are data, preset, ignore,"),
 ]
 
 
@@ -414,6 +420,29 @@ def test_presets_are_legal_and_named():
         preset("x")
 
 
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--cache", ""], "--cache: is empty; give a folder, or leave it out"),
+        (["--data", "in\0x"], "--data: holds a NUL character"),
+        (["--granularity", "-1e308"], "--granularity: must be between -2 and 2, got -1e+308"),
+        (["--heads", "100000"], "--heads: must be at most 1,000, got 100000"),
+        (["--code-dim", "1000000000"], "--code-dim: must be at most 4,096, got 1000000000"),
+        (["--device", "meta", "--data", "in", "--backbone", "filterbank"], "--device meta: cannot be used here ("),
+    ],
+)
+def test_values_that_no_run_can_have(folder, capsys, words, line):
+    Path("in").symlink_to(folder)
+    assert run(train.main, ["--out", "out", *words]) == 2
+    assert f"error: {line}" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+def test_any_legal_seed_draws():
+    rows = torch.nn.functional.normalize(torch.randn(20, 3, generator=torch.Generator().manual_seed(0)), dim=1)
+    assert len(spherical_kmeans(rows, 2, starts=4, seed=2**63 - 1).centres) == 2
+
+
 # help
 
 
@@ -424,8 +453,10 @@ def test_help_shows_groups_choices_ranges_and_the_defaults_of_the_preset(monkeyp
     titles = [line for line in shown.splitlines() if line and line[0].islower()][1:]
     assert titles == ["options:", "data:", "features:", "learning:", "output:"]
     assert "  --impl {auto,triton,torch,dense}\n" in shown
-    assert re.search(r"--prototypes N .*(\n +.*)+ \(2 to 255\)\s+\[27\]", shown)
-    assert re.search(r"--steps N +Optimiser steps. \(at least 1\) \[8000\]", shown)
+    words = " ".join(shown.split())
+    assert "--prototypes N Number of fine groups" in words
+    assert "16 without labels]. (2 to 255) [27] --groups N" in words
+    assert "where they hurt. (at least 0) [8000] --batch-size N" in words
     assert "Seed of the initial weights. (at least 0) [0]" in shown
     assert "  --deterministic  " in shown
 
@@ -475,7 +506,17 @@ def test_completion_in_bash(tmp_path):
         "tr": {"train"},
         "cache ": {"ls", "rm", "verify"},
         "cache rm --o": {"--older"},
-        "data check --": {"--sample", "--pictures", "--backbone", "--device", "--help"},
+        "data check --": {
+            "--ignore",
+            "--intensity",
+            "--bands",
+            "--pages",
+            "--sample",
+            "--pictures",
+            "--backbone",
+            "--device",
+            "--help",
+        },
         "train --impl ": {"auto", "triton", "torch", "dense"},
         "train --impl tr": {"triton"},
         "train --data photos --granul": {"--granularity"},
@@ -512,7 +553,15 @@ def test_completion_knows_every_flag_in_every_shell(shell, prefix, capsys):
     for settings in completion.SETTINGS.values():
         for field in fields_of(settings).values():
             for flag in field.flags:
-                nothing_new = ("--mirror", "--measure", "--no-deterministic", "--no-verbose", "--no-all", "--no-whole")
+                nothing_new = (
+                    "--mirror",
+                    "--measure",
+                    "--no-deterministic",
+                    "--no-verbose",
+                    "--no-all",
+                    "--no-whole",
+                    "--no-probes",
+                )
                 if flag not in nothing_new:
                     assert re.search(rf"[\s\"'(]{prefix}{flag[2:]}\b(?!-)", script), flag
 

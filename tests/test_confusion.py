@@ -32,6 +32,8 @@ def test_every_pixel_of_every_image_counts(count):
         class_names=kinds,
         grid=(GRID, GRID),
         label=lambda index: truth[index],
+        marked=lambda row: False,
+        valid=lambda rows: None,
     )
 
     prototypes = torch.eye(K)

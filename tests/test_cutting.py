@@ -16,7 +16,8 @@ from smooseg_fast.backbones.base import Backbone
 from smooseg_fast.config import TrainConfig, preset, with_changes
 from smooseg_fast.datasets import cutting, open_dataset
 from smooseg_fast.datasets.cutting import TILES, TILES_OF_AN_IMAGE, Cutting, starts, tiles_of_an_image
-from smooseg_fast.datasets.images import cut_squares
+from smooseg_fast.datasets.images import cut_squares, resize_short_side
+from smooseg_fast.datasets.reading import Picture
 from smooseg_fast.errors import UserError
 from smooseg_fast.features.extract import open_or_extract
 from smooseg_fast.features.job import TILES_BYTES, FeatureOptions, Job
@@ -48,8 +49,10 @@ class Means(Backbone):
 @pytest.mark.parametrize("resample", ["nearest", "bilinear"])
 def test_fit_without_a_margin_cuts_what_it_always_has(crops, resample):
     image = noise(33, 71)
-    cut = Cutting(size=16, crops=crops, resample=resample).squares(image)
-    for (place, [square]), (expected_place, expected) in zip(cut, cut_squares(image, 16, crops, resample), strict=True):
+    cut = Cutting(size=16, crops=crops, resample=resample).squares(Picture(image))
+    for (place, [square], _), (expected_place, expected) in zip(
+        cut, cut_squares(image, 16, crops, resample), strict=True
+    ):
         assert place == expected_place
         np.testing.assert_array_equal(square, expected)
 
@@ -58,8 +61,8 @@ def test_fit_without_a_margin_cuts_what_it_always_has(crops, resample):
 @pytest.mark.parametrize("shape", [(33, 71), (71, 33), (40, 40)])
 def test_a_margin_surrounds_the_same_squares(crops, shape):
     image = noise(*shape)
-    plain, wide = (Cutting(size=16, crops=crops, margin=margin).squares(image) for margin in (0, 8))
-    for (place, [square]), (same, [around]) in zip(plain, wide, strict=True):
+    plain, wide = (Cutting(size=16, crops=crops, margin=margin).squares(Picture(image)) for margin in (0, 8))
+    for (place, [square], _), (same, [around], _) in zip(plain, wide, strict=True):
         assert place == same
         assert around.shape == (32, 32, 3)
         np.testing.assert_array_equal(around[8:-8, 8:-8], square)
@@ -67,7 +70,8 @@ def test_a_margin_surrounds_the_same_squares(crops, shape):
 
 def test_the_margin_is_real_where_the_image_goes_on_and_mirrored_where_it_ends():
     image = noise(64, 64)
-    cut = dict(Cutting(size=16, crops="tiles", scale=("native",), margin=8).squares(image))
+    cutting = Cutting(size=16, crops="tiles", scale=("native",), margin=8)
+    cut = {place: pixels for place, pixels, _ in cutting.squares(Picture(image))}
     np.testing.assert_array_equal(cut[16, 32][0], image[8:40, 24:56])
     np.testing.assert_array_equal(cut[0, 0][0], np.pad(image, ((8, 0), (8, 0), (0, 0)), mode="symmetric")[:32, :32])
 
@@ -113,7 +117,7 @@ def test_truth_lies_under_its_square():
         Cutting(size=16, crops="center"),
     ):
         margin = way.margin
-        for place, stack in way.squares(np.repeat(label[..., None], 3, 2)):
+        for place, stack, _ in way.squares(Picture(np.repeat(label[..., None], 3, 2))):
             inner = stack[0, margin : margin + 16, margin : margin + 16, 0]
             np.testing.assert_array_equal(way.truth(label, place), inner)
 
@@ -155,7 +159,7 @@ def test_a_large_scan_is_never_resized_as_a_whole():
     image = np.zeros((4000, 4000, 3), np.uint8)
     cutting = Cutting(size=64, crops="tiles", resample="bilinear", scale=("0.9", "0.45"), margin=16, most=8)
     tracemalloc.start()
-    squares = cutting.squares(image)
+    squares = cutting.squares(Picture(image))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(squares) == 8
@@ -253,7 +257,8 @@ def test_a_store_at_scale_fit_has_the_key_that_it_has_always_had(tmp_path):
     job = Job(open_dataset(tmp_path, "train"), Means(8), FeatureOptions(size=16, progress=False))
     new = ("dataset", "backbone", "scale", "margin", "most")
     deciding = {name: value for name, value in job.describe().items() if name not in new}
-    assert [*deciding][5:] == ["precision", "size", "crops", "resample", "mirror", "batch", "grid", "channels"]
+    names = ["precision", "size", "crops", "resample", "mirror", "reading", "batch", "grid", "channels"]
+    assert sorted([*deciding][5:]) == sorted(names)
     assert job.key() == hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:32]
 
 
@@ -300,3 +305,13 @@ def test_a_sheet_leaves_out_a_scale_that_would_enlarge_every_image_to_fit(monkey
     assert drawn == ["fit", "native", "fit", "native"]
     scales.scales_sheet([np.zeros((80, 80, 3), np.uint8)], ["a"], Means(8), 32)
     assert drawn[4:] == ["fit", "0.5", "native"]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (37, 61), (640, 480), (1080, 1920), (333, 1000), (7, 1501)])
+@pytest.mark.parametrize("side", [1, 8, 63, 224, 601])
+def test_the_nearest_pixels_are_pillows(shape, side):
+    image = np.random.default_rng(side).integers(0, 256, (*shape, 3), np.uint8)
+    height, width = (n * side // min(shape) for n in shape)
+    expected = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST))
+    assert np.array_equal(resize_short_side(image, side), expected)
+    assert np.array_equal(resize_short_side(image[..., 0], side, "bilinear"), expected[..., 0])

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from smooseg_fast.datasets import IGNORE, ArrayDataset, folder, open_dataset, open_splits
+from smooseg_fast.datasets import IGNORE, ArrayDataset, labels, open_dataset, open_splits
 from smooseg_fast.datasets.images import ImageError
 from smooseg_fast.errors import UserError
 
@@ -109,7 +109,8 @@ def test_labels_are_matched_by_relative_path_and_stem(tmp_path):
     write(tmp_path / "labels" / ".z.png", 6)
     data = open_dataset(tmp_path, "train")
     assert data.names == ("x/a.b.jpg", "y/a.b.png", "z.png")
-    assert [None if (label := data.label(i)) is None else int(label[0, 0]) for i in range(3)] == [4, 5, None]
+    assert [None if (label := data.label(i)) is None else int(label[0, 0]) for i in range(3)] == [0, 1, None]
+    assert data.class_names == ("class 4", "class 5")
     assert data.labelled
     assert sum(label is None for label in data.labels) == 1
 
@@ -177,13 +178,15 @@ def test_two_images_of_one_stem_share_their_label(tmp_path):
     write(tmp_path / "images" / "x" / "a.jpg", picture())
     data = open_dataset(tmp_path, "train")
     assert data.names == ("x/a.jpg", "x/a.png")
-    assert (data.label(0) == 3).all()
-    assert (data.label(1) == 3).all()
+    assert data.labels == (tmp_path / "labels" / "x" / "a.png",) * 2
+    assert data.class_names == ("class 3",)
+    assert (data.label(0) == 0).all()
+    assert (data.label(1) == 0).all()
 
 
 def test_labels_that_belong_to_no_image_are_an_error(tmp_path):
     write(tmp_path / "images" / "a.jpg", picture())
-    write(tmp_path / "labels" / "a_mask.png")
+    write(tmp_path / "labels" / "b.png")
     with pytest.raises(UserError, match=r"labels: no label belongs to any image; that of a\.jpg would be a\.png"):
         open_dataset(tmp_path, "train")
 
@@ -226,20 +229,25 @@ def test_a_class_number_above_the_classes_is_named_with_the_file(tmp_path):
         data.label(0)
 
 
-def test_without_classes_txt_the_labels_of_all_splits_are_counted_once_and_said(tmp_path, monkeypatch, capsys):
+def test_without_classes_txt_the_numbers_of_all_splits_are_looked_up_once(tmp_path, monkeypatch, capsys):
     labelled(tmp_path / "train", ["1", "2"], label=4)
     labelled(tmp_path / "val", ["3"], label=6)
     write(tmp_path / "val" / "labels" / "3.png", np.array([[6, 255]], np.uint8))
     write(tmp_path / "val" / "images" / "3.png", picture(size=(1, 2)))
-    train, val = open_dataset(tmp_path, "train"), open_dataset(tmp_path, "val")
-    assert int(train.label(0)[0, 0]) == 4
-    assert capsys.readouterr().err == ""  # reading a label does not need the count
-    assert train.class_names == val.class_names == tuple(f"class {i}" for i in range(7))
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert f"{tmp_path / 'train'}: no classes.txt; 7 classes by the largest number in 3 labels" in err
-    monkeypatch.setattr(folder, "read_label", lambda path: pytest.fail("counted again"))
-    assert len(train.class_names) == 7
+    train, val = open_splits(tmp_path)
+    assert capsys.readouterr() == ("", "")
+    assert train.class_names == val.class_names == ("class 4", "class 6")  # those in use
+    assert (train.label(0) == 0).all()
+    assert val.label(0).tolist() == [[1, IGNORE]]
+    assert open_dataset(tmp_path, "val").label(0).tolist() == [[1, IGNORE]]
+    assert open_dataset(tmp_path / "val", "val").label(0).tolist() == [[1, IGNORE]]  # the split given as the folder
+    assert val.label_notes == (
+        "the labels hold the numbers 4 and 6, which become classes 0 and 1; 5 numbers below 6 in no label",
+        "255 counts as not labelled",
+    )
+    monkeypatch.setattr(labels, "tally", lambda path: pytest.fail("looked up again"))
+    assert len(train.class_names) == 2
+    assert capsys.readouterr() == ("", "")
 
 
 def test_labels_that_are_all_ignored_have_no_classes(tmp_path):

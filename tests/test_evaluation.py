@@ -37,7 +37,15 @@ def made_up_labels(count, size, classes=4, only=None, grid=(4, 4)):
 
     names, kinds = tuple(map(str, range(count))), ("a", "b", "c")  # number 3 counts nowhere
     return Made(
-        name="made", names=names, crops=[(0, 0)] * count, class_names=kinds, grid=grid, label=label, reads=reads
+        name="made",
+        names=names,
+        crops=[(0, 0)] * count,
+        class_names=kinds,
+        grid=grid,
+        label=label,
+        reads=reads,
+        valid=lambda rows: None,
+        marked=lambda row: False,
     )
 
 
@@ -97,15 +105,15 @@ def test_where_nobody_labelled():
 
 def test_features_and_their_mirror_images_of_other_images_are_refused(trained, labelled, monkeypatch, capsys):
     """Memory may have been short, or the network down, while one of them was made."""
-    args, plain = ["--checkpoint", str(trained), "--data", str(labelled)], images.read_image
+    args, plain = ["--checkpoint", str(trained), "--data", str(labelled)], images.read_picture
 
-    def torn(path):
+    def torn(path, *how):
         if path.name == "5.png":
             raise images.ImageError(path, "does not fit into memory")
-        return plain(path)
+        return plain(path, *how)
 
     assert run(evaluate.main, [*args, "--no-mirror", "--eval-size", "56"]) == 0
-    monkeypatch.setattr(base, "read_image", torn)
+    monkeypatch.setattr(base, "read_picture", torn)
     assert run(evaluate.main, [*args, "--eval-size", "56"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: 5.png: is in only one of ")
@@ -113,7 +121,7 @@ def test_features_and_their_mirror_images_of_other_images_are_refused(trained, l
         r"one of (\S+) and (\S+), the features of its image and of its mirror image; remove both", error
     )
     folders = folders.groups()
-    monkeypatch.setattr(base, "read_image", plain)
+    monkeypatch.setattr(base, "read_picture", plain)
     for folder in folders:
         shutil.rmtree(folder)
     assert run(evaluate.main, [*args, "--eval-size", "56"]) == 0

@@ -22,7 +22,7 @@ from smooseg_fast.errors import UserError
 from smooseg_fast.learn import loop
 from smooseg_fast.learn import run as steps
 from smooseg_fast.learn.typical import SIDE, around
-from smooseg_fast.segment.checkpoint import KEY, read_checkpoint
+from smooseg_fast.segment.checkpoint import FORMAT, KEY, read_checkpoint, sealed
 from smooseg_fast.segment.grouping import Grouping
 from smooseg_fast.show.tree import splits_of, tree_picture
 
@@ -65,11 +65,6 @@ def test_a_segmenter_at_other_numbers_of_groups(fine):
             assert (other.grouping.groups[moved] >= groups - (2 if groups - 1 == trained else 1)).all()
             before = other.grouping.groups
     assert segmenter.at(trained).grouping.head is segmenter.checkpoint.head
-    views = segmenter.views(image)  # features of the picture once, for all numbers
-    for groups in (2, most):
-        expected = segmenter.at(groups).predict(image)
-        shared = np.concatenate([*segmenter.at(groups).bands(image, views=views)])
-        np.testing.assert_array_equal(shared, expected)
     heights = segmenter.checkpoint.fine.tree.heights
     assert segmenter.at(cut=float(heights[-1]) - 0.01).groups == 1
     assert segmenter.at(cut=float(heights[-1])).groups == 2
@@ -196,6 +191,38 @@ def test_predict_and_evaluate_take_a_number(trained, labelled, capsys):
     assert "--groups 99: the tree can be cut into 1 to " in capsys.readouterr().err
 
 
+def test_masks_at_several_numbers_in_one_pass(trained, labelled, capsys, monkeypatch):
+    args = ["--checkpoint", str(trained), "--images", str(labelled / "val" / "images")]
+    assert run(predict.main, [*args, "--groups", "3", "--out", "three"]) == 0
+    assert run(predict.main, [*args, "--groups", "2", "3", "5", "--out", "many"]) == 0
+    assert "look at many/groups_5/sheet.jpg" in capsys.readouterr().out
+    masks = [path.relative_to("three") for path in Path("three/masks").rglob("*.png")]
+    assert masks
+    for mask in masks:
+        assert (Path("many/groups_3") / mask).read_bytes() == (Path("three") / mask).read_bytes()
+    for number in (2, 3, 5):
+        assert json.load(open(f"many/groups_{number}/shares.json"))["groups"] == number
+    # what is missing alone is made
+    Path("many/groups_2", masks[0]).unlink()
+    asked = []
+    predict_at = smooseg_fast.Segmenter.predict_at
+    monkeypatch.setattr(
+        smooseg_fast.Segmenter,
+        "predict_at",
+        lambda self, image, numbers, **options: asked.append(numbers) or predict_at(self, image, numbers, **options),
+    )
+    assert run(predict.main, [*args, "--groups", "5", "2", "--out", "many"]) == 0
+    assert asked == [[2]]
+    printed = capsys.readouterr().out
+    assert f"{len(masks)} of {len(masks)} images are done in many/groups_5" in printed
+    assert f"{len(masks) - 1} of {len(masks)} images are done in many/groups_2" in printed
+    assert run(predict.main, [*args, "--groups", "3", "3", "--out", "x"]) == 2
+    assert "error: --groups: give one or more different numbers, got (3, 3)" in capsys.readouterr().err
+    assert run(predict.main, [*args, "--groups", "3", "99", "--out", "x"]) == 2
+    assert "error: --groups 99: the tree can be cut into" in capsys.readouterr().err
+    assert not Path("x").exists()
+
+
 def test_the_report_has_the_tree(fine):
     report, checkpoint = json.load(open("out/report.json")), read_checkpoint("out/checkpoint.safetensors")
     tree = report["tree"]
@@ -211,11 +238,11 @@ def test_a_resumed_run_keeps_its_tree(folder, monkeypatch):
     with monkeypatch.context() as patch:
         step, calls = loop.train_step, []
 
-        def interrupted(*args):
+        def interrupted(*args, **options):
             calls.append(1)
             if len(calls) == 4:
                 signal.raise_signal(signal.SIGINT)
-            return step(*args)
+            return step(*args, **options)
 
         patch.setattr(loop, "train_step", interrupted)
         assert call("--data", folder, "--out", "cut", *FINE) == 130
@@ -242,7 +269,7 @@ def test_a_damaged_tree_is_one_line(fine, name, change, message):
     with safetensors.safe_open(path, "pt") as file:
         header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     tensors[f"fine.{name}"] = change(tensors[f"fine.{name}"])
-    safetensors.torch.save_file(tensors, path, header)
+    safetensors.torch.save_file(tensors, path, {KEY: sealed(json.loads(header[KEY]), tensors)})
     with pytest.raises(UserError, match=message):
         read_checkpoint(path)
 
@@ -253,10 +280,10 @@ def test_a_file_of_an_older_format_and_a_number_that_is_none(fine):
         header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     content = json.loads(header[KEY])
     for change, message in (
-        ({"format": 2}, "format 2, this version reads 3"),
+        ({"format": FORMAT - 1}, f"format {FORMAT - 1}, this version reads {FORMAT}"),
         ({"groups": 77}, "--groups 77: the tree can"),
     ):
-        safetensors.torch.save_file(tensors, path, {KEY: json.dumps(content | change)})
+        safetensors.torch.save_file(tensors, path, {KEY: sealed(content | change, tensors)})
         with pytest.raises(UserError, match=message) as error:
             read_checkpoint(path)
         assert str(error.value).endswith("; copy it again or train again")

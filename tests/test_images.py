@@ -8,22 +8,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from listing import find_images
 from PIL import Image, ImageFile
 
 from smooseg_fast.datasets import images
+from smooseg_fast.datasets.formats import photo_suffixes
 from smooseg_fast.datasets.images import (
-    SUFFIXES,
     ImageError,
     cut_squares,
-    find_images,
     five_windows,
     image_size,
     read_image,
     read_label,
+    read_picture,
     resize_short_side,
     square_offsets,
 )
+from smooseg_fast.datasets.reading import Reading
 from smooseg_fast.errors import UserError
+from smooseg_fast.system.budget import Budget
 from smooseg_fast.system.outfolder import mark_as_ours
 
 LOSSLESS = {"tif": {}, "tiff": {"compression": "tiff_lzw"}, "png": {}, "bmp": {}, "webp": {"lossless": True}}
@@ -59,7 +62,7 @@ def write_png16(path: Path, pixels: np.ndarray) -> None:
 
 
 def test_finds_every_suffix_in_any_nesting_in_the_order_of_relative_paths(tmp_path):
-    wanted = [f"{i}/deep/{i}{suffix}" for i, suffix in enumerate(SUFFIXES)] + ["Z.JPG", "a-b/x.png", "a/x.png"]
+    wanted = [f"{i}/deep/{i}{suffix}" for i, suffix in enumerate(photo_suffixes())] + ["Z.JPG", "a-b/x.png", "a/x.png"]
     for name in [
         *wanted,
         ".hidden.png",
@@ -262,9 +265,12 @@ def test_16_bit_grey_in_the_other_byte_order(tmp_path):
     assert read_image(tmp_path / "x.tif")[0, :, 0].tolist() == [0, 1, 255]
 
 
-def test_16_bit_colour_png_keeps_the_high_byte(tmp_path, colours):
-    write_png16(tmp_path / "x.png", colours.astype(np.uint16) * 256 + 77)
-    np.testing.assert_array_equal(read_image(tmp_path / "x.png"), colours)
+def test_16_bit_colour_png_keeps_both_bytes(tmp_path, colours):
+    deep = colours.astype(np.uint16) + 1000  # in one high byte or two
+    write_png16(tmp_path / "x.png", deep)
+    got = read_picture(tmp_path / "x.png", Reading(intensity=(1000, 1255)))
+    np.testing.assert_array_equal(got.pixels, colours)
+    assert got.valid is None
 
 
 def test_float_and_32_bit_grey_are_stretched_from_their_own_range(tmp_path):
@@ -274,12 +280,14 @@ def test_float_and_32_bit_grey_are_stretched_from_their_own_range(tmp_path):
     Image.fromarray(np.array([[2_000_000_000, 2_000_000_001, 2_000_000_005]], dtype=np.int32)).save(tmp_path / "i.tif")
     assert read_image(tmp_path / "i.tif")[0, :, 1].tolist() == [0, 51, 255]
     Image.fromarray(np.array([[np.nan, 1, 2, np.inf, -np.inf]], dtype=np.float32)).save(tmp_path / "n.tif")
-    assert read_image(tmp_path / "n.tif")[0, :, 2].tolist() == [0, 0, 255, 255, 0]
+    pixels, valid = read_picture(tmp_path / "n.tif")
+    assert pixels[0, :, 2].tolist() == [255, 0, 255, 255, 255]  # white where nothing was measured
+    assert valid[0].tolist() == [False, True, True, False, False]
     Image.fromarray(np.array([[-3e38, 0, 3e38]], dtype=np.float32)).save(tmp_path / "h.tif")
     assert read_image(tmp_path / "h.tif")[0, :, 0].tolist() == [0, 128, 255]
 
 
-@pytest.mark.parametrize("value", [0.0, 7.25, np.nan])
+@pytest.mark.parametrize("value", [0.0, 7.25])
 def test_constant_float_images_are_black(tmp_path, value):
     Image.fromarray(np.full((3, 4), value, np.float32)).save(tmp_path / "x.tif")
     got = read_image(tmp_path / "x.tif")
@@ -318,8 +326,8 @@ def test_exif_orientation_is_applied(tmp_path, suffix, orientation):
 def test_orientation_of_16_bit_grey(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(np.array([[0, 257, 514]], dtype=np.uint16)).save(tmp_path / "x.png", exif=exif)
-    assert read_image(tmp_path / "x.png")[..., 0].tolist() == [[0], [1], [2]]
+    Image.fromarray(np.array([[0, 1, 255]], dtype=np.uint16)).save(tmp_path / "x.png", exif=exif)
+    assert read_image(tmp_path / "x.png")[..., 0].tolist() == [[0], [1], [255]]
 
 
 def test_a_damaged_exif_block_does_not_lose_the_picture(tmp_path):
@@ -532,21 +540,21 @@ def test_images_and_labels_are_cut_at_the_same_places(crops):
             np.testing.assert_array_equal(square[..., 0], mask)
 
 
-@pytest.mark.parametrize(("most", "at_once"), [(63, 1), (64, 4)])
-def test_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch, most, at_once):
+@pytest.mark.parametrize(("limit", "at_once"), [(1, 1), (4 * 64 * images.DECODED_BYTES, 4)])
+def test_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch, limit, at_once):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    inside, meeting, plain = [], threading.Barrier(4), images.as_rgb
+    inside, meeting, plain = [], threading.Barrier(4), images.samples_of
 
-    def decode(image, source):
+    def decode(*image):
         inside.append(1)
         if at_once == 4:
             meeting.wait(timeout=30)  # all are inside together
         assert len(inside) <= at_once
-        pixels = plain(image, source)
+        samples = plain(*image)
         inside.pop()
-        return pixels
+        return samples
 
-    monkeypatch.setattr(images, "LARGE_PIXELS", most)
-    monkeypatch.setattr(images, "as_rgb", decode)
+    monkeypatch.setattr(images, "_decoding", Budget(limit))
+    monkeypatch.setattr(images, "samples_of", decode)
     with ThreadPoolExecutor(4) as pool:
         assert [read.shape for read in pool.map(images.read_image, [tmp_path / "a.png"] * 4)] == [(8, 8, 3)] * 4

@@ -580,6 +580,7 @@ def test_figures_with_labels_are_of_the_evaluation_size(tmp_path):
 
 ANOTHER = {  # every setting that decides the result, as another value than the run's
     "preset": ["potsdam"],
+    "ignore": [3],
     "data": None,  # another folder, made by the test
     "backbone": ["iteration:other_features_of"],
     "size": [SIDE + 8],
@@ -588,6 +589,9 @@ ANOTHER = {  # every setting that decides the result, as another value than the 
     "resample": ["bilinear"],
     "scale": ["0.5"],
     "margin": [8],
+    "intensity": ["image"],
+    "bands": [1],
+    "pages": ["all"],
     "prototypes": [3],
     "groups": None,  # of a tree alone, see test_groups
     "granularity": [0.3],

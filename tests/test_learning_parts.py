@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from smooseg_fast.features.sample import Batch
 from smooseg_fast.learn.loop import Loop
 from smooseg_fast.learn.schedule import Schedule, Settings
 from smooseg_fast.learn.step import PIECE, PiecewiseAdam, make_optimizer, train_step
@@ -275,7 +276,7 @@ def test_health_by_hand():
         head.teacher.copy_(torch.eye(2))
     a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
     images = torch.stack([torch.stack([a, a, a, a]), torch.stack([a, a, b, b])])
-    (state,) = health(Heads([head]), [images[:1], images[1:]])
+    (state,) = health(Heads([head]), [Batch(images[:1]), Batch(images[1:])])
     assert state.shares == pytest.approx((0.75, 0.25))
     whole = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     assert state.perplexity == pytest.approx(math.exp(whole))
@@ -284,7 +285,7 @@ def test_health_by_hand():
     assert state.agreement == 1.0
     with torch.no_grad():
         head.student.copy_(torch.eye(2).flip(0))
-    both = health(Heads([head, Head(2, 2, 2)]), [images])
+    both = health(Heads([head, Head(2, 2, 2)]), [Batch(images)])
     assert both[0].agreement == 0.0
     assert both[1].agreement == 1.0
     assert float(entropy(torch.tensor([1.0, 0.0]))) == 0.0

@@ -110,12 +110,12 @@ def test_tensorboard_after_a_stop_and_a_resume(folder, monkeypatch):
     pytest.importorskip("tensorboard")
     step, calls = loop.train_step, []
 
-    def failing(*args):
+    def failing(*args, **options):
         calls.append(1)
         if len(calls) == 6:
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
-        return step(*args)
+        return step(*args, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train_step", failing)

@@ -7,6 +7,7 @@ import torch
 from test_trainer import SMALL, call, metrics
 
 from smooseg_fast.config import TrainConfig
+from smooseg_fast.features.sample import Batch
 from smooseg_fast.learn import loop, monitors
 from smooseg_fast.learn.monitors import Watch, drifts
 from smooseg_fast.measure.health import Health, Moments, health, unit_rows
@@ -61,7 +62,7 @@ def test_moments_at_the_ends():
 def test_health_has_them_for_every_head():
     features = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(1))
     heads = Heads([Head(5, 4, 8, seed) for seed in (0, 1)])
-    states = health(heads, [features[:2], features[2:]])
+    states = health(heads, [Batch(features[:2]), Batch(features[2:])])
     for state, codes in zip(states, heads.codes(features)):
         labels = (
             torch.nn.functional.normalize(codes, dim=-1) @ torch.nn.functional.normalize(heads.teacher[0], dim=-1).T
@@ -169,8 +170,8 @@ def test_figures_of_every_head_are_in_metrics_report_and_lines(folder, capsys):
 def test_a_collapsed_head_is_named_once_and_the_rest_goes_on(folder, capsys, monkeypatch):
     step = loop.train_step
 
-    def collapsing(heads, *args):
-        losses = step(heads, *args)
+    def collapsing(heads, *args, **options):
+        losses = step(heads, *args, **options)
         with torch.no_grad():
             heads.teacher[0] = heads.teacher[0, :1]
         return losses
@@ -213,10 +214,10 @@ def test_a_run_that_drift_stopped_stays_stopped_when_its_end_is_made_again(folde
 def test_a_broken_head_is_left_out_also_after_a_resume(folder, capsys, monkeypatch):
     step = loop.train_step
 
-    def breaking(heads, *args):
+    def breaking(heads, *args, **options):
         with torch.no_grad():
             heads.student[0] = float("nan")
-        return step(heads, *args)
+        return step(heads, *args, **options)
 
     args = ["--data", folder, "--out", "out", *SMALL, "--granularity", "0.1", "0.2", "--prototypes", "3"]
     with monkeypatch.context() as patch:

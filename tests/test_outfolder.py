@@ -2,14 +2,16 @@
 
 import json
 import os
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
+from listing import find_images
 
 from smooseg_fast.config import TrainConfig
-from smooseg_fast.datasets.images import find_images
 from smooseg_fast.errors import UserError
 from smooseg_fast.learn.runfolder import RunFolder
+from smooseg_fast.system import files
 from smooseg_fast.system.files import write_json
 from smooseg_fast.system.outfolder import Journal, OutFolder, mark_as_ours, written_by_us
 
@@ -66,7 +68,8 @@ def test_resuming_drops_a_line_of_metrics_that_was_cut_short(tmp_path):
     """
     folder = RunFolder(tmp_path, TrainConfig(backbone="filterbank"))
     head = TrainConfig(backbone="filterbank").variants()[0].name
-    records = [{"step": step, "head": head, "total": 0.5 * step} for step in (1, 2)]
+    figures = {"perplexity": 2.0, "image_information": 0.25}
+    records = [{"step": step, "head": head, "total": 0.5 * step, **figures} for step in (1, 2)]
     folder.metrics.append(*records)
     whole = folder.metrics.path.read_bytes()
     first = whole.index(b"\n") + 1
@@ -79,6 +82,46 @@ def test_resuming_drops_a_line_of_metrics_that_was_cut_short(tmp_path):
         folder.metrics.append({"step": 3, "head": head, "total": 1.5})
         lines = folder.metrics.path.read_text().splitlines()
         assert [json.loads(line) for line in lines] == [*kept, {"step": 3, "head": head, "total": 1.5}]
+
+
+ILLEGAL = {
+    "perplexity": [None, "2", [], True],
+    "total": ["x", {}],
+    "step": [None, 1.0, True],
+    "head": [None, [], 7],
+    "more": ["x", {}],
+}
+
+
+def test_lines_of_metrics_that_are_damaged_go_and_are_counted(tmp_path, capsys):
+    folder = RunFolder(tmp_path, TrainConfig(backbone="filterbank"))
+    head = TrainConfig(backbone="filterbank").variants()[0].name
+    whole = {"step": 1, "head": head, "total": 0.5, "perplexity": 2.0, "image_information": 0.25, "miou": None}
+    diverged = dict.fromkeys(whole) | {"step": 2, "head": head}
+    damaged = [whole | {name: value} for name, values in ILLEGAL.items() for value in values]
+    damaged += [{name: value for name, value in whole.items() if name != lost} for lost in ("total", "perplexity")]
+    folder.metrics.append(whole, *damaged, diverged)
+    assert folder.resume(step=9) == [whole, diverged]
+    assert f"metrics.jsonl: {len(damaged)} of its lines are not as they were written" in capsys.readouterr().err
+    assert folder.resume(step=9) == [whole, diverged]
+    assert capsys.readouterr().err == ""
+
+
+def test_temporary_files_go_that_no_living_process_writes(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    gone = tmp_path / f".a.{files.HOST}.{process.pid}.part.png"
+    alive, elsewhere = tmp_path / f".a.{files.HOST}.{os.getpid()}.part.png", tmp_path / ".a.1.1.part.png"
+    for path in (gone, alive, elsewhere):
+        path.write_bytes(b"")
+    mark_as_ours(tmp_path, "a.png")
+    assert not gone.exists()
+    assert alive.exists()
+    assert elsewhere.exists()
+    os.utime(elsewhere, (0, 0))
+    mark_as_ours(tmp_path, "a.png")
+    assert not elsewhere.exists()
+    assert alive.exists()
 
 
 def test_opening_leaves_nothing_behind(tmp_path):
@@ -147,10 +190,10 @@ def test_a_journal_that_cannot_be_read_is_named(tmp_path):
 def test_a_folder_that_cannot_be_looked_into_is_named(tmp_path, monkeypatch):
     """It may lie below another user's private folder."""
 
-    def forbidden(self, **options):
-        raise PermissionError(13, "Permission denied", str(self))
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_text", forbidden)
+    monkeypatch.setattr("smooseg_fast.system.outfolder.regular", forbidden)
     with pytest.raises(UserError, match=r"^--out .*out: cannot be read \(r\.json: Permission denied\); give another"):
         open_folder(tmp_path / "out")
 

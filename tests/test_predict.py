@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from listing import find_images
 from PIL import Image
 from test_trainer import SMALL
 from textures import draw
@@ -21,12 +22,15 @@ from smooseg_fast import evaluate, predict, similarity, train
 from smooseg_fast.backbones import Backbone
 from smooseg_fast.command import run
 from smooseg_fast.config import TrainConfig
-from smooseg_fast.datasets.images import find_images, resize_short_side
+from smooseg_fast.datasets.images import resize_short_side
+from smooseg_fast.errors import UserError
 from smooseg_fast.segment import segmenter
 from smooseg_fast.segment.grouping import Grouping
 from smooseg_fast.segment.segmenter import Segmenter
 from smooseg_fast.show import predictions
+from smooseg_fast.system import signals
 from smooseg_fast.system.locks import Lock
+from smooseg_fast.system.processes import ALONE
 
 
 def test_predict_names_skips_and_counts_images_smaller_than_a_patch(trained, tmp_path, capsys):
@@ -62,7 +66,7 @@ def test_predict_writes_masks_overlays_shares_and_a_sheet(trained, tmp_path, cap
     assert "broken.png" in printed.err
     made = tmp_path / "made"
     masks = sorted(p.relative_to(made / "masks").as_posix() for p in (made / "masks").rglob("*.png"))
-    assert masks == ["a.jpg.png", "a.png.png", "deep/alpha.png", "deep/grey.png", "deep/palette.png"]
+    assert masks == ["a.png", "a.png.png", "deep/alpha.png", "deep/grey.png", "deep/palette.png"]
     mask = Image.open(made / "masks" / "deep" / "grey.png")
     assert (mask.mode, mask.size) == ("P", (70, 90))
     labels = smooseg_fast.Segmenter.load(trained, device="cpu").predict(photos / "a.png")
@@ -200,7 +204,8 @@ def content(folder):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_same_command_goes_on_after_a_stop(trained, photos, segmented, capsys, number):
+def test_the_same_command_goes_on_after_a_stop(trained, photos, segmented, capsys, monkeypatch, number):
+    monkeypatch.setattr(signals, "PATIENCE_S", 60.0)  # however busy the machine is
     assert call(trained, photos, "whole") == 0
     assert len(segmented) == 5
     segmented.at[7] = lambda: signal.raise_signal(number)
@@ -232,13 +237,13 @@ def test_a_stop_at_the_last_image_is_none(trained, photos, segmented):
 
 
 def test_a_stop_before_the_first_image_leaves_nothing(trained, photos, monkeypatch, capsys):
-    pixels = Segmenter.pixels
+    picture = Segmenter.picture
 
-    def stopped(self, image):
+    def stopped(self, image, page):
         signal.raise_signal(signal.SIGINT)
-        return pixels(self, photos / "3.png")
+        return picture(self, photos / "3.png")
 
-    monkeypatch.setattr(Segmenter, "pixels", stopped)
+    monkeypatch.setattr(Segmenter, "picture", stopped)
     assert call(trained, photos, "made") == 130
     assert "interrupted; no image was done yet" in capsys.readouterr().err
     assert not Path("made").exists()
@@ -404,34 +409,37 @@ def test_a_full_disk_is_named_and_the_same_command_goes_on(trained, photos, segm
 
 
 def test_a_mask_of_the_same_name_that_was_another_images(trained, photos, segmented):
-    """a.jpg alone is written as a.png; with an a.bmp next to it both keep their suffix; then the a.bmp is alone."""
+    """a.jpg is written as a.png, and an a.bmp next to it keeps its suffix; then the a.bmp is alone."""
     for file in photos.rglob("*.png"):
         file.unlink()
     Image.fromarray(draw(1)[0]).save(photos / "a.jpg")
     assert call(trained, photos, "made") == 0
     Image.fromarray(draw(2)[0]).save(photos / "a.bmp")
+    first = Path("made/masks/a.png").read_bytes()
     assert call(trained, photos, "made") == 0
-    assert len(segmented) == 3
+    assert len(segmented) == 2
+    assert Path("made/masks/a.png").read_bytes() == first
     shutil.move(photos / "a.jpg", "away.jpg")
     for _ in range(2):
         assert call(trained, photos, "made") == 0
-        assert len(segmented) == 4
+        assert len(segmented) == 3
     assert Path("made/masks/a.png").read_bytes() == Path("made/masks/a.bmp.png").read_bytes()
     shutil.move("away.jpg", photos / "a.jpg")
     (photos / "a.bmp").unlink()
     assert (
         call(trained, photos, "made") == 0
     )  # a.jpg was done once as a.png, but what lies there now is the mask of a.bmp
-    assert len(segmented) == 5
-    assert Path("made/masks/a.png").read_bytes() == Path("made/masks/a.jpg.png").read_bytes()
+    assert len(segmented) == 4
+    assert Path("made/masks/a.png").read_bytes() == first
 
 
 def test_no_two_images_share_a_mask():
     names = ["a.jpg", "a.png", "a.jpg.png", "b.jpg", "b.jpg.tif", "c/a.jpg", "d.png"]
     stems = predictions.output_stems([Path(name) for name in names])
-    assert stems == ["a.jpg", "a.png", "a.jpg.png", "b", "b.jpg.tif", "c/a", "d"]
+    assert stems == ["a", "a.png", "a.jpg.png", "b", "b.jpg.tif", "c/a", "d"]
+    assert predictions.output_stems([Path("a.bmp"), Path("a.jpg")]) == ["a.bmp", "a"]
     # to the file systems of macOS and Windows IMG.png and img.png are one name
-    assert predictions.output_stems([Path("IMG.JPG"), Path("img.png"), Path("x.jpg")]) == ["IMG.JPG", "img.png", "x"]
+    assert predictions.output_stems([Path("IMG.JPG"), Path("img.png"), Path("x.jpg")]) == ["IMG", "img.png", "x"]
 
 
 def test_what_does_not_fit_into_memory_is_skipped_and_said_in_one_line(trained, photos, monkeypatch, capsys):
@@ -449,7 +457,7 @@ def test_what_does_not_fit_into_memory_is_skipped_and_said_in_one_line(trained, 
     assert small.startswith(
         f"skipped: {photos / '0.png'}: does not fit into memory with its short side at 64 pixels; give a smaller"
     )
-    assert "new line?[2J.png: not an image of a kind that can be read" in broken
+    assert r"new line\x1b[2J.png: not an image of a kind that can be read" in broken
 
 
 def test_names_as_long_as_a_file_system_takes(trained, photos):
@@ -525,16 +533,83 @@ def test_the_sheet_covers_at_most_so_many_images_spread_over_all(trained, photos
         shown.clear()
 
 
-def test_masks_that_do_not_open_are_left_out_of_the_sheet(trained, photos, monkeypatch, capsys):
+def damage_mask(made):
+    path = made / "masks/0.png"
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 1
+    path.write_bytes(data)
+
+
+def change_journal(change):
+    def damage(made):
+        journal = made / "done.jsonl"
+        first, *others = journal.read_text().splitlines()
+        journal.write_text("\n".join([json.dumps({**json.loads(first), **change}), *others]) + "\n")
+
+    return damage
+
+
+DAMAGES = {
+    "a bit of a mask": damage_mask,
+    "a mask cut short": lambda made: (made / "masks/0.png").write_bytes((made / "masks/0.png").read_bytes()[:-9]),
+    "an empty mask": lambda made: (made / "masks/0.png").write_bytes(b""),
+    "an empty overlay": lambda made: (made / "overlays/0.jpg").write_bytes(b""),
+    "a group that is none": change_journal({"shares": {"x0": 0.5}}),
+    "a share that is another": change_journal({"shares": {"0": 0.25}}),
+    "a share that is none": change_journal({"shares": {"0": "0.5"}}),
+    "shares that are a list": change_journal({"shares": [0.5]}),
+    "a stem that is a list": change_journal({"stem": ["0"]}),
+    "a stamp that is none": change_journal({"stamp": None}),
+    "sizes that are others": change_journal({"bytes": [1, 2]}),
+    "a checksum that is none": change_journal({"crc": 7}),
+    "deep brackets": lambda made: (made / "done.jsonl").write_text(
+        "[" * 100_000 + "\n" + (made / "done.jsonl").read_text().partition("\n")[2]
+    ),
+    "bytes that are no text": lambda made: (made / "done.jsonl").write_bytes(
+        b"\xff\xfe\x00\n" + (made / "done.jsonl").read_bytes().partition(b"\n")[2]
+    ),
+}
+
+
+def journal_of(folder):
+    """The last line of each image counts."""
+    return {record["stem"]: record for record in map(json.loads, open(f"{folder}/done.jsonl"))}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_was_damaged_is_made_again(trained, photos, segmented, damage):
     assert call(trained, photos, "made") == 0
-    Path("made/masks/0.png").write_bytes(b"junk")
+    before, journal = content("made"), journal_of("made")
+    DAMAGES[damage](Path("made"))
     assert call(trained, photos, "made") == 0
-    for mask in Path("made/masks").rglob("*.png"):
-        mask.write_bytes(b"junk")
+    assert len(segmented) == 6
+    assert content("made") == before
+    assert journal_of("made") == journal
+
+
+@pytest.mark.parametrize(
+    "record", ["", "{", "[" * 100_000, "[]", "null", '{"mirror": 1e999}', '{"checkpoint": {}}', "\x00"]
+)
+def test_a_record_that_is_damaged_is_one_line(trained, photos, capsys, record):
+    assert call(trained, photos, "made") == 0
+    Path("made/predict.json").write_text(record)
+    before = content("made")
     capsys.readouterr()
     assert call(trained, photos, "made") == 2
-    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert "the sheet has no images to show" in error
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: --out made: ")
+    assert "give another folder" in error
+    assert content("made") == before
+
+
+def test_a_folder_that_becomes_anothers_before_it_is_claimed(tmp_path):
+    first, second = (predictions.Predictions(tmp_path / "made", {"mirror": mirror}, ALONE) for mirror in (True, False))
+    with first.claimed():
+        (first.path / "masks").mkdir()
+        with pytest.raises(UserError, match="is at work there; wait until it ends"), second.claimed():
+            pass
+    with pytest.raises(UserError, match=r"holds another run \(mirror is True there and False here\)"), second.claimed():
+        pass
 
 
 def test_names_that_are_no_text(trained, photos):

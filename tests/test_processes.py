@@ -25,13 +25,15 @@ from test_store import FakeBackbone
 from test_trainer import SMALL, call, files
 
 from smooseg_fast import command, similarity, train
+from smooseg_fast.backbones.filterbank import Filterbank
 from smooseg_fast.datasets import open_dataset
 from smooseg_fast.datasets.cutting import Cutting
+from smooseg_fast.datasets.folder import open_folder
 from smooseg_fast.datasets.images import ImageError
 from smooseg_fast.errors import UserError
 from smooseg_fast.features import store
-from smooseg_fast.features.extract import open_or_extract
-from smooseg_fast.features.job import FeatureOptions
+from smooseg_fast.features.extract import open_or_extract, require_same_images
+from smooseg_fast.features.job import FeatureOptions, Job
 from smooseg_fast.features.store import read_shard
 from smooseg_fast.learn import loop, monitors
 from smooseg_fast.learn.shares import Shares
@@ -205,11 +207,11 @@ def test_a_run_resumes_with_any_number_of_processes(pair, folder, tmp_path, monk
     learn_in(ALONE, tmp_path, [*args, "--out", "whole"])
     step, calls = loop.train_step, []
 
-    def stopped(*args):
+    def stopped(*args, **options):
         calls.append(1)
         if len(calls) == 4:
             signal.raise_signal(signal.SIGINT)
-        return step(*args)
+        return step(*args, **options)
 
     monkeypatch.setattr(loop, "train_step", stopped)
     assert call(*args, "--out", "cut") == 130
@@ -257,17 +259,12 @@ def exchanges(processes):
         "largest": processes.largest(rank),
         "decide": processes.decide(rank == 0),
         "all": processes.all(("of", rank)),
-        "to_first": [
-            [x.tolist() for x in each] for each in processes.to_first([torch.ones(rank, 2).half(), torch.tensor(rank)])
-        ],
         "error": [str(error) for error in processes.all(ImageError(f"{rank}.png", "torn"))],
     }
 
 
 def test_exchanges(pair):
     found = pair(exchanges)
-    assert found[0].pop("to_first") == [[[], 0], [[[1.0, 1.0]], 1]]
-    assert found[1].pop("to_first") == []
     assert found[0] == found[1]
     assert found[0].pop("error")[1].startswith("1.png: torn; copy it again")
     assert found[0] == {
@@ -432,6 +429,28 @@ def test_a_state_that_only_one_process_finds():
         require_same_state(None, Path("out"), Other(1, 2))
 
 
+def test_processes_that_see_different_images_say_so(folder):
+    class Other(Processes):
+        def all(self, value):
+            return [value, ("another key", 7)]
+
+    job = Job(open_folder(folder, "train"), Filterbank(), FeatureOptions(size=64, processes=Other(0, 2)))
+    with pytest.raises(UserError, match=r"the processes see different images or weights in photos \(\d+, 7 images\)"):
+        require_same_images(job)
+
+
+def test_a_process_ends_with_its_parent():
+    code = (
+        "from smooseg_fast.system import processes; import time; processes.LOOK_S = 0.05; processes.end_with_parent()"
+    )
+    child = f"{code}; print('ready', flush=True); time.sleep(60); print('late')"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    running = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
+    assert running.stdout.readline() == "ready\n"
+    running.kill()
+    assert running.stdout.read() == ""  # until the child has closed it too
+
+
 def test_one_process_says_why_all_end(monkeypatch, capsys):
     kept = dist.HashStore()
     group = [Processes(rank, 2, store=kept) for rank in range(2)]
@@ -538,11 +557,11 @@ def test_a_process_that_is_killed_ends_the_others_and_ctrl_c_saves(folder, rank,
 
     step, calls = loop.train_step, []
 
-    def stop_soon(*args):
+    def stop_soon(*args, **options):
         calls.append(1)
         if len(calls) == 3:
             signal.raise_signal(signal.SIGINT)
-        return step(*args)
+        return step(*args, **options)
 
     monkeypatch.setattr(loop, "train_step", stop_soon)
     assert call(*args) == 130

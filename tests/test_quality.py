@@ -90,10 +90,11 @@ def test_every_way_to_group_a_set_and_a_resumed_run(labelled, tmp_path, capsys, 
     by_way = {(row["method"], row["number"]): row for row in rows}
     one = by_way[domains.ONE, "one"]
     assert (one["groups"], one["perplexity"], one["boundary_f"]) == (1, 1.0, 0.0)
-    untrained, trained = ([by_way[method, how] for how in HOW] for method in (domains.UNTRAINED, domains.TREE))
-    assert untrained[2]["miou"] >= max(row["miou"] for row in untrained)
-    assert [row["groups"] for row in untrained] == [row["groups"] for row in trained]
-    assert untrained[1]["groups"] == 2
+    tree = [by_way[domains.TREE, how] for how in HOW]
+    assert tree[2]["miou"] >= max(row["miou"] for row in tree)
+    assert [row["groups"] for row in tree[:2]] == [by_way[domains.TRAINED, how]["groups"] for how in HOW[:2]]
+    assert tree[1]["groups"] == by_way[domains.LINKAGE, domains.CLASSES]["groups"] == 2
+    assert by_way[domains.LINKAGE, domains.BEST]["miou"] >= by_way[domains.LINKAGE, domains.CLASSES]["miou"]
 
     cut_off = out.read_bytes()
     out.write_bytes(cut_off + b'{"set": "half a li')
@@ -102,7 +103,7 @@ def test_every_way_to_group_a_set_and_a_resumed_run(labelled, tmp_path, capsys, 
     quality.main(command)
     assert domains.read(out) == rows
     lines = capsys.readouterr().out.splitlines()
-    assert sum(line.startswith("| tree |") for line in lines) == 6
+    assert sum(line.startswith("| tree, untrained |") for line in lines) == 6
 
 
 def test_rows_that_were_cut_off_give_way_to_the_next(tmp_path):
@@ -124,7 +125,7 @@ def test_the_table_has_regret_against_the_best_number():
         for number, miou in ((domains.CHOSEN, 20.0 + seed), (domains.BEST, 21.0 + extra + seed))
     ]
     lines = domains.table(rows).splitlines()
-    assert lines[2].startswith("| tree | chosen | 20.5 |")
+    assert lines[2].startswith("| tree, untrained | chosen | 20.5 |")
     assert lines[2].endswith("| 3.0 |")
     assert lines[3].endswith("| 0.0 |")
-    assert domains.by_set(rows).splitlines()[2] == "| tree | chosen | 20.5 ± 0.7 | 20.5 ± 0.7 |"
+    assert domains.by_set(rows).splitlines()[2] == "| tree, untrained | chosen | 20.5 ± 0.7 | 20.5 ± 0.7 | 20.5 ± 0.7 |"

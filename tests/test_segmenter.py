@@ -23,7 +23,9 @@ from smooseg_fast.config import TrainConfig
 from smooseg_fast.datasets import demo, images
 from smooseg_fast.datasets.cutting import Cutting
 from smooseg_fast.datasets.mosaic import Mosaic
-from smooseg_fast.segment.checkpoint import KEY, read_checkpoint
+from smooseg_fast.datasets.reading import Picture
+from smooseg_fast.errors import UserError
+from smooseg_fast.segment.checkpoint import KEY, read_checkpoint, sealed
 from smooseg_fast.segment.grouping import Grouping
 from smooseg_fast.segment.segmenter import Segmenter
 from smooseg_fast.segment.tiles import code_bands, spans
@@ -51,7 +53,7 @@ def untrained(prototypes, backbone=None, **settings):
 
 
 def codes_of(image, tile, mirror=False, **options):
-    views = Views(image, Cutting(**options), MeanColours())
+    views = Views(Picture(image), Cutting(**options), MeanColours())
 
     def codes(tile):
         return views.features(tile, mirror)[0].unflatten(0, (tile.rows, tile.columns))
@@ -103,16 +105,18 @@ def test_any_size(trained, shape):
     assert labels.max() < segmenter.groups
 
 
-def test_heads_of_a_run_share_the_features_of_a_picture(trained, monkeypatch):
+def test_numbers_of_groups_share_the_features_of_a_picture(trained, monkeypatch):
     segmenter, calls = smooseg_fast.Segmenter.load(trained, device="cpu"), []
-    image = draw(0, 700, 900)[0]
-    expected, extract = segmenter.predict(image), segmenter.backbone.extract
+    image, numbers = draw(0, 700, 900)[0], (2, segmenter.groups, 5)
+    expected = {number: segmenter.at(number).predict(image) for number in numbers}
+    extract = segmenter.backbone.extract
     monkeypatch.setattr(segmenter.backbone, "extract", lambda images: calls.append(1) or extract(images))
-    views, counts = segmenter.views(image), []
-    for _ in range(2):
-        np.testing.assert_array_equal(np.concatenate([*segmenter.bands(image, views=views)]), expected)
-        counts.append(len(calls))
-    assert counts[0] == counts[1] > 0
+    segmenter.predict(image)
+    once, masks = len(calls), segmenter.predict_at(image, numbers)
+    assert len(calls) == 2 * once
+    assert masks.keys() == expected.keys()
+    for number, mask in masks.items():
+        np.testing.assert_array_equal(mask, expected[number])
 
 
 def test_a_pillow_image_is_the_picture_that_it_shows(trained, tmp_path):
@@ -130,7 +134,7 @@ def test_a_pillow_image_is_the_picture_that_it_shows(trained, tmp_path):
         colours.convert("1"),
         colours.convert("L").convert("I"),
     ):
-        assert (segmenter.predict(other) == segmenter.predict(images.as_rgb(other, None))).all()
+        assert (segmenter.predict(other) == segmenter.predict(images.picture_of(other).pixels)).all()
     reduced = colours.quantize(200)
     assert (segmenter.predict(reduced) == segmenter.predict(np.array(reduced.convert("RGB")))).all()
 
@@ -233,7 +237,7 @@ def test_damaged_and_foreign_checkpoints(trained, tmp_path, capsys):
     torch.save({"a": 1}, tmp_path / "pickle.pt")
     fails(tmp_path / "pickle.pt", "no checkpoint of SmooSeg")
     fails(tmp_path / "missing", "no such file")
-    fails(tmp_path, "no such file")
+    fails(tmp_path, "a folder; give the checkpoint.safetensors that training wrote")
 
 
 def parts_of(path):
@@ -291,8 +295,20 @@ def test_checkpoints_with_other_weights(trained, tmp_path, capsys, name, change,
     refused_by_predict(save_changed(tmp_path, header, tensors), words, tmp_path, capsys)
 
 
+def test_a_bit_that_changed_is_refused(trained, tmp_path):
+    """In the header and in weights, wherever it is: no bit may change what is predicted without a word."""
+    data, changed = trained.read_bytes(), tmp_path / "changed.safetensors"
+    for place in [*range(8, len(data), len(data) // 150), len(data) - 1]:
+        one = bytearray(data)
+        one[place] ^= 1 << place % 8
+        changed.write_bytes(one)
+        with pytest.raises(UserError, match=r"(damaged, or written by another version|of another kind)") as error:
+            read_checkpoint(changed)
+        assert "\n" not in str(error.value)
+
+
 def save_changed(folder, header, tensors):
-    save_file(tensors, folder / "changed.safetensors", {KEY: json.dumps(header)})
+    save_file(tensors, folder / "changed.safetensors", {KEY: sealed(header, tensors)})
     return folder / "changed.safetensors"
 
 
@@ -313,7 +329,7 @@ def test_a_checkpoint_that_still_notes_the_patch_loads(trained, tmp_path):
     header, tensors = parts_of(trained)
     assert set(header["backbone"]) == {"name", "digest", "licence"}
     header["backbone"]["patch"] = 8
-    save_file(tensors, tmp_path / "old.safetensors", {KEY: json.dumps(header)})
+    save_file(tensors, tmp_path / "old.safetensors", {KEY: sealed(header, tensors)})
     assert read_checkpoint(tmp_path / "old.safetensors").backbone_name == "filterbank"
 
 

@@ -81,7 +81,7 @@ def test_values_are_those_of_training():
         ("stepps=2", "--set stepps=2: names no setting; did you mean steps"),
         ("steps", "--set steps: names no setting"),
         ("steps=two", "--steps: must be a whole number, got 'two'"),
-        ("steps=0", "--steps: must be at least 1, got 0"),
+        ("steps=-1", "--steps: must be at least 0, got -1"),
         ("steps=2,2", "--set steps=2,2: has a value twice"),
         ("heads=3", "--set heads=3: is given by --seeds"),
         ("verbose=yes", "--set verbose=yes: must be True or False, got yes"),

@@ -17,8 +17,9 @@ from smooseg_fast import evaluate, predict, train
 from smooseg_fast.backbones import Backbone
 from smooseg_fast.command import run
 from smooseg_fast.config import TrainConfig
-from smooseg_fast.datasets import images
+from smooseg_fast.datasets import images, pillow
 from smooseg_fast.datasets.cutting import Cutting
+from smooseg_fast.datasets.reading import Picture
 from smooseg_fast.errors import UserError
 from smooseg_fast.features.batches import Batches, Square
 from smooseg_fast.learn import runpictures
@@ -108,8 +109,8 @@ def test_a_tile_has_the_features_of_a_square_at_its_place(scale, margin):
     image = noise(200, 280)
     cutting = Cutting(size=64, crops="tiles", scale=scale, margin=margin)
     backbone = Blurred(reach=1)
-    views = Views(image, cutting, backbone)
-    for place, pixels in cutting.squares(image):
+    views = Views(Picture(image), cutting, backbone)
+    for place, pixels, _ in cutting.squares(Picture(image)):
         if place[0] % PATCH or place[1] % PATCH:
             continue
         (square,) = Batches(backbone, (8, 8), False, cutting.ratios()).features(
@@ -146,7 +147,7 @@ def test_scales_and_short_sides_that_cannot_be():
 def test_reading_row_by_row_changes_no_pixel(tmp_path, monkeypatch):
     image = noise(50, 33)
     Image.fromarray(image).save(tmp_path / "x.png")
-    monkeypatch.setattr(images, "ROWS", 7)
+    monkeypatch.setattr(pillow, "ROWS", 7)
     np.testing.assert_array_equal(images.read_image(tmp_path / "x.png"), image)
 
 

@@ -28,11 +28,12 @@ from smooseg_fast.learn import loop, runpictures, trainer
 from smooseg_fast.learn import run as steps
 from smooseg_fast.learn.summary import sizes
 from smooseg_fast.measure.confusion import LabelSquares
-from smooseg_fast.segment.checkpoint import read_checkpoint, read_training_state
+from smooseg_fast.segment.checkpoint import STATE_KEY, read_checkpoint, read_training_state, sealed
 from smooseg_fast.system.locks import Lock
 
 EVERYTHING = {"checkpoint.safetensors", "training.safetensors", "metrics.jsonl", "run.json", "report.json"}
 EVERYTHING |= {"groups.png", "curves.png", "tree.png", ".smooseg"}
+NETWORK = "iteration:features_of"
 FIRST = "granularity_0_seed_0"  # the head that is learnt by default
 SMALL = [
     "--size",
@@ -66,10 +67,11 @@ def files(out):
 def test_a_folder_without_labels(folder, capsys):
     assert call("--data", folder, "--out", "out", "--prototypes", "5", *SMALL) == 0
     out = capsys.readouterr().out
-    assert "learning   groups by a tree of 5 fine ones on cpu" in out
+    assert "learning   groups by a tree of 5 fine ones, then 6 steps of training on cpu" in out
     assert "net force" not in out
     assert "perplexity" not in out
-    assert re.search(r"^groups     [2-5] of 5 fine ones, chosen without labels, \d+ % sure", out, re.M)
+    chosen = r"^groups     [2-5] of 5 fine ones, chosen without labels"
+    assert re.search(chosen, out, re.M)
     assert re.search(
         r"^groups     [1-5] of [2-5] in use, \d+ %(, \d+ %)* of the area; labels settled on \d+ % of it$",
         out,
@@ -172,11 +174,11 @@ def test_interrupted_and_resumed_equals_undisturbed(folder, capsys, monkeypatch,
     step = loop.train_step
     calls = []
 
-    def interrupted(*args):
+    def interrupted(*args, **options):
         calls.append(1)
         if len(calls) == 4:
             signal.raise_signal(number)
-        return step(*args)
+        return step(*args, **options)
 
     monkeypatch.setattr(loop, "train_step", interrupted)
     assert call("--data", folder, "--out", "cut", *SMALL) == 128 + number
@@ -257,7 +259,9 @@ def test_deterministic_is_asked_for_in_the_steps_alone(folder, monkeypatch):
     """And learns the same: a CPU is deterministic anyway."""
     seen, step = [], loop.train_step
     monkeypatch.setattr(
-        loop, "train_step", lambda *args: seen.append(torch.are_deterministic_algorithms_enabled()) or step(*args)
+        loop,
+        "train_step",
+        lambda *args, **options: seen.append(torch.are_deterministic_algorithms_enabled()) or step(*args, **options),
     )
     assert call("--data", folder, "--out", "a", *SMALL) == 0
     assert call("--data", folder, "--out", "b", *SMALL, "--deterministic") == 0
@@ -318,14 +322,14 @@ def test_pictures_that_could_not_be_used_take_no_place_from_others(folder, monke
 def test_an_image_that_went_since_is_left_out_of_the_picture(folder, monkeypatch, capsys):
     assert call("--data", folder, "--out", "out", *SMALL, "--prototypes", "3") == 0
     Path("out/groups.png").unlink()
-    shown, image = [], ImageFolder.image
+    shown, picture = [], ImageFolder.picture
 
     def gone(self, index):
         if self.names[index] == "2.png":
             raise ImageError("2.png", "gone")
-        return image(self, index)
+        return picture(self, index)
 
-    monkeypatch.setattr(ImageFolder, "image", gone)
+    monkeypatch.setattr(ImageFolder, "picture", gone)
     monkeypatch.setattr(
         runpictures, "groups_sheet", lambda images, *_: shown.extend(images) or Image.new("RGB", (9, 9))
     )
@@ -441,13 +445,36 @@ def test_bad_data_is_one_line_and_exit_code_2(labelled, capsys):
     Image.fromarray(np.full((72, 96), 7, np.uint8)).save(mask)
     fails("5.png: the number 7")
     mask.write_bytes(good)
-    labels = labelled / "val" / "labels"
-    labels.rename(labelled / "val" / "masks")
-    fails("has a label")  # an error, not a run without the figures that labels next to train/ ask for
-    (labelled / "val" / "masks").rename(labels)
     for image in (labelled / "train" / "images").iterdir():
         image.write_bytes(b"junk")
     fails("--data: none of the 5 images can be used")
+
+
+@pytest.mark.parametrize(
+    ("backbone", "grey", "number"), [(NETWORK, False, 2), (NETWORK, True, 0), ("filterbank", False, 0)]
+)
+def test_steps_follow_the_tree_where_they_help(folder, monkeypatch, capsys, backbone, grey, number):
+    """By default: for colour pictures that a network sees."""
+    monkeypatch.setattr(trainer, "TUNING", 2)
+    for path in (path for path in folder.rglob("*") if grey and path.is_file()):
+        Image.open(path).convert("L").save(path)
+    small = [*SMALL]
+    del small[small.index("--steps") : small.index("--steps") + 2]
+    args = ("--data", folder, "--out", "out", *small, "--backbone", backbone)
+    assert call(*args) == 0
+    assert read_checkpoint("out/checkpoint.safetensors").config.steps == number
+    assert Path("out/curves.png").exists() == bool(number)
+    assert ("then 2 steps of training" in capsys.readouterr().out) == bool(number)
+    assert call(*args) == 0
+    assert "this run is finished" in capsys.readouterr().out
+
+
+def test_without_labels_of_val_the_training_images_are_measured(labelled, capsys):
+    shutil.rmtree(labelled / "val" / "labels")
+    assert call("--data", labelled, "--out", "out", *SMALL) == 0
+    said = capsys.readouterr().out
+    assert "set/val has a label: figures are taken on the training images" in said
+    assert "scores     on the 5 training images; groups" in said
 
 
 def test_an_output_folder_of_another_run(folder, capsys):
@@ -506,6 +533,63 @@ def test_a_state_that_is_damaged(folder, monkeypatch, capsys):
     assert error.endswith("; remove it to train from the first step, or give another --out")
     Path("out/training.safetensors").unlink()
     assert call("--data", folder, "--out", "out", *SMALL) == 0
+
+
+def change_state(change):
+    with safetensors.safe_open("out/training.safetensors", "pt") as file:
+        header, tensors = json.loads(file.metadata()[STATE_KEY]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(header, tensors)
+    safetensors.torch.save_file(tensors, "out/training.safetensors", {STATE_KEY: sealed(header, tensors)})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda h, t: t["heads.teacher"].view(-1)[3].fill_(float("nan")), "every head has values that are NaN"),
+        (lambda h, t: t["optimizer.0.exp_avg"].view(-1)[3].fill_(float("inf")), "every head has values that are NaN"),
+        (
+            lambda h, t: t.update({"optimizer.0.exp_avg": t["optimizer.1.exp_avg"].clone()}),
+            "the moments of parameter 0",
+        ),
+        (lambda h, t: t.update({"heads.teacher": t["heads.teacher"][:, :1].clone()}), "teacher is torch.float32"),
+        (lambda h, t: h.update(step=-1), "its header holds values of the wrong kind"),
+        (lambda h, t: h.update(step=7), "its header holds values of the wrong kind"),
+        (lambda h, t: h.update(windows=[1]), "its header holds values of the wrong kind"),
+        (lambda h, t: h.update(reasons=[]), "its header holds values of the wrong kind"),
+        (lambda h, t: h["config"].update(lr="x"), "--lr: must be a number"),
+        (lambda h, t: h["config"].update(seed=5), "belongs to another run (seed is 5 there and 0 here)"),
+    ],
+)
+def test_a_state_that_is_none_of_the_run(folder, capsys, change, words):
+    assert call("--data", folder, "--out", "out", *SMALL) == 0
+    before = files("out")
+    Path("out/report.json").unlink()
+    change_state(change)
+    assert call("--data", folder, "--out", "out", *SMALL) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: out/training.safetensors: ")
+    assert words in error
+    assert error.endswith("; remove it to train from the first step, or give another --out")
+    Path("out/training.safetensors").unlink()
+    assert call("--data", folder, "--out", "out", *SMALL) == 0
+    assert files("out") == before
+
+
+def test_a_checkpoint_of_a_finished_run_that_is_damaged(folder, capsys):
+    assert call("--data", folder, "--out", "out", *SMALL) == 0
+    before, path = files("out"), Path("out/checkpoint.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 4
+    path.write_bytes(data)
+    assert call("--data", folder, "--out", "out", *SMALL) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error == (
+        "error: out/checkpoint.safetensors: damaged, or written by another version (it has changed since it was "
+        "written); remove it, and the same command writes it again"
+    )
+    path.unlink()
+    assert call("--data", folder, "--out", "out", *SMALL) == 0
+    assert files("out") == before
 
 
 def test_lines_of_metrics_that_are_none_of_the_run_go(folder):
@@ -600,10 +684,10 @@ def test_granularities_with_seeds(labelled, capsys):
 def test_heads_whose_losses_are_no_numbers_are_named_and_left_out(folder, capsys, monkeypatch):
     step = loop.train_step
 
-    def breaking(heads, *args):
+    def breaking(heads, *args, **options):
         with torch.no_grad():
             heads.student[0] = float("nan")
-        return step(heads, *args)
+        return step(heads, *args, **options)
 
     monkeypatch.setattr(loop, "train_step", breaking)
     assert call("--data", folder, "--out", "out", *SMALL, "--granularity", "0.1", "0.2", "--prototypes", "3") == 0

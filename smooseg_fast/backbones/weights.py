@@ -27,12 +27,15 @@ from torch import Tensor
 from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_globals, get_unsafe_globals_in_checkpoint
 
 from ..errors import UserError
+from ..system.files import regular
 
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"
 LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, 2)  # opens a file of before PyTorch 1.6
 LEGACY_PICKLES = 5  # magic number, protocol, machine, value, keys of the storages
 SLACK_BYTES = 1 << 20  # by repeating its elements a tensor may be this much larger than its file
-MOST_TUPLES = 30_000  # four a tensor; hashing one in another in another ... overflows the stack at some 100,000
+# four a tensor; as many that hash alike take a dict seconds; hashing one in another in another ... overflows the stack
+MOST_TUPLES = 15_000
+MOST_WIDE, WIDE_BITS = 1000, 61  # whole numbers so wide that any number of them can be made to hash alike
 REMEDY = "get it again or, if you trust it, save its state_dict alone again with torch.save"
 STORAGES = "Double Float Half BFloat16 ComplexFloat ComplexDouble Long Int Short Char Byte Bool"
 REAL = {
@@ -75,7 +78,7 @@ class Inert:
 def is_pickle(path: Path) -> bool:
     """True when a file begins like those of torch.save, or like any other pickle."""
     try:
-        with open(path, "rb") as file:
+        with open(regular(path), "rb") as file:
             start = file.read(9)
     except OSError:
         return False
@@ -134,9 +137,10 @@ def _checked_pickle(file: IO[bytes]) -> bytes:
 
 def _scan(content: IO[bytes]) -> set[str]:
     """All classes and functions that a pickle names. Refuses those of Python's own library that no data has."""
-    names, texts, tuples = set(), set(), 0
+    names, texts, tuples, wide = set(), set(), 0, 0
     for opcode, value, _ in pickletools.genops(content):
         tuples += opcode.name.startswith("TUPLE")
+        wide += isinstance(value, int) and value.bit_length() >= WIDE_BITS
         if opcode.name == "PROTO" and value != 2:
             raise UserError(f"uses protocol {value} of pickle, and torch.save's own is 2")
         if opcode.name == "GLOBAL":
@@ -147,11 +151,13 @@ def _scan(content: IO[bytes]) -> set[str]:
             texts.add(aliases.get(text, text))
     for name in sorted(names - REAL):
         if name.split(".")[0] in sys.stdlib_module_names and not DATA.fullmatch(name):
-            raise UserError(f"asks for {name[:120]}, which weights have no need of; nothing was run")
+            raise UserError(f"asks for {name[:120]}, which weights do not need; nothing was run")
     if "_codecs.encode" in names and GROWING & texts:
-        raise UserError("asks for its own bytes to be packed, which weights have no need of")
+        raise UserError("asks for its own bytes to be packed, which weights do not need")
     if tuples > MOST_TUPLES:
         raise UserError(f"holds {tuples:,} tuples, more than any weights")
+    if wide > MOST_WIDE:
+        raise UserError(f"holds {wide:,} integers of {WIDE_BITS} bits or more, which weights do not need")
     return names
 
 
@@ -163,7 +169,7 @@ def _load(path: Path, foreign: set[str]) -> Any:
             clear_safe_globals()
             # a name that torch knows stays torch's, whatever stands in for it
             if known := foreign.difference(get_unsafe_globals_in_checkpoint(path) if foreign else ()):
-                raise UserError(f"asks for {min(known)[:120]}, which weights have no need of")
+                raise UserError(f"asks for {min(known)[:120]}, which weights do not need")
             add_safe_globals([(type("Inert", (Inert,), {"__slots__": (), "kind": name}), name) for name in foreign])
             # torch maps no legacy files, and checks their sizes itself
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))

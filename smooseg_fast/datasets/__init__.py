@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from ..errors import UserError
 from . import cityscapes, cocostuff, potsdam, voc
 from .arrays import ArrayDataset
-from .base import IGNORE, Dataset, Layout, Split, classes_of
+from .base import IGNORE, Dataset, Files, Layout, Split, classes_of
 from .folder import ImageFolder, open_folder, open_folder_splits
 
 __all__ = [
@@ -40,25 +41,29 @@ def recognise(path: Path | str) -> Layout | None:
     return layouts[0] if layouts else None
 
 
-def open_dataset(path: Path | str, split: Split) -> Dataset:
+def open_dataset(path: Path | str, split: Split, ignore: Sequence[int] = ()) -> Dataset:
     """List the images of `path` for training ("train") or for evaluation ("val") without reading them.
 
     Opens a folder in an owner's layout (Cityscapes, COCO-Stuff, Potsdam-3, PASCAL VOC) as such, any other by
-    `open_folder`. UserError when there is nothing to open.
+    `open_folder`. ignore: numbers in label files that count as not labelled. UserError when there is nothing to open.
     """
     if split not in ("train", "val"):
         raise ValueError(f'split must be "train" or "val", not {split!r}')
     layout = recognise(path)
-    return open_folder(path, split) if layout is None else layout.open(split)
+    return open_folder(path, split, ignore) if layout is None else _ignoring(layout.open(split), ignore)
 
 
-def open_splits(path: Path | str) -> tuple[Dataset, Dataset | None]:
+def open_splits(path: Path | str, ignore: Sequence[int] = ()) -> tuple[Dataset, Dataset | None]:
     """Return (training images, evaluation images or None if neither has labels). Errors as of `open_dataset`."""
     layout = recognise(path)
     if layout is None:
-        return open_folder_splits(path)
-    train, val = layout.open("train"), layout.open("val")
+        return open_folder_splits(path, ignore)
+    train, val = (_ignoring(layout.open(split), ignore) for split in ("train", "val"))
     if val.labelled:
         return train, val
     notes = tuple(dict.fromkeys((*train.notes, *val.notes)))  # they say why there is nothing to evaluate on
     return replace(train, notes=notes), None
+
+
+def _ignoring(files: Files, numbers: Sequence[int]) -> Files:
+    return replace(files, numbering=files.numbering.ignoring(numbers)) if numbers and files.numbering else files

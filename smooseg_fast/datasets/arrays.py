@@ -8,12 +8,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..errors import UserError
+from .reading import PLAIN, Picture
 
 
 class ArrayDataset:
     """Images in memory, each uint8 [H,W,3], without labels. UserError naming the first that is something else."""
 
-    name, labelled, held_out, class_names, notes = "arrays", False, False, None, ()
+    name, labelled, held_out, class_names, notes, reading = "arrays", False, False, None, (), PLAIN
 
     def __init__(self, images: Sequence[np.ndarray]) -> None:
         if not len(images):
@@ -29,6 +30,9 @@ class ArrayDataset:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def picture(self, index: int) -> Picture:
+        return Picture(self.images[index])
 
     def image(self, index: int) -> np.ndarray:
         return self.images[index]

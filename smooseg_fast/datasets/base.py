@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
 
 from ..errors import UserError
-from .images import SUFFIXES, image_size, read_image, read_label, visible_files
+from ..system.files import regular
+from .formats import PHOTOS
+from .images import image_size, read_label, read_picture, visible_files
+from .reading import PLAIN, Picture, Reading
 
 IGNORE = 255  # the class number of unlabelled pixels
 
@@ -43,7 +47,12 @@ class Dataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    def image(self, index: int) -> np.ndarray: ...  # uint8 [H,W,3]; ImageError when it cannot be used
+    @property
+    def reading(self) -> Reading: ...  # how files become pictures
+
+    def picture(self, index: int) -> Picture: ...  # ImageError when it cannot be used
+
+    def image(self, index: int) -> np.ndarray: ...  # its pixels, uint8 [H,W,3]
 
     def label(self, index: int) -> np.ndarray | None: ...  # uint8 [H,W], class numbers or IGNORE; None without a label
 
@@ -72,6 +81,12 @@ class Numbering:
     names: tuple[str, ...]
     classes: Sequence[int]
 
+    def ignoring(self, numbers: Iterable[int]) -> Numbering:
+        """Return a numbering in which these numbers, too, count as not labelled."""
+        chosen = set(numbers)
+        classes = [IGNORE if number in chosen else known for number, known in enumerate(self.classes)]
+        return replace(self, classes=tuple(classes))
+
     def __call__(self, numbers: np.ndarray, path: Path) -> np.ndarray:
         """Turn the integers [H,W] on disk into classes uint8 [H,W]. UserError naming `path` for illegal numbers."""
         class_of = np.full(256, -1, np.int16)
@@ -99,6 +114,9 @@ class Files:
     held_out: bool
     notes: tuple[str, ...] = ()
     numbering: Numbering | None = None  # None: the numbers in the labels are the classes
+    reading: Reading = PLAIN
+    pages: tuple[int, ...] = ()  # of the file of each image, from 1; () reads the page that `reading` names
+    reads_files: ClassVar[bool] = True  # whether `reading` is followed
 
     @classmethod
     def matched(
@@ -123,7 +141,8 @@ class Files:
         """
 
         def key(file: Path, top: Path, ending: str) -> str:
-            return file.relative_to(top).with_suffix("").as_posix().removesuffix(ending)
+            path = file.relative_to(top).with_suffix("").as_posix().removesuffix(ending)
+            return unicodedata.normalize("NFC", path)  # archives made on a Mac have other forms of letters
 
         keys = {image: key(image, folder, endings[0]) for image in present or images}
         files = [file for file in files_below(labels, (suffix,)) if file.stem.endswith(endings[1])]
@@ -149,7 +168,7 @@ class Files:
         images: Path,
         labels: Path,
         *,
-        suffixes: tuple[str, ...] = SUFFIXES,
+        suffixes: tuple[str, ...] = PHOTOS,
         listed: Path | None = None,
         unlisted: Path | None = None,
         notes: Sequence[str] = (),
@@ -194,24 +213,31 @@ class Files:
         return any(self.labels)
 
     @property
+    def label_notes(self) -> tuple[str, ...]:
+        """Lines about the numbers in the label files."""
+        return ()
+
+    @property
     def class_names(self) -> tuple[str, ...] | None:
         return self.numbering.names if self.labelled and self.numbering else None
 
     def __len__(self) -> int:
         return len(self.names)
 
+    def picture(self, index: int) -> Picture:
+        """Read an image; ImageError when the file cannot be decoded."""
+        return read_picture(self.images[index], self.reading, self.pages[index] if self.pages else None)
+
     def image(self, index: int) -> np.ndarray:
-        """Read uint8 [H,W,3]; ImageError when the file cannot be decoded."""
-        return read_image(self.images[index])
+        """Read the pixels uint8 [H,W,3] alone."""
+        return self.picture(index).pixels
 
     def label(self, index: int) -> np.ndarray | None:
         """Read uint8 [H,W], or None. UserError for a size unlike the image's, or a value that is no class number."""
         path = self.labels[index]
         if path is None:
             return None
-        label = self.numbers(path)
-        if self.numbering is not None:
-            label = self.numbering(label, path)
+        label = self.classes(path)
         # the header is quick and nearly always right; before blaming the user, look at the pixels
         if label.shape != self.size(index) and label.shape != (shape := self.image(index).shape[:2]):
             raise UserError(
@@ -219,6 +245,11 @@ class Files:
                 "make them the same size"
             )
         return label
+
+    def classes(self, path: Path) -> np.ndarray:
+        """Read the classes uint8 [H,W] of a label file."""
+        numbers = self.numbers(path)
+        return numbers if self.numbering is None else self.numbering(numbers, path)
 
     def numbers(self, path: Path) -> np.ndarray:
         """Read the integers [H,W] of a label file."""
@@ -285,7 +316,7 @@ def first_folder(*candidates: Path) -> Path | None:
 def read_lines(path: Path) -> list[str]:
     """Read the lines of a text file that are not blank. UserError when it cannot be read."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = regular(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); write it again, in UTF-8") from error
     return [line.strip() for line in lines if line.strip()]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from ..config import TrainConfig
 from . import Dataset, open_splits
 from .mosaic import Mosaic
+from .reading import Reading
+from .survey import settle
 
 
 def demo_datasets() -> tuple[Mosaic, Mosaic]:
@@ -14,4 +16,6 @@ def demo_datasets() -> tuple[Mosaic, Mosaic]:
 
 def datasets_of(config: TrainConfig) -> tuple[Dataset, Dataset | None]:
     """Return (training images, labelled images to evaluate on, or None)."""
-    return demo_datasets() if config.data is None else open_splits(config.data)
+    if config.data is None:
+        return demo_datasets()
+    return settle(*open_splits(config.data, config.ignore), Reading.of(config))

@@ -1,122 +1,209 @@
-"""A folder of images: plain images in any nesting, or images with labels next to them.
+"""A folder of images: plain images in any nesting, or images with label masks next to them.
 
-The labelled layout is DIR/images/... and DIR/labels/...png: the same relative path and stem, 8-bit class numbers, 255 =
-ignore; optionally with train/, val/ or test/ between DIR and the two, and a classes.txt at DIR with one name a line.
+The documented layout is DIR/images/... and DIR/labels/...png: the same relative path and stem, 8-bit class numbers, 255
+= ignore; optionally with train/, val/ or test/ above or below the two, and a classes.txt at DIR with one name a line.
+`scan` recognises masks by other names too, and `labels` what their numbers mean.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from ..errors import UserError
-from ..system.progress import Bar, say
-from .base import IGNORE, Files, Numbering, Split, files_below, read_lines
-from .images import find_images, read_label
+from . import formats
+from .base import IGNORE, Files, Split, files_below, read_lines
+from .labels import Labelling
+from .masks import read_mask
+from .scan import IMAGE_FOLDERS, scan, split_folder
 
-SPLITS = ("train", "val", "test")
+SPLITS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+ALL_SPLITS = {word for words in SPLITS.values() for word in words}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFolder(Files):
     """A dataset of the image files in one folder; `open_folder` makes it."""
 
-    label_folders: tuple[Path, ...] = ()  # of every split; without classes.txt their labels give the number of classes
+    labelling: Labelling | None = None  # shared by all splits; None without labels
 
     @cached_property
     def class_names(self) -> tuple[str, ...] | None:
-        """The names in classes.txt, else numbers up to the largest in any label of any split; None without labels.
+        """The names in classes.txt, else those of the values in the labels of all splits; None without labels.
 
-        Without classes.txt every label is read once. UserError when one cannot be read, or no pixel has a class.
+        Looks the values up when first asked. UserError when no label can be read, or the values are no classes.
         """
-        return super().class_names if self.numbering or not self.labelled else _count_classes(self.label_folders)
+        return self.labelling.scheme.names if self.labelled and self.labelling else None
+
+    @property
+    def label_notes(self) -> tuple[str, ...]:
+        return self.labelling.scheme.notes if self.labelled and self.labelling else ()
+
+    def classes(self, path: Path) -> np.ndarray:
+        """Read the classes uint8 [H,W] of a label file. UserError as of `Labelling`."""
+        mask = read_mask(path)
+        return super().classes(path) if self.labelling is None else self.labelling(mask, path)
 
 
-def open_folder(path: Path | str, split: Split) -> ImageFolder:
-    """List the images of `path` for training ("train") or for evaluation ("val") without reading them.
+def open_folder(path: Path | str, split: Split, ignore: Sequence[int] = ()) -> ImageFolder:
+    """List the images of `path` for training ("train") or for evaluation ("val"); opens a few masks at most.
 
-    A folder has splits when its train/ comes with a val/ or test/, or holds images/; "val" is then val/, else test/.
-    Otherwise both splits are the same images, and `held_out` is False. Within a split, images/ next to labels/ is the
-    labelled layout, and anything else a plain folder of images. Images without a label are allowed.
+    A folder has splits when its train/ comes with a val/ (valid/) or test/, or holds images/; "val" is then val/, else
+    test/. So has images/ with train/ and others below it. Otherwise both splits are the same images, and `held_out` is
+    False. Images without a label are allowed.
 
-    UserError when there are no images, when no label belongs to any image, and for a bad classes.txt.
+    ignore: numbers in the labels that count as not labelled.
+
+    UserError when there are no images, when the files in labels/ belong to no image, and for a bad classes.txt.
     """
-    root = Path(path).expanduser()
-    base, held_out = _split_folder(root, split)
-    name = base.resolve().name if base == root else f"{root.resolve().name}/{base.name}"
-    if not _has_labels(base):
-        images, top = find_images(base), base if base.is_dir() else base.parent
-        names, labels = tuple(image.relative_to(top).as_posix() for image in images), (None,) * len(images)
-        return ImageFolder(name=name, names=names, images=tuple(images), labels=labels, held_out=held_out)
-
-    home = base.parent if base.name in SPLITS else base  # of classes.txt and the other splits, also for DIR/val itself
-    classes = next((file for file in (base / "classes.txt", home / "classes.txt") if file.is_file()), None)
-    folders = [home / other for other in SPLITS if home != base and _has_labels(home / other)] or [base]
-    dataset = ImageFolder.matched(
-        name,
-        base / "images",
-        find_images(base / "images"),
-        base / "labels",
-        held_out=held_out,
-        numbering=None if classes is None else _read_classes(classes),
-        label_folders=tuple(folder / "labels" for folder in folders),
-    )
-    if not dataset.labelled:
-        image = Path(dataset.names[0])
-        example = f"that of {image} would be {image.with_suffix('.png')}"
-        raise UserError(f"{base / 'labels'}: no label belongs to any image; {example}")
-    return dataset
+    return Folder(Path(path).expanduser(), ignore).open(split)
 
 
-def open_folder_splits(path: Path | str) -> tuple[ImageFolder, ImageFolder | None]:
+def open_folder_splits(path: Path | str, ignore: Sequence[int] = ()) -> tuple[ImageFolder, ImageFolder | None]:
     """Open (training images, evaluation images or None) of a folder."""
-    train = open_folder(path, "train")
-    base, _ = _split_folder(Path(path).expanduser(), "val")  # not opened without labels: it may be empty then
-    return train, open_folder(path, "val") if train.labelled or _has_labels(base) else None
+    folder = Folder(Path(path).expanduser(), ignore)
+    train = folder.open("train")
+    if not folder.scan.labels:
+        return train, None  # val/ is not looked at: it may be empty
+    val = folder.open("val")
+    if val.labelled or not train.labelled:
+        return train, val if val.labelled else None
+    note = f"no image of {val.name} has a label: figures are taken on the training images"
+    return replace(train, notes=(*train.notes, note)), replace(train, held_out=False)
 
 
-def _split_folder(root: Path, split: str) -> tuple[Path, bool]:
-    """Return the folder that holds `split`, and whether it is apart from the training images."""
-    present = [name for name in SPLITS if (root / name).is_dir()]
-    has_train = "train" in present and (len(present) > 1 or (root / "train" / "images").is_dir())
-    # a lone train/ in a plain folder may well hold pictures of trains
-    if not has_train and (_has_labels(root) or not any(_has_labels(root / name) for name in present)):
-        return root, False
-    held_out = [name for name in present if name != "train"]
-    if split == "val" and held_out:
-        return root / held_out[0], True
-    if not has_train:
-        advice = f"add train/images, or give {root / present[0]}"
-        raise UserError(f"--data {root}: has {' and '.join(present)} but no train folder; {advice}")
-    return root / "train", False
+class Folder:
+    """The image files below `root`, or that file alone, and how they fall into splits."""
+
+    def __init__(self, root: Path, ignore: Sequence[int]):
+        self.root, self.scan, self.labelling = root, scan(root), None
+        if not self.scan.labels:
+            return
+        home = root.parent if root.name.casefold() in ALL_SPLITS else root  # of classes.txt and the other splits
+        masks = {self.scan.folder / mask for mask in self.scan.labels.values()}
+        for other in sorted(home.iterdir()) if home != root else ():
+            if other != root and other.name.casefold() in ALL_SPLITS:
+                with suppress(UserError):  # empty
+                    masks |= {other / mask for mask in scan(other).labels.values()}
+        classes = next((file for file in (root / "classes.txt", home / "classes.txt") if file.is_file()), None)
+        self.labelling = Labelling(
+            place=home if home != root else root,
+            files=tuple(sorted(masks)),
+            names=None if classes is None else _read_classes(classes),
+            owner=str(classes or ""),
+            ignore=tuple(ignore),
+        )
+
+    def open(self, split: Split) -> ImageFolder:
+        """List a split. Errors as of `open_folder`."""
+        base, held_out = self._split(split)
+        folder, root = self.scan.folder / base, self.root.resolve().name
+        name = f"{root}/{base.name}" if base.parts else root if self.root.is_dir() else self.root.name
+        photos = [photo for photo in self.scan.photos if base in photo.parents]
+        labels = [self.scan.labels.get(photo) for photo in photos]
+        if not photos:
+            raise UserError(f"--data {folder}: no images in it; add some, or take the folder away")
+        if not any(labels) and (folder / "images").is_dir() and files_below(folder / "labels", formats.LABELS):
+            example = f"that of {photos[0].name} would be {photos[0].with_suffix('.png').name}"
+            raise UserError(f"{folder / 'labels'}: no label belongs to any image; {example}")
+        firsts = {photo.relative_to(base).parts[0] for photo in photos}
+        top = base / firsts.pop() if any(labels) and len(firsts) == 1 and all(map(is_images, firsts)) else base
+        names = tuple(photo.relative_to(top).as_posix() for photo in photos)
+        return ImageFolder(
+            name=name,
+            names=names,
+            images=tuple(self.scan.folder / photo for photo in photos),
+            labels=tuple(None if label is None else self.scan.folder / label for label in labels),
+            held_out=held_out,
+            labelling=self.labelling,
+            notes=(*self.scan.notes, *self._missing(name, base, names, labels)),
+        )
+
+    def _missing(
+        self, name: str, base: PurePosixPath, names: Sequence[str], labels: Sequence[PurePosixPath | None]
+    ) -> list[str]:
+        """Say which images have no label, and which labels no image."""
+        notes = []
+        used = [label for label in labels if label is not None]
+        missing = [image for image, label in zip(names, labels) if label is None]
+        if used and missing:
+            where = self._places(used)
+            notes.append(f"{len(missing)} of {len(names)} {name} images have no label in {where}, first {missing[0]}")
+        stray = [mask for mask in self.scan.stray if base in mask.parents]
+        if stray:
+            notes.append(f"{len(stray)} labels in {self._places(stray)} belong to no image, first {stray[0].name}")
+        return notes
+
+    def _places(self, masks: Sequence[PurePosixPath]) -> str:
+        """Write where masks lie: the folder above all of them, and their suffixes."""
+        common = os.path.commonpath([mask.parent for mask in masks])
+        suffixes = sorted({f"*{mask.suffix.lower()}" for mask in masks})
+        return f"{self.scan.folder / common} ({' '.join(suffixes)})"
+
+    def _split(self, split: Split) -> tuple[PurePosixPath, bool]:
+        """Return the folder that holds `split`, relative to all files, and whether it is apart from the training."""
+        top = PurePosixPath()
+        loose = {photo.parts[0] for photo in self.scan.photos if len(photo.parts) < 3}
+        images = sorted({photo.parts[0] for photo in self.scan.photos} - loose)
+        for above in (top, *(PurePosixPath(name) for name in images if is_images(name))):
+            present = self._splits_below(above)
+            if not self._falls_into(present, below_images=above != top):
+                continue
+            held_out = [present[name] for name in ("val", "test") if name in present]
+            if split == "val" and held_out:
+                return held_out[0], True
+            if "train" not in present:
+                here = [folder.name for folder in present.values()]
+                advice = f"add train/images, or give {self.root / held_out[0]}"
+                raise UserError(f"--data {self.root}: has {' and '.join(here)} but no train folder; {advice}")
+            return present["train"], False
+        return top, False
+
+    def _splits_below(self, above: PurePosixPath) -> dict[str, PurePosixPath]:
+        """Return the folders of splits by the name of the split."""
+        folder = self.scan.folder / above
+        names = {path.name.casefold(): path.name for path in folder.iterdir() if path.is_dir()}
+        return {
+            split: above / names[word]
+            for split, words in SPLITS.items()
+            if (word := next((word for word in words if word in names), None)) is not None
+        }
+
+    def _falls_into(self, present: Mapping[str, PurePosixPath], *, below_images: bool) -> bool:
+        """Return whether the photos fall into the splits whose folders are present."""
+        if not self.root.is_dir() or not present:
+            return False
+        if "train" in present and len(present) > 1:
+            return True
+        if below_images:
+            return False
+        # a lone train/ in a plain folder may well hold pictures of trains
+        train = present.get("train")
+        if train is not None and any(is_images(path.name) for path in (self.scan.folder / train).iterdir()):
+            return True
+        inside = [any(folder in photo.parents for folder in present.values()) for photo in self.scan.labels]
+        return bool(inside) and all(inside)
 
 
-def _has_labels(folder: Path) -> bool:
-    return (folder / "images").is_dir() and (folder / "labels").is_dir()
+def is_images(name: str) -> bool:
+    """Return whether a folder of this name holds images, and not their masks."""
+    word, rest = split_folder(name, masks=False)
+    return word in IMAGE_FOLDERS and not rest
 
 
-def _read_classes(path: Path) -> Numbering:
+def _read_classes(path: Path) -> tuple[str, ...]:
     """Read one class name a line."""
     names = tuple(read_lines(path))
     if not 1 <= len(names) <= IGNORE:
         raise UserError(f"{path}: {len(names)} class names; write 1 to {IGNORE} of them, one a line")
-    return Numbering(str(path), names, range(len(names)))
-
-
-def _count_classes(folders: tuple[Path, ...]) -> tuple[str, ...]:
-    """Number the classes by the largest number in any label, read with a progress bar, and say the count on stderr."""
-    masks = [file for folder in folders for file in files_below(folder, (".png",))]
-    seen = np.zeros(IGNORE + 1, bool)
-    for mask in Bar(iterable=masks, desc="counting classes", unit="label"):
-        seen[read_label(mask)] = True
-    numbers = np.flatnonzero(seen[:IGNORE])
-    if not numbers.size:
-        raise UserError(
-            f"{folders[0]}: every pixel of every label is {IGNORE} (ignore); write class numbers from 0 into the labels"
-        )
-    classes = int(numbers[-1]) + 1
-    say(f"{folders[0].parent}: no classes.txt; {classes} classes by the largest number in {len(masks)} labels")
-    return tuple(f"class {number}" for number in range(classes))
+    return names

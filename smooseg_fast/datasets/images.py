@@ -1,76 +1,44 @@
-"""Images and label masks on disk: find, decode, resize, cut into squares. Arrays are uint8, [H,W,3] or [H,W]."""
+"""Images on disk: list, decode, resize, cut into squares. Arrays are uint8, [H,W,3] or [H,W]."""
 
 from __future__ import annotations
 
 import os
+import re
 import threading
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from ..errors import UserError
+from ..system.budget import Budget
+from ..system.files import regular
 from ..system.outfolder import MARKER, written_by_us
+from ..system.sizes import readable
+from ..system.terminal import about
+from . import tiff
+from .formats import photo_formats
+from .header import MULTIPAGE, Header
+from .imageerror import ImageError, reason
+from .pillow import half_of_16_bits, orientation, samples_of, samples_of_16_bits, upright, with_bands
+from .reading import PLAIN, Picture, Reading, Samples, shown
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
-SUFFIX_LIST = " ".join(SUFFIXES)
 MAX_PIXELS = 2**30  # 32,768 pixels square: beyond this a header is more likely damaged than true
 
 LARGE_PIXELS = 2**25  # 100 MB
+BLANK = 500  # bytes of pixels that a byte of a file may stand for, where an image is large; deflate reaches 1,032
+DECODED_BYTES = 8  # of a pixel, while its image is decoded and copied
+_decoding = Budget(2**30)
 
 Crops = Literal["center", "slide", "five"]
-ROWS = 512  # that are copied at a time
 FIVE_RATIO = 0.5  # height and width of each of five crops, as a share of the image's (the paper's value)
 Resample = Literal["nearest", "bilinear"]
 
-DEFAULT_ADVICE = "copy it again, export it as 8-bit PNG or JPEG, or take it out"
 _EXTRA_SAMPLES = 338  # the TIFF tag for the meaning of channels beyond the colours
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-class ImageError(UserError):
-    """One image that cannot be used: its `path`, the `reason` and `advice`. A run may skip the image."""
-
-    def __init__(self, path: Path | str, reason: str, advice: str = DEFAULT_ADVICE):
-        super().__init__(f"{path}: {reason}; {advice}")
-        self.path, self.reason, self.advice = Path(path), reason, advice
-
-    def __reduce__(self) -> tuple:  # so that processes can hand it on
-        return ImageError, (self.path, self.reason, self.advice)
-
-
-def find_images(path: Path | str, argument: str = "--data") -> list[Path]:
-    """List every image in `path`, a file or a folder in any nesting, sorted by relative path.
-
-    Recognises images by suffix (SUFFIXES, upper or lower case) and follows links to folders. Ignores hidden files and
-    folders, and files written by smooseg (`visible_files`), so runs and predictions can live inside a photo folder.
-    UserError naming `argument` when the path does not exist, cannot be read, or holds no image.
-    """
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise UserError(f"{argument} {path}: no such file or folder; give a folder of images ({SUFFIX_LIST})")
-    files = [path] if path.is_file() else visible_files(path, argument)
-    images = [file for file in files if file.suffix.lower() in SUFFIXES]
-    if not images:
-        kinds = Counter(file.suffix or "without suffix" for file in files).most_common(5)
-        others = ", ".join(f"{count} {kind}" for kind, count in kinds)
-        contents = f"only other files ({others})" if files else "no files"
-        ours = ", next to smooseg's own output" if written_by_us(path) else ""
-        raise UserError(f"{argument} {path}: no images in it; looked for {SUFFIX_LIST} and found {contents}{ours}")
-    return images
 
 
 def visible_files(folder: Path, argument: str) -> list[Path]:
@@ -96,18 +64,69 @@ def visible_files(folder: Path, argument: str) -> list[Path]:
     return sorted(files, key=Path.as_posix)  # all begin alike
 
 
-def read_image(path: Path | str) -> np.ndarray:
-    """Read an image as RGB uint8 [H,W,3], upright by its EXIF orientation. ImageError if it cannot be decoded whole.
+def read_picture(path: Path | str, reading: Reading = PLAIN, page: int | None = None) -> Picture:
+    """Read an image as RGB, upright by its EXIF orientation. ImageError if it cannot be decoded whole.
 
-    Lays transparent images on white. Brings deeper images down to 8 bits: 16-bit grey by v / 257, rounded, so that
-    65535 becomes 255; 16-bit colour by its high byte (Pillow's own reading); 32-bit integer and float grey, which have
-    no fixed white, by stretching their smallest..largest finite value to 0..255 (a constant image becomes black, and so
-    does nan). Reads the first frame only, and ignores an embedded colour profile.
+    Lays transparent images on white, and ignores an embedded colour profile. `reading` says how deeper values are
+    stretched to 8 bits, and which bands are shown. Places without data (NaN and infinite values, the value of GDAL's
+    no-data tag, full transparency) are not valid, and white.
+
+    Args:
+        page: of a stack, from 1; by default that of `reading`, or the first where that is all.
     """
-    with _opened(path) as image, _turn_of(image):
-        source = image.format
-        image.load()
-        return as_rgb(_upright(image), source)
+    return shown(read_samples(path, reading, page), reading)
+
+
+def read_samples(path: Path | str, reading: Reading = PLAIN, page: int | None = None) -> Samples:
+    """Read the values of the bands that are shown, before they are stretched. Arguments and errors as above."""
+    number = page or (1 if reading.pages == "all" else reading.pages)
+    tags = tiff.page_of(path, number)
+    if tags is not None and tags.needs_tifffile(reading.bands):
+        require_pixels(path, tags, tags.nbytes)
+        with turn_of(tags):
+            return tiff.read(path, tags, reading.bands)
+    with opened(path) as image, turn_of(image):
+        seek(image, path, number, tags)
+        half = half_of_16_bits(image)
+        if half is not None:
+            with opened(path) as again:
+                samples = samples_of_16_bits(image, again, half)
+            samples = samples.turned(orientation(image))
+        else:
+            source = image.format
+            image.load()
+            samples = samples_of(upright(image), tags, source)
+        return with_bands(samples, reading.bands, path)
+
+
+def header_of(path: Path | str) -> Header:
+    """What the header of a file tells. ImageError when there is none."""
+    first = tiff.page_of(path, 1)
+    if first is not None:
+        return Header.of_tiff(first, tiff.count_pages(path))
+    with opened(path) as image:
+        return Header.of_pillow(image)
+
+
+def picture_of(image: Image.Image, reading: Reading = PLAIN) -> Picture:
+    """A Pillow image of any mode as `read_picture` shows it, but unturned."""
+    return shown(with_bands(samples_of(image, None, image.format), reading.bands, "image"), reading)
+
+
+def seek(image: Image.Image, path: Path | str, page: int, tags: tiff.Page | None) -> None:
+    """Go to a page of an opened file, from 1. ImageError where there is none such."""
+    if tags is not None:
+        if tags.number:
+            image.seek(tags.number)
+    elif page > 1:
+        if image.format not in MULTIPAGE or page > getattr(image, "n_frames", 1):
+            raise ImageError(path, f"has no page {page}", "give --pages that every image has, or take it out")
+        image.seek(page - 1)
+
+
+def read_image(path: Path | str) -> np.ndarray:
+    """Read the pixels uint8 [H,W,3] of `read_picture`; deep values are stretched by those of the image itself."""
+    return read_picture(path).pixels
 
 
 def read_label(path: Path | str) -> np.ndarray:
@@ -115,12 +134,12 @@ def read_label(path: Path | str) -> np.ndarray:
 
     ImageError for other kinds (colours, 16 bits, transparency), and if the file cannot be decoded whole.
     """
-    with _opened(path) as image:
+    with opened(path, label=True) as image:
         if image.mode not in ("L", "P", "1"):
             expected = "write class numbers as 8-bit grey or palette PNG (255 = ignore), one channel"
             raise ImageError(path, f"a label of mode {image.mode}, which holds no class numbers", expected)
         image.load()
-        return np.array(_upright(image), dtype=np.uint8)
+        return np.array(upright(image), dtype=np.uint8)
 
 
 def read_colours(path: Path | str) -> Image.Image:
@@ -128,7 +147,7 @@ def read_colours(path: Path | str) -> Image.Image:
 
     In satellite images the fourth channel is infrared and not transparency.
     """
-    with _opened(path) as image:
+    with opened(path) as image:
         if image.mode not in ("RGB", "RGBA", "RGBX", "P"):
             raise ImageError(path, f"an image of mode {image.mode}, not of 8-bit colours")
         premultiplied = (
@@ -144,13 +163,14 @@ def image_size(path: Path | str) -> tuple[int, int]:
 
     One exception: a PNG that notes its orientation after its pixels counts as upright.
     """
-    with _opened(path) as image:
+    tags = tiff.page_of(path, 1)
+    if tags is not None:
+        return tags.size[::-1] if tags.orientation >= 5 else tags.size
+    with opened(path) as image:
         width, height = image.size
-        if isinstance(image, TiffImageFile):  # releases of Pillow differ in whether its size is turned already
-            width, height = (image.tag_v2[tag] for tag in (ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength))
-        elif {"exif", "xmp"}.isdisjoint(image.info):  # to ask further would decode all of a PNG
+        if {"exif", "xmp"}.isdisjoint(image.info):  # to ask further would decode all of a PNG
             return height, width
-        return (width, height) if _orientation(image) >= 5 else (height, width)
+        return (width, height) if orientation(image) >= 5 else (height, width)
 
 
 def require_patch(image: np.ndarray, patch: int, path: Path | str) -> None:
@@ -162,6 +182,20 @@ def require_patch(image: np.ndarray, patch: int, path: Path | str) -> None:
     if min(height, width) < patch:
         reason = f"{width} x {height} pixels, less than one patch of the backbone ({patch} pixels)"
         raise ImageError(path, reason, "take it out")
+
+
+def require_pixels(path: Path | str, image: Image.Image | tiff.Page, nbytes: float, *, label: bool = False) -> None:
+    """Raise ImageError naming `path` when an image is larger than MAX_PIXELS, or than its file can fill.
+
+    nbytes: of its pixels before they are packed. label: a label may well be all one class.
+    """
+    pixels = image.width * image.height
+    size, file_bytes = f"{image.width} x {image.height} pixels", os.stat(path).st_size
+    if pixels > MAX_PIXELS:
+        raise ImageError(path, f"{size}, more than {MAX_PIXELS:,} in all", "cut it into tiles")
+    if pixels > LARGE_PIXELS * (8 if label else 1) and nbytes > BLANK * file_bytes:
+        size = f"{size} in {readable(file_bytes)}"
+        raise ImageError(path, f"{size}: blank, or made to use up memory", "take it out, or save it smaller")
 
 
 def whole_patches(size: int, patch: int) -> int:
@@ -178,8 +212,19 @@ def resize_short_side(image: np.ndarray, size: int, resample: Resample = "neares
     short = min(height, width)
     if short == size:
         return image
-    resampling = Image.Resampling[resample.upper() if image.ndim == 3 else "NEAREST"]
-    return np.array(Image.fromarray(image).resize((width * size // short, height * size // short), resampling))
+    size_new = (height * size // short, width * size // short)
+    if image.ndim == 2 or resample == "nearest":
+        rows, columns = map(_nearest, size_new, (height, width))
+        return image[rows[:, None], columns]
+    return np.array(Image.fromarray(image).resize(size_new[::-1], Image.Resampling.BILINEAR))
+
+
+def _nearest(count: int, length: int) -> np.ndarray:
+    """Places int [count] in 0..length-1, as Pillow picks them for a side that is resized, without its copy of the
+    whole image: it adds up steps, and does not multiply."""
+    steps = np.full(count, length / count)
+    steps[0] /= 2
+    return np.cumsum(steps).astype(np.intp)
 
 
 def square_offsets(height: int, width: int, crops: Literal["center", "slide"]) -> list[tuple[int, int]]:
@@ -231,12 +276,9 @@ def cut_squares(
     return squares
 
 
-_large_lock = threading.Lock()
-
-
-def _turn_of(image: Image.Image) -> AbstractContextManager:
-    """Let one thread at a time decode a large image, which takes twice the memory of its pixels."""
-    return _large_lock if image.width * image.height > LARGE_PIXELS else nullcontext()
+def turn_of(image: Image.Image | tiff.Page) -> AbstractContextManager:
+    """Let the threads decode as many images at once as fit into the budget; one that is larger goes alone."""
+    return _decoding.take(DECODED_BYTES * image.width * image.height)
 
 
 _limits_lock = threading.Lock()
@@ -257,13 +299,19 @@ def _without_pixel_limit() -> Iterator[None]:
 
 
 @contextmanager
-def _opened(path: Path | str) -> Iterator[Image.Image]:
-    """Open the file as a Pillow image that decodes on demand; whatever goes wrong inside is raised as ImageError."""
+def opened(path: Path | str, *, label: bool = False) -> Iterator[Image.Image]:
+    """Open the file as a Pillow image that decodes on demand; whatever goes wrong inside is raised as ImageError.
+
+    label: whether an image may be as blank as a label.
+    """
     try:
-        with _without_pixel_limit(), open(path, "rb") as file, Image.open(file) as image:
-            if image.width * image.height > MAX_PIXELS:
-                size = f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,} in all"
-                raise ImageError(path, size, "cut it into tiles")
+        with (
+            about(path),
+            _without_pixel_limit(),
+            open(regular(path), "rb") as file,
+            Image.open(file, formats=photo_formats()) as image,
+        ):
+            require_pixels(path, image, _raw_bytes(image), label=label)
             yield image
     except ImageError:
         raise
@@ -273,47 +321,9 @@ def _opened(path: Path | str) -> Iterator[Image.Image]:
         raise ImageError(path, f"cannot be decoded ({reason(error)})") from error
 
 
-def reason(error: Exception) -> str:
-    """Say in one line why a file cannot be decoded."""
-    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
-
-
-def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8; 1 (upright) when the block is damaged, no reason to lose the picture."""
-    try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # see _opened: damaged blocks raise nearly anything
-        return 1
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    # not ImageOps.exif_transpose: it rewrites the EXIF block, and fails on pictures whose block has odd entries
-    turn = _UPRIGHT.get(_orientation(image))
-    return image if turn is None else image.transpose(turn)
-
-
-def as_rgb(image: Image.Image, source: str | None) -> np.ndarray:
-    """Convert a Pillow image of any mode to uint8 [H,W,3] as `read_image` does, but unturned; `source`: its format."""
-    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and source == "PNG")  # by the release of Pillow
-    if sixteen or image.mode in ("I", "F"):
-        values = np.asarray(image)
-        grey = (values.astype(np.uint32) + 128) // 257 if sixteen else _stretch(values)
-        return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        white.alpha_composite(image.convert("RGBA"))
-        image = white
-    image = image if image.mode == "RGB" else image.convert("RGB")
-    pixels = np.empty((image.height, image.width, 3), np.uint8)
-    for top in range(0, image.height, ROWS):  # np.array would hold two more copies of the whole on its way
-        bottom = min(top + ROWS, image.height)
-        pixels[top:bottom] = np.asarray(image.crop((0, top, image.width, bottom)))
-    return pixels
-
-
-def _stretch(values: np.ndarray) -> np.ndarray:
-    """Stretch the smallest..largest finite value to 0..255."""
-    values = values.astype(np.float64)  # fp32 would lose steps of large integers
-    finite = values[np.isfinite(values)]
-    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
-    return np.rint((np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) * (255 / (high - low or 1)))
+def _raw_bytes(image: Image.Image) -> float:
+    """Bytes of the pixels as the file has them before it packs them."""
+    tiles = getattr(image, "tile", None)
+    depth = re.search(r";(\d+)", str(tiles[0][3])) if tiles else None  # such as P;1
+    bits = int(depth[1]) if depth else {"1": 1, "I;16": 16, "I": 32, "F": 32}.get(image.mode, 8)
+    return image.width * image.height * len(image.getbands()) * bits / 8

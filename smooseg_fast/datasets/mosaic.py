@@ -20,6 +20,8 @@ import numpy as np
 from numpy.random import PCG64, Generator, SeedSequence
 from scipy import ndimage
 
+from .reading import PLAIN, Picture
+
 VERSION = 1  # part of the fingerprint: raise it with every change that alters an image
 UNITS = 224  # the side of every scene
 TILE = 256  # the side of the periodic noise; a power of two, so that wrapping is a bit mask
@@ -36,7 +38,7 @@ class Mosaic:
     differently. The splits "train" and "val" share no image of any seed. size: at least 16 pixels.
     """
 
-    labelled, held_out, notes = True, True, ()
+    labelled, held_out, notes, reading = True, True, (), PLAIN
 
     def __init__(self, split: Literal["train", "val"], count: int, size: int = UNITS, seed: int = 0) -> None:
         self.split, self.count, self.size, self.seed = split, count, size, seed
@@ -46,6 +48,9 @@ class Mosaic:
 
     def __len__(self) -> int:
         return self.count
+
+    def picture(self, index: int) -> Picture:
+        return Picture(self.image(index))
 
     def image(self, index: int) -> Array:
         """Draw image `index`, uint8 [size,size,3]."""

@@ -15,13 +15,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
 
 from ..errors import UserError
 from .base import IGNORE, Files, Layout, Numbering, extent, files_below, first_folder
-from .images import ImageError, image_size, read_colours, reason
+from .imageerror import ImageError, reason
+from .images import image_size, read_colours
+from .reading import Picture
 
 NAMES = ("roads and cars", "buildings and clutter", "vegetation and trees")
 ROAD, BUILDING, VEGETATION = range(3)
@@ -51,13 +54,15 @@ def recognise(root: Path) -> Layout | None:
 class MatTiles(Files):
     """Tiles in MATLAB files."""
 
-    def image(self, index: int) -> np.ndarray:
-        """Read uint8 [H,W,3] without the infrared; ImageError for another kind of file."""
+    reads_files: ClassVar[bool] = False
+
+    def picture(self, index: int) -> Picture:
+        """Read an image without its infrared; ImageError for another kind of file."""
         path = self.images[index]
         image = read_mat(path, "img")
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (3, 4):
             raise ImageError(path, f"img is {image.dtype} {list(image.shape)}, not uint8 [h,w,3 or 4]")
-        return np.ascontiguousarray(image[..., :3])
+        return Picture(np.ascontiguousarray(image[..., :3]))
 
     def numbers(self, path: Path) -> np.ndarray:
         label = read_mat(path, "gt")
@@ -103,10 +108,11 @@ class MosaicTiles(Files):
     """Tiles of SIDE pixels from windows of WINDOW pixels; `images` and `labels` are the mosaics of each."""
 
     places: tuple[tuple[int, int], ...]  # row and column of each tile
+    reads_files: ClassVar[bool] = False
 
-    def image(self, index: int) -> np.ndarray:
-        """Cut uint8 [SIDE,SIDE,3]; ImageError when the mosaic cannot be decoded."""
-        return _tile(_shrunk, self.images[index], self.places[index])
+    def picture(self, index: int) -> Picture:
+        """Cut a tile; ImageError when the mosaic cannot be decoded."""
+        return Picture(_tile(_shrunk, self.images[index], self.places[index]))
 
     def label(self, index: int) -> np.ndarray | None:
         """Cut uint8 [SIDE,SIDE], or None; ImageError when the mosaic cannot be decoded."""

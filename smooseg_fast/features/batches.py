@@ -24,6 +24,7 @@ class Square(NamedTuple):
     name: str  # of its image
     crop: tuple[int, int]  # (top, left) at the squares' scale (cutting.Cutting)
     pixels: np.ndarray  # uint8 [n,side,side,3]: the square with its margins at each of n scales
+    valid: np.ndarray | None = None  # bool [P], which patches show data; None where every pixel does
 
 
 class Flight(NamedTuple):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, WriteError
-from ..system.files import LEFTOVER
+from ..system.files import LEFTOVER, regular
 from ..system.locks import Lock
 from ..system.progress import say
 from ..system.sizes import readable
@@ -69,8 +69,8 @@ class StoreFolder:
     def meta(self) -> dict[str, Any]:
         """The content of meta.json; empty if it cannot be read."""
         try:
-            meta = json.loads((self.path / META).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            meta = json.loads(regular(self.path / META).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
             return {}
         return meta if isinstance(meta, dict) else {}
 
@@ -171,4 +171,9 @@ class CacheFolder:
 
 def default_cache() -> Path:
     base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "smooseg_fast"
+    if os.path.isabs(base):
+        return Path(base) / "smooseg_fast"
+    try:
+        return Path.home() / ".cache" / "smooseg_fast"
+    except RuntimeError as error:  # as in a container
+        raise UserError("--cache: missing; HOME is not set, and this user has no home folder: give one") from error

@@ -14,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from ..datasets.images import ImageError
 from ..errors import UserError
 from ..system.ahead import ahead
 from ..system.commandline import command_line
-from ..system.files import sweep, write_json
+from ..system.files import ABANDONED_S, sweep, write_json
 from ..system.host import keep_freed_memory
 from ..system.locks import Lock
 from ..system.progress import SILENT_S, Bar, say
@@ -31,7 +32,17 @@ from ..system.sizes import readable
 from .batches import Batches, Square
 from .cachefolder import META, WRITING, CacheFolder
 from .job import PLAIN, FeatureOptions, Job
-from .store import Contents, DamagedShard, FeatureStore, Shard, read_shard, require_sound, shard_path, write_shard
+from .store import (
+    Contents,
+    DamagedShard,
+    FeatureStore,
+    Shard,
+    packed,
+    read_shard,
+    require_sound,
+    shard_path,
+    write_shard,
+)
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
@@ -39,9 +50,8 @@ if TYPE_CHECKING:
 # a store up to this size has every byte checked when it is opened, which takes a fifth of a second
 CHECKED_BYTES = 256 * 2**20
 WAIT_S = 0.5  # between looks at another run that makes the same features
-ABANDONED_S = 3600.0  # age at which a half-written shard is nobody's, where no lock says so
 # in a store that replaces another
-SAME = ("dataset", "backbone", "precision", "size", "crops", "resample", "scale", "margin", "mirror")
+SAME = ("dataset", "backbone", "precision", "size", "crops", "resample", "scale", "margin", "mirror", "reading")
 MAX_THREADS = 16  # that decode images
 
 
@@ -64,7 +74,9 @@ def open_or_extract(dataset: Dataset, backbone: Backbone, options: FeatureOption
         UserError: for a wrong size, when no image can be used, when the cache cannot be written, and when the backbone
             gives NaN, infinity or another shape than it promised.
     """
-    extraction = Extraction(Job(dataset, backbone, options))
+    job = Job(dataset, backbone, options)
+    require_same_images(job)
+    extraction = Extraction(job)
     writing, used = Lock(extraction.folder.path / WRITING), extraction.folder.use()
     try:
         extraction.look()
@@ -80,6 +92,15 @@ def open_or_extract(dataset: Dataset, backbone: Backbone, options: FeatureOption
         raise
     finally:
         writing.release(remove=True)
+
+
+def require_same_images(job: Job) -> None:
+    """UserError where the processes would make different features."""
+    jobs = job.options.processes.all((job.key(), len(job.dataset)))
+    if len(set(jobs)) > 1:
+        counts = ", ".join(str(count) for _, count in jobs)
+        why = f"the processes see different images or weights in {job.dataset.name} ({counts} images)"
+        raise UserError(f"--data: {why}; give all machines the same folder, with the same times of change")
 
 
 class Extraction:
@@ -160,14 +181,17 @@ class Extraction:
         self._tell_tiles()
 
     def _tell_tiles(self) -> None:
-        """Says how many squares of the grids were taken, and how many images were enlarged."""
+        """Says how many squares of the grids were taken, how many show no data, and how many images were enlarged."""
         job = self.job
+        left_out = int(self.processes.sum(torch.tensor(sum(job.left_out))))
         totals = torch.tensor([*map(sum, zip(*job.tiled))] or [0, 0, 0])
         taken, grid, enlarged = self.processes.sum(totals).tolist()
         if not job.options.progress:
             return
         if taken < grid:
             say(f"tiles      {taken} of the {grid} that would cover the images, at most {job.cutting.most} of an image")
+        if left_out:
+            say(f"no data    {left_out} squares without any data in them are left out")
         if enlarged:
             scale, size = job.options.scale[0], job.options.size
             say(f"enlarged   {enlarged} images to a short side of {size} pixels; they are smaller at --scale {scale}")
@@ -187,9 +211,12 @@ class Extraction:
             name, reason = store.skipped[0]
             say(
                 f"skipped before: {len(store.skipped)} of {len(self.job.dataset)} images, first {name}: {reason}; "
-                f"delete {self.folder.path} to try again"
+                f"to try again, {command_line('cache', 'rm', self.folder.key[:8], *self._cache())}"
             )
         return store
+
+    def _cache(self) -> list[str]:
+        return [] if self.job.options.cache is None else ["--cache", str(self.job.options.cache)]
 
     def _path(self, number: int) -> Path:
         return shard_path(self.folder.path, number)
@@ -261,6 +288,7 @@ class Extraction:
                 crops=tuple(square.crop for square in squares),
                 skipped=tuple((name, error.reason) for name, error in skipped),
                 batch=batch_size,
+                valid=self._valid(squares),
             )
             empty = torch.empty(0, job.grid[0] * job.grid[1], job.channels)
             write_shard(self._path(number), contents, *parts or [empty])
@@ -273,6 +301,14 @@ class Extraction:
                     f"{self._damage.get(number, 'it is gone')}; check the disk or choose another cache folder"
                 )
         bar.update(done + total - bar.n)
+
+    def _valid(self, squares: list[Square]) -> str | None:
+        """Which patches of the squares show data, as a shard has it."""
+        if all(square.valid is None for square in squares):
+            return None
+        all_of_them = np.ones(self.job.grid[0] * self.job.grid[1], bool)
+        marks = [all_of_them if square.valid is None else square.valid for square in squares]
+        return packed(np.stack(marks))
 
     def _halved(self, batch_size: int) -> int:
         """Half the size of a batch that did not fit. UserError when a single square does not fit."""

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..config import FIT, Crops, scale_factor
 from ..datasets import Dataset
-from ..datasets.cutting import Cutting, tiles_of_an_image
+from ..datasets.cutting import Cut, Cutting, tiles_of_an_image, valid_patches
 from ..datasets.images import MAX_PIXELS, ImageError, Resample, require_patch
+from ..datasets.reading import Picture
 from ..errors import UserError
 from ..system.processes import ALONE, Processes
 from ..system.progress import announced
@@ -22,8 +23,6 @@ from .batches import Square
 from .cachefolder import CacheFolder, StoreFolder
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ..backbones.base import Backbone
 
 CPU_BATCH, CARD_BATCH = 16, 64  # squares: a CPU is as fast with any number from 4 on, a card needs many
@@ -70,7 +69,7 @@ class Tiled(NamedTuple):
     """How an image was cut into tiles, or at a scale other than "fit"."""
 
     taken: int  # squares
-    grid: int  # squares that would cover the image
+    grid: int  # squares that would cover all of the image that shows data
     enlarged: bool  # because its short side was below `size` at that scale
 
 
@@ -78,13 +77,14 @@ class Tiled(NamedTuple):
 class Job:
     """An extraction whose size fits the backbone, or UserError. Shard n holds the squares of `images_of(n)`.
 
-    `tiled` collects how images were cut, in any order.
+    `tiled` collects how images were cut, and `left_out` how many squares of each show no data, in any order.
     """
 
     dataset: Dataset
     backbone: Backbone
     options: FeatureOptions
     tiled: list[Tiled] = field(default_factory=list, compare=False)
+    left_out: list[int] = field(default_factory=list, compare=False)
 
     def __post_init__(self) -> None:
         patch, size, argument = self.backbone.patch, self.options.size, self.options.argument
@@ -194,33 +194,57 @@ class Job:
             margin=options.margin,
             most=self.cutting.most,
             mirror=options.mirror,
+            reading=str(self.dataset.reading),
             batch=self.batch_size,
             grid=self.grid,
             channels=self.channels,
         )
 
     def squares(self, index: int) -> list[Square] | ImageError:
-        """The squares of image number `index`, or the reason why there are none. Safe in any thread."""
+        """The squares of image number `index` that show data, or the reason why there are none. Safe in any thread."""
         name, size = self.dataset.names[index], self.options.size
         try:
-            image = self.dataset.image(index)
+            picture = self.dataset.picture(index)
+            image = picture.pixels
             require_patch(image, self.backbone.patch, name)
             height, width = image.shape[:2]
             bounded = self.options.crops == "tiles" or self.options.scale != (FIT,)
             # with its short side at `size` pixels, a long strip would be larger than any image may be
             if bounded or height * width * size**2 <= MAX_PIXELS * min(height, width) ** 2:
                 with contextlib.suppress(MemoryError):
-                    squares = [Square(name, crop, pixels) for crop, pixels in self.cutting.squares(image)]
-                    if bounded:
-                        self.tiled.append(self._tiled(len(squares), image))
+                    cut = self.cutting.squares(picture)
+                    squares = self._with_data(name, cut)
+                    if bounded and not isinstance(squares, ImageError):
+                        self.tiled.append(self._tiled(len(cut), picture))
                     return squares
         except ImageError as error:
             return error
         reason = f"{width} x {height} pixels, too many for the memory with {size} on the short side"
         return ImageError(name, reason, "cut it into tiles")
 
-    def _tiled(self, taken: int, image: np.ndarray) -> Tiled:
+    def _with_data(self, name: str, cut: list[Cut]) -> list[Square] | ImageError:
+        """The squares of an image in which some patch shows data."""
+        squares = []
+        for place, pixels, valid in cut:
+            patches = None if valid is None or valid.all() else valid_patches(valid, self.backbone.patch).ravel()
+            if patches is None or patches.any():
+                squares.append(Square(name, place, pixels, patches))
+        if not squares:
+            return ImageError(
+                name, "shows no data: every pixel that would be used is no-data or transparent", "take it out"
+            )
+        if len(squares) < len(cut):
+            self.left_out.append(len(cut) - len(squares))
+        return squares
+
+    def _tiled(self, taken: int, picture: Picture) -> Tiled:
+        image, valid = picture
         height, width = self.cutting.scaled(image).size
+        grid = self.cutting.grid(height, width)
+        if valid is not None:
+            with_data = self.cutting.grid(height, width, self.cutting.mask(valid))
+            self.left_out.append(len(grid) - len(with_data))
+            grid = with_data
         factor = scale_factor(self.options.scale[0])
         enlarged = factor is not None and min(height, width) > max(1, round(min(image.shape[:2]) * factor))
-        return Tiled(taken, len(self.cutting.grid(height, width)), enlarged)
+        return Tiled(taken, len(grid), enlarged)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .schedule import Draws, Schedule, Settings
+from .schedule import Draws, Marks, Schedule, Settings
 
 STEPS_AHEAD = 64  # that are drawn at once
 NUMBERS_AHEAD = 1 << 22  # random numbers that are drawn at once, so that large batches do not take much memory
@@ -95,12 +96,12 @@ def unpacked(row: Tensor, like: Draws) -> Draws:
 
 
 class BatchesAhead:
-    """Batches [B,P,D] that are read on the host, in one tensor [2B,P,D] on the device: even steps, then odd ones.
+    """Batches [B,...] that are read on the host, in one tensor [2B,...] on the device: even steps, then odd ones.
 
     A batch is copied on a stream of its own, from pinned memory, while the step before it runs.
 
     Args:
-        read: int64 [B] row numbers -> [B,P,D] on the CPU.
+        read: int64 [B] row numbers -> [B,...] on the CPU.
         step, rows: the step that comes first, and its rows.
     """
 
@@ -109,8 +110,8 @@ class BatchesAhead:
         self._read, self._stream = read, torch.cuda.Stream(device)
         self._copied, self._used = ([torch.cuda.Event(), torch.cuda.Event()] for _ in "12")
         self._host = [torch.empty_like(batch).pin_memory() for _ in "12"]
-        self.features = batch.new_empty(2 * len(batch), *batch.shape[1:], device=device)
-        self._halves = self.features.split(len(batch))
+        self.values = batch.new_empty(2 * len(batch), *batch.shape[1:], device=device)
+        self._halves = self.values.split(len(batch))
         self._stream.wait_stream(torch.cuda.current_stream())  # its memory may have been another tensor's
         self._steps: list[int | None] = [None, None]  # whose batches the halves hold
         self._send(step, batch)
@@ -144,6 +145,7 @@ class Inputs:
 
     Args:
         features: [N,P,D] on the device, or a function that reads rows on the host.
+        valid: as for `loop.Loop`; where it is a function, the answer for the first step decides `masked`.
         sizes: (P, D).
         step: the step that comes first.
     """
@@ -155,37 +157,44 @@ class Inputs:
         schedule: Schedule,
         settings: Settings,
         *,
+        valid: Marks,
         step: int,
         device: torch.device,
     ):
         self._sizes, self._schedule, self._settings, self._device = sizes, schedule, settings, device
-        self._batches: BatchesAhead | None = None
+        self._batches: list[BatchesAhead] = []
+        marks = valid if isinstance(valid, Tensor) else None
         if not isinstance(features, Tensor):
-            self._batches = BatchesAhead(features, step, schedule.rows_of(step), device)
-            features = self._batches.features
-        self.features = features
+            rows = schedule.rows_of(step)
+            self._batches.append(BatchesAhead(features, step, rows, device))
+            features = self._batches[0].values
+            if callable(valid) and valid(rows) is not None:
+                read = cast(Callable[[Tensor], Tensor], valid)  # for as long as these inputs serve
+                self._batches.append(BatchesAhead(read, step, rows, device))
+                marks = self._batches[1].values
+        self.features, self.valid, self.masked = features, marks, marks is not None
         numbers = schedule.batch_size * (sizes[0] + 3 * sizes[1])
         self.draws = DrawsAhead(self._draw, min(STEPS_AHEAD, max(1, NUMBERS_AHEAD // numbers)), step, device)
         self.seek(step)
 
     def seek(self, step: int) -> None:
         """Makes the draws and the batch those of a step."""
-        if self._batches is not None:
-            self._batches.put(step, self._schedule.rows_of(step))
-            self._batches.seek(step)
+        for batches in self._batches:
+            batches.put(step, self._schedule.rows_of(step))
+            batches.seek(step)
         self.draws.seek(step)
 
     def taken(self, step: int) -> None:
         """Tells that a step was queued, and reads the next batch on the host while the device works."""
         self.draws.taken(step)
-        if self._batches is not None:
-            self._batches.taken(step)
+        for batches in self._batches:
+            batches.taken(step)
             if self._schedule.ready(step + 1):
-                self._batches.put(step + 1, self._schedule.rows_of(step + 1))
+                batches.put(step + 1, self._schedule.rows_of(step + 1))
 
     def _draw(self, first: int, steps: int) -> Draws:
         schedule, numbers = self._schedule, range(first, first + steps)
-        if self._batches is None:
+        if not self._batches:
             rows = torch.stack([schedule.rows_of(number) for number in numbers])
         else:
             rows = torch.stack(

@@ -48,9 +48,9 @@ class Grown(NamedTuple):
         """The reasons for the number of groups, in words."""
         if asked is not None:
             return "as asked"
-        sure = f", {100 * self.number.sure:.0f} % sure" if self.number.agreement else ""
-        others = " and ".join(map(str, self.number.others))
-        return f"chosen without labels{sure}" + (f"; next {others}" if others else "")
+        sure = f"; {100 * self.number.sure:.0f} % of halves of the images agree" if self.number.agreement else ""
+        others = " or ".join(map(str, self.number.others))
+        return f"chosen without labels{sure}" + (f"; next best {others}" if others else "")
 
     def reasons(self, groups: int, asked: int | None) -> dict[str, Any]:
         """For the report: how many groups there are, of how many, and why."""
@@ -86,12 +86,13 @@ def moments_of_parts(head: Head, store: FeatureStore) -> list[Moments]:
     numbers = {name: number for number, name in enumerate(dict.fromkeys(store.names))}
     images = [numbers[store.names[row]] % PARTS for row in evenly_spaced(len(store), SQUARES).tolist()]
     first = 0
-    for features in batches(store, head.teacher.device, SQUARES):
+    for features, valid in batches(store, head.teacher.device, SQUARES):
         unit, labels = unit_rows(features.float()), sk.assign(project(head, features), head.teacher)
         of_batch = torch.tensor(images[first : first + len(features)], device=unit.device)
         first += len(features)
         for part in of_batch.unique().tolist():
-            parts[part].add(unit[of_batch == part], labels[of_batch == part])
+            of_part = of_batch == part
+            parts[part].add(unit[of_part], labels[of_part], None if valid is None else valid[of_part])
     return parts
 
 

@@ -14,7 +14,7 @@ import smooseg_kernels as sk
 
 from ..segment.model import Heads
 from .ahead import Inputs
-from .schedule import Draws, Schedule, Settings
+from .schedule import Draws, Marks, Schedule, Settings
 from .step import make_optimizer, train_step
 
 WARM_UP_STEPS = 3  # before a capture; their changes are put back
@@ -35,6 +35,8 @@ class Loop:
         heads: on the device that computes.
         features: [N,P,D] on that device, or a function from int64 [B] row numbers to [B,P,D] on the CPU. 16-bit
             features make the projection's products bf16, except fp16 on a CPU; others have the heads' own dtype.
+        valid: which patches show data, bool [N,P] where the features are a tensor, or a function to [B,P] where they
+            are one. None, or a function that gives None, where all do; it gives None for all rows of a window or none.
         sizes: (P, D).
         thresholds: [H,2] of every head, within images and across.
         lr, lr_prototypes: Adam's learning rates of projection and student.
@@ -52,8 +54,10 @@ class Loop:
         *,
         lr: float,
         lr_prototypes: float,
+        valid: Marks = None,
         capture: bool | None = None,
     ):
+        self.marks = valid
         self.heads, self.features, self.sizes, self.schedule, self.settings = heads, features, sizes, schedule, settings
         self.device = heads.student.device
         self.thresholds = thresholds.to(self.device)
@@ -74,6 +78,8 @@ class Loop:
         Raises:
             torch.OutOfMemoryError: the device's memory cannot hold a step.
         """
+        if self._captured is not None and self._captured.inputs.masked != self._masked(number):
+            self._captured = None  # another window of a stream
         if self.capture and self._captured is None:
             self._captured = self._capture(number)
         if self._captured is None:
@@ -88,20 +94,37 @@ class Loop:
         """A step that is not captured."""
         draws = self.schedule.draws(number, *self.sizes, self.settings, self.device)
         if isinstance(self.features, Tensor):
-            return self._learn(self.features, draws)
-        return self._learn(self.features(self.schedule.rows_of(number)).to(self.device), replace(draws, rows=None))
+            return self._learn(self.features, self.marks if isinstance(self.marks, Tensor) else None, draws)
+        rows = self.schedule.rows_of(number)
+        valid = self.marks(rows) if callable(self.marks) else None
+        valid = None if valid is None else valid.to(self.device)
+        return self._learn(self.features(rows).to(self.device), valid, replace(draws, rows=None))
 
-    def _learn(self, features: Tensor, draws: Draws) -> sk.SmooSegLoss:
-        return train_step(self.heads, self.optimizer, features, draws, self.thresholds, self.settings)
+    def _learn(self, features: Tensor, valid: Tensor | None, draws: Draws) -> sk.SmooSegLoss:
+        return train_step(self.heads, self.optimizer, features, draws, self.thresholds, self.settings, valid=valid)
+
+    def _masked(self, number: int) -> bool:
+        """Whether the rows that a step takes come with marks of the patches that show data."""
+        if self.marks is None or isinstance(self.marks, Tensor):
+            return self.marks is not None
+        return self.marks(self.schedule.rows_of(number)) is not None
 
     # capture
 
     def _capture(self, number: int) -> Captured | None:
         """Captures a step, or tells in `not_captured` why it cannot be. Errors of the step itself are raised."""
-        inputs = Inputs(self.features, self.sizes, self.schedule, self.settings, step=number, device=self.device)
+        inputs = Inputs(
+            self.features,
+            self.sizes,
+            self.schedule,
+            self.settings,
+            valid=self.marks,
+            step=number,
+            device=self.device,
+        )
 
         def work() -> sk.SmooSegLoss:
-            return self._learn(inputs.features, inputs.draws.take())
+            return self._learn(inputs.features, inputs.valid, inputs.draws.take())
 
         self._warm_up(number, inputs, work)
         graph, cause = torch.cuda.CUDAGraph(), None

@@ -31,7 +31,7 @@ from .grow import Grown, grow
 from .loop import Loop
 from .monitors import Watch
 from .runfolder import BOARD, TRAINING
-from .schedule import Schedule, Settings
+from .schedule import Marks, Schedule, Settings
 from .setting import Setting
 from .shares import Shares
 
@@ -55,7 +55,8 @@ class Run:
         self.schedule = setting.stream or Schedule(len(setting.store), self.config.batch_size, self.config.data_seed)
         self.watch = Watch(setting.variants)
         self.drift_stops = False  # whether --on-drift asks for an end here
-        self.loop: Loop | None = None  # stays None in a process without a head
+        self.loop: Loop | None = None  # stays None in a process without a head, and without steps
+        self.untrained: Heads | None = None  # this process's heads where no step is to be taken
         self.losses: dict[str, Tensor] = {}  # this process's heads, last step
         self.records: list[dict[str, Any]] = []  # all heads
         self.report: dict[str, Any] = {}
@@ -68,7 +69,7 @@ class Run:
     def learn(self) -> None:
         """Takes all steps, or fewer with --on-drift stop. Interrupted after a signal, with the state saved."""
         self.prepare()
-        steps, first = self.config.steps, self.done
+        steps, first = self.setting.steps, self.done
         bar = Bar(total=steps, initial=first, desc="train", unit="step", disable=not self.setting.progress or not steps)
         with closing(self), bar, stop_request() as stop:
             logged = any(record["step"] == self.done for record in self.records)
@@ -97,15 +98,17 @@ class Run:
         """Claims the folder, and starts or resumes this process's heads."""
         setting, state = self.setting, self.state
         heads = self.start() if state is None else Heads.from_state(self.shares.of(state.heads))
-        if heads is not None:
+        if heads is not None and self.setting.steps:
             self.loop = self.make_loop(heads)
+        elif heads is not None:
+            self.untrained = heads.to(setting.device)
         if state is not None:
             self.losses = self.shares.of(state.losses)
             if state.reasons is not None:
                 self.report["tree"] = state.reasons
             if self.loop is not None:
-                restore_optimizer(self.loop.optimizer, self.shares.of(state.optimizer))
-            self.say(f"resume     from step {state.step} of {self.config.steps}")
+                self.restore(self.loop.optimizer, state)
+            self.say(f"resume     from step {state.step} of {self.setting.steps}")
         if setting.written is not None:
             self.records = setting.written.resume(self.done)
             if self.config.log == "tensorboard":
@@ -113,9 +116,20 @@ class Run:
         self.records = self.processes.all(self.records)[0]
         if setting.stream is not None:
             self.report["streamed"] = dataclasses.asdict(setting.stream.windows)
-        if self.processes.first:
+        if self.processes.first and self.setting.steps:  # what training moves by
             self.report["closeness"] = self.closeness()
         self.see(self.records)
+
+    def restore(self, optimizer: torch.optim.Adam, state: TrainingState) -> None:
+        """Gives this process's part of Adam's state back. UserError where it, or the losses, do not fit."""
+        try:
+            restore_optimizer(optimizer, self.shares.of(state.optimizer))
+            if state.losses.keys() not in ({}.keys(), set(sk.SmooSegLoss._fields)):
+                raise ValueError("its losses have other names")
+        except (ValueError, LookupError) as error:
+            place = TRAINING if self.setting.folder is None else self.setting.folder.path / TRAINING
+            advice = "remove it to train from the first step, or give another --out"
+            raise UserError(f"{place}: damaged ({error}); {advice}") from error
 
     def make_loop(self, heads: Heads) -> Loop:
         config, store = self.config, self.setting.store
@@ -128,15 +142,17 @@ class Run:
             patches=config.patches,
             impl=config.impl,
         )
+        features = self.features()
         return Loop(
             heads.to(self.setting.device),
-            self.features(),
+            features,
             (store.P, store.D),
             self.schedule,
             torch.tensor([[pair.within, pair.across] for pair in pairs]),
             settings,
             lr=config.lr,
             lr_prototypes=config.lr_prototypes,
+            valid=self.valid(features),
         )
 
     def start(self) -> Heads | None:
@@ -194,6 +210,16 @@ class Run:
             return store.load(device, dtype)
         return functools.partial(store.rows, dtype=dtype)
 
+    def valid(self, features: Tensor | Callable[[Tensor], Tensor]) -> Marks:
+        """Which patches of all rows show data: next to the `features`, or a function like theirs. None where all do."""
+        store, stream = self.setting.store, self.setting.stream
+        if stream is not None:
+            return stream.valid
+        if isinstance(features, Tensor):
+            valid = store.valid(range(len(store)))
+            return None if valid is None else valid.to(features.device)
+        return store.valid if store.masked else None
+
     def closeness(self) -> dict[str, Any]:
         """Figures on how alike patches are, for the report; warns of thresholds that pull in opposite directions."""
         setting = self.setting
@@ -236,18 +262,19 @@ class Run:
         return max(number for number, _ in answers), answers[0][1]
 
     def log_is_due(self) -> bool:
-        return self.done % self.config.log_every == 0 or self.done == self.config.steps
+        return self.done % self.config.log_every == 0 or self.done == self.setting.steps
 
     def checkpoint_is_due(self) -> bool:
-        return self.done % self.config.checkpoint_every == 0 or self.done == self.config.steps
+        return self.done % self.config.checkpoint_every == 0 or self.done == self.setting.steps
 
     # log and state
 
     def heads(self) -> Heads:
         """All heads of the run, on every process."""
-        if self.loop is not None and self.alone:
-            return self.loop.heads
-        state = {} if self.loop is None else self.loop.heads.state_dict()
+        mine = self.untrained if self.loop is None else self.loop.heads
+        if mine is not None and self.alone:
+            return mine
+        state = {} if mine is None else mine.state_dict()
         return Heads.from_state(self.shares.everywhere(state)).to(self.setting.device)
 
     def log(self, bar: Bar) -> None:
@@ -334,13 +361,13 @@ class Run:
             return "nothing is kept of a run without an output folder"
         if not self.saved:
             return "no step is saved yet; features are"
-        return f"step {self.saved} of {self.config.steps} is saved, whole, in {self.setting.folder.path}"
+        return f"step {self.saved} of {self.setting.steps} is saved, whole, in {self.setting.folder.path}"
 
     def close(self) -> None:
         if self.board is not None:
             self.board.close()
         if self.setting.stream is not None:
-            self.setting.stream.close(remove=self.done == self.config.steps or self.drift_stops)
+            self.setting.stream.close(remove=self.done == self.setting.steps or self.drift_stops)
 
 
 def live(record: dict[str, Any], verbose: bool) -> str:

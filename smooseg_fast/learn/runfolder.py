@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from ..config import AUTO, TrainConfig, Variant
+from ..errors import UserError
 from ..segment.checkpoint import Checkpoint, TrainingState, read_checkpoint, read_training_state
 from ..system.outfolder import HoldsAnotherRun, Journal, OutFolder
 
 CHECKPOINT, TRAINING, HEADS = "checkpoint.safetensors", "training.safetensors", "heads"
 METRICS, BOARD, RUN, REPORT = "metrics.jsonl", "tensorboard", "run.json", "report.json"
 GROUPS, CURVES, TREE, SAMPLES = "groups.png", "curves.png", "tree.png", "samples"
+FOLLOWED = ("total", "perplexity", "image_information")  # figures by which `monitors.Watch` knows trouble
 CHOSEN = "backbone_chosen"  # in RUN: whether --backbone auto chose the backbone that is recorded
 
 
@@ -27,7 +29,7 @@ class RunFolder(OutFolder):
         if auto:
             del settings["backbone"]
         super().__init__(
-            path, settings, record=RUN, outputs=(CHECKPOINT, GROUPS, CURVES, TREE, SAMPLES), below=(HEADS,)
+            path, settings, record=RUN, outputs=(CHECKPOINT, GROUPS, CURVES, TREE, SAMPLES), below=(HEADS, SAMPLES)
         )
         name, chosen = self.recorded.get("backbone"), self.recorded.get(CHOSEN) is True
         if auto and self.recorded and not (chosen and isinstance(name, str)):
@@ -36,33 +38,59 @@ class RunFolder(OutFolder):
         self.settings[CHOSEN] = auto or chosen
         self.metrics = Journal(path / METRICS)
         self._heads = {variant.name for variant in config.variants()}
-        self.pictures = (GROUPS, *[CURVES] * (config.steps > 0), *[TREE] * config.tree)
 
     def settle(self, backbone: str) -> None:
         """Record the backbone that auto chose."""
         self.settings["backbone"] = backbone
 
-    def state(self) -> TrainingState | None:
-        """Read the last state that an earlier process of this run saved; None without one."""
-        return read_training_state(self.path / TRAINING) if (self.path / TRAINING).exists() else None
+    def state(self, config: TrainConfig) -> TrainingState | None:
+        """Read the last state that an earlier process of this run saved; None without one.
+
+        config: that of the run, with every choice made. UserError for a damaged state and for another run's.
+        """
+        path = self.path / TRAINING
+        if not path.exists():
+            return None
+        state = read_training_state(path)
+        saved, asked = state.config.learning(), config.learning()
+        for name in (name for name in asked if saved[name] != asked[name]):
+            why = f"belongs to another run ({name} is {saved[name]!r} there and {asked[name]!r} here)"
+            raise UserError(f"{path}: {why}; remove it to train from the first step, or give another --out")
+        return state
 
     def checkpoint(self) -> Checkpoint:
         """Read the head that predicts by default."""
-        return read_checkpoint(self.path / CHECKPOINT)
+        return read_checkpoint(self.path / CHECKPOINT, advice="remove it, and the same command writes it again")
 
-    def finished(self) -> bool:
-        """Return whether the output is complete; running again draws pictures that failed or were removed."""
-        return all((self.path / name).exists() for name in (REPORT, CHECKPOINT, *self.pictures))
+    def finished(self, config: TrainConfig) -> bool:
+        """Return whether the output is complete; running again draws pictures that failed or were removed.
+
+        config: that of the run, with every choice made.
+        """
+        return all((self.path / name).exists() for name in (REPORT, CHECKPOINT, *pictures_of(config)))
 
     def resume(self, step: int) -> list[dict[str, Any]]:
         """Claim the folder and return the metrics up to `step`; removes all other lines. Those of `step` stay only if
         every head has one: the run writes them again."""
         self.claim()
-        ours = [r for r in self.metrics.read() if r.get("head") in self._heads and type(r.get("step")) is int]
+        ours = [record for record in self.metrics.read(is_figures) if record["head"] in self._heads]
         complete = sum(record["step"] == step for record in ours) == len(self._heads)
         records = [record for record in ours if record["step"] < step + complete]
         self.metrics.rewrite(records)
         return records
+
+
+def pictures_of(config: TrainConfig) -> tuple[str, ...]:
+    """Name the pictures of a run; `config` has every choice made."""
+    return (GROUPS, *[CURVES] * bool(config.steps), *[TREE] * config.tree)
+
+
+def is_figures(record: dict[str, Any]) -> bool:
+    """Whether a line of metrics is one: a head, a step, and numbers. None stands for a NaN, of a head that diverged."""
+    figures = {name: value for name, value in record.items() if name not in ("head", "step")}
+    numbers = all(value is None or type(value) in (int, float) for value in figures.values())
+    known = figures.get("total", 0) is None or not any(figures.get(name) is None for name in FOLLOWED)
+    return isinstance(record.get("head"), str) and type(record.get("step")) is int and numbers and known
 
 
 def head_file(folder: Path, variant: Variant) -> Path:

@@ -14,6 +14,7 @@ from PIL.Image import Image
 from ..backbones.base import reason
 from ..config import Variant, scale_factor
 from ..datasets.images import ImageError
+from ..datasets.reading import Picture
 from ..errors import WriteError
 from ..features.sample import evenly_spaced
 from ..segment.segmenter import Segmenter
@@ -21,7 +22,7 @@ from ..show import charts, pictures
 from ..show.sheet import NAMED, groups_sheet
 from ..show.tree import tree_picture
 from ..system.progress import SILENT_S, Bar
-from .runfolder import CURVES, GROUPS, TREE, RunFolder
+from .runfolder import CURVES, GROUPS, TREE, RunFolder, pictures_of
 from .setting import Setting
 
 GROUPS_IMAGES = 8
@@ -51,8 +52,8 @@ class Shown:
     def default(self) -> Variant:
         return next(iter(self.segmenters))
 
-    def images(self, name: str, count: int) -> Iterator[tuple[str, np.ndarray]]:
-        """Names and pixels of at most `count` images, evenly spaced over those (held-out ones first) with features.
+    def images(self, name: str, count: int) -> Iterator[tuple[str, Picture]]:
+        """Names and pictures of at most `count` images, evenly spaced over those (held-out ones first) with features.
 
         A bar called `name` shows once they take long.
         """
@@ -64,9 +65,10 @@ class Shown:
             iterable=indices, desc=name, unit="image", delay=SILENT_S, leave=False, disable=not self.setting.progress
         ):
             with suppress(ImageError):  # gone since its features were taken
-                image, name = setting.dataset.image(index), setting.dataset.names[index]
-                middle = self.middle(image)
-                yield (name if middle.shape == image.shape else f"{name} (middle)"), middle
+                picture, name = setting.dataset.picture(index), setting.dataset.names[index]
+                valid = None if picture.valid is None else self.middle(picture.valid)
+                middle = Picture(self.middle(picture.pixels), valid)
+                yield (name if middle.pixels.shape == picture.pixels.shape else f"{name} (middle)"), middle
 
     def middle(self, image: np.ndarray) -> np.ndarray:
         """The middle of an image, LARGEST pixels a side at the scale of the run; a scale that fits shows all of it."""
@@ -81,7 +83,7 @@ class Shown:
 def draw(shown: Shown) -> list[Path]:
     """Draws the pictures of the folder; -> those that succeeded. Reports a failure and continues."""
     makers, paths = {GROUPS: groups_picture, CURVES: curves_picture, TREE: tree_of_groups}, []
-    for name in shown.folder.pictures:
+    for name in pictures_of(shown.setting.config):
         try:
             paths.append(pictures.save(shown.folder.path / name, makers[name](shown)))
         except WriteError:  # the disk is full: the report would not fit either
@@ -98,7 +100,8 @@ def groups_picture(shown: Shown) -> Image:
     groups = segmenter.groups
     title = f"{in_use(shares)} of {groups} groups in use, found without labels"
     cells = (
-        (name, image, np.concatenate([*segmenter.bands(image)])) for name, image in shown.images(GROUPS, GROUPS_IMAGES)
+        (name, picture.pixels, np.concatenate([*segmenter.bands(picture)]))
+        for name, picture in shown.images(GROUPS, GROUPS_IMAGES)
     )
     return groups_sheet(cells, pictures.palette(groups), dict(enumerate(shares)), title)
 

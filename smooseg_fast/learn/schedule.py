@@ -15,6 +15,9 @@ from torch import Tensor
 
 import smooseg_kernels as sk
 
+# which patches show data: bool [N,P] on the device, or a function from row numbers int64 [B] to [B,P] on the CPU
+Marks = Tensor | Callable[[Tensor], Tensor | None] | None
+
 
 @dataclass(frozen=True)
 class Settings:

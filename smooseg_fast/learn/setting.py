@@ -52,6 +52,13 @@ class Setting:
         return self.config.prototypes
 
     @property
+    def steps(self) -> int:
+        """The optimiser steps, once `trainer.resolve` has chosen them. ValueError before."""
+        if self.config.steps is None:
+            raise ValueError("the number of steps is not resolved")
+        return self.config.steps
+
+    @property
     def written(self) -> RunFolder | None:
         """The folder, for the one process that writes into it."""
         return self.folder if self.processes.first else None

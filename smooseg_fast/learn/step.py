@@ -29,6 +29,8 @@ def train_step(
     draws: Draws,
     thresholds: Tensor,
     settings: Settings,
+    *,
+    valid: Tensor | None = None,
 ) -> sk.SmooSegLoss:
     """Runs one iteration: losses with the teacher as it stands, then the teacher's update, then the optimiser's step.
 
@@ -38,11 +40,13 @@ def train_step(
             matrix products bf16; on a CPU only bf16 features do, and others get the heads' dtype.
         draws: rows, partners, masks and patches of this step, common to the heads.
         thresholds: [H,2] of every head, within images and across.
+        valid: bool [N,P], which patches show data; the others weigh nothing in the objective. None: all do.
 
     Returns:
         The losses as device tensors, [H] or [H,2], detached. The loop decides when to read them.
     """
     features = chosen(features, draws)
+    weight = None if valid is None else chosen(valid[..., None], draws)[..., 0].float()
     if features.device.type == "cpu" and features.dtype != torch.bfloat16:
         features = features.to(heads.student.dtype)
     masks = None
@@ -63,6 +67,7 @@ def train_step(
         temperature=settings.temperature,
         relative=settings.relative,
         channel_scale=closeness_mask,
+        patch_weight=weight,
         impl=settings.impl,
     )
     optimizer.zero_grad(set_to_none=True)

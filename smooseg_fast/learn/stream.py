@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..datasets import Dataset
+from ..datasets.reading import Picture
 from ..features.cachefolder import StoreFolder
 from ..features.extract import open_or_extract
 from ..features.job import FeatureOptions, Job
@@ -49,9 +50,13 @@ class Part:
         self.dataset, self.numbers, self._fingerprint_of_all = dataset, list(numbers), fingerprint
         self.name, self.held_out = f"{dataset.name}, {name}", dataset.held_out
         self.names = tuple(dataset.names[number] for number in self.numbers)
+        self.reading = dataset.reading
 
     def __len__(self) -> int:
         return len(self.numbers)
+
+    def picture(self, index: int) -> Picture:
+        return self.dataset.picture(self.numbers[index])
 
     def image(self, index: int) -> np.ndarray:
         return self.dataset.image(self.numbers[index])
@@ -113,6 +118,10 @@ class Stream(Schedule):
     def features(self, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """[B,P,D] on the CPU, of rows of the open window."""
         return self.store.rows(rows, dtype)
+
+    def valid(self, rows: Tensor) -> Tensor | None:
+        """Which patches of rows of the open window show data, bool [B,P]; None where all of the window do."""
+        return self.store.valid(rows)
 
     def images_of(self, number: int) -> list[int]:
         """The images of window `number`, counted through all passes."""

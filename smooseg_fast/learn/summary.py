@@ -63,6 +63,7 @@ def finish(run: Run) -> Segmenter:
             backbone_name=setting.backbone.name,
             backbone_digest=setting.backbone.digest,
             backbone_licence=setting.backbone.licence,
+            reading=setting.dataset.reading,
             class_names=None if setting.validation is None else setting.validation.dataset.class_names,
             report={name: run.report[name] for name in ("closeness", "tree") if name in run.report}
             | common
@@ -133,7 +134,7 @@ def say_groups(setting: Setting, states: Mapping[Variant, Health]) -> None:
         mark = f"{variant.label()}{predicts}: " if len(states) > 1 else ""
         setting.say(
             f"groups     {mark}{in_use(state.shares)} of {len(state.shares)} in use, {sizes(state.shares)} of the area"
-            + (f"; labels settled on {100 * state.agreement:.0f} % of it" if setting.config.steps else "")
+            + (f"; labels settled on {100 * state.agreement:.0f} % of it" if setting.steps else "")
         )
         setting.detail(
             f"           perplexity {state.perplexity:.1f}; {state.labels_per_image:.1f} in an image; "
@@ -159,9 +160,10 @@ def score(run: Run, validation: LabelSquares, groupings: Mapping[Variant, Groupi
     Where heads began with a tree, also its scores with as many groups as there are classes, and no training.
     """
     names, say = classes_of(validation.dataset), run.say
-    where = "held-out images" if validation.dataset.held_out else "the training images"
-    tiles = "" if len(validation.store) == validation.images else f", {len(validation.store)} tiles of them"
-    say(f"scores     {validation.images} {where}{tiles}; groups are matched to classes by the labels (Hungarian):")
+    count = validation.images
+    where = f"{count} held-out images" if validation.dataset.held_out else f"the {count} training images"
+    tiles = "" if len(validation.store) == count else f", {len(validation.store)} tiles of them"
+    say(f"scores     on {where}{tiles}; groups are matched to classes by the labels (Hungarian):")
     rows = sample_patches(run.setting.store, seed=0).to(run.setting.device)
     K = max(2, len(names)) if run.fine else run.setting.prototypes
     baseline = validation.kmeans(spherical_kmeans(rows, K, starts=10).centres)
@@ -187,7 +189,8 @@ def score(run: Run, validation: LabelSquares, groupings: Mapping[Variant, Groupi
     if run.fine:
         cuts = {seed: Grouping(fine.head, fine.tree.cut(min(K, fine.most))) for seed, fine in run.fine.items()}
         looked_up = {seed: hungarian(validation.of_head(cut)) for seed, cut in cuts.items()}
-        say(score_line("tree, untrained", list(looked_up.values())) + f"  ({K} groups, as many as classes)")
+        if run.done or any(len(cuts[variant.seed]) != len(of_head) for variant, of_head in groupings.items()):
+            say(score_line("tree, untrained", list(looked_up.values())) + f"  ({K} groups, as many as classes)")
         for variant, of_head in figures.items():
             of_head["tree"] = {"groups": len(cuts[variant.seed]), "hungarian": looked_up[variant.seed].as_dict(names)}
     say(score_line("k-means", [baseline]) + f"  (same features{f', {K} groups' if run.fine else ''})")

@@ -16,10 +16,13 @@ import smooseg_kernels as sk
 
 from ..backbones import Backbone, load_backbone
 from ..backbones.auto import candidates, explained, look
-from ..config import AUTO, FINE, FIT, Crops, TrainConfig, preset, with_changes
-from ..datasets import ArrayDataset, Dataset, open_splits
+from ..backbones.catalogue import BUILT_IN
+from ..config import AUTO, FINE, FIT, TUNING, Crops, TrainConfig, preset, with_changes
+from ..datasets import ArrayDataset, Dataset
+from ..datasets.copies import copies_notes
+from ..datasets.demo import datasets_of
 from ..datasets.images import whole_patches
-from ..datasets.inspection import is_grey
+from ..datasets.inspection import is_grey, label_lines
 from ..errors import UserError, WriteError
 from ..features.extract import open_or_extract
 from ..features.job import FeatureOptions, Job
@@ -28,7 +31,7 @@ from ..features.store import FeatureStore
 from ..measure.confusion import LabelSquares
 from ..segment.checkpoint import TrainingState
 from ..segment.segmenter import Segmenter, pick_device
-from ..system.host import deterministic, keep_freed_memory
+from ..system.host import deterministic, keep_freed_memory, plain_torch
 from ..system.processes import ALONE, Processes
 from ..system.signals import with_kept
 from .board import require_tensorboard
@@ -72,13 +75,14 @@ def fit(
     dataset: Dataset
     held_out: Dataset | None = None
     if isinstance(images, (str, Path)):
-        dataset, held_out = open_splits(images)
+        dataset, held_out = datasets_of(config)
     else:
         dataset = ArrayDataset(list(images))
     out, say = None if out is None else Path(out).expanduser(), say or (lambda line: None)
     return learn(config, dataset, held_out, out=out, progress=progress, say=say)
 
 
+@plain_torch()
 def learn(
     config: TrainConfig,
     dataset: Dataset,
@@ -103,17 +107,24 @@ def learn(
     folder = None if out is None else RunFolder(out, config)
     config = choose_backbone(config, dataset, folder, say, processes)
     backbone = load_backbone(config.backbone, device, config.backbone_precision)
-    config = resolve(config, backbone, dataset if held_out is None else held_out, say)
-    if folder is not None and folder.finished():
+    asked, config = config, resolve(config, backbone, dataset if held_out is None else held_out, say)
+    if config.steps is None:
+        helps = processes.decide(processes.first and backbone.name != BUILT_IN and not is_grey(dataset))
+        config = dataclasses.replace(config, steps=TUNING if helps else 0)
+    if folder is not None and folder.finished(config):
         checkpoint = folder.checkpoint()
         say(f"{out}: this run is finished, step {checkpoint.step} of {config.steps}; give another --out to train again")
         return Segmenter(checkpoint, backbone)
 
     for note in dict.fromkeys(note for part in (dataset, held_out) if part is not None for note in part.notes):
         say(f"data       {note}")
+    for note in copies_notes(dataset, held_out):
+        say(f"data       {note}")
+    for title, line in [] if held_out is None else label_lines(held_out):
+        say(f"{title:11}{line}")
     say_plan(config, device, say, processes)
     with folder.held() if folder is not None and processes.first else nullcontext():
-        state = None if folder is None else folder.state()
+        state = None if folder is None else folder.state(config)
         # before this check nobody has written into the folder, and after it everybody has read it
         require_same_state(state, out, processes)
         options = FeatureOptions(
@@ -131,6 +142,9 @@ def learn(
         validation = None if held_out is None else open_validation(config, held_out, backbone, options)
         in_use = 0 if validation is None else validation.store.nbytes
         store, stream = open_features(config, dataset, backbone, options, state=state, in_use=in_use, say=say)
+        if asked.prototypes is None and config.tree:  # the tree of a few small images is as fine as they are
+            patches = max(2, len(store) * store.P)
+            config = dataclasses.replace(config, prototypes=min(config.prototypes or patches, patches))
         setting = Setting(
             config=config,
             dataset=dataset,
@@ -171,7 +185,8 @@ def say_plan(config: TrainConfig, device: str, say: Say, processes: Processes) -
     groups = (
         f"groups by a tree of {config.prototypes} fine ones" if config.tree else f"at most {config.prototypes} groups"
     )
-    say(f"learning   {groups} on {device}{heads}")
+    steps = f", then {config.steps} steps of training" if config.tree and config.steps else ""
+    say(f"learning   {groups}{steps} on {device}{heads}")
     if config.verbose:
         say(f"           {config.init} start, objective by {config.impl}, projection in {config.precision}")
     if processes.size > 1:

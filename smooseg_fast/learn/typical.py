@@ -11,6 +11,7 @@ from smooseg_kernels.rows import unit_rows
 
 from ..datasets.cutting import Cutting
 from ..datasets.images import ImageError
+from ..datasets.reading import Picture
 from ..features.sample import evenly_spaced
 from ..segment.model import Head, project
 from .setting import Setting
@@ -32,6 +33,8 @@ def typical_patches(setting: Setting, head: Head) -> Tensor:
     head = head.to(setting.device)
     codes = project(head, store.rows(rows).to(setting.device)).float()
     cosines = unit_rows(codes) @ unit_rows(head.teacher.float()).mT
+    if (valid := store.valid(rows)) is not None:
+        cosines[~valid] = -torch.inf
     places = [divmod(place, store.P) for place in cosines.flatten(0, 1).argmax(0).tolist()]
     cutting = Cutting(
         size=config.sides[0], crops=config.crops, resample=config.resample, scale=config.scale, margin=config.margin
@@ -44,17 +47,17 @@ def squares_of(setting: Setting, cutting: Cutting, rows: list[int]) -> dict[int,
     """The pixels uint8 [S,S,3] of some rows of the store."""
     store, squares = setting.store, {}
     places = {name: index for index, name in enumerate(setting.dataset.names)}
-    image, last = np.empty(0), ""
+    picture, last = Picture(np.empty(0)), ""
     for row in rows:  # those of an image follow one another
         try:
             if store.names[row] != last:
-                image, last = setting.dataset.image(places[store.names[row]]), store.names[row]
+                picture, last = setting.dataset.picture(places[store.names[row]]), store.names[row]
         except ImageError:
             continue
         if cutting.plain:
-            squares[row] = dict(cutting.squares(image))[store.crops[row]][0]
+            squares[row] = {cut.place: cut.pixels for cut in cutting.squares(picture)}[store.crops[row]][0]
         else:
-            squares[row] = cutting.scaled(image).window(*store.crops[row], cutting.size, cutting.size)
+            squares[row] = cutting.scaled(picture.pixels).window(*store.crops[row], cutting.size, cutting.size)
     return squares
 
 

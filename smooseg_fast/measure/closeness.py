@@ -142,8 +142,8 @@ def similarity(
     M is exact: sums of unit rows give the mean of all P^2 pairs of every square with itself (within), and of every two
     different squares (across), N (N - 1) P^2 pairs, in time O(N P D). Histograms count random squares, each with itself
     and with a random other: all squares if that makes at most `largest` pairs of a kind, by default as many as WORK
-    allows, and at least two. Rows shorter than 1e-10 have cosine 0 to every row. On one machine the result depends on
-    `seed` and the store alone.
+    allows, and at least two. Patches without data take no part; every square counts alike in M. Rows shorter than 1e-10
+    have cosine 0 to every row. On one machine the result depends on `seed` and the store alone.
     """
     if device.type != "cuda":  # others lack integer types that counting needs
         device = torch.device("cpu")
@@ -158,25 +158,35 @@ def similarity(
     sums, squares, counts = torch.zeros(D, dtype=torch.float64), 0.0, torch.zeros(2, BINS, dtype=torch.int64)
     with Bar(total=N, desc="closeness", unit="square", disable=not progress or store.nbytes < SLOW_BYTES) as bar:
         for number, rows in enumerate((*counted_batches, *order[counted:].sort().values.split(batch))):
-            f = store.rows(rows.tolist()).to(device)
-            u = mean_unit_rows(f).double().cpu()
+            f, valid = store.rows(rows).to(device), store.valid(rows)
+            weight = None if valid is None else valid.to(device, torch.float32)
+            u = mean_unit_rows(f, weight).double().cpu()
             sums += u.sum(0)
             squares += float(u.square().sum())
             if number < len(counted_batches):
-                counts += histograms(f, impl)
+                counts += histograms(f, weight, impl)
             bar.update(len(rows))
     within, across = squares / N, float(sums.square().sum() - squares) / (N * (N - 1))
     return Similarity(N, counted, Distribution(within, counts[0]), Distribution(across, counts[1]))
 
 
-def mean_unit_rows(f: Tensor) -> Tensor:
-    """Average the unit rows of f [B,P,D] -> [B,D], without storing them."""
+def mean_unit_rows(f: Tensor, weight: Tensor | None) -> Tensor:
+    """Average the unit rows of f [B,P,D], or the weighted ones, -> [B,D], without storing them."""
     norms = f.norm(dim=-1)
-    return (torch.where(norms < 1e-10, 0.0, 1.0 / norms)[:, None] @ f)[:, 0] / f.shape[1]
+    inverse = torch.where(norms < 1e-10, 0.0, 1.0 / norms)
+    if weight is None:
+        return (inverse[:, None] @ f)[:, 0] / f.shape[1]
+    return ((inverse * weight)[:, None] @ f)[:, 0] / weight.sum(1, keepdim=True)
 
 
-def histograms(f: Tensor, impl: str) -> Tensor:
-    """Count W - M of squares f [B,P,D] in random order, int64 [2,BINS]: within, and with the next one."""
+def histograms(f: Tensor, weight: Tensor | None, impl: str) -> Tensor:
+    """Count W - M of squares f [B,P,D] in random order, int64 [2,BINS]: within, and with the next one.
+
+    weight: of the patches, 1 or 0, [B,P]; None for all 1.
+    """
     pairs: list[str | Tensor] = ["self", torch.arange(len(f), device=f.device).roll(-1)]
     zero = torch.zeros(2, device=f.device)
-    return sk.similarity_statistics(f, pairs, bins=BINS, limits=(-REACH, REACH), mean=zero, impl=impl).histogram.cpu()
+    statistics = sk.similarity_statistics(
+        f, pairs, bins=BINS, limits=(-REACH, REACH), patch_weight=weight, mean=zero, impl=impl
+    )
+    return statistics.histogram.cpu()

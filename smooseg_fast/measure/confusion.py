@@ -17,12 +17,14 @@ import smooseg_kernels as sk
 from ..datasets import IGNORE, Dataset, classes_of
 from ..datasets.cutting import Cutting
 from ..datasets.images import ImageError, require_patch
+from ..datasets.reading import Picture
 from ..errors import UserError
 from ..features.sample import BATCH
 from ..features.store import FeatureStore
 from ..segment.grouping import Grouping
 from ..segment.model import project
 from ..segment.segmenter import Segmenter
+from ..segment.tiles import faded
 from ..system.ahead import ahead
 from ..system.processes import ALONE, Processes
 from ..system.progress import SILENT_S, Bar
@@ -88,7 +90,7 @@ class LabelSquares:
         counts, class_of = BoundaryCounts(), torch.tensor(classes)
         for start, squares, _ in self._batches("boundaries"):
             truth, rows = torch.from_numpy(squares), torch.arange(start, start + len(squares))
-            labels = sk.assign(codes(rows), prototypes, grid=self.store.grid, size=truth.shape[1:])
+            labels = sk.assign(self._faded(codes, rows), prototypes, grid=self.store.grid, size=truth.shape[1:])
             counts.add(class_of[labels.cpu()], truth)
         return BoundaryCounts(*self.processes.sum(torch.tensor(dataclasses.astuple(counts))).tolist())
 
@@ -103,13 +105,32 @@ class LabelSquares:
         for start, squares, _ in self._batches("scores"):
             truth = torch.from_numpy(squares).to(prototypes.device)
             rows, grid = torch.arange(start, start + len(truth)), self.store.grid
-            part = sk.assign(codes(rows), prototypes, grid=grid, size=truth.shape[1:], labels=truth, classes=classes)[1]
+            placed = self._faded(codes, rows)
+            part = sk.assign(placed, prototypes, grid=grid, size=truth.shape[1:], labels=truth, classes=classes)[1]
             counts += part.cpu()
         return self.processes.sum(counts).numpy()
+
+    def _faded(self, codes: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        """The codes of rows [n,P,Z], with next to nothing of patches without data."""
+        of_rows, valid = codes(rows), self.store.valid(rows)
+        return of_rows if valid is None else faded(of_rows, valid.to(of_rows.device))
 
     def of_head(self, grouping: Grouping) -> np.ndarray:
         """int64 [N,classes] pixels of every group of a head in every class."""
         return self.confusion(head_codes(grouping, self.store), grouping.prototypes)
+
+    def class_shares(self, classes: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of this process: int64 [n] numbers of rows, and the share of each patch's pixels in every class,
+        float32 [n,P,classes]; 0 in all classes for a patch without a label."""
+        (h, w), S = self.store.grid, self.cutting.size
+        patch = (torch.arange(S) * h // S)[:, None] * w + torch.arange(S) * w // S  # of every pixel, [S,S]
+        pixels = torch.bincount(patch.flatten(), minlength=h * w)
+        for start, squares, _ in self._batches("labels"):
+            truth = torch.from_numpy(squares).long()
+            cell = patch * classes + truth
+            cell = cell + (torch.arange(len(truth)) * h * w * classes)[:, None, None]
+            counts = torch.bincount(cell[truth < classes], minlength=len(truth) * h * w * classes)
+            yield torch.arange(start, start + len(truth)), counts.view(len(truth), h * w, classes) / pixels[:, None]
 
     def kmeans(self, centres: Tensor) -> Scores:
         """Scores of plain k-means centres [K,D] on the same features, which any learning has to beat."""
@@ -132,7 +153,11 @@ class LabelSquares:
             )
 
     def _batch(self, start: int) -> tuple[int, np.ndarray, int]:
-        """(start, uint8 [n,S,S] of that row and the next ones, 255 without a label; number of images with a label)"""
+        """(start, uint8 [n,S,S] of that row and the next ones; number of images with a label).
+
+        Pixels without a label or without data are 255. Pictures are read again only where the store says that some of
+        their pixels may have no data.
+        """
         if start in self._kept:
             return start, self._kept[start], 0
         rows = range(start, min(start + BATCH, len(self._images)))
@@ -144,6 +169,8 @@ class LabelSquares:
             if index != last:  # the rows of an image follow each other
                 label, last = self.dataset.label(index), index
                 labels += label is not None
+                if label is not None and self.store.marked(row):
+                    label = of_data(label, self.dataset.picture(index))
             if label is not None:
                 square[:] = self.cutting.truth(label, self.store.crops[row])
         return start, squares, labels
@@ -170,13 +197,13 @@ def count_wholes(
     with bar:
         for index in range(processes.rank, len(dataset), processes.size):
             try:
-                pixels, label = dataset.image(index), dataset.label(index)
-                require_patch(pixels, segmenter.backbone.patch, dataset.names[index])
+                picture, label = dataset.picture(index), dataset.label(index)
+                require_patch(picture.pixels, segmenter.backbone.patch, dataset.names[index])
             except ImageError as error:
                 skipped.append((dataset.names[index], error.reason))
                 label = None
             if label is not None:
-                count_picture(counts, segmenter.bands(pixels, **options), label)
+                count_picture(counts, segmenter.bands(picture, **options), label)
             bar.update(min(processes.size, bar.total - bar.n))
     counts = processes.sum(torch.from_numpy(counts)).numpy()
     skipped = [image for part in processes.all(skipped) for image in part]
@@ -192,14 +219,22 @@ def count_wholes(
 
 
 def count_picture(counts: np.ndarray, bands: Iterable[np.ndarray], truth: np.ndarray) -> None:
-    """Add the pixels of a picture, labelled in bands uint8 [n,W] from top to bottom, to int64 [K,classes]."""
-    first, classes = 0, counts.shape[1]
+    """Add the pixels of a picture, labelled in bands uint8 [n,W] from top to bottom, to int64 [K,classes].
+
+    Pixels without a class do not count, and neither do those without a group, because the picture has no data there.
+    """
+    first, (groups, classes) = 0, counts.shape
     for band in bands:
         part = truth[first : first + len(band)]
         first += len(band)
-        known = part < classes
+        known = (part < classes) & (band < groups)
         cells = band[known].astype(np.int64) * classes + part[known]
         counts += np.bincount(cells, minlength=counts.size).reshape(counts.shape)
+
+
+def of_data(label: np.ndarray, picture: Picture) -> np.ndarray:
+    """A label uint8 [H,W], IGNORE where its picture has no data."""
+    return label if picture.valid is None else np.where(picture.valid, label, np.uint8(IGNORE))
 
 
 def head_codes(

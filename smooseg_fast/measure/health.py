@@ -14,6 +14,7 @@ from torch import Tensor
 
 import smooseg_kernels as sk
 
+from ..features.sample import Batch
 from ..segment.model import Heads
 
 
@@ -87,8 +88,8 @@ def unit_rows(features: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def health(heads: Heads, batches: Iterable[Tensor], groups: Sequence[np.ndarray] | None = None) -> list[Health]:
-    """Measure every head in one pass over `batches` of features [B,P,D] on the heads' device.
+def health(heads: Heads, batches: Iterable[Batch], groups: Sequence[np.ndarray] | None = None) -> list[Health]:
+    """Measure every head in one pass over `batches` on the heads' device. Patches without data count nothing.
 
     groups: the group of every prototype of each head, int64 [K], where prototypes are merged.
     """
@@ -98,12 +99,15 @@ def health(heads: Heads, batches: Iterable[Tensor], groups: Sequence[np.ndarray]
     K = max(int(table.max()) + 1 for table in tables)
     counts: list[list[Tensor]] = [[] for _ in range(H)]
     agree, moments = [0] * H, [Moments(K, D) for _ in range(H)]
-    for features in batches:
-        unit = unit_rows(features).flatten(0, 1)
+    for features, valid in batches:
+        unit = unit_rows(features).flatten(0, 1) if valid is None else unit_rows(features)[valid]
         for h, codes in enumerate(heads.codes(features)):
             labels = tables[h][sk.assign(codes, heads.teacher[h])]
-            agree[h] += int((labels == tables[h][sk.assign(codes, heads.student[h])]).sum())
-            counts[h].append(F.one_hot(labels, K).sum(1))
+            same, member = labels == tables[h][sk.assign(codes, heads.student[h])], F.one_hot(labels, K)
+            if valid is not None:
+                same, member, labels = same & valid, member * valid[..., None], labels[valid]
+            agree[h] += int(same.sum())
+            counts[h].append(member.sum(1))
             moments[h].add(unit, labels.flatten())
     return [_health(torch.cat(counts[h]).cpu().double(), agree[h], moments[h]) for h in range(H)]
 

@@ -1,7 +1,9 @@
 """The two .safetensors files of a run: a head to predict with, and the state that an unfinished run resumes from.
 
-Both carry their configuration as JSON in the header and are written whole by one rename. Reading them executes nothing
-and imports nothing: a `module:callable` backbone is kept for display and has to be given again.
+Both carry their configuration as JSON in the header and are written whole by one rename. A SHA-256 in the JSON covers
+the rest of it and every tensor, and is verified on reading: a changed bit is refused. It guards against accidents, not
+against people, who can compute another. Reading executes nothing and imports nothing: a `module:callable` backbone is
+kept for display and has to be given again.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ..backbones.base import digest_of
 from ..config import AUTO, GROUPS, TrainConfig
+from ..datasets.reading import PLAIN, Reading
 from ..errors import UserError
 from ..system.fields import check_fields
 from ..system.files import finite, write_atomic
@@ -30,7 +34,7 @@ from .tree import Pairs, Tree
 
 T = TypeVar("T")
 Parts = Mapping[str, Mapping[str, Tensor]]
-KEY, STATE_KEY, FORMAT = "smooseg_fast.checkpoint", "smooseg_fast.training", 4
+KEY, STATE_KEY, FORMAT = "smooseg_fast.checkpoint", "smooseg_fast.training", 5
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class Checkpoint:
     backbone_licence: of the weights that the features came from, or "unknown".
     fine: the groups that the head started from, and the tree that gives any other number of them. None for a head
         whose prototypes were groups from the start.
+    reading: how the files of images became pictures; new images are read alike.
     groups: the number of groups in use; None for as many as the head was trained for.
     """
 
@@ -93,6 +98,7 @@ class Checkpoint:
     report: dict[str, Any] = field(default_factory=dict)  # figures of the run, ready for JSON
     fine: Fine | None = None
     groups: int | None = None
+    reading: Reading = PLAIN
 
     @property
     def trained(self) -> int:
@@ -130,6 +136,7 @@ class Checkpoint:
             "config": dataclasses.asdict(self.config),
             "report": self.report,
             "groups": self.groups,
+            "reading": self.reading.as_json(),
         }
         parts = {"head": self.head.state_dict()} | ({} if self.fine is None else {"fine": self.fine.tensors()})
         return _write(path, KEY, header, parts)
@@ -162,9 +169,11 @@ class TrainingState:
         return _write(path, STATE_KEY, header, parts | {f"fine {s}": fine.tensors() for s, fine in self.fine.items()})
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
-    """UserError in one line for a missing, damaged or foreign file."""
+def read_checkpoint(path: str | Path, *, advice: str | None = None) -> Checkpoint:
+    """UserError in one line for a missing, damaged or foreign file; `advice` says what to do about a damaged one."""
     path = Path(path).expanduser()
+    if advice is not None:
+        return _read(path, KEY, _checkpoint, place=str(path), advice=advice)
     return _read(path, KEY, _checkpoint, place=f"--checkpoint {path}", advice="copy it again or train again")
 
 
@@ -180,13 +189,20 @@ def _write(path: str | Path, key: str, header: dict[str, Any], parts: Parts) -> 
         for part, values in parts.items()
         for name, value in values.items()
     }
-    return write_atomic(path, save(tensors, {key: json.dumps(finite({"format": FORMAT, **header}))}))
+    return write_atomic(path, save(tensors, {key: sealed({"format": FORMAT, **header}, tensors)}))
+
+
+def sealed(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """The JSON of `header`, with a digest of it and of the `tensors` of the file."""
+    header = finite(header) | {"digest": None}
+    return json.dumps(header | {"digest": digest_of(json.dumps(header), tensors)})
 
 
 def _read(path: Path, key: str, build: Callable[[dict[str, Any], Parts], T], *, place: str, advice: str) -> T:
     usual = key.rpartition(".")[2] + ".safetensors"
     if not path.is_file():
-        raise UserError(f"{place}: no such file; give the {usual} that training wrote")
+        what = "a folder" if path.is_dir() else "no such file"
+        raise UserError(f"{place}: {what}; give the {usual} that training wrote")
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(key)
@@ -194,9 +210,13 @@ def _read(path: Path, key: str, build: Callable[[dict[str, Any], Parts], T], *, 
                 header = json.loads(text)
                 if header["format"] != FORMAT:
                     raise ValueError(f"format {header['format']}, this version reads {FORMAT}")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                if text != sealed(header, tensors):
+                    raise ValueError("it has changed since it was written")
                 parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
-                for part, name in (full_name.split(".", 1) for full_name in file.keys()):  # noqa: SIM118
-                    parts[part][name] = file.get_tensor(f"{part}.{name}")
+                for full_name, tensor in tensors.items():
+                    part, name = full_name.split(".", 1)
+                    parts[part][name] = tensor
                 return build(header, parts)
     except Exception as error:  # whatever a damaged or foreign file makes fail
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -223,39 +243,62 @@ def _checkpoint(header: dict[str, Any], parts: Parts) -> Checkpoint:
         class_names=None if names is None else tuple(names),
         report=report,
         fine=Fine.of(parts["fine"]) if "fine" in parts else None,
+        reading=Reading.from_json(header["reading"]),
     )
     return checkpoint if header["groups"] is None else checkpoint.at(header["groups"])
 
 
 def head_of(weights: Mapping[str, Tensor]) -> Head:
     """The head with this state. ValueError or KeyError where names, shapes or values do not fit."""
-    (K, Z), (_, N), basis = weights["student"].shape, weights["projection.linear.weight"].shape, weights.get("basis")
-    if not 1 <= K <= GROUPS:
-        raise ValueError(f"{K} prototypes, and 1 to {GROUPS} are possible")
-    with torch.device("meta"):  # shapes alone: a small file may claim a network that fits into no memory
-        # a basis has as many rows as the projection has channels
-        expected = Head(N, K, Z, basis=None if basis is None else torch.empty(N, basis.shape[1])).state_dict()
-    for name, like in expected.items():
-        value = weights[name]
-        if value.shape != like.shape or not value.is_floating_point():
-            raise ValueError(f"{name} is {value.dtype} {list(value.shape)} and not numbers {list(like.shape)}")
+    head = _head_for(weights)
+    for name, value in weights.items():
         if not value.float().isfinite().all():
             raise ValueError(f"{name} has values that are NaN or infinite")
-    head = Head(N, K, Z, basis=basis)
     head.load_state_dict(weights)
     return head
 
 
+def _head_for(weights: Mapping[str, Tensor]) -> Head:
+    """A head that takes this state. ValueError or KeyError where names or shapes do not fit."""
+    (K, Z), (_, N), basis = weights["student"].shape, weights["projection.linear.weight"].shape, weights.get("basis")
+    if not 1 <= K <= GROUPS:
+        raise ValueError(f"{K} prototypes, and 1 to {GROUPS} are possible")
+    # before a head is made: a small file may claim a network that fits into no memory
+    shapes: dict[str, tuple[int, ...]] = {"student": (K, Z), "teacher": (K, Z)}
+    if basis is not None:
+        shapes["basis"] = (N, basis.shape[1])
+    for layer, (rows, columns) in {"linear": (Z, N), "hidden": (N, N), "outer": (Z, N)}.items():
+        shapes |= {f"projection.{layer}.weight": (rows, columns), f"projection.{layer}.bias": (rows,)}
+    for name, shape in shapes.items():
+        value = weights[name]
+        if value.shape != shape or not value.is_floating_point():
+            raise ValueError(f"{name} is {value.dtype} {list(value.shape)} and not numbers {list(shape)}")
+    return Head(N, K, Z, basis=basis)
+
+
 def _training_state(header: dict[str, Any], parts: Parts) -> TrainingState:
-    Heads.from_state(parts["heads"])  # raises where names or shapes do not fit
-    windows = header["windows"]
+    config = TrainConfig(**header["config"])
+    check_fields(config)
+    step, windows, reasons = (header[name] for name in ("step", "windows", "reasons"))
+    numbers = [step, *(windows or ())]
+    if not all(type(number) is int and number >= 0 for number in numbers) or len(numbers) not in (1, 3):
+        raise ValueError("its header holds values of the wrong kind")
+    if config.steps is None or step > config.steps or not isinstance(reasons, dict | None):
+        raise ValueError("its header holds values of the wrong kind")
+    heads, optimizer = parts["heads"], parts["optimizer"]
+    _head_for({name: value[0] for name, value in heads.items()})
+    Heads.from_state(heads)  # raises where names or shapes do not fit
+    several = [value for part in (heads, optimizer) for value in part.values() if value.ndim]
+    # a head may have diverged, and the others continue; none can be left out of the file
+    if not any(all(value[h].isfinite().all() for value in several) for h in range(len(heads["student"]))):
+        raise ValueError("every head has values that are NaN or infinite")
     return TrainingState(
-        config=TrainConfig(**header["config"]),
-        step=header["step"],
-        heads=parts["heads"],
-        optimizer=parts["optimizer"],
+        config=config,
+        step=step,
+        heads=heads,
+        optimizer=optimizer,
         losses=parts["losses"],
-        reasons=header["reasons"],
+        reasons=reasons,
         fine={int(name[5:]): Fine.of(tensors) for name, tensors in parts.items() if name.startswith("fine ")},
         windows=None if windows is None else tuple(windows),
     )
@@ -268,9 +311,13 @@ def optimizer_tensors(optimizer: torch.optim.Adam) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: torch.optim.Adam, tensors: Mapping[str, Tensor]) -> None:
-    """Loads the state that `optimizer_tensors` gave."""
+    """Loads the state that `optimizer_tensors` gave. ValueError where it is another optimiser's."""
     states: dict[int, dict[str, Tensor]] = defaultdict(dict)
     for name, value in tensors.items():
-        number, moment = name.split(".")
-        states[int(number)][moment] = value
+        parameter, moment = name.split(".")
+        states[int(parameter)][moment] = value
+    parameters = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    for number, state in states.items():
+        if {state[name].shape for name in ("exp_avg", "exp_avg_sq")} != {parameters[number].shape}:
+            raise ValueError(f"the moments of parameter {number} do not fit")
     optimizer.load_state_dict({**optimizer.state_dict(), "state": states})

@@ -21,7 +21,7 @@ def spherical_kmeans(rows: Tensor, K: int, *, starts: int, seed: int = 0, iterat
     """
     rows = F.normalize(rows.float(), dim=-1)
     runs = (
-        lloyd(rows, plus_plus(rows, K, torch.Generator().manual_seed(seed * 1009 + start)), iterations)
+        lloyd(rows, plus_plus(rows, K, torch.Generator().manual_seed((seed * 1009 + start) % 2**63)), iterations)
         for start in range(starts)
     )
     return min(runs, key=lambda clusters: clusters.inertia)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,19 @@ from ..backbones import Backbone, build_vit, load_backbone
 from ..backbones.base import digest_of, naming
 from ..backbones.weights import is_pickle
 from ..config import FIT, TrainConfig, legal_scales, scale_words
+from ..datasets import IGNORE
 from ..datasets.cutting import Cutting
-from ..datasets.images import ImageError, as_rgb, read_image, require_patch
+from ..datasets.images import ImageError, picture_of, read_picture, require_patch
+from ..datasets.reading import Picture
 from ..errors import UserError
+from ..system.host import plain_torch
 from .checkpoint import Checkpoint, read_checkpoint
-from .model import project
+from .model import Head, project
 from .published import read_published
-from .tiles import TILE, Tile, code_bands, label_bands
+from .tiles import TILE, Tile, code_bands, faded, label_bands
 from .views import Views
 
-Picture = np.ndarray | Image.Image | str | Path
+ImageLike = Picture | np.ndarray | Image.Image | str | Path
 Scale = str | float | Sequence[str | float]
 
 
@@ -55,6 +59,7 @@ class Segmenter:
         )
 
     @classmethod
+    @plain_torch()
     def load(
         cls, path: str | Path, *, backbone: str | None = None, device: str = "auto", precision: str = "auto"
     ) -> Segmenter:
@@ -129,20 +134,23 @@ class Segmenter:
         groups = [] if self.grouping.groups is None else self.grouping.groups.tolist()
         return digest_of(self.head.state_dict(), self.config.resample, str(self.config.margin), str(groups))
 
+    @plain_torch()
     def predict(
         self,
-        image: Picture,
+        image: ImageLike,
         *,
         mirror: bool = True,
         short_side: int | None = None,
         scale: Scale | None = None,
     ) -> np.ndarray:
-        """Label every pixel of an image -> uint8 [H,W] in 0..groups - 1.
+        """Label every pixel of an image -> uint8 [H,W] in 0..groups - 1, and 255 where the image has no data.
 
-        Memory: the image, the labels, and some bands of tiles, however large the image is.
+        Memory: the image, the labels, and some bands of tiles, however large the image is; another copy of an image
+        that has places without data.
 
         Args:
-            image: uint8 [H,W,3] RGB, uint8 [H,W] grey, a Pillow image (not turned), or a path (turned upright by EXIF).
+            image: uint8 [H,W,3] RGB, uint8 [H,W] grey, a Pillow image (not turned), a path (turned upright by EXIF), or
+                a `Picture`, which tells where there is no data.
             mirror: average the codes with those of the mirrored image, as the paper does, in twice the time.
             short_side: pixels of the short side when features are computed, at least one patch; by default the
                 evaluation size of training. More pixels give finer detail and less context. For the scale "fit" alone.
@@ -152,12 +160,41 @@ class Segmenter:
         Raises:
             UserError: where `pixels` raises it, for a scale or short side that cannot be, and when memory runs out.
         """
-        pixels = self.pixels(image)
-        labels, first = np.empty(pixels.shape[:2], np.uint8), 0
+        picture = self.picture(image)
+        with self.memory(image, scale, short_side):
+            return whole(self.bands(picture, mirror=mirror, short_side=short_side, scale=scale), picture)
+
+    def predict_at(
+        self,
+        image: ImageLike,
+        groups: Sequence[int],
+        *,
+        mirror: bool = True,
+        short_side: int | None = None,
+        scale: Scale | None = None,
+    ) -> dict[int, np.ndarray]:
+        """Label an image at several numbers of groups in one pass of the backbone -> {number: uint8 [H,W]}.
+
+        Each mask is the one that `at(number).predict(image)` gives; arguments and errors are those of both. Memory: as
+        for `predict`, and the codes of all patches of the image.
+        """
+        picture, segmenters = self.picture(image), {number: self.at(number) for number in groups}
+        heads = list(dict.fromkeys(segmenter.head for segmenter in segmenters.values()))  # trained, fine, or both
+        with self.memory(image, scale, short_side), torch.no_grad():
+            views = Views(picture, self.cutting(scale, short_side), self.backbone)
+            bands = list(self.code_bands(views, heads, mirror))
+            return {
+                number: whole(
+                    segmenter.label_bands(views, (band[heads.index(segmenter.head)] for band in bands)), picture
+                )
+                for number, segmenter in segmenters.items()
+            }
+
+    @contextmanager
+    def memory(self, image: ImageLike, scale: Scale | None, short_side: int | None) -> Iterator[None]:
+        """UserError that names the image and advises a smaller size where memory runs out."""
         try:
-            for band in self.bands(pixels, mirror=mirror, short_side=short_side, scale=scale):
-                labels[first : first + len(band)] = band
-                first += len(band)
+            yield
         except MemoryError as error:
             name = image if isinstance(image, (str, Path)) else "image"
             cutting = self.cutting(scale, short_side)
@@ -165,39 +202,40 @@ class Segmenter:
             at = f"with its short side at {cutting.size} pixels" if fits else f"at --scale {' '.join(cutting.scale)}"
             advice = f"give a smaller {'--short-side' if fits else '--scale'}, or cut it into tiles"
             raise ImageError(name, f"does not fit into memory {at}", advice) from error
-        return labels
 
     @torch.no_grad()
     def bands(
-        self,
-        pixels: np.ndarray,
-        *,
-        mirror: bool = True,
-        short_side: int | None = None,
-        scale: Scale | None = None,
-        views: Views | None = None,
+        self, picture: Picture, *, mirror: bool = True, short_side: int | None = None, scale: Scale | None = None
     ) -> Iterator[np.ndarray]:
-        """Label pixels uint8 [H,W,3] -> bands uint8 [n,W] from top to bottom; options as for `predict`.
+        """Label a picture -> bands uint8 [n,W] from top to bottom, IGNORE without data; options as for `predict`."""
+        views = Views(picture, self.cutting(scale, short_side), self.backbone)
+        codes = (codes for (codes,) in self.code_bands(views, [self.head], mirror))
+        yield from self.label_bands(views, codes)
 
-        views: those of the picture that `views` made for another head of the same run or another number of groups, in
-            place of scale and side.
-        """
-        views = Views(pixels, self.cutting(scale, short_side), self.backbone) if views is None else views
+    def code_bands(self, views: Views, heads: Sequence[Head], mirror: bool) -> Iterator[tuple[Tensor, ...]]:
+        """The codes [n,w,Z] of a picture in bands of patches from top to bottom, of each of these heads."""
+        sizes = [head.teacher.shape[1] for head in heads]
 
         def codes(tile: Tile) -> Tensor:
-            codes = self.codes(views, tile, mirror=False)
-            return (codes + self.codes(views, tile, mirror=True)) / 2 if mirror else codes
+            sides = [views.features(tile, side) for side in ((False, True) if mirror else (False,))]
+            rows = torch.cat([torch.cat([project(head, side)[0] for head in heads], -1) for side in sides])
+            return rows.unflatten(0, (len(sides), tile.rows, tile.columns)).float().mean(0)
 
-        codes_of_all = code_bands(views.grid, max(1, TILE // self.backbone.patch), codes, views.step)
-        scores, prototypes = map(self.grouping.scores, codes_of_all), self.grouping.prototypes
-        labelled = label_bands(scores, prototypes, views.grid[0], views.size, pixels.shape[:2])
-        for band in labelled:
-            yield band.cpu().numpy()
+        for band in code_bands(views.grid, max(1, TILE // self.backbone.patch), codes, views.step):
+            yield band.split(sizes, -1)
 
-    def views(self, pixels: np.ndarray) -> Views:
-        """A picture as `predict` sees it by default, which remembers its features for other heads of the run and for
-        other numbers of groups."""
-        return Views(pixels, self.cutting(), self.backbone, keep=True)
+    def label_bands(self, views: Views, codes: Iterable[Tensor]) -> Iterator[np.ndarray]:
+        """Label the pixels of a picture by bands of its codes -> bands uint8 [n,W], IGNORE without data."""
+        scores: Iterator[Tensor] = map(self.grouping.scores, codes)
+        if views.patches is not None:
+            scores = _all_faded(scores, torch.from_numpy(views.patches))
+        first = 0
+        for band in label_bands(scores, self.grouping.prototypes, views.grid[0], views.size, views.shape):
+            labels = band.cpu().numpy()
+            if views.valid is not None:
+                labels[~views.valid[first : first + len(labels)]] = IGNORE
+            first += len(labels)
+            yield labels
 
     def cutting(
         self, scale: Scale | None = None, short_side: int | None = None, argument: str = "--short-side"
@@ -224,30 +262,28 @@ class Segmenter:
                 raise UserError(f"{argument}: must be at least one patch, {patch} pixels, got {side}")
         return Cutting(size=side, resample=config.resample, scale=scales, margin=config.margin)
 
-    def pixels(self, image: Picture) -> np.ndarray:
-        """Read what `predict` takes as uint8 [H,W,3].
+    def picture(self, image: ImageLike, page: int | None = None) -> Picture:
+        """Read what `predict` takes, as the images of training were read; `page` of a stack, from 1.
 
         ImageError, a UserError, for a file that cannot be decoded and for an image smaller than one patch of the
         backbone; UserError for other arrays.
         """
         name: str | Path = "image"
-        if isinstance(image, (str, Path)):
-            name, pixels = image, read_image(image)
+        if isinstance(image, Picture):
+            picture = image
+        elif isinstance(image, (str, Path)):
+            name, picture = image, read_picture(image, self.checkpoint.reading, page)
         elif isinstance(image, Image.Image):  # np.asarray would give the palette indices of some
-            pixels = as_rgb(image, image.format)
+            picture = picture_of(image, self.checkpoint.reading)
         else:
             pixels = np.asarray(image)
             if pixels.dtype != np.uint8 or pixels.shape[2:] not in ((), (3,)) or pixels.ndim < 2:
                 plain = pixels.dtype != object and pixels.ndim
                 got = f"{pixels.dtype} {list(pixels.shape)}" if plain else type(image).__name__
                 raise UserError(f"image: must be uint8 [H,W,3] RGB or [H,W] grey, a Pillow image, or a path; got {got}")
-            pixels = np.repeat(pixels[..., None], 3, 2) if pixels.ndim == 2 else pixels
-        require_patch(pixels, self.backbone.patch, name)
-        return pixels
-
-    def codes(self, views: Views, tile: Tile, mirror: bool) -> Tensor:
-        """Compute the codes [rows,columns,Z] of a tile, or those of its mirror image, mirrored back."""
-        return project(self.head, views.features(tile, mirror))[0].unflatten(0, (tile.rows, tile.columns)).float()
+            picture = Picture(np.repeat(pixels[..., None], 3, 2) if pixels.ndim == 2 else pixels)
+        require_patch(picture.pixels, self.backbone.patch, name)
+        return picture
 
     def about(self) -> dict[str, Any]:
         """Return its backbone, the licence of the backbone's weights, step, groups and report, ready for JSON."""
@@ -258,6 +294,23 @@ class Segmenter:
             "groups": self.groups,
             **self.checkpoint.report,
         }
+
+
+def _all_faded(bands: Iterable[Tensor], valid: Tensor) -> Iterator[Tensor]:
+    """Bands [n,w,Z] that make up [h,w,Z], `faded` where valid bool [h,w] is not."""
+    first = 0
+    for band in bands:
+        yield faded(band, valid[first : first + len(band)].to(band.device))
+        first += len(band)
+
+
+def whole(bands: Iterable[np.ndarray], picture: Picture) -> np.ndarray:
+    """Labels uint8 [H,W] of a picture from their bands."""
+    labels, first = np.empty(picture.pixels.shape[:2], np.uint8), 0
+    for band in bands:
+        labels[first : first + len(band)] = band
+        first += len(band)
+    return labels
 
 
 def _next_to(checkpoint: Path, name: str) -> str:

@@ -18,6 +18,7 @@ from smooseg_kernels.rows import unit_rows
 TILE = 640  # pixels of a tile's side; larger pictures are cut
 OVERLAP = 0.25  # least share of a tile's side
 STRIP_ELEMENTS = 1 << 22  # upsampled scores at a time
+FAINT = 1e-3  # of the codes of patches without data, so that pixels next to them are labelled by the others
 
 
 class Tile(NamedTuple):
@@ -48,6 +49,15 @@ def code_bands(grid: tuple[int, int], side: int, codes_of: Callable[[Tile], Tens
             total[:, left : left + columns] += codes * ramp
         done, total = total[: following - top], total[following - top :]
         yield done[..., :-1] / done[..., -1:]
+
+
+def faded(codes: Tensor, valid: Tensor) -> Tensor:
+    """Codes or scores [...,Z] for upsampling, all but without those of patches that show no data; valid bool [...].
+
+    A label depends on the directions of upsampled codes alone, so a pixel is labelled by its patches with data; FAINT
+    leaves the others a say where there are none.
+    """
+    return codes * torch.where(valid, 1.0, FAINT).to(codes)[..., None]
 
 
 def label_bands(

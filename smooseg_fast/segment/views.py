@@ -9,8 +9,9 @@ from torch import Tensor
 from ..backbones import Backbone
 from ..backbones.scales import side_by_side
 from ..config import FIT
-from ..datasets.cutting import Cutting
-from ..datasets.images import resize_short_side
+from ..datasets.cutting import Cutting, neutral, valid_patches
+from ..datasets.images import ImageError, resize_short_side
+from ..datasets.reading import Picture
 from ..datasets.scaled import Scaled
 from .tiles import Tile
 
@@ -18,20 +19,20 @@ MOST = 8  # patches, the largest step between tiles that is taken for the sake o
 
 
 class Views:
-    """A picture uint8 [H,W,3] at one or more scales. Its `grid` (h, w) of patches lies on the first, the finest.
+    """A picture of `shape` (H, W) at one or more scales. Its `grid` (h, w) of patches lies on the first, the finest.
 
     The last rows and columns of patches may reach beyond the picture, so that the grid covers the `size` (height,
-    width), at least (H, W), in pixels of the picture.
+    width), at least (H, W), in pixels of the picture. `valid` bool [H,W] tells which pixels are measurements, and
+    `patches` bool [h,w] which patches then count; both are None where all do.
 
     Args:
         cutting: scales, resampling and margin; for the scale "fit", `size` is the picture's short side there, for the
             others the least one.
-        keep: remember the features of every tile, so that several heads can share them.
     """
 
-    def __init__(self, pixels: np.ndarray, cutting: Cutting, backbone: Backbone, keep: bool = False):
+    def __init__(self, picture: Picture, cutting: Cutting, backbone: Backbone):
+        pixels, self.valid = neutral(picture), picture.valid
         self.backbone, self.patch = backbone, backbone.patch
-        self._kept: dict[tuple[Tile, bool], Tensor] | None = {} if keep else None
         self.border = -(-cutting.margin // self.patch)  # patches; training has whole ones
         if cutting.scale == (FIT,):
             small = resize_short_side(pixels, cutting.size, cutting.resample)
@@ -41,11 +42,13 @@ class Views:
         self.ratios = cutting.ratios()
         self.pictures = [first, *(Scaled.of(pixels, first, ratio) for ratio in self.ratios[1:])]
         (H, W), (height, width) = pixels.shape[:2], first.size
+        self.shape = H, W
         # tiles that begin at multiples of it have their patches of every scale at the same places
         self.step = next((n for n in range(1, MOST + 1) if all(_whole(n * ratio) for ratio in self.ratios)), 1)
         h, w = (-(-side // (self.patch * self.step)) * self.step for side in (height, width))
         self.grid = h, w
         self.size = max(H, round(h * self.patch * H / height)), max(W, round(w * self.patch * W / width))
+        self.patches = None if self.valid is None else self._with_data(Scaled(self.valid, first.size, "nearest"))
 
     def features(self, tile: Tile, mirror: bool = False) -> Tensor:
         """Compute the features [1,P,D] of a tile as those of a square are; with `mirror`, those of its mirror image,
@@ -53,13 +56,6 @@ class Views:
 
         Each further scale sees as many pixels about the same centre.
         """
-        if self._kept is None:
-            return self._features(tile, mirror)
-        if (tile, mirror) not in self._kept:
-            self._kept[tile, mirror] = self._features(tile, mirror)
-        return self._kept[tile, mirror]
-
-    def _features(self, tile: Tile, mirror: bool) -> Tensor:
         maps = []
         for picture, ratio in zip(self.pictures, self.ratios):
             top, left = (
@@ -70,9 +66,18 @@ class Views:
             window = np.ascontiguousarray(picture.window(top, left, height, width))
             pixels = torch.from_numpy(window).permute(2, 0, 1)[None]
             features, grid = self.backbone(pixels.flip(-1) if mirror else pixels)
+            if not torch.stack([features.amin(), features.amax()]).isfinite().all():  # NaN where any feature is
+                advice = "take it out, or give another --backbone-precision or --device"
+                raise ImageError("image", f"{self.backbone.name} gave NaN or infinity for it", advice)
             features = features.unflatten(1, grid)
             maps.append(features.flip(2) if mirror else features)
         return side_by_side(maps, self.ratios, (tile.rows, tile.columns))
+
+    def _with_data(self, mask: Scaled) -> np.ndarray:
+        """Which patches of the grid count, where `mask` says which pixels are measurements, at the first scale."""
+        (h, w), patch = self.grid, self.patch
+        rows = (mask.window(row * patch, 0, patch, w * patch) for row in range(h))
+        return np.concatenate([valid_patches(row, patch) for row in rows])
 
 
 def _whole(number: float) -> bool:

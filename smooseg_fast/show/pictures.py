@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 from scipy import ndimage
 
+from ..datasets import IGNORE
 from ..system.files import write_atomic
 from .lettering import font_for, write
 
@@ -51,14 +52,23 @@ def palette(k: int) -> np.ndarray:
     return np.frombuffer(bytes.fromhex(_COLOURS), np.uint8).reshape(-1, 3)[:k]
 
 
+def by_label(colours: np.ndarray) -> np.ndarray:
+    """The colour of every label, uint8 [256, 3]: those of groups, white for pixels without data, black for others."""
+    table = np.zeros((256, 3), np.uint8)
+    table[: len(colours)] = colours
+    table[IGNORE] = 255
+    return table
+
+
 def write_mask(path: str | Path, labels: np.ndarray, colours: np.ndarray) -> Path:
     """Write labels uint8 [H, W] as an 8-bit palette PNG (mode P) whose indices are the labels.
 
-    Labels beyond `colours` are black. WriteError when the file cannot be written.
+    Pixels without data, of label 255, are white, and other labels beyond `colours` black. WriteError when the file
+    cannot be written.
     """
     mask = Image.fromarray(labels)
     # all 256 colours: Pillow packs a smaller palette into 1, 2 or 4 bits a pixel, and 255 needs an entry of its own
-    mask.putpalette(colours.tobytes().ljust(3 * 256, b"\0"))  # turns mode L into P and keeps the numbers
+    mask.putpalette(by_label(colours).tobytes())  # turns mode L into P and keeps the numbers
     return write_atomic(path, lambda target: mask.save(target, "PNG"))
 
 
@@ -66,13 +76,15 @@ def overlay(image: np.ndarray, labels: np.ndarray, colours: np.ndarray) -> np.nd
     """Blend `image` uint8 [H, W, 3] with the colours [K, 3] of its labels uint8 [H, W] -> uint8 [H, W, 3].
 
     Inside a region: half and half. Along its border: a lighter line, 1 pixel wide up to a short side of some 500 pixels
-    and in proportion beyond, so that it survives a thumbnail.
+    and in proportion beyond, so that it survives a thumbnail. Pixels without data, of label 255, stay as they are.
     """
-    half = colours // 2
+    half = by_label(colours) // 2
     blend = image // 2 + half[labels]
     line = max(1, round(min(labels.shape) / 350))
     border = ndimage.maximum_filter(labels, line + 1) != ndimage.minimum_filter(labels, line + 1)
     blend[border] = (half + 128)[labels[border]]
+    no_data = labels == IGNORE
+    blend[no_data] = image[no_data]
     return blend
 
 

@@ -48,4 +48,4 @@ def thumbnails(image: np.ndarray, labels: np.ndarray, colours: np.ndarray) -> tu
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     labels = np.array(Image.fromarray(labels).resize(small.size, Image.Resampling.NEAREST))
     image = np.array(small)
-    return image, pictures.overlay(image, labels, colours), colours[labels]
+    return image, pictures.overlay(image, labels, colours), pictures.by_label(colours)[labels]

@@ -48,8 +48,9 @@ def tree_picture(checkpoint: Checkpoint, title: str) -> Image.Image:
     sheet = Image.new("RGB", (WIDTH, TOP + AXIS + ROW * count + MARGIN), PAPER)
     draw, colours = ImageDraw.Draw(sheet), [tuple(colour) for colour in palette(256).tolist()]
     write(draw, (MARGIN, MARGIN + 17), title, 28, INK, bold=True, room=WIDTH - 2 * MARGIN)
-    about = f"{groups} groups of {len(tree)} fine ones; at the end of the run {checkpoint.trained}"
-    about += f", {why}" if (why := (checkpoint.report.get("tree") or {}).get("why")) else ""
+    why = (checkpoint.report.get("tree") or {}).get("why", "")
+    chosen = why if groups == checkpoint.trained else f"the run ended with {checkpoint.trained}"
+    about = f"{groups} groups of {len(tree)} fine ones" + (f", {chosen}" if chosen else "")
     write(draw, (MARGIN, MARGIN + 56), about, TEXT, GREY, room=WIDTH - 2 * MARGIN)
     middles = {number: TOP + AXIS + ROW * place + ROW // 2 for place, number in enumerate(order)}
     draw_branches(draw, splits, middles, groups, [colours[group] for group in group_of])
@@ -133,7 +134,9 @@ def draw_row(
     order = members[np.argsort(-fine.tree.shares[members], kind="stable")]
     for number, member in enumerate(order[:PATCHES]):
         patch = Image.fromarray(fine.typical[int(member)].numpy()).resize((PATCH, PATCH))
-        sheet.paste(patch, (place[0] + number * (PATCH + 4), place[1] + (ROW - PATCH) // 2))
+        left, top = place[0] + number * (PATCH + 4), place[1] + (ROW - PATCH) // 2
+        sheet.paste(patch, (left, top))
+        ImageDraw.Draw(sheet).rectangle((left, top, left + PATCH - 1, top + PATCH - 1), outline=RULE)
     if len(order) > PATCHES:
         room = place[0] + PATCHES * (PATCH + 4)
         write(draw, (room, place[1] + ROW // 2), f"+{len(order) - PATCHES}", 14, GREY, room=40)

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import os
 import re
 import shlex
 import shutil
@@ -48,7 +49,24 @@ def starter(module: str, processes: int = 1) -> list[str]:
 
 def command_line(command: str, *words: str) -> str:
     """The words that start a command of this package, such as "predict"."""
-    return shlex.join([*starter(f"{PACKAGE}.{MODULES.get(command, command)}"), *words])
+    return shell_line([*starter(f"{PACKAGE}.{MODULES.get(command, command)}"), *words])
+
+
+def shell_line(words: Iterable[str]) -> str:
+    """A command line to type. Words with unprintable characters stand in the quotes of bash and zsh for bytes."""
+    return " ".join(map(quoted, words))
+
+
+def quoted(word: str) -> str:
+    """`word` in the quotes that it needs in a shell."""
+    if word.isprintable():
+        return shlex.quote(word)
+    plain = (c if c.isprintable() and c not in "\\'" else _bytes(c) for c in word)
+    return f"$'{''.join(plain)}'"
+
+
+def _bytes(c: str) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in os.fsencode(c))
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -100,7 +118,7 @@ def choose_command(
     if args and not args[0].startswith("-"):
         hint = nearest(args[0], about) or f"; there are {', '.join(about)}"
         if folder and Path(args[0]).exists():
-            hint = f"; did you mean {parser.prog} {folder} {shlex.quote(args[0])}"
+            hint = f"; did you mean {parser.prog} {folder} {quoted(args[0])}"
         raise UserError(f"{args[0]}: is not a command of {parser.prog}{hint}")
     add_commands(parser, about)
     parser.parse_args(args[:1])
@@ -190,5 +208,5 @@ def _unknown(word: str, fields: Mapping[str, Field], given: Iterable[str], progr
         hint = nearest(name, [flag for field in fields.values() for flag in field.flags])
         return f"{name}: is not a flag{hint or f'; {program} --help lists the flags'}"
     usual = next((field for field in fields.values() if field.value.usual and field.name not in given), None)
-    hint = "put names with spaces in quotes" if usual is None else f"did you mean {usual.label} {shlex.quote(word)}"
+    hint = "put names with spaces in quotes" if usual is None else f"did you mean {usual.label} {quoted(word)}"
     return f"{word}: belongs to no flag; {hint}"

@@ -49,7 +49,8 @@ class Bounds:
         raise UserError(f"{flag}: must be {legal}, got {value}")
 
     def __str__(self) -> str:
-        return f"at least {self.low:g}" if self.high in (None, 2**63 - 1) else f"{self.low:g} to {self.high:g}"
+        low, high = (f"{end:g}" if isinstance(end, float) else f"{end}" for end in (self.low, self.high))
+        return f"at least {low}" if self.high in (None, 2**63 - 1) else f"{low} to {high}"
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,8 @@ class Field:
             if item == "":
                 thing = "a folder" if self.value.metavar == "FOLDER" else "a value"
                 raise UserError(f"{self.label}: is empty; give {thing}{'' if self.required else ', or leave it out'}")
+            if isinstance(item, str) and "\0" in item:
+                raise UserError(f"{self.label}: holds a NUL character, which no name has; write it again")
             if self.bounds is not None:
                 self.bounds.check(self.label, item)
         for rule in self.rules:

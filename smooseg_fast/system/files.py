@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
 import re
+import socket
+import stat
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..errors import WriteError
 
-LEFTOVER = re.compile(r"\..+\.\d+\.part(\.\w+)?")  # names of temporary files
+# names of temporary files: the host and the process that write them, and the suffix of the file
+LEFTOVER = re.compile(r"\..*?(?:\.(?P<host>\d+))?\.(?P<process>\d+)\.part(\.[^.]*)?", re.DOTALL)
+HOST = zlib.crc32(socket.gethostname().encode())
+ABANDONED_S = 3600.0  # age at which a temporary file is nobody's, where neither a lock nor its process says so
+
+
+def regular(path: str | Path) -> Path:
+    """`path`, unless opening it could wait without end: OSError for a named pipe, a socket or a device.
+
+    A folder passes, because opening it fails by itself.
+    """
+    mode = os.stat(path).st_mode
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        return Path(path)
+    kind = "a named pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
+    raise OSError(errno.EINVAL, f"is {kind}, no file", str(path))
 
 
 def write_atomic(path: str | Path, content: bytes | str | Callable[[Path], None]) -> Path:
@@ -25,7 +44,7 @@ def write_atomic(path: str | Path, content: bytes | str | Callable[[Path], None]
     """
     path = Path(path)
     # file systems take names of 255 bytes, and the temporary name must not be longer than a legal one
-    temporary = path.with_name(f".{path.stem[:40]}.{os.getpid()}.part{path.suffix}")
+    temporary = path.with_name(f".{path.stem[:40]}.{HOST}.{os.getpid()}.part{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if callable(content):
@@ -46,11 +65,27 @@ def write_atomic(path: str | Path, content: bytes | str | Callable[[Path], None]
 
 
 def sweep(folder: Path, *, below: bool = False, older: float = 0.0) -> None:
-    """Remove temporary files of killed processes in `folder`, or anywhere `below` it, that are `older` seconds old."""
+    """Remove temporary files of killed processes in `folder`, or anywhere `below` it.
+
+    Those younger than `older` seconds stay, unless their process ran on this machine and is gone.
+    """
     for path in folder.glob("**/.*.part*" if below else ".*.part*"):
         with contextlib.suppress(OSError):
-            if LEFTOVER.fullmatch(path.name) and time.time() - path.stat().st_mtime >= older:
+            name = LEFTOVER.fullmatch(path.name)
+            if name and (time.time() - path.lstat().st_mtime >= older or _is_gone(name)):
                 path.unlink()
+
+
+def _is_gone(name: re.Match[str]) -> bool:
+    if name["host"] != str(HOST):
+        return False
+    try:
+        os.kill(int(name["process"]), 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def write_json(path: str | Path, value: Any) -> Path:

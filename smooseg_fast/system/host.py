@@ -6,7 +6,7 @@ import ctypes
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -25,6 +25,26 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, LARGEST_BYTES)
         libc.mallopt(M_TRIM_THRESHOLD, LARGEST_BYTES)
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """Give PyTorch its usual state inside, whatever a caller's is: float32 by default, on the CPU, with gradients,
+    outside of inference mode and autocast."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with ExitStack() as stack:
+            for kind in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            if torch.get_default_device().type != "cpu":  # else it would only slow every call
+                stack.enter_context(torch.device("cpu"))
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextmanager

@@ -8,6 +8,8 @@ import socket
 import weakref
 from pathlib import Path
 
+from .files import regular
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -77,7 +79,7 @@ class Lock:
     def signature(self) -> str:
         """Return the holder's name, for messages."""
         with contextlib.suppress(OSError):
-            return self.path.read_text(errors="replace") or "another process"
+            return regular(self.path).read_text(errors="replace") or "another process"
         return "another process"
 
     def _close(self) -> None:

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+import signal
+import threading
+import time
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -18,6 +21,7 @@ from torch import Tensor
 from ..errors import UserError
 
 LAUNCHER = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # what torchrun sets
+LOOK_S, LAST_S = 0.5, 30.0
 PATIENCE_S = 2.0  # for the first process to say why the run ends
 
 
@@ -81,18 +85,6 @@ class Processes:
             with self._exchange():
                 dist.barrier()  # the last exchange of a run: with `all` in its place, Python's end aborted now and then
 
-    def to_first(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-        """Give the first process the contiguous CPU `tensors` of every process, in order of rank; the others get []."""
-        kinds = self.all([(tensor.shape, tensor.dtype) for tensor in tensors])
-        gathered = [[torch.empty(shape, dtype=dtype) for shape, dtype in kind] for kind in kinds[1:] if self.first]
-        with self._exchange():  # as bytes, because pickling would take four times as long
-            for source, received in enumerate(gathered, 1):
-                for tensor in received:
-                    dist.recv(tensor.flatten().view(torch.uint8), source)
-            for tensor in () if self.first else tensors:
-                dist.send(tensor.flatten().view(torch.uint8), 0)
-        return [list(tensors), *gathered] if self.first else []
-
     @contextlib.contextmanager
     def _exchange(self) -> Iterator[None]:
         try:
@@ -139,12 +131,27 @@ class Processes:
 ALONE = Processes()
 
 
+def end_with_parent() -> None:
+    """Send this process SIGTERM once its parent, torchrun, is gone, and end it LAST_S later if it still lives."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(LOOK_S)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(LAST_S)
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
 @contextlib.contextmanager
 def joined() -> Iterator[Processes]:
     """This process among those that torchrun started; ALONE without torchrun."""
     if LAUNCHER - os.environ.keys() or os.environ["WORLD_SIZE"] == "1":
         yield ALONE
         return
+    end_with_parent()
     store, rank, size = next(dist.rendezvous("env://"))
     dist.init_process_group("gloo", store=dist.PrefixStore("exchanges", store), rank=rank, world_size=size)
     group = Processes(rank, size, int(os.environ.get("LOCAL_RANK", rank)), store)

@@ -10,6 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from .terminal import one_line
+
 PLAIN_S = 30.0  # between lines in a log file
 SILENT_S = 2.0  # that a phase may last before a line or a bar shows it
 
@@ -18,6 +20,8 @@ class Bar(tqdm):
     """tqdm's bar on a terminal; elsewhere, as in a log file, a plain line every PLAIN_S seconds."""
 
     def __init__(self, **options: Any):
+        if sys.stderr is None and options.get("file") is None:  # as under pythonw
+            options["disable"] = True
         super().__init__(dynamic_ncols=True, **options)
         if not self.disable and not self.fp.isatty():
             self.mininterval = self.maxinterval = PLAIN_S
@@ -35,14 +39,10 @@ class Bar(tqdm):
         return line
 
 
-def printable(text: str) -> str:
-    """`text` as one line without control characters: names may come out of anyone's file."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
-
-
 def say(line: str) -> None:
     """Print `line` to stderr, above a bar instead of through it."""
-    tqdm.write(line, file=sys.stderr)
+    if sys.stderr is not None:
+        tqdm.write(one_line(line), file=sys.stderr)
 
 
 @contextmanager

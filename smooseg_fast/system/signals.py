@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a request that a loop answers between two steps, an exception everywhere else."""
+"""Ctrl-C, SIGTERM and SIGHUP: a request that a loop answers between two steps, an exception everywhere else."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+ENDS = [signal.SIGTERM, *[getattr(signal, name) for name in ("SIGHUP",) if hasattr(signal, name)]]
 PATIENCE_S = 0.8  # for a step under way to end; saving, and ending the process, take up to one second more
 
 
@@ -27,18 +28,21 @@ def with_kept(stop: KeyboardInterrupt, kept: str) -> Interrupted:
 
 @contextmanager
 def terminable(ending: Callable[[], bool]) -> Iterator[None]:
-    """Make SIGTERM raise Interrupted inside, as Ctrl-C raises KeyboardInterrupt, unless the program is `ending`."""
+    """Make SIGTERM and SIGHUP raise Interrupted inside, as Ctrl-C raises KeyboardInterrupt.
+
+    They do nothing while the program is `ending`.
+    """
 
     def stop(number: int, _frame: Any) -> None:
         if not ending():
             raise Interrupted(number)
 
-    with _handled_by(stop, signal.SIGTERM):
+    with _handled_by(stop, *ENDS):
         yield
 
 
 class StopRequest:
-    """Ctrl-C or SIGTERM as a `number` that a loop acts on between two steps; None until one comes."""
+    """Ctrl-C, SIGTERM or SIGHUP as a `number` that a loop acts on between two steps; None until one comes."""
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -71,12 +75,12 @@ class StopRequest:
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Note Ctrl-C and SIGTERM in a StopRequest.
+    """Note Ctrl-C, SIGTERM and SIGHUP in a StopRequest.
 
     Raises Interrupted for a second signal, for the first one inside `at_once`, and when a step takes PATIENCE_S longer.
     """
     request = StopRequest()
-    with _handled_by(request._note, signal.SIGINT, signal.SIGTERM):
+    with _handled_by(request._note, signal.SIGINT, *ENDS):
         try:
             yield request
         finally:
@@ -85,7 +89,8 @@ def stop_request() -> Iterator[StopRequest]:
 
 @contextmanager
 def _handled_by(handler: Any, *numbers: int) -> Iterator[None]:
-    """Do nothing outside the main thread, where Python delivers no signals."""
+    """Do nothing outside the main thread, where Python delivers no signals, or about those that nohup ignores."""
+    numbers = tuple(n for n in numbers if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN)
     if threading.current_thread() is not threading.main_thread():
         numbers = ()
     before = {number: signal.signal(number, handler) for number in numbers}

@@ -1,0 +1,45 @@
+"""The error of one image that cannot be used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import UserError
+
+DEFAULT_ADVICE = "copy it again, export it as 8-bit PNG or JPEG, or take it out"
+
+
+class ImageError(UserError):
+    """One image that cannot be used: its `path`, the `reason` and `advice`. A run may skip the image."""
+
+    def __init__(self, path: Path | str, reason: str, advice: str = DEFAULT_ADVICE):
+        super().__init__(f"{path}: {reason}; {advice}")
+        self.path, self.reason, self.advice = Path(path), reason, advice
+
+    def __reduce__(self) -> tuple:  # so that processes can hand it on
+        return ImageError, (self.path, self.reason, self.advice)
+
+
+def reason(error: Exception) -> str:
+    """Say in one line why a file cannot be decoded."""
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def decoding(path: Path | str) -> Iterator[None]:
+    """Raise whatever goes wrong inside as ImageError: a damaged file makes decoders raise nearly anything."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except Exception as error:
+        raise ImageError(path, f"cannot be decoded ({reason(error)})") from error
+
+
+def require_bands(asked: int, bands: int, path: Path | str) -> None:
+    """ImageError when a file has less than the `asked` bands."""
+    if asked > bands:
+        how_many = f"{bands} band{'s' * (bands > 1)}"
+        raise ImageError(path, f"has {how_many}, no band {asked}", "give --bands that every image has, or take it out")

@@ -1,0 +1,263 @@
+"""TIFF files: what their tags declare, their pages, and the values that Pillow cannot read.
+
+Those are read by tifffile, an optional package: bands that are no colours, colours of 16 bits, separate planes, floats
+of other sizes. One strip or tile is decoded at a time, and no more bands are kept than are shown.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL.TiffImagePlugin import COMPRESSION_INFO, ImageFileDirectory_v2
+
+from ..system.files import regular
+from ..system.terminal import about
+from .imageerror import ImageError, decoding, require_bands
+from .reading import Samples
+
+INSTALL = "pip install 'smooseg_fast[tiff]' to read it"
+MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+SEGMENT_BYTES = 2**32  # that a strip or tile may take
+GREY, COLOUR, PALETTE = (0, 1), 2, 3  # PhotometricInterpretation; of GREY, 0 is white at 0
+REDUCED, MASK = 1, 4  # bits of NewSubfileType
+ALPHA = (1, 2)  # ExtraSamples: multiplied in, or not
+NAMES = {1: "uint", 2: "int", 3: "float"}  # SampleFormat
+PILLOW_GREY = {"uint8", "uint16", "int16", "uint32", "int32", "float32"}
+
+
+@dataclass(frozen=True)
+class Page:
+    """One image of a file, by its tags.
+
+    Attributes:
+        number: its place among all images of the file, reduced copies included, from 0.
+        size: (height, width) as stored, before its orientation.
+        kind: type of its values, such as "uint16"; "uint8" for fewer bits.
+        bits: of a value.
+        extra: ExtraSamples, the meaning of each band beyond the grey or the colours.
+        nodata: the value that stands for no measurement, from GDAL's tag; None without it.
+    """
+
+    number: int
+    size: tuple[int, int]
+    bands: int
+    kind: str
+    bits: int
+    photometric: int
+    planar: bool
+    compression: int
+    extra: tuple[int, ...]
+    orientation: int
+    nodata: float | None
+
+    @classmethod
+    def of(cls, number: int, tags: ImageFileDirectory_v2) -> Page:
+        """From its tags. Exception where they are not those of an image."""
+        bits = tags.get(258, (1,))
+        if len(set(bits)) > 1:
+            raise ValueError(f"bands of different depths {bits}")
+        photometric, bands = tags.get(262, 1), tags.get(277, 1)
+        extra = tuple(tags.get(338, ()))
+        if not extra and photometric == COLOUR:  # undeclared bands are data
+            extra = (0,) * (bands - 3)
+        name = NAMES.get(tags.get(339, (1,))[0], "complex")
+        depth = next((depth for depth in (8, 16, 32, 64) if bits[0] <= depth), 128)
+        return cls(
+            number=number,
+            size=(int(tags[257]), int(tags[256])),
+            bands=bands,
+            kind=f"{name}{depth}",
+            bits=bits[0],
+            photometric=photometric,
+            planar=tags.get(284, 1) == 2,
+            compression=tags.get(259, 1),
+            extra=extra,
+            orientation=tags.get(274, 1),
+            nodata=_number(tags.get(42113)),
+        )
+
+    @property
+    def height(self) -> int:
+        return self.size[0]
+
+    @property
+    def width(self) -> int:
+        return self.size[1]
+
+    @property
+    def nbytes(self) -> float:
+        """Bytes that all its values take before they are packed."""
+        return self.width * self.height * self.bands * self.bits / 8
+
+    @property
+    def colour(self) -> bool:
+        """Whether its first three bands are red, green and blue, or become so by decoding."""
+        return self.photometric == COLOUR or self.photometric > PALETTE
+
+    @property
+    def opacity(self) -> int | None:
+        """The band that is opacity, from 0."""
+        first = self.bands - len(self.extra)
+        return next((first + place for place, meaning in enumerate(self.extra) if meaning in ALPHA), None)
+
+    @property
+    def data_bands(self) -> int:
+        """How many bands are not opacity."""
+        return self.bands - (self.opacity is not None)
+
+    def needs_tifffile(self, bands: tuple[int, ...] | None) -> bool:
+        """Whether Pillow cannot read it, or not these bands (from 1), with all their values."""
+        if self.compression not in COMPRESSION_INFO:
+            return True
+        if self.bands == 1:
+            whites = self.photometric == 0 and self.kind not in ("uint8", "uint16", "float32")
+            return self.photometric in GREY and (whites or self.kind not in PILLOW_GREY)
+        if self.kind != "uint8" or self.bits != 8:
+            return True
+        if self.photometric in GREY:
+            return self.bands > 2 or self.opacity is None
+        if self.photometric == COLOUR and self.bands > 4:
+            return True
+        return bands is not None and (self.extra[:1] == (1,) or max(bands) > 3) and self.photometric == COLOUR
+
+
+def pages_of(path: Path | str) -> Iterator[Page]:
+    """The pages of a TIFF file, without the reduced copies and masks of a pyramid; none of another or a damaged
+    file."""
+    try:
+        with about(path), open(regular(path), "rb") as file:
+            before, copies = None, []
+            for number, tags in enumerate(_directories(file)):
+                page = Page.of(number, tags)
+                if tags.get(254, 0) & (REDUCED | MASK) or tags.get(255, 1) == 2:
+                    copies.append(page)
+                elif before is None or not _halved(before, page.size):
+                    yield page
+                before = page.size
+            if len(copies) == number + 1:  # a copy without its picture
+                yield copies[0]
+    except Exception:  # damaged tags make the reader raise nearly anything: Pillow tells what is wrong with the file
+        return
+
+
+def count_pages(path: Path | str) -> int:
+    """How many pages a TIFF file has; 0 for another file."""
+    return sum(1 for _ in pages_of(path))
+
+
+def page_of(path: Path | str, number: int) -> Page | None:
+    """Page `number`, from 1; None when the file is no TIFF, or has fewer."""
+    return next(islice(pages_of(path), number - 1, None), None)
+
+
+def read(path: Path | str, page: Page, bands: tuple[int, ...] | None) -> Samples:
+    """Read the values of `bands`, from 1, by tifffile; without them, of the first three, or of the first.
+
+    Raises:
+        ImageError: when the file is damaged, is of a kind that is not read, or tifffile is not installed.
+    """
+    what = f"{page.bands} band{'s' * (page.bands > 1)} of {page.kind}"
+    if find_spec("tifffile") is None or find_spec("imagecodecs") is None:
+        raise ImageError(path, f"a TIFF of {what}, which Pillow does not read", INSTALL)
+    if page.photometric not in (*GREY, COLOUR) or page.kind.startswith("complex"):
+        raise ImageError(path, f"a TIFF of {what} that are neither grey nor red, green and blue")
+    opacity = page.opacity
+    require_bands(max(bands or (1,)), page.bands, path)
+    if bands is None:
+        chosen = tuple(range(3 if page.data_bands >= 3 else 1))
+    else:
+        chosen = tuple(band - 1 for band in bands)
+        opacity = None if opacity in chosen else opacity  # asked for as data
+    wanted = chosen if opacity is None else (*chosen, opacity)
+    with decoding(path):
+        values = _planes(path, page, wanted)
+    alpha = None
+    if opacity is not None:
+        alpha, values = values[..., -1], values[..., :-1]
+        if alpha.dtype != np.uint8:
+            full = np.iinfo(alpha.dtype).max if alpha.dtype.kind in "iu" else 1
+            alpha = np.ceil(np.clip(alpha / full, 0, 1) * 255).astype(np.uint8)  # 0 stays where nothing shows alone
+    return Samples(
+        values=values,
+        kind=page.kind,
+        colour=page.colour and max(chosen) < 3,
+        alpha=alpha,
+        nodata=page.nodata,
+        inverted=page.photometric == 0,
+    ).turned(page.orientation)
+
+
+def _planes(path: Path | str, page: Page, bands: tuple[int, ...]) -> np.ndarray:
+    """The values [H,W,bands] of some bands, from 0, one strip or tile after the other."""
+    from tifffile import TiffFile
+
+    logging.getLogger("tifffile").setLevel(logging.ERROR)  # it warns of tags that concern nobody here
+    height, width = page.size
+    with open(regular(path), "rb") as file, TiffFile(file) as whole:
+        source = whole.pages[page.number]
+        if source.imagedepth != 1 or (source.imagelength, source.imagewidth) != page.size:
+            raise ImageError(path, "a TIFF of volumes, not of pictures")
+        samples = 1 if page.planar else page.bands
+        rows, columns = (source.tilelength, source.tilewidth) if source.is_tiled else (source.rowsperstrip, width)
+        if min(rows, height) * columns * samples * source.dtype.itemsize > SEGMENT_BYTES:
+            raise ImageError(path, "a strip or tile of it takes more than 4 GiB", "write it again in tiles")
+        out = np.zeros((height, width, len(bands)), source.dtype.newbyteorder("="))
+        with suppress(OverflowError, ValueError):  # a number that its type does not hold
+            out[:] = 0 if page.nodata is None else out.dtype.type(page.nodata)  # for tiles that are left out
+        counts, tables = source.databytecounts, source.jpegtables
+        per_plane = len(counts) // (page.bands if page.planar else 1)
+        for number, (offset, count) in enumerate(zip(source.dataoffsets, counts)):
+            plane = number // per_plane
+            if count == 0 or (page.planar and plane not in bands):
+                continue
+            file.seek(offset)
+            data = file.read(count)
+            if len(data) < count:
+                raise ImageError(path, "cannot be decoded (the file is cut short)")
+            segment, (_, _, top, left, _), _ = source.decode(data, number, jpegtables=tables)
+            block = segment[0, : height - top, : width - left]
+            target = out[top : top + block.shape[0], left : left + block.shape[1]]
+            for channel, band in enumerate(bands):
+                if not page.planar:
+                    target[..., channel] = block[..., band]
+                elif plane == band:
+                    target[..., channel] = block[..., 0]
+    return out
+
+
+def _directories(file: BinaryIO) -> Iterator[ImageFileDirectory_v2]:
+    """The tags of every image of a file; nothing for files that are no TIFF."""
+    header = file.read(8)
+    if header[:4] not in MAGIC:
+        return
+    big, order = 43 in header[2:4], "little" if header[:2] == b"II" else "big"
+    offset = int.from_bytes(file.read(8) if big else header[4:], order)  # type: ignore[arg-type]
+    seen = set()
+    while offset and offset not in seen:  # a chain may be bent into a circle
+        seen.add(offset)
+        tags = ImageFileDirectory_v2(header)
+        tags._bigtiff = big  # Pillow sees it in one order of bytes alone
+        file.seek(offset)
+        tags.load(file)
+        yield tags
+        offset = tags.next
+
+
+def _halved(before: tuple[int, int], size: tuple[int, int]) -> bool:
+    """Whether `size` is half of the one before, up to rounding: a level of a pyramid that is not declared as one."""
+    return all(abs(here - there / 2) < 1 and here < there for here, there in zip(size, before))
+
+
+def _number(text: Any) -> float | None:
+    try:
+        return float(str(text).strip(" \0"))
+    except ValueError:
+        return None

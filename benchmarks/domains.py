@@ -7,7 +7,9 @@ belongs to one state of the code: give another --out to measure a later one.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import operator
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,8 +22,10 @@ import machine
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+import smooseg_kernels as sk
 from smooseg_fast.backbones import Backbone, load_backbone
 from smooseg_fast.config import TrainConfig, preset, with_changes
 from smooseg_fast.datasets import Dataset, classes_of, open_splits
@@ -30,19 +34,22 @@ from smooseg_fast.features.extract import open_or_extract
 from smooseg_fast.features.job import FeatureOptions
 from smooseg_fast.features.sample import sample_patches
 from smooseg_fast.features.store import FeatureStore
+from smooseg_fast.learn.grow import moments_of_parts
 from smooseg_fast.learn.trainer import learn
 from smooseg_fast.measure.confusion import LabelSquares, head_codes
 from smooseg_fast.measure.scores import hungarian, majority, matched
 from smooseg_fast.segment.grouping import Grouping
 from smooseg_fast.segment.kmeans import spherical_kmeans
 from smooseg_fast.segment.segmenter import Segmenter
+from smooseg_fast.segment.tree import Tree
 
 FEWEST, MOST = 2, 16  # groups that the labels choose from; more where there are more classes
 FORMER = dict(init="pca-kmeans", granularity=(0.06,), steps=200)  # the default before the tree, at K = classes
-ONE, KMEANS, UNTRAINED, FORMERLY, TREE = "one group", "k-means", "tree, untrained", "no tree", "tree"
+ONE, KMEANS, LINKAGE, FORMERLY = "one group", "k-means", "average linkage", "head without a tree"
+TREE, TRAINED = "tree, untrained", "tree, trained"
 CLASSES, CHOSEN, BEST = "classes", "chosen", "best"
-ORDER = [(ONE, "one"), (KMEANS, CLASSES), (FORMERLY, CLASSES)]
-ORDER += [(method, how) for method in (UNTRAINED, TREE) for how in (CHOSEN, CLASSES, BEST)]
+ORDER = [(ONE, "one"), (KMEANS, CLASSES), (FORMERLY, CLASSES), (LINKAGE, CLASSES), (LINKAGE, BEST)]
+ORDER += [(TREE, how) for how in (CHOSEN, CLASSES, BEST)] + [(TRAINED, how) for how in (CHOSEN, CLASSES)]
 Rows = list[dict[str, Any]]
 
 
@@ -53,9 +60,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, help="pixels, as train's (those that suit the backbone)")
     parser.add_argument("--eval-size", type=int, help="pixels, as train's (those that suit the backbone)")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, help="as train's (the preset's)")
+    parser.add_argument("--steps", type=int, default=60, help="of the trained tree")
     parser.add_argument("--cache", type=Path, help="folder of the features (a temporary one)")
-    parser.add_argument("--out", type=Path, default=machine.ROOT / "benchmarks/results/domains.jsonl")
+    parser.add_argument("--out", type=Path, default=machine.ROOT / "benchmarks/results/quality/domains.jsonl")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -64,8 +71,6 @@ def run(args: argparse.Namespace) -> None:
     backbone = load_backbone(args.backbone)
     size, eval_size = (asked or suits for asked, suits in zip((args.size, args.eval_size), backbone.sizes))
     settings = {"backbone": args.backbone, "size": size, "eval_size": eval_size}
-    if args.steps is not None:
-        settings["steps"] = args.steps
     about = {"backbone": args.backbone, "sizes": f"{size}/{eval_size}", "steps": args.steps}
     with nullcontext(args.cache) if args.cache else tempfile.TemporaryDirectory() as cache:
         for name in names:
@@ -73,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
             missing = [seed for seed in range(args.seeds) if seed not in done]
             if not missing:
                 continue
-            domain = Domain.open(args.data / name, backbone, settings | {"cache": str(cache)})
+            domain = Domain.open(args.data / name, backbone, settings | {"cache": str(cache)}, args.steps)
             for seed in missing:
                 started = time.perf_counter()
                 append(args.out, [about | {"set": name, "seed": seed} | row for row in domain.rows(seed)])
@@ -121,6 +126,7 @@ class Domain(NamedTuple):
     """A labelled set: features to learn from, and labels of both splits on central squares."""
 
     config: TrainConfig
+    trained: TrainConfig
     former: TrainConfig
     store: FeatureStore
     train: LabelSquares
@@ -128,12 +134,14 @@ class Domain(NamedTuple):
     classes: int
 
     @classmethod
-    def open(cls, folder: Path, backbone: Backbone, settings: dict[str, Any]) -> Domain:
-        """settings: of TrainConfig, with size and eval_size."""
+    def open(cls, folder: Path, backbone: Backbone, settings: dict[str, Any], steps: int) -> Domain:
+        """settings: of TrainConfig, with size and eval_size. steps: of the trained tree."""
         train, val = open_splits(str(folder))
         if val is None:
             raise SystemExit(f"{folder}: has no labelled val split")
-        config, former = (with_changes(preset("folder"), **changes | settings) for changes in ({}, FORMER))
+        config, trained, former = (
+            with_changes(preset("folder"), **changes | settings) for changes in ({"steps": 0}, {"steps": steps}, FORMER)
+        )
         size, eval_size = config.sides
         options = FeatureOptions(size=size, crops=config.crops, cache=config.cache, progress=False)
         store = open_or_extract(train, backbone, options)
@@ -143,7 +151,7 @@ class Domain(NamedTuple):
             cutting = Cutting(size=eval_size)
             return LabelSquares(split, open_or_extract(split, backbone, options), cutting, progress=False)
 
-        return cls(config, former, store, squares(train), squares(val), len(classes_of(val)))
+        return cls(config, trained, former, store, squares(train), squares(val), len(classes_of(val)))
 
     def rows(self, seed: int) -> Iterator[dict[str, Any]]:
         """The figures of every way at one seed."""
@@ -157,28 +165,25 @@ class Domain(NamedTuple):
         yield from self.trees(seed)
 
     def trees(self, seed: int) -> Iterator[dict[str, Any]]:
-        """The tree, untrained and trained, at the number chosen without labels, at that of the classes, and at the one
-        that the labels like best in the untrained tree."""
-        chosen, seconds = self.learnt(replace(self.config, seed=seed))
-        fine = chosen.checkpoint.fine
+        """The tree of the preset at the number chosen without labels, at that of the classes, and at the one that the
+        labels like best; average linkage of the same fine groups; and the first two numbers after training."""
+        segmenter, seconds = self.learnt(replace(self.config, seed=seed))
+        fine = segmenter.checkpoint.fine
         assert fine is not None
-
-        def way(groups: int) -> Way:
-            return of_codes(Grouping(fine.head, fine.tree.cut(groups)))
-
         counts = self.confusion(self.val, of_codes(Grouping(fine.head)))
-        cuts = {groups: fine.tree.cut(groups) for groups in range(FEWEST, min(fine.most, max(MOST, self.classes)) + 1)}
-        merged = {k: np.eye(k, dtype=np.int64)[cut].T @ counts for k, cut in cuts.items()}
-        best = max(merged, key=lambda groups: hungarian(merged[groups]).miou)
-        numbers = {CHOSEN: chosen.groups, CLASSES: min(self.classes, fine.most), BEST: best}
-        trained = {chosen.groups: (chosen, seconds)}
-        for how, groups in numbers.items():
-            yield self.row(UNTRAINED, how, way(groups), None)
-        for how, groups in numbers.items():
-            if groups not in trained:
-                trained[groups] = self.learnt(replace(self.config, seed=seed, groups=groups))
-            segmenter, seconds = trained[groups]
-            yield self.row(TREE, how, of_codes(segmenter.grouping), seconds)
+        moments = functools.reduce(operator.add, moments_of_parts(fine.head, self.store))
+        plain = Tree.grow(moments.pairs("all", centring=0.0), moments.shares)
+        numbers = {CHOSEN: segmenter.groups, CLASSES: min(self.classes, fine.most)}
+        for name, tree, hows in ((LINKAGE, plain, (CLASSES, BEST)), (TREE, fine.tree, (CHOSEN, CLASSES, BEST))):
+            cuts = {k: tree.cut(k) for k in range(FEWEST, min(fine.most, max(MOST, self.classes)) + 1)}
+            scores = {k: hungarian(np.eye(k, dtype=np.int64)[cut].T @ counts) for k, cut in cuts.items()}
+            numbers[BEST] = max(scores, key=lambda k: scores[k].miou)
+            for how in hows:
+                way = of_codes(Grouping(fine.head, tree.cut(numbers[how])))
+                yield self.row(name, how, way, seconds if name == TREE else None)
+        for how in (CHOSEN, CLASSES):
+            segmenter, seconds = self.learnt(replace(self.trained, seed=seed, groups=numbers[how]))
+            yield self.row(TRAINED, how, of_codes(segmenter.grouping), seconds)
 
     def learnt(self, config: TrainConfig) -> tuple[Segmenter, float]:
         """A run without labels, and its seconds; the features are in the cache."""
@@ -189,11 +194,21 @@ class Domain(NamedTuple):
     def confusion(self, labels: LabelSquares, way: Way) -> np.ndarray:
         return labels.confusion(way.codes(labels.store), way.prototypes)
 
+    def on_train(self, way: Way) -> np.ndarray:
+        """[K,classes] pixels of train, by the labels of their patches: enough to match groups to classes."""
+        codes = way.codes(self.train.store)
+        counts = torch.zeros(len(way.prototypes), self.classes)
+        for numbers, shares in self.train.class_shares(self.classes):
+            labels = sk.assign(codes(numbers), way.prototypes)
+            counts += F.one_hot(labels, len(counts)).flatten(0, 1).mT.float() @ shares.flatten(0, 1)
+        pixels_per_patch = self.train.cutting.size**2 / self.train.store.P
+        return (pixels_per_patch * counts).round().long().numpy()
+
     def row(self, name: str, number: str, way: Way, seconds: float | None) -> dict[str, Any]:
         """The figures of one way, in %; groups are matched by the val labels, and by those of train."""
-        counts, on_train = self.confusion(self.val, way), self.confusion(self.train, way)
+        counts = self.confusion(self.val, way)
         scores, many = hungarian(counts), majority(counts)
-        fitted = matched(counts, np.array(hungarian(on_train).mapping), "train")
+        fitted = matched(counts, np.array(hungarian(self.on_train(way)).mapping), "train")
         borders = self.val.boundaries(way.codes(self.val.store), way.prototypes, scores.mapping)
         shares = counts.sum(1) / counts.sum()
         percent = {
@@ -230,16 +245,18 @@ def table(rows: Rows) -> str:
 
 
 def by_set(rows: Rows) -> str:
-    """Markdown: mIoU of each way on each set, mean and sample standard deviation over the seeds."""
+    """Markdown: mIoU of each way on each set, mean and sample standard deviation over the seeds; both averaged over the
+    sets in the last column."""
     frame = pd.DataFrame(rows)
     sets, grouped = sorted(frame["set"].unique()), frame.groupby(["method", "number", "set"])["miou"]
     means, spread = grouped.mean(), grouped.std(ddof=1)
+    lines = {key: [(means.get((*key, name)), spread.get((*key, name))) for name in sets] for key in ORDER}
     body = [
-        [*key, *(f"{cell(means.get((*key, name)))} ± {cell(spread.get((*key, name)))}" for name in sets)]
-        for key in ORDER
+        [*key, *(f"{cell(mean)} ± {cell(std)}" for mean, std in [*line, np.mean(line, 0)])]
+        for key, line in lines.items()
         if key in means.index
     ]
-    head = ["method", "number of groups", *sets]
+    head = ["method", "number of groups", *sets, "mean"]
     return markdown([head, ["---"] * len(head), *body])
 
 

@@ -11,10 +11,11 @@ exceeds its threshold), cut at K = classes and at the best K of 2 to 16, which t
 classes by the labels (Hungarian), as everywhere. Figures go to --out, a line each, and a table in Markdown of
 everything in it is printed.
 
-domains: all sets through one backbone and the folder preset, five seeds: one group, k-means and a head without a tree
-at K = classes, and the tree, untrained and trained, at the number of groups chosen without labels, at the number of
-classes, and at the best one by the labels. "fitted" has the matching of the training labels, "majority" many groups a
-class, "regret" is against the best number.
+domains: all sets through one backbone and the folder preset, five seeds: one group; k-means, and a head without a tree,
+at K = classes; average linkage of the fine groups; and the tree of the preset at the number of groups chosen without
+labels, at the number of classes, and at the best one by the labels; the first two also after training. "fitted" has the
+matching of the training labels, "majority" many groups a class, "regret" is against the best number of the
+same tree.
 """
 
 from __future__ import annotations

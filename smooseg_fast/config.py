@@ -143,7 +143,7 @@ class TrainConfig:
     """fit resizes every image so that its short side is --size; native keeps its own pixels; a number is the factor of
     its height and width. Several, as in --scale 1 0.5, stand side by side in the features: the first is cut into
     squares, and the others add the surroundings of each."""
-    margin: Annotated[int, Bounds(0, 4096, " pixels")] = 0
+    margin: Annotated[int, Bounds(0, 1024, " pixels")] = 0
     """Pixels of context on every side of a square, real where the image goes on and mirrored where it ends, whose
     features are thrown away. It takes the trace of the border out of the features, which helps some pictures and hurts
     others."""

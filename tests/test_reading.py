@@ -576,3 +576,15 @@ def test_data_check_reads_the_files_as_its_flags_say_and_hands_them_on(tmp_path,
     assert "note       2 of 2 images mark pixels without data by 0: not learnt from, and 255 in masks\n" in out
     assert "of uint16 bands -> 0 to 255" in out
     assert out.endswith(f"train --data {tmp_path} --bands 4 3 2\n")
+
+
+def test_a_kind_that_the_survey_missed_is_said_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(survey, "HEADERS", 1)
+    monkeypatch.setattr("smooseg_fast.datasets.reading._told", set())
+    Image.fromarray(noise(0, dtype=np.uint8, high=255)).save(tmp_path / "a.png")
+    for name in "bc":
+        Image.fromarray(noise(1)).save(tmp_path / f"{name}.png")
+    dataset = survey_of(tmp_path)
+    assert [dataset.image(index).max() for index in range(3)] == [dataset.image(0).max(), 255, 255]
+    said = capsys.readouterr().err
+    assert said.count("intensity of uint16: from each image itself") == 1

@@ -555,6 +555,7 @@ def change_state(change):
         (lambda h, t: h.update(step=-1), "its header holds values of the wrong kind"),
         (lambda h, t: h.update(step=7), "its header holds values of the wrong kind"),
         (lambda h, t: h.update(windows=[1]), "its header holds values of the wrong kind"),
+        (lambda h, t: h.update(windows=[]), "its header holds values of the wrong kind"),
         (lambda h, t: h.update(reasons=[]), "its header holds values of the wrong kind"),
         (lambda h, t: h["config"].update(lr="x"), "--lr: must be a number"),
         (lambda h, t: h["config"].update(seed=5), "belongs to another run (seed is 5 there and 0 here)"),

@@ -10,12 +10,13 @@ not turn black.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from ..config import TrainConfig
+from ..system.progress import say
 
 # robust against hot and dead pixels, and against borders; between the 0.35 % of ImageJ and the 1 % of cellpose
 PERCENTILES = (0.5, 99.5)
@@ -24,6 +25,7 @@ ROWS = 512  # that are converted at a time
 SAMPLED = 2**22  # pixels whose percentiles are those of an image
 
 Limits = tuple[float, float]
+_told: set[str] = set()  # groups without a range that were met
 
 
 class Picture(NamedTuple):
@@ -121,12 +123,14 @@ class Reading:
             first three.
         pages: "all", or the number of the page of a stack that is read, from 1.
         ranges: measured over a data set.
+        surveyed: whether they are, so that a group without a range comes as a surprise.
     """
 
     intensity: Limits | Literal["data", "image"] = "data"
     bands: tuple[int, ...] | None = None
     pages: int | Literal["all"] = 1
     ranges: tuple[Range, ...] = ()
+    surveyed: bool = field(default=False, compare=False)
 
     @classmethod
     def of(cls, config: TrainConfig) -> Reading:
@@ -227,6 +231,10 @@ def shown(samples: Samples, reading: Reading = PLAIN) -> Picture:
     elif stretched:
         part = reading.range_of(samples.group) if reading.intensity == "data" else None
         limits = tuple(map(limits_of, samples.sample(SAMPLED))) if part is None else part.limits
+        if part is None and reading.surveyed and reading.intensity == "data" and samples.group not in _told:
+            _told.add(samples.group)
+            why = "none was among the images that were looked at"
+            say(f"intensity of {samples.group}: from each image itself, because {why}; --intensity LOW HIGH fixes it")
     as_they_are = not stretched and bands == 3 and samples.alpha is None
     pixels = values if as_they_are else np.empty((height, width, 3), np.uint8)
     for top in () if as_they_are else range(0, height, ROWS):

@@ -128,6 +128,7 @@ def survey(places: Sequence[Place], reading: Reading, *, tell_known: bool = True
             with suppress(ImageError):
                 headers.append((place, header_of(place.file)))
     notes = list(not_shown([header for _, header in headers], reading))
+    reading = replace(reading, surveyed=True)
     deep = [(place, header) for place, header in headers if header.kind != "uint8"]
     if not deep:
         return reading, tuple(notes)

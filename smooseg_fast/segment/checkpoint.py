@@ -280,10 +280,9 @@ def _training_state(header: dict[str, Any], parts: Parts) -> TrainingState:
     config = TrainConfig(**header["config"])
     check_fields(config)
     step, windows, reasons = (header[name] for name in ("step", "windows", "reasons"))
-    numbers = [step, *(windows or ())]
-    if not all(type(number) is int and number >= 0 for number in numbers) or len(numbers) not in (1, 3):
-        raise ValueError("its header holds values of the wrong kind")
-    if config.steps is None or step > config.steps or not isinstance(reasons, dict | None):
+    two = windows is None or (isinstance(windows, list) and len(windows) == 2)
+    natural = two and all(type(number) is int and number >= 0 for number in (step, *(windows or ())))
+    if not natural or config.steps is None or step > config.steps or not isinstance(reasons, dict | None):
         raise ValueError("its header holds values of the wrong kind")
     heads, optimizer = parts["heads"], parts["optimizer"]
     _head_for({name: value[0] for name, value in heads.items()})

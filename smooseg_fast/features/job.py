@@ -25,8 +25,8 @@ from .cachefolder import CacheFolder, StoreFolder
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
 
-CPU_BATCH, CARD_BATCH = 16, 64  # squares: a CPU is as fast with any number from 4 on, a card needs many
-CPU_LEAST, CPU_SIDE = 4, 320  # larger squares go in smaller batches: 16 of 560 pixels take EfficientNet 1.3 GB
+CPU_BATCH, CARD_BATCH = 16, 64  # squares: a CPU is as fast with 4, a card needs many
+CPU_SIDE = 320  # larger squares go in smaller batches: 16 of 560 pixels take EfficientNet 1.3 GB
 TILES_BYTES = 128 * 2**20  # of features that the tiles of one image may take, for they are in memory together
 SQUARES = {"center": 1, "slide": 4, "five": 5}  # that an image is assumed to have when images are dealt to shards
 PLAIN = {"scale": [FIT], "margin": 0, "most": None}  # do not enter a key: stores from before them are as good
@@ -107,7 +107,7 @@ class Job:
         if self.backbone.device.type != "cpu":
             return CARD_BATCH
         fewer = int(CPU_BATCH * CPU_SIDE**2 / (len(self.options.scale) * self.cutting.side**2))
-        return max(CPU_LEAST, min(CPU_BATCH, fewer))
+        return max(1, min(CPU_BATCH, fewer))
 
     @property
     def grid(self) -> tuple[int, int]:

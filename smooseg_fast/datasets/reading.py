@@ -153,7 +153,8 @@ class Reading:
         return cls(intensity, None if bands is None else tuple(map(int, bands)), pages, ranges)
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """All that decides pixels."""
+        return {name: value for name, value in asdict(self).items() if name != "surveyed"}
 
     def changed(self, intensity: tuple[str, ...] | None, bands: tuple[int, ...] | None, pages: str | None) -> Reading:
         """With the flags --intensity, --bands and --pages that are given; other bands have no ranges yet."""

@@ -1,4 +1,4 @@
-"""What the header of an image file tells, without its pixels."""
+"""Reads what the header of an image file declares, without its pixels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ INKS = {5: "CMYK", 8: "LAB"}  # PhotometricInterpretation of TIFF
 
 
 class Header(NamedTuple):
-    """What a file declares about its first page.
+    """Declarations of a file about its first page.
 
     Attributes:
         kind: type of its values, such as "uint16"; "uint8" for all that Pillow gives as bytes.

@@ -100,7 +100,7 @@ def read_samples(path: Path | str, reading: Reading = PLAIN, page: int | None = 
 
 
 def header_of(path: Path | str) -> Header:
-    """What the header of a file tells. ImageError when there is none."""
+    """Read the header of a file. ImageError when there is none."""
     first = tiff.page_of(path, 1)
     if first is not None:
         return Header.of_tiff(first, tiff.count_pages(path))

@@ -80,7 +80,7 @@ class Scheme:
 
 @dataclass
 class Labelling:
-    """What the numbers in the label `files` of all splits stand for; read at most once, when first needed.
+    """Maps the numbers in the label `files` of all splits to classes; reads them at most once, when first needed.
 
     Args:
         place: the folder or file that messages name.

@@ -36,7 +36,7 @@ class Picture(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """What a file holds, before anything is stretched.
+    """Values of a file, before anything is stretched.
 
     Attributes:
         values: of the bands that are shown, [H,W,1] or [H,W,3].
@@ -134,7 +134,7 @@ class Reading:
 
     @classmethod
     def of(cls, config: TrainConfig) -> Reading:
-        """As settings have it; nothing is measured yet."""
+        """Take it from the settings; nothing is measured yet."""
         return cls(intensity_of(config.intensity), config.bands, pages_of(config.pages))
 
     @classmethod

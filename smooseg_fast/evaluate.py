@@ -69,7 +69,7 @@ class EvaluateConfig:
     """Take each image once, which halves the time, instead of averaging its codes with those of its mirror image as the
     paper does."""
     probes: bool = False
-    """Also fit a linear map and nearest neighbours on the labels of the training images of --data, on frozen features
+    """Fit a linear map and nearest neighbours, too, on the labels of the training images of --data, on frozen features
     and on codes, and score them on the held-out ones. They tell poor features from poor groups."""
 
     backbone: Annotated[Backbone | None, Group("features")] = None

@@ -316,7 +316,7 @@ class Bench:
         return self.guard.run(lambda: run(main, list(map(str, args))), (self.case, self.home))
 
     def outcome(self, kind: str, number: int, seed: int) -> list[str]:
-        """What was wrong with a case."""
+        """Run a case and return what was wrong with it."""
         self.rng = random.Random(f"{kind}:{number}:{seed}")
         shutil.rmtree(self.case, ignore_errors=True)
         self.case.mkdir()

@@ -99,7 +99,7 @@ def test_fit_with_a_number(folder):
 
 
 def test_training_starts_from_the_groups_of_the_tree(folder):
-    """With a learning rate of 0 the trained head labels nearly as the tree: a prototype is the mean of a group."""
+    """The trained head labels nearly as the tree where the learning rate is 0: a prototype is the mean of a group."""
     settings = dict(size=64, eval_size=64, batch_size=4, groups=3, prototypes=9, progress=False)
     trained = smooseg_fast.fit(folder, steps=1, lr=0.0, lr_prototypes=0.0, **settings)
     assert trained.grouping.groups is None

@@ -1,4 +1,4 @@
-"""What the numbers and colours in label files mean, from reading them to what a run says and measures."""
+"""Tests the meaning of numbers and colours in label files, from reading them to what a run says and measures."""
 
 import json
 from pathlib import Path

@@ -157,7 +157,7 @@ class Reading:
         return {name: value for name, value in asdict(self).items() if name != "surveyed"}
 
     def changed(self, intensity: tuple[str, ...] | None, bands: tuple[int, ...] | None, pages: str | None) -> Reading:
-        """With the flags --intensity, --bands and --pages that are given; other bands have no ranges yet."""
+        """Apply the flags --intensity, --bands and --pages that are given; other bands have no ranges yet."""
         reading = self
         if bands is not None and bands != self.bands:
             reading = replace(reading, bands=bands, ranges=())

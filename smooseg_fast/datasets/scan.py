@@ -1,4 +1,4 @@
-"""What lies in a folder: photos, label masks with the photos they belong to, and what is neither.
+"""Sorts the files of a folder into photos, label masks with the photos they belong to, and others.
 
 Masks are recognised by the name of a folder (masks/, annotations/, train_masks/, SegmentationClass/) or by the end of a
 file's name (x_mask.png next to x.png). What is so named counts as labels where it pairs with photos and holds few

@@ -1,0 +1,319 @@
+// The permutohedral lattice (Adams, Baek and Davis 2010) of N points, and a team of threads that shares loops.
+//
+// Plain C++17 without a header of PyTorch or Python.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <stdexcept>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16;  // floats in a vector register
+#elif defined(__AVX__)
+constexpr int WIDTH = 8;
+#else
+constexpr int WIDTH = 4;
+#endif
+typedef float Vector __attribute__((vector_size(4 * WIDTH), may_alias));
+typedef int32_t Integers __attribute__((vector_size(4 * WIDTH), may_alias));
+constexpr int D = 5, AXES = D + 1;  // place and colour
+constexpr size_t LARGE_BYTES = 1 << 21;
+constexpr int TURNED = 16;     // pixels whose classes are turned from planes to rows together
+constexpr int STRIP = 4;       // pixels of a line that are summed together
+constexpr double ROUNDS = 6755399441055744.0;  // x + this - this is x rounded
+constexpr int AHEAD = 12;      // gathered rows are asked for so many steps before they are needed
+constexpr int PADDING = 4 * AXES;  // numbers that are read ahead of the last
+
+// An array on cache lines, not initialised: the threads that use a part are the first to touch it.
+template <typename T>
+class Array {
+public:
+    explicit Array(int64_t size = 0) {
+        if (size == 0) return;
+        // large arrays are read at random: large pages save most of the address look-ups
+        const size_t align = size * sizeof(T) >= LARGE_BYTES ? LARGE_BYTES : 64;
+        const size_t bytes = (size * sizeof(T) + align - 1) / align * align;
+        data_.reset(static_cast<T*>(std::aligned_alloc(align, bytes)));
+        if (!data_) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+        if (align == LARGE_BYTES) madvise(data_.get(), bytes, MADV_HUGEPAGE);
+#endif
+    }
+    T* get() const { return data_.get(); }
+    T& operator[](int64_t i) const { return data_.get()[i]; }
+
+private:
+    struct Free { void operator()(T* pointer) const { std::free(pointer); } };
+    std::unique_ptr<T, Free> data_;
+};
+
+class Barrier {
+public:
+    explicit Barrier(int count) : count_(count), missing_(count) {}
+    void wait() {
+        if (count_ == 1) return;
+        std::unique_lock<std::mutex> lock(mutex_);
+        const int64_t turn = turn_;
+        if (--missing_ == 0) {
+            missing_ = count_;
+            ++turn_;
+            all_here_.notify_all();
+        } else {
+            all_here_.wait(lock, [&] { return turn_ != turn; });
+        }
+    }
+
+private:
+    std::mutex mutex_;
+    std::condition_variable all_here_;
+    const int count_;
+    int missing_;
+    int64_t turn_ = 0;
+};
+
+// One thread of a team: it takes its part of every loop, and waits for the others after it.
+struct Worker {
+    int index, count;
+    Barrier* barrier;
+    template <typename Body>
+    void loop(int64_t size, const Body& body) const {
+        body(size * index / count, size * (index + 1) / count);
+        barrier->wait();
+    }
+};
+
+// Runs body on so many threads, or on as many as the system grants.
+template <typename Body>
+void with_team(int threads, const Body& body) {
+    std::mutex mutex;
+    std::condition_variable begin;
+    std::unique_ptr<Barrier> barrier;
+    int count = 0;
+    std::vector<std::thread> others;
+    others.reserve(threads - 1);
+    try {
+        for (int i = 1; i < threads; ++i)
+            others.emplace_back([&, i] {
+                std::unique_lock<std::mutex> lock(mutex);
+                begin.wait(lock, [&] { return count > 0; });
+                lock.unlock();
+                body(Worker{i, count, barrier.get()});
+            });
+    } catch (const std::system_error&) {
+    }
+    {
+        std::lock_guard<std::mutex> lock(mutex);
+        count = int(others.size()) + 1;
+        barrier.reset(new Barrier(count));
+    }
+    begin.notify_all();
+    body(Worker{0, count, barrier.get()});
+    for (auto& thread : others) thread.join();
+}
+
+// Numbers keys in the order in which they first come; open addressing.
+class Numbering {
+public:
+    explicit Numbering(int64_t expected) { resize(expected); }
+    void prefetch(int64_t key) const { __builtin_prefetch(&slots_[home(key)]); }
+    int32_t add(int64_t key) {
+        if (2 * int64_t(keys.size()) >= capacity_) resize(2 * capacity_);
+        Slot& slot = slots_[place(key)];
+        if (slot.number < 0) {
+            slot = {key, int32_t(keys.size())};
+            keys.push_back(key);
+        }
+        return slot.number;
+    }
+    int32_t find(int64_t key) const { return slots_[place(key)].number; }  // -1 where it never came
+    std::vector<int64_t> keys;
+
+private:
+    struct Slot {
+        int64_t key;
+        int32_t number;
+    };
+    int64_t home(int64_t key) const { return int64_t((uint64_t(key) * 0x9E3779B97F4A7C15ull) >> shift_); }
+    int64_t place(int64_t key) const {
+        int64_t i = home(key);
+        while (slots_[i].number >= 0 && slots_[i].key != key) i = (i + 1) & (capacity_ - 1);
+        return i;
+    }
+    void resize(int64_t expected) {
+        int bits = 10;
+        while ((int64_t(1) << bits) < expected) ++bits;
+        capacity_ = int64_t(1) << bits;
+        shift_ = 64 - bits;
+        slots_ = Array<Slot>(capacity_);
+        std::fill(slots_.get(), slots_.get() + capacity_, Slot{0, -1});
+        for (size_t i = 0; i < keys.size(); ++i) slots_[place(keys[i])] = {keys[i], int32_t(i)};
+    }
+    int64_t capacity_ = 0;
+    int shift_ = 0;
+    Array<Slot> slots_;
+};
+
+struct Lattice {
+    int64_t N = 0, M = 0;
+    bool gathers = false;      // whether the last three are there: one thread scatters instead
+    Array<int32_t> vertices;   // [N,AXES] lattice points around a point
+    Array<float> weights;      // [N,AXES] of the linear interpolation between them
+    Array<int64_t> starts;     // [M+1] into the next two
+    Array<int32_t> rows;       // [N,AXES] points that a lattice point gathers from
+    Array<float> row_weights;  // [N,AXES]
+    std::vector<std::vector<int32_t>> chains;  // [AXES] neighbours in a row along an axis; ~m ends a chain
+};
+
+// Takes a point to the D+1 coordinates of the plane of sum 0, in units in which the filter's standard deviation is 1.
+void elevate(const double* point, const double* scale, double* elevated) {
+    double total = 0;
+    for (int i = D - 1; i >= 0; --i) {
+        const double entry = point[i] * scale[i];
+        elevated[i + 1] = total - (i + 1) * entry;
+        total += entry;
+    }
+    elevated[0] = total;
+}
+
+// Finds quotients [AXES] and ranks [AXES] of the simplex around a point, and its barycentric weights [AXES].
+void enclose(const double* elevated, double* quotients, int* ranks, double* weights) {
+    double delta[AXES], sorted[AXES];
+    double sum = 0;
+    for (int i = 0; i <= D; ++i) {
+        quotients[i] = (elevated[i] / AXES + ROUNDS) - ROUNDS;
+        delta[i] = elevated[i] - quotients[i] * AXES;
+        sum += quotients[i];
+    }
+    for (int i = 0; i <= D; ++i) ranks[i] = int(sum);
+    for (int i = 0; i <= D; ++i)
+        for (int j = i + 1; j <= D; ++j) {
+            const bool less = delta[i] < delta[j];
+            ranks[i] += less;
+            ranks[j] += !less;
+        }
+    for (int i = 0; i <= D; ++i) {
+        if (ranks[i] > D) ranks[i] -= AXES, quotients[i] -= 1;
+        else if (ranks[i] < 0) ranks[i] += AXES, quotients[i] += 1;
+        sorted[ranks[i]] = elevated[i] / AXES - quotients[i];
+    }
+    double rest = 0;
+    for (int k = 1; k <= D; ++k) {
+        weights[k] = sorted[D - k] - sorted[AXES - k];
+        rest += weights[k];
+    }
+    weights[0] = 1 - rest;
+}
+
+Lattice build(const double* points, int64_t N, bool gathers) {
+    Lattice lattice;
+    if (N >= INT32_MAX / AXES) throw std::range_error("too many");
+    lattice.N = N, lattice.gathers = gathers;
+    double scale[AXES], elevated[AXES], quotients[AXES], weights[AXES];
+    double low[AXES], high[AXES];
+    int ranks[AXES];
+    for (int i = 0; i < D; ++i) scale[i] = AXES * std::sqrt(2.0 / 3) / std::sqrt((i + 1.0) * (i + 2.0));
+    std::fill(low, low + AXES, std::numeric_limits<double>::infinity());
+    std::fill(high, high + AXES, -std::numeric_limits<double>::infinity());
+    for (int64_t n = 0; n < N; ++n) {
+        elevate(points + n * D, scale, elevated);
+        for (int i = 0; i < D; ++i) {
+            low[i] = std::min(low[i], elevated[i]);
+            high[i] = std::max(high[i], elevated[i]);
+        }
+    }
+    int64_t strides[AXES], all = AXES, steps = 0;
+    double room = AXES;
+    for (int i = 0; i < D; ++i) {
+        low[i] = std::floor(low[i] / AXES) - 3;
+        const double size = std::ceil(high[i] / AXES) + 4 - low[i];
+        if (!((room *= size) < 4e18)) throw std::range_error("too far");
+        strides[i] = all;
+        all *= int64_t(size);
+        steps += strides[i];
+    }
+    strides[D] = 0;
+
+    lattice.vertices = Array<int32_t>(N * AXES + PADDING);
+    std::fill(&lattice.vertices[N * AXES], &lattice.vertices[N * AXES] + PADDING, 0);
+    lattice.weights = Array<float>(N * AXES);
+    Numbering numbering(N);
+    constexpr int BATCH = 32;  // points whose keys are asked for before they are looked up
+    int64_t batch[BATCH * AXES];
+    for (int64_t start = 0; start < N; start += BATCH) {
+        const int64_t end = std::min(N, start + BATCH);
+        int64_t* next_key = batch;
+        for (int64_t n = start; n < end; ++n) {
+            elevate(points + n * D, scale, elevated);
+            enclose(elevated, quotients, ranks, weights);
+            int64_t key = 0, lower[AXES] = {};
+            for (int i = 0; i < D; ++i) {
+                key += int64_t(quotients[i] - low[i]) * strides[i];
+                lower[ranks[i]] = strides[i];
+            }
+            for (int k = 0; k <= D; ++k) {  // entries of rank above D - k are one period lower
+                *next_key = key + k;
+                numbering.prefetch(*next_key++);
+                lattice.weights[n * AXES + k] = float(weights[k]);
+                key -= lower[D - k];
+            }
+        }
+        for (int64_t e = start * AXES; e < end * AXES; ++e) lattice.vertices[e] = numbering.add(batch[e - start * AXES]);
+    }
+
+    const int64_t M = lattice.M = numbering.keys.size();
+    lattice.chains.resize(AXES);
+    std::vector<int32_t> next(M);
+    std::vector<bool> follows(M);
+    for (int axis = 0; axis <= D; ++axis) {
+        std::fill(follows.begin(), follows.end(), false);
+        const auto neighbour = [&](int64_t m) {
+            const int64_t key = numbering.keys[m];
+            return key + (key % AXES < D ? 1 - strides[axis] : steps - strides[axis] - D);
+        };
+        for (int64_t m = 0; m < M; ++m) {
+            numbering.prefetch(neighbour(std::min(m + AHEAD, M - 1)));
+            next[m] = numbering.find(neighbour(m));
+            if (next[m] >= 0) follows[next[m]] = true;
+        }
+        std::vector<int32_t>& chain = lattice.chains[axis];
+        for (int64_t m = 0; m < M; ++m) {
+            if (follows[m] || next[m] < 0) continue;
+            for (int32_t i = int32_t(m); i >= 0; i = next[i]) chain.push_back(i);
+            chain.back() = ~chain.back();
+        }
+    }
+
+    if (!gathers) return lattice;
+    lattice.starts = Array<int64_t>(M + 2);
+    lattice.rows = Array<int32_t>(N * AXES);
+    lattice.row_weights = Array<float>(N * AXES);
+    std::fill(lattice.starts.get(), lattice.starts.get() + M + 2, 0);
+    for (int64_t e = 0; e < N * AXES; ++e) ++lattice.starts[lattice.vertices[e] + 2];
+    for (int64_t m = 2; m < M + 2; ++m) lattice.starts[m] += lattice.starts[m - 1];
+    for (int64_t e = 0; e < N * AXES; ++e) {
+        const int64_t place = lattice.starts[lattice.vertices[e] + 1]++;
+        lattice.rows[place] = int32_t(e / AXES);
+        lattice.row_weights[place] = lattice.weights[e];
+    }
+    return lattice;
+}
+
+}  // namespace

@@ -13,7 +13,7 @@ from triton_cases import EPS
 
 import smooseg_kernels as sk
 
-UPSTREAM = (1.7, -0.6)  # gradients that arrive at energy and similarity
+UPSTREAM = (1.7, -0.6, 0.9)  # gradients that arrive at energy, similarity and, where it is asked for, clamped
 
 
 @dataclass
@@ -67,15 +67,19 @@ class Result:
     gradients: dict[str, Tensor]
 
 
-def evaluate(pairs: Pairs, impl: str, upstream: tuple[float, float] = UPSTREAM, **extra) -> Result:
-    codes = [x.detach().requires_grad_() for x in (pairs.codes_i, pairs.codes_j)]
-    out = sk.pair_energy(
-        pairs.features_i, codes[0], pairs.features_j, codes[1], pairs.threshold, impl=impl, **pairs.options, **extra
-    )
-    gradients = torch.autograd.grad([*out], codes, [torch.full_like(value, g) for value, g in zip(out, upstream)])
-    return Result(
-        {name: value.detach() for name, value in out._asdict().items()}, dict(zip(("codes_i", "codes_j"), gradients))
-    )
+def evaluate(pairs: Pairs, impl: str, upstream: tuple[float, ...] = UPSTREAM, **extra) -> Result:
+    """Upstream gradients of rows and of several pair sets differ between their elements."""
+    leaves = {name: getattr(pairs, name).detach().requires_grad_() for name in ("codes_i", "codes_j")}
+    threshold = pairs.threshold
+    if isinstance(threshold, Tensor) and threshold.requires_grad:
+        threshold = leaves["threshold"] = threshold.detach().requires_grad_()
+    sides = (pairs.features_i, leaves["codes_i"], pairs.features_j, leaves["codes_j"])
+    out = sk.pair_energy(*sides, threshold, impl=impl, **pairs.options, **extra)
+    values = {name: value for name, value in out._asdict().items() if value is not None}
+    smooth = [(value, g) for value, g in zip(out, upstream) if value is not None]
+    arriving = [g * torch.linspace(1, 2, value.numel()).to(value).view(value.shape) for value, g in smooth]
+    gradients = torch.autograd.grad([value for value, _ in smooth], list(leaves.values()), arriving)
+    return Result({name: value.detach() for name, value in values.items()}, dict(zip(leaves, gradients)))
 
 
 class Sizes(NamedTuple):
@@ -99,7 +103,7 @@ def sizes_of(pairs: Pairs, eps: float) -> Sizes:
     for bound in pairs.options.get("clamp", ()):
         if bound is not None:  # cosines are made of rows of 11 bits at least
             near = near.maximum(((likeness - bound).abs() <= 4 * min(eps, EPS[torch.float16])).double())
-    energy, similarity = (abs(g) for g in UPSTREAM)
+    energy, similarity = (abs(g) for g in UPSTREAM[:2])
     lengths = [x.double().norm(dim=-1).clamp(min=1e-3) for x in (pairs.codes_i, pairs.codes_j)]
 
     def rows(share: Tensor) -> dict[str, Tensor]:

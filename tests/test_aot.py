@@ -23,6 +23,9 @@ OTHER = "3.6.0"
 # the longest first: every case for one target and version, a training step for the rest
 RUNS = [("sm_90", None), ("sm_90", OTHER), ("sm_80", None), ("sm_86", None), ("sm_100", None), ("gfx942", None)]
 GROWTH = 1.03  # of counts that benchmarks/results/aot.csv records
+# of instructions a row and head: what a training step was designed to keep to
+LIMITS = [("label_rows", "bf16 dropout, H=16", 60), ("energy_gradient", "bf16 dropout, H=16", 70)]
+LIMITS += [("label_rows", "bf16 dropout", 101), ("energy_gradient", "bf16 dropout", 100)]
 
 
 def other_triton() -> Path | None:
@@ -64,7 +67,7 @@ def reports(request, tmp_path_factory):
     """Reports of the selected runs, two at a time."""
     folder = tmp_path_factory.mktemp("aot")
     items = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
-    selected = {item.callspec.params["run"] for item in items}
+    selected = {item.callspec.params.get("run") for item in items}
     runs = [run for run in RUNS if run in selected]
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(runs, pool.map(lambda run: report(run, folder), runs)))
@@ -121,29 +124,44 @@ def test_counts_do_not_grow(run, rows):
     assert not grown, "\n".join(grown)
 
 
+@pytest.mark.parametrize(("kernel", "case", "most"), LIMITS)
+def test_a_training_step_keeps_to_its_instructions(kernel, case, most):
+    """Warp instructions a row and head, for all of NVIDIA's targets and both versions, in the committed record."""
+    with (BENCHMARKS / "results" / "aot.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["kernel"] == kernel and row["case"] == case]
+    counts = {(row["triton"], row["target"]): float(row["per_row"]) for row in rows if row["per_row"]}
+    assert {target for _, target in counts} == {"sm_80", "sm_86", "sm_90", "sm_100"}
+    assert len(counts) == 8
+    assert {key: count for key, count in counts.items() if count > most} == {}
+    assert {row["spills"] for row in rows} == {"0"}
+
+
 def test_the_parts_of_a_binary(monkeypatch):
     """Loops, instructions a row and copies, read from texts of the tools."""
     pytest.importorskip("smooseg_kernels.triton")  # before the next line, so that other tests have interpreted kernels
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     aot = pytest.importorskip("aot_report")
+    binaries = pytest.importorskip("binaries")
     lines = ["MOV R0, R1", "@P0 BRA `(.L_2)", ".L_0:", "MUFU.EX2 R2, R3", ".L_1:", "HGMMA.64x32x16 R4, gdesc[UR4]"]
     lines += ["@P1 BRA `(.L_1)", "@!P2 BRA `(.L_3)", ".L_4:", "@P0 BRA `(.L_0)", ".L_2:", "EXIT", ".L_3:", "NOP"]
     lines += ["SYNCS R1", "BRA `(.L_4)", ".L_5:", "BRA `(.L_5)"]
-    code = aot.Code("\n".join(x if x.startswith(".L") else f"  /*{i:04x}*/   {x} ;" for i, x in enumerate(lines)))
+    code = binaries.Code("\n".join(x if x.startswith(".L") else f"  /*{i:04x}*/   {x} ;" for i, x in enumerate(lines)))
     assert code.instructions[0] == "MOV R0, R1 "
     # the jump back from SYNCS belongs to the outer loop, as its target does not come before it on every way
     assert sorted(map(sorted, code.loops)) == [[2, 3, 4, 5, 6, 8, 9], [3, 4]]
     sizes = {"codes_ptr": torch.empty(2, 3, 64, 8), "BLOCK_P": 64, "BLOCK_D": 64, "D": 192}
-    assert aot.per_row(code, 4, sizes) == round((7 + 2 * 2) * 4 / 64, 1)
-    assert aot.per_row(code, 4, {"BLOCK_P": 64}) is None
-    straight = aot.Code(
+    assert binaries.per_row(code, 4, sizes) == round((7 + 2 * 2) * 4 / 64, 1)
+    assert binaries.per_row(code, 4, {"BLOCK_P": 64}) is None
+    straight = binaries.Code(
         "  /*0000*/   MUFU.EX2 R2, R3 ;\n  /*0010*/   @P0 EXIT ;\n  /*0020*/   MOV R0, R1 ;\n  /*0030*/   EXIT ;"
     )
-    assert aot.per_row(straight, 4, {"codes_ptr": torch.empty(2, 3, 64, 8), "BLOCK_P": 2}) == 4.0  # one tile has more
+    assert (
+        binaries.per_row(straight, 4, {"codes_ptr": torch.empty(2, 3, 64, 8), "BLOCK_P": 2}) == 4.0
+    )  # one tile has more
     layout = "#mma = #ttg.nvidia_mma<{versionMajor = 2, warpsPerCTA = [8, 1], instrShape = [16, 8]}>\n"
-    assert aot.copies(f"{layout} tensor<32x32xf32, #mma> tensor<32x1xf32, #mma>") == 4
-    assert aot.copies(f"{layout} tensor<128x32xf32, #mma>") == 1
-    assert aot.copies("tensor<64x64xf32, #blocked>") is None
+    assert binaries.copies(f"{layout} tensor<32x32xf32, #mma> tensor<32x1xf32, #mma>") == 4
+    assert binaries.copies(f"{layout} tensor<128x32xf32, #mma>") == 1
+    assert binaries.copies("tensor<64x64xf32, #blocked>") is None
     row = dict(case="bf16", spills=0, shared=1, shared_limit=2, dots=True, matrix=["mma"], per_row=50.0, warps=8)
     assert aot.faults({**row, "rows": 64}) == ["64 rows for 8 warps, which compute copies"]
     assert aot.faults({**row, "rows": 128}) == []

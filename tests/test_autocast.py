@@ -56,6 +56,11 @@ FUNCTIONS = {
         clamp=(0.0, 0.8),
         hinge=True,
         center=True,
+        weight_i=positive(B, P),
+        weight_j=positive(B, 40),
+        mean=0.1,
+        reduction="none",
+        means=True,
     ),
     "prototype_probabilities": dict(codes=normal(B, P, Z), prototypes=normal(K, Z, seed=1), temperature=0.2),
     "prototype_loss": dict(
@@ -82,8 +87,54 @@ FUNCTIONS = {
     "histogram_quantiles": dict(
         histogram=torch.arange(40, device=DEVICE).view(2, 20), q=torch.tensor([0.1, 0.7]), limits=(0.0, 1.0)
     ),
+    "contrastive_loss": dict(
+        codes_i=normal(B, P, Z),
+        codes_j=normal(B, P, Z, seed=1),
+        features_i=normal(B, P, D),
+        features_j=normal(B, P, D, seed=1),
+        threshold=0.1,
+        threshold_j=positive(B, P),
+        negative_threshold=torch.tensor(0.05, device=DEVICE),
+        temperature=0.2,
+        exclude_self=True,
+        inside=True,
+        reduction="none",
+    ),
+    "crf_energy": dict(
+        positions=normal(B, P, 2),
+        colors=normal(B, P, 3),
+        probs=positive(B, P, K),
+        gaussian=(1.0, 3.0),
+        bilateral=(2.0, 1.0, 4.0),
+        shift=0.1,
+    ),
+    "gaussian_sums": dict(points=normal(B, P, 5), values=normal(B, P, K), tolerance=1e-3),
+    "dense_crf": dict(
+        probabilities=positive(B, K, 6, 7).softmax(1),
+        image=(60 * positive(B, 6, 7, 3)).byte(),
+        iterations=2,
+        gaussian=(1.0, 3.0),
+        bilateral=(5.0, 13.0, 4.0),
+        method="exact",
+    ),
+    "guided_filter": dict(
+        probabilities=positive(B, K, 12, 14).softmax(1),
+        image=(60 * positive(B, 12, 14, 3)).byte(),
+        radius=3,
+        eps=0.01,
+        subsample=2,
+        mask=normal(B, 12, 14) > -1,
+    ),
+    "joint_upsample": dict(
+        scores=normal(B, K, 6, 7),
+        image=(60 * positive(B, 12, 14, 3)).byte(),
+        size=(13, 15),
+        window=5,
+        sigma_position=0.6,
+        sigma_colour=30.0,
+    ),
 }
-DIFFERENTIABLE = ("codes", "student", "probs", "codes_i", "codes_j")
+DIFFERENTIABLE = ("codes", "student", "probs", "codes_i", "codes_j", "points", "values", "scores")
 
 
 def evaluate(function, arguments: dict, autocast: bool) -> list[torch.Tensor]:
@@ -91,7 +142,7 @@ def evaluate(function, arguments: dict, autocast: bool) -> list[torch.Tensor]:
     leaves = {name: arguments[name].clone().requires_grad_() for name in DIFFERENTIABLE if name in arguments}
     with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
         result = function(**{**arguments, **leaves})
-    values = [result] if isinstance(result, torch.Tensor) else list(result)
+    values = [result] if isinstance(result, torch.Tensor) else [value for value in result if value is not None]
     scored = [value.sum() for value in values if value.requires_grad]
     gradients = torch.autograd.grad(sum(scored), list(leaves.values()), allow_unused=True) if scored else ()
     return [*values, *(gradient for gradient in gradients if gradient is not None)]
@@ -110,7 +161,7 @@ def test_every_public_function_is_here():
     assert functions - {"resolve_impl"} == FUNCTIONS.keys()
     for name, arguments in FUNCTIONS.items():
         missing = inspect.signature(getattr(sk, name)).parameters.keys() - arguments.keys()
-        assert missing <= {"impl", "feature_norms", "channel_scale"}, name
+        assert missing <= {"impl", "feature_norms", "channel_scale", "bins", "limits", "labels_i", "labels_j"}, name
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -11,7 +11,7 @@ import torch.utils.checkpoint
 from pair_cases import check, evaluate, make_pairs
 
 import smooseg_kernels as sk
-from smooseg_kernels import tiles
+from smooseg_kernels import pair_blocks
 
 CLAMPS = [(None, None), (0.0, None), (None, -0.1), (0.2, 0.8)]
 OPTIONS = [dict(clamp=c, hinge=h, center=m) for c, h, m in itertools.product(CLAMPS, (False, True), (False, True))]
@@ -59,7 +59,9 @@ def test_gradcheck(impl, options):
     x = make_pairs(B=2, N=2, P_i=3, P_j=4, D=5, Z=4).with_options(**options)
 
     def function(codes_i, codes_j):
-        return tuple(sk.pair_energy(x.features_i, codes_i, x.features_j, codes_j, x.threshold, impl=impl, **x.options))
+        return tuple(sk.pair_energy(x.features_i, codes_i, x.features_j, codes_j, x.threshold, impl=impl, **x.options))[
+            :2
+        ]
 
     assert torch.autograd.gradcheck(function, (x.codes_i.requires_grad_(), x.codes_j.requires_grad_()))
 
@@ -68,7 +70,7 @@ def test_gradcheck(impl, options):
 @pytest.mark.parametrize("shape", SHAPES, ids=name)
 def test_tiles_equal_the_oracle_in_float64(shape, pairs_a_block, monkeypatch):
     """Covers blocks of one row, of some rows of an image, of several images, and of all."""
-    monkeypatch.setattr(tiles, "CPU_PAIRS", pairs_a_block)
+    monkeypatch.setattr(pair_blocks, "CPU_PAIRS", pairs_a_block)
     for options in OPTIONS:
         check(make_pairs(**shape).with_options(**options), "torch", torch.finfo(torch.float64).eps)
 
@@ -272,9 +274,21 @@ WRONG = {
     "partner must hold image numbers 0 to 1, got 0 to 2": dict(partner=torch.tensor([0, 2])),
     "partner must be an int64 tensor \\[2\\], got list": dict(partner=[0, 1]),
     "threshold must be finite, got nan": dict(threshold=float("nan")),
-    "threshold must be a number or a 0-dim tensor, got str": dict(threshold="auto"),
-    "threshold must be a number or a tensor of shape \\[\\], got shape \\[1\\]": dict(threshold=torch.zeros(1)),
-    "threshold is a constant": dict(threshold=torch.zeros((), requires_grad=True)),
+    "threshold must be a number or a tensor, got str": dict(threshold="auto"),
+    "threshold must be a number or a tensor of shape \\[\\], \\[2\\], got shape \\[1\\]": dict(
+        threshold=torch.zeros(1)
+    ),
+    "shape \\[\\], \\[2\\], \\[3, 1\\] or \\[3, 2\\], got shape \\[3\\]": dict(
+        threshold=torch.zeros(3), partner=torch.zeros(3, 2, dtype=torch.int64)
+    ),
+    "threshold must be a number or a tensor of floats, got torch.int64": dict(threshold=torch.tensor(1)),
+    "mean must be a number or a tensor of shape \\[\\], got shape \\[2\\]": dict(mean=torch.zeros(2)),
+    "mean is a constant": dict(mean=torch.zeros((), requires_grad=True)),
+    "weight_j must have shape \\[2, 3\\], got \\[3, 2\\]": dict(weight_j=torch.zeros(3, 2)),
+    "weight_i must be 0 or more": dict(weight_i=-torch.ones(2, 3)),
+    "reduction must be 'mean' or 'none', got 'sum'": dict(reduction="sum"),
+    "bins cannot be used with weight_i": dict(bins=4, weight_i=torch.ones(2, 3)),
+    "limits must be two finite numbers": dict(bins=4, limits=(1.0, 0.0)),
     "clamp must be a pair \\(low, high\\), each a number or None, got 0.0": dict(clamp=0.0),
     "clamp must be a pair \\(low, high\\), each a number or None, got \\('0', 1\\)": dict(clamp=("0", 1)),
     "clamp must be \\(low, high\\) with low <= high, got \\(0.8, 0.0\\)": dict(clamp=(0.8, 0)),

@@ -150,7 +150,7 @@ def test_a_threshold_beyond_sixteen_bits():
 def test_a_partner_that_is_no_image_is_taken_as_the_nearest(monkeypatch):
     """Kernels clamp, as on a GPU, where a check would wait for the device."""
     x = make_pairs(B=3, N=2, P_i=5, P_j=6, D=8, Z=5, dtype=torch.float32, device=DEVICE)
-    monkeypatch.setattr(sk.energies.checks, "is_inspectable", lambda tensor: False)
+    monkeypatch.setattr(sk.pair_energies.checks, "is_inspectable", lambda tensor: False)
     x.options["partner"] = torch.tensor([-3, 9, 1], device=DEVICE)
     got = evaluate(x, "triton")
     x.options["partner"] = torch.tensor([0, 1, 1], device=DEVICE)

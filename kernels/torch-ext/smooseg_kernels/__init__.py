@@ -8,20 +8,33 @@ arXiv 2310.17874.
 """
 
 from . import layers
+from .contrast import contrastive_loss
+from .crf import crf_energy, dense_crf, gaussian_sums
 from .dispatch import resolve_impl
-from .energies import pair_energy, smooseg_loss, smoothness_energy
+from .edges import guided_filter, joint_upsample
+from .energies import smooseg_loss, smoothness_energy
+from .pair_energies import pair_energy
 from .prototypes import assign, prototype_loss, prototype_probabilities
 from .similarity import histogram_quantiles, similarity_statistics
-from .types import PairEnergy, SimilarityStatistics, SmooSegLoss, SmoothnessLossTerms, SmoothnessTerms
+from .types import ContrastiveTerms, PairEnergy, SimilarityStatistics, SmooSegLoss, SmoothnessLossTerms, SmoothnessTerms
+
+__version__ = "0.1.0"
 
 __all__ = [
+    "ContrastiveTerms",
     "PairEnergy",
     "SimilarityStatistics",
     "SmooSegLoss",
     "SmoothnessLossTerms",
     "SmoothnessTerms",
     "assign",
+    "contrastive_loss",
+    "crf_energy",
+    "dense_crf",
+    "gaussian_sums",
+    "guided_filter",
     "histogram_quantiles",
+    "joint_upsample",
     "layers",
     "pair_energy",
     "prototype_loss",

@@ -58,6 +58,15 @@ def number(name: str, value: float, expected: str = "a number") -> float:
     return float(value)
 
 
+def threshold(name: str, value: float | Tensor) -> float | Tensor:
+    """Checks a threshold that a layer keeps: a finite number or a tensor of floats."""
+    if not isinstance(value, Tensor):
+        return number(name, value, "a number or a tensor")
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name} must be a number or a tensor of floats, got {value.dtype}")
+    return value
+
+
 def temperature(value: float) -> float:
     value = number("temperature", value, "a number above 0, a constant of this function")
     if value <= 0:
@@ -124,7 +133,13 @@ def threshold_table(
         if isinstance(values, Sequence) and any(isinstance(value, Tensor) and value.requires_grad for value in values):
             raise ValueError("thresholds is a constant of this function and gets no gradient: detach its elements")
         try:
-            table = torch.tensor(values, dtype=dtype, device=device)
+            if (
+                torch.compiler.is_compiling()
+                and isinstance(values, Sequence)
+                and all(isinstance(value, Real) for value in values)
+            ):
+                values = torch.stack([filled(number("thresholds", value), dtype, device) for value in values])
+            table = torch.as_tensor(values, dtype=dtype, device=device)
         except (TypeError, ValueError):
             raise TypeError(f"thresholds must be numbers, {describe_thresholds(T, H)}, got {values!r}") from None
     if tuple(table.shape) == (T,):
@@ -140,15 +155,54 @@ def describe_thresholds(T: int, H: int | None) -> str:
     return f"[{T}]" if H is None else f"[{T}] or [{H}, {T}]"
 
 
-def scalar(name: str, value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Returns a 0-dim tensor. A tensor is read only when it is used, so a captured graph can be given another value."""
-    if isinstance(value, Tensor):
-        if value.dim() != 0:
-            raise ValueError(f"{name} must be a number or a tensor of shape [], got shape {list(value.shape)}")
-        if value.requires_grad:
-            raise ValueError(f"{name} is a constant of this function and gets no gradient: pass {name}.detach()")
-        return value.to(device=device, dtype=dtype)
-    return torch.full((), number(name, value, "a number or a 0-dim tensor"), dtype=dtype, device=device)
+def filled(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Returns a tensor [] made on the device, which compilers take for any value: a sum is, torch.full is not."""
+    return torch.zeros((), dtype=dtype, device=device) + value
+
+
+def pair_thresholds(
+    name: str, value: float | Tensor, sets: int | None, B: int, dtype: torch.dtype, device: torch.device
+) -> list[Tensor]:
+    """Returns a tensor [] or [B] for each pair set; `sets` is None for one.
+
+    A tensor is read only when it is used, so a captured graph can be given another value.
+    """
+    if not isinstance(value, Tensor):
+        expected = "a number or a tensor"
+        return [filled(number(name, value, expected), dtype, device)] * (sets or 1)
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name} must be a number or a tensor of floats, got {value.dtype}")
+    value = value.to(device=device, dtype=dtype)
+    if value.dim() == 0 or (value.dim() == 1 and value.shape[0] == B):
+        return [value] * (sets or 1)
+    if sets and value.dim() == 2 and value.shape[0] == sets and value.shape[1] in (1, B):
+        return [row.squeeze(0) if value.shape[1] == 1 else row for row in value.unbind()]
+    shape, several = list(value.shape), f", [{sets}, 1] or [{sets}, {B}]" if sets else ""
+    raise ValueError(f"{name} must be a number or a tensor of shape [], [{B}]{several}, got shape {shape}")
+
+
+def given_mean(
+    name: str, value: float | Tensor | None, sets: int | None, dtype: torch.dtype, device: torch.device
+) -> list[Tensor | None]:
+    """Returns a tensor [] or None for each pair set. The mean of several sets may be one number or [sets]."""
+    if value is None:
+        return [None] * (sets or 1)
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(f"{name} is a constant of this function and gets no gradient: pass {name}.detach()")
+    if not isinstance(value, Tensor):
+        return [filled(number(name, value, "a number or a tensor"), dtype, device)] * (sets or 1)
+    shape = tuple(value.shape)
+    if shape not in ((), (sets,)):
+        several = f" or [{sets}]" if sets else ""
+        raise ValueError(f"{name} must be a number or a tensor of shape []{several}, got shape {list(shape)}")
+    value = value.to(device=device, dtype=dtype)
+    return list(value.unbind()) if shape else [value] * (sets or 1)
+
+
+def one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
+    return value
 
 
 def bounds(name: str, pair: Sequence[float | None]) -> tuple[float | None, float | None]:
@@ -158,7 +212,7 @@ def bounds(name: str, pair: Sequence[float | None]) -> tuple[float | None, float
     if any(isinstance(side, bool) or not isinstance(side, (int, float, type(None))) for side in pair):
         raise TypeError(f"{name} must be a pair (low, high), each a number or None, got {tuple(pair)}")
     low, high = (None if side is None else float(side) for side in pair)
-    if any(side is not None and math.isnan(side) for side in (low, high)):
+    if any(side is not None and side != side for side in (low, high)):  # traced floats are symbols
         raise ValueError(f"{name} must not hold NaN, got {(low, high)}")
     if low is not None and high is not None and low > high:
         raise ValueError(f"{name} must be (low, high) with low <= high, got {(low, high)}")
@@ -175,12 +229,14 @@ def optional_constant(
     return tensor.to(dtype)
 
 
-def weights(tensor: Tensor | None, shape: tuple[int, int], like: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Checks patch_weight."""
-    tensor = optional_constant("patch_weight", tensor, shape, like, dtype)
+def weights(
+    tensor: Tensor | None, shape: tuple[int, int], like: Tensor, dtype: torch.dtype, name: str = "patch_weight"
+) -> Tensor | None:
+    """Checks weights of patches."""
+    tensor = optional_constant(name, tensor, shape, like, dtype)
     if tensor is not None and is_inspectable(tensor) and not bool(((tensor >= 0) & (tensor < math.inf)).all()):
         low, high = tensor.aminmax()
-        raise ValueError(f"patch_weight must be 0 or more everywhere and finite, got {float(low)} to {float(high)}")
+        raise ValueError(f"{name} must be 0 or more everywhere and finite, got {float(low)} to {float(high)}")
     return tensor
 
 
@@ -193,6 +249,17 @@ def truth(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> No
         raise ValueError(
             f"{name} must have shape {list(shape)} on {like.device}, got {list(tensor.shape)} on {tensor.device}"
         )
+
+
+def histogram_limits(limits: tuple[float, float]) -> tuple[float, float]:
+    """Checks the lower and upper limit of a histogram."""
+    try:
+        low, high = (float(limit) for limit in limits)
+    except (TypeError, ValueError):
+        raise TypeError(f"limits must be two numbers, lower and upper, got {limits!r}") from None
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"limits must be two finite numbers, the lower first, got {(low, high)}")
+    return low, high
 
 
 def count(name: str, value: int) -> int:
@@ -214,4 +281,6 @@ def size_pair(name: str, pair: Sequence[int] | None) -> tuple[int, int] | None:
         or any(not isinstance(side, (Integral, torch.SymInt)) or side < 1 for side in pair)
     ):
         raise ValueError(f"{name} must be two positive integers (rows, columns), got {pair!r}")
+    if torch.compiler.is_compiling():  # a size that may change stays a symbol
+        return pair[0], pair[1]
     return int(pair[0]), int(pair[1])

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .problem import ClosenessProblem, PairProblem, Problem
+from .problem import ClosenessProblem, PairProblem, PairSet, Problem
 from .rows import accumulation_dtype, invert_norms, unit_rows
+from .types import PairEnergy
 
 
 def smoothness(problem: Problem, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,21 +79,52 @@ def measured_mean(pair_weights: list[Tensor], closeness: list[Tensor]) -> tuple[
     return images, added((pw * s).sum() for pw, s in zip(pair_weights, closeness)) / images
 
 
-def pair_energy(problem: PairProblem) -> tuple[Tensor, Tensor]:
-    """Returns energy [] and similarity []."""
+def pair_energy(problem: PairProblem) -> list[PairEnergy]:
+    """Returns the results of each pair set."""
+    return [one_pair_set(problem, pair_set) for pair_set in problem.pair_sets]
+
+
+def one_pair_set(problem: PairProblem, pair_set: PairSet) -> PairEnergy:
     tensors = (problem.features_i, problem.codes_i, problem.features_j, problem.codes_j)
-    dtype = accumulation_dtype(*tensors)
-    f_i, c_i, f_j, c_j = (unit_rows(rows.to(dtype)) for rows in tensors)
-    if problem.partner is not None:
-        f_j, c_j = f_j[problem.partner], c_j[problem.partner]
+    f_i, c_i, f_j, c_j = (unit_rows(rows.to(accumulation_dtype(*tensors))) for rows in tensors)
+    w_i, w_j = (
+        torch.ones_like(f[..., 0]) if w is None else w for f, w in ((f_i, problem.weight_i), (f_j, problem.weight_j))
+    )
+    if pair_set.partner is not None:
+        f_j, c_j, w_j = (rows[pair_set.partner] for rows in (f_j, c_j, w_j))
     closeness, likeness = f_i @ f_j.mT, c_i @ c_j.mT  # [B,P_i,P_j]
+    pw = mean_weights(w_i, w_j)
+    images = (pw.sum((1, 2)) > 0).sum().clamp(min=1)
+
+    def over_j(pairs: Tensor) -> Tensor:
+        return pairs.mean(2) if problem.weight_j is None else (pairs * shares(w_j)[:, None]).sum(2)
+
+    def over_all(pairs: Tensor) -> Tensor:
+        return pairs.mean() if problem.weight_i is problem.weight_j is None else (pw * pairs).sum() / images
+
+    centred = closeness
     if problem.center:
-        closeness = closeness - closeness.mean(2, keepdim=True) + closeness.mean()
-    force = closeness - problem.threshold
+        mean = over_all(closeness) if pair_set.mean is None else pair_set.mean
+        centred = closeness - over_j(closeness)[..., None] + mean
+    force = centred - (pair_set.threshold if pair_set.threshold.dim() == 0 else pair_set.threshold[:, None, None])
     if problem.hinge:
         force = force.clamp(min=0.0)
     clamped = likeness if problem.clamp == (None, None) else likeness.clamp(*problem.clamp)
-    return -(clamped * force).mean(), likeness.mean()
+    taken = over_j if problem.rows else over_all
+    counts = None
+    if problem.bins:
+        low, high = problem.limits
+        place = ((likeness - low) * (problem.bins / (high - low))).floor().clamp(0, problem.bins - 1).long().flatten()
+        counts = torch.zeros(problem.bins, dtype=torch.int64, device=place.device)
+        counts = counts.scatter_add(0, place, torch.ones_like(place))
+    means = problem.means
+    return PairEnergy(
+        energy=-taken(clamped * force),
+        similarity=taken(likeness),
+        clamped=taken(clamped) if means else None,
+        closeness=taken(closeness) if means else None,
+        histogram=counts,
+    )
 
 
 def similarity_statistics(problem: ClosenessProblem) -> tuple[Tensor, ...]:

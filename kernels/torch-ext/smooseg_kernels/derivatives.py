@@ -19,9 +19,17 @@ def refuse_second(function: str, impl: str) -> None:
         )
 
 
-def refuse_forward_mode(*tensors: Tensor) -> None:
+def refuse_forward_mode(impl: str, *tensors: Tensor) -> None:
     """Raises for forward-mode tangents, which registered operators would drop silently."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
-        raise RuntimeError('impl="triton" has no forward-mode derivatives (jvp, jacfwd, hessian): use impl="dense"')
+        raise RuntimeError(f'impl="{impl}" has no forward-mode derivatives (jvp, jacfwd, hessian): use impl="dense"')
+
+
+def refuse_transforms(impl: str, *tensors: Tensor) -> None:
+    """Raises for tensors inside a transform of torch.func, which registered operators do not take."""
+    if torch.compiler.is_compiling():
+        return
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors):
+        raise RuntimeError(f'impl="{impl}" cannot run inside torch.func (vmap, grad, jvp): use impl="dense" there')

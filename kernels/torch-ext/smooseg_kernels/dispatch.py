@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import dense, moments, tiles
-from .derivatives import refuse_forward_mode
+from .derivatives import refuse_forward_mode, refuse_transforms
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # a constant, which compiled code can guard
 IMPLS = {"dense": dense, "torch": moments}
@@ -58,7 +58,8 @@ def implementation(
         )
     if tensors[0].device.type == "cpu":
         fused.require_interpreter()
-    refuse_forward_mode(*tensors)
+    refuse_forward_mode(impl, *tensors)
+    refuse_transforms(impl, *tensors)
     return fused
 
 

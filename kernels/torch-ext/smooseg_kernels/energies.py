@@ -8,11 +8,11 @@ from types import ModuleType
 from torch import Tensor
 
 from . import checks
-from .dispatch import PAIR_IMPLS, clamps_partners, implementation
+from .dispatch import clamps_partners, implementation
 from .precision import outside_autocast
-from .problem import PairProblem, Problem
+from .problem import Problem
 from .rows import accumulation_dtype
-from .types import PairEnergy, SmooSegLoss, SmoothnessTerms
+from .types import SmooSegLoss, SmoothnessTerms
 
 
 @outside_autocast
@@ -181,77 +181,3 @@ def energy_problem(
         feature_norms=checks.optional_constant("feature_norms", feature_norms, (B, P), features, dtype),
         mean=checks.optional_constant("mean", mean, (T,), features, dtype),
     )
-
-
-@outside_autocast
-def pair_energy(
-    features_i: Tensor,
-    codes_i: Tensor,
-    features_j: Tensor,
-    codes_j: Tensor,
-    threshold: float | Tensor,
-    *,
-    partner: Tensor | None = None,
-    clamp: tuple[float | None, float | None] = (None, None),
-    hinge: bool = False,
-    center: bool = True,
-    impl: str = "auto",
-) -> PairEnergy:
-    """Computes the correlation energy of two sets of patches, with a clamp on the codes' similarity.
-
-    STEGO, DepthG and EAGLE train on it. energy = mean over (image, i, j) of -clamp(cos(c_i, c_j), low, high) V_ij with
-    V = W - b, or max(W - b, 0) with `hinge`. With S_ij = cos(f_i, f_j), the closeness is W_ij = S_ij - mean_j S_ij +
-    mean(S), where the last mean is over all pairs of all images; without `center` it is W = S. In Hamilton et al., ICLR
-    2022, arXiv 2203.08414, b is called the shift, and the clamp is (0, None), or (0, 0.8) where it is stabilised.
-
-    Args:
-        features_i: [B,P_i,D] frozen patch features, rows of any length. A constant.
-        codes_i: [B,P_i,Z], rows of any length. Get gradients; these pass at a bound of the clamp and stop beyond it, as
-            in torch.clamp.
-        features_j: [N,P_j,D], like features_i.
-        codes_j: [N,P_j,Z], like codes_i.
-        threshold: b, a finite number or a tensor of shape [], which a captured graph reads at every replay. A constant.
-        partner: int64 [B], the image of the j side that each image of the i side meets; repeats are allowed. None pairs
-            images of the same number (N = B). Checked on a CPU. On a GPU a number out of range is taken as the nearest
-            image, unless SMOOSEG_CHECK_INDICES=1 is set in the environment.
-        clamp: (low, high) with low <= high, each a number or None for no bound.
-        hinge: keep attraction alone, V = max(W - b, 0).
-        center: see above.
-        impl: "auto", "triton", "torch" or "dense". "dense" writes [B,P_i,P_j] matrices. "torch" works in blocks of
-            bounded size, and in time linear in P without clamp and hinge. "triton" keeps the blocks in registers.
-
-    Returns:
-        PairEnergy, fp32 (fp64 with any fp64 input). fp16 codes need loss scaling, because their gradients underflow.
-        Only "dense" has gradients of gradients.
-
-    Raises:
-        ValueError, TypeError: name the argument, what came and what was expected.
-        RuntimeError: impl="triton" cannot run here.
-    """
-    checks.float_tensor("features_i", features_i, ("B", "P_i", "D"), constant=True)
-    B, P_i, D = features_i.shape
-    checks.float_tensor("codes_i", codes_i, (B, P_i, "Z"), features_i)
-    checks.float_tensor("features_j", features_j, ("N", "P_j", D), features_i, constant=True)
-    N, P_j, _ = features_j.shape
-    if partner is None and N != B:
-        raise ValueError(
-            f"partner must say, int64 [{B}], which of the {N} images of features_j each of the {B} of features_i meets"
-        )
-    checks.float_tensor("codes_j", codes_j, (N, P_j, codes_i.shape[2]), features_i)
-    tensors = (features_i, codes_i, features_j, codes_j)
-    module = implementation(impl, (1, 1), *tensors, forms=PAIR_IMPLS)
-    if partner is not None:
-        partner = checks.index_vector("partner", partner, B, N, features_i.device, clamp=not clamps_partners(module))
-    problem = PairProblem(
-        features_i=features_i,
-        codes_i=codes_i,
-        features_j=features_j,
-        codes_j=codes_j,
-        threshold=checks.scalar("threshold", threshold, accumulation_dtype(*tensors), features_i.device),
-        partner=partner,
-        clamp=checks.bounds("clamp", clamp),
-        hinge=bool(hinge),
-        center=bool(center),
-    )
-    energy, similarity = module.pair_energy(problem)
-    return PairEnergy(energy, similarity)

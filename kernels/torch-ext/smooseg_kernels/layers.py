@@ -6,11 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .energies import pair_energy, smoothness_energy
+from .contrast_layers import CRFLoss
+from .energies import smoothness_energy
+from .pair_energies import pair_energy
 from .rows import accumulation_dtype
 from .types import PairEnergy, SmoothnessLossTerms
 
-__all__ = ["CorrelationLoss", "SmoothnessLoss", "draw_partners"]
+__all__ = ["CRFLoss", "CorrelationLoss", "SmoothnessLoss", "draw_partners"]
 
 
 def draw_partners(
@@ -37,6 +39,9 @@ def draw_partners(
         raise ValueError(f"B must be at least 2, because every image needs another one as its partner, got {B}")
     if device is None and generator is not None:
         device = generator.device
+    # compilers take a changing B only without the argument
+    if generator is None:
+        return partners_of(torch.randperm(B, device=device))
     return partners_of(torch.randperm(B, device=device, generator=generator))
 
 
@@ -54,9 +59,10 @@ class SmoothnessLoss(nn.Module):
     2023, arXiv 2310.17874). Cost and memory are linear in h * w. Minimise the sum of the two energies.
 
     Args:
-        within: threshold b of the pairs inside an image, a finite number. Pairs with W > b are pulled together, the
-            others pushed apart.
-        across: threshold of the pairs with another image of the batch, a finite number.
+        within: threshold b of the pairs inside an image, a finite number or a tensor []. Pairs with W > b are pulled
+            together, the others pushed apart. Like `across` an attribute that a trainer may set at any step; a call can
+            also be given its own.
+        across: threshold of the pairs with another image of the batch, a finite number or a tensor [].
         center: W_ij = cos(f_i, f_j) less its mean over j, plus the mean over all pairs; else W_ij = cos(f_i, f_j).
         relative: thresholds are an excess over the measured mean closeness.
         impl: "auto", "triton", "torch" or "dense".
@@ -66,13 +72,31 @@ class SmoothnessLoss(nn.Module):
     """
 
     def __init__(
-        self, within: float, across: float, center: bool = True, *, relative: bool = False, impl: str = "auto"
+        self,
+        within: float | Tensor,
+        across: float | Tensor,
+        center: bool = True,
+        *,
+        relative: bool = False,
+        impl: str = "auto",
     ):
         super().__init__()
-        self.within, self.across = checks.number("within", within), checks.number("across", across)
+        self.within, self.across = checks.threshold("within", within), checks.threshold("across", across)
         self.center, self.relative, self.impl = bool(center), bool(relative), impl
 
-    def forward(self, features: Tensor, probs: Tensor, partners: Tensor | str | None = None) -> SmoothnessLossTerms:
+    def extra_repr(self) -> str:
+        return settings(self, ("within", "across", "center", "relative", "impl"))
+
+    def forward(
+        self,
+        features: Tensor,
+        probs: Tensor,
+        partners: Tensor | str | None = None,
+        *,
+        within: float | Tensor | None = None,
+        across: float | Tensor | None = None,
+        mean: Tensor | None = None,
+    ) -> SmoothnessLossTerms:
         """Computes the terms of one batch.
 
         Args:
@@ -80,6 +104,9 @@ class SmoothnessLoss(nn.Module):
             probs: [B,K,h,w] label distributions, or rows of any positive length. Get gradients.
             partners: int64 [B], the other image of each image, or "all" for every ordered pair of different images.
                 None draws them with `draw_partners` from PyTorch's global generator.
+            within: the threshold of this call, a number or a tensor [], a constant. None takes that of the layer.
+            across: the same for the pairs with another image.
+            mean: [2] takes the place of the measured mean closeness, within and across.
         """
         checks.float_tensor("features", features, ("B", "D", "h", "w"), constant=True)
         B, _, h, w = features.shape
@@ -89,9 +116,13 @@ class SmoothnessLoss(nn.Module):
         if partners is None:
             partners = draw_partners(B, device=features.device)
         partners = checks.partner_entry("partners", partners, B, features.device, clamp=False)
-        # made on the device: a copy from the host would wait for it and could not be captured
-        dtype = accumulation_dtype(features, probs)
-        thresholds = torch.linspace(self.within, self.across, 2, dtype=dtype, device=features.device)
+        dtype, pair = accumulation_dtype(features, probs), (("within", within), ("across", across))
+        thresholds = torch.stack(
+            [
+                on_device(name, getattr(self, name) if given is None else given, dtype, features.device)
+                for name, given in pair
+            ]
+        )
         terms = smoothness_energy(
             patch_rows(features),
             patch_rows(probs),
@@ -99,6 +130,7 @@ class SmoothnessLoss(nn.Module):
             thresholds,
             relative=self.relative,
             center=self.center,
+            mean=mean,
             impl=self.impl,
         )
         energy_within, energy_across = terms.energy.unbind()
@@ -114,10 +146,12 @@ class CorrelationLoss(nn.Module):
     three of these with different shifts b.
 
     Args:
-        threshold: b, a finite number. Pairs with W > b are pulled together, the others pushed apart.
+        threshold: b, a finite number, or a tensor [] or [B]. Pairs with W > b are pulled together, the others pushed
+            apart. An attribute that a trainer may set at any step; a call can also be given its own.
         clamp: (low, high) of the codes' similarity, each a number or None for no bound; STEGO's is (0, None).
         center: W_ij = cos(f_i, f_j) less its mean over j, plus the mean over all pairs; else W_ij = cos(f_i, f_j).
         hinge: max(W_ij - b, 0) in place of W_ij - b.
+        means: also return the means of the clamped similarity, with gradients, and of cos(f_i, f_j).
         impl: "auto", "triton", "torch" or "dense".
 
     Raises:
@@ -126,39 +160,90 @@ class CorrelationLoss(nn.Module):
 
     def __init__(
         self,
-        threshold: float,
+        threshold: float | Tensor,
         clamp: tuple[float | None, float | None] = (None, None),
         center: bool = True,
         *,
         hinge: bool = False,
+        means: bool = False,
         impl: str = "auto",
     ):
         super().__init__()
-        self.threshold, self.clamp = checks.number("threshold", threshold), checks.bounds("clamp", clamp)
-        self.center, self.hinge, self.impl = bool(center), bool(hinge), impl
+        self.threshold, self.clamp = checks.threshold("threshold", threshold), checks.bounds("clamp", clamp)
+        self.center, self.hinge, self.means, self.impl = bool(center), bool(hinge), bool(means), impl
 
-    def forward(self, features_1: Tensor, features_2: Tensor, codes_1: Tensor, codes_2: Tensor) -> PairEnergy:
-        """Computes the energy of one batch, image n against image n, and the mean similarity of the codes before the
-        clamp.
+    def extra_repr(self) -> str:
+        return settings(self, ("threshold", "clamp", "center", "hinge", "means", "impl"))
+
+    def forward(
+        self,
+        features_1: Tensor,
+        features_2: Tensor,
+        codes_1: Tensor,
+        codes_2: Tensor,
+        *,
+        threshold: float | Tensor | None = None,
+        partner: Tensor | None = None,
+        mean: float | Tensor | None = None,
+    ) -> PairEnergy:
+        """Computes the energy of one batch and the mean similarity of the codes before the clamp.
 
         Args:
             features_1: [B,D,h,w], frozen (no gradient).
-            features_2: [B,D,h',w'], frozen; its grid may differ.
+            features_2: [N,D,h',w'], frozen; its grid may differ.
             codes_1: [B,Z,h,w]. Get gradients.
-            codes_2: [B,Z,h',w']. Get gradients.
+            codes_2: [N,Z,h',w']. Get gradients.
+            threshold: that of this call, as in `pair_energy`. None takes that of the layer.
+            partner: int64 [B] or [M,B], the images of features_2 that each image meets, as in `pair_energy`. None pairs
+                images of the same number.
+            mean: takes the place of the measured mean closeness, as in `pair_energy`.
         """
         checks.float_tensor("features_1", features_1, ("B", "D", "h", "w"), constant=True)
         B, D, h, w = features_1.shape
         checks.float_tensor("codes_1", codes_1, (B, "Z", h, w), features_1)
-        checks.float_tensor("features_2", features_2, (B, D, "h'", "w'"), features_1, constant=True)
-        checks.float_tensor("codes_2", codes_2, (B, codes_1.shape[1], *features_2.shape[2:]), features_1)
+        N = B if partner is None else "N"
+        checks.float_tensor("features_2", features_2, (N, D, "h'", "w'"), features_1, constant=True)
+        checks.float_tensor(
+            "codes_2", codes_2, (features_2.shape[0], codes_1.shape[1], *features_2.shape[2:]), features_1
+        )
         # one tensor on both sides stays one, so that its unit rows are computed once
         f_1, c_1 = patch_rows(features_1), patch_rows(codes_1)
         f_2 = f_1 if features_2 is features_1 else patch_rows(features_2)
         c_2 = c_1 if codes_2 is codes_1 else patch_rows(codes_2)
         return pair_energy(
-            f_1, c_1, f_2, c_2, self.threshold, clamp=self.clamp, hinge=self.hinge, center=self.center, impl=self.impl
+            f_1,
+            c_1,
+            f_2,
+            c_2,
+            self.threshold if threshold is None else threshold,
+            partner=partner,
+            clamp=self.clamp,
+            hinge=self.hinge,
+            center=self.center,
+            mean=mean,
+            means=self.means,
+            impl=self.impl,
         )
+
+
+def on_device(name: str, value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Takes a threshold to a tensor []. Numbers are filled in on the device: a copy from the host would wait for it."""
+    value = checks.threshold(name, value)
+    if not isinstance(value, Tensor):
+        return checks.filled(value, dtype, device)
+    if value.dim() != 0:
+        raise ValueError(f"{name} must be a number or a tensor of shape [], got shape {list(value.shape)}")
+    if value.requires_grad:
+        raise ValueError(f"{name} is a constant of this function and gets no gradient: pass {name}.detach()")
+    return value.to(device=device, dtype=dtype)
+
+
+def settings(layer: nn.Module, names: tuple[str, ...]) -> str:
+    """Lists settings as the constructor takes them."""
+    values = {name: getattr(layer, name) for name in names}
+    return ", ".join(
+        f"{name}={value.tolist() if isinstance(value, Tensor) else repr(value)}" for name, value in values.items()
+    )
 
 
 def patch_rows(planes: Tensor) -> Tensor:

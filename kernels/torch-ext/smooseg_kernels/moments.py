@@ -11,6 +11,7 @@ each by default):
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import eager
+from .operators import operator
 from .problem import Problem
 from .rows import accumulation_dtype, inverse_norms, invert_norms, unit_rows
 
@@ -203,11 +205,19 @@ def assign(codes: Tensor, prototypes: Tensor, grid: tuple[int, int] | None, size
     scores = codes.to(dtype) @ unit_rows(prototypes.to(dtype)).mT
     if grid is None or size is None:
         return scores.argmax(-1)
+    if torch.compiler.is_compiling():
+        return traced_labels(scores, list(grid), list(size))
+    return upsampled_labels(scores, grid, size)
+
+
+def upsampled_labels(scores: Tensor, grid: Sequence[int], size: Sequence[int]) -> Tensor:
+    """Takes numerators [B,P,K] to labels of pixels, int64 [B,H,W]."""
+    dtype = scores.dtype
     h, (H, W) = grid[0], size
-    planes = scores.mT.unflatten(-1, grid)  # [B,K,h,w]
+    planes = scores.mT.unflatten(-1, (grid[0], grid[1]))  # [B,K,h,w]
     B, K = planes.shape[:2]
     # bilinear interpolation is separable: two taps for the rows here, the library for the columns, strip by strip
-    y = ((torch.arange(H, device=codes.device, dtype=dtype) + 0.5) * (h / H) - 0.5).clamp(min=0.0)
+    y = ((torch.arange(H, device=scores.device, dtype=dtype) + 0.5) * (h / H) - 0.5).clamp(min=0.0)
     top = y.long().clamp(max=h - 1)
     bottom, share = (top + 1).clamp(max=h - 1), (y - top)[:, None]
     rows = max(1, STRIP_ELEMENTS // (B * K * W))
@@ -218,3 +228,14 @@ def assign(codes: Tensor, prototypes: Tensor, grid: tuple[int, int] | None, size
         upsampled = F.interpolate(lines, size=(lines.shape[2], W), mode="bilinear", align_corners=False)
         strips.append(upsampled.max(1).indices)  # the same as argmax, which is slower on a CPU
     return torch.cat(strips, 1)
+
+
+@operator("upsampled_labels")
+def traced_labels(scores: Tensor, grid: list[int], size: list[int]) -> Tensor:
+    """Is one operator to compilers, whatever the number of strips."""
+    return upsampled_labels(scores, grid, size)
+
+
+@traced_labels.register_fake
+def _(scores, grid, size):
+    return torch.empty((scores.shape[0], size[0], size[1]), dtype=torch.int64, device=scores.device)

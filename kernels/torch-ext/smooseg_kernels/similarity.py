@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -75,7 +74,7 @@ def similarity_statistics(
         mean=checks.optional_constant("mean", mean, (len(pair_sets),), features, dtype),
         center=bool(center),
         bins=bins,
-        limits=histogram_limits(limits),
+        limits=checks.histogram_limits(limits),
         neighbours=neighbours,
     )
     if (bins or neighbours) and checks.is_inspectable(features) and not bool(features.isfinite().all()):
@@ -99,17 +98,6 @@ def implementation_for(impl: str, problem: ClosenessProblem) -> ModuleType:
     return {"dense": dense, "torch": similarity_blocks}[resolved]
 
 
-def histogram_limits(limits: tuple[float, float]) -> tuple[float, float]:
-    """Checks the lower and upper limit of a histogram."""
-    try:
-        low, high = (float(limit) for limit in limits)
-    except (TypeError, ValueError):
-        raise TypeError(f"limits must be two numbers, lower and upper, got {limits!r}") from None
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise ValueError(f"limits must be two finite numbers, the lower first, got {(low, high)}")
-    return low, high
-
-
 def histogram_quantiles(
     histogram: Tensor, q: Tensor | Sequence[float], limits: tuple[float, float] = (-1.5, 1.5)
 ) -> Tensor:
@@ -131,7 +119,7 @@ def histogram_quantiles(
         ValueError, TypeError: name the argument, what came and what was expected.
     """
     check_histogram(histogram)
-    low, high = histogram_limits(limits)
+    low, high = checks.histogram_limits(limits)
     q = torch.as_tensor(q, dtype=torch.float64, device=histogram.device)
     if q.dim() != 1 or (checks.is_inspectable(q) and not bool(((q >= 0) & (q <= 1)).all())):
         got = q.tolist() if checks.is_inspectable(q) else list(q.shape)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .operators import operator
 from .problem import ClosenessProblem
 from .rows import accumulation_dtype, unit_rows
 
@@ -26,8 +27,62 @@ def similarity_statistics(problem: ClosenessProblem) -> tuple[Tensor, ...]:
         measured, toward = entry_means(u, present, entry)
         m = measured if problem.mean is None else problem.mean[t]
         row_mean = (f @ toward[:, :, None])[..., 0]
-        results.append((m, row_mean, *counts_and_neighbours(problem, f, u, entry, m)))
+        results.append((m, row_mean, *pairs_of(problem, f, u, entry, m)))
     return tuple(torch.stack(parts) for parts in zip(*results))
+
+
+def pairs_of(
+    problem: ClosenessProblem, f: Tensor, u: Tensor, entry: str | Tensor, m: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns what `counts_and_neighbours` does. Compilers take its loops as one operator, whatever the sizes."""
+    if not torch.compiler.is_compiling() or not (problem.bins or problem.neighbours):
+        return counts_and_neighbours(problem, f, u, entry, m)
+    partner, kind = (entry, "partner") if isinstance(entry, Tensor) else (None, entry)
+    return traced_pairs(
+        f,
+        u,
+        partner,
+        kind,
+        m,
+        problem.patch_weight,
+        center=problem.center,
+        bins=problem.bins,
+        limits=list(problem.limits),
+        neighbours=problem.neighbours,
+    )
+
+
+@operator("similarity_pairs")
+def traced_pairs(
+    f: Tensor,
+    u: Tensor,
+    partner: Tensor | None,
+    kind: str,
+    m: Tensor,
+    weight: Tensor | None,
+    center: bool,
+    bins: int,
+    limits: list[float],
+    neighbours: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    problem = ClosenessProblem(
+        features=f,
+        partners=(),
+        patch_weight=weight,
+        mean=None,
+        center=center,
+        bins=bins,
+        limits=(limits[0], limits[1]),
+        neighbours=neighbours,
+    )
+    return counts_and_neighbours(problem, f, u, kind if partner is None else partner, m)
+
+
+@traced_pairs.register_fake
+def _(f, u, partner, kind, m, weight, center, bins, limits, neighbours):
+    indices = torch.empty((*f.shape[:2], neighbours), dtype=torch.int64, device=f.device)
+    counts = torch.empty(bins, dtype=torch.int64, device=f.device)
+    return counts, f.new_empty(indices.shape), indices
 
 
 def mean_rows(f: Tensor, patch_weight: Tensor | None) -> tuple[Tensor, Tensor]:

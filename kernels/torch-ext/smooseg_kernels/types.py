@@ -26,10 +26,26 @@ class SmooSegLoss(NamedTuple):
 
 
 class PairEnergy(NamedTuple):
-    """A clamped energy of patch pairs, fp32 (fp64 with any fp64 input)."""
+    """A clamped energy of patch pairs, fp32 (fp64 with any fp64 input).
 
-    energy: Tensor  # [] mean over (image, i, j) of -clamp(cos(c_i, c_j)) * V_ij
-    similarity: Tensor  # [] mean of cos(c_i, c_j), before the clamp
+    Means over all pairs have the shape []; means over j alone, with `reduction="none"`, are rows [B,P_i]. With partners
+    [M,B] everything has a leading [M].
+    """
+
+    energy: Tensor  # mean over (image, i, j) of -clamp(cos(c_i, c_j)) * V_ij
+    similarity: Tensor  # mean of cos(c_i, c_j), before the clamp
+    clamped: Tensor | None = None  # with `means`: mean of clamp(cos(c_i, c_j))
+    closeness: Tensor | None = None  # with `means`: mean of cos(f_i, f_j), a constant
+    histogram: Tensor | None = None  # with `bins`: int64 [bins] pairs by their cos(c_i, c_j)
+
+
+class ContrastiveTerms(NamedTuple):
+    """A contrastive loss and its parts, fp32 (fp64 with any fp64 input); all but `count` have gradients."""
+
+    loss: Tensor  # [] mean over the queries with a positive, or with reduction="none" [B,N], 0 without a positive
+    log_sum: Tensor  # [B,N] log of the sum of exp(s_ij) over the candidates; 0 without any
+    positive: Tensor  # [B,N] mean of s_ij over the positives, or with `inside` the log of the mean of exp(s_ij); or 0
+    count: Tensor  # type: ignore[assignment]  # int64 [B,N] number of positives; hides tuple.count
 
 
 class SmoothnessLossTerms(NamedTuple):

@@ -6,11 +6,14 @@ problems.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from ..problem import ClosenessProblem, PairProblem, Problem
-from . import assignment, code_rows, objective, pairs, similarity
+from ..problem import ClosenessProblem, ContrastProblem, PairProblem, PairSet, Problem
+from ..types import PairEnergy
+from . import assignment, code_rows, contrast, gaussian, objective, pair_options, pairs, similarity
 from .launch import INTERPRETED, fits, require_interpreter
 from .pair_sets import ALL, SELF
 
@@ -18,8 +21,10 @@ __all__ = [
     "INTERPRETED",
     "assign",
     "assign_counted",
+    "contrastive",
     "data_term",
     "fits",
+    "gaussian",
     "loss",
     "pair_energy",
     "probabilities",
@@ -119,24 +124,70 @@ def data_term(codes: Tensor, student: Tensor, teacher: Tensor, patch_weight: Ten
     return code_rows.data_term(codes.detach(), student, teacher, patch_weight, wants_gradient(student))[0]
 
 
-def pair_energy(problem: PairProblem) -> tuple[Tensor, Tensor]:
-    """Returns energy [] and similarity []."""
+def pair_energy(problem: PairProblem) -> list[PairEnergy]:
+    """Returns the results of each pair set. Kernels of the mean energy alone serve where that is all that is asked."""
     dtype = torch.promote_types(problem.features_i.dtype, problem.features_j.dtype)  # one matrix product takes both
+    problem = replace(problem, features_i=problem.features_i.to(dtype), features_j=problem.features_j.to(dtype))
+    plain = not (problem.rows or problem.means) and problem.weight_i is problem.weight_j is None
+    for _, threshold, mean in problem.pair_sets:
+        plain = plain and threshold.dim() == 0 and not wants_gradient(threshold) and mean is None
+    if not plain:
+        return pair_options.pair_energy(with_clamped_partners(problem))
+    return [pair_set_energy(problem, pair_set) for pair_set in problem.pair_sets]
+
+
+def with_clamped_partners(problem: PairProblem) -> PairProblem:
+    """Keeps partner numbers in range for what is not a kernel."""
+    last = problem.features_j.shape[0] - 1
+    return replace(
+        problem,
+        pair_sets=tuple(
+            one if one.partner is None else one._replace(partner=one.partner.clamp(0, last))
+            for one in problem.pair_sets
+        ),
+    )
+
+
+def pair_set_energy(problem: PairProblem, pair_set: PairSet) -> PairEnergy:
+    """Returns the mean energy and similarity of one pair set."""
     low, high = problem.clamp
     energy, similarity, *_ = pairs.pair_energy(
-        features_i=problem.features_i.to(dtype),
+        features_i=problem.features_i,
         codes_i=problem.codes_i,
-        features_j=problem.features_j.to(dtype),
+        features_j=problem.features_j,
         codes_j=problem.codes_j,
-        threshold=problem.threshold,
-        partner=problem.partner,
+        threshold=pair_set.threshold,
+        partner=pair_set.partner,
         low=low,
         high=high,
         hinge=problem.hinge,
         center=problem.center,
         i_gradient=wants_gradient(problem.codes_i),
     )
-    return energy, similarity
+    return PairEnergy(energy, similarity)
+
+
+def contrastive(problem: ContrastProblem) -> tuple[None, Tensor, Tensor, Tensor]:
+    """Returns no loss, log_sum [B,N], positive [B,N], count int64 [B,N]."""
+    features_i, features_j = problem.features_i, problem.features_j
+    if features_i is not None and features_j is not None:  # one matrix product takes both
+        dtype = torch.promote_types(features_i.dtype, features_j.dtype)
+        features_i, features_j = features_i.to(dtype), features_j.to(dtype)
+    log_sum, positive, count, *_ = contrast.contrast(
+        codes_i=problem.codes_i,
+        codes_j=problem.codes_j,
+        temperature=problem.temperature,
+        labels_i=problem.labels_i,
+        labels_j=problem.labels_j,
+        features_i=features_i,
+        features_j=features_j,
+        threshold=problem.threshold,
+        threshold_j=problem.threshold_j,
+        negative_threshold=problem.negative_threshold,
+        exclude_self=problem.exclude_self,
+        inside=problem.inside,
+    )
+    return None, log_sum, positive, count
 
 
 def assign(codes: Tensor, prototypes: Tensor, grid: tuple[int, int] | None, size: tuple[int, int] | None) -> Tensor:

@@ -198,7 +198,7 @@ def code_arguments(codes: Tensor, K: int) -> dict[str, Any]:
         BLOCK_K=block_k(K),
         BLOCK_Z=block_z(Z),
         # fp32 operands for codes of any dtype: these operators are not the hot path, and from 16-bit operands the
-        # assembler of Triton 3.6 made a wrong gradient of the data term (benchmarks/aot_report.py: unset_registers)
+        # assembler of Triton 3.6 made a wrong gradient of the data term (benchmarks/binaries.py: unset_registers)
         CODE=tl.float32,
         PRECISION=precision(codes.device),
         settings=settings_for(codes, K),

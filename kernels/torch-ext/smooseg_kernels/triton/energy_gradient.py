@@ -15,23 +15,26 @@ from .labels import (
     inverse_norms,
     invert,
     load_prepared,
+    load_repeated,
     product,
+    repeated_rows,
     soft_labels,
     unit_parts,
 )
 from .student_gradient import scale_student_gradient
 
-# loads of this kernel: its base moves with a loop over channels, and offsets from it are computed once
-
 
 @triton.jit
-def load_block(ptr, start, P, stride, first, width: tl.constexpr, BLOCK_P: tl.constexpr, WIDTH: tl.constexpr):
-    row, column = tl.arange(0, BLOCK_P), tl.arange(0, WIDTH)
-    inside = (start + row < P)[:, None]
-    if width % WIDTH != 0:
-        inside = inside & (first + column < width)[None, :]
-    tile_ptr = ptr + (tl.cast(start, tl.int64) * stride + first) + (row[:, None] * stride + column[None, :])
-    return tl.load(tile_ptr, mask=inside, other=0.0)
+def load_rows_apart(ptr, start, P, stride, width: tl.constexpr, BLOCK_P: tl.constexpr, WIDTH: tl.constexpr):
+    """Loads rows as [BLOCK_P,WIDTH // 8,8]: [BLOCK_P,WIDTH] the compiler would copy to shared memory and wait for."""
+    row, group = repeated_rows(start, P, BLOCK_P), tl.arange(0, WIDTH // 8)
+    column = group[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
+    tile_ptr = ptr + tl.cast(start, tl.int64) * stride + (row[:, None, None] * stride + column)
+    if width % WIDTH == 0:
+        block = tl.load(tile_ptr)
+    else:
+        block = tl.load(tile_ptr, mask=column < width, other=0.0)
+    return block
 
 
 @triton.jit
@@ -116,29 +119,27 @@ def energy_gradient_kernel(
     WIDTH: tl.constexpr = Z if FROM_CODES else K
     BLOCK_WIDTH: tl.constexpr = BLOCK_Z if FROM_CODES else BLOCK_K
     if ROWS_GRADIENT:
-        start, row = tile * BLOCK_P, tl.arange(0, BLOCK_P)
-        inside = start + row < P
+        start = tile * BLOCK_P
+        row = repeated_rows(start, P, BLOCK_P)  # a row that repeats another stores the same
         features_ptr += b * stride_fb
         pull_ptr += (h * B + b) * D * BLOCK_K
         # these loads overlap with the product's
-        inverse = invert(tl.load(norms_ptr + b * P + start + row, mask=inside, other=0.0))
+        inverse = invert(tl.load(norms_ptr + b * P + start + row))
         constant = tl.load(constant_ptr + (h * B + b) * BLOCK_K + tl.arange(0, BLOCK_K))
         total = tl.load(totals_ptr + b)
         factor = tl.where(total > 0, (-1.0 / LIFT) / (tl.maximum(total, 1e-30) * B), 0.0)
         factor *= tl.load(upstream_ptr + h * stride_upstream)
-        rows = load_block(
-            rows_ptr + h * stride_rh + b * stride_rb, start, P, stride_rp, 0,
-            width=WIDTH, BLOCK_P=BLOCK_P, WIDTH=BLOCK_WIDTH,
-        )  # fmt: skip
+        rows = load_rows_apart(
+            rows_ptr + h * stride_rh + b * stride_rb, start, P, stride_rp, WIDTH, BLOCK_P=BLOCK_P, WIDTH=BLOCK_WIDTH
+        )
         pulled = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
         for first in range(0, D, BLOCK_D):
-            f = load_block(features_ptr, start, P, stride_fp, first, D, BLOCK_P=BLOCK_P, WIDTH=BLOCK_D).to(FEATURE)
+            f = load_repeated(features_ptr, start, P, stride_fp, first, D, BLOCK=BLOCK_P, WIDTH=BLOCK_D).to(FEATURE)
             pull = load_pull(pull_ptr, first, D, BLOCK_D, BLOCK_K).to(FEATURE)
             pulled = tl.dot(f, pull, pulled, input_precision=PRECISION)
-        # a second mask, without which the compiler would copy rows to shared memory at once and wait for them
-        rows = tl.where(inside[:, None], rows, 0.0)
+        rows = tl.reshape(rows, (BLOCK_P, BLOCK_WIDTH))
         if HAS_WEIGHT:
-            factor *= tl.load(weight_ptr + b * P + start + row, mask=inside, other=0.0)
+            factor *= tl.load(weight_ptr + b * P + start + row)
         if FROM_CODES:
             if PREPARED:
                 parts = load_prepared(prototypes_ptr + h * 4 * BLOCK_K * BLOCK_Z, CODE, BLOCK_K, BLOCK_K, BLOCK_Z)
@@ -152,7 +153,7 @@ def energy_gradient_kernel(
             d_row = prob_gradient(rows.to(tl.float32), pulled, inverse, constant, factor)
         column = tl.arange(0, BLOCK_WIDTH)
         out_ptr = d_rows_ptr + ((h * B + b) * P + start) * WIDTH + row[:, None] * WIDTH + column[None, :]
-        tl.store(out_ptr, d_row.to(d_rows_ptr.dtype.element_ty), mask=inside[:, None] & (column < WIDTH)[None, :])
+        tl.store(out_ptr, d_row.to(d_rows_ptr.dtype.element_ty), mask=(column < WIDTH)[None, :])
 
     if STUDENT_GRADIENT:  # noqa: SIM102 - one condition for the compiler, one for the program
         if (tile == 0) & (b == 0):

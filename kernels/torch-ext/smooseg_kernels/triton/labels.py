@@ -53,6 +53,30 @@ def load_tile(ptr, start, count, stride, first, width: tl.constexpr, BLOCK: tl.c
 
 
 @triton.jit
+def repeated_rows(start, count, BLOCK: tl.constexpr):
+    """Returns rows 0 .. BLOCK from `start` on; those beyond the matrix repeat its last one, so that loads need no mask.
+
+    A masked load of 16 bits takes two more instructions a number.
+    """
+    return tl.minimum(tl.arange(0, BLOCK), count - 1 - start)
+
+
+@triton.jit
+def load_repeated(ptr, start, count, stride, first, width: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """Loads what `load_tile` does, but the last row in place of those beyond the matrix.
+
+    The base moves with `first`, so a loop over columns computes the offsets from it once.
+    """
+    row, column = repeated_rows(start, count, BLOCK), tl.arange(0, WIDTH)
+    tile_ptr = ptr + (tl.cast(start, tl.int64) * stride + first) + (row[:, None] * stride + column[None, :])
+    if width % WIDTH == 0:
+        tile = tl.load(tile_ptr)
+    else:
+        tile = tl.load(tile_ptr, mask=(first + column < width)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
 def load_unit_prototypes(ptr, K: tl.constexpr, Z: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Z: tl.constexpr):
     """Loads [K,Z] of any length as unit rows [BLOCK_K, BLOCK_Z] fp32, and 1 / length [BLOCK_K]."""
     prototypes = load_rows(ptr, 0, K, Z, width=Z, BLOCK=BLOCK_K, WIDTH=BLOCK_Z).to(tl.float32)

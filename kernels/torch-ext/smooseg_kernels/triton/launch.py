@@ -14,15 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op
 
+from ..operators import add_op_namespace_prefix
 from .labels import invert
-
-try:  # a kernel project built for the Hugging Face hub generates this file
-    from .._ops import add_op_namespace_prefix
-except ImportError:
-
-    def add_op_namespace_prefix(name: str) -> str:
-        return f"smooseg::{name}"
-
 
 INTERPRETED = not isinstance(invert, triton.JITFunction)
 CONFIGS = Path(__file__).parent / "configs"

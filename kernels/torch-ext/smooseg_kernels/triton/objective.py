@@ -225,6 +225,8 @@ def objective_backward(
 def gradient_settings(plan: Plan, features: Tensor) -> dict[str, int]:
     """Returns the gradient's settings: blocks of 16 rows a warp, and no more of D than there is or fits."""
     settings = config("energy_gradient", features, plan.H)
+    if plan.columns * plan.code_columns > 2048:  # more than the settings were picked for
+        settings |= {"BLOCK_P": 64, "num_warps": 4}
     settings["BLOCK_D"] = max(16, min(settings["BLOCK_D"], triton.next_power_of_2(plan.D), 8192 // plan.columns))
     return settings
 

@@ -88,6 +88,11 @@ def pair_tiles_kernel(
     FEATURE: tl.constexpr,  # the types in which the matrix unit reads features and codes
     CODE: tl.constexpr,
     PRECISION: tl.constexpr,
+    # options
+    weight_ptr=None,  # [B,Q] fp32, with HAS_WEIGHT: factors of V
+    GIVEN: tl.constexpr = False,  # row_means are -bias, thresholds [B] its largest magnitude or 1; energies are [B,P]
+    HAS_WEIGHT: tl.constexpr = False,
+    SIMILARITY_ALONE: tl.constexpr = False,  # V is 1
 ):  # fmt: skip
     n, start = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK_M
     j = met_image(partner_ptr, n, N, HAS_PARTNER)
@@ -102,11 +107,16 @@ def pair_tiles_kernel(
     row, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     inside = start + row < P
 
-    shift = -tl.load(threshold_ptr)
-    if CENTER:
-        shift += add_up(mean_parts_ptr, parts) / row_mean_count
-    # forces stay within a 16-bit range for any threshold
-    largest = tl.maximum(1.0, tl.abs(shift))
+    if GIVEN:
+        shift, largest = 0.0, tl.load(threshold_ptr + n)
+    else:
+        shift = -tl.load(threshold_ptr)
+        if CENTER:
+            shift += add_up(mean_parts_ptr, parts) / row_mean_count
+        # forces stay within a 16-bit range for any threshold
+        largest = tl.maximum(1.0, tl.abs(shift))
+    if SIMILARITY_ALONE:
+        largest = 1.0
     mine_scale = tl.load(mine_inverse_ptr + me * P + start + row, mask=inside, other=0.0) / largest
     mine_bias = tl.zeros((BLOCK_M,), tl.float32)
     if FROM_I:
@@ -132,7 +142,9 @@ def pair_tiles_kernel(
 
     for first in range(0, Q, BLOCK_N):
         here = first + column < Q
-        if TILES > 0:
+        if SIMILARITY_ALONE:
+            closeness = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        elif TILES > 0:
             closeness = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for i in tl.static_range(TILES):
                 theirs = load_rows(
@@ -167,20 +179,25 @@ def pair_tiles_kernel(
                 OPERAND=CODE, PRECISION=PRECISION,
             )  # fmt: skip
 
-        scale = tl.load(other_inverse_ptr + it * Q + first + column, mask=here, other=0.0)
-        force = closeness * scale[None, :] * mine_scale[:, None]
-        if FROM_I:
-            force += mine_bias[:, None]
-            # a padded column still carries my bias, and its cosine of 0 may be clamped to another number
-            if ZERO_MOVES:
-                force = tl.where(here[None, :], force, 0.0)
+        if SIMILARITY_ALONE:
+            force = closeness + tl.where(here, 1.0, 0.0)[None, :]
         else:
-            bias = tl.zeros((BLOCK_N,), tl.float32) + shift
-            if CENTER:
-                bias -= tl.load(row_means_ptr + n * Q + first + column, mask=here, other=0.0)
-            force += (bias / largest)[None, :]
-        if HINGE:
-            force = tl.maximum(force, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            scale = tl.load(other_inverse_ptr + it * Q + first + column, mask=here, other=0.0)
+            force = closeness * scale[None, :] * mine_scale[:, None]
+            if FROM_I:
+                force += mine_bias[:, None]
+                # a padded column still carries my bias, and its cosine of 0 may be clamped to another number
+                if ZERO_MOVES:
+                    force = tl.where(here[None, :], force, 0.0)
+            else:
+                bias = tl.zeros((BLOCK_N,), tl.float32) + shift
+                if CENTER:
+                    bias -= tl.load(row_means_ptr + n * Q + first + column, mask=here, other=0.0)
+                force += (bias / largest)[None, :]
+            if HINGE:
+                force = tl.maximum(force, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        if HAS_WEIGHT:
+            force *= tl.load(weight_ptr + n * Q + first + column, mask=here, other=0.0)[None, :]
         clamped = likeness
         if HAS_LOW:
             clamped = tl.maximum(clamped, low, propagate_nan=tl.PropagateNan.ALL)
@@ -209,7 +226,9 @@ def pair_tiles_kernel(
                 new_gradients = new_gradients + (tl.dot(weight, piece, gradients[i], input_precision=PRECISION),)
             gradients = new_gradients
 
-    if ENERGY:
+    if ENERGY and GIVEN:
+        tl.store(energy_ptr + n * P + start + row, energy * largest, mask=inside)
+    elif ENERGY:
         tl.store(energy_ptr + n * tl.num_programs(0) + tl.program_id(0), tl.sum(energy, 0) * largest)
     if GRADIENT:
         for i in tl.static_range(PIECES):

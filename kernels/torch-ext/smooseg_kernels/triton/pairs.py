@@ -59,6 +59,14 @@ class Rule(NamedTuple):
     center: bool
 
 
+class Given(NamedTuple):
+    """Takes the place of the means that a Scratch has: any bias, weights, and a row of results in place of a sum."""
+
+    row_means: Tensor  # [B,P_i] fp32: -bias
+    weight: Tensor | None  # [B,Q] of the other side
+    similarity_alone: bool  # V is 1
+
+
 class Upstream(NamedTuple):
     """Gradients that arrive in the backward pass."""
 
@@ -220,15 +228,24 @@ def tile_settings(features: Tensor, codes: Tensor, rows: int) -> tuple[dict[str,
     return settings, tiles if tiles <= resident else 0, resident > 0 and codes.shape[2] <= GRADIENT_COLUMNS
 
 
-def walk_tiles(mine: Side, other: Side, rule: Rule, kept: Scratch, *, gradient: Tensor | None, from_i: bool) -> Tensor:
-    """Launches every block of pairs of `mine` with `other`; returns parts of the energy and fills `gradient`.
+def walk_tiles(
+    mine: Side, other: Side, rule: Rule, kept: Scratch | Given, *, gradient: Tensor | None, from_i: bool
+) -> Tensor:
+    """Launches every block of pairs of `mine` with `other`; returns parts or rows of the energy, fills `gradient`.
 
     Codes wider than one launch holds take a launch for each slice. Only the first adds up the energy.
     """
     B, P, Q, ZP = kept.row_means.shape[0], mine.inverse.shape[1], other.inverse.shape[1], mine.unit.shape[2]
-    settings, tiles, resident_codes = tile_settings(mine.features, mine.unit, B * P)
+    rows = B * P if isinstance(kept, Scratch) else 0  # weights need registers, which the smaller tiles leave
+    settings, tiles, resident_codes = tile_settings(mine.features, mine.unit, rows)
     blocks = triton.cdiv(P, settings["BLOCK_M"])
-    energy = mine.inverse.new_empty(B, blocks)
+    parts, options = kept.row_means, dict[str, bool | Tensor]()
+    if isinstance(kept, Given):
+        energy, tiles = mine.inverse.new_empty(B, P), 0 if kept.similarity_alone else tiles
+        options = {"GIVEN": True, "HAS_WEIGHT": kept.weight is not None, "SIMILARITY_ALONE": kept.similarity_alone}
+        options["weight_ptr"] = or_nothing(kept.weight, energy)
+    else:
+        energy, parts = mine.inverse.new_empty(B, blocks), kept.mean_parts
     step = ZP if ZP <= GRADIENT_COLUMNS else GRADIENT_SLICE
     for first in range(0, ZP if gradient is not None else 1, step):
         starts, widths = pieces(min(ZP - first, step)) if resident_codes or gradient is not None else ((), ())
@@ -238,11 +255,11 @@ def walk_tiles(mine: Side, other: Side, rule: Rule, kept: Scratch, *, gradient: 
             mine_features_ptr=mine.features, mine_inverse_ptr=mine.inverse, mine_codes_ptr=mine.unit,
             other_features_ptr=other.features, other_inverse_ptr=other.inverse, other_codes_ptr=other.unit,
             partner_ptr=or_nothing(rule.partner, mine.inverse), row_means_ptr=kept.row_means,
-            mean_parts_ptr=kept.mean_parts, threshold_ptr=rule.threshold,
+            mean_parts_ptr=parts, threshold_ptr=rule.threshold,
             # out
             energy_ptr=energy, gradient_ptr=or_nothing(gradient, energy),
             # sizes
-            N=len(other.inverse) if from_i else len(mine.inverse), P=P, Q=Q, parts=kept.mean_parts.numel(),
+            N=len(other.inverse) if from_i else len(mine.inverse), P=P, Q=Q, parts=parts.numel(),
             row_mean_count=float(kept.row_means.numel()), low=0.0 if rule.low is None else rule.low,
             high=0.0 if rule.high is None else rule.high, first_column=first,
             stride_mb=mine.features.stride(0), stride_mp=mine.features.stride(1),
@@ -256,6 +273,7 @@ def walk_tiles(mine: Side, other: Side, rule: Rule, kept: Scratch, *, gradient: 
             ENERGY=from_i and first == 0, GRADIENT=gradient is not None,
             FEATURE=operand(mine.features.dtype), CODE=operand(mine.unit.dtype),
             PRECISION=precision(mine.features.device),
+            **options,
         )  # fmt: skip
     return energy
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .labels import both_unit_parts, invert, load_tile
+from .labels import both_unit_parts, invert, load_repeated, load_tile
 
 
 @triton.jit
@@ -14,10 +14,10 @@ def feature_norms(
     scale_ptr,  # [D] fp32
     start, last, stride, D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, HAS_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """Returns the lengths of rows start .. start + BLOCK_P, [BLOCK_P]; 0 from row `last` on."""
+    """Returns the lengths of rows start .. start + BLOCK_P, [BLOCK_P]; that of the last one beyond it."""
     squares = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
     for first in tl.static_range(0, D, BLOCK_D):
-        f = load_tile(features_ptr, start, last, stride, first, width=D, BLOCK=BLOCK_P, WIDTH=BLOCK_D).to(tl.float32)
+        f = load_repeated(features_ptr, start, last, stride, first, D, BLOCK=BLOCK_P, WIDTH=BLOCK_D).to(tl.float32)
         if HAS_SCALE:
             f *= load_scale(scale_ptr, first, D, BLOCK_D)[None, :]
         squares += f * f

@@ -1,0 +1,115 @@
+"""The calls that aot_report.py compiles: the operators' launchers on tensors without memory."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from smooseg_kernels.triton import assignment, code_rows, contrast, gaussian, objective, pair_options, pairs, similarity
+
+
+def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def objective_case(dtype: torch.dtype, H: int, entries=(-1, 0), *, full=False, scaled=False) -> None:
+    """Forward and backward. `scaled`: channel masks of dropout; `full`: every option, every upstream gradient."""
+    B, P, D, Z, K, T = 32, 784, 384, 64, 27, len(entries)
+    features, codes = tensor(B, P, D, dtype=dtype), tensor(H, B, P, Z, dtype=dtype)
+    student, teacher = tensor(H, K, Z), tensor(H, K, Z)
+    partners, thresholds = tensor(1, B, dtype=torch.int64), tensor(H, T)
+    scale, weight = tensor(B, D) if full or scaled else None, tensor(B, P) if full else None
+    common = (features, codes, student, teacher, partners, entries, thresholds, scale, weight)
+    out = objective.objective.launcher(*common, None, None, 0.1, full, True, True, True)
+    upstream = [x if full or i == 0 else None for i, x in enumerate(out[:4])]
+    objective.objective_backward.launcher(*upstream, *common, out[4], list(out[5:]), 0.1, full, True, True, True)
+
+
+def rows_case(dtype: torch.dtype) -> None:
+    codes, prototypes = tensor(1, 32, 784, 64, dtype=dtype), tensor(1, 27, 64)
+    out = code_rows.probabilities.launcher(codes, prototypes, 0.1)
+    code_rows.probabilities_backward.launcher(out, codes, prototypes, 0.1)
+    code_rows.data_term.launcher(codes, prototypes, prototypes, None, True)
+    labels = tensor(32, 320, 320, dtype=torch.uint8)
+    assignment.assign.launcher(codes[0], prototypes[0], [28, 28], [320, 320], labels, 27)
+
+
+def statistics_case(dtype: torch.dtype, entries: tuple[int, ...] = (-1,), full: bool = False) -> None:
+    """Means, histogram and 32 neighbours; `full`: centred, weighted, the most bins and neighbours."""
+    features, partners = tensor(32, 784, 384, dtype=dtype), tensor(1, 32, dtype=torch.int64)
+    weight = tensor(32, 784) if full else None
+    bins, neighbours = (similarity.LARGEST_BINS, similarity.LARGEST_NEIGHBOURS) if full else (512, 32)
+    rows = (features, partners, list(entries), weight, None)
+    similarity.similarity_statistics.launcher(*rows, True, bins, -1.5, 1.5, neighbours)
+
+
+def pairs_case(dtype: torch.dtype, points: int = 784, full: bool = False, D: int = 384, Z: int = 70) -> None:
+    """Forward and backward; `full`: a partner index, hinge, and upstream gradients to both outputs."""
+    rows, number = (tensor(32, points, D, dtype=dtype), tensor(32, points, Z, dtype=dtype)), tensor()
+    partner = tensor(32, dtype=torch.int64) if full else None
+    common = (*rows, *rows, number, partner)
+    out = pairs.pair_energy.launcher(*common, 0.0, 0.8, full, True, True)
+    upstream = (number, number if full else None)
+    pairs.pair_energy_backward.launcher(*upstream, *common, list(out[2:]), 0.0, 0.8, full, True, True, True)
+
+
+def pair_options_case(dtype: torch.dtype) -> None:
+    """Forward and backward with weights, a partner index, and both rows."""
+    (B, P, Z), f32 = (32, 784, 70), torch.float32
+    features, codes, rows = tensor(B, P, 384, dtype=dtype), tensor(B, P, Z, dtype=f32), tensor(B, P, dtype=f32)
+    side, partner = (features, rows, codes), tensor(B, dtype=torch.int64)
+    common = (*side, *side, partner, rows, rows, dtype != f32, 0.0, 0.8, False)
+    pair_options.pair_rows.launcher(*common, True, True)
+    pair_options.pair_rows_backward.launcher(rows, rows, *common)
+
+
+def contrast_case(dtype: torch.dtype, *, labels: bool = False, full: bool = False, Z: int = 64) -> None:
+    """Forward and backward on all patches of an image; `full`: every option."""
+    codes, sums, number = tensor(32, 784, Z, dtype=dtype), tensor(32, 784), tensor()
+    label = tensor(32, 784, dtype=torch.int64) if labels else None
+    features = None if labels else tensor(32, 784, 384, dtype=dtype)
+    threshold = None if labels else sums
+    common = (codes, codes, number, label, label, features, features, threshold, *[sums if full else None] * 2)
+    out = contrast.contrast.launcher(*common, True, full)
+    contrast.contrast_backward.launcher(sums, sums, *common, list(out), True, full, True, True)
+
+
+def shipped_cases(quick: bool = False) -> dict:
+    """Calls by name; `quick`: the launches of a training step alone."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    cases = {
+        "bf16 dropout": partial(objective_case, bf16, 1, scaled=True),
+        "bf16 dropout, H=16": partial(objective_case, bf16, 16, scaled=True),
+        "bf16 pairs": partial(pairs_case, bf16),
+    }
+    if quick:
+        return cases
+    for name, dtype, heads in (("bf16", bf16, 1), ("bf16", bf16, 16), ("fp16", fp16, 1), ("fp32", fp32, 1)):
+        cases[f"{name} H={heads}"] = partial(objective_case, dtype, heads)
+    for name, dtype, heads in (("bf16", bf16, 1), ("bf16", bf16, 16), ("fp16", fp16, 16)):
+        title = f"{name} every option" + (f", H={heads}" if heads > 1 else "")
+        cases[title] = partial(objective_case, dtype, heads, (-1, 0, -2), full=True)
+    cases |= {
+        "bf16 pairs, P=121": partial(pairs_case, bf16, 121),
+        "bf16 pairs, options": partial(pairs_case, bf16, full=True),
+        "bf16 pairs, rows": partial(pair_options_case, bf16),
+        "fp32 pairs": partial(pairs_case, fp32),
+        "bf16 pairs, D=768": partial(pairs_case, bf16, D=768),
+        "bf16 pairs, Z=200": partial(pairs_case, bf16, Z=200),
+    }
+    cases |= {
+        "bf16 contrast": partial(contrast_case, bf16),
+        "bf16 contrast, options": partial(contrast_case, bf16, full=True),
+        "bf16 contrast, labels": partial(contrast_case, bf16, labels=True),
+        "bf16 contrast, Z=200": partial(contrast_case, bf16, Z=200),
+        "fp32 contrast": partial(contrast_case, fp32),
+    }
+    for name, dtype in (("bf16", bf16), ("fp32", fp32)):
+        cases[f"{name} rows"] = partial(rows_case, dtype)
+        cases[f"{name} statistics"] = partial(statistics_case, dtype)
+        cases[f"{name} statistics, every option"] = partial(statistics_case, dtype, (0, -2), full=True)
+        for K in (27, 135):  # a picture's labels; the moments of their gradient to the points
+            pixels, values = tensor(1, 320 * 320, 5), tensor(1, 320 * 320, K, dtype=dtype)
+            cases[f"{name} gaussian, K={K}"] = partial(gaussian.gaussian_sums.launcher, pixels, values, 0.0)
+    return cases

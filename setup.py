@@ -1,14 +1,20 @@
-"""Two import packages from one project: `smooseg_fast`, and `smooseg_kernels`, which needs torch alone."""
+"""smooseg_fast. Its kernels are a distribution of their own, in kernels/, which needs torch alone."""
 
+import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+# a checkout brings its own kernels, so that one command installs both; a released archive asks the index for them
+RELEASED = (HERE / "PKG-INFO").exists() or "sdist" in sys.argv
+KERNELS = "smooseg_kernels>=0.1" if RELEASED else f"smooseg_kernels @ {(HERE / 'kernels').as_uri()}"
 
 setup(
     name="smooseg_fast",
     version="0.1.0",
     description="Unsupervised semantic segmentation of a folder of photos: SmooSeg with an exact linear-time objective",
-    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
@@ -19,15 +25,11 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.10",
-    packages=[*find_packages(include=["smooseg_fast", "smooseg_fast.*"]), "smooseg_kernels", "smooseg_kernels.triton"],
-    package_dir={"smooseg_kernels": "kernels/torch-ext/smooseg_kernels"},
-    package_data={
-        "smooseg_fast": ["py.typed"],
-        "smooseg_kernels": ["py.typed"],
-        "smooseg_kernels.triton": ["configs/*.json"],
-    },
+    packages=find_packages(include=["smooseg_fast", "smooseg_fast.*"]),
+    package_data={"smooseg_fast": ["py.typed"]},
     entry_points={"console_scripts": ["smooseg = smooseg_fast.__main__:main"]},
     install_requires=[
+        KERNELS,
         "torch>=2.11",
         "numpy>=1.26",
         "scipy>=1.11",
@@ -36,6 +38,7 @@ setup(
         "tqdm>=4.66",
         "matplotlib>=3.8",
         "shtab>=1.13",
+        "ninja>=1.11",  # compiles the dense CRF's lattice where a C++ compiler is
     ],
     extras_require={
         "transformers": ["transformers>=5.17"],

@@ -14,12 +14,12 @@ GUIDE = ROOT / "docs" / "kernels.md"
 
 def examples():
     blocks = []
-    for path in (GUIDE, ROOT / "README.md"):
+    for path in (GUIDE, ROOT / "README.md", ROOT / "kernels" / "README.md", ROOT / "docs" / "adopt.md"):
         text = path.read_text(encoding="utf-8")
         for block in re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
             line = text[: block.start(1)].count("\n")
             if "import smooseg_kernels" in block[1]:
-                blocks.append(pytest.param(block[1], path, line, id=f"{path.name}:{line}"))
+                blocks.append(pytest.param(block[1], path, line, id=f"{path.relative_to(ROOT)}:{line}"))
     return blocks
 
 

@@ -25,14 +25,15 @@ if TYPE_CHECKING:
 DAY_S = 86_400.0
 SETTINGS = ("dataset", "backbone", "size", "crops", "images")
 # shown where rows that look alike differ
-DETAILS = ("scale", "margin", "mirror", "reading", "precision", "resample", "batch", "weights", "files")
+DETAILS = ("scale", "margin", "mirror", "shift", "reading", "precision", "resample", "batch", "weights", "files")
 
 
 @dataclass(frozen=True, kw_only=True)
 class List:
     """List the contents of the cache, the last used first. Where rows would look alike, further columns show what
-    differs: scale, margin, mirror, reading (intensity, bands and pages), precision, resample and batch (squares that
-    the backbone took at once), and digests of the backbone's weights and of the image files."""
+    differs: scale, margin, mirror, shift (pixels down and right), reading (intensity, bands and pages), precision,
+    resample and batch (squares that the backbone took at once), and digests of the backbone's weights and of the image
+    files."""
 
     cache: Folder | None = None
     """Folder of the feature cache [~/.cache/smooseg_fast]."""

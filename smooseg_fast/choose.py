@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 from .command import pictures_of, predict_command, run
-from .config import CLOSENESS, GROUPS
+from .config import CLOSENESS, GROUPS, SHARE
 from .errors import UserError
 from .system.commandline import parse
 from .system.fields import Bounds, Value
@@ -28,6 +28,8 @@ class ChooseConfig:
     """Number of groups."""
     cut: Annotated[float | None, CLOSENESS] = None
     """Height of the cut in tree.png instead: groups merge where their mean closeness exceeds it."""
+    share: Annotated[float, SHARE] = 0.0
+    """Least share of the area that a group needs; smaller parts join their nearest group. Alone: every group of it."""
 
 
 def main(args: Sequence[str]) -> None:
@@ -40,17 +42,18 @@ def main(args: Sequence[str]) -> None:
     out = Path(config.run).expanduser()
     if not (out / names.REPORT).is_file():
         raise UserError(f"--run {out}: holds no finished run; give the --out folder of training")
-    if (config.groups is None) == (config.cut is None):
-        raise UserError("--groups: give either it or --cut")
+    if (config.groups is not None) + (config.cut is not None) != 1 and not (config.share and config.groups is None):
+        raise UserError("--groups: give either it or --cut; --share with one of them, or alone")
     with held(out, "--run"):
         sweep(out)
         before = read_checkpoint(out / names.CHECKPOINT)
-        checkpoint = before.at(config.groups, config.cut)
+        checkpoint = before.at(config.groups, config.cut, config.share)
         checkpoint.write(out / names.CHECKPOINT)
         pictures.save(out / names.TREE, tree_picture(checkpoint, str(out)))
-    print(f"{out / names.CHECKPOINT} has {checkpoint.groups} groups now; it had {before.groups or before.trained}")
+    now = checkpoint.groups or checkpoint.trained
+    print(f"{out / names.CHECKPOINT} has {now} groups now; it had {before.groups or before.trained}")
     print(f"look at    {out / names.TREE}; {out / names.GROUPS} shows the groups at the end of the run")
-    images, predictions = pictures_of(checkpoint.config.data, out), out / f"predictions_{checkpoint.groups}"
+    images, predictions = pictures_of(checkpoint.config.data, out), out / f"predictions_{now}"
     print("next       " + predict_command(out / names.CHECKPOINT, images, predictions, checkpoint.backbone_name))
 
 

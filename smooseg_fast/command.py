@@ -30,13 +30,22 @@ if TYPE_CHECKING:
 
 
 def load_segmenter(
-    checkpoint: str, backbone: str | None, device: str, precision: str, *, groups: int | None
+    checkpoint: str,
+    backbone: str | None,
+    device: str,
+    precision: str,
+    *,
+    groups: int | None,
+    exact: bool = False,
+    upsampler: str | None = None,
 ) -> Segmenter:
     """The segmenter that a command's flags of these names ask for; warns on stderr when the backbone is not that of
-    training."""
+    training. `exact`: see `Segmenter.load`."""
     from .segment.segmenter import Segmenter
 
-    segmenter = Segmenter.load(checkpoint, backbone=backbone, device=device, precision=precision)
+    segmenter = Segmenter.load(
+        checkpoint, backbone=backbone, device=device, precision=precision, exact=exact, upsampler=upsampler
+    )
     if groups is not None:
         segmenter = segmenter.at(groups)
     if not segmenter.same_backbone:

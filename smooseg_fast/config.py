@@ -15,12 +15,13 @@ from typing import Annotated, Any, Literal
 
 from .errors import UserError
 from .system.commandline import nearest
-from .system.fields import Bounds, Group, Value, check_fields, fields_of
+from .system.fields import Bounds, Group, OneOf, Value, check_fields, fields_of
 from .system.readingflags import WORDS, Bands, Intensity, Pages
 from .system.sizes import parse_size
 
 GROUPS = 255  # the most that an 8-bit mask holds
 FINE = 64  # prototypes that a tree merges, by default
+REFINE: Refine = "guided"  # how labels are refined by the picture: it gained border F on each of five sets
 TUNING = 60  # steps after a tree, where they help
 
 PresetName = Literal["demo", "folder", "cityscapes", "cocostuff27", "potsdam"]
@@ -30,8 +31,10 @@ BackbonePrecision = Literal["auto", "float32", "bfloat16", "float16"]
 Init = Literal["tree", "pca-kmeans", "random"]
 Crops = Literal["center", "slide", "five", "tiles"]
 Resample = Literal["nearest", "bilinear"]
+Refine = Literal["none", "guided", "joint", "crf", "crf-exact"]
 Side = Annotated[int, Bounds(8, 1 << 16, " pixels")]
 CLOSENESS = Bounds(-2.0, 2.0)  # cosines differ by no more
+SHARE = Bounds(0.0, 1.0)  # of the area
 SEEDS = Bounds(0, 2**63 - 1)
 Seed = Annotated[int, SEEDS]
 AtLeastOne = Annotated[int, Bounds(1)]
@@ -41,6 +44,8 @@ Backbone = Annotated[str, Value("NAME")]
 FIT, NATIVE = "fit", "native"
 AUTO = "auto"  # the backbone that `backbones.auto` chooses
 Ignored = Annotated[tuple[int, ...], Value("NUMBER"), Bounds(0, 0xFFFFFF)]
+SHIFTS = OneOf((1, 2, 4))
+Shifts = Annotated[int, Value("{1,2,4}"), SHIFTS]
 CacheLimit = Annotated[str, Value("SIZE"), parse_size]
 
 
@@ -159,8 +164,8 @@ class TrainConfig:
 
     backbone: Annotated[Backbone, Group("features")] = AUTO
     """Frozen features: auto (the best that is on this machine), filterbank (built in), efficientnet-lite0 (from a
-    wheel), a transformers ViT by hub name or folder, a DINO or DINOv2 .pth, or module:callable. smooseg backbones lists
-    them."""
+    wheel), a transformers ViT by hub name or folder, a DINO, DINOv2 or DINOv3 .pth, or module:callable. smooseg
+    backbones lists them."""
     backbone_precision: BackbonePrecision = "auto"
     """Number format of a ViT backbone. auto takes half precision on a GPU and on a CPU with matrix units (AMX), where
     it needs a third of the time, and float32 elsewhere."""

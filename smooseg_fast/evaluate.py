@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +20,9 @@ from .config import (
     Folder,
     Ignored,
     PresetName,
+    Refine,
     Resample,
+    Shifts,
     TrainConfig,
     preset,
 )
@@ -68,14 +71,25 @@ class EvaluateConfig:
     mirror: bool = True
     """Take each image once, which halves the time, instead of averaging its codes with those of its mirror image as the
     paper does."""
+    shifts: Shifts = 1
+    """See each image 2 or 4 times, each time moved by half a patch, on a grid of half patches: finer borders, in as
+    many times the time."""
+    refine: Refine | None = None
+    """How labels follow the edges of the image, as in smooseg predict: none, guided, joint, crf or crf-exact. With a
+    --preset, crf is the second row of the paper's tables [none with a --preset or a published checkpoint, else
+    guided]."""
     probes: bool = False
     """Fit a linear map and nearest neighbours, too, on the labels of the training images of --data, on frozen features
     and on codes, and score them on the held-out ones. They tell poor features from poor groups."""
 
     backbone: Annotated[Backbone | None, Group("features")] = None
     """Needed when the checkpoint was trained on a module:callable [the one that the checkpoint names]."""
+    upsampler: Annotated[str | None, Value("NAME")] = None
+    """module:callable that refines features by the image: it takes features [1,h,w,D] and uint8 [H,W,3], and returns
+    features [1,n*h,n*w,D]. Needs whole images (--whole)."""
     backbone_precision: BackbonePrecision = "auto"
-    """Number format of a ViT backbone; auto takes one in which the device is fast."""
+    """Number format of a ViT backbone; auto is float32 with a --preset or a published checkpoint, whose figures were
+    measured in it, else one in which the device is fast."""
     device: Device = "auto"
     """cpu, cuda, cuda:1, mps, or auto: a GPU if there is one."""
     cache: Folder | None = None
@@ -97,8 +111,16 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
     processes = processes or ALONE
     device = processes.device(pick_device(config.device))
     segmenter = load_segmenter(
-        config.checkpoint, config.backbone, device, config.backbone_precision, groups=config.groups
+        config.checkpoint,
+        config.backbone,
+        device,
+        config.backbone_precision,
+        groups=config.groups,
+        exact=config.preset is not None,
+        upsampler=config.upsampler,
     )
+    refine = "none" if config.refine is None and config.preset else segmenter.refinement(config.refine)
+    config = replace(config, refine=refine)
     ignore = segmenter.config.ignore if config.ignore is None else config.ignore
     dataset = labelled_images(config.data, segmenter.checkpoint, ignore)
     training = training_images(config, dataset, segmenter.checkpoint, ignore) if config.probes else None
@@ -115,6 +137,10 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
             raise UserError("--probes: measure central squares, not whole images; leave it or --whole out")
         measured = wholes(config, segmenter, dataset, processes)
     else:
+        if config.probes and config.shifts > 1:
+            raise UserError("--probes: see every square once; leave --shifts or --probes out")
+        if config.upsampler is not None:
+            raise UserError("--upsampler: central squares come from the cache without their pictures; add --whole")
         if config.eval_size is None and size != suits:
             print(f"eval_size: {suits} -> {size} pixels, a multiple of the {patch}-pixel patch")
         sets = dataset, training
@@ -149,11 +175,12 @@ def central_squares(
 
     sets: the images to measure on, and those that probes are fitted on, if any.
     """
+    from .backbones.shifts import density, offsets
     from .datasets.cutting import Cutting
     from .features.extract import open_or_extract
     from .features.job import FeatureOptions
     from .features.room import require_room
-    from .measure.confusion import LabelSquares, head_codes, require_same_rows
+    from .measure.confusion import LabelSquares, head_codes, require_same_rows, shifted_codes
     from .measure.probes import probe
     from .segment.grouping import Grouping
 
@@ -164,18 +191,25 @@ def central_squares(
         argument="--eval-size",
         resample=resample,
         margin=cutting.margin,
+        exact=published(config, segmenter) and segmenter.backbone.precision == "float32",
         cache=config.cache,
         limit=None if config.cache_limit is None else parse_size(config.cache_limit, "--cache-limit"),
         processes=processes,
     )
-    require_room(dataset, segmenter.backbone, options, stores=1 + config.mirror)
-    store = open_or_extract(dataset, segmenter.backbone, options)
-    mirrored = None
-    if config.mirror:
-        mirrored = open_or_extract(dataset, segmenter.backbone, replace(options, mirror=True))
-        require_same_rows(store, mirrored)
-    labels = LabelSquares(dataset, store, cutting, processes)
-    counts = labels.confusion(head_codes(segmenter.grouping, store, mirrored), segmenter.grouping.prototypes)
+    moves, sides = offsets(config.shifts, segmenter.backbone.patch), (False, True)[: 1 + config.mirror]
+    require_room(dataset, segmenter.backbone, options, stores=len(moves) * len(sides))
+    seen = [[replace(options, shift=move, mirror=side) for side in sides] for move in moves]
+    stores = [[open_or_extract(dataset, segmenter.backbone, one) for one in sides_of] for sides_of in seen]
+    store = stores[0][0]
+    for other in chain(*stores):
+        require_same_rows(store, other)
+    labels = LabelSquares(dataset, store, cutting, processes, density=density(config.shifts))
+    codes = shifted_codes(segmenter.grouping, stores, segmenter.backbone.patch)
+    refine = segmenter.refinement(config.refine)
+    if refine == "none":
+        counts = labels.confusion(codes, segmenter.grouping.prototypes)
+    else:
+        counts = labels.refined_confusion(codes, segmenter.grouping, refine)
     probes = {}
     if training is not None:
         fitted_on = LabelSquares(training, open_or_extract(training, segmenter.backbone, options), cutting, processes)
@@ -185,12 +219,25 @@ def central_squares(
     return Measured(counts, len(store), store.skipped, size, f"at {size} px", probes)
 
 
+def published(config: EvaluateConfig, segmenter: Segmenter) -> bool:
+    """Whether the figures are to be those of the published arithmetic: the backbone and its features in float32."""
+    return config.preset is not None or "published" in segmenter.checkpoint.report
+
+
 def wholes(config: EvaluateConfig, segmenter: Segmenter, dataset: Dataset, processes: Processes) -> Measured:
     """Measure on whole images, every pixel at its own size."""
     from .measure.confusion import count_wholes
 
     cutting = segmenter.cutting(short_side=config.eval_size, argument="--eval-size")
-    counts, skipped = count_wholes(segmenter, dataset, processes, mirror=config.mirror, short_side=config.eval_size)
+    counts, skipped = count_wholes(
+        segmenter,
+        dataset,
+        processes,
+        mirror=config.mirror,
+        shifts=config.shifts,
+        short_side=config.eval_size,
+        refine=config.refine,
+    )
     fits = cutting.scale == (FIT,)
     how = f"of whole images at {cutting.size} px" if fits else f"of whole images at scale {' '.join(cutting.scale)}"
     return Measured(counts, len(dataset) - len(skipped), skipped, cutting.size if fits else None, how)
@@ -217,6 +264,9 @@ def report(config: EvaluateConfig, dataset: Dataset, measured: Measured) -> None
         "measured": measured.how,
         "groups": len(counts),
         "mirror": config.mirror,
+        "shifts": config.shifts,
+        "upsampler": config.upsampler,
+        "refine": config.refine,
         **{name: scores.as_dict(names) for name, scores in matched.items()},
         "confusion": counts.tolist(),
         **probes_as_dict(measured, names),
@@ -225,10 +275,13 @@ def report(config: EvaluateConfig, dataset: Dataset, measured: Measured) -> None
     write_json(out / "scores.json", summary)
     pictures.save(out / "confusion.png", charts.confusion_picture(counts, best, names))
     print(scores_table(matched, names))
+    shifts = "" if config.shifts == 1 else f", {config.shifts} shifts"
+    refined = "" if config.refine == "none" else f", refined by {config.refine}"
     skipped = f"; {len(measured.skipped)} images could not be used" if measured.skipped else ""
     print(
         f"\n{measured.images} images of {dataset.name}, {best.pixels:,} labelled pixels {measured.how}, "
-        f"{'mirror averaged' if config.mirror else 'no mirror'}; {len(counts)} groups, {len(names)} classes{skipped}\n"
+        f"{'mirror averaged' if config.mirror else 'no mirror'}{shifts}{refined}; "
+        f"{len(counts)} groups, {len(names)} classes{skipped}\n"
         "both mappings from groups to classes are chosen by these labels: "
         "hungarian one to one (the field's), majority many to one\n"
         f"accuracy {percent(best.accuracy)} %  mIoU {percent(best.miou)} %  (hungarian)"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from .command import end, load_segmenter, run
-from .config import FIT, GROUPS, Backbone, BackbonePrecision, Device, distinct, legal_scales
+from .config import FIT, GROUPS, Backbone, BackbonePrecision, Device, Refine, Shifts, distinct, legal_scales
 from .errors import UserError
 from .system.commandline import parse
 from .system.fields import Bounds, Group, Value
@@ -51,11 +51,22 @@ class PredictConfig:
     mirror: bool = True
     """Take each image once, which halves the time, instead of averaging its codes with those of its mirror image as the
     paper does."""
+    shifts: Shifts = 1
+    """See each image 2 or 4 times, each time moved by half a patch, on a grid of half patches: finer borders, in as
+    many times the time."""
+    refine: Refine | None = None
+    """How labels follow the edges of the image, at its own size: guided (guided filter, fast), joint (joint bilateral
+    upsampling), crf (dense CRF as the paper has it), crf-exact (the same over all pairs of pixels; for a GPU), or
+    none [guided; none for a published checkpoint]."""
 
     backbone: Annotated[Backbone | None, Group("features")] = None
     """Needed when the checkpoint was trained on a module:callable [the one that the checkpoint names]."""
+    upsampler: Annotated[str | None, Value("NAME")] = None
+    """module:callable that refines features by the image: it takes features [1,h,w,D] and uint8 [H,W,3], and returns
+    features [1,n*h,n*w,D]."""
     backbone_precision: BackbonePrecision = "auto"
-    """Number format of a ViT backbone; auto takes one in which the device is fast."""
+    """Number format of a ViT backbone; auto is float32 for a published checkpoint, else one in which the device is
+    fast."""
     device: Device = "auto"
     """cpu, cuda, cuda:1, mps, or auto: a GPU if there is one."""
 
@@ -74,7 +85,14 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
     processes = processes or ALONE
     device = processes.device(pick_device(config.device))
     first, *others = config.groups or (None,)
-    segmenter = load_segmenter(config.checkpoint, config.backbone, device, config.backbone_precision, groups=first)
+    segmenter = load_segmenter(
+        config.checkpoint,
+        config.backbone,
+        device,
+        config.backbone_precision,
+        groups=first,
+        upsampler=config.upsampler,
+    )
     cuts = [segmenter, *map(segmenter.at, others)]
     root, out = Path(config.images).expanduser(), Path(config.out).expanduser()
     with announced(f"listing    the images in {root}"):
@@ -97,7 +115,8 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
             if names:
                 where = f"in {folder.path}, by this checkpoint and with these settings"
                 print(f"{len(names)} of {len(items)} images are done {where}")
-        options = {"mirror": config.mirror, "short_side": config.short_side, "scale": config.scale}
+        names = ("mirror", "shifts", "short_side", "scale", "refine")
+        options = {name: getattr(config, name) for name in names}
         outcome = segment(segmenter, items, folders, done, **options)
         if processes.first:
             finish(config, cuts, items, list(folders.values()), outcome)
@@ -116,6 +135,9 @@ def settings(config: PredictConfig, segmenter: Segmenter) -> dict[str, Any]:
         "backbone": segmenter.backbone.digest[:16],
         "reading": str(segmenter.checkpoint.reading),
         "mirror": config.mirror,
+        "shifts": config.shifts,
+        "upsampler": None if segmenter.upsampler is None else segmenter.upsampler.digest[:16],
+        "refine": segmenter.refinement(config.refine),
         "scale": list(cutting.scale),
         "short_side": cutting.size if cutting.scale == (FIT,) else None,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import bench_losses
 import measure
 import memory
 import problems
@@ -72,12 +73,13 @@ def pairs_pass(impl, mode=MODE, function=None) -> None:
 
 
 def stretched(*inputs):
-    return problems.sk.PairEnergy(*((1 + 1e-4) * value for value in problems.pair_energy_of("torch", *inputs)))
+    out = problems.pair_energy_of("torch", *inputs)
+    return out._replace(energy=(1 + 1e-4) * out.energy, similarity=(1 + 1e-4) * out.similarity)
 
 
 def one_sided(features_i, codes_i, features_j, codes_j, partner):
     out = problems.pair_energy_of("torch", features_i, codes_i, features_j, codes_j.detach(), partner)
-    return problems.sk.PairEnergy(out.energy + 0 * codes_j.sum(), out.similarity)
+    return out._replace(energy=out.energy + 0 * codes_j.sum())
 
 
 @pytest.mark.parametrize("repeated", [False, True])
@@ -131,3 +133,17 @@ def test_memory_and_times_on_a_rotation():
     assert measure.timed(first.run, "cpu", seconds=0)["n"] == 3
     large = Problem(B=2, P=784, D=20, Z=6, K=5)
     assert memory.peak_bytes("objective", large, "dense", MODE, "float32") > 2 * 784**2 * 4  # one matrix of pairs
+
+
+@pytest.mark.parametrize("case", bench_losses.LOSSES)
+def test_losses_of_other_trainers(case, monkeypatch):
+    size = Problem(B=2, P=24, D=20, Z=6, K=5) if case == "crf energy" else PAIRS
+    for pairs in (problems.ORACLE_PAIRS, 24**2):  # all images, and the first alone
+        monkeypatch.setattr(problems, "ORACLE_PAIRS", pairs)
+        loss = problems.SUBJECTS[case](problems.of_dtype(size, torch.float32), "torch", MODE, torch.float32, "cpu")
+        outputs = loss.run()
+        loss.check(outputs)
+    monkeypatch.undo()
+    for n in range(len(outputs)):
+        with pytest.raises(AssertionError, match="off by"):
+            loss.check([value + 1e-3 * (k == n) for k, value in enumerate(outputs)])

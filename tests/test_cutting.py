@@ -255,7 +255,7 @@ def test_a_part_of_the_images_has_as_many_tiles_of_each(tmp_path, monkeypatch):
 def test_a_store_at_scale_fit_has_the_key_that_it_has_always_had(tmp_path):
     Image.fromarray(noise(64, 64)).save(tmp_path / "a.png")
     job = Job(open_dataset(tmp_path, "train"), Means(8), FeatureOptions(size=16, progress=False))
-    new = ("dataset", "backbone", "scale", "margin", "most")
+    new = ("dataset", "backbone", "scale", "margin", "most", "exact", "shift")
     deciding = {name: value for name, value in job.describe().items() if name not in new}
     names = ["precision", "size", "crops", "resample", "mirror", "reading", "batch", "grid", "channels"]
     assert sorted([*deciding][5:]) == sorted(names)

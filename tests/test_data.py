@@ -278,7 +278,7 @@ def test_the_protocol_gives_the_labels_of_the_mirror_averaged_square(city):
     segmenter = smooseg_fast.Segmenter.load(checkpoint, device="cpu")
     for index in range(4):
         square, truth = (cut_squares(pixels, 64, "center")[0][1] for pixels in (val.image(index), val.label(index)))
-        guess = segmenter.predict(square, mirror=True, short_side=64)
+        guess = segmenter.predict(square, mirror=True, short_side=64, refine="none")  # as the protocol has it
         np.add.at(expected, (guess[truth < 255], truth[truth < 255]), 1)
     # the store keeps features in fp16: a pixel on a border may fall to the other side
     assert np.abs(counts - expected).sum() <= 0.01 * expected.sum()

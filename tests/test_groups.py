@@ -164,10 +164,47 @@ def test_choose_is_a_lookup_and_can_be_undone(fine, capsys):
     assert (fine / "tree.png").read_bytes() == picture
 
 
+def test_choose_a_least_share(fine, capsys):
+    """Parts of the tree below the share join their nearest group, in masks and picture too, until another choice."""
+    first = read_checkpoint(fine / "checkpoint.safetensors")
+    tree = first.fine.tree
+    share = float(np.median(tree.shares[tree.shares > 0])) * 1.01  # some fine groups are below it
+    most = len(tree.splits(share)) + 1
+    assert 1 < most < first.fine.most
+    assert run(choose.main, ["--run", "out", "--share", repr(share)]) == 0
+    assert f"has {most} groups now" in capsys.readouterr().out
+    chosen = read_checkpoint(fine / "checkpoint.safetensors")
+    assert (chosen.share, chosen.groups or chosen.trained) == (share, most)
+    assert chosen.grouping.groups.tolist() == tree.cut(most, least_share=share).tolist()
+    assert (np.bincount(chosen.grouping.groups, tree.shares) >= share).all()
+    segmenter = smooseg_fast.Segmenter.load(fine / "checkpoint.safetensors", device="cpu")
+    assert segmenter.at(2).checkpoint.share == share  # another number keeps it
+    assert segmenter.at(most, share=0).grouping.groups is None or segmenter.at(most, share=0).digest != segmenter.digest
+    assert segmenter.predict(draw(3, 90, 120)[0]).max() < most
+    assert len(splits_of(tree, most, share)) == most - 1
+    assert run(choose.main, ["--run", "out", "--groups", str(most + 1), "--share", repr(share)]) == 2
+    message = (
+        f"error: --groups {most + 1}: the tree can be cut into 1 to {most} groups of at least {100 * share:g} % of"
+    )
+    assert capsys.readouterr().err.startswith(message)
+    height = repr(float(tree.heights[-1]))
+    assert run(choose.main, ["--run", "out", "--cut", height, "--share", repr(share)]) == 0
+    expected = int(tree.cut(threshold=float(height), least_share=share).max()) + 1
+    assert f"has {expected} groups now" in capsys.readouterr().out
+    assert run(choose.main, ["--run", "out", "--groups", str(first.trained)]) == 0
+    assert read_checkpoint(fine / "checkpoint.safetensors").share == 0
+    with pytest.raises(UserError, match=r"^--share: must be between 0 and 1, got 2"):
+        segmenter.at(share=2)
+
+
 def test_choose_says_what_is_wrong(fine, capsys):
     for args, message in (
         (["--run", "out"], "error: --groups: give either it or --cut"),
         (["--run", "out", "--groups", "2", "--cut", "0.1"], "error: --groups: give either it or --cut"),
+        (
+            ["--run", "out", "--groups", "2", "--cut", "0.1", "--share", "0.1"],
+            "error: --groups: give either it or --cut",
+        ),
         (["--run", "out", "--groups", "200"], "error: --groups 200: the tree can be cut into 1 to "),
         (["--run", "nowhere", "--groups", "2"], "error: --run nowhere: holds no finished run; give the --out folder"),
     ):

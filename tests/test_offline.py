@@ -285,7 +285,7 @@ def test_the_page_names_every_file_and_backbone():
         assert name in page
     files = {Path(name).name for name in re.findall(r"[\w./:-]+\.pth\b", page)} - {".pth"}
     assert len(files) == 7
-    assert all(name.startswith(ORIGINALS) for name in files)
+    assert all(name.startswith(tuple(ORIGINALS)) for name in files)
 
 
 # the list

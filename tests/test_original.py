@@ -161,7 +161,10 @@ def changed(**changes):
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        ({"conv1.weight": torch.ones(3)}, ["no vision transformer of DINO or DINOv2", "patch_embed.proj.weight"]),
+        (
+            {"conv1.weight": torch.ones(3)},
+            ["no vision transformer of DINO, DINOv2", "patch_embed.proj.weight"],
+        ),
         ([torch.ones(3)], ["no vision transformer"]),
         (torch.ones(3), ["no vision transformer"]),
         (changed(norm__bias=None), ["not a whole DINO ViT-64/8", "norm.bias is missing"]),
@@ -177,7 +180,7 @@ def changed(**changes):
     ids=lambda value: value[0][:30] if isinstance(value, list) and isinstance(value[0], str) else "",
 )
 def test_other_files_are_refused_in_one_line(tmp_path, value, words):
-    error_of(save(tmp_path / "other.pth", value), *words, "give a DINO or DINOv2 .pth")
+    error_of(save(tmp_path / "other.pth", value), *words, "give a DINO, DINOv2 or DINOv3 .pth")
 
 
 @pytest.mark.parametrize("name", ["pos_embed", "cls_token", "blocks__1__attn__qkv__weight"])

@@ -132,7 +132,7 @@ def test_labels_lie_where_their_pixels_are(monkeypatch, height, width, short_sid
     image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
     prototypes = torch.from_numpy(rng.standard_normal((7, 3))).float()
     chosen = object.__new__(Segmenter)  # one that has learnt nothing
-    chosen.checkpoint = SimpleNamespace(config=TrainConfig(resample="bilinear"))
+    chosen.checkpoint = SimpleNamespace(config=TrainConfig(resample="bilinear"), report={"published": {}})
     chosen.backbone = MeanColours(name="colours", digest="colours", patch=PATCH, dim=3)
     chosen.head = SimpleNamespace(
         teacher=prototypes, student=prototypes, projection=lambda features: features, basis=None

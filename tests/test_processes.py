@@ -501,9 +501,26 @@ def torchrun(*args, **options):
         "smooseg_fast.train",
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
+    running = subprocess.Popen(
         [*words, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options
     )
+    STARTED.append(running)
+    return running
+
+
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test():
+    yield
+    while STARTED:
+        running = STARTED.pop()
+        if running.poll() is None:  # a test failed while it ran; SIGTERM reaches its processes, too
+            running.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                running.wait(timeout=20)
+            running.kill()
 
 
 LONG = [*SMALL, "--granularity", "0.1", "0.2", "--steps", "100000", "--checkpoint-every", "5", "--out", "out"]
@@ -523,7 +540,13 @@ def process_of(launcher, rank):
 
 def until_saved(running, step=0):
     """Waits until a state beyond `step` is there."""
-    while not Path("out/training.safetensors").exists() or read_training_state("out/training.safetensors").step <= step:
+
+    def saved():
+        with contextlib.suppress(UserError):  # it was replaced while it was read
+            return read_training_state("out/training.safetensors").step
+        return -1
+
+    while not Path("out/training.safetensors").exists() or saved() <= step:
         assert running.poll() is None, running.communicate()
         time.sleep(0.1)
 

@@ -46,7 +46,7 @@ class MeanColours(Backbone):
 def untrained(prototypes, backbone=None, **settings):
     """A segmenter whose codes are the features."""
     chosen = object.__new__(Segmenter)
-    chosen.checkpoint = SimpleNamespace(config=TrainConfig(**settings))
+    chosen.checkpoint = SimpleNamespace(config=TrainConfig(**settings), report={"published": {}})  # not refined
     head = SimpleNamespace(teacher=prototypes, student=prototypes, projection=lambda features: features)
     chosen.backbone, chosen.head, chosen.grouping = backbone or MeanColours(), head, Grouping(head)
     return chosen
@@ -183,7 +183,7 @@ def test_repr_says_what_it_is(trained, monkeypatch):
 
 
 def test_evaluate(trained, labelled, capsys):
-    args = ["--checkpoint", str(trained), "--data", str(labelled), "--no-mirror"]
+    args = ["--checkpoint", str(trained), "--data", str(labelled), "--no-mirror", "--refine", "none"]
     assert run(evaluate.main, args) == 0
     printed = capsys.readouterr().out
     assert "wall" in printed

@@ -176,8 +176,8 @@ def test_the_cache_never_passes_the_limit(tmp_path, monkeypatch):
 
     sizes, write = [], extracting.write_shard
 
-    def written(*args):
-        write(*args)
+    def written(*args, **options):
+        write(*args, **options)
         sizes.append(sum(store.nbytes for store in CacheFolder(tmp_path).stores()))
 
     monkeypatch.setattr(extracting, "write_shard", written)

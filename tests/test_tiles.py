@@ -48,7 +48,9 @@ class Blurred(Backbone):
 def untrained(reach=0, **settings):
     """A segmenter whose codes are the features, with seven prototypes of random colours."""
     chosen = object.__new__(Segmenter)
-    chosen.checkpoint = SimpleNamespace(config=TrainConfig(**{"size": 64, "eval_size": 64, **settings}))
+    chosen.checkpoint = SimpleNamespace(
+        config=TrainConfig(**{"size": 64, "eval_size": 64, **settings}), report={"published": {}}
+    )  # whose labels are not refined
     dim = 3 * len(chosen.config.scale)
     prototypes = torch.randn(7, dim, generator=torch.Generator().manual_seed(0))
     chosen.head = SimpleNamespace(

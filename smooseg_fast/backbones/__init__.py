@@ -19,7 +19,7 @@ __all__ = ["Backbone", "build_vit", "load_backbone"]
 ACCEPTED = (
     '"filterbank", "efficientnet-lite0", a hub name such as facebook/dino-vits8, a local '
     "transformers folder (config.json and "
-    "model.safetensors), a DINO or DINOv2 .pth, or module:callable"
+    "model.safetensors), a DINO, DINOv2 or DINOv3 .pth, or module:callable"
 )
 
 
@@ -27,8 +27,8 @@ def load_backbone(spec: str, device: str | torch.device = "cpu", precision: str 
     """The backbone that `spec` names, on `device`; a network computes in `precision` (see `compute_dtype`).
 
     "filterbank" is built in; "efficientnet-lite0" comes with the extra `photos`.
-    An existing folder holds a transformers ViT; an existing file holds the weights of DINO or DINOv2 as torch.save
-    wrote them, alone or in a checkpoint. "module:callable" is imported (see `custom`).
+    An existing folder holds a transformers ViT; an existing file holds the weights of DINO, DINOv2 or DINOv3 as
+    torch.save wrote them, alone or in a checkpoint. "module:callable" is imported (see `custom`).
     "owner/name" is a transformers ViT on the hub, read from the local cache if that is complete. Raises UserError for a
     backbone that cannot be loaded and for a precision that it does not support.
     """

@@ -71,18 +71,19 @@ CATALOGUE = (
     ),
 )
 ENTRIES = {entry.name: entry for entry in CATALOGUE}
-# files of the original releases, by the beginnings of their names; DINOv3's are not read
-ORIGINALS = ("dino_deitsmall", "dino_vitbase", "dinov2_vit")
+# files of the original releases, by the beginnings of their names
+ORIGINALS = {"dino_deitsmall": APACHE, "dino_vitbase": APACHE, "dinov2_vit": APACHE, "dinov3_vit": DINOV3}
 
 
 def licence_of(name: str) -> str:
     """The licence of the weights that a --backbone value names: a name of the catalogue, a folder that is called like
-    the last part of one, or a file that is called as DINO or DINOv2 released it; "unknown" for everything else."""
+    the last part of one, or a file that is called as its owners released it; "unknown" for everything else."""
     path = Path(name).expanduser()
     if name in ENTRIES or not path.exists():
         return ENTRIES[name].licence if name in ENTRIES else "unknown"
     copies = (entry.licence for entry in CATALOGUE if entry.on_hub and PurePath(entry.name).name == path.name)
-    return next(copies, APACHE if path.name.startswith(ORIGINALS) else "unknown")
+    originals = (licence for start, licence in ORIGINALS.items() if path.name.startswith(start))
+    return next(copies, next(originals, "unknown"))
 
 
 def how_to_get(entry: Entry, transformers: bool) -> str:

@@ -36,7 +36,7 @@ class CustomBackbone(Backbone):
     precision = "its own"
 
     def __init__(self, spec: str, device: torch.device) -> None:
-        self.target = _resolve(spec)
+        self.target = resolve(spec)
         state: dict[str, Tensor] = {}
         if isinstance(self.target, nn.Module):
             self.target.to(device).eval().requires_grad_(False)
@@ -55,7 +55,7 @@ class CustomBackbone(Backbone):
         except Exception as error:
             raise UserError(f"calling it with [1,3,{side},{side}] failed ({reason(error)})") from error
         features, patch = _read(output, probe, patch)
-        digest = digest_of("custom-1", spec, note, *_sources(spec, self.target), state)
+        digest = digest_of("custom-1", spec, note, *sources(spec, self.target), state)
         super().__init__(name=spec, digest=digest, patch=patch, dim=features.shape[-1], device=device)
 
     def extract(self, images: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class CustomBackbone(Backbone):
             return _read(self.target(images), images, self.patch)[0].to(self.device)
 
 
-def _resolve(spec: str) -> Any:
+def resolve(spec: str) -> Any:
     """Imports "module:name"; modules in the working folder can be imported, as with `python -m`."""
     if not re.fullmatch(r"[\w.]+(?<!\.py):\w+", spec):
         raise UserError("must read package.module:callable, without folders and without .py")
@@ -84,7 +84,7 @@ def _resolve(spec: str) -> Any:
     return target
 
 
-def _sources(spec: str, target: Any) -> list[bytes]:
+def sources(spec: str, target: Any) -> list[bytes]:
     """The source files of the module in `spec` and of the module that defines the target, which may differ."""
     defined_by = target if inspect.isroutine(target) else type(target)
     modules = dict.fromkeys([spec.partition(":")[0], str(getattr(defined_by, "__module__", ""))])

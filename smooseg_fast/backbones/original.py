@@ -1,7 +1,8 @@
-"""Reads the weights files that DINO and DINOv2 published, and checkpoints around them, as transformers' files.
+"""Reads the weights files that DINO, DINOv2 and DINOv3 published, and checkpoints around them, as transformers' files.
 
-Names and shapes alone tell which network it is: DINOv2 has layer scales (`ls1`), with registers also `register_tokens`,
-and the giant model has SwiGLU (`w12`). In all of them a head has 64 channels and LayerNorm an epsilon of 1e-6.
+Names and shapes alone tell which network it is: DINOv3 has rotary positions (see `dinov3`). DINOv2 has layer scales
+(`ls1`), with registers also `register_tokens`, and the giant model has SwiGLU (`w12`). In DINO and DINOv2 a head has 64
+channels and LayerNorm an epsilon of 1e-6.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UserError
-from .base import require_finite
+from . import dinov3
+from .base import reason, require_finite
 from .vitfiles import VitFiles
 from .weights import read
 
 STEM = "patch_embed.proj.weight"
 HOLDERS = ("teacher", "state_dict", "model", "student")  # in this order: of two networks, the teacher was published
 HEAD_DIM = 64
-SIZES = {192: "Ti", 384: "S", 768: "B", 1024: "L", 1536: "g"}
-NEEDS = "give a DINO or DINOv2 .pth, or the folder of a transformers ViT (config.json and model.safetensors)"
+SIZES = {192: "Ti", 384: "S", 768: "B", 1024: "L", 1280: "H+", 1536: "g", 4096: "7B"}
+NEEDS = "give a DINO, DINOv2 or DINOv3 .pth, or the folder of a transformers ViT (config.json and model.safetensors)"
 
 # names of the original -> names in transformers' files
 TRUNK = {
@@ -48,7 +50,7 @@ def read_original(path: Path) -> VitFiles:
         names = [name for name in table if isinstance(name, str) and name.endswith(STEM)]
         if names:
             return vit_files(below(min(sorted(names), key=len).removesuffix(STEM), table))
-    raise UserError(f"no vision transformer of DINO or DINOv2 is in it (no {STEM}); {NEEDS}")
+    raise UserError(f"no vision transformer of DINO, DINOv2 or DINOv3 is in it (no {STEM}); {NEEDS}")
 
 
 def below(prefix: str, table: Mapping[Any, Any]) -> dict[str, Any]:
@@ -65,12 +67,15 @@ def vit_files(weights: Mapping[str, Any]) -> VitFiles:
     # DINOv2 trains blocks in chunks: blocks.CHUNK.NUMBER; mask token and classifier do not affect the patch tokens
     weights = {re.sub(r"^blocks\.\d+\.(?=\d)", "blocks.", name): value for name, value in weights.items()}
     weights = {name: value for name, value in weights.items() if name != "mask_token" and not name.startswith("head.")}
+    third = dinov3.is_dinov3(weights)
     for name, value in sorted(weights.items()):
         if not (isinstance(value, Tensor) and value.is_floating_point()):
             raise UserError(f"its {name} is no tensor of floating point; {NEEDS}")
+    config = _dinov3_config(weights) if third else _config(weights)
+    names = dinov3.names_of(config) if third else _names(config)
+    if third:
+        weights = {name: value for name, value in weights.items() if not dinov3.UNUSED.fullmatch(name)}
     require_finite(weights, "download it again")
-    config = _config(weights)
-    names = _names(config)
     missing, unknown = sorted(names.keys() - weights.keys()), sorted(weights.keys() - names.keys())
     if missing or unknown:
         problem = f"{missing[0]} is missing" if missing else f"{unknown[0]} has no place in it"
@@ -78,13 +83,13 @@ def vit_files(weights: Mapping[str, Any]) -> VitFiles:
     files: dict[str, Tensor] = {}
     for name, parts in names.items():
         # copies: safetensors does not write two parts of one storage, and a mapped file may be removed
-        files |= {part: rows.clone() for part, rows in zip(parts, weights[name].chunk(len(parts)))}
+        files |= {part: rows.clone() for part, rows in zip(parts, weights[name].chunk(len(parts))) if part}
     return VitFiles(config, files)
 
 
 def title(config: Mapping[str, Any]) -> str:
     """The network's name as people say it, such as "DINOv2 ViT-L/14 with 4 registers"."""
-    family = "DINO" if config["model_type"] == "vit" else "DINOv2"
+    family = {"vit": "DINO", "dinov3_vit": "DINOv3"}.get(config["model_type"], "DINOv2")
     size, registers = config["hidden_size"], config.get("num_register_tokens")
     tail = f" with {registers} registers" if registers else ""
     return f"{family} ViT-{SIZES.get(size, size)}/{config['patch_size']}{tail}"
@@ -128,9 +133,16 @@ def _config(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     return config | ({"num_register_tokens": registers} if registers else {})
 
 
-def _names(config: Mapping[str, Any]) -> dict[str, list[str]]:
+def _dinov3_config(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    try:
+        return dinov3.config_of(weights)
+    except (KeyError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"not a whole DINOv3, or another network ({reason(error)}); {NEEDS}") from error
+
+
+def _names(config: Mapping[str, Any]) -> Mapping[str, list[str | None]]:
     """The original name of every tensor -> the names of its parts in transformers' files."""
-    names = {name: [renamed] for name, renamed in TRUNK.items()}
+    names: dict[str, list[str | None]] = {name: [renamed] for name, renamed in TRUNK.items()}
     if "num_register_tokens" in config:
         names["register_tokens"] = ["embeddings.register_tokens"]
     scaled = config["model_type"] != "vit"

@@ -44,6 +44,8 @@ class Cutting:
             surroundings: as many pixels about the same centre, at their own scale.
         margin: pixels of context on every side of a square, real where the image goes on and mirrored where it ends.
         most: tiles of an image; a larger grid is sampled evenly. None takes all.
+        shift: pixels (down, right) at the first scale by which the pixels of every square are taken from elsewhere; its
+            place, and which of its pixels count, stay. For all crops but "five".
     """
 
     size: int
@@ -52,11 +54,12 @@ class Cutting:
     scale: tuple[str, ...] = (FIT,)
     margin: int = 0
     most: int | None = None
+    shift: tuple[int, int] = (0, 0)
 
     @property
     def plain(self) -> bool:
         """Whether squares are those of `images.cut_squares`."""
-        return self.crops != "tiles" and self.scale == (FIT,) and not self.margin
+        return self.crops != "tiles" and self.scale == (FIT,) and not self.margin and self.shift == (0, 0)
 
     @property
     def side(self) -> int:
@@ -135,7 +138,10 @@ class Cutting:
     def _stack(self, scaled: list[Scaled], place: tuple[int, int]) -> np.ndarray:
         windows = []
         for image, ratio in zip(scaled, self.ratios()):
-            top, left = (round((start + self.size / 2) * ratio - self.side / 2) for start in place)
+            top, left = (
+                round((start + moved + self.size / 2) * ratio - self.side / 2)
+                for start, moved in zip(place, self.shift)
+            )
             windows.append(image.window(top, left, self.side, self.side))
         return np.stack(windows)
 

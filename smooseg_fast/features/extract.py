@@ -51,7 +51,8 @@ if TYPE_CHECKING:
 CHECKED_BYTES = 256 * 2**20
 WAIT_S = 0.5  # between looks at another run that makes the same features
 # in a store that replaces another
-SAME = ("dataset", "backbone", "precision", "size", "crops", "resample", "scale", "margin", "mirror", "reading")
+SAME = ["dataset", "backbone", "precision", "size", "crops", "resample", "scale", "margin", "mirror", "shift"]
+SAME += ["exact", "reading"]
 MAX_THREADS = 16  # that decode images
 
 
@@ -291,7 +292,7 @@ class Extraction:
                 valid=self._valid(squares),
             )
             empty = torch.empty(0, job.grid[0] * job.grid[1], job.channels)
-            write_shard(self._path(number), contents, *parts or [empty])
+            write_shard(self._path(number), contents, *parts or [empty], exact=job.options.exact)
         processes.wait()
         for number in numbers:
             self._load(number)
@@ -326,7 +327,7 @@ class Extraction:
         limit = self.job.options.limit
         if limit is None:
             return
-        nbytes = int(self.processes.sum(torch.tensor(2 * sum(part.numel() for part in parts))))
+        nbytes = int(self.processes.sum(torch.tensor(self.job.square_bytes * sum(map(len, parts)))))
         if self.processes.first:
             excess = self.home.make_room(nbytes, limit, self.folder)
             if excess and not self._full:

@@ -29,7 +29,8 @@ CPU_BATCH, CARD_BATCH = 16, 64  # squares: a CPU is as fast with 4, a card needs
 CPU_SIDE = 320  # larger squares go in smaller batches: 16 of 560 pixels take EfficientNet 1.3 GB
 TILES_BYTES = 128 * 2**20  # of features that the tiles of one image may take, for they are in memory together
 SQUARES = {"center": 1, "slide": 4, "five": 5}  # that an image is assumed to have when images are dealt to shards
-PLAIN = {"scale": [FIT], "margin": 0, "most": None}  # do not enter a key: stores from before them are as good
+# do not enter a key: stores from before them are as good
+PLAIN = {"scale": [FIT], "margin": 0, "most": None, "exact": False, "shift": [0, 0]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,9 @@ class FeatureOptions:
             multiple of the backbone's patch.
         most: tiles of an image; None takes as many as suit the number of images.
         mirror: take the features of the mirrored squares, with the columns of the grid mirrored back.
+        exact: keep features in fp32, in twice the room, as the published protocol computes with them.
+        shift: pixels (down, right) by which the squares are moved, see `cutting.Cutting`; `backbones.shifts` has those
+            that make up a finer grid.
         argument: the flag that sets `size`, for error messages.
         cache: folder of all feature stores; None is $XDG_CACHE_HOME/smooseg_fast or ~/.cache/smooseg_fast.
         limit: bytes that `cache` may hold; None for no limit.
@@ -57,6 +61,8 @@ class FeatureOptions:
     margin: int = 0
     most: int | None = None
     mirror: bool = False
+    exact: bool = False
+    shift: tuple[int, int] = (0, 0)
     argument: str = "--size"
     cache: Path | str | None = None
     limit: int | None = None
@@ -128,6 +134,7 @@ class Job:
             scale=options.scale,
             margin=options.margin,
             most=most,
+            shift=options.shift,
         )
 
     @property
@@ -138,7 +145,7 @@ class Job:
     @property
     def square_bytes(self) -> int:
         """Bytes that the features of one square take on disk."""
-        return 2 * self.grid[0] * self.grid[1] * self.channels
+        return (4 if self.options.exact else 2) * self.grid[0] * self.grid[1] * self.channels
 
     @cached_property
     def images_per_shard(self) -> int:
@@ -194,6 +201,8 @@ class Job:
             margin=options.margin,
             most=self.cutting.most,
             mirror=options.mirror,
+            exact=options.exact,
+            shift=list(options.shift),
             reading=str(self.dataset.reading),
             batch=self.batch_size,
             grid=self.grid,

@@ -1,9 +1,9 @@
 """Keep patch features on disk in shards of about 64 MB, read through memory maps, which need little memory.
 
-A shard is a .safetensors file with one tensor, `features` [rows,P,D] in fp16 or bf16: all squares of some consecutive
-images of a dataset. Its header describes them, as JSON under one key: the numbers of the images, image name and square
-of each row, which patches show data where some do not, and the images that were skipped. Nothing outside the shards is
-needed to read them.
+A shard is a .safetensors file with one tensor, `features` [rows,P,D] in fp16, bf16 or fp32: all squares of some
+consecutive images of a dataset. Its header describes them, as JSON under one key: the numbers of the images, image name
+and square of each row, which patches show data where some do not, and the images that were skipped. Nothing outside the
+shards is needed to read them.
 
 Two CRC-32 guard a shard. One covers the JSON and the features' shape and dtype, and is checked whenever the shard is
 opened. The other covers the features; it is part of the JSON, and checking it reads them all (`require_sound`). A CRC
@@ -37,7 +37,7 @@ FORMAT = 4  # raise it when shards written before can no longer be used
 SHARD_BYTES = 64 * 2**20
 SHARDS = "shard-*.safetensors"  # names of the files
 
-_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}  # by their names in the format
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # by their names in the format
 _KEY = "smooseg_fast"  # the only key: the order of several may change, and shards must be equal byte for byte
 
 
@@ -62,7 +62,7 @@ def packed(valid: np.ndarray) -> str:
 @dataclass(frozen=True)
 class Shard:
     contents: Contents
-    features: Tensor  # [rows,P,D] fp16 or bf16, a memory map: pages are read when touched
+    features: Tensor  # [rows,P,D] fp16, bf16 or fp32, a memory map: pages are read when touched
     crc: int  # checksum of the features
 
     @cached_property
@@ -161,7 +161,7 @@ class FeatureStore:
     def load(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
         """Read everything -> [N,P,D] on `device`.
 
-        The default dtype is that of the shards, fp16 or bf16, or fp32 where they differ.
+        The default dtype is that of the shards, fp16, bf16 or fp32, or fp32 where they differ.
         """
         dtypes = {features.dtype for features in self._features if len(features)}
         dtype = dtype or (dtypes.pop() if len(dtypes) == 1 else torch.float32)
@@ -175,12 +175,12 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.safetensors"
 
 
-def write_shard(path: Path, contents: Contents, *parts: Tensor) -> None:
+def write_shard(path: Path, contents: Contents, *parts: Tensor, exact: bool = False) -> None:
     """Write a shard whole or not at all.
 
-    Its rows are `parts` [n,P,D] one behind the other: finite, of any float dtype.
+    Its rows are `parts` [n,P,D] one behind the other: finite, of any float dtype; `exact` keeps them in fp32.
     """
-    features = to_storage(*parts)
+    features = torch.cat([part.float() for part in parts]) if exact else to_storage(*parts)
     crc = zlib.crc32(features.flatten().view(torch.uint8).numpy().data)
     header = {name: value for name, value in asdict(contents).items() if value is not None}
     text = json.dumps({**header, "crc": crc}, separators=(",", ":"))

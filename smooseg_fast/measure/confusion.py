@@ -14,6 +14,8 @@ from torch import Tensor
 
 import smooseg_kernels as sk
 
+from ..backbones.shifts import interleaved
+from ..config import Refine
 from ..datasets import IGNORE, Dataset, classes_of
 from ..datasets.cutting import Cutting
 from ..datasets.images import ImageError, require_patch
@@ -23,6 +25,7 @@ from ..features.sample import BATCH
 from ..features.store import FeatureStore
 from ..segment.grouping import Grouping
 from ..segment.model import project
+from ..segment.refine import Plane, Refiner, refined_bands
 from ..segment.segmenter import Segmenter
 from ..segment.tiles import faded
 from ..system.ahead import ahead
@@ -44,6 +47,7 @@ class LabelSquares:
         cutting: how the squares were cut; their side is S pixels.
         processes: each reads the batches alone that it will count; all ask for the same counts in the same order.
         progress: show a bar where reading or counting takes long.
+        density: cells per patch and axis in the codes that are counted.
 
     Raises:
         UserError: when a label does not fit its image, or no pixel of any square is labelled.
@@ -56,7 +60,9 @@ class LabelSquares:
         cutting: Cutting,
         processes: Processes = ALONE,
         progress: bool = True,
+        density: int = 1,
     ):
+        self.density, self.grid = density, (store.grid[0] * density, store.grid[1] * density)
         self.dataset, self.store, self.cutting = dataset, store, cutting
         self.processes, self.progress = processes, progress
         places = {name: index for index, name in enumerate(dataset.names)}
@@ -90,7 +96,7 @@ class LabelSquares:
         counts, class_of = BoundaryCounts(), torch.tensor(classes)
         for start, squares, _ in self._batches("boundaries"):
             truth, rows = torch.from_numpy(squares), torch.arange(start, start + len(squares))
-            labels = sk.assign(self._faded(codes, rows), prototypes, grid=self.store.grid, size=truth.shape[1:])
+            labels = sk.assign(self._faded(codes, rows), prototypes, grid=self.grid, size=truth.shape[1:])
             counts.add(class_of[labels.cpu()], truth)
         return BoundaryCounts(*self.processes.sum(torch.tensor(dataclasses.astuple(counts))).tolist())
 
@@ -104,16 +110,44 @@ class LabelSquares:
         counts = torch.zeros(len(prototypes), classes, dtype=torch.int64)
         for start, squares, _ in self._batches("scores"):
             truth = torch.from_numpy(squares).to(prototypes.device)
-            rows, grid = torch.arange(start, start + len(truth)), self.store.grid
+            rows, grid = torch.arange(start, start + len(truth)), self.grid
             placed = self._faded(codes, rows)
             part = sk.assign(placed, prototypes, grid=grid, size=truth.shape[1:], labels=truth, classes=classes)[1]
             counts += part.cpu()
         return self.processes.sum(counts).numpy()
 
+    def refined_confusion(self, codes: Callable[[Tensor], Tensor], grouping: Grouping, refine: Refine) -> np.ndarray:
+        """`confusion` of labels that are refined by the pictures of the squares, which are read again for it."""
+        classes, S = len(classes_of(self.dataset)), self.cutting.size
+        refiner = Refiner(refine, grouping, Plane(self.grid, (S, S), (S, S)))
+        counts = np.zeros((len(grouping), classes), np.int64)
+        for start, squares, _ in self._batches("scores"):
+            rows = torch.arange(start, start + len(squares))
+            valid = self._valid(rows)
+            for n, (of_row, truth) in enumerate(zip(codes(rows).unflatten(1, self.grid), squares)):
+                patches = None if valid is None else valid[n].view(self.grid).numpy()
+                count_picture(counts, refined_bands([of_row], refiner, self.picture(start + n), patches), truth)
+        return self.processes.sum(torch.from_numpy(counts)).numpy()
+
+    def picture(self, row: int) -> Picture:
+        """The picture in the square of a row, uint8 [S,S,3]."""
+        place, margin, end = self.store.crops[row], self.cutting.margin, self.cutting.margin + self.cutting.size
+        cuts = self.cutting.squares(self.dataset.picture(self._images[row]))
+        cut = next(cut for cut in cuts if tuple(cut.place) == tuple(place))
+        return Picture(cut.pixels[0, margin:end, margin:end], cut.valid)
+
     def _faded(self, codes: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-        """The codes of rows [n,P,Z], with next to nothing of patches without data."""
-        of_rows, valid = codes(rows), self.store.valid(rows)
+        """The codes of rows [n,P,Z], P cells, with next to nothing of patches without data."""
+        of_rows, valid = codes(rows), self._valid(rows)
         return of_rows if valid is None else faded(of_rows, valid.to(of_rows.device))
+
+    def _valid(self, rows: Tensor) -> Tensor | None:
+        """Which cells of rows show data, those of patches that do, bool [n,P]; None where all do."""
+        valid = self.store.valid(rows)
+        if valid is None or self.density == 1:
+            return valid
+        cells = valid.unflatten(1, self.store.grid)
+        return cells.repeat_interleave(self.density, 1).repeat_interleave(self.density, 2).flatten(1)
 
     def of_head(self, grouping: Grouping) -> np.ndarray:
         """int64 [N,classes] pixels of every group of a head in every class."""
@@ -242,14 +276,24 @@ def head_codes(
 ) -> Callable[[Tensor], Tensor]:
     """From row numbers to codes, or to scores of merged groups; with a store of the mirrored squares, of the average of
     both codes, as in the paper."""
+    return shifted_codes(grouping, [[store] if mirrored is None else [store, mirrored]], patch=1)
+
+
+def shifted_codes(
+    grouping: Grouping, stores: Sequence[Sequence[FeatureStore]], patch: int
+) -> Callable[[Tensor], Tensor]:
+    """As `head_codes`, from the stores of several shifts, each with that of its mirrored squares if any: all cells of
+    the finer grid row by row. patch: its pixels."""
     head = grouping.head
 
     def codes(rows: Tensor) -> Tensor:
-        device = head.teacher.device
-        plain = project(head, store.rows(rows).to(device))
-        if mirrored is not None:
-            plain = (plain + project(head, mirrored.rows(rows).to(device))) / 2
-        return grouping.scores(plain)
+        maps, device = [], head.teacher.device
+        for sides in stores:
+            average = project(head, sides[0].rows(rows).to(device))
+            for mirrored in sides[1:]:
+                average = (average + project(head, mirrored.rows(rows).to(device))) / 2
+            maps.append(average.unflatten(1, sides[0].grid))
+        return grouping.scores(interleaved(maps, patch).flatten(1, 2))
 
     return codes
 

@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..backbones.base import digest_of
-from ..config import AUTO, GROUPS, TrainConfig
+from ..config import AUTO, GROUPS, SHARE, TrainConfig
 from ..datasets.reading import PLAIN, Reading
 from ..errors import UserError
 from ..system.fields import check_fields
@@ -34,7 +34,7 @@ from .tree import Pairs, Tree
 
 T = TypeVar("T")
 Parts = Mapping[str, Mapping[str, Tensor]]
-KEY, STATE_KEY, FORMAT = "smooseg_fast.checkpoint", "smooseg_fast.training", 5
+KEY, STATE_KEY, FORMAT = "smooseg_fast.checkpoint", "smooseg_fast.training", 6
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ class Checkpoint:
         whose prototypes were groups from the start.
     reading: how the files of images became pictures; new images are read alike.
     groups: the number of groups in use; None for as many as the head was trained for.
+    share: the least share of the area that a group needs; parts of the tree below it join their nearest group.
     """
 
     config: TrainConfig
@@ -98,6 +99,7 @@ class Checkpoint:
     report: dict[str, Any] = field(default_factory=dict)  # figures of the run, ready for JSON
     fine: Fine | None = None
     groups: int | None = None
+    share: float = 0.0
     reading: Reading = PLAIN
 
     @property
@@ -107,22 +109,30 @@ class Checkpoint:
 
     @property
     def grouping(self) -> Grouping:
-        """How features are labelled: by the trained head, or by fine prototypes where nothing was trained and at other
-        numbers of groups."""
-        if self.fine is None or (self.step and self.groups in (None, self.trained)):
+        """How features are labelled: by the trained head, or by fine prototypes where nothing was trained, at other
+        numbers of groups, and with a least share."""
+        if self.fine is None or (self.step and not self.share and self.groups in (None, self.trained)):
             return Grouping(self.head)
-        return Grouping(self.fine.head, self.fine.tree.cut(self.groups or self.trained))
+        return Grouping(self.fine.head, self.fine.tree.cut(self.groups or self.trained, least_share=self.share))
 
-    def at(self, groups: int | None = None, threshold: float | None = None) -> Checkpoint:
-        """The same run with so many groups, or with its tree cut at a height. UserError where there is none such."""
-        flag = f"--cut {threshold:g}" if threshold is not None else f"--groups {groups}"
+    def at(self, groups: int | None = None, threshold: float | None = None, share: float | None = None) -> Checkpoint:
+        """The same run with so many groups, with its tree cut at a height, or, where a least share is all that is
+        given, with every group that has it. Without one, the least share stays. UserError where there is no such cut.
+        """
+        flag = "--groups" if groups is not None else "--share" if threshold is None else "--cut"
+        flag += f" {next(value for value in (groups, threshold, share, 0) if value is not None):g}"
         if self.fine is None:
             raise UserError(f"{flag}: the checkpoint was learnt without a tree; its {self.trained} groups are fixed")
+        share = self.share if share is None else float(share)
+        SHARE.check("--share", share)
+        most = len(self.fine.tree.splits(share)) + 1
         if threshold is not None:
-            groups = int(self.fine.tree.cut(threshold=threshold).max()) + 1
-        if groups is None or not 1 <= groups <= self.fine.most:
-            raise UserError(f"{flag}: the tree can be cut into 1 to {self.fine.most} groups; give such a number")
-        return dataclasses.replace(self, groups=None if groups == self.trained else groups)
+            groups = int(self.fine.tree.cut(threshold=threshold, least_share=share).max()) + 1
+        groups = most if groups is None else groups
+        if not 1 <= groups <= most:
+            large = f" of at least {100 * share:g} % of the area" if share else ""
+            raise UserError(f"{flag}: the tree can be cut into 1 to {most} groups{large}; give such a number")
+        return dataclasses.replace(self, groups=None if groups == self.trained else groups, share=share)
 
     def write(self, path: str | Path) -> Path:
         header = {
@@ -136,6 +146,7 @@ class Checkpoint:
             "config": dataclasses.asdict(self.config),
             "report": self.report,
             "groups": self.groups,
+            "share": self.share,
             "reading": self.reading.as_json(),
         }
         parts = {"head": self.head.state_dict()} | ({} if self.fine is None else {"fine": self.fine.tensors()})
@@ -245,7 +256,10 @@ def _checkpoint(header: dict[str, Any], parts: Parts) -> Checkpoint:
         fine=Fine.of(parts["fine"]) if "fine" in parts else None,
         reading=Reading.from_json(header["reading"]),
     )
-    return checkpoint if header["groups"] is None else checkpoint.at(header["groups"])
+    groups, share = header["groups"], header["share"]
+    if type(share) is not float:
+        raise ValueError("its header holds values of the wrong kind")
+    return checkpoint if groups is None and not share else checkpoint.at(groups or checkpoint.trained, share=share)
 
 
 def head_of(weights: Mapping[str, Tensor]) -> Head:

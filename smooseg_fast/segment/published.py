@@ -1,8 +1,8 @@
 """Reads the checkpoints that the paper's authors published: Lightning files with a head, its backbone and settings.
 
 It relies on names and shapes alone: `net.model.*` is the backbone, `projection.cluster1.0` is W1,
-`projection.cluster2.0` and `.2` are W2 and W3 (1x1 convolutions), `prediction.local_clusters` is the student and
-`prediction.global_clusters` the teacher.
+`projection.cluster2.0` and `.2` are W2 and W3 (1x1 convolutions, absent from a linear projection),
+`prediction.local_clusters` is the student and `prediction.global_clusters` the teacher.
 """
 
 from __future__ import annotations
@@ -72,8 +72,15 @@ def read_published(path: Path) -> tuple[Checkpoint, VitFiles]:
 
 def _head(weights: dict[str, Any]) -> Head:
     tensors = {}
+    first = weights.get("projection.cluster1.0.weight")
+    linear = not any("cluster2" in str(name) for name in weights)
     for theirs, ours in NAMES.items():
         value = weights.get(theirs)
+        if linear and "cluster2" in theirs and isinstance(first, Tensor) and first.ndim > 1:
+            # W3 SiLU(W2 f + b2) + b3 is 0 where all of them are
+            (rows, columns), hidden = first.shape[:2], "hidden" in ours
+            rows = columns if hidden else rows
+            value = first.new_zeros((rows, columns) if ours.endswith("weight") else rows)
         if not isinstance(value, Tensor):
             raise UserError(f"no checkpoint of SmooSeg: its {theirs} is {'missing' if value is None else 'no tensor'}")
         tensors[ours] = value.flatten(1) if value.ndim > 2 else value  # 1x1 convolutions

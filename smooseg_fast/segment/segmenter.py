@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -14,8 +14,10 @@ from torch import Tensor
 
 from ..backbones import Backbone, build_vit, load_backbone
 from ..backbones.base import digest_of, naming
+from ..backbones.shifts import interleaved
+from ..backbones.upsampler import Upsampler
 from ..backbones.weights import is_pickle
-from ..config import FIT, TrainConfig, legal_scales, scale_words
+from ..config import FIT, REFINE, Refine, TrainConfig, legal_scales, scale_words
 from ..datasets import IGNORE
 from ..datasets.cutting import Cutting
 from ..datasets.images import ImageError, picture_of, read_picture, require_patch
@@ -25,6 +27,7 @@ from ..system.host import plain_torch
 from .checkpoint import Checkpoint, read_checkpoint
 from .model import Head, project
 from .published import read_published
+from .refine import Plane, Refiner, refined_bands
 from .tiles import TILE, Tile, code_bands, faded, label_bands
 from .views import Views
 
@@ -36,15 +39,16 @@ class Segmenter:
     """A frozen backbone with learnt projection and prototypes, from `fit` or, by `Segmenter.load`, from a file."""
 
     path: Path | None = None  # the file it was loaded from
+    upsampler: Upsampler | None = None
 
-    def __init__(self, checkpoint: Checkpoint, backbone: Backbone):
+    def __init__(self, checkpoint: Checkpoint, backbone: Backbone, upsampler: Upsampler | None = None):
         given, learnt = backbone.dim * len(checkpoint.config.scale), checkpoint.head.dim
         if given != learnt:
             raise UserError(
                 f"--backbone {backbone.name}: gives {given} channels, but the checkpoint was trained on {learnt} of "
                 f"{checkpoint.backbone_name}; give that backbone"
             )
-        self.checkpoint, self.backbone = checkpoint, backbone
+        self.checkpoint, self.backbone, self.upsampler = checkpoint, backbone, upsampler
         self.grouping = checkpoint.grouping
         self.head = self.grouping.head.to(backbone.device).eval()
 
@@ -61,7 +65,14 @@ class Segmenter:
     @classmethod
     @plain_torch()
     def load(
-        cls, path: str | Path, *, backbone: str | None = None, device: str = "auto", precision: str = "auto"
+        cls,
+        path: str | Path,
+        *,
+        backbone: str | None = None,
+        device: str = "auto",
+        precision: str = "auto",
+        exact: bool = False,
+        upsampler: str | None = None,
     ) -> Segmenter:
         """Read a checkpoint or a published SmooSeg .ckpt without executing anything in it.
 
@@ -69,7 +80,10 @@ class Segmenter:
             backbone: required if the checkpoint was trained on a `module:callable`; may name a local copy of a hub
                 model.
             device: "auto", or any device of PyTorch.
-            precision: number format of a ViT backbone, see `backbones.load_backbone`.
+            precision: number format of a ViT backbone, see `backbones.load_backbone`. For a checkpoint that the paper's
+                authors published, "auto" is float32, as they computed: bfloat16 labels up to 0.8 % of pixels otherwise.
+            exact: "auto" is float32 for every checkpoint.
+            upsampler: a `module:callable` that refines features by the picture, see `backbones.upsampler`.
 
         Raises:
             UserError: for a damaged or foreign file, and when the backbone is missing.
@@ -80,6 +94,9 @@ class Segmenter:
                 checkpoint, vit = read_published(path)
         else:
             checkpoint = read_checkpoint(path)
+        published = vit is not None or "published" in checkpoint.report
+        if precision == "auto" and (exact or published) and ":" not in (backbone or checkpoint.backbone_name):
+            precision = "float32"
         if vit is not None and backbone is None:
             frozen = build_vit(str(path), vit, device, precision)
         elif backbone is None and ":" in checkpoint.backbone_name:
@@ -89,7 +106,8 @@ class Segmenter:
             )
         else:
             frozen = load_backbone(backbone or _next_to(path, checkpoint.backbone_name), device, precision)
-        segmenter = cls(checkpoint, frozen)
+        scales = len(checkpoint.config.scale)
+        segmenter = cls(checkpoint, frozen, None if upsampler is None else Upsampler(upsampler, frozen, scales))
         segmenter.path = path
         return segmenter
 
@@ -107,20 +125,27 @@ class Segmenter:
         """The number of groups: labels lie in 0..groups - 1."""
         return len(self.grouping)
 
-    def at(self, groups: int | None = None, *, cut: float | None = None) -> Segmenter:
+    def at(self, groups: int | None = None, *, cut: float | None = None, share: float | None = None) -> Segmenter:
         """The same segmenter with another number of groups, at once, without training: looked up in the tree of the
         groups that training began with. A group keeps its label where it does not split.
 
         Args:
             groups: their number; 1 is one group for everything, and that of training is the trained head.
             cut: a height of the tree instead; groups merge above it.
+            share: the least share of the area that a group needs, 0 to 1; smaller parts join their nearest group.
+                Alone: every group that has it. None keeps that of this segmenter.
 
         Raises:
             UserError: when it was learnt without a tree, or the tree has no such cut.
         """
-        segmenter = Segmenter(self.checkpoint.at(groups, cut), self.backbone)
+        segmenter = Segmenter(self.checkpoint.at(groups, cut, share), self.backbone, self.upsampler)
         segmenter.path = self.path
         return segmenter
+
+    def refinement(self, refine: Refine | None) -> Refine:
+        """The refinement that `refine` asks for; None is the default: none for a checkpoint that the paper's authors
+        published, whose labels are not refined, else "guided"."""
+        return refine or ("none" if "published" in self.checkpoint.report else REFINE)
 
     @property
     def same_backbone(self) -> bool:
@@ -140,8 +165,10 @@ class Segmenter:
         image: ImageLike,
         *,
         mirror: bool = True,
+        shifts: int = 1,
         short_side: int | None = None,
         scale: Scale | None = None,
+        refine: Refine | None = None,
     ) -> np.ndarray:
         """Label every pixel of an image -> uint8 [H,W] in 0..groups - 1, and 255 where the image has no data.
 
@@ -152,17 +179,24 @@ class Segmenter:
             image: uint8 [H,W,3] RGB, uint8 [H,W] grey, a Pillow image (not turned), a path (turned upright by EXIF), or
                 a `Picture`, which tells where there is no data.
             mirror: average the codes with those of the mirrored image, as the paper does, in twice the time.
+            shifts: 2 or 4 see the image as often, each time moved by half a patch, on a grid of half patches; borders
+                follow the image more closely, in as many times the time.
             short_side: pixels of the short side when features are computed, at least one patch; by default the
                 evaluation size of training. More pixels give finer detail and less context. For the scale "fit" alone.
             scale: "fit", "native" or a factor, as in training; as many as there, largest first. By default those of
                 training, or "fit" where `short_side` is given.
+            refine: how labels follow the picture's edges: "none", "guided" (guided filter), "joint" (joint bilateral
+                upsampling), "crf" (dense CRF on a lattice) or "crf-exact" (over all pairs of pixels). See `refinement`
+                for the default.
 
         Raises:
-            UserError: where `pixels` raises it, for a scale or short side that cannot be, and when memory runs out.
+            UserError: where `picture` raises it, for a scale, short side or refinement that cannot be, and when memory
+                runs out.
         """
         picture = self.picture(image)
         with self.memory(image, scale, short_side):
-            return whole(self.bands(picture, mirror=mirror, short_side=short_side, scale=scale), picture)
+            bands = self.bands(picture, mirror=mirror, shifts=shifts, short_side=short_side, scale=scale, refine=refine)
+            return whole(bands, picture)
 
     def predict_at(
         self,
@@ -170,8 +204,10 @@ class Segmenter:
         groups: Sequence[int],
         *,
         mirror: bool = True,
+        shifts: int = 1,
         short_side: int | None = None,
         scale: Scale | None = None,
+        refine: Refine | None = None,
     ) -> dict[int, np.ndarray]:
         """Label an image at several numbers of groups in one pass of the backbone -> {number: uint8 [H,W]}.
 
@@ -181,14 +217,13 @@ class Segmenter:
         picture, segmenters = self.picture(image), {number: self.at(number) for number in groups}
         heads = list(dict.fromkeys(segmenter.head for segmenter in segmenters.values()))  # trained, fine, or both
         with self.memory(image, scale, short_side), torch.no_grad():
-            views = Views(picture, self.cutting(scale, short_side), self.backbone)
+            views = Views(picture, self.cutting(scale, short_side), self.backbone, shifts, self.upsampler)
             bands = list(self.code_bands(views, heads, mirror))
-            return {
-                number: whole(
-                    segmenter.label_bands(views, (band[heads.index(segmenter.head)] for band in bands)), picture
-                )
-                for number, segmenter in segmenters.items()
-            }
+            labels = {}
+            for number, segmenter in segmenters.items():
+                codes = (band[heads.index(segmenter.head)] for band in bands)
+                labels[number] = whole(segmenter.label_bands(views, codes, picture, self.refinement(refine)), picture)
+            return labels
 
     @contextmanager
     def memory(self, image: ImageLike, scale: Scale | None, short_side: int | None) -> Iterator[None]:
@@ -205,28 +240,46 @@ class Segmenter:
 
     @torch.no_grad()
     def bands(
-        self, picture: Picture, *, mirror: bool = True, short_side: int | None = None, scale: Scale | None = None
+        self,
+        picture: Picture,
+        *,
+        mirror: bool = True,
+        shifts: int = 1,
+        short_side: int | None = None,
+        scale: Scale | None = None,
+        refine: Refine | None = None,
     ) -> Iterator[np.ndarray]:
         """Label a picture -> bands uint8 [n,W] from top to bottom, IGNORE without data; options as for `predict`."""
-        views = Views(picture, self.cutting(scale, short_side), self.backbone)
+        views = Views(picture, self.cutting(scale, short_side), self.backbone, shifts, self.upsampler)
         codes = (codes for (codes,) in self.code_bands(views, [self.head], mirror))
-        yield from self.label_bands(views, codes)
+        yield from self.label_bands(views, codes, picture, self.refinement(refine))
 
     def code_bands(self, views: Views, heads: Sequence[Head], mirror: bool) -> Iterator[tuple[Tensor, ...]]:
-        """The codes [n,w,Z] of a picture in bands of patches from top to bottom, of each of these heads."""
+        """The codes [n,w,Z] of a picture in bands of cells from top to bottom, of each of these heads."""
         sizes = [head.teacher.shape[1] for head in heads]
 
         def codes(tile: Tile) -> Tensor:
             sides = [views.features(tile, side) for side in ((False, True) if mirror else (False,))]
-            rows = torch.cat([torch.cat([project(head, side)[0] for head in heads], -1) for side in sides])
-            return rows.unflatten(0, (len(sides), tile.rows, tile.columns)).float().mean(0)
+            rows = torch.stack([torch.cat([project(head, side) for head in heads], -1) for side in sides]).float()
+            shifted = rows.mean(0).unflatten(1, views.map_of(tile))
+            return interleaved(shifted, self.backbone.patch)
 
-        for band in code_bands(views.grid, max(1, TILE // self.backbone.patch), codes, views.step):
+        side = max(1, TILE // self.backbone.patch) * views.density
+        for band in code_bands(views.grid, side, codes, views.step):
             yield band.split(sizes, -1)
 
-    def label_bands(self, views: Views, codes: Iterable[Tensor]) -> Iterator[np.ndarray]:
+    def label_bands(
+        self, views: Views, codes: Iterable[Tensor], picture: Picture, refine: Refine
+    ) -> Iterator[np.ndarray]:
         """Label the pixels of a picture by bands of its codes -> bands uint8 [n,W], IGNORE without data."""
         scores: Iterator[Tensor] = map(self.grouping.scores, codes)
+        if refine not in get_args(Refine):
+            *others, last = get_args(Refine)
+            raise UserError(f"refine: must be {', '.join(others)} or {last}, got {refine!r}")
+        if refine != "none":
+            plane = Plane(views.grid, views.size, views.shape)
+            yield from refined_bands(scores, Refiner(refine, self.grouping, plane), picture, views.patches)
+            return
         if views.patches is not None:
             scores = _all_faded(scores, torch.from_numpy(views.patches))
         first = 0

@@ -35,14 +35,14 @@ def tree_picture(checkpoint: Checkpoint, title: str) -> Image.Image:
     """
     if checkpoint.fine is None:
         raise ValueError("the checkpoint has no tree")
-    tree, groups = checkpoint.fine.tree, checkpoint.groups or checkpoint.trained
-    count = min(checkpoint.fine.most, max(groups, min(ROWS, 2 * groups + 4)))
-    rows, coarse = tree.cut(count), tree.cut(groups)
+    tree, groups, least = checkpoint.fine.tree, checkpoint.groups or checkpoint.trained, checkpoint.share
+    count = min(len(tree.splits(least)) + 1, max(groups, min(ROWS, 2 * groups + 4)))
+    rows, coarse = tree.cut(count, least_share=least), tree.cut(groups, least_share=least)
     shares = np.bincount(coarse, tree.shares)
-    if checkpoint.step and groups == checkpoint.trained and "health" in checkpoint.report:
+    if checkpoint.step and groups == checkpoint.trained and not least and "health" in checkpoint.report:
         shares = checkpoint.report["health"]["shares"]  # training has moved them
     group_of = [int(coarse[rows == number][0]) for number in range(count)]  # of every row
-    splits, order = splits_of(tree, count), [0]
+    splits, order = splits_of(tree, count, least), [0]
     for split in splits:
         order.insert(order.index(split.parent) + 1, split.number)
     sheet = Image.new("RGB", (WIDTH, TOP + AXIS + ROW * count + MARGIN), PAPER)
@@ -50,7 +50,8 @@ def tree_picture(checkpoint: Checkpoint, title: str) -> Image.Image:
     write(draw, (MARGIN, MARGIN + 17), title, 28, INK, bold=True, room=WIDTH - 2 * MARGIN)
     why = (checkpoint.report.get("tree") or {}).get("why", "")
     chosen = why if groups == checkpoint.trained else f"the run ended with {checkpoint.trained}"
-    about = f"{groups} groups of {len(tree)} fine ones" + (f", {chosen}" if chosen else "")
+    about = f"{groups} groups of {len(tree)} fine ones" + (f", each at least {100 * least:g} %" if least else "")
+    about += f", {chosen}" if chosen else ""
     write(draw, (MARGIN, MARGIN + 56), about, TEXT, GREY, room=WIDTH - 2 * MARGIN)
     middles = {number: TOP + AXIS + ROW * place + ROW // 2 for place, number in enumerate(order)}
     draw_branches(draw, splits, middles, groups, [colours[group] for group in group_of])
@@ -74,11 +75,11 @@ def largest(tree: Tree, rows: np.ndarray) -> float:
     return float(np.bincount(rows, tree.shares).max())
 
 
-def splits_of(tree: Tree, count: int) -> list[Split]:
-    """The splits that lead from one group to `count`, in their order."""
+def splits_of(tree: Tree, count: int, least_share: float = 0.0) -> list[Split]:
+    """The splits that lead from one group to `count` of at least this share, in their order."""
     splits, before = [], tree.cut(1)
-    for number, merge in enumerate(tree.splits()[: count - 1], 1):
-        after = tree.cut(number + 1)
+    for number, merge in enumerate(tree.splits(least_share)[: count - 1], 1):
+        after = tree.cut(number + 1, least_share=least_share)
         splits.append(Split(number, int(before[after == number][0]), float(tree.heights[merge])))
         before = after
     return splits

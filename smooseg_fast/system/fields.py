@@ -72,6 +72,18 @@ class Value:
     positional: bool = False
 
 
+@dataclass(frozen=True)
+class OneOf:
+    """A rule: one of these numbers."""
+
+    numbers: tuple[int, ...]
+
+    def __call__(self, value: int, flag: str) -> None:
+        """UserError unless `value` is one of them."""
+        if isinstance(value, bool) or value not in self.numbers:
+            raise UserError(f"{flag}: must be one of {', '.join(map(str, self.numbers))}, got {value!r:.80}")
+
+
 Rule = Callable[[Any, str], Any]  # (value, flag); raises UserError
 
 

@@ -20,13 +20,12 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536
 
 def peak_bytes(case: str, problem: Problem | PairProblem, impl: str, mode: str, dtype: str, **extra: object) -> int:
     """Resident memory, measured in a fresh process."""
-    job = (case, problem, impl, mode, problems.DTYPES[dtype], extra)
+    job = (problems.SUBJECTS[case], problem, impl, mode, problems.DTYPES[dtype], extra)
     with mock.patch.dict(os.environ, ALLOCATOR), multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply_async(resident_peak, job).get(TIMEOUT_S)
 
 
-def resident_peak(case: str, problem: Problem | PairProblem, impl: str, mode: str, dtype: torch.dtype, extra) -> int:
-    build = problems.SUBJECTS[case]
+def resident_peak(build, problem: Problem | PairProblem, impl: str, mode: str, dtype: torch.dtype, extra) -> int:
     build(problems.shrunk(problem), impl, mode, dtype, "cpu").run()  # loads libraries, starts threads
     subject = build(problem, impl, mode, dtype, "cpu", **extra)
     gc.collect()

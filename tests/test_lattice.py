@@ -70,7 +70,7 @@ def test_corners_enclose_their_points(d):
 
 @pytest.mark.parametrize(("d", "allowed"), [(1, 0.05), (2, 0.1), (5, 0.3)])
 def test_sums_approach_the_gaussian(d, allowed):
-    """With the symmetric normalisation, in which the lost mass of sparse points cancels."""
+    """Uses the symmetric normalisation, in which the lost mass of sparse points cancels."""
     generator = torch.Generator().manual_seed(d)
     points = 0.8 * torch.randn(800, d, generator=generator, dtype=torch.float64)
     values = torch.rand(800, 3, generator=generator, dtype=torch.float64)

@@ -140,7 +140,7 @@ def test_guided_probabilities_are_the_filter_of_the_kernels(monkeypatch, groupin
 
 @pytest.mark.parametrize("way", WAYS)
 def test_places_without_data_stay_and_do_not_bleed(way):
-    """What lies under them changes no label, and labels next to them are those of the picture's own side."""
+    """The pixels under them change no label, and labels next to them are those of the picture's own side."""
     image, truth = shapes(64, 80)
     valid = np.ones((64, 80), bool)
     valid[:, 37:] = False

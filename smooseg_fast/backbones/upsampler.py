@@ -66,7 +66,7 @@ class Upsampler:
         return fine.flatten(1, 2)
 
     def _called(self, features: Tensor, picture: np.ndarray) -> Tensor:
-        """What it makes of features [1,h,w,D] -> float32 [1,n*h,n*w,D]. UserError for anything else."""
+        """Upsample features [1,h,w,D] -> float32 [1,n*h,n*w,D]. UserError where the callable returns anything else."""
         _, h, w, D = features.shape
         pixels = torch.from_numpy(np.array(picture)).to(features.device)
         try:

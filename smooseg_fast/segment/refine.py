@@ -71,7 +71,7 @@ class Refiner:
 
     @cached_property
     def radius(self) -> int:
-        """Of the guided filter's windows, in pixels."""
+        """The radius of the guided filter's windows in pixels."""
         return max(1, round(GUIDED_RADIUS * self.plane.cell))
 
     @cached_property
@@ -90,7 +90,7 @@ class Refiner:
 
     @cached_property
     def side(self) -> int:
-        """Of the rectangles into which a picture is cut; one that is no larger than they are with their surroundings
+        """The side of the rectangles into which a picture is cut; one no larger than they are with their surroundings
         stays whole."""
         room = isqrt(SCORES // len(self.grouping)) - 2 * self.reach
         side, longer = max(room, 2 * self.reach, self.step), max(self.plane.shape)

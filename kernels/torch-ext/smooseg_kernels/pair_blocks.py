@@ -205,21 +205,7 @@ def pair_sums(
     `means` asks for the clamped similarity, `gradients` for those to c_i, c_j and the bias. Has no second derivatives.
     """
     asked = asked_of_sums(c_i, row_weight, means, gradients, bins, limits)
-    sums = sweep(
-        Pairs(
-            c_i=c_i,
-            c_j=c_j,
-            f_i=f_i,
-            f_j=f_j,
-            partner=partner,
-            bias=bias,
-            column_weight=column_weight,
-            low=low,
-            high=high,
-            hinge=hinge,
-        ),
-        asked,
-    )
+    sums = sweep(Pairs._make((c_i, c_j, f_i, f_j, partner, bias, column_weight, low, high, hinge)), asked)
 
     def over_i(rows: Tensor) -> Tensor:
         return (rows if row_weight is None else rows * row_weight).sum()
@@ -237,21 +223,7 @@ def _(
     c_i, c_j, f_i, f_j, partner, bias, row_weight, column_weight, low, high, hinge, means, gradients, bins, limits
 ):  # fmt: skip
     asked = asked_of_sums(c_i, row_weight, means, gradients, bins, limits)
-    sums = empty_sums(
-        Pairs(
-            c_i=c_i,
-            c_j=c_j,
-            f_i=f_i,
-            f_j=f_j,
-            partner=partner,
-            bias=bias,
-            column_weight=column_weight,
-            low=low,
-            high=high,
-            hinge=hinge,
-        ),
-        asked,
-    )
+    sums = empty_sums(Pairs._make((c_i, c_j, f_i, f_j, partner, bias, column_weight, low, high, hinge)), asked)
     return bias.new_empty(()), bias.new_empty(() if means else 0), sums.histogram, *sums[2:7]
 
 
@@ -305,42 +277,14 @@ def pair_rows(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the sums over j, energy [B,P_i] and clamped similarity [B,P_i], histogram, slope, gradients to c_i."""
     asked = asked_of_sums(c_i, None, means, [gradients[0], False, gradients[2]], bins, limits)
-    sums = sweep(
-        Pairs(
-            c_i=c_i,
-            c_j=c_j,
-            f_i=f_i,
-            f_j=f_j,
-            partner=partner,
-            bias=bias,
-            column_weight=column_weight,
-            low=low,
-            high=high,
-            hinge=hinge,
-        ),
-        asked,
-    )
+    sums = sweep(Pairs._make((c_i, c_j, f_i, f_j, partner, bias, column_weight, low, high, hinge)), asked)
     return sums.energy, sums.clamped, sums.histogram, sums.slope, sums.energy_i, sums.clamped_i
 
 
 @pair_rows.register_fake
 def _(c_i, c_j, f_i, f_j, partner, bias, column_weight, low, high, hinge, means, gradients, bins, limits):
     asked = asked_of_sums(c_i, None, means, [gradients[0], False, gradients[2]], bins, limits)
-    sums = empty_sums(
-        Pairs(
-            c_i=c_i,
-            c_j=c_j,
-            f_i=f_i,
-            f_j=f_j,
-            partner=partner,
-            bias=bias,
-            column_weight=column_weight,
-            low=low,
-            high=high,
-            hinge=hinge,
-        ),
-        asked,
-    )
+    sums = empty_sums(Pairs._make((c_i, c_j, f_i, f_j, partner, bias, column_weight, low, high, hinge)), asked)
     return sums.energy, sums.clamped, sums.histogram, sums.slope, sums.energy_i, sums.clamped_i
 
 
@@ -360,18 +304,7 @@ def pair_rows_backward(
     hinge: bool,
 ) -> Tensor:
     """Returns the gradient to c_j for upstream gradients [B,P_i], from the blocks once more."""
-    x = Pairs(
-        c_i=c_i,
-        c_j=c_j,
-        f_i=f_i,
-        f_j=f_j,
-        partner=partner,
-        bias=bias,
-        column_weight=column_weight,
-        low=low,
-        high=high,
-        hinge=hinge,
-    )
+    x = Pairs._make((c_i, c_j, f_i, f_j, partner, bias, column_weight, low, high, hinge))
     energy_j, clamped_j = (None if d is None else by_rows(c_i, d) for d in (d_energy, d_clamped))
     sums = sweep(x, Asked(energy_j=energy_j, clamped_j=clamped_j))
     if clamped_j is None:

@@ -1,4 +1,4 @@
-"""What is linear in the patches around the pairs of `pair_energy`: unit rows, weights, means, centring."""
+"""The parts of `pair_energy` that are linear in the patches: unit rows, weights, means, centring."""
 
 from __future__ import annotations
 

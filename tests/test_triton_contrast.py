@@ -26,7 +26,7 @@ def check_against_dense(case, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_of_positives(kind, dtype, poisoned):
-    """Of both forms, at sizes that are no multiples of a block."""
+    """Checks both forms at sizes that are no multiples of a block."""
     check_against_dense(make_contrast(kind, N=67, M=29, dtype=dtype, device=DEVICE))
     check_against_dense(make_contrast(kind, N=19, M=19, dtype=dtype, device=DEVICE, inside=True, exclude_self=True))
 

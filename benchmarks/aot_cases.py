@@ -13,9 +13,9 @@ def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def objective_case(dtype: torch.dtype, H: int, entries=(-1, 0), *, full=False, scaled=False) -> None:
+def objective_case(dtype: torch.dtype, H: int, entries=(-1, 0), *, full=False, scaled=False, K=27) -> None:
     """Forward and backward. `scaled`: channel masks of dropout; `full`: every option, every upstream gradient."""
-    B, P, D, Z, K, T = 32, 784, 384, 64, 27, len(entries)
+    B, P, D, Z, T = 32, 784, 384, 64, len(entries)
     features, codes = tensor(B, P, D, dtype=dtype), tensor(H, B, P, Z, dtype=dtype)
     student, teacher = tensor(H, K, Z), tensor(H, K, Z)
     partners, thresholds = tensor(1, B, dtype=torch.int64), tensor(H, T)
@@ -45,13 +45,13 @@ def statistics_case(dtype: torch.dtype, entries: tuple[int, ...] = (-1,), full: 
 
 
 def pairs_case(dtype: torch.dtype, points: int = 784, full: bool = False, D: int = 384, Z: int = 70) -> None:
-    """Forward and backward; `full`: a partner index, hinge, and upstream gradients to both outputs."""
+    """Forward and backward; `full`: a partner index, hinge, means, and upstream gradients to all outputs."""
     rows, number = (tensor(32, points, D, dtype=dtype), tensor(32, points, Z, dtype=dtype)), tensor()
     partner = tensor(32, dtype=torch.int64) if full else None
     common = (*rows, *rows, number, partner)
-    out = pairs.pair_energy.launcher(*common, 0.0, 0.8, full, True, True)
-    upstream = (number, number if full else None)
-    pairs.pair_energy_backward.launcher(*upstream, *common, list(out[2:]), 0.0, 0.8, full, True, True, True)
+    out = pairs.pair_energy.launcher(*common, 0.0, 0.8, full, True, full, True)
+    upstream = (number, number if full else None, number if full else None)
+    pairs.pair_energy_backward.launcher(*upstream, *common, list(out[4:]), 0.0, 0.8, full, True, full, True, True)
 
 
 def pair_options_case(dtype: torch.dtype) -> None:
@@ -87,6 +87,7 @@ def shipped_cases(quick: bool = False) -> dict:
         return cases
     for name, dtype, heads in (("bf16", bf16, 1), ("bf16", bf16, 16), ("fp16", fp16, 1), ("fp32", fp32, 1)):
         cases[f"{name} H={heads}"] = partial(objective_case, dtype, heads)
+    cases["bf16 H=16, K=100"] = partial(objective_case, bf16, 16, K=100)
     for name, dtype, heads in (("bf16", bf16, 1), ("bf16", bf16, 16), ("fp16", fp16, 16)):
         title = f"{name} every option" + (f", H={heads}" if heads > 1 else "")
         cases[title] = partial(objective_case, dtype, heads, (-1, 0, -2), full=True)

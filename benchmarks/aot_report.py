@@ -55,9 +55,6 @@ MULTIPROCESSORS = {
 REGISTERS = 65536
 MATRIX = r"wgmma\.mma_async|tcgen05\.mma|(?<![\w.])mma\.sync|v_mfma_\w+"
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "launch_pdl", "launch_cooperative_grid")
-# bytes of stack that a kernel of fp32 operands may have: each product is three of tf32, and the label rows of one head
-# need more than 255 registers in every setting tried
-FP32_STACK = 96
 ROWS_A_WARP = 16  # of the result of a matrix instruction; further warps compute copies of the same rows
 FIELDS = ["triton", "target", "case", "kernel", "pass", "programs", "warps", "rows", "registers", "spills", "shared"]
 FIELDS += ["shared_limit", "resident", "waves", "instructions", "per_row", "copies", "matrix", "unset", "faults"]
@@ -162,12 +159,14 @@ def faults(row: dict) -> list[str]:
     unset, shared, limit = row.get("unset", []), row["shared"], row["shared_limit"]
     needs_matrix = row["dots"] and not row["case"].startswith("fp32")
     conditions = {
-        f"spills {row['spills']}": row["spills"] > (FP32_STACK if row["case"].startswith("fp32") else 0),
+        f"spills {row['spills']}": row["spills"] > 0,
         f"reads {', '.join(unset)}, which nothing writes": unset,
         f"{shared} bytes of shared memory, the card has {limit}": shared > limit,
         "no matrix instruction": needs_matrix and not row["matrix"],
+        # where a product's columns are shared out instead, no two warps compute the same
         f"{row['rows']} rows for {row['warps']} warps, which compute copies": row.get("per_row") is not None
-        and row["rows"] < ROWS_A_WARP * row["warps"],
+        and row["rows"] < ROWS_A_WARP * row["warps"]
+        and row.get("copies") != 1,
     }
     return [text for text, present in conditions.items() if present]
 

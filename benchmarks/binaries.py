@@ -103,7 +103,9 @@ def copies(ttgir: str) -> int | None:
         down, across, rows, columns = map(int, numbers)
         for height, width in re.findall(rf"tensor<(\d+)x(\d+)x\w+, {name}>", ttgir):
             if min(int(height), int(width)) > 1:  # not a column of sums
-                counts.append(max(1, down * rows // int(height)) * max(1, across * columns // int(width)))
+                # a single warp across repeats the columns of wgmma in registers that are one
+                repeats = across * columns // int(width) if across > 1 else 1
+                counts.append(max(1, down * rows // int(height)) * max(1, repeats))
     return max(counts, default=None)
 
 

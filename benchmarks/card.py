@@ -7,6 +7,7 @@ sizes in Triton's interpreter, no graphs, nothing compiled, and times that mean 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
 import sys
@@ -16,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bench_crf
+import bench_losses
 import floors
 import machine
 import measure
@@ -36,6 +39,8 @@ TUNED = ("objective H=1", "objective H=16", "pairs")
 STEPS, STEPS_A_SAMPLE = 200, 20
 SETTINGS = 60  # timed for each of TUNED
 CLOCKS_A_MS = 1.9e6
+FORWARD = ("assign", "gaussian sums")
+CASES_OF_FAMILY = [case for case in bench_losses.LOSSES if case != "crf energy"]
 
 
 class Card:
@@ -159,19 +164,27 @@ def gate(card: Card, job: str, cell: results.Row) -> None:
     card.add({**cell, "passed": True})
 
 
-def timed_cell(card: Card, subject: str, shape: str, problem: Problem | PairProblem, **extra: Any) -> None:
+def timed_cell(
+    card: Card,
+    subject: str,
+    shape: str,
+    problem: Problem | PairProblem,
+    *,
+    impl="triton",
+    dtype="bfloat16",
+    **extra: Any,
+) -> None:
     """A call from a graph, checked, with a line for each of its kernels."""
     problem = problems.shrunk(problem) if card.tiny else problem
-    kind = "forward + backward" if subject in problems.FUNCTIONS else "forward"
-    cell = {"case": subject, "shape": shape, "sizes": problems.letters(problem) | extra, "impl": "triton"}
-    cell["dtype"] = "bfloat16"
+    kind = "forward" if subject in FORWARD else "forward + backward"
+    cell = {"case": subject, "shape": shape, "sizes": problems.letters(problem) | extra, "impl": impl, "dtype": dtype}
 
     def run() -> None:
         if card.tiny:
-            subjects = [problems.SUBJECTS[subject](problem, "triton", kind, torch.bfloat16, "cpu", **extra)]
+            subjects = [problems.SUBJECTS[subject](problem, impl, kind, problems.DTYPES[dtype], "cpu", **extra)]
             subjects[0].check(subjects[0].run())
         else:
-            subjects = problems.rotation(subject, problem, "triton", kind, "bfloat16", card.device, **extra)
+            subjects = problems.rotation(subject, problem, impl, kind, dtype, card.device, **extra)
         first, calls = subjects[0], len(subjects)
         replay, outputs = card.graph(measure.in_turn([one.run for one in subjects]))
         replay()
@@ -180,7 +193,8 @@ def timed_cell(card: Card, subject: str, shape: str, problem: Problem | PairProb
         floor["floor_ms"] = floors.floor_ms(*floor.values(), *card.ceilings)
         times = card.times(replay, calls)
         card.add({**cell, "mode": "graph", **times, **floor, "times_floor": times["median_ms"] / floor["floor_ms"]})
-        card.kernels(cell, replay, calls)
+        if impl == "triton":
+            card.kernels(cell, replay, calls)
 
     card.guarded({**cell, "mode": "graph"}, run)
 
@@ -198,6 +212,39 @@ def others(card: Card) -> None:
     timed_cell(card, "pairs", "all_784", PairProblem())
     timed_cell(card, "assign", "eval320", Problem(P=1600), pixels=pixels)
     timed_cell(card, "pairs", "stego_b32", PairProblem(P=121))
+
+
+def family(card: Card) -> None:
+    """Losses of other trainers, and in the same run the formulas that those compute."""
+    dtype = "float32" if card.tiny else "bfloat16"  # few channels: 16 bits would take some patches over the threshold
+    for shape in ("b16_p784", "b32_p1600")[: 1 if card.tiny else None]:
+        for case, impl in itertools.product(CASES_OF_FAMILY, ("triton", "dense")):
+            timed_cell(card, case, shape, bench_losses.SHAPES[shape], impl=impl, dtype=dtype)
+    for impl in ("triton", "dense"):
+        timed_cell(card, "crf energy", "n1000", bench_losses.CRF["n1000"], impl=impl, dtype=dtype)
+
+
+def edges(card: Card) -> None:
+    """The dense CRF by all pairs of pixels and by the lattice, over the sizes between which one must choose."""
+    for side, iterations in ((8, 1),) if card.tiny else ((320, 10), (512, 10), (724, 1), (1024, 1)):
+        problem = bench_crf.pixels(side)
+        if iterations > 1 or card.tiny:
+            timed_cell(card, "gaussian sums", f"{side}px", problem, dtype="float32")
+        for method in ("exact", "lattice"):
+            crf_cell(card, f"{side}px", problem, method=method, iterations=iterations)
+
+
+def crf_cell(card: Card, shape: str, problem: Problem, **options: Any) -> None:
+    """Refines a picture as a caller does, without a graph: the kernels are long."""
+    sizes = problems.letters(problem) | options
+    cell = {"case": "dense crf", "shape": shape, "sizes": sizes, "impl": "auto", "mode": "forward", "dtype": "float32"}
+
+    def run() -> None:
+        subject = bench_crf.crf(problem, "auto", "forward", torch.float32, card.device, **options)
+        subject.check(subject.run())
+        card.add({**cell, **card.times(subject.run)})
+
+    card.guarded(cell, run)
 
 
 def steps(card: Card) -> None:
@@ -284,6 +331,8 @@ PARTS: dict[str, Callable[[Card], None]] = {
     "gates": gates,
     "shipped": shipped,
     "others": others,
+    "family": family,
+    "edges": edges,
     "steps": steps,  # late, when compiling no longer takes the host's time
 }
 

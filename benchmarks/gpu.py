@@ -35,11 +35,21 @@ import results
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = (ROOT / "benchmarks", ROOT, ROOT / "kernels" / "torch-ext", ROOT / "tests")
 # parts of card.py in the order of the main stage, and the seconds that each may take; the last takes what is left
-PARTS = {"ceilings": 45, "gates": 60, "shipped": 60, "others": 60, "steps": 60, "settings": 1000}
+PARTS = {
+    "ceilings": 45,
+    "gates": 60,
+    "shipped": 60,
+    "others": 60,
+    "family": 60,
+    "edges": 45,
+    "steps": 60,
+    "settings": 1000,
+}
 STAGES = {"main": 300, "tests": 150, "rivals": 300, "profile": 60}  # seconds by default
 RESERVE_S = 3  # of the main stage, for its summary
 # a captured step first: the kernels' own tests mostly compile
-TESTS = ("trainer_gpu", "triton_gpu", "triton_pair_energy_gpu", "triton_objective", "triton_rows", "triton_pair_energy")
+TESTS = ("trainer_gpu", "triton_gpu", "triton_pair_energy_gpu", "triton_contrast", "crf", "pair_options", "triton_rows")
+TESTS += ("triton_objective", "triton_pair_energy", "triton_pair_sums", "clamped_partners", "similarity_statistics")
 # cases of bench_operators.py as pytest's -k takes them; compiled forms take minutes and come last
 RIVALS = (
     "function and objective and (cityscapes_s8 or heads16) and graph and (torch or dense)",
@@ -116,8 +126,11 @@ def lines(out: Path) -> list[results.Row]:
 
 
 def pytest(arguments: list[str], seconds: float, log: Path) -> bool:
-    """Runs pytest with this checkout's packages and prints the end of its output, all of which is appended to `log`."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", *arguments]
+    """Runs pytest with this checkout's packages and prints the end of its output, all of which is appended to `log`.
+
+    Names come line by line, so that a run that is cut off tells what failed.
+    """
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-v", *arguments]
     with log.open("a", encoding="utf-8") as file:
         start = file.tell()
         process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)

@@ -98,7 +98,8 @@ def settings_asked(run: measure.Run, device: str, heads: int) -> dict[str, Setti
     finally:
         launching.OVERRIDES = before
     like = torch.empty(0, dtype=torch.bfloat16, device=device)
-    return {name: launching.config(name, like, heads) for name in names}
+    settings = {name: launching.config(name, like, heads) for name in names}
+    return {name: setting for name, setting in settings.items() if setting}
 
 
 class Compiled(NamedTuple):

@@ -12,7 +12,7 @@ from torch.library import opcheck
 import smooseg_kernels as sk
 from smooseg_kernels.crf import dense, tiled
 from smooseg_kernels.crf.boxes import bounding_boxes, farthest, nearby_order
-from smooseg_kernels.crf.filters import GridGaussian
+from smooseg_kernels.crf.filters import GridGaussian, positions
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 FUSED = pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="needs Triton"))
@@ -100,7 +100,7 @@ def test_a_weight_of_0_leaves_its_kernel_out():
 def test_grid_filter_is_the_sum_over_all_pairs(sigma, dtype):
     H, W = 23, 41
     values = torch.rand(H * W, 3, dtype=dtype)
-    truth = dense.MatrixFilter(dense.positions(H, W, sigma, values.device))(values.double())
+    truth = dense.MatrixFilter(positions(H, W, sigma, values.device))(values.double())
     error = ((GridGaussian(H, W, sigma)(values) - truth).abs() / truth).max()
     assert error < 16 * torch.finfo(dtype).eps
 

@@ -10,8 +10,12 @@ from pair_cases import evaluate, make_pairs
 
 import smooseg_kernels as sk
 
-SHIFTS = torch.tensor([0.1, -0.2, 0.3], requires_grad=True)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHIFTS = torch.tensor([0.1, -0.2, 0.3], device=DEVICE, requires_grad=True)
 CASES = {
+    "means": dict(means=True, clamp=(0.2, 0.8)),
+    "means without a centre": dict(means=True, center=False, hinge=True, clamp=(0.0, None)),
+    "one shift": dict(threshold=torch.tensor(0.15, requires_grad=True), clamp=(0.0, None)),
     "rows": dict(reduction="none", means=True, clamp=(0.2, 0.8)),
     "weights": dict(weights=True, means=True),
     "weighted rows": dict(weights=True, reduction="none", center=False),
@@ -28,11 +32,15 @@ IMPLS += [("triton", torch.float32)] if importlib.util.find_spec("triton") else 
 
 
 def result(case: str, impl: str, dtype: torch.dtype, **shape):
-    x = make_pairs(**{"B": 3, "N": 4, "P_i": 17, "P_j": 33, "D": 20, "Z": 9, **shape}, dtype=dtype, clamp=(0.0, 0.8))
+    x = make_pairs(
+        **{"B": 3, "N": 4, "P_i": 17, "P_j": 33, "D": 20, "Z": 9, **shape}, dtype=dtype, device=DEVICE, clamp=(0.0, 0.8)
+    )
     options = {"partner": torch.tensor([1, 1, 3]), **CASES[case]}
+    options = {name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
     if options.pop("weights", False):
         generator = torch.Generator().manual_seed(1)
-        weight_i, weight_j = (torch.rand(*t.shape[:2], generator=generator) for t in (x.codes_i, x.codes_j))
+        sides = (x.codes_i, x.codes_j)
+        weight_i, weight_j = (torch.rand(*t.shape[:2], generator=generator).to(DEVICE) for t in sides)
         weight_i[2], weight_j[1, :5] = 0.0, 0.0  # an image without weight
         options |= {"weight_i": weight_i, "weight_j": weight_j}
     x.threshold = options.pop("threshold", x.threshold)

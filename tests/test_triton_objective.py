@@ -126,6 +126,15 @@ def test_label_columns(K, Z, poisoned):
     check_against_dense(make_case(B=2, P=20, D=12, K=K, Z=Z, device=DEVICE))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_data_term_in_a_launch_of_its_own(dtype, poisoned, monkeypatch):
+    """Large prototypes and fp32 on a card. Its tiles may differ from those of the label rows."""
+    monkeypatch.setitem(launch.OVERRIDES, "student_rows", {"BLOCK_P": 16})
+    weight = torch.rand(3, 41, generator=torch.Generator().manual_seed(1))
+    check_against_dense(make_case(B=3, P=41, D=20, K=5, H=2, dtype=dtype, device=DEVICE, patch_weight=weight))
+    check_against_dense(make_case(B=3, P=41, D=20, K=5, dtype=dtype, device=DEVICE, temperature=0.02))
+
+
 def test_rows_without_length():
     """Zero features and zero codes: cosine 0, gradient 0."""
     case = make_case(B=2, P=17, D=20, K=5, device=DEVICE, partners=("self", "index", "all"))

@@ -58,6 +58,7 @@ def test_rows_that_stay_on_chip_and_rows_that_do_not(resident, dtype, monkeypatc
         launch.OVERRIDES, "pair_tiles", {"RESIDENT": resident, "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_D": 16}
     )
     monkeypatch.setitem(launch.OVERRIDES, "few_pair_tiles", launch.OVERRIDES["pair_tiles"])
+    monkeypatch.setitem(launch.OVERRIDES, "wide_pair_tiles", launch.OVERRIDES["pair_tiles"])
     check_against_dense(make_pairs(B=2, P_i=33, P_j=40, D=50, Z=25, dtype=dtype, device=DEVICE, clamp=(0.0, None)))
 
 
@@ -187,23 +188,14 @@ def test_operators_pass_opcheck(with_partner):
     features_i, codes_i, features_j, codes_j, partner = operator_inputs()
     if not with_partner:
         features_i, codes_i, partner = features_i[:2], codes_i.detach()[:2].requires_grad_(), None
-    arguments = [
-        features_i,
-        codes_i,
-        features_j,
-        codes_j,
-        torch.tensor(0.1, device=DEVICE),
-        partner,
-        0.0,
-        None,
-        False,
-        True,
-        True,
-    ]
-    opcheck(pairs.pair_energy, arguments)
-    plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
-    energy, _, *kept = pairs.pair_energy(*plain)
-    opcheck(pairs.pair_energy_backward, (energy, None, *plain[:6], kept, 0.0, None, False, True, True, True))
+    rows = [features_i, codes_i, features_j, codes_j, torch.tensor(0.1, device=DEVICE), partner]
+    for means in (False, True):
+        arguments = [*rows, 0.0, None, False, True, means, True]
+        opcheck(pairs.pair_energy, arguments)
+        plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
+        energy, _, clamped, _, *kept = pairs.pair_energy(*plain)
+        upstream = (energy, None, clamped if means else None)
+        opcheck(pairs.pair_energy_backward, (*upstream, *plain[:6], kept, 0.0, None, False, True, means, True, True))
 
 
 def energy_of(features_i, codes_i, features_j, codes_j, partner):

@@ -26,7 +26,8 @@ def step(x, threshold):
 
     def run():
         out = pair_energy(x.features_i, codes[0], x.features_j, codes[1], threshold, impl="triton", **x.options)
-        return (*out, *torch.autograd.grad(out.energy, codes, torch.ones_like(out.energy)))
+        gradients = torch.autograd.grad(out.energy, codes, torch.ones_like(out.energy))
+        return (out.energy, out.similarity, *gradients)
 
     return run
 

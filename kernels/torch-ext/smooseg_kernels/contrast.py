@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks, contrast_blocks, contrast_dense
+from .derivatives import refuse_forward_mode, refuse_transforms
 from .dispatch import implementation
 from .precision import outside_autocast
 from .problem import ContrastProblem
@@ -66,7 +67,7 @@ def contrastive_loss(
 
     Returns:
         ContrastiveTerms, fp32 (fp64 with any fp64 input). fp16 codes need loss scaling, because their gradients
-        underflow. Only "dense" has gradients of gradients.
+        underflow. Only "dense" has gradients of gradients and runs inside torch.func.
 
     Raises:
         ValueError, TypeError: name the argument, what came and what was expected.
@@ -103,6 +104,9 @@ def contrastive_loss(
             raise ValueError("threshold must say above which cosine of the features a pair is positive, got None")
     dtype, device = accumulation_dtype(*tensors), codes_i.device
     module = implementation(impl, (1, 1), *tensors, forms=FORMS)
+    if module is FORMS["torch"]:
+        refuse_forward_mode("torch", *tensors)
+        refuse_transforms("torch", *tensors)
     problem = ContrastProblem(
         codes_i=codes_i,
         codes_j=codes_j,

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .operators import operator
 
-STRIP_ELEMENTS = 1 << 20  # of upsampled coefficients at a time, so that they stay in the cache
+STRIP_ELEMENTS = 1 << 20  # of upsampled coefficients at a time in the transpose
+LINE_ELEMENTS = {"cpu": 1 << 18}  # of coefficients upsampled downwards at a time; elsewhere 1 << 24
 BLOCK_ELEMENTS = 1 << 22  # of the weights and values of joint upsampling at a time
 
 
@@ -73,22 +74,54 @@ def strips(height: int, step: int, h: int, row_elements: int) -> Iterator[Strip]
 
 @operator("guided_lines")
 def lines_at(lines: Tensor, guide: Tensor, step: int, h: int, w: int) -> Tensor:
-    """Upsamples lines [B,h,w,(C+1)*K] by `step`, and evaluates them at the colours [B,H,W,C] -> [B,H,W,K]."""
+    """Upsamples lines [B,h,w,(C+1)*K] by `step`, and evaluates them at the colours [B,H,W,C] -> [B,H,W,K].
+
+    The centres of cells cut the picture into segments of `step` pixels. Between two cells, already upsampled downwards,
+    the pixels of a segment are a matrix product: [step,2*(C+1)], shares times colours and 1, by [2*(C+1),K].
+    """
     (B, H, W, C), N = guide.shape, lines.shape[3]
-    values = lines.new_empty(B, H, W, N // (C + 1))  # one for all strips: fresh memory costs more than the sums
-    for strip in strips(H, step, h, w * N):
-        part = lines[:, strip.cells]
-        if step > 1:
-            size = (part.shape[1] * step, w * step)
-            fine = F.interpolate(part.permute(0, 3, 1, 2), size=size, mode="bilinear", align_corners=False)
-            part = fine.permute(0, 2, 3, 1)
-        rows = strip.pixels.stop - strip.pixels.start
-        part = part[:, strip.skipped : strip.skipped + rows, :W].unflatten(-1, (C + 1, -1))
-        colours, value = guide[:, strip.pixels, :, :, None], part[..., C, :]
+    values, K = lines.new_empty(B, H, W, N // (C + 1)), N // (C + 1)
+    if step == 1:
+        part = lines[:, :H, :W].unflatten(-1, (C + 1, K))
         for c in range(C):
-            value = torch.addcmul(value, part[..., c, :], colours[..., c, :])
-        values[:, strip.pixels] = value
+            torch.addcmul(values if c else part[..., C, :], part[..., c, :], guide[..., c, None], out=values)
+        return values
+    first = step - step // 2  # pixels of the first segment outside of the picture
+    shares = [(i - first + 0.5 * (step + 1)) / step for i in range(step)]  # of the second cell
+    low, high = (torch.arange(-1, n + 1, device=lines.device).clamp_(0, n - 1) for n in (h, w))
+    padded = lines.index_select(1, low).index_select(2, high)
+    factors = segment_factors(guide, shares, first, w + 2)
+    n = max(1, LINE_ELEMENTS.get(lines.device.type, 1 << 24) // (step * (w + 2) * N))
+    down = lines.new_empty(n, step, w + 2, N)  # one for all strips: fresh memory costs more than the sums
+    fine = lines.new_empty(n * step * (w + 2), step, K)
+    for b in range(B):
+        for top in range(0, h + 1, n):
+            count = min(n, h + 1 - top)
+            for i, share in enumerate(shares):
+                torch.lerp(
+                    padded[b, top : top + count], padded[b, top + 1 : top + count + 1], share, out=down[:count, i]
+                )
+            skipped, start = max(0, first - top * step), max(0, top * step - first)
+            rows = min(count * step - skipped, H - start)
+            if rows <= 0:
+                continue
+            segments = rows * (w + 2) - 1  # the last of a line reaches into the next one, and is left out
+            cells = down.as_strided((segments, 2 * (C + 1), K), (N, K, 1), skipped * (w + 2) * N)
+            torch.bmm(factors[b, start : start + rows].flatten(0, 1)[:-1], cells, out=fine[:segments])
+            values[b, start : start + rows] = fine[: segments + 1].view(rows, -1, K)[:, first : first + W]
     return values
+
+
+def segment_factors(guide: Tensor, shares: list[float], first: int, segments: int) -> Tensor:
+    """Takes colours [B,H,W,C] to factors [B,H,segments,step,2*(C+1)], 0 outside of the picture."""
+    (B, H, W, C), step = guide.shape, len(shares)
+    right = guide.new_tensor(shares).repeat(segments)[first : first + W]
+    both = torch.stack((1 - right, right), 1).repeat_interleave(C + 1, 1)  # [W,2*(C+1)]
+    twice = torch.eye(C + 1, dtype=guide.dtype, device=guide.device).repeat(1, 2)
+    colours = F.pad(guide, (0, 1), value=1.0).view(-1, C + 1) @ twice
+    factors = guide.new_zeros(B, H, segments * step, 2 * (C + 1))
+    factors[:, :, first : first + W] = colours.view(B, H, W, -1) * both
+    return factors.view(B, H, segments, step, -1)
 
 
 @operator("guided_lines_transposed")

@@ -7,7 +7,6 @@ the patches of its window, alone. Windows of a picture that overlap by as much g
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -163,13 +162,13 @@ def fronts(name: str, maps: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
 
 def guided(maps: Tensor, guide: Tensor, mask: Tensor | None, *, radius: int, eps: float, step: int) -> Tensor:
     """The guided filter of maps [B,H,W,K] by colours [B,H,W,C] -> [B,H,W,K]; mask bool [B,H,W] or None."""
-    counted = guide.new_ones(guide.shape[:3]) if mask is None else mask.to(guide.dtype)
-    weight = pooled(counted[..., None], step)  # [B,h,w,1], counted pixels of each cell
-    share = weight.clamp(min=1)
-    if mask is None:
-        p, colours = pooled(maps, step) / share, pooled(guide, step) / share
+    if mask is None:  # [B,h,w,1], counted pixels of each cell
+        rows, columns = ((side - torch.arange(0, side, step)).clamp(max=step).to(guide) for side in guide.shape[1:3])
+        weight, counted = (rows[:, None] * columns)[..., None].expand(guide.shape[0], -1, -1, -1), (maps, guide)
     else:
-        p, colours = (pooled(counted[..., None] * values, step) / share for values in (maps, guide))
+        inside = mask.to(guide.dtype)[..., None]
+        weight, counted = pooled(inside, step), (inside * maps, inside * guide)
+    p, colours = (pooled(values, step) / weight.clamp(min=1) for values in counted)
     lines, around = fitted(p, colours, weight, radius=max(1, round(radius / step)), eps=eps)
     filtered = applied(lines, guide, step)
     if mask is None:
@@ -184,19 +183,21 @@ def fitted(p: Tensor, colours: Tensor, weight: Tensor, *, radius: int, eps: floa
 
     p, colours: means over the counted pixels of the cells, [B,h,w,K] and [B,h,w,C]; weight: their number [B,h,w,1].
     """
-    C = colours.shape[-1]
-    pixels = box(weight, radius)
-    seen = pixels > 0
-    inverse = torch.where(seen, 1 / torch.where(seen, pixels, 1), 0)
-    mean = partial(weighted_mean, weight=weight, inverse=inverse, radius=radius)
-    p_mean, colour_mean = mean(p), mean(colours)
-    outer = colours[..., :, None] * colours[..., None, :]
-    variance = mean(outer.flatten(-2)).view_as(outer) - colour_mean[..., :, None] * colour_mean[..., None, :]
-    joint = colours[..., :, None] * p[..., None, :]  # [B,h,w,C,K]
-    covariance = mean(joint.flatten(-2)).view_as(joint) - colour_mean[..., :, None] * p_mean[..., None, :]
+    C, K = colours.shape[-1], p.shape[-1]
+    outer = (colours[..., :, None] * colours[..., None, :]).flatten(-2)
+    joint = (colours[..., :, None] * p[..., None, :]).flatten(-2)
+    sums = box(weight * torch.cat([joint, outer, p, colours, torch.ones_like(weight)], -1), radius)
+    seen = sums[..., -1:] > 0
+    means = sums[..., :-1] * torch.where(seen, 1 / torch.where(seen, sums[..., -1:], 1), 0)
+    joint, outer, p_mean, colour_mean = means.split((C * K, C * C, K, C), -1)
+    variance = outer.unflatten(-1, (C, C)) - colour_mean[..., :, None] * colour_mean[..., None, :]
+    covariance = joint.unflatten(-1, (C, K)) - colour_mean[..., :, None] * p_mean[..., None, :]
     inverted = inverse_symmetric(variance + eps * torch.eye(C, dtype=p.dtype, device=p.device))
-    slope = (inverted[..., :, :, None] * covariance[..., None, :, :]).sum(-2)
-    offset = p_mean - (slope * colour_mean[..., None]).sum(-2)
+    slope, offset = inverted[..., :, :1] * covariance[..., :1, :], p_mean  # batched products of such sizes are slower
+    for c in range(1, C):
+        slope = torch.addcmul(slope, inverted[..., :, c, None], covariance[..., c, None, :])
+    for c in range(C):
+        offset = torch.addcmul(offset, slope[..., c, :], colour_mean[..., c, None], value=-1)
     lines = torch.cat([slope, offset[..., None, :]], -2)  # [B,h,w,C+1,K]
     # a pixel has the mean of the windows that it lies in; those without a counted pixel have no fit
     fits = seen.to(p.dtype)
@@ -204,16 +205,12 @@ def fitted(p: Tensor, colours: Tensor, weight: Tensor, *, radius: int, eps: floa
     return box(lines.flatten(-2) * fits, radius) / around.clamp(min=1), around
 
 
-def weighted_mean(values: Tensor, weight: Tensor, inverse: Tensor, radius: int) -> Tensor:
-    return box(weight * values, radius) * inverse
-
-
 def pooled(values: Tensor, step: int) -> Tensor:
     """Sums over cells of step x step pixels: [B,H,W,N] -> [B,h,w,N]; cells at the end may be cut."""
     if step == 1:
         return values
     planes = values.permute(0, 3, 1, 2)
-    return F.avg_pool2d(planes, step, ceil_mode=True, divisor_override=1).permute(0, 2, 3, 1)
+    return F.avg_pool2d(planes, step, ceil_mode=True, divisor_override=1).permute(0, 2, 3, 1).contiguous()
 
 
 def inverse_symmetric(matrices: Tensor) -> Tensor:

@@ -32,12 +32,15 @@ def factored(problem: PairProblem, x: Pairing, bias: Tensor) -> Tensor:
     # products [B,Z,D] are divided, which are smaller than the rows
     g_j = x.j.c.mT @ x.j.f / x.j.c.shape[1] if x.j.shares is None else (x.j.c * x.j.shares[..., None]).mT @ x.j.f
     g_j = paired(g_j, x.pair_set.partner)
-    on_bias = bias * rows_of(x.i.c, x.c_mean)
     if problem.rows:
-        return (x.i.f @ g_j.mT * x.i.c).sum(2) + on_bias
-    if x.row_weight is None:
-        return (x.i.c.mT @ x.i.f * g_j).sum() / x.i.f[..., 0].numel() + x.over_i(on_bias)
-    return ((x.i.c * x.row_weight[..., None]).mT @ x.i.f * g_j).sum() + x.over_i(on_bias)
+        energy = (x.i.f @ g_j.mT * x.i.c).sum(2)
+    elif x.row_weight is None:
+        energy = (x.i.c.mT @ x.i.f * g_j).sum() / x.i.f[..., 0].numel()
+    else:
+        energy = ((x.i.c * x.row_weight[..., None]).mT @ x.i.f * g_j).sum()
+    # later, so that its gradient comes first: memory in the order of the rows, to which transposed ones are added
+    on_bias = bias * rows_of(x.i.c, x.c_mean)
+    return energy + (on_bias if problem.rows else x.over_i(on_bias))
 
 
 def in_blocks(problem: PairProblem, x: Pairing, bias: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -36,9 +36,3 @@ def require_small(pixels: int) -> None:
             f'impl="dense" writes a matrix of pixels x pixels, and takes pictures to {LARGEST_PIXELS} pixels, '
             f'got {pixels}: use impl="auto"'
         )
-
-
-def positions(height: int, width: int, sigma: float, device: torch.device) -> Tensor:
-    """Lists the pixels' places, float64 [N,2], divided by sigma."""
-    row, column = (torch.arange(size, dtype=torch.float64, device=device) / sigma for size in (height, width))
-    return torch.cartesian_prod(row, column).view(-1, 2)

@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+SMALLEST_PROBABILITY = 1e-5  # smaller ones count as it
+
 
 class Filter(Protocol):
     """A linear map with a symmetric matrix k, that of one Gaussian kernel over the N pixels of one picture.
@@ -62,3 +64,9 @@ def bilateral_points(image: Tensor, sigma: float, sigma_color: float, dtype: tor
     )
     place = torch.stack((column, row), 2) / sigma
     return torch.cat((place, image.to(dtype) / sigma_color), 2).flatten(0, 1)
+
+
+def positions(height: int, width: int, sigma: float, device: torch.device) -> Tensor:
+    """Lists the pixels' columns and rows, fp64 [N,2], divided by sigma."""
+    row, column = (torch.arange(size, dtype=torch.float64, device=device) / sigma for size in (height, width))
+    return torch.stack((column.expand(height, -1), row[:, None].expand(-1, width)), 2).view(-1, 2)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..derivatives import refuse_forward_mode, refuse_transforms
 from ..dispatch import HAS_TRITON, implementation
 from ..precision import outside_autocast
 from ..rows import accumulation_dtype
@@ -39,7 +40,7 @@ def gaussian_sums(points: Tensor, values: Tensor, *, tolerance: float = 0.0, imp
             to that type too; sums are fp32.
 
     Returns:
-        [B,N,K] fp32, or fp64 with any fp64 input. Gradients of any order.
+        [B,N,K] fp32, or fp64 with any fp64 input. Gradients of any order; only "dense" runs inside torch.func.
 
     Raises:
         ValueError, TypeError: name the argument, what came and what was expected.
@@ -62,6 +63,8 @@ def gaussian_sums(points: Tensor, values: Tensor, *, tolerance: float = 0.0, imp
         return fused(points, values).gaussian_sums(points.to(dtype), values, tolerance)
     if impl == "dense":
         return dense.gaussian_sums(points.to(dtype), values.to(dtype))
+    refuse_forward_mode(impl, points, values)
+    refuse_transforms(impl, points, values)
     return tiled.gaussian_sums(points.to(dtype), values.to(dtype), tolerance)
 
 

@@ -1,26 +1,12 @@
 // Mean-field inference of a dense CRF on a permutohedral lattice, for the CPU, behind a C interface.
 //
-// The classes of a pixel are stored in blocks of 16 or 32, one or two cache lines. Every sum is a gather in a fixed order
-// and every row has one writer, so the result does not depend on the number of threads.
+// The classes of a pixel are stored in blocks of 16 or 32, one or two cache lines. Every sum has a fixed order and
+// every row has one writer, so the result does not depend on the number of threads.
 
 #include "lattice.hpp"
+#include "plane.hpp"
 
 namespace {
-
-// A row of a block of classes: R vectors of type T.
-template <typename T, int R>
-struct Row {
-    T part[R];
-    static constexpr int FLOATS = R * int(sizeof(T) / sizeof(float));
-    static const Row& at(const float* base, int64_t i) { return *reinterpret_cast<const Row*>(base + i * FLOATS); }
-    static Row& at(float* base, int64_t i) { return *reinterpret_cast<Row*>(base + i * FLOATS); }
-    static void prefetch(const float* base, int64_t i) {
-        for (int f = 0; f < FLOATS; f += 16) __builtin_prefetch(base + i * FLOATS + f);
-    }
-    void add(float weight, const Row& other) {
-        for (int r = 0; r < R; ++r) part[r] += weight * other.part[r];
-    }
-};
 
 // Gathers a row from each of the rows [begin,end) of a list.
 template <typename R>
@@ -33,13 +19,12 @@ R weighted_sum(const float* base, const int32_t* rows, const float* weights, int
     return sum;
 }
 
-// Sums values [N,row] into lattice points [M,row], in the order of the gather that several threads use. Lattice points are
-// numbered in the order in which they first come, so the next new number starts a sum.
+// Sums values [end-begin,row] of points into lattice points [M,row], in the order of the gather of several threads.
+// Lattice points are numbered in the order in which they first come, so the next new number starts a sum. Returns it.
 template <typename R>
-void scatter(const Lattice& lattice, const float* values, float* sums) {
-    int32_t reached = 0;
-    for (int64_t n = 0; n < lattice.N; ++n) {
-        const R row = R::at(values, n);
+int32_t scatter(const Lattice& lattice, int64_t begin, int64_t end, int32_t reached, const float* values, float* sums) {
+    for (int64_t n = begin; n < end; ++n) {
+        const R row = R::at(values, n - begin);
         const int32_t* vertices = &lattice.vertices[n * AXES];
         const float* weights = &lattice.weights[n * AXES];
         for (int i = 0; i < AXES; ++i) {
@@ -51,18 +36,22 @@ void scatter(const Lattice& lattice, const float* values, float* sums) {
             R::at(sums, vertices[i]) = sum;
         }
     }
+    return reached;
 }
 
-// Sums values [N,row] into lattice points [M,row], and blurs these in place: a + 2 b + c along every axis, halved.
+// Sums values [N,row] into lattice points [M,row].
 template <typename R>
-void splat_and_blur(const Worker& worker, const Lattice& lattice, const float* values, float* blurred) {
-    const int64_t last = lattice.N * AXES - 1;
-    if (worker.count == 1) scatter<R>(lattice, values, blurred);
-    else worker.loop(lattice.M, [&](int64_t begin, int64_t end) {
+void gather(const Worker& worker, const Lattice& lattice, const float* values, float* sums) {
+    worker.loop(lattice.M, [&](int64_t begin, int64_t end) {
         for (int64_t m = begin; m < end; ++m)
-            R::at(blurred, m) = weighted_sum<R>(values, lattice.rows.get(), lattice.row_weights.get(), lattice.starts[m],
-                                                lattice.starts[m + 1], last);
+            R::at(sums, m) = weighted_sum<R>(values, lattice.rows.get(), lattice.row_weights.get(), lattice.starts[m],
+                                             lattice.starts[m + 1], lattice.N * AXES - 1);
     });
+}
+
+// Blurs lattice points [M,row] in place: a + 2 b + c along every axis, halved.
+template <typename R>
+void blur(const Worker& worker, const Lattice& lattice, float* blurred) {
     for (const std::vector<int32_t>& chain : lattice.chains)
         worker.loop(chain.size(), [&](int64_t begin, int64_t end) {
             const int64_t last = int64_t(chain.size()) - 1;
@@ -92,7 +81,7 @@ R slice(const Lattice& lattice, int64_t n, const float* blurred) {
     const float* weights = &lattice.weights[n * AXES];
     R sum = {};
     for (int i = 0; i < AXES; ++i) {
-        R::prefetch(blurred, vertices[i + PADDING / 2]);
+        R::prefetch(blurred, vertices[i + PADDING]);
         sum.add(weights[i], R::at(blurred, vertices[i]));
     }
     return sum;
@@ -145,122 +134,67 @@ void softmax(float* x, int64_t blocks, int64_t stride) {
         for (int r = 0; r < PARTS; ++r) R::at(x + b * stride, 0).part[r] *= scale;
 }
 
-// The Gaussian of a distance on the grid, a product of one along the rows and one along the columns.
-struct Grid {
-    int64_t H, W, reach;
-    std::vector<float> taps;          // from the middle outwards, [reach+1], and STRIP zeros
-    std::vector<float> down, across;  // n_i is down[y] * across[x]
-};
-
-std::vector<float> norms(int64_t size, const std::vector<float>& taps) {
-    std::vector<float> result(size);
-    for (int64_t i = 0; i < size; ++i) {
-        double sum = taps[0];
-        for (int64_t t = 1; t < std::min<int64_t>(size, taps.size()); ++t) sum += (i >= t ? taps[t] : 0) + (i + t < size ? taps[t] : 0);
-        result[i] = float(1 / std::sqrt(sum));
-    }
-    return result;
-}
-
 struct Problem {
     const float* scores;   // [K,N]
     float* probabilities;  // [K,N] out
-    int64_t K, blocks, iterations;
+    int64_t H, W, K, blocks, iterations;
     float spatial_weight, color_weight;
+    bool alone;  // one thread was asked for
     Lattice lattice;
-    Grid grid;
+    Plane plane;
 };
-
-// The lines of q around those of one worker, summed across. Lines from `end` on belong to another worker, which overwrites
-// them in q, so they keep slots of their own.
-struct Ring {
-    Array<float> values;  // [blocks,slots,W,row]
-    int64_t lines, slots, line_size, end;
-    Ring(const Problem& p, int floats)
-        : lines(std::min(p.grid.H, 2 * p.grid.reach + 1)), slots(lines + p.grid.reach),
-          line_size(p.grid.W * floats), end(0) {
-        if (p.spatial_weight > 0) values = Array<float>(p.blocks * slots * line_size);
-    }
-    float* line(int64_t b, int64_t j) const {
-        return values.get() + (b * slots + (j < end ? j % lines : lines + j - end)) * line_size;
-    }
-};
-
-// Sums a line of values [W,row] along itself. Taps beyond the reach are 0.
-template <typename R>
-void sum_across(const Grid& grid, const float* from, float* to) {
-    for (int64_t start = 0; start < grid.W; start += STRIP) {
-        R sums[STRIP] = {};
-        const int64_t last = std::min(grid.W - 1, start + STRIP - 1 + grid.reach);
-        for (int64_t j = std::max<int64_t>(0, start - grid.reach); j <= last; ++j) {
-            const R& row = R::at(from, j);
-            for (int i = 0; i < STRIP; ++i) sums[i].add(grid.taps[std::abs(j - start - i)] * grid.across[j], row);
-        }
-        for (int i = 0; i < STRIP && start + i < grid.W; ++i) R::at(to, start + i) = sums[i];
-    }
-}
 
 // One line of all messages and of the softmax, into q [blocks,N,row].
 template <typename R>
-void update_line(const Problem& p, int64_t y, const Ring& ring, const float* blurred, const float* scores, float* q) {
-    const Grid& grid = p.grid;
-    const int64_t N = grid.H * grid.W, M = p.lattice.M;
-    const int64_t first = std::max<int64_t>(0, y - grid.reach), last = std::min(grid.H - 1, y + grid.reach);
-    for (int64_t start = 0; start < grid.W; start += STRIP) {
-        const int count = int(std::min<int64_t>(STRIP, grid.W - start));
+void update_line(const Problem& p, int64_t y, const Walk<R>& walk, const float* blurred, const float* scores,
+                 float* q) {
+    const int64_t N = p.H * p.W, M = p.lattice.M;
+    for (int64_t start = y * p.W, end = start + p.W; start < end; start += STRIP) {
+        const int64_t stop = std::min(end, start + STRIP);
         for (int64_t b = 0; b < p.blocks; ++b) {
-            R sums[STRIP] = {};
-            if (p.spatial_weight > 0)
-                for (int64_t j = first; j <= last; ++j) {
-                    const float tap = grid.taps[std::abs(j - y)] * grid.down[j] * p.spatial_weight * grid.down[y];
-                    const float* line = ring.line(b, j);
-                    if (count == STRIP)
-                        for (int i = 0; i < STRIP; ++i) sums[i].add(tap, R::at(line, start + i));
-                    else
-                        for (int i = 0; i < count; ++i) sums[i].add(tap, R::at(line, start + i));
-                }
-            for (int i = 0; i < count; ++i) {
-                const int64_t n = y * grid.W + start + i;
+            typename Walk<R>::Lines lines;
+            if (p.spatial_weight > 0) lines = walk.lines(y, b);
+            for (int64_t n = start; n < stop; ++n) {
                 R total = R::at(scores, b * N + n);
-                if (p.spatial_weight > 0) total.add(grid.across[start + i], sums[i]);
+                if (p.spatial_weight > 0) total.add(p.spatial_weight, walk.at(lines, n));
                 if (p.color_weight > 0) total.add(p.color_weight, slice<R>(p.lattice, n, blurred + b * M * R::FLOATS));
                 R::at(q, b * N + n) = total;
             }
         }
-        for (int i = 0; i < count; ++i)
-            softmax<R>(&R::at(q, y * grid.W + start + i).part[0][0], p.blocks, N * R::FLOATS);
+        for (int64_t n = start; n < stop; ++n) softmax<R>(&R::at(q, n).part[0][0], p.blocks, N * R::FLOATS);
     }
 }
 
+// Several threads write q to another array than they read. One writes in place, and sums its next lattice meanwhile.
 template <typename R>
-void iterate(const Worker& worker, const Problem& p, const float* scores, float* q, float* blurred,
-             std::vector<Ring>& rings) {
-    const Grid& grid = p.grid;
-    const int64_t N = grid.H * grid.W, line = grid.W * R::FLOATS;
-    Ring& ring = rings[worker.index];
-    const auto sum_lines = [&](int64_t begin, int64_t end) {
-        for (int64_t j = begin; p.spatial_weight > 0 && j < end; ++j)
-            for (int64_t b = 0; b < p.blocks; ++b)
-                sum_across<R>(grid, q + b * N * R::FLOATS + j * line, ring.line(b, j));
-    };
+void iterate(const Worker& worker, const Problem& p, const float* scores, Array<float>* all_q, Array<float>* all_sums) {
+    const int64_t N = p.H * p.W, size = N * R::FLOATS, points = p.lattice.M * R::FLOATS;
+    const bool spatial = p.spatial_weight > 0, color = p.color_weight > 0;
+    Walk<R> walk(p.plane, spatial ? p.blocks : 0, N);
+    float *q = all_q[0].get(), *next_q = p.alone ? q : all_q[1].get();
+    float *sums = all_sums[0].get(), *next_sums = all_sums[1].get();
     for (int64_t i = 0; i < p.iterations; ++i) {
-        if (p.color_weight > 0)
-            for (int64_t b = 0; b < p.blocks; ++b)
-                splat_and_blur<R>(worker, p.lattice, q + b * N * R::FLOATS, blurred + b * p.lattice.M * R::FLOATS);
-        worker.loop(grid.H, [&](int64_t begin, int64_t end) {
-            ring.end = end;
-            // reads lines of other workers before they overwrite them
-            sum_lines(std::max<int64_t>(0, begin - grid.reach), begin);
-            sum_lines(end, std::min(grid.H, end + grid.reach));
-            worker.barrier->wait();
-            int64_t done = begin;
+        for (int64_t b = 0; color && b < p.blocks; ++b) {
+            if (!p.alone) gather<R>(worker, p.lattice, q + b * size, sums + b * points);
+            else if (i == 0) scatter<R>(p.lattice, 0, N, 0, q + b * size, sums + b * points);
+            blur<R>(worker, p.lattice, sums + b * points);
+        }
+        worker.loop(p.H, [&](int64_t begin, int64_t end) {
+            int32_t reached = 0;
+            if (spatial && begin < end) walk.start(begin, q);
             for (int64_t y = begin; y < end; ++y) {
-                const int64_t next = std::min(end, y + grid.reach + 1);
-                sum_lines(done, next);
-                done = next;
-                update_line<R>(p, y, ring, blurred, scores, q);
+                if (spatial) walk.advance(y);
+                update_line<R>(p, y, walk, sums, scores, next_q);
+                if (!p.alone || !color || i + 1 == p.iterations) continue;
+                const int64_t first = y * p.W;
+                const int32_t before = reached;
+                for (int64_t b = 0; b < p.blocks; ++b)
+                    reached = scatter<R>(p.lattice, first, first + p.W, before, q + b * size + first * R::FLOATS,
+                                         next_sums + b * points);
             }
         });
+        std::swap(q, next_q);
+        if (p.alone) std::swap(sums, next_sums);
     }
     worker.loop(N, [&](int64_t begin, int64_t end) {
         for (int64_t start = begin; start < end; start += TURNED)
@@ -273,10 +207,9 @@ void iterate(const Worker& worker, const Problem& p, const float* scores, float*
 template <typename R>
 void infer(Problem& p, int threads) {
     constexpr int L = R::FLOATS;
-    const int64_t N = p.grid.H * p.grid.W, size = (p.blocks = (p.K + L - 1) / L) * N * L;
-    Array<float> scores(size), q(size), blurred(p.color_weight > 0 ? p.blocks * p.lattice.M * L : 0);
-    std::vector<Ring> rings;
-    for (int t = 0; t < threads; ++t) rings.emplace_back(p, L);
+    const int64_t N = p.H * p.W, size = (p.blocks = (p.K + L - 1) / L) * N * L, points = p.blocks * p.lattice.M * L;
+    Array<float> scores(size), q[2] = {Array<float>(size), Array<float>(p.alone ? 0 : size)};
+    Array<float> sums[2] = {Array<float>(points), Array<float>(p.alone ? points : 0)};
     with_team(threads, [&](const Worker& worker) {
         worker.loop(N, [&](int64_t begin, int64_t end) {
             for (int64_t start = begin; start < end; start += TURNED) {
@@ -284,23 +217,25 @@ void infer(Problem& p, int threads) {
                 for (int64_t k = 0; k < p.blocks * L; ++k)
                     for (int64_t n = start; n < stop; ++n) {
                         const int64_t place = (k / L * N + n) * L + k % L;
-                        scores[place] = q[place] = k < p.K ? p.scores[k * N + n] : -1e30f;
+                        scores[place] = q[0][place] = k < p.K ? p.scores[k * N + n] : -1e30f;
                     }
-                for (int64_t n = start; n < stop; ++n) softmax<R>(&q[n * L], p.blocks, N * L);
+                for (int64_t n = start; n < stop; ++n) softmax<R>(&q[0][n * L], p.blocks, N * L);
             }
         });
-        iterate<R>(worker, p, scores.get(), q.get(), blurred.get(), rings);
+        iterate<R>(worker, p, scores.get(), q, sums);
     });
 }
 
-Array<double> bilateral_points(const uint8_t* image, int64_t H, int64_t W, double sigma, double color_sigma) {
-    Array<double> points(H * W * 5);
-    for (int64_t n = 0; n < H * W; ++n) {
-        points[5 * n] = (n % W) / sigma;
-        points[5 * n + 1] = (n / W) / sigma;
-        for (int c = 0; c < 3; ++c) points[5 * n + 2 + c] = image[3 * n + c] / color_sigma;
+Lattice build_lattice(const uint8_t* image, int64_t H, int64_t W, double sigma, double color_sigma, bool gathers) {
+    Array<double> points[D];
+    for (auto& coordinates : points) coordinates = Array<double>(H * W + LANES);
+    for (int64_t i = 0; i < H * W + LANES; ++i) {
+        const int64_t n = std::min(i, H * W - 1);
+        points[0][i] = (n % W) / sigma;
+        points[1][i] = (n / W) / sigma;
+        for (int c = 0; c < 3; ++c) points[2 + c][i] = image[3 * n + c] / color_sigma;
     }
-    return points;
+    return build(points, H * W, gathers);
 }
 
 // Folds n_i into the lattice.
@@ -309,7 +244,8 @@ void normalise(Lattice& lattice) {
     Array<float> norm(lattice.N), blurred(lattice.M);
     std::fill(norm.get(), norm.get() + lattice.N, 1.0f);
     Barrier barrier(1);
-    splat_and_blur<One>(Worker{0, 1, &barrier}, lattice, norm.get(), blurred.get());
+    scatter<One>(lattice, 0, lattice.N, 0, norm.get(), blurred.get());
+    blur<One>(Worker{0, 1, &barrier}, lattice, blurred.get());
     for (int64_t n = 0; n < lattice.N; ++n) norm[n] = 1 / std::sqrt(slice<One>(lattice, n, blurred.get()).part[0]);
     for (int64_t n = 0; n < lattice.N; ++n)
         for (int i = 0; i < AXES; ++i) lattice.weights[n * AXES + i] *= norm[n];
@@ -319,23 +255,22 @@ void normalise(Lattice& lattice) {
 
 }  // namespace
 
-// Takes scores [K,H,W] and a picture [H,W,3] to probabilities [K,H,W]. Returns 0; or 1 without enough memory; or 2 where
-// the points reach too far, or are too many, for the keys.
+// Takes scores [K,H,W] and a picture [H,W,3] to probabilities [K,H,W], which may lie where the scores do. Returns 0; or
+// 1 without enough memory; or 2 where the points reach too far, or are too many, for the keys.
 extern "C" int smooseg_mean_field(const float* scores, const uint8_t* image, int64_t H, int64_t W, int64_t K,
                                   double sigma, double spatial_weight, double far_sigma, double color_sigma,
-                                  double color_weight, int64_t reach, int64_t iterations, int64_t threads,
-                                  float* probabilities) {
+                                  double color_weight, int64_t iterations, int64_t threads, float* probabilities) {
     try {
         Problem p;
-        p.scores = scores, p.probabilities = probabilities, p.K = K, p.iterations = iterations;
+        p.scores = scores, p.probabilities = probabilities, p.H = H, p.W = W, p.K = K;
+        p.iterations = iterations, p.alone = threads == 1;
         p.spatial_weight = float(spatial_weight), p.color_weight = float(color_weight);
-        p.grid.H = H, p.grid.W = W, p.grid.reach = reach;
-        for (int64_t t = 0; t <= reach; ++t) p.grid.taps.push_back(float(std::exp(-0.5 * t * t / (sigma * sigma))));
-        p.grid.taps.resize(reach + 1 + STRIP);
-        p.grid.down = norms(H, p.grid.taps);
-        p.grid.across = norms(W, p.grid.taps);
+        if (spatial_weight > 0) {
+            p.plane = build_plane(H, W, sigma);
+            normalise(p.plane, H, W);
+        }
         if (color_weight > 0) {
-            p.lattice = build(bilateral_points(image, H, W, far_sigma, color_sigma).get(), H * W, threads > 1);
+            p.lattice = build_lattice(image, H, W, far_sigma, color_sigma, threads > 1);
             normalise(p.lattice);
         }
         if (K % 32 == 0 || K % 32 > 16) infer<Row<Vector, 32 / WIDTH>>(p, int(threads));

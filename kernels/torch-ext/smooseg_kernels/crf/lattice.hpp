@@ -36,11 +36,14 @@ typedef float Vector __attribute__((vector_size(4 * WIDTH), may_alias));
 typedef int32_t Integers __attribute__((vector_size(4 * WIDTH), may_alias));
 constexpr int D = 5, AXES = D + 1;  // place and colour
 constexpr size_t LARGE_BYTES = 1 << 21;
+constexpr int LANES = 8;       // points that are placed together
+typedef double Lanes __attribute__((vector_size(8 * LANES), may_alias));
+typedef int64_t Choices __attribute__((vector_size(8 * LANES), may_alias));
 constexpr int TURNED = 16;     // pixels whose classes are turned from planes to rows together
-constexpr int STRIP = 4;       // pixels of a line that are summed together
+constexpr int STRIP = 4;       // pixels of a line whose messages are summed before their softmax
 constexpr double ROUNDS = 6755399441055744.0;  // x + this - this is x rounded
-constexpr int AHEAD = 12;      // gathered rows are asked for so many steps before they are needed
-constexpr int PADDING = 4 * AXES;  // numbers that are read ahead of the last
+constexpr int AHEAD = 64;      // gathered rows are asked for so many steps before they are needed
+constexpr int PADDING = 8 * AXES;  // numbers that are read ahead of the last
 
 // An array on cache lines, not initialised: the threads that use a part are the first to touch it.
 template <typename T>
@@ -171,6 +174,21 @@ private:
     Array<Slot> slots_;
 };
 
+// A row of a block of classes: R vectors of type T.
+template <typename T, int R>
+struct Row {
+    T part[R];
+    static constexpr int FLOATS = R * int(sizeof(T) / sizeof(float));
+    static const Row& at(const float* base, int64_t i) { return *reinterpret_cast<const Row*>(base + i * FLOATS); }
+    static Row& at(float* base, int64_t i) { return *reinterpret_cast<Row*>(base + i * FLOATS); }
+    static void prefetch(const float* base, int64_t i) {
+        for (int f = 0; f < FLOATS; f += 16) __builtin_prefetch(base + i * FLOATS + f);
+    }
+    void add(float weight, const Row& other) {
+        for (int r = 0; r < R; ++r) part[r] += weight * other.part[r];
+    }
+};
+
 struct Lattice {
     int64_t N = 0, M = 0;
     bool gathers = false;      // whether the last three are there: one thread scatters instead
@@ -182,68 +200,75 @@ struct Lattice {
     std::vector<std::vector<int32_t>> chains;  // [AXES] neighbours in a row along an axis; ~m ends a chain
 };
 
-// Takes a point to the D+1 coordinates of the plane of sum 0, in units in which the filter's standard deviation is 1.
-void elevate(const double* point, const double* scale, double* elevated) {
-    double total = 0;
-    for (int i = D - 1; i >= 0; --i) {
-        const double entry = point[i] * scale[i];
-        elevated[i + 1] = total - (i + 1) * entry;
+// Takes LANES points to the d+1 coordinates of the plane of sum 0, in units in which the filter's sigma is 1.
+template <int d>
+void elevate(const Array<double>* points, int64_t start, Lanes* elevated) {
+    Lanes total = {};
+    for (int i = d - 1; i >= 0; --i) {
+        Lanes entry;
+        std::memcpy(&entry, &points[i][start], sizeof entry);
+        entry *= (d + 1) * std::sqrt(2.0 / 3) / std::sqrt((i + 1.0) * (i + 2.0));
+        elevated[i + 1] = total - double(i + 1) * entry;
         total += entry;
     }
     elevated[0] = total;
 }
 
-// Finds quotients [AXES] and ranks [AXES] of the simplex around a point, and its barycentric weights [AXES].
-void enclose(const double* elevated, double* quotients, int* ranks, double* weights) {
-    double delta[AXES], sorted[AXES];
-    double sum = 0;
-    for (int i = 0; i <= D; ++i) {
-        quotients[i] = (elevated[i] / AXES + ROUNDS) - ROUNDS;
-        delta[i] = elevated[i] - quotients[i] * AXES;
+// Finds quotients [d+1] and ranks [d+1] of the simplices around points, and their barycentric weights [d+1].
+template <int d>
+void enclose(const Lanes* elevated, Lanes* quotients, Choices* ranks, Lanes* weights) {
+    constexpr int axes = d + 1;
+    Lanes delta[axes], sorted[axes], sum = {};
+    for (int i = 0; i <= d; ++i) {
+        quotients[i] = (elevated[i] / double(axes) + ROUNDS) - ROUNDS;
+        delta[i] = elevated[i] - quotients[i] * double(axes);
         sum += quotients[i];
     }
-    for (int i = 0; i <= D; ++i) ranks[i] = int(sum);
-    for (int i = 0; i <= D; ++i)
-        for (int j = i + 1; j <= D; ++j) {
-            const bool less = delta[i] < delta[j];
-            ranks[i] += less;
-            ranks[j] += !less;
+    for (int i = 0; i <= d; ++i) ranks[i] = __builtin_convertvector(sum, Choices);
+    for (int i = 0; i <= d; ++i)
+        for (int j = i + 1; j <= d; ++j) {
+            const Choices less = delta[i] < delta[j];  // -1 or 0
+            ranks[i] -= less;
+            ranks[j] += 1 + less;
         }
-    for (int i = 0; i <= D; ++i) {
-        if (ranks[i] > D) ranks[i] -= AXES, quotients[i] -= 1;
-        else if (ranks[i] < 0) ranks[i] += AXES, quotients[i] += 1;
-        sorted[ranks[i]] = elevated[i] / AXES - quotients[i];
+    for (int i = 0; i <= d; ++i) {
+        const Choices turn = (ranks[i] > d) - (ranks[i] < 0);  // -1, 0 or 1
+        ranks[i] += turn * axes;
+        quotients[i] += __builtin_convertvector(turn, Lanes);
+        sorted[i] = elevated[i] / double(axes) - quotients[i];
     }
-    double rest = 0;
-    for (int k = 1; k <= D; ++k) {
-        weights[k] = sorted[D - k] - sorted[AXES - k];
-        rest += weights[k];
-    }
-    weights[0] = 1 - rest;
+    for (int end = d; end > 0; --end)
+        for (int i = 0; i < end; ++i) {
+            const Lanes one = sorted[i], other = sorted[i + 1];
+            sorted[i] = one > other ? one : other;
+            sorted[i + 1] = one > other ? other : one;
+        }
+    weights[0] = 1.0 - (sorted[0] - sorted[d]);
+    for (int k = 1; k <= d; ++k) weights[k] = sorted[d - k] - sorted[axes - k];
 }
 
-Lattice build(const double* points, int64_t N, bool gathers) {
+Lattice build(const Array<double>* points, int64_t N, bool gathers) {
     Lattice lattice;
     if (N >= INT32_MAX / AXES) throw std::range_error("too many");
     lattice.N = N, lattice.gathers = gathers;
-    double scale[AXES], elevated[AXES], quotients[AXES], weights[AXES];
-    double low[AXES], high[AXES];
-    int ranks[AXES];
-    for (int i = 0; i < D; ++i) scale[i] = AXES * std::sqrt(2.0 / 3) / std::sqrt((i + 1.0) * (i + 2.0));
-    std::fill(low, low + AXES, std::numeric_limits<double>::infinity());
-    std::fill(high, high + AXES, -std::numeric_limits<double>::infinity());
-    for (int64_t n = 0; n < N; ++n) {
-        elevate(points + n * D, scale, elevated);
+    Lanes elevated[AXES], quotients[AXES], weights[AXES], lows[D], highs[D];
+    Choices ranks[AXES];
+    elevate<D>(points, 0, elevated);
+    for (int i = 0; i < D; ++i) lows[i] = highs[i] = elevated[i];
+    for (int64_t start = 0; start < N; start += LANES) {
+        elevate<D>(points, start, elevated);
         for (int i = 0; i < D; ++i) {
-            low[i] = std::min(low[i], elevated[i]);
-            high[i] = std::max(high[i], elevated[i]);
+            lows[i] = lows[i] < elevated[i] ? lows[i] : elevated[i];
+            highs[i] = highs[i] > elevated[i] ? highs[i] : elevated[i];
         }
     }
     int64_t strides[AXES], all = AXES, steps = 0;
-    double room = AXES;
+    double low[D], room = AXES;
     for (int i = 0; i < D; ++i) {
-        low[i] = std::floor(low[i] / AXES) - 3;
-        const double size = std::ceil(high[i] / AXES) + 4 - low[i];
+        double lowest = lows[i][0], highest = highs[i][0];
+        for (int l = 1; l < LANES; ++l) lowest = std::min(lowest, lows[i][l]), highest = std::max(highest, highs[i][l]);
+        low[i] = std::floor(lowest / AXES) - 3;
+        const double size = std::ceil(highest / AXES) + 4 - low[i];
         if (!((room *= size) < 4e18)) throw std::range_error("too far");
         strides[i] = all;
         all *= int64_t(size);
@@ -255,27 +280,30 @@ Lattice build(const double* points, int64_t N, bool gathers) {
     std::fill(&lattice.vertices[N * AXES], &lattice.vertices[N * AXES] + PADDING, 0);
     lattice.weights = Array<float>(N * AXES);
     Numbering numbering(N);
-    constexpr int BATCH = 32;  // points whose keys are asked for before they are looked up
+    constexpr int BATCH = 4 * LANES;  // points whose keys are asked for before they are looked up
     int64_t batch[BATCH * AXES];
     for (int64_t start = 0; start < N; start += BATCH) {
         const int64_t end = std::min(N, start + BATCH);
         int64_t* next_key = batch;
-        for (int64_t n = start; n < end; ++n) {
-            elevate(points + n * D, scale, elevated);
-            enclose(elevated, quotients, ranks, weights);
-            int64_t key = 0, lower[AXES] = {};
-            for (int i = 0; i < D; ++i) {
-                key += int64_t(quotients[i] - low[i]) * strides[i];
-                lower[ranks[i]] = strides[i];
-            }
-            for (int k = 0; k <= D; ++k) {  // entries of rank above D - k are one period lower
-                *next_key = key + k;
-                numbering.prefetch(*next_key++);
-                lattice.weights[n * AXES + k] = float(weights[k]);
-                key -= lower[D - k];
+        for (int64_t first = start; first < end; first += LANES) {
+            elevate<D>(points, first, elevated);
+            enclose<D>(elevated, quotients, ranks, weights);
+            for (int l = 0; l < std::min<int64_t>(LANES, end - first); ++l) {
+                int64_t key = 0, lower[AXES] = {};
+                for (int i = 0; i < D; ++i) {
+                    key += int64_t(quotients[i][l] - low[i]) * strides[i];
+                    lower[ranks[i][l]] = strides[i];
+                }
+                for (int k = 0; k <= D; ++k) {  // entries of rank above D - k are one period lower
+                    *next_key = key + k;
+                    numbering.prefetch(*next_key++);
+                    lattice.weights[(first + l) * AXES + k] = float(weights[k][l]);
+                    key -= lower[D - k];
+                }
             }
         }
-        for (int64_t e = start * AXES; e < end * AXES; ++e) lattice.vertices[e] = numbering.add(batch[e - start * AXES]);
+        for (int64_t e = start * AXES; e < end * AXES; ++e)
+            lattice.vertices[e] = numbering.add(batch[e - start * AXES]);
     }
 
     const int64_t M = lattice.M = numbering.keys.size();

@@ -17,25 +17,25 @@ LARGEST_KEY = 1 << 62
 
 
 class Permutohedral:
-    """The filter of points [N,d], d from 1 to 8, in their dtype; points count in standard deviations.
+    """The filter of points fp64 [N,d], d from 1 to 8, for values of a dtype; points count in standard deviations.
 
     k_ij is about exp(-|p_i - p_j|^2 / 2). Only lattice points next to a point exist, and a blur reads 0 from the
     others, so sums of isolated points come out low, and the matrix is symmetric only to the order of the blurs.
     """
 
-    def __init__(self, points: Tensor):
+    def __init__(self, points: Tensor, dtype: torch.dtype):
         d = points.shape[1]
-        keys, weights, strides = corners(points.double())
+        keys, weights, strides = corners(points)
         vertices, self.corners = torch.unique(keys, return_inverse=True)  # [M], [N,d+1]
         order = self.corners.flatten().argsort(stable=True)
         self.splat = (
             order.div(d + 1, rounding_mode="floor"),
             starts(self.corners.flatten()[order], len(vertices)),
-            weights.flatten()[order].to(points.dtype),
+            weights.flatten()[order].to(dtype),
         )
-        self.blurs = [blur(vertices, strides, axis, points.dtype) for axis in range(d + 1)]
+        self.blurs = [blur(vertices, strides, axis, dtype) for axis in range(d + 1)]
         # the integral of the Gaussian over the volume of a lattice cell
-        self.weights = (weights * (math.sqrt(d + 1) * (4 * math.pi / 3) ** (d / 2))).to(points.dtype)
+        self.weights = (weights * (math.sqrt(d + 1) * (4 * math.pi / 3) ** (d / 2))).to(dtype)
 
     def __call__(self, values: Tensor) -> Tensor:
         for rows, offsets, weights in (self.splat, *self.blurs):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import math
 import os
 import platform
 import shutil
@@ -28,8 +27,9 @@ from torch import Tensor
 from torch.library import custom_op
 
 from ..operators import add_op_namespace_prefix
+from .filters import SMALLEST_PROBABILITY
 
-SOURCES = [Path(__file__).with_name(name) for name in ("lattice.cpp", "lattice.hpp")]
+SOURCES = [Path(__file__).with_name(name) for name in ("lattice.cpp", "lattice.hpp", "plane.hpp")]
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"]
 FLAGS += ["-pthread"]
 # by the name that PyTorch gives to what this processor can do
@@ -85,29 +85,27 @@ def serves(impl: str, device: torch.device, dtype: torch.dtype) -> bool:
 
 @custom_op(add_op_namespace_prefix("crf_mean_field"), mutates_args=(), device_types="cpu")
 def mean_field(
-    scores: Tensor,
+    probabilities: Tensor,
     image: Tensor,
     gaussian: list[float],
     bilateral: list[float],
     iterations: int,
 ) -> Tensor:
-    """Takes scores -u fp32 [K,H,W] and a picture uint8 [H,W,3] to Q [K,H,W]; the rest is as in `dense_crf`.
+    """Takes probabilities fp32 [K,H,W] and a picture uint8 [H,W,3] to Q [K,H,W]; the rest is as in `dense_crf`.
 
     Runs on torch.get_num_threads() threads, without the interpreter's lock; their number does not change the result.
     """
-    scores, image = scores.contiguous(), image.contiguous()
-    result = torch.empty_like(scores)
-    if not scores.numel():
+    image = image.contiguous()
+    result = probabilities.clamp(min=SMALLEST_PROBABILITY).log_().contiguous()  # the scores, until Q replaces them
+    if not result.numel():
         return result
-    K, H, W = scores.shape
-    # taps below a quarter of eps are dropped, as GridGaussian does
-    reach = math.floor(gaussian[0] * math.sqrt(-2 * math.log(torch.finfo(torch.float32).eps / 4)))
+    K, H, W = result.shape
     library, reason = state()
     if library is None:
         raise RuntimeError(f"the C++ form of the lattice cannot run here: {reason}")
-    weights = (*gaussian, *bilateral[:2], bilateral[2] if iterations else 0.0)
-    limits = (min(max(H, W) - 1, reach), iterations, torch.get_num_threads())
-    inputs = (scores.data_ptr(), image.data_ptr(), H, W, K)
+    weights = (gaussian[0], gaussian[1] if iterations else 0.0, *bilateral[:2], bilateral[2] if iterations else 0.0)
+    limits = (iterations, torch.get_num_threads())
+    inputs = (result.data_ptr(), image.data_ptr(), H, W, K)
     code = library.smooseg_mean_field(*inputs, *weights, *limits, result.data_ptr())
     if code == 2:
         raise ValueError("points reach too far, or are too many, for the keys of a lattice: refine smaller tiles")
@@ -117,8 +115,8 @@ def mean_field(
 
 
 @mean_field.register_fake
-def _(scores, image, gaussian, bilateral, iterations):
-    return torch.empty_like(scores, memory_format=torch.contiguous_format)
+def _(probabilities, image, gaussian, bilateral, iterations):
+    return torch.empty_like(probabilities, memory_format=torch.contiguous_format)
 
 
 def load() -> ctypes.CDLL:
@@ -133,7 +131,7 @@ def load() -> ctypes.CDLL:
             if not is_intact(path):  # another process may have built it meanwhile
                 build(path, compiler, flags)
     library = ctypes.CDLL(str(path))
-    signature = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 3 + [ctypes.c_double] * 5 + [ctypes.c_int64] * 3
+    signature = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 3 + [ctypes.c_double] * 5 + [ctypes.c_int64] * 2
     library.smooseg_mean_field.argtypes = [*signature, ctypes.c_void_p]
     return library
 

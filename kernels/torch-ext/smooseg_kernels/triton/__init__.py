@@ -125,12 +125,12 @@ def data_term(codes: Tensor, student: Tensor, teacher: Tensor, patch_weight: Ten
 
 
 def pair_energy(problem: PairProblem) -> list[PairEnergy]:
-    """Returns the results of each pair set. Kernels of the mean energy alone serve where that is all that is asked."""
+    """Returns the results of each pair set. Kernels of the means alone serve where that is all that is asked."""
     dtype = torch.promote_types(problem.features_i.dtype, problem.features_j.dtype)  # one matrix product takes both
     problem = replace(problem, features_i=problem.features_i.to(dtype), features_j=problem.features_j.to(dtype))
-    plain = not (problem.rows or problem.means) and problem.weight_i is problem.weight_j is None
+    plain = not problem.rows and problem.weight_i is problem.weight_j is None
     for _, threshold, mean in problem.pair_sets:
-        plain = plain and threshold.dim() == 0 and not wants_gradient(threshold) and mean is None
+        plain = plain and threshold.dim() == 0 and mean is None and not (problem.hinge and wants_gradient(threshold))
     if not plain:
         return pair_options.pair_energy(with_clamped_partners(problem))
     return [pair_set_energy(problem, pair_set) for pair_set in problem.pair_sets]
@@ -151,7 +151,7 @@ def with_clamped_partners(problem: PairProblem) -> PairProblem:
 def pair_set_energy(problem: PairProblem, pair_set: PairSet) -> PairEnergy:
     """Returns the mean energy and similarity of one pair set."""
     low, high = problem.clamp
-    energy, similarity, *_ = pairs.pair_energy(
+    energy, similarity, clamped, closeness, *_ = pairs.pair_energy(
         features_i=problem.features_i,
         codes_i=problem.codes_i,
         features_j=problem.features_j,
@@ -162,9 +162,10 @@ def pair_set_energy(problem: PairProblem, pair_set: PairSet) -> PairEnergy:
         high=high,
         hinge=problem.hinge,
         center=problem.center,
+        means=problem.means or wants_gradient(pair_set.threshold),
         i_gradient=wants_gradient(problem.codes_i),
     )
-    return PairEnergy(energy, similarity)
+    return PairEnergy(energy, similarity, *((clamped, closeness) if problem.means else ()))
 
 
 def contrastive(problem: ContrastProblem) -> tuple[None, Tensor, Tensor, Tensor]:

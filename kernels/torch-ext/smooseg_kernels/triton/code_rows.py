@@ -14,8 +14,6 @@ from . import labels
 from .labels import (
     LN2,
     LOG2E,
-    both_products,
-    both_unit_parts,
     codes_backward,
     column_bias,
     inverse_norms,
@@ -119,15 +117,13 @@ def data_term_kernel(
         codes_ptr + h * stride_h + b * stride_b, start, P, stride_p, width=Z, BLOCK=BLOCK_P, WIDTH=BLOCK_Z
     ).to(CODE)
     inverse = inverse_norms(codes)
-    high, low = both_unit_parts(
-        teacher_ptr + h * K * Z, student_ptr + h * K * Z, OPERAND=CODE, K=K, Z=Z, BLOCK_K=BLOCK_K, BLOCK_Z=BLOCK_Z
-    )
-    toward_teacher, toward_student = both_products(
-        codes, high, low, BLOCK_P=BLOCK_P, BLOCK_K=BLOCK_K, PRECISION=PRECISION
-    )
     scale = inverse * LOG2E
-    teacher_logits = toward_teacher * scale[:, None] + column_bias(k, 0.0, K)[None, :]
-    loss, d_cosine = labels.data_term(toward_student, teacher_logits, scale, k, LOG2E, K=K, BLOCK_K=BLOCK_K)
+    # one product after the other: registers do not hold both
+    high, low = unit_parts(teacher_ptr + h * K * Z, CODE, K, Z, BLOCK_K, BLOCK_Z)
+    logits = product(codes, high, low, PRECISION) * scale[:, None] + column_bias(k, 0.0, K)[None, :]
+    label = labels.likeliest(logits, k, BLOCK_K)
+    high, low = unit_parts(student_ptr + h * K * Z, CODE, K, Z, BLOCK_K, BLOCK_Z)
+    loss, d_cosine = labels.data_term(product(codes, high, low, PRECISION), label, scale, k, LOG2E, K=K)
     # rows to one number in two steps: Triton 3.6 fails on one for sm_100, where products lie in tensor memory
     tl.store(losses_ptr + h * 2 * parts + part, tl.sum(tl.reshape(loss * weight, (16, BLOCK_P // 16))))
     tl.store(losses_ptr + h * 2 * parts + parts + part, tl.sum(weight, 0))

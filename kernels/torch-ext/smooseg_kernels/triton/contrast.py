@@ -28,7 +28,8 @@ from .launch import (
     with_rows_together,
 )
 from .pair_rows import code_gradient_kernel
-from .pairs import code_dtype, measure_rows, padded, row_settings, width_block
+from .pair_walk import code_dtype, padded, width_block
+from .pairs import measure_rows, row_settings
 
 # code channels that a program holds: all, or so many at a time
 WHOLE_COLUMNS, SLICE_COLUMNS = 128, 64
@@ -254,15 +255,14 @@ def through_lengths(codes: Tensor, inverse: Tensor, rows: Tensor, d_codes: Tenso
     """Launches the gradient through the codes' lengths; `rows` are gradients toward the unit codes."""
     B, P, Z = codes.shape
     settings = row_settings("code_gradient", codes, Z)
-    one = torch.ones((), device=codes.device)
     launch(
         code_gradient_kernel, (triton.cdiv(P, settings["BLOCK_P"]), B), settings=settings,
         codes_ptr=codes, inverse_ptr=inverse, rows_ptr=rows, sums_ptr=inverse, partner_ptr=inverse,
-        d_energy_ptr=one, d_similarity_ptr=one, d_codes_ptr=d_codes,
+        d_energy_ptr=inverse, d_similarity_ptr=inverse, d_codes_ptr=d_codes,
         # the kernel is that of an energy, which has a minus
         B=B, N=B, P=P, share=-1.0, stride_b=codes.stride(0), stride_p=codes.stride(1), Z=Z, ZP=padded(Z), SPLITS=1,
         BLOCK_B=1, BLOCK_Z=block_z(Z),
-        FROM_I=True, HAS_PARTNER=False, HAS_ENERGY=True, HAS_SIMILARITY=False,
+        FROM_I=True, HAS_PARTNER=False, HAS_ROWS=True, HAS_SIMILARITY=False, UNIT=False,
     )  # fmt: skip
 
 

@@ -38,14 +38,31 @@ def load_rows_apart(ptr, start, P, stride, width: tl.constexpr, BLOCK_P: tl.cons
 
 
 @triton.jit
-def load_pull(ptr, first, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr):
-    d = tl.arange(0, BLOCK_D)
-    tile_ptr = ptr + first * BLOCK_K + (d[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :])
+def load_pull(ptr, first, stride_h, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, HEADS: tl.constexpr):
+    """Loads [BLOCK_D,HEADS * BLOCK_K], the pulls of several heads next to each other."""
+    d, column = tl.arange(0, BLOCK_D), tl.arange(0, HEADS * BLOCK_K)
+    tile_ptr = ptr + first * BLOCK_K + (d[:, None] * BLOCK_K + column[None, :] % BLOCK_K)
+    if HEADS > 1:
+        tile_ptr += (column // BLOCK_K).to(tl.int64)[None, :] * stride_h
     if D % BLOCK_D == 0:
         pull = tl.load(tile_ptr)
     else:
         pull = tl.load(tile_ptr, mask=(first + d < D)[:, None], other=0.0)
     return pull
+
+
+@triton.jit
+def by_head(columns, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, HEADS: tl.constexpr):
+    """Cuts [BLOCK_P,HEADS * BLOCK_K] into the parts of 2 or 4 heads. Threads keep what they hold."""
+    if HEADS == 4:
+        pairs = tl.permute(tl.reshape(columns, (BLOCK_P, 2, 2, BLOCK_K)), (0, 3, 1, 2))
+        even, odd = tl.split(pairs)
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        parts = (first, second, third, fourth)
+    else:
+        parts = tl.split(tl.permute(tl.reshape(columns, (BLOCK_P, 2, BLOCK_K)), (0, 2, 1)))
+    return parts
 
 
 @triton.jit
@@ -106,6 +123,7 @@ def energy_gradient_kernel(
     stride_fb, stride_fp, stride_rh, stride_rb, stride_rp, stride_upstream, stride_total, stride_data,
     H: tl.constexpr, D: tl.constexpr, K: tl.constexpr, Z: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_Z: tl.constexpr,
+    HEADS: tl.constexpr,  # of a program, which share its features: 1, 2 or 4
     # switches
     FROM_CODES: tl.constexpr, PREPARED: tl.constexpr, BOUNDED: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     ROWS_GRADIENT: tl.constexpr, STUDENT_GRADIENT: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_DATA: tl.constexpr,
@@ -115,49 +133,67 @@ def energy_gradient_kernel(
 ):  # fmt: skip
     """Multiplies a tile of features by a head's pull and takes the product back to the head's rows."""
     # heads of one tile run next to each other and find its features in the cache; a second axis ends at 65,535
-    tile, h, b = tl.program_id(0) // H, (tl.program_id(0) % H).to(tl.int64), tl.program_id(1).to(tl.int64)
+    GROUPS: tl.constexpr = H // HEADS
+    tile, b = tl.program_id(0) // GROUPS, tl.program_id(1).to(tl.int64)
+    first_head = (tl.program_id(0) % GROUPS).to(tl.int64) * HEADS
     WIDTH: tl.constexpr = Z if FROM_CODES else K
     BLOCK_WIDTH: tl.constexpr = BLOCK_Z if FROM_CODES else BLOCK_K
     if ROWS_GRADIENT:
         start = tile * BLOCK_P
         row = repeated_rows(start, P, BLOCK_P)  # a row that repeats another stores the same
         features_ptr += b * stride_fb
-        pull_ptr += (h * B + b) * D * BLOCK_K
         # these loads overlap with the product's
         inverse = invert(tl.load(norms_ptr + b * P + start + row))
-        constant = tl.load(constant_ptr + (h * B + b) * BLOCK_K + tl.arange(0, BLOCK_K))
         total = tl.load(totals_ptr + b)
-        factor = tl.where(total > 0, (-1.0 / LIFT) / (tl.maximum(total, 1e-30) * B), 0.0)
-        factor *= tl.load(upstream_ptr + h * stride_upstream)
-        rows = load_rows_apart(
-            rows_ptr + h * stride_rh + b * stride_rb, start, P, stride_rp, WIDTH, BLOCK_P=BLOCK_P, WIDTH=BLOCK_WIDTH
-        )
-        pulled = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
+        share = tl.where(total > 0, (-1.0 / LIFT) / (tl.maximum(total, 1e-30) * B), 0.0)
+        rows_of_heads, constants, factors = (), (), ()
+        for i in tl.static_range(HEADS):
+            constant_of_head = constant_ptr + ((first_head + i) * B + b) * BLOCK_K
+            constants = constants + (tl.load(constant_of_head + tl.arange(0, BLOCK_K)),)
+            factors = factors + (share * tl.load(upstream_ptr + (first_head + i) * stride_upstream),)
+            head_ptr = rows_ptr + (first_head + i) * stride_rh + b * stride_rb
+            rows_of_heads = rows_of_heads + (
+                load_rows_apart(head_ptr, start, P, stride_rp, WIDTH, BLOCK_P=BLOCK_P, WIDTH=BLOCK_WIDTH),
+            )
+        pull_ptr += (first_head * B + b) * D * BLOCK_K
+        pulled = tl.zeros((BLOCK_P, HEADS * BLOCK_K), tl.float32)
         for first in range(0, D, BLOCK_D):
             f = load_repeated(features_ptr, start, P, stride_fp, first, D, BLOCK=BLOCK_P, WIDTH=BLOCK_D).to(FEATURE)
-            pull = load_pull(pull_ptr, first, D, BLOCK_D, BLOCK_K).to(FEATURE)
+            pull = load_pull(
+                pull_ptr, first, B * D * BLOCK_K, D=D, BLOCK_D=BLOCK_D, BLOCK_K=BLOCK_K, HEADS=HEADS
+            ).to(FEATURE)  # fmt: skip
             pulled = tl.dot(f, pull, pulled, input_precision=PRECISION)
-        rows = tl.reshape(rows, (BLOCK_P, BLOCK_WIDTH))
-        if HAS_WEIGHT:
-            factor *= tl.load(weight_ptr + b * P + start + row)
-        if FROM_CODES:
-            if PREPARED:
-                parts = load_prepared(prototypes_ptr + h * 4 * BLOCK_K * BLOCK_Z, CODE, BLOCK_K, BLOCK_K, BLOCK_Z)
-            else:
-                parts = unit_parts(prototypes_ptr + h * K * Z, CODE, K, Z, BLOCK_K, BLOCK_Z)
-            d_row = code_gradient(
-                rows.to(CODE), parts[0], parts[1], pulled, inverse, constant, factor=factor, sharpness=sharpness,
-                K=K, BLOCK_K=BLOCK_K, BOUNDED=BOUNDED, PRECISION=PRECISION,
-            )  # fmt: skip
+        pulled_of_heads = ()
+        if HEADS > 1:
+            pulled_of_heads += by_head(pulled, BLOCK_P, BLOCK_K, HEADS)
         else:
-            d_row = prob_gradient(rows.to(tl.float32), pulled, inverse, constant, factor)
+            pulled_of_heads += (pulled,)
         column = tl.arange(0, BLOCK_WIDTH)
-        out_ptr = d_rows_ptr + ((h * B + b) * P + start) * WIDTH + row[:, None] * WIDTH + column[None, :]
-        tl.store(out_ptr, d_row.to(d_rows_ptr.dtype.element_ty), mask=(column < WIDTH)[None, :])
+        for i in tl.static_range(HEADS):
+            h = first_head + i
+            constant, factor = constants[i], factors[i]
+            if HAS_WEIGHT:
+                factor *= tl.load(weight_ptr + b * P + start + row)
+            rows = tl.reshape(rows_of_heads[i], (BLOCK_P, BLOCK_WIDTH))
+            if FROM_CODES:
+                if PREPARED:
+                    parts = load_prepared(prototypes_ptr + h * 4 * BLOCK_K * BLOCK_Z, CODE, BLOCK_K, BLOCK_K, BLOCK_Z)
+                else:
+                    parts = unit_parts(prototypes_ptr + h * K * Z, CODE, K, Z, BLOCK_K, BLOCK_Z)
+                d_row = code_gradient(
+                    rows.to(CODE), parts[0], parts[1], pulled_of_heads[i], inverse, constant, factor=factor,
+                    sharpness=sharpness, K=K, BLOCK_K=BLOCK_K, BOUNDED=BOUNDED, PRECISION=PRECISION,
+                )  # fmt: skip
+            else:
+                d_row = prob_gradient(rows.to(tl.float32), pulled_of_heads[i], inverse, constant, factor)
+            out_ptr = d_rows_ptr + ((h * B + b) * P + start) * WIDTH + row[:, None] * WIDTH + column[None, :]
+            tl.store(out_ptr, d_row.to(d_rows_ptr.dtype.element_ty), mask=(column < WIDTH)[None, :])
 
     if STUDENT_GRADIENT:  # noqa: SIM102 - one condition for the compiler, one for the program
         if (tile == 0) & (b == 0):
-            scale_student_gradient(
-                d_student_ptr, unit_d_student_ptr, d_total_ptr, d_data_ptr, h, stride_total, stride_data=stride_data,
-                K=K, Z=Z, BLOCK_K=BLOCK_K, BLOCK_Z=BLOCK_Z, HAS_TOTAL=HAS_TOTAL, HAS_DATA=HAS_DATA,
-            )  # fmt: skip
+            for i in tl.static_range(HEADS):
+                scale_student_gradient(
+                    d_student_ptr, unit_d_student_ptr, d_total_ptr, d_data_ptr, first_head + i, stride_total,
+                    stride_data=stride_data, K=K, Z=Z, BLOCK_K=BLOCK_K, BLOCK_Z=BLOCK_Z, HAS_TOTAL=HAS_TOTAL,
+                    HAS_DATA=HAS_DATA,
+                )  # fmt: skip

@@ -16,9 +16,12 @@ from .labels import (
     data_term,
     inverse_norms,
     invert,
+    likeliest,
     load_prepared,
     load_rows,
+    product,
     soft_labels,
+    unit_parts,
 )
 from .row_norms import feature_norms
 
@@ -56,41 +59,74 @@ def load_weight(weight_ptr, relative, start, last, BLOCK_P: tl.constexpr, HAS_WE
 
 
 @triton.jit
+def student_tile(
+    # in
+    codes,  # [BLOCK_P,BLOCK_Z], 0 from the last row on
+    toward_student,  # [BLOCK_P,BLOCK_K]: their products with the student's unit prototypes
+    label,  # [BLOCK_P]
+    code_scale,  # [BLOCK_P]: sharpness / |code|
+    weight,  # [BLOCK_P], 0 from the last row on
+    # sums so far
+    entropy,  # [BLOCK_P]: weight times the cross-entropy
+    student_sums,  # [BLOCK_Z,BLOCK_K]: sharpness sum_p weight (gradient to the cosine) code_p / |code_p|
+    sharpness, K: tl.constexpr, BLOCK_K: tl.constexpr,
+    # switches
+    HAS_WEIGHT: tl.constexpr, STUDENT_GRADIENT: tl.constexpr, CODE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Returns the data term's sums with this tile's."""
+    loss, d_cosine = data_term(toward_student, label, code_scale, tl.arange(0, BLOCK_K), sharpness, K)
+    entropy += loss * weight
+    if STUDENT_GRADIENT:
+        if HAS_WEIGHT:  # else codes beyond the last are 0
+            d_cosine *= weight[:, None]
+        if tl.float16 == CODE:  # 1 / length of short codes is beyond its range
+            codes = (codes.to(tl.float32) * code_scale[:, None]).to(CODE)
+        else:  # codes go to the matrix unit as they came, and their length divides the other factor
+            d_cosine *= code_scale[:, None]
+        student_sums = tl.dot(tl.trans(codes), d_cosine.to(CODE), student_sums, input_precision=PRECISION)
+    return entropy, student_sums
+
+
+@triton.jit
 def label_tile(
     # in
     rows_ptr,  # [P,Z] codes of one image and head, or [P,K] probs without FROM_CODES
-    high, low,  # [2 * BLOCK_K,BLOCK_Z]: unit prototypes of teacher and student in two parts
+    high, low,  # [2 * BLOCK_K,BLOCK_Z], or with APART [BLOCK_K,BLOCK_Z]: unit prototypes in two parts
     weight,  # [BLOCK_P], 0 from row `last` on
     inverse,  # [BLOCK_P]: what divides the rows next to the weight, 1 / |f|
+    # out
+    labels_ptr,  # [P] int16, with APART
     # sums so far
     label_sums,  # [BLOCK_P,BLOCK_K]: weight c
-    entropy,  # [BLOCK_P]: weight times the cross-entropy
-    student_sums,  # [BLOCK_Z,BLOCK_K]: sharpness sum_p weight (gradient to the cosine) code_p / |code_p|
+    entropy, student_sums,  # of `student_tile`
     # sizes
     start, last, stride, sharpness,
     K: tl.constexpr, Z: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Z: tl.constexpr,
     # switches
-    FROM_CODES: tl.constexpr, BOUNDED: tl.constexpr, HAS_WEIGHT: tl.constexpr, STUDENT_GRADIENT: tl.constexpr,
-    CODE: tl.constexpr, PRECISION: tl.constexpr,
+    FROM_CODES: tl.constexpr, APART: tl.constexpr, BOUNDED: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    STUDENT_GRADIENT: tl.constexpr, CODE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Returns weight inverse c [BLOCK_P,BLOCK_K], with weight inverse in column K, and the sums with this tile's."""
     k = tl.arange(0, BLOCK_K)
     if FROM_CODES:
         codes = load_rows(rows_ptr, start, last, stride, width=Z, BLOCK=BLOCK_P, WIDTH=BLOCK_Z).to(CODE)
         code_inverse = inverse_norms(codes)
-        toward_teacher, toward_student = both_products(codes, high, low, BLOCK_P, BLOCK_K, PRECISION)
+        if APART:
+            toward_teacher = product(codes, high, low, PRECISION)
+        else:
+            toward_teacher, toward_student = both_products(codes, high, low, BLOCK_P, BLOCK_K, PRECISION)
         code_scale = code_inverse * sharpness
         x, e, e_inverse = soft_labels(toward_teacher, code_scale, k, sharpness, K, BOUNDED)
-        loss, d_cosine = data_term(toward_student, x, code_scale, k, sharpness, K, BLOCK_K=BLOCK_K)
-        entropy += loss * weight
-        if STUDENT_GRADIENT:
-            if HAS_WEIGHT:  # else codes beyond the last are 0
-                d_cosine *= weight[:, None]
-            if tl.float16 == CODE:  # 1 / length of short codes is beyond its range
-                codes = (codes.to(tl.float32) * code_scale[:, None]).to(CODE)
-            else:  # codes go to the matrix unit as they came, and their length divides the other factor
-                d_cosine *= code_scale[:, None]
-            student_sums = tl.dot(tl.trans(codes), d_cosine.to(CODE), student_sums, input_precision=PRECISION)
+        label = likeliest(x, k, BLOCK_K)
+        if APART:
+            row = start + tl.arange(0, BLOCK_P)
+            tl.store(labels_ptr + row, label.to(tl.int16), mask=row < last)
+        else:
+            entropy, student_sums = student_tile(
+                codes, toward_student, label, code_scale, weight, entropy, student_sums=student_sums,
+                sharpness=sharpness, K=K, BLOCK_K=BLOCK_K, HAS_WEIGHT=HAS_WEIGHT, STUDENT_GRADIENT=STUDENT_GRADIENT,
+                CODE=CODE, PRECISION=PRECISION,
+            )  # fmt: skip
     else:
         e = load_rows(rows_ptr, start, last, stride, width=K, BLOCK=BLOCK_P, WIDTH=BLOCK_K).to(tl.float32)
         e_inverse = inverse_norms(e)
@@ -101,21 +137,17 @@ def label_tile(
 
 
 @triton.jit
-def store_sums(
+def store_student_sums(
     # out
-    labels_ptr,  # [BLOCK_K] fp32 of one part
     entropy_ptr,  # [] fp32
     student_sums_ptr,  # [K,Z]
     # in
-    label_sums, entropy, student_sums, lift,
-    K: tl.constexpr, Z: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Z: tl.constexpr,
-    FROM_CODES: tl.constexpr, STUDENT_GRADIENT: tl.constexpr,
+    entropy, student_sums, lift,
+    K: tl.constexpr, Z: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Z: tl.constexpr, STUDENT_GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """Stores the sums of a program's label tiles, lifted."""
+    """Stores the data term's sums of a program's tiles, lifted."""
     k, z = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_Z)
-    tl.store(labels_ptr + k, tl.sum(label_sums, 0) * lift)
-    if FROM_CODES:
-        tl.store(entropy_ptr, tl.sum(entropy, 0) * lift)
+    tl.store(entropy_ptr, tl.sum(entropy, 0) * lift)
     if STUDENT_GRADIENT:
         out_ptr = student_sums_ptr + k[None, :] * Z + z[:, None]
         out = (student_sums * lift).to(student_sums_ptr.dtype.element_ty)
@@ -139,6 +171,7 @@ def label_rows_kernel(
     label_sums_ptr,  # [H,B,PARTS,BLOCK_K] fp32: LIFT times a part of the weighted mean of unit label rows
     entropy_ptr,  # [H,B,PARTS] fp32: the same of the cross-entropy
     student_sums_ptr,  # [H,B,PARTS,K,Z]: the same of (gradient to the cosine) code / |code|
+    labels_ptr,  # [H,B,P] int16, with APART: the teacher's likeliest group
     totals_ptr,  # [B] fp32: the sum of the image's patch weights
     arrivals_ptr,  # [H] int32: zero, for a later launch
     # sizes
@@ -146,8 +179,9 @@ def label_rows_kernel(
     D: tl.constexpr, K: tl.constexpr, Z: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Z: tl.constexpr,
     # switches
-    FROM_CODES: tl.constexpr, PREPARED: tl.constexpr, BOUNDED: tl.constexpr, HAS_SCALE: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, STUDENT_GRADIENT: tl.constexpr,
+    FROM_CODES: tl.constexpr, PREPARED: tl.constexpr,
+    APART: tl.constexpr,  # leave the data term to `student_rows_kernel`
+    BOUNDED: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_WEIGHT: tl.constexpr, STUDENT_GRADIENT: tl.constexpr,
     NORMS: tl.constexpr,  # measure the features here
     UNIT_FEATURES: tl.constexpr,  # a later launch normalises the features themselves
     CODE: tl.constexpr, PRECISION: tl.constexpr,
@@ -161,7 +195,9 @@ def label_rows_kernel(
     high, low = 0.0, 0.0
     if FROM_CODES and PREPARED:
         prepared_ptr += h * 4 * BLOCK_K * BLOCK_Z
-        high, low = load_prepared(prepared_ptr, CODE, 2 * BLOCK_K, BLOCK_K, BLOCK_Z)
+        high, low = load_prepared(prepared_ptr, CODE, BLOCK_K if APART else 2 * BLOCK_K, BLOCK_K, BLOCK_Z)
+    elif FROM_CODES and APART:
+        high, low = unit_parts(teacher_ptr + h * K * Z, CODE, K, Z, BLOCK_K, BLOCK_Z)
     elif FROM_CODES:
         high, low = both_unit_parts(
             teacher_ptr + h * K * Z, student_ptr + h * K * Z, CODE, K, Z, BLOCK_K, BLOCK_Z=BLOCK_Z
@@ -185,20 +221,21 @@ def label_rows_kernel(
         side, label_sums, entropy, student_sums = label_tile(
             rows_ptr + h * stride_rh + b * stride_rb, high, low,
             load_weight(weight_ptr, relative, start, P, BLOCK_P, HAS_WEIGHT), inverse,
-            label_sums, entropy=entropy, student_sums=student_sums,
+            labels_ptr=labels_ptr + (h * B + b) * P, label_sums=label_sums, entropy=entropy, student_sums=student_sums,
             start=start, last=P, stride=stride_rp, sharpness=sharpness,
             K=K, Z=Z, BLOCK_P=BLOCK_P, BLOCK_K=BLOCK_K, BLOCK_Z=BLOCK_Z,
-            FROM_CODES=FROM_CODES, BOUNDED=BOUNDED, HAS_WEIGHT=HAS_WEIGHT, STUDENT_GRADIENT=STUDENT_GRADIENT,
-            CODE=CODE, PRECISION=PRECISION,
+            FROM_CODES=FROM_CODES, APART=APART, BOUNDED=BOUNDED, HAS_WEIGHT=HAS_WEIGHT,
+            STUDENT_GRADIENT=STUDENT_GRADIENT, CODE=CODE, PRECISION=PRECISION,
         )  # fmt: skip
         out_ptr = sides_ptr + ((b * P + start) * H + h) * BLOCK_K + row[:, None] * (H * BLOCK_K) + k[None, :]
         tl.store(out_ptr, side.to(sides_ptr.dtype.element_ty), mask=inside[:, None])
     part = (h * B + b) * PARTS + s
-    store_sums(
-        label_sums_ptr + part * BLOCK_K, entropy_ptr + part, student_sums_ptr + part * K * Z,
-        label_sums, entropy, student_sums * (1.0 / sharpness), lift=lift, K=K, Z=Z, BLOCK_K=BLOCK_K, BLOCK_Z=BLOCK_Z,
-        FROM_CODES=FROM_CODES, STUDENT_GRADIENT=STUDENT_GRADIENT,
-    )  # fmt: skip
+    tl.store(label_sums_ptr + part * BLOCK_K + k, tl.sum(label_sums, 0) * lift)
+    if FROM_CODES and not APART:
+        store_student_sums(
+            entropy_ptr + part, student_sums_ptr + part * K * Z, entropy, student_sums * (1.0 / sharpness), lift=lift,
+            K=K, Z=Z, BLOCK_K=BLOCK_K, BLOCK_Z=BLOCK_Z, STUDENT_GRADIENT=STUDENT_GRADIENT,
+        )  # fmt: skip
     if s == 0:
         if h == 0:
             tl.store(totals_ptr + b, total)

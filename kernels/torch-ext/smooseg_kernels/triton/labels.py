@@ -189,12 +189,17 @@ def soft_labels(toward, scale, k, sharpness, K: tl.constexpr, BOUNDED: tl.conste
 
 
 @triton.jit
-def data_term(toward_student, x, scale, k, sharpness, K: tl.constexpr, BLOCK_K: tl.constexpr):
+def likeliest(x, k, BLOCK_K: tl.constexpr):
+    """Returns the column of each row's largest logit [N], the lowest of several."""
+    return tl.min(tl.where(x == tl.max(x, 1)[:, None], k[None, :], BLOCK_K), 1)
+
+
+@triton.jit
+def data_term(toward_student, label, scale, k, sharpness, K: tl.constexpr):
     """Returns the cross-entropy [N] and its gradient to the student's cosines [N,BLOCK_K]; scale as for `soft_labels`.
 
-    The label is the largest of the teacher's logits x, at the lowest index. The student's cosines need no shift.
+    The student's cosines need no shift.
     """
-    label = tl.min(tl.where(x == tl.max(x, 1)[:, None], k[None, :], BLOCK_K), 1)
     chosen = tl.where(k[None, :] == label[:, None], 1.0, 0.0)
     # the same factor of a row as the teacher's, which moves between threads once
     y = toward_student * scale[:, None] * (LOG2E / sharpness) + column_bias(k, 0.0, K)[None, :]

@@ -84,18 +84,30 @@ def load_configs(name: str) -> dict[str, dict[str, dict[str, int]]]:
     return json.loads((CONFIGS / f"{name}.json").read_text())
 
 
-def config(kernel: str, like: Tensor, heads: int = 1) -> dict[str, int]:
+def config(kernel: str, like: Tensor, heads: int = 1, size: str = "") -> dict[str, int]:
     """Copies a kernel's settings for the dtype of `like`.
 
     Their names in the data files are "full" (fp32), "half" (16 bits), and with several heads "half_heads" or
-    "fp16_heads".
+    "fp16_heads"; a `size` goes before them ("wide_half"). A kernel without one of these names has no settings.
     """
     variants = load_configs(family(like.device))[kernel]
     names = ["full"] if like.dtype == torch.float32 else ["half"]
     if heads > 1 and names == ["half"]:
         names = ["fp16_heads", "half_heads", "half"] if like.dtype == torch.float16 else ["half_heads", "half"]
-    name = next((name for name in names if name in variants), "any")
-    return {**variants[name], **OVERRIDES.get(kernel, {})}
+    names.append("any")
+    if size:
+        names = [f"{size}_{name}" for name in names] + names
+    name = next((name for name in names if name in variants), "")
+    return {**variants.get(name, {}), **OVERRIDES.get(kernel, {})}
+
+
+def size_of(columns: int, code_columns: int) -> str:
+    """Names the settings for prototypes [columns,code_columns] beyond those that most settings were picked for."""
+    if columns * code_columns <= 2048:
+        return ""
+    if code_columns > 128:
+        return "long"
+    return "wide" if columns <= 64 else "wider" if columns == 128 else "widest"
 
 
 def narrow(settings: dict[str, int], heads: int, columns: int) -> dict[str, int]:

@@ -32,6 +32,7 @@ from .moment_pairs import DataTerm, PairSets, add_up_pairs, relative_upstream
 from .plan import Outputs, Plan, Scratch, partial_dtype
 from .row_norms import prepare_kernel, row_norms_kernel
 from .row_products import row_products_kernel
+from .student_rows import student_rows_kernel
 
 
 class Constants(NamedTuple):
@@ -119,19 +120,32 @@ def add_up_rows(
     }  # fmt: skip
     if plan.prepared:
         launch(prepare_kernel, (H,), settings=config("prepare", rows), **prototypes)
+    softmax = softmax_arguments(temperature, plan.K)
+    apart = bool(plan.student)
+    per_row = {
+        "entropy_ptr": data_term.entropy, "student_sums_ptr": data_term.student_sums,
+        "labels_ptr": rows.new_empty(H, B, P, dtype=torch.int16) if apart else totals,
+        "B": B, **strides(rows, "rh", "rb", "rp"), "PARTS": plan.parts, "sharpness": softmax["sharpness"],
+        "PREPARED": plan.prepared, "STUDENT_GRADIENT": data_term.student_sums is not totals,
+        "CODE": operand(rows.dtype),
+    }  # fmt: skip
     launch(
         label_rows_kernel, (plan.parts, B, H), settings=plan.labels,
         # in and out
-        **common, **prototypes, **weights, **switches, rows_ptr=rows,
+        **common, **prototypes, **weights, **switches, **per_row, rows_ptr=rows,
         # out
-        sides_ptr=sides, label_sums_ptr=scratch.label_sums, entropy_ptr=data_term.entropy,
-        student_sums_ptr=data_term.student_sums, totals_ptr=totals, arrivals_ptr=arrivals,
+        sides_ptr=sides, label_sums_ptr=scratch.label_sums, totals_ptr=totals, arrivals_ptr=arrivals,
         # sizes
-        B=B, H=H, **strides(rows, "rh", "rb", "rp"), PARTS=plan.parts,
+        H=H,
         # switches
-        FROM_CODES=teacher is not None, PREPARED=plan.prepared, NORMS=norms_here, CODE=operand(rows.dtype),
-        STUDENT_GRADIENT=data_term.student_sums is not totals, **softmax_arguments(temperature, plan.K),
+        FROM_CODES=teacher is not None, APART=apart, NORMS=norms_here, BOUNDED=softmax["BOUNDED"],
     )  # fmt: skip
+    if apart:
+        del prototypes["teacher_ptr"]
+        launch(
+            student_rows_kernel, (plan.parts, B, H), settings=plan.student,
+            **prototypes, **weights, **per_row, rows_ptr=rows, P=P, PRECISION=switches["PRECISION"],
+        )  # fmt: skip
     launch(
         row_products_kernel, (*plan.blocks, B * plan.splits), settings=plan.sums,
         **common, **weights, **switches, sides_ptr=sides, sums_ptr=scratch.sums,
@@ -195,10 +209,11 @@ def objective_backward(
                 weighted=patch_weight is not None,
             )  # fmt: skip
         settings = gradient_settings(plan, features)
-        grid = (plan.H * triton.cdiv(plan.P, settings["BLOCK_P"]), plan.B)
+        groups = plan.H // settings["HEADS"]
+        grid = (groups * triton.cdiv(plan.P, settings["BLOCK_P"]), plan.B)
         prepared = kept.prepared.shape[0] > 0
         launch(
-            energy_gradient_kernel, grid if rows_gradient else (plan.H, 1), settings=settings,
+            energy_gradient_kernel, grid if rows_gradient else (groups, 1), settings=settings,
             # in
             features_ptr=features, rows_ptr=rows,
             prototypes_ptr=kept.prepared if prepared else or_nothing(teacher, totals),
@@ -224,10 +239,10 @@ def objective_backward(
 
 def gradient_settings(plan: Plan, features: Tensor) -> dict[str, int]:
     """Returns the gradient's settings: blocks of 16 rows a warp, and no more of D than there is or fits."""
-    settings = config("energy_gradient", features, plan.H)
-    if plan.columns * plan.code_columns > 2048:  # more than the settings were picked for
-        settings |= {"BLOCK_P": 64, "num_warps": 4}
+    settings = config("energy_gradient", features, plan.H, plan.size)
     settings["BLOCK_D"] = max(16, min(settings["BLOCK_D"], triton.next_power_of_2(plan.D), 8192 // plan.columns))
+    heads = settings.get("HEADS", 1) if plan.columns <= 32 else 1
+    settings["HEADS"] = next(count for count in (heads, 2, 1) if plan.H % count == 0 and count <= heads)
     return settings
 
 

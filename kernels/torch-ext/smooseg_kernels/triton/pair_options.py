@@ -18,7 +18,7 @@ from ..problem import PairProblem
 from ..rows import inverse_norms
 from ..types import PairEnergy
 from .launch import contiguous, operator, with_rows_together
-from .pairs import Given, Rule, Side, code_dtype, padded, walk_tiles
+from .pair_walk import Given, Rule, Side, code_dtype, padded, walk_tiles
 
 
 def pair_energy(problem: PairProblem) -> list[PairEnergy]:
@@ -80,7 +80,7 @@ def sides_of(
 def walk(x: Sides, gradient: Tensor | None, weight: Tensor | None, *, from_i: bool, similarity_alone: bool) -> Tensor:
     mine, other = (x.i, x.j) if from_i else (x.j, x.i)
     given = Given(-x.bias, weight, similarity_alone)
-    return walk_tiles(mine, other, x.rule, given, gradient=gradient, from_i=from_i)
+    return walk_tiles(mine, other, x.rule, given, from_i=from_i, energy=from_i, gradient=gradient)[0]
 
 
 def empty_rows(bias: Tensor, c_i: Tensor, clamped: bool, i_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -65,15 +65,15 @@ def row_means_kernel(
     partner_ptr,  # [B] int64
     # out
     inverse_ptr,  # [B,P] fp32: 1 / |f|
-    row_means_ptr,  # [B,P] fp32, with CENTER: mean_j S_ij
-    parts_ptr,  # [B,blocks] fp32, with CENTER: the sum of a block's row means
+    row_means_ptr,  # [B,P] fp32, with MEANS: mean_j S_ij
+    parts_ptr,  # [B,blocks] fp32, with MEANS: the sum of a block's row means
     similarity_ptr,  # [B] fp32: s_i . s_j, the sum of an image pair's code cosines
     # sizes
     N, P, Q, stride_b, stride_p, D: tl.constexpr, Z: tl.constexpr,
     SPLITS: tl.constexpr, SPLITS_I: tl.constexpr, SPLITS_J: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Z: tl.constexpr,
     # switches
-    HAS_PARTNER: tl.constexpr, CENTER: tl.constexpr,
+    HAS_PARTNER: tl.constexpr, MEANS: tl.constexpr,
 ):  # fmt: skip
     block, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     j, start = met_image(partner_ptr, n, N, HAS_PARTNER), tl.program_id(0) * BLOCK_P
@@ -84,7 +84,7 @@ def row_means_kernel(
     inverse = invert(tl.sqrt(tl.sum(tile * tile, 1)))
     inside = start + row < P
     tl.store(inverse_ptr + n * P + start + row, inverse, mask=inside)
-    if CENTER:
+    if MEANS:
         u = added_splits(feature_sums_ptr, j, d, D, SPLITS) / Q
         means = tl.sum(tile * u[None, :], 1) * inverse
         tl.store(row_means_ptr + n * P + start + row, means, mask=inside)
@@ -100,15 +100,25 @@ def finish_pairs_kernel(
     # in
     energy_parts_ptr,  # [parts] fp32
     similarity_parts_ptr,  # [B] fp32
+    clamped_parts_ptr,  # [parts] fp32, with MEANS
+    mean_parts_ptr,  # [mean_parts] fp32, with MEANS: they add up to the sum of all row means
     # out
     energy_ptr,  # [] fp32
     similarity_ptr,  # [] fp32
+    clamped_ptr,  # [] fp32
+    closeness_ptr,  # [] fp32
     # sizes
-    parts, B,
+    parts, B, mean_parts,
     share,  # 1 / the number of pairs
+    row_share,  # 1 / the number of rows
+    # switches
+    MEANS: tl.constexpr,
 ):  # fmt: skip
     tl.store(energy_ptr, -share * add_up(energy_parts_ptr, parts))
     tl.store(similarity_ptr, share * add_up(similarity_parts_ptr, B))
+    if MEANS:
+        tl.store(clamped_ptr, share * add_up(clamped_parts_ptr, parts))
+        tl.store(closeness_ptr, row_share * add_up(mean_parts_ptr, mean_parts))
 
 
 @triton.jit
@@ -119,7 +129,7 @@ def code_gradient_kernel(
     rows_ptr,  # [B,P,ZP] fp32: gradient rows toward the unit codes, of every image of the i side
     sums_ptr,  # [other images,S,Z] fp32: sums of the other side's unit codes
     partner_ptr,  # [B] int64
-    d_energy_ptr,  # [] fp32
+    d_energy_ptr,  # [] fp32, with UNIT
     d_similarity_ptr,  # [] fp32
     # out
     d_codes_ptr,  # [images,P,Z]
@@ -129,14 +139,15 @@ def code_gradient_kernel(
     stride_b, stride_p, Z: tl.constexpr, ZP: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Z: tl.constexpr,
     # switches
-    FROM_I: tl.constexpr, HAS_PARTNER: tl.constexpr, HAS_ENERGY: tl.constexpr, HAS_SIMILARITY: tl.constexpr,
+    FROM_I: tl.constexpr, HAS_PARTNER: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_SIMILARITY: tl.constexpr,
+    UNIT: tl.constexpr,  # the rows are gradients for an upstream gradient of 1
 ):  # fmt: skip
     """Adds up the gradient rows of all images that met this one, in a fixed order, and goes through the lengths."""
     image, start = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK_P
     row, z, images = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_Z), tl.arange(0, BLOCK_B)
     toward, mean = tl.zeros((BLOCK_P, BLOCK_Z), tl.float32), tl.zeros((BLOCK_Z,), tl.float32)
     if FROM_I or not HAS_PARTNER:
-        if HAS_ENERGY:
+        if HAS_ROWS:
             toward += load_rows(rows_ptr + image * P * ZP, start, P, ZP, width=Z, BLOCK=BLOCK_P, WIDTH=BLOCK_Z)
         if HAS_SIMILARITY:
             mean += added_splits(sums_ptr, met_image(partner_ptr, image, N, HAS_PARTNER), z, Z, SPLITS)
@@ -145,7 +156,7 @@ def code_gradient_kernel(
         met = tl.where(images < B, tl.minimum(tl.maximum(met, 0), N - 1), -1) == image
         n = tl.min(tl.where(met, images, B), 0)
         while n < B:
-            if HAS_ENERGY:
+            if HAS_ROWS:
                 toward += load_rows(
                     rows_ptr + n.to(tl.int64) * P * ZP, start, P, ZP, width=Z, BLOCK=BLOCK_P, WIDTH=BLOCK_Z
                 )
@@ -153,8 +164,10 @@ def code_gradient_kernel(
                 mean += added_splits(sums_ptr, n.to(tl.int64), z, Z, SPLITS)
             n = tl.min(tl.where(met & (images > n), images, B), 0)
     gradient = tl.zeros((BLOCK_P, BLOCK_Z), tl.float32)
-    if HAS_ENERGY:
-        gradient -= toward * (tl.load(d_energy_ptr) * share)
+    if HAS_ROWS:
+        if UNIT:
+            toward *= tl.load(d_energy_ptr)
+        gradient -= toward * share
     if HAS_SIMILARITY:
         gradient += (mean * (tl.load(d_similarity_ptr) * share))[None, :]
     inside = start + row < P

@@ -69,6 +69,7 @@ def pair_tiles_kernel(
     threshold_ptr,  # [] fp32
     # out
     energy_ptr,  # [B,blocks] fp32, with ENERGY: the sum of V clamp(c.c') over a block of rows
+    clamped_ptr,  # [B,blocks] fp32, with CLAMPED: the sum of clamp(c.c')
     gradient_ptr,  # [B,P,ZP] fp32, with GRADIENT: sum of V c' over the other side where the clamp passes it
     # sizes
     N, P, Q, parts,
@@ -84,7 +85,7 @@ def pair_tiles_kernel(
     FROM_I: tl.constexpr,  # mine is the i side
     HAS_PARTNER: tl.constexpr, CENTER: tl.constexpr, HINGE: tl.constexpr, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr,
     ZERO_MOVES: tl.constexpr,  # the clamp changes a cosine of 0
-    ENERGY: tl.constexpr, GRADIENT: tl.constexpr,
+    ENERGY: tl.constexpr, CLAMPED: tl.constexpr, GRADIENT: tl.constexpr,
     FEATURE: tl.constexpr,  # the types in which the matrix unit reads features and codes
     CODE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -93,6 +94,10 @@ def pair_tiles_kernel(
     GIVEN: tl.constexpr = False,  # row_means are -bias, thresholds [B] its largest magnitude or 1; energies are [B,P]
     HAS_WEIGHT: tl.constexpr = False,
     SIMILARITY_ALONE: tl.constexpr = False,  # V is 1
+    d_energy_ptr=None,  # [] fp32, with D_ENERGY
+    d_clamped_ptr=None,  # [] fp32, with D_CLAMPED
+    UPSTREAM: tl.constexpr = False,  # the gradient is of d_energy V c' - d_clamped c'
+    D_ENERGY: tl.constexpr = False, D_CLAMPED: tl.constexpr = False,
 ):  # fmt: skip
     n, start = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK_M
     j = met_image(partner_ptr, n, N, HAS_PARTNER)
@@ -117,6 +122,15 @@ def pair_tiles_kernel(
         largest = tl.maximum(1.0, tl.abs(shift))
     if SIMILARITY_ALONE:
         largest = 1.0
+    size, d_energy, d_clamped = largest, 1.0, 0.0
+    if UPSTREAM:
+        d_energy = 0.0
+        if D_ENERGY:
+            d_energy += tl.load(d_energy_ptr)
+        if D_CLAMPED:
+            d_clamped += tl.load(d_clamped_ptr)
+        size = tl.maximum(tl.maximum(tl.abs(d_energy) * largest, tl.abs(d_clamped)), 1e-30)
+        d_energy, d_clamped = d_energy * largest / size, d_clamped / size
     mine_scale = tl.load(mine_inverse_ptr + me * P + start + row, mask=inside, other=0.0) / largest
     mine_bias = tl.zeros((BLOCK_M,), tl.float32)
     if FROM_I:
@@ -138,7 +152,7 @@ def pair_tiles_kernel(
             )
             mine_codes = mine_codes + (mine_piece,)
         gradients = gradients + (no_gradient(BLOCK_M, WIDTHS[i]),)
-    energy = tl.zeros((BLOCK_M,), tl.float32)
+    energy, similarity = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
 
     for first in range(0, Q, BLOCK_N):
         here = first + column < Q
@@ -205,7 +219,14 @@ def pair_tiles_kernel(
             clamped = tl.minimum(clamped, high, propagate_nan=tl.PropagateNan.ALL)
         if ENERGY:
             energy += tl.sum(force * clamped, 1)
+        if CLAMPED:
+            if ZERO_MOVES:
+                similarity += tl.sum(tl.where(here[None, :], clamped, 0.0), 1)
+            else:
+                similarity += tl.sum(clamped, 1)
         if GRADIENT:
+            if UPSTREAM:
+                force = force * d_energy - d_clamped
             if HAS_LOW or HAS_HIGH:
                 force = tl.where(clamped == likeness, force, 0.0)  # between the bounds, or at one
             weight = force.to(CODE)
@@ -230,8 +251,11 @@ def pair_tiles_kernel(
         tl.store(energy_ptr + n * P + start + row, energy * largest, mask=inside)
     elif ENERGY:
         tl.store(energy_ptr + n * tl.num_programs(0) + tl.program_id(0), tl.sum(energy, 0) * largest)
+    if CLAMPED:
+        similarity = tl.where(inside, similarity, 0.0)
+        tl.store(clamped_ptr + n * tl.num_programs(0) + tl.program_id(0), tl.sum(similarity, 0))
     if GRADIENT:
         for i in tl.static_range(PIECES):
             columns = first_column + STARTS[i] + tl.arange(0, gradients[i].shape[1])
             out_ptr = gradient_ptr + (n * P + start) * ZP + row[:, None] * ZP + columns[None, :]
-            tl.store(out_ptr, gradients[i] * largest, mask=inside[:, None])
+            tl.store(out_ptr, gradients[i] * size, mask=inside[:, None])

@@ -2,8 +2,9 @@
 
 Forward: the lengths and means that are linear in the patches, then the blocks of pairs. They give the energy and,
 because it is one number, the i side's gradient for an upstream gradient of 1. Backward: the blocks once more for the j
-side, and through the codes' lengths. Shapes: features_i [B,P_i,D], codes_i [B,P_i,Z], features_j [N,P_j,D], codes_j
-[N,P_j,Z], partner int64 [B] or none, threshold [].
+side, and through the codes' lengths. With `means` two upstream gradients arrive, and the blocks serve both at once:
+then each side's gradient waits for the backward pass. Shapes: features_i [B,P_i,D], codes_i [B,P_i,Z], features_j
+[N,P_j,D], codes_j [N,P_j,Z], partner int64 [B] or none, threshold [].
 """
 
 from __future__ import annotations
@@ -15,12 +16,10 @@ import torch
 import triton
 from torch import Tensor
 
-from .launch import block_z, config, contiguous, launch, operand, operator, or_nothing, precision, with_rows_together
+from .launch import block_z, config, contiguous, launch, operator, or_nothing, with_rows_together
 from .pair_rows import code_gradient_kernel, finish_pairs_kernel, row_means_kernel, unit_rows_kernel
-from .pair_tiles import pair_tiles_kernel
+from .pair_walk import Means, Rule, Side, Upstream, code_dtype, padded, walk_tiles, width_block
 
-# code channels whose gradient one launch holds in registers: all, or so many at a time
-GRADIENT_COLUMNS, GRADIENT_SLICE = 128, 64
 ROW_ELEMENTS = 8192  # elements of a tile of whole rows
 
 
@@ -39,64 +38,9 @@ class Scratch(NamedTuple):
     mean_parts: Tensor  # [B,parts] fp32 sums of row means
     rows_i: Tensor  # [B,P_i,ZP] fp32 gradient toward unit_i for an upstream gradient of 1; [0,P_i,ZP] for none
 
-
-class Side(NamedTuple):
-    """One side of the pairs."""
-
-    features: Tensor  # [B or N,P,D]
-    inverse: Tensor  # [B or N,P] fp32: 1 / |f|
-    unit: Tensor  # [B or N,P,ZP] unit codes
-
-
-class Rule(NamedTuple):
-    """How pairs meet and what their energy is."""
-
-    threshold: Tensor  # []
-    partner: Tensor | None  # int64 [B]
-    low: float | None
-    high: float | None
-    hinge: bool
-    center: bool
-
-
-class Given(NamedTuple):
-    """Takes the place of the means that a Scratch has: any bias, weights, and a row of results in place of a sum."""
-
-    row_means: Tensor  # [B,P_i] fp32: -bias
-    weight: Tensor | None  # [B,Q] of the other side
-    similarity_alone: bool  # V is 1
-
-
-class Upstream(NamedTuple):
-    """Gradients that arrive in the backward pass."""
-
-    energy: Tensor | None  # []
-    similarity: Tensor | None  # []
-
-
-def width_block(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
-
-
-def padded(Z: int) -> int:
-    """Rounds Z up to whole 16 columns: loads of unit codes then need no mask, and all are aligned."""
-    return -(-Z // 16) * 16
-
-
-def pieces(columns: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Cuts a multiple of 16 into powers of two, the widest first; returns their starts and widths."""
-    starts, widths, start = [], [], 0
-    while start < columns:
-        width = 1 << ((columns - start).bit_length() - 1)
-        starts.append(start)
-        widths.append(width)
-        start += width
-    return tuple(starts), tuple(widths)
-
-
-def code_dtype(codes_i: Tensor, codes_j: Tensor) -> torch.dtype:
-    """Returns the dtype of unit codes: fp16 is finer than bf16 where nothing exceeds 1."""
-    return torch.float32 if torch.float32 in (codes_i.dtype, codes_j.dtype) else torch.float16
+    @property
+    def means(self) -> Means:
+        return Means(self.row_means, self.mean_parts)
 
 
 def row_settings(kernel: str, like: Tensor, width: int) -> dict[str, int]:
@@ -148,32 +92,52 @@ def pair_energy(
     high: float | None,
     hinge: bool,
     center: bool,
+    means: bool,
     i_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns energy [], similarity [], then the Scratch."""
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+    Tensor,
+]:  # fmt: skip
+    """Returns energy [], similarity [], with `means` clamped [] and closeness [], else [0], then the Scratch."""
+    i_gradient = i_gradient and not means
     kept = empty_scratch(features_i, codes_i, features_j, codes_j, i_gradient=i_gradient)
     features_i, codes_i = with_rows_together(features_i), with_rows_together(codes_i)
     features_j, codes_j = with_rows_together(features_j), with_rows_together(codes_j)
     rule = Rule(threshold, contiguous(partner), low, high, hinge=hinge, center=center)
     (B, P_i, D), P_j = features_i.shape, features_j.shape[1]
     feature_sums = kept.inverse_j.new_empty(len(features_j), kept.sums_j.shape[1], D)
-    energy, similarity = kept.inverse_i.new_empty(()), kept.inverse_i.new_empty(())
+    energy, similarity, clamped, closeness = empty_means(features_i, means)
     similarity_parts = kept.inverse_i.new_empty(B)
     with torch.cuda.device_of(features_i):
-        measure_rows(features_j, kept.inverse_j, feature_sums if center else None, None)
+        measure_rows(features_j, kept.inverse_j, feature_sums if center or means else None, None)
         measure_rows(codes_i, kept.code_inverse_i, kept.sums_i, kept.unit_i)
         measure_rows(codes_j, kept.code_inverse_j, kept.sums_j, kept.unit_j)
-        add_up_rows(features_i, kept, rule, feature_sums, similarity_parts)
+        add_up_rows(features_i, kept, rule.partner, feature_sums if center or means else None, similarity_parts)
         i_side = Side(features_i, kept.inverse_i, kept.unit_i)
         j_side = Side(features_j, kept.inverse_j, kept.unit_j)
-        energy_parts = walk_tiles(i_side, j_side, rule, kept, gradient=kept.rows_i if i_gradient else None, from_i=True)
+        energy_parts, clamped_parts = walk_tiles(
+            i_side, j_side, rule, kept.means, from_i=True, energy=True, clamped=means,
+            gradient=kept.rows_i if i_gradient else None,
+        )  # fmt: skip
         launch(
             finish_pairs_kernel, (1,), settings=config("finish_pairs", features_i),
-            energy_parts_ptr=energy_parts, similarity_parts_ptr=similarity_parts,
-            energy_ptr=energy, similarity_ptr=similarity,
-            parts=energy_parts.numel(), B=B, share=1.0 / (B * P_i * P_j),
+            # in
+            energy_parts_ptr=energy_parts, similarity_parts_ptr=similarity_parts, clamped_parts_ptr=clamped_parts,
+            mean_parts_ptr=kept.mean_parts,
+            # out
+            energy_ptr=energy, similarity_ptr=similarity, clamped_ptr=clamped, closeness_ptr=closeness,
+            # sizes
+            parts=energy_parts.numel(), B=B, mean_parts=kept.mean_parts.numel(), share=1.0 / (B * P_i * P_j),
+            row_share=1.0 / (B * P_i),
+            # switches
+            MEANS=means,
         )  # fmt: skip
-    return energy, similarity, *kept
+    return energy, similarity, clamped, closeness, *kept
+
+
+def empty_means(like: Tensor, means: bool) -> list[Tensor]:
+    sizes: list[tuple[int, ...]] = [(), (), *[() if means else (0,)] * 2]
+    return [torch.empty(size, dtype=torch.float32, device=like.device) for size in sizes]
 
 
 def measure_rows(rows: Tensor, inverse: Tensor, sums: Tensor | None, unit: Tensor | None) -> None:
@@ -191,103 +155,40 @@ def measure_rows(rows: Tensor, inverse: Tensor, sums: Tensor | None, unit: Tenso
     )  # fmt: skip
 
 
-def add_up_rows(features_i: Tensor, kept: Scratch, rule: Rule, feature_sums: Tensor, similarity_parts: Tensor) -> None:
-    """Launches the i side's row means, its features' lengths and the sums of the codes' cosines."""
+def add_up_rows(
+    features_i: Tensor, kept: Scratch, partner: Tensor | None, feature_sums: Tensor | None, similarity_parts: Tensor
+) -> None:
+    """Launches the i side's features' lengths, the sums of the codes' cosines, and with feature sums the row means."""
     (B, P, D), Z, sums_i = features_i.shape, kept.sums_i.shape[2], kept.sums_i
     N, Q = kept.inverse_j.shape
     launch(
         row_means_kernel, (kept.mean_parts.shape[1], B), settings=row_settings("row_means", features_i, D),
         # in
-        features_ptr=features_i, feature_sums_ptr=feature_sums, codes_i_sums_ptr=sums_i, codes_j_sums_ptr=kept.sums_j,
-        partner_ptr=or_nothing(rule.partner, sums_i),
+        features_ptr=features_i, feature_sums_ptr=or_nothing(feature_sums, sums_i), codes_i_sums_ptr=sums_i,
+        codes_j_sums_ptr=kept.sums_j, partner_ptr=or_nothing(partner, sums_i),
         # out
         inverse_ptr=kept.inverse_i, row_means_ptr=kept.row_means, parts_ptr=kept.mean_parts,
         similarity_ptr=similarity_parts,
         # sizes
         N=N, P=P, Q=Q, stride_b=features_i.stride(0), stride_p=features_i.stride(1), D=D, Z=Z,
-        SPLITS=feature_sums.shape[1], SPLITS_I=sums_i.shape[1], SPLITS_J=kept.sums_j.shape[1],
+        SPLITS=kept.sums_j.shape[1], SPLITS_I=sums_i.shape[1], SPLITS_J=kept.sums_j.shape[1],
         BLOCK_D=width_block(D), BLOCK_Z=block_z(Z),
         # switches
-        HAS_PARTNER=rule.partner is not None, CENTER=rule.center,
+        HAS_PARTNER=partner is not None, MEANS=feature_sums is not None,
     )  # fmt: skip
 
 
-def tile_settings(features: Tensor, codes: Tensor, rows: int) -> tuple[dict[str, int], int, bool]:
-    """Returns settings, the feature tiles of a program's rows that stay on chip (TILES), and whether its codes stay
-    there.
-
-    `rows` counts the rows of all images.
-    """
-    like = features if features.dtype == torch.float32 else codes  # fp32 on either side takes the room of fp32
-    settings = config("pair_tiles", like)
-    if rows < settings.pop("PROGRAMS") * settings["BLOCK_M"]:
-        settings = config("few_pair_tiles", like)
-    settings["BLOCK_D"] = min(settings["BLOCK_D"], width_block(features.shape[2]))
-    tiles = -(-features.shape[2] // settings["BLOCK_D"])
-    resident = settings.pop("RESIDENT")
-    return settings, tiles if tiles <= resident else 0, resident > 0 and codes.shape[2] <= GRADIENT_COLUMNS
-
-
-def walk_tiles(
-    mine: Side, other: Side, rule: Rule, kept: Scratch | Given, *, gradient: Tensor | None, from_i: bool
-) -> Tensor:
-    """Launches every block of pairs of `mine` with `other`; returns parts or rows of the energy, fills `gradient`.
-
-    Codes wider than one launch holds take a launch for each slice. Only the first adds up the energy.
-    """
-    B, P, Q, ZP = kept.row_means.shape[0], mine.inverse.shape[1], other.inverse.shape[1], mine.unit.shape[2]
-    rows = B * P if isinstance(kept, Scratch) else 0  # weights need registers, which the smaller tiles leave
-    settings, tiles, resident_codes = tile_settings(mine.features, mine.unit, rows)
-    blocks = triton.cdiv(P, settings["BLOCK_M"])
-    parts, options = kept.row_means, dict[str, bool | Tensor]()
-    if isinstance(kept, Given):
-        energy, tiles = mine.inverse.new_empty(B, P), 0 if kept.similarity_alone else tiles
-        options = {"GIVEN": True, "HAS_WEIGHT": kept.weight is not None, "SIMILARITY_ALONE": kept.similarity_alone}
-        options["weight_ptr"] = or_nothing(kept.weight, energy)
-    else:
-        energy, parts = mine.inverse.new_empty(B, blocks), kept.mean_parts
-    step = ZP if ZP <= GRADIENT_COLUMNS else GRADIENT_SLICE
-    for first in range(0, ZP if gradient is not None else 1, step):
-        starts, widths = pieces(min(ZP - first, step)) if resident_codes or gradient is not None else ((), ())
-        launch(
-            pair_tiles_kernel, (blocks, B), settings=settings,
-            # in
-            mine_features_ptr=mine.features, mine_inverse_ptr=mine.inverse, mine_codes_ptr=mine.unit,
-            other_features_ptr=other.features, other_inverse_ptr=other.inverse, other_codes_ptr=other.unit,
-            partner_ptr=or_nothing(rule.partner, mine.inverse), row_means_ptr=kept.row_means,
-            mean_parts_ptr=parts, threshold_ptr=rule.threshold,
-            # out
-            energy_ptr=energy, gradient_ptr=or_nothing(gradient, energy),
-            # sizes
-            N=len(other.inverse) if from_i else len(mine.inverse), P=P, Q=Q, parts=parts.numel(),
-            row_mean_count=float(kept.row_means.numel()), low=0.0 if rule.low is None else rule.low,
-            high=0.0 if rule.high is None else rule.high, first_column=first,
-            stride_mb=mine.features.stride(0), stride_mp=mine.features.stride(1),
-            stride_ob=other.features.stride(0), stride_op=other.features.stride(1),
-            D=mine.features.shape[2], ZP=ZP, STARTS=starts, WIDTHS=widths, PIECES=len(starts), TILES=tiles,
-            BLOCK_Z=min(32, width_block(ZP)),
-            # switches
-            ALL_PIECES=resident_codes, FROM_I=from_i, HAS_PARTNER=rule.partner is not None, CENTER=rule.center,
-            HINGE=rule.hinge, HAS_LOW=rule.low is not None, HAS_HIGH=rule.high is not None,
-            ZERO_MOVES=(rule.low or 0.0) > 0 or (rule.high or 0.0) < 0,
-            ENERGY=from_i and first == 0, GRADIENT=gradient is not None,
-            FEATURE=operand(mine.features.dtype), CODE=operand(mine.unit.dtype),
-            PRECISION=precision(mine.features.device),
-            **options,
-        )  # fmt: skip
-    return energy
-
-
 @pair_energy.register_fake
-def _(features_i, codes_i, features_j, codes_j, threshold, partner, low, high, hinge, center, i_gradient):
-    kept = empty_scratch(features_i, codes_i, features_j, codes_j, i_gradient=i_gradient)
-    return kept.inverse_i.new_empty(()), kept.inverse_i.new_empty(()), *kept
+def _(features_i, codes_i, features_j, codes_j, threshold, partner, low, high, hinge, center, means, i_gradient):
+    kept = empty_scratch(features_i, codes_i, features_j, codes_j, i_gradient=i_gradient and not means)
+    return *empty_means(features_i, means), *kept
 
 
 @operator("pair_energy_backward")
 def pair_energy_backward(
     d_energy: Tensor | None,
     d_similarity: Tensor | None,
+    d_clamped: Tensor | None,
     features_i: Tensor,
     codes_i: Tensor,
     features_j: Tensor,
@@ -299,59 +200,71 @@ def pair_energy_backward(
     high: float | None,
     hinge: bool,
     center: bool,
+    means: bool,
     i_gradient: bool,
     j_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """Returns the gradients of both codes, in their dtypes; empty where not asked for. `kept` is a Scratch."""
-    scratch, upstream = Scratch(*kept), Upstream(d_energy, d_similarity)
+    scratch, upstream = Scratch(*kept), Upstream(d_energy, d_similarity, d_clamped)
     d_i, d_j = empty_gradients(codes_i, codes_j, i_gradient, j_gradient)
     features_i, codes_i = with_rows_together(features_i), with_rows_together(codes_i)
     features_j, codes_j = with_rows_together(features_j), with_rows_together(codes_j)
     rule = Rule(threshold, contiguous(partner), low, high, hinge=hinge, center=center)
-    B, share = len(features_i), 1.0 / (features_i.shape[0] * features_i.shape[1] * features_j.shape[1])
+    share = 1.0 / (features_i.shape[0] * features_i.shape[1] * features_j.shape[1])
+    i_side = Side(features_i, scratch.inverse_i, scratch.unit_i)
+    j_side = Side(features_j, scratch.inverse_j, scratch.unit_j)
+
+    def through_pairs(mine: Side, other: Side, given: Upstream | None, from_i: bool) -> Tensor | None:
+        if d_energy is None and d_clamped is None:
+            return None
+        rows = scratch.rows_i.new_empty(len(features_i), *mine.unit.shape[1:])
+        walk_tiles(mine, other, rule, scratch.means, from_i=from_i, gradient=rows, upstream=given)
+        return rows
+
     with torch.cuda.device_of(features_i):
         if i_gradient:
+            rows_i: Tensor | None = scratch.rows_i if d_energy is not None else None
+            if means:
+                rows_i = through_pairs(i_side, j_side, upstream, from_i=True)
             through_lengths(
                 codes_i, scratch.code_inverse_i, d_i, rule.partner, upstream,
-                rows=scratch.rows_i, sums=scratch.sums_j, B=B, N=len(features_j), share=share, from_i=True,
+                rows=rows_i, sums=scratch.sums_j, B=len(features_i), share=share, unit=not means, from_i=True,
             )  # fmt: skip
         if j_gradient:
-            has_energy = d_energy is not None
-            rows_j = scratch.rows_i.new_empty(B if has_energy else 0, codes_j.shape[1], scratch.unit_j.shape[2])
-            if has_energy:
-                i_side = Side(features_i, scratch.inverse_i, scratch.unit_i)
-                j_side = Side(features_j, scratch.inverse_j, scratch.unit_j)
-                walk_tiles(j_side, i_side, rule, scratch, gradient=rows_j, from_i=False)
+            rows_j = through_pairs(j_side, i_side, upstream if means else None, from_i=False)
             through_lengths(
                 codes_j, scratch.code_inverse_j, d_j, rule.partner, upstream,
-                rows=rows_j, sums=scratch.sums_i, B=B, N=len(features_j), share=share, from_i=False,
+                rows=rows_j, sums=scratch.sums_i, B=len(features_i), share=share, unit=not means, from_i=False,
             )  # fmt: skip
     return d_i, d_j
 
 
 def through_lengths(
     codes: Tensor, inverse: Tensor, d_codes: Tensor, partner: Tensor | None, upstream: Upstream, *,
-    rows: Tensor, sums: Tensor, B: int, N: int, share: float, from_i: bool,
+    rows: Tensor | None, sums: Tensor, B: int, share: float, unit: bool, from_i: bool,
 ) -> None:  # fmt: skip
     """Launches the gradient through the codes' lengths.
 
-    `rows` are gradients toward unit codes, for each image of the i side; `sums` are the other side's.
+    `rows` are gradients toward unit codes, for each image of the i side, with `unit` for an upstream gradient of 1;
+    `sums` are the other side's.
     """
     images, P, Z = codes.shape
     settings = row_settings("code_gradient", codes, Z)
     launch(
         code_gradient_kernel, (triton.cdiv(P, settings["BLOCK_P"]), images), settings=settings,
         # in
-        codes_ptr=codes, inverse_ptr=inverse, rows_ptr=rows, sums_ptr=sums, partner_ptr=or_nothing(partner, inverse),
+        codes_ptr=codes, inverse_ptr=inverse, rows_ptr=or_nothing(rows, inverse), sums_ptr=sums,
+        partner_ptr=or_nothing(partner, inverse),
         d_energy_ptr=or_nothing(upstream.energy, inverse), d_similarity_ptr=or_nothing(upstream.similarity, inverse),
         # out
         d_codes_ptr=d_codes,
         # sizes
-        B=B, N=N, P=P, share=share, stride_b=codes.stride(0), stride_p=codes.stride(1), Z=Z, ZP=padded(Z),
+        B=B, N=len(sums) if from_i else images, P=P, share=share, stride_b=codes.stride(0), stride_p=codes.stride(1),
+        Z=Z, ZP=padded(Z),
         SPLITS=sums.shape[1], BLOCK_B=triton.next_power_of_2(B), BLOCK_Z=block_z(Z),
         # switches
         FROM_I=from_i, HAS_PARTNER=partner is not None,
-        HAS_ENERGY=upstream.energy is not None, HAS_SIMILARITY=upstream.similarity is not None,
+        HAS_ROWS=rows is not None, HAS_SIMILARITY=upstream.similarity is not None, UNIT=unit,
     )  # fmt: skip
 
 
@@ -364,32 +277,32 @@ def empty_gradients(codes_i: Tensor, codes_j: Tensor, i_gradient: bool, j_gradie
 
 @pair_energy_backward.register_fake
 def _(
-    d_energy, d_similarity, features_i, codes_i, features_j, codes_j, threshold, partner, kept, low, high, hinge,
-    center,
-    i_gradient, j_gradient,
+    d_energy, d_similarity, d_clamped, features_i, codes_i, features_j, codes_j, threshold, partner, kept, low, high,
+    hinge, center, means, i_gradient, j_gradient,
 ):  # fmt: skip
     return empty_gradients(codes_i, codes_j, i_gradient, j_gradient)
 
 
 def setup_context(ctx, inputs, output):
-    features_i, codes_i, features_j, codes_j, threshold, partner, ctx.low, ctx.high, ctx.hinge, ctx.center, _ = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(features_i, codes_i, features_j, codes_j, threshold, partner, *output[2:])
+    ctx.save_for_backward(*inputs[:6], *output[2:3], *output[4:])
+    ctx.rule = dict(zip(("low", "high", "hinge", "center", "means"), inputs[6:11]))
 
 
-def backward(ctx, d_energy, d_similarity, *_):
-    features_i, codes_i, features_j, codes_j, threshold, partner, *kept = ctx.saved_tensors
-    gradients: list[Tensor | None] = [None] * 11  # one for each input
-    arrived = d_energy is not None or d_similarity is not None
+def backward(ctx, d_energy, d_similarity, d_clamped, *_):
+    features_i, codes_i, features_j, codes_j, threshold, partner, clamped, *kept = ctx.saved_tensors
+    gradients: list[Tensor | None] = [None] * 12  # one for each input
+    arrived = any(d is not None for d in (d_energy, d_similarity, d_clamped))
     i_gradient, j_gradient = ctx.needs_input_grad[1] and arrived, ctx.needs_input_grad[3] and arrived
     if i_gradient or j_gradient:
         d_i, d_j = pair_energy_backward(
-            d_energy=d_energy, d_similarity=d_similarity, features_i=features_i, codes_i=codes_i, features_j=features_j,
-            codes_j=codes_j, threshold=threshold, partner=partner, kept=kept, low=ctx.low, high=ctx.high,
-            hinge=ctx.hinge,
-            center=ctx.center, i_gradient=i_gradient, j_gradient=j_gradient,
+            d_energy=d_energy, d_similarity=d_similarity, d_clamped=d_clamped, features_i=features_i, codes_i=codes_i,
+            features_j=features_j, codes_j=codes_j, threshold=threshold, partner=partner, kept=kept,
+            i_gradient=i_gradient, j_gradient=j_gradient, **ctx.rule,
         )  # fmt: skip
         gradients[1], gradients[3] = d_i if i_gradient else None, d_j if j_gradient else None
+    if ctx.needs_input_grad[4] and d_energy is not None:  # without a hinge, and with means
+        gradients[4] = d_energy * clamped
     return tuple(gradients)
 
 

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .launch import block_k, block_z, config, operand_dtype
+from .launch import block_k, block_z, config, operand_dtype, size_of
 
 
 class Outputs(NamedTuple):
@@ -29,7 +29,9 @@ class Scratch(NamedTuple):
     totals: Tensor  # [B] fp32 sums of the patch weights
     sums: Tensor  # [S,B,D,H*BLOCK_K] moments of the splits, see Plan.sum_strides
     label_sums: Tensor  # [H,B,PARTS,BLOCK_K] fp32
-    prepared: Tensor  # [H,2,2*BLOCK_K,BLOCK_Z] unit rows, teacher and student, in two parts; [0,...] for one head
+    prepared: (
+        Tensor  # [H,2,2*BLOCK_K,BLOCK_Z] unit rows, teacher and student, in two parts; [0,...] unless Plan.prepared
+    )
     pull: Tensor  # [H,N,D,BLOCK_K] in the dtype of the features
     constant: Tensor  # [H,N,BLOCK_K] fp32
     d_student: Tensor  # [H,K,Z] fp32 for an upstream gradient of 1; [0,K,Z] where the student needs no gradient
@@ -57,12 +59,13 @@ class Plan:
         self.D, self.H, width = int(features.shape[2]), int(rows.shape[0]), int(rows.shape[-1])
         self.Z, self.K = (1, width) if teacher is None else (width, int(teacher.shape[1]))
         self.T, self.columns, self.code_columns = pair_sets, block_k(self.K), block_z(self.Z)
-        # several heads: norms and unit prototypes have a launch of their own; one: the programs of label rows make them
-        self.prepared = teacher is not None and self.H > 1
-        self.labels = config("label_rows", rows, self.H)
-        if self.columns * self.code_columns > 2048:  # more than the settings were picked for
-            self.labels |= {"BLOCK_P": 64, "num_warps": 4}
-            self.labels.pop("maxnreg", None)  # it may not even compile
+        self.size = size_of(self.columns, self.code_columns)
+        # several heads: norms and unit prototypes have a launch of their own, as have large prototypes of one head;
+        # else the programs of label rows make them
+        self.prepared = teacher is not None and (self.H > 1 or self.size != "")
+        self.labels = config("label_rows", rows, self.H, self.size)
+        # a launch of its own for the data term, where registers do not hold both; empty where they do
+        self.student = config("student_rows", rows, self.H, self.size) if teacher is not None else {}
         patch_blocks = -(-self.P // self.labels["BLOCK_P"])
         self.parts = parts(self.labels["PROGRAMS"] // (self.B * self.H), patch_blocks)
         self.sums = config("row_products", features, self.H)
@@ -74,7 +77,7 @@ class Plan:
         programs = self.B * math.prod(self.blocks)
         self.splits = parts(self.sums["PROGRAMS"] // programs, patch_blocks)
         self.per_split = -(-patch_blocks // self.splits) * self.sums["BLOCK_P"]
-        self.pairs = dict(config("pair_sums", features, self.H))
+        self.pairs = config("pair_sums", features, self.H, self.size)
         self.pairs["BLOCK_D"] = max(1, min(self.pairs["BLOCK_D"], 4096 // self.columns, triton.next_power_of_2(self.D)))
         self.pair_slices = -(-self.D // self.pairs["BLOCK_D"])
 

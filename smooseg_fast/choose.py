@@ -36,6 +36,7 @@ def main(args: Sequence[str]) -> None:
     config = parse(ChooseConfig, args, "choose")
     from .learn import runfolder as names
     from .segment.checkpoint import read_checkpoint
+    from .segment.names import NAMES
     from .show import pictures
     from .show.tree import tree_picture
 
@@ -49,10 +50,15 @@ def main(args: Sequence[str]) -> None:
         before = read_checkpoint(out / names.CHECKPOINT)
         checkpoint = before.at(config.groups, config.cut, config.share)
         checkpoint.write(out / names.CHECKPOINT)
+        if (out / NAMES).exists():
+            checkpoint.names.write(out / NAMES)
         pictures.save(out / names.TREE, tree_picture(checkpoint, str(out)))
     now = checkpoint.groups or checkpoint.trained
     print(f"{out / names.CHECKPOINT} has {now} groups now; it had {before.groups or before.trained}")
     print(f"look at    {out / names.TREE}; {out / names.GROUPS} shows the groups at the end of the run")
+    given, hold = len(before.names.names), len(checkpoint.names.names)
+    if given or hold:
+        print(f"names      {hold} groups have names, {given} had; a name stays where its group does not split or merge")
     images, predictions = pictures_of(checkpoint.config.data, out), out / f"predictions_{now}"
     print("next       " + predict_command(out / names.CHECKPOINT, images, predictions, checkpoint.backbone_name))
 

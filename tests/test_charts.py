@@ -10,9 +10,9 @@ from matplotlib.text import Text
 from test_pictures import NASTY_NAMES, boxes, rgb
 
 from smooseg_fast.measure.scores import hungarian, majority
+from smooseg_fast.segment.colours import palette
 from smooseg_fast.show import charts
 from smooseg_fast.show.charts import confusion_picture, curves_picture
-from smooseg_fast.show.pictures import palette
 
 
 def outlined(picture):
@@ -96,8 +96,9 @@ def test_curves_at_the_edges():
 
 def test_matplotlib_comes_late_and_without_pyplot():
     code = (
-        "import sys, numpy as np; from smooseg_fast.show import charts as c, pictures as p\n"
-        "i = np.zeros((4, 4, 3), np.uint8); p.overlay(i, i[..., 0], p.palette(30))\n"
+        "import sys, numpy as np; from smooseg_fast.show import charts as c, overlays\n"
+        "from smooseg_fast.segment.colours import palette\n"
+        "i = np.zeros((4, 4, 3), np.uint8); overlays.overlay(i, i[..., 0], palette(30))\n"
         "assert 'matplotlib' not in sys.modules\n"
         "c.curves_picture([{'step': 1, 'a': 1.0}], {'a': ['a']}); assert 'matplotlib.pyplot' not in sys.modules"
     )

@@ -10,9 +10,12 @@ from PIL import Image
 from scipy import ndimage
 
 from smooseg_fast.errors import UserError
+from smooseg_fast.segment.colours import from_oklab, palette, to_oklab
+from smooseg_fast.segment.names import Group
 from smooseg_fast.show import lettering, pictures
-from smooseg_fast.show.pictures import contact_sheet, overlay, palette, save, write_mask
-from smooseg_fast.show.sheet import groups_sheet, thumbnails
+from smooseg_fast.show.overlays import outlines, overlay, regions, shades_of, texture, with_names
+from smooseg_fast.show.pictures import contact_sheet, save, write_mask
+from smooseg_fast.show.sheet import Shown, TruthLook, sheet_pages, thumbnail
 
 # linear RGB as seen without the long- and without the medium-wave cones (Machado et al. 2009, severity 1)
 PROTAN = np.array([[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]])
@@ -31,7 +34,7 @@ def rgb(hex_colour):
     return tuple(int(hex_colour[i : i + 2], 16) for i in (1, 3, 5))
 
 
-def to_oklab(linear):
+def oklab(linear):
     """Linear RGB [..., 3] to OKLab (Ottosson 2020)."""
     cones = [[0.4122214708, 0.5363325363, 0.0514459929], [0.2119034982, 0.6806995451, 0.1073969566]]
     cones += [[0.0883024619, 0.2817188376, 0.6299787005]]
@@ -43,14 +46,15 @@ def to_oklab(linear):
 def closest(colours, seen=None):
     """The smallest OKLab distance between two of `colours`, as they are or as `seen`."""
     linear = (lambda e: np.where(e <= 0.04045, e / 12.92, ((e + 0.055) / 1.055) ** 2.4))(colours / 255)
-    lab = to_oklab((linear if seen is None else linear @ seen.T).clip(0, 1))
+    lab = oklab((linear if seen is None else linear @ seen.T).clip(0, 1))
     distance = np.linalg.norm(lab[:, None] - lab[None], axis=-1)
     return distance[np.triu_indices(len(colours), 1)].min()
 
 
 def test_palette_is_distinct_and_does_not_move():
-    np.testing.assert_allclose(to_oklab(np.eye(3)[0]), [0.62796, 0.22486, 0.12585], atol=1e-4)  # published values
-    np.testing.assert_allclose(to_oklab(np.ones(3)), [1, 0, 0], atol=1e-4)
+    for to_lab, one in ((oklab, 1), (to_oklab, 255)):
+        np.testing.assert_allclose(to_lab(one * np.eye(3)[0]), [0.62796, 0.22486, 0.12585], atol=1e-4)  # published
+        np.testing.assert_allclose(to_lab(one * np.ones(3)), [1, 0, 0], atol=1e-4)
     colours = palette(256)
     assert colours.shape == (256, 3)
     assert colours.dtype == np.uint8
@@ -59,6 +63,13 @@ def test_palette_is_distinct_and_does_not_move():
     assert closest(colours[:20]) > 0.11
     assert closest(colours[:64]) > 0.05
     assert len(np.unique(colours, axis=0)) == 256
+
+
+def test_oklab_and_back():
+    colours = np.random.default_rng(0).integers(0, 256, (500, 3)).astype(np.uint8)
+    assert np.abs(from_oklab(to_oklab(colours)).astype(int) - colours).max() <= 2
+    vivid = to_oklab(from_oklab(np.array([[0.9, 0.4, -0.4], [1.5, 0.0, 0.0]])))  # no screen has them
+    assert vivid[:, 0] == pytest.approx([0.9, 1.0], abs=0.01)
 
 
 @pytest.mark.parametrize("seen", [PROTAN, DEUTAN], ids=["protanopia", "deuteranopia"])
@@ -101,34 +112,94 @@ def halves(height, width):
 
 
 @pytest.mark.parametrize("size", [(40, 60), (1300, 90)], ids=str)
-def test_overlay_blends_inside_and_lightens_the_border(size):
+def test_overlay_has_the_hue_of_the_group_and_the_light_of_the_image(size):
     image = np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8)
     labels, colours = halves(*size), palette(2)
     got = overlay(image, labels, colours)
     assert got.dtype == np.uint8
-    line = (np.abs(got.astype(int) - (colours[labels].astype(int) + 255) // 2) <= 1).all(-1)
-    middle = size[1] // 2
-    assert line[:, middle].all()  # one pixel wide at this size
-    inside = np.ones(size, bool)
-    inside[:, middle] = False
-    assert np.abs(got - (colours[labels].astype(float) + image) / 2)[inside].max() <= 1
+    line = outlines(labels)
+    assert line.any(1).all()
+    assert to_oklab(got[line])[:, 0].max() < 0.4  # dark
+    lab, grey = to_oklab(got[~line]), texture(image)[~line]
+    for k in (0, 1):  # along one hue, ever lighter with the image
+        inside = lab[labels[~line] == k]
+        hue, own = np.arctan2(inside[:, 2], inside[:, 1]), to_oklab(colours[k])
+        assert np.abs(np.angle(np.exp(1j * (hue - np.arctan2(own[2], own[1]))))).max() < 0.15
+        order = np.argsort(grey[labels[~line] == k], kind="stable")
+        assert (np.diff(inside[order, 0]) > -0.01).all()
+
+
+def test_broad_light_and_dark_hardly_show_and_texture_does():
+    image = np.full((240, 240, 3), 40, np.uint8)
+    image[:120] = 220
+    image[::2, ::2] -= 20  # texture
+    seen = texture(image).astype(int)
+    sky, street = seen[:80], seen[160:]
+    assert 20 < sky.mean() - street.mean() < 0.35 * 180
+    for part in (sky, street):
+        assert part[1::2].mean() - part[::2, ::2].mean() == pytest.approx(20, abs=2)
+    assert texture(np.zeros((1, 1, 3), np.uint8)).min() >= 1
+
+
+def test_fills_are_of_even_lightness():
+    """Colours on one image differ less in lightness than they do alone, and no image makes a fill black or white."""
+    table = shades_of(palette(256).tobytes()).reshape(256, 256, 3)
+    fills = to_oklab(table[:20, 1:])[..., 0]
+    assert np.ptp(fills, axis=0).max() < 0.85 * np.ptp(to_oklab(palette(20))[:, 0])
+    assert fills.min() > 0.1
+    assert fills.max() < 0.93
+    assert closest(table[:20, 128]) > 0.09
+
+
+@pytest.mark.parametrize("seen", [PROTAN, DEUTAN], ids=["protanopia", "deuteranopia"])
+@pytest.mark.parametrize("grey", [60, 128, 200])
+def test_fills_stay_apart_for_colour_blind_eyes(seen, grey):
+    assert closest(shades_of(palette(256).tobytes()).reshape(256, 256, 3)[:8, grey], seen) > 0.045
 
 
 @pytest.mark.parametrize(("height", "width", "line"), [(8, 3000, 1), (300, 300, 1), (700, 800, 2), (1400, 1500, 4)])
-def test_border_grows_with_the_image(height, width, line):
-    image = np.zeros((height, width, 3), np.uint8)
-    got = overlay(image, halves(height, width), palette(2))
-    inside = palette(2)[halves(height, width)] // 2
-    assert (np.abs(got.astype(int) - inside).max(-1) > 1).sum(1).tolist() == [line] * height
+def test_outlines_grow_with_the_image(height, width, line):
+    assert outlines(halves(height, width)).sum(1).tolist() == [line] * height
 
 
-def test_overlay_of_one_pixel_and_one_cluster():
-    image = np.full((1, 1, 3), 100, np.uint8)
-    got = overlay(image, np.zeros((1, 1), np.uint8), palette(1))
-    assert np.abs(got - (palette(1)[0] / 2 + 50)).max() <= 1
+def test_overlay_of_one_pixel_and_no_data():
+    image = np.full((1, 2, 3), 100, np.uint8)
+    got = overlay(image, np.array([[0, 255]], np.uint8), palette(1))
+    assert (got[0, 1] == 100).all()
+    assert not (got[0, 0] == 100).all()
 
 
-NO_TEXT = [""] * 2, [""] * 5, [], ""  # column titles, row titles, legend, title
+def test_large_regions_are_found_in_their_middles():
+    labels = np.zeros((400, 600), np.uint8)
+    labels[100:300, 350:550] = 7
+    labels[10:20, 10:20] = 5  # small
+    labels[:, :60] = 255  # no data
+    found = regions(labels)
+    assert [region.number for region in found] == [0, 7]
+    seven = found[1]
+    assert (seven.x, seven.y) == pytest.approx((450, 200), abs=12)
+    assert seven.radius == pytest.approx(100, abs=12)
+    for region in found:
+        assert labels[int(region.y), int(region.x)] == region.number
+    assert regions(np.full((1, 1), 255, np.uint8)) == []
+    part = np.zeros((181, 241), np.uint8)
+    part[:, :20] = 3  # 8 % of the image
+    assert [region.number for region in regions(part)] == [0, 3]
+
+
+@pytest.mark.parametrize("name", ["road", *filter(None, NASTY_NAMES)])
+def test_names_are_written_where_they_fit(name):
+    labels = halves(200, 300)
+    labels[90:110, 20:40] = 2
+    blank = np.full((200, 300, 3), 9, np.uint8)
+    got = with_names(blank, labels, {0: name})
+    changed = (got != blank).any(-1)
+    assert changed[:, :150].any()
+    assert changed[:, 150:].any()  # the number of a group without a name
+    assert not changed[:, 145:155].any()
+
+
+NO_TEXT = [""] * 2, [[""]] * 5, [], ""  # column titles, row titles, legend, title
 
 
 def solid(colour, height, width):
@@ -168,7 +239,7 @@ def test_sheet_cells_are_equal_and_images_keep_their_shape():
 @pytest.mark.parametrize("count", [1, 24])
 def test_sheet_height_follows_the_rows(count):
     one, two, many = (
-        contact_sheet([[solid(9, 30, 40)] * 3] * rows, ["photo", "overlay", "mask"], ["row"] * rows, [], "title")
+        contact_sheet([[solid(9, 30, 40)] * 3] * rows, ["photo", "overlay", "mask"], [["row"]] * rows, [], "title")
         for rows in (1, 2, count)
     )
     assert many.size == (1600, one.height + (count - 1) * (two.height - one.height))
@@ -183,49 +254,88 @@ def test_sheet_takes_any_image_and_any_text():
         solid(90, 900, 700),
     ]
     legend = [(palette(64)[i].tolist(), "n" * 10 * i) for i in range(64)]
-    sheet = contact_sheet([images, images[:2]], NASTY_NAMES[:5], NASTY_NAMES, legend, "t" * 500)
+    sheet = contact_sheet([images, images[:2]], NASTY_NAMES[:5], [NASTY_NAMES[:2], NASTY_NAMES[2:4]], legend, "t" * 500)
     pixels = np.asarray(sheet)
     assert sheet.width == 1600
     for edge in (pixels[:20], pixels[-20:], pixels[:, :20], pixels[:, -20:]):
         assert (edge == 255).all()  # nothing runs into the margins
 
 
-@pytest.mark.parametrize(("count", "across"), [(1, 1), (3, 1), (4, 2), (5, 2)])
-def test_groups_sheet_shows_every_image_its_overlay_and_its_groups(count, across, monkeypatch):
-    asked = {}
-    monkeypatch.setattr(pictures, "contact_sheet", lambda *args: asked.update(args=args) or contact_sheet(*args))
+GROUPS_SHOWN = [
+    Group(number, name, tuple(palette(9)[number].tolist()), share)
+    for number, name, share in ((0, "group 0", 0.5), (1, "road", 0.496), (8, "group 8", 0.004))
+]
+
+
+def asked_sheet(monkeypatch, shown, **options):
+    """The arguments of the contact sheets that are drawn for these images, and the sheets."""
+    asked = []
+    monkeypatch.setattr(pictures, "contact_sheet", lambda *args: asked.append(args) or contact_sheet(*args))
+    return asked, list(sheet_pages(shown, GROUPS_SHOWN, "images {first} to {last}", **options))
+
+
+@pytest.mark.parametrize(("count", "across"), [(1, 1), (2, 2), (5, 2), (13, 3)])
+def test_a_page_shows_every_image_and_its_groups_with_a_caption_below(count, across, monkeypatch):
     red, labels = solid((200, 10, 10), 300, 400), np.zeros((300, 400), np.uint8)
     labels[:, 200:] = 1
-    sheet = groups_sheet(
-        ((f"{i}.png", red, labels) for i in range(count)), palette(3), {0: 0.5, 1: 0.496, 2: 0.004}, "title"
-    )
-    rows, columns, names, legend, title = asked["args"]
-    assert [len(row) for row in rows] == [3 * across] * (count // across) + [3] * (count % across)
-    assert columns == ["image", "groups over it", "groups"] * across
-    assert "   |   ".join(names) == "   |   ".join(f"{i}.png" for i in range(count))
-    assert [text for _, text in legend] == ["0: 50 %", "1: 50 %"]  # the third is too small to be named
-    image, over, flat = rows[0][:3]
-    assert (image == red).all()
-    assert (over == overlay(red, labels, palette(3))).all()
-    assert (flat == palette(3)[labels]).all()
-    assert title == "title"
-    assert sheet.width == 1600
+    asked, (page,) = asked_sheet(monkeypatch, (Shown(f"{i}.png", red, labels) for i in range(count)))
+    ((rows, columns, captions, legend, title),) = asked
+    full, rest = divmod(count, across)
+    assert [len(row) for row in rows] == [2 * across] * full + [2 * rest] * (rest > 0)
+    assert columns == ["image", "groups"] * across
+    assert [name for row in captions for name in row] == [f"{i}.png" for i in range(count)]
+    assert [text for _, text in legend] == ["0: 50 %", "1 road: 50 %"]  # the third is too small to be named
+    image, over = rows[0][:2]
+    assert (image == (200, 10, 10)).all()
+    small = np.array(Image.fromarray(labels).resize(image.shape[1::-1], Image.Resampling.NEAREST))
+    fill = overlay(image, small, palette(2))
+    assert (over == with_names(fill, small, {0: "0", 1: "road"})).all()
+    assert (over == fill).mean() > 0.9
+    assert title == f"images 1 to {count}"
+    assert page.width == 1600
 
 
-def test_groups_sheet_keeps_only_thumbnails_with_the_labels_in_place():
+def test_all_images_are_shown_in_pages(monkeypatch):
+    shown = (Shown(f"{i}.png", solid(i, 8, 8), np.zeros((8, 8), np.uint8)) for i in range(50))
+    asked, pages = asked_sheet(monkeypatch, shown)
+    assert [title for *_, title in asked] == ["images 1 to 24", "images 25 to 48", "images 49 to 50"]
+    assert len(pages) == 3
+    names = [name for _, _, captions, *_ in asked for row in captions for name in row]
+    assert names == [f"{i}.png" for i in range(50)]
+    with pytest.raises(UserError, match="no images to show"):
+        list(sheet_pages([], GROUPS_SHOWN, ""))
+
+
+def test_ground_truth_stands_next_to_the_groups(monkeypatch):
+    labels, colours = halves(60, 80), palette(4)
+    shown = [Shown("a", solid(9, 60, 80), labels, 1 - labels), Shown("b", solid(9, 60, 80), labels)]
+    look = TruthLook(pictures.by_label(colours), [((1, 2, 3), "truth: sea")])
+    ((rows, columns, _, legend, _),), _ = asked_sheet(monkeypatch, shown, truth=look)
+    assert columns == ["image", "groups", "ground truth"] * 2
+    assert (rows[0][2][:, 0] == colours[1]).all()
+    assert (rows[0][2][:, -1] == colours[0]).all()
+    assert (rows[0][5] == 255).all()  # the second has none
+    assert legend[-1] == ((1, 2, 3), "truth: sea")
+
+
+def test_only_thumbnails_are_kept_with_the_labels_in_place():
     labels = np.zeros((3000, 1500), np.uint8)
     labels[1500:] = 1
-    image, _, flat = thumbnails(np.zeros((3000, 1500, 3), np.uint8), labels, palette(2))
-    assert image.shape == flat.shape == (640, 320, 3)
-    assert (flat[:320] == palette(2)[0]).all()
-    assert (flat[320:] == palette(2)[1]).all()
+    shown = Shown("a", np.zeros((3000, 1500, 3), np.uint8), labels, labels)
+    for images, side in ((12, 640), (13, 320)):
+        small = thumbnail(shown, images)
+        assert small.image.shape == (side, side // 2, 3)
+        for part in (small.labels, small.truth):
+            assert (part[: side // 2] == 0).all()
+            assert (part[side // 2 :] == 1).all()
+    assert thumbnail(small, 1) is small
 
 
 def test_legend_wraps_and_shows_every_colour():
     images, colours = [[solid(0, 30, 40)]], palette(100)
 
     def sheet(texts):
-        return contact_sheet(images, [""], [""], list(zip(colours.tolist(), texts)), "")
+        return contact_sheet(images, [""], [[""]], list(zip(colours.tolist(), texts)), "")
 
     names = [f"cluster {i}" for i in range(100)]
     plain, one, four, all_names = (sheet(names[:k]) for k in (0, 1, 4, 100))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL.Image import Image
+from torch.nn.functional import adaptive_avg_pool2d
+
+from smooseg_kernels.rows import unit_rows
 
 from ..backbones.base import reason
 from ..config import Variant, scale_factor
@@ -17,15 +21,21 @@ from ..datasets.images import ImageError
 from ..datasets.reading import Picture
 from ..errors import WriteError
 from ..features.sample import evenly_spaced
+from ..features.store import FeatureStore
+from ..segment.colours import palette
+from ..segment.names import Group
 from ..segment.segmenter import Segmenter
 from ..show import charts, pictures
-from ..show.sheet import NAMED, groups_sheet
+from ..show.report import PAGE
+from ..show.sheet import NAMED, TruthLook, sheet_pages
+from ..show.sheet import Shown as ShownImage
 from ..show.tree import tree_picture
 from ..system.progress import SILENT_S, Bar
 from .runfolder import CURVES, GROUPS, TREE, RunFolder, pictures_of
+from .runpage import write_run_page
 from .setting import Setting
 
-GROUPS_IMAGES = 8
+GROUPS_IMAGES, CANDIDATES = 8, 32  # images that are shown, and those that they are chosen among
 LARGEST = 1024  # pixels of an image's side, at the scale of the run, that are shown
 PANELS = {
     "energy": ("energy_within", "energy_across"),
@@ -52,14 +62,14 @@ class Shown:
     def default(self) -> Variant:
         return next(iter(self.segmenters))
 
-    def images(self, name: str, count: int) -> Iterator[tuple[str, Picture]]:
-        """Names and pictures of at most `count` images, evenly spaced over those (held-out ones first) with features.
+    def images(self, name: str, count: int) -> Iterator[tuple[str, Picture, np.ndarray | None]]:
+        """Names, pictures and ground truth, if any, of at most `count` images that differ, among those with features
+        (held-out ones first).
 
         A bar called `name` shows once they take long.
         """
         setting = self.setting if self.setting.validation is None else self.setting.validation
-        usable = list(dict.fromkeys(setting.store.names))
-        chosen = {usable[place] for place in evenly_spaced(len(usable), count).tolist()}
+        chosen = different(setting.store, count)
         indices = [index for index, image in enumerate(setting.dataset.names) if image in chosen]
         for index in Bar(
             iterable=indices, desc=name, unit="image", delay=SILENT_S, leave=False, disable=not self.setting.progress
@@ -68,7 +78,9 @@ class Shown:
                 picture, name = setting.dataset.picture(index), setting.dataset.names[index]
                 valid = None if picture.valid is None else self.middle(picture.valid)
                 middle = Picture(self.middle(picture.pixels), valid)
-                yield (name if middle.pixels.shape == picture.pixels.shape else f"{name} (middle)"), middle
+                truth = None if self.setting.validation is None else setting.dataset.label(index)
+                truth = None if truth is None else self.middle(truth)
+                yield (name if middle.pixels.shape == picture.pixels.shape else f"{name} (middle)"), middle, truth
 
     def middle(self, image: np.ndarray) -> np.ndarray:
         """The middle of an image, LARGEST pixels a side at the scale of the run; a scale that fits shows all of it."""
@@ -82,10 +94,12 @@ class Shown:
 
 def draw(shown: Shown) -> list[Path]:
     """Draws the pictures of the folder; -> those that succeeded. Reports a failure and continues."""
-    makers, paths = {GROUPS: groups_picture, CURVES: curves_picture, TREE: tree_of_groups}, []
+    makers: dict[str, Callable[[Shown], Image | Path]]
+    makers, paths = {GROUPS: groups_picture, CURVES: curves_picture, TREE: tree_of_groups, PAGE: page}, []
     for name in pictures_of(shown.setting.config):
         try:
-            paths.append(pictures.save(shown.folder.path / name, makers[name](shown)))
+            drawn = makers[name](shown)
+            paths.append(drawn if isinstance(drawn, Path) else pictures.save(shown.folder.path / name, drawn))
         except WriteError:  # the disk is full: the report would not fit either
             raise
         except Exception as error:  # whatever it is, a picture must not lose a run that is learnt
@@ -94,16 +108,51 @@ def draw(shown: Shown) -> list[Path]:
     return paths
 
 
+def different(store: FeatureStore, count: int) -> set[str]:
+    """The names of at most `count` images that differ: CANDIDATES evenly spaced ones, without one of the two most alike
+    again and again, so that near-duplicates take no place from others. Each quarter of an image is compared by its mean
+    feature."""
+    rows = {name: row for row, name in reversed([*enumerate(store.names)])}  # the first of each image
+    usable = list(dict.fromkeys(store.names))
+    names = [usable[place] for place in evenly_spaced(len(usable), max(count, CANDIDATES)).tolist()]
+    features = store.rows([rows[name] for name in names]).float().unflatten(1, store.grid).permute(0, 3, 1, 2)
+    quarters = unit_rows(adaptive_avg_pool2d(features, 2).flatten(2).mT).flatten(1)
+    alike = (quarters @ quarters.T).fill_diagonal_(-torch.inf)
+    kept = list(range(len(names)))
+    while len(kept) > count:
+        among = alike[kept][:, kept]
+        gone = max(divmod(int(among.argmax()), len(kept)), key=lambda one: among[one].topk(2).values[1].item())
+        del kept[gone]  # of the two most alike, the one that is also nearer to a third
+    return {names[place] for place in kept}
+
+
 def groups_picture(shown: Shown) -> Image:
-    """Images of the default head: as they are, under their groups, and the groups alone."""
-    segmenter, shares = shown.segmenters[shown.default], shown.report["health"]["shares"]
+    """Images of the default head, their groups over them, and the ground truth if there is one."""
+    segmenter = shown.segmenters[shown.default]
     groups = segmenter.groups
-    title = f"{in_use(shares)} of {groups} groups in use, found without labels"
-    cells = (
-        (name, picture.pixels, np.concatenate([*segmenter.bands(picture)]))
-        for name, picture in shown.images(GROUPS, GROUPS_IMAGES)
+    title = f"{in_use(group.share or 0.0 for group in groups)} of {len(groups)} groups in use, found without labels"
+    images = (
+        ShownImage(name, picture.pixels, np.concatenate([*segmenter.bands(picture)]), truth)
+        for name, picture, truth in shown.images(GROUPS, GROUPS_IMAGES)
     )
-    return groups_sheet(cells, pictures.palette(groups), dict(enumerate(shares)), title)
+    (page,) = sheet_pages(images, groups, title, truth_look(shown, groups))
+    return page
+
+
+def truth_look(shown: Shown, groups: Sequence[Group]) -> TruthLook | None:
+    """Classes in the colours of the groups that they match, and the others in colours that no group has."""
+    scores = shown.report.get("scores")
+    if scores is None:
+        return None
+    colours = {group.number: group.colour for group in groups}
+    matched = {cluster["class"]: colours[cluster["cluster"]] for cluster in scores["hungarian"]["clusters"]}
+    spare = (tuple(colour) for colour in palette(256).tolist() if tuple(colour) not in colours.values())
+    table, legend = np.zeros((256, 3), np.uint8), []
+    for number, row in enumerate(scores["hungarian"]["classes"]):
+        table[number] = matched.get(row["name"]) or next(spare)
+        if row["pixels"]:
+            legend.append((table[number].tolist(), f"truth: {row['name']}"))
+    return TruthLook(table, legend)
 
 
 def curves_picture(shown: Shown) -> Image:
@@ -117,6 +166,11 @@ def tree_of_groups(shown: Shown) -> Image:
     return tree_picture(shown.segmenters[shown.default].checkpoint, str(shown.folder.path))
 
 
-def in_use(shares: Sequence[float]) -> int:
+def page(shown: Shown) -> Path:
+    """The page of the default head, which is written part by part."""
+    return write_run_page(shown.setting, shown.segmenters[shown.default], dict(shown.report))
+
+
+def in_use(shares: Iterable[float]) -> int:
     """Number of groups that a legend names."""
     return sum(share >= NAMED for share in shares)

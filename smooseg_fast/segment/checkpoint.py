@@ -30,11 +30,12 @@ from ..system.fields import check_fields
 from ..system.files import finite, write_atomic
 from .grouping import Grouping
 from .model import Head, Heads
+from .names import UNNAMED, Group, Names, Naming
 from .tree import Pairs, Tree
 
 T = TypeVar("T")
 Parts = Mapping[str, Mapping[str, Tensor]]
-KEY, STATE_KEY, FORMAT = "smooseg_fast.checkpoint", "smooseg_fast.training", 6
+KEY, STATE_KEY, FORMAT = "smooseg_fast.checkpoint", "smooseg_fast.training", 7
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class Checkpoint:
     reading: how the files of images became pictures; new images are read alike.
     groups: the number of groups in use; None for as many as the head was trained for.
     share: the least share of the area that a group needs; parts of the tree below it join their nearest group.
+    naming: what people call the groups.
     """
 
     config: TrainConfig
@@ -101,6 +103,7 @@ class Checkpoint:
     groups: int | None = None
     share: float = 0.0
     reading: Reading = PLAIN
+    naming: Naming = UNNAMED
 
     @property
     def trained(self) -> int:
@@ -114,6 +117,53 @@ class Checkpoint:
         if self.fine is None or (self.step and not self.share and self.groups in (None, self.trained)):
             return Grouping(self.head)
         return Grouping(self.fine.head, self.fine.tree.cut(self.groups or self.trained, least_share=self.share))
+
+    @property
+    def cut(self) -> np.ndarray:
+        """The group of every fine group, int64 [K0]; of every prototype where there is no tree."""
+        if self.fine is None:
+            return np.arange(self.trained)
+        return self.fine.tree.cut(self.groups or self.trained, least_share=self.share)
+
+    @property
+    def names(self) -> Names:
+        """What was given to the groups in use."""
+        return self.naming.at(self.cut, self.share)
+
+    @property
+    def shares(self) -> list[float] | None:
+        """The share of the training images' area in every group before merging; None where nobody measured it."""
+        measured = self.report.get("health", {}).get("shares")
+        if measured is not None and self.groups in (None, self.trained) and not self.share:
+            return measured  # training has moved them
+        return None if self.fine is None else np.bincount(self.cut, self.fine.tree.shares).tolist()
+
+    @property
+    def listed(self) -> list[Group]:
+        """The groups after merging, in the order of their numbers in a mask."""
+        return self.names.listed(self.shares)
+
+    @property
+    def proposed(self) -> dict[str, str] | None:
+        """The names, by group, that the labels of training proposed; None without labels, and of other groups."""
+        if self.groups is not None or self.share or self.names.merge:
+            return None
+        return self.report.get("scores", {}).get("proposed")
+
+    @property
+    def digest(self) -> str:
+        """A hex digest of all that was learnt, of its groups before merging, of how images are resized, and of the
+        margin, without the backbone."""
+        grouping, config = self.grouping, self.config
+        groups = [] if grouping.groups is None else grouping.groups.tolist()
+        return digest_of(grouping.head.state_dict(), config.resample, str(config.margin), str(groups))
+
+    def named(self, names: Names) -> Checkpoint:
+        """The same run with these names in place of those of its groups in use, or, where they are of another number of
+        groups or another least share, of that cut. UserError where the tree has no such cut."""
+        here = (names.groups, names.least_share) == (self.names.groups, self.share)
+        place = self if here else self.at(names.groups, share=names.least_share)
+        return dataclasses.replace(self, naming=self.naming.changed(place.cut, names))
 
     def at(self, groups: int | None = None, threshold: float | None = None, share: float | None = None) -> Checkpoint:
         """The same run with so many groups, with its tree cut at a height, or, where a least share is all that is
@@ -148,6 +198,7 @@ class Checkpoint:
             "groups": self.groups,
             "share": self.share,
             "reading": self.reading.as_json(),
+            "naming": self.naming.as_json(),
         }
         parts = {"head": self.head.state_dict()} | ({} if self.fine is None else {"fine": self.fine.tensors()})
         return _write(path, KEY, header, parts)
@@ -256,6 +307,7 @@ def _checkpoint(header: dict[str, Any], parts: Parts) -> Checkpoint:
         fine=Fine.of(parts["fine"]) if "fine" in parts else None,
         reading=Reading.from_json(header["reading"]),
     )
+    checkpoint.naming = Naming.from_json(header["naming"], len(checkpoint.cut))
     groups, share = header["groups"], header["share"]
     if type(share) is not float:
         raise ValueError("its header holds values of the wrong kind")

@@ -55,9 +55,12 @@ def styled() -> Iterator[None]:
 
 
 @styled()
-def confusion_picture(confusion: np.ndarray, scores: Scores, class_names: Sequence[str]) -> Image.Image:
+def confusion_picture(
+    confusion: np.ndarray, scores: Scores, class_names: Sequence[str], group_names: Sequence[str] | None = None
+) -> Image.Image:
     """Draw the counts int64 [K, C] of pixels in group k and class c: a row is a class (100 %), a column a group.
 
+    `group_names` [K] stand above the columns, by default the numbers; names lie aslant.
     Groups of one class stand together, and groups without a class apart on the right. Cells that `scores` counts as
     right are outlined. Next to each row stand the class's share of the labelled pixels and its IoU. Numbers below 0.5 %
     are left out, and so are all numbers where the cells are too small.
@@ -81,9 +84,14 @@ def confusion_picture(confusion: np.ndarray, scores: Scores, class_names: Sequen
     means = f"accuracy {percent(scores.accuracy)} %,  mean IoU {percent(scores.miou)} %"
     axes.set_title(f"{scores.matching.capitalize()} matching:  {means},  {scores.pixels:,} labelled pixels", pad=12)
     axes.set_yticks(np.arange(classes) + 0.5, [shorten(name, 14, False, NAME_PX) for name in class_names], color=INK)
-    stride = math.ceil((len(str(groups)) * small + 4) / side)  # number every column where there is room
+    words = list(map(str, range(groups))) if group_names is None else group_names
+    aslant = not all(word.isdigit() for word in words)
+    width = small if aslant else max(map(len, words)) * small
+    stride = math.ceil((width + 4) / side)  # number every column where there is room
     numbered = [column for column, k in enumerate(columns) if k >= 0 and column % stride == 0]
-    axes.set_xticks([column + 0.5 for column in numbered], [str(columns[column]) for column in numbered], size=small)
+    texts = [shorten(words[columns[column]], round(small * 1.4), False, NAME_PX / 2) for column in numbered]
+    turn: Any = {"rotation": 45, "ha": "left", "rotation_mode": "anchor"} if aslant else {}
+    axes.set_xticks([column + 0.5 for column in numbered], texts, size=small, **turn)
     axes.set_xlabel("groups" + ", those without a class on the right" * (-1 in columns), loc="left", labelpad=6)
     axes.xaxis.set_label_position("top")
     axes.xaxis.tick_top()

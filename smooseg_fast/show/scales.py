@@ -16,8 +16,10 @@ from ..backbones import Backbone
 from ..config import FIT, NATIVE, TrainConfig
 from ..datasets.cutting import first_scale, starts
 from ..datasets.scaled import Scaled
+from ..segment.colours import palette
 from ..segment.kmeans import spherical_kmeans
-from .pictures import contact_sheet, overlay, palette
+from .overlays import overlay
+from .pictures import contact_sheet
 
 SCALES = (FIT, "0.5", NATIVE)
 GROUPS = 8
@@ -47,11 +49,12 @@ def scales_sheet(images: Sequence[np.ndarray], names: Sequence[str], backbone: B
         for row, labels in zip(rows, groups_at(scale, images, backbone, size)):
             row.append(overlay(row[0], labels, palette(GROUPS)))
     part = [f"; the middle {PART} pixels" if max(image.shape[:2]) > PART else "" for image in images]
+    captions = [[f"{n}: {image.shape[1]} x {image.shape[0]} pixels{p}"] for n, image, p in zip(names, images, part)]
     titles = [f"--scale {scale}" + (f" (short side {size})" if scale == FIT else "") for scale in scales]
     return contact_sheet(
         rows,
         ["image", *titles],
-        [f"{name}: {image.shape[1]} x {image.shape[0]} pixels{note}" for name, image, note in zip(names, images, part)],
+        captions,
         [],
         f"{GROUPS} groups of {backbone.name} without training: does another scale show more?",
     )

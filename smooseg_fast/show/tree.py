@@ -10,13 +10,13 @@ from PIL import Image, ImageDraw
 from ..segment.checkpoint import Checkpoint, Fine
 from ..segment.tree import Tree
 from .lettering import write
-from .pictures import GREY, INK, MARGIN, PAPER, TEXT, WIDTH, palette
+from .pictures import GREY, INK, MARGIN, PAPER, TEXT, WIDTH
 
 ROWS = 24  # shown at most, or as many as there are groups: the tree goes on inside a row
 ROW, PATCH, PATCHES = 46, 40, 8  # pixels of a row and of a patch; patches in a row
 TOP, AXIS = 146, 40  # pixels above the axis of heights, and of the axis
 LEFT, RIGHT = MARGIN, 790  # pixels where the tree begins, and where its rows do
-SHARE = WIDTH - MARGIN - 300  # pixels where the shares begin
+SHARE = WIDTH - MARGIN - 350  # pixels where the shares begin
 RULE = "#d9dde1"
 
 
@@ -31,22 +31,21 @@ class Split(NamedTuple):
 def tree_picture(checkpoint: Checkpoint, title: str) -> Image.Image:
     """Draw the tree of a checkpoint, root on the left, a row for each group of a finer cut, and the cut in use.
 
-    Branches inside a group have its colour, and others are grey. Heights are the numbers of --cut.
+    Branches inside a group have its colour, and others are grey; merged groups have one colour. Heights are the numbers
+    of --cut.
     """
     if checkpoint.fine is None:
         raise ValueError("the checkpoint has no tree")
     tree, groups, least = checkpoint.fine.tree, checkpoint.groups or checkpoint.trained, checkpoint.share
     count = min(len(tree.splits(least)) + 1, max(groups, min(ROWS, 2 * groups + 4)))
     rows, coarse = tree.cut(count, least_share=least), tree.cut(groups, least_share=least)
-    shares = np.bincount(coarse, tree.shares)
-    if checkpoint.step and groups == checkpoint.trained and not least and "health" in checkpoint.report:
-        shares = checkpoint.report["health"]["shares"]  # training has moved them
+    names, listed = checkpoint.names, {group.number: group for group in checkpoint.listed}
     group_of = [int(coarse[rows == number][0]) for number in range(count)]  # of every row
     splits, order = splits_of(tree, count, least), [0]
     for split in splits:
         order.insert(order.index(split.parent) + 1, split.number)
     sheet = Image.new("RGB", (WIDTH, TOP + AXIS + ROW * count + MARGIN), PAPER)
-    draw, colours = ImageDraw.Draw(sheet), [tuple(colour) for colour in palette(256).tolist()]
+    draw, colours = ImageDraw.Draw(sheet), [listed[int(number)].colour for number in names.table[:groups]]
     write(draw, (MARGIN, MARGIN + 17), title, 28, INK, bold=True, room=WIDTH - 2 * MARGIN)
     why = (checkpoint.report.get("tree") or {}).get("why", "")
     chosen = why if groups == checkpoint.trained else f"the run ended with {checkpoint.trained}"
@@ -62,11 +61,13 @@ def tree_picture(checkpoint: Checkpoint, title: str) -> Image.Image:
         draw_row(sheet, draw, (RIGHT + 24, top), np.flatnonzero(rows == number), checkpoint.fine)
         share, text = tree.shares[rows == number].sum(), ""
         if bands[:place][-1:] != [group]:
-            text = f"group {group}: {100 * shares[group]:.0f} %"
+            one = listed[int(names.table[group])]
+            about = one.name if one.caption.isdigit() else one.caption
+            text = f"{about}: {100 * (one.share or 0):.0f} %" if one.number == group else f"{group}, in {one.caption}"
             draw.line((RIGHT, top, WIDTH - MARGIN, top), fill=RULE)
         draw.rectangle((SHARE, top + 14, SHARE + max(1, round(100 * share / largest(tree, rows))), top + 31), fill=RULE)
         write(draw, (SHARE + 4, top + ROW // 2), f"{100 * share:.1f} %", 14, GREY, room=90)
-        write(draw, (SHARE + 120, top + ROW // 2), text, TEXT, INK, bold=True, room=180)
+        write(draw, (SHARE + 120, top + ROW // 2), text, TEXT, INK, bold=True, room=230)
     return sheet
 
 

@@ -1,0 +1,355 @@
+"""Tiles of the page `report.html`: a small picture of each image with its labels, as one line of JSON of bounded size.
+
+A tile holds the fine group of every pixel where there is a tree, so that the page shows any number of groups by a
+lookup table. Where the groups of a mask are unions of fine ones, each pixel has the fine group that most patches near
+it have among those of its group in the mask: merged again, they are that very mask.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, WebPImagePlugin  # noqa: F401 - or the first tile loads all of Pillow's formats
+from torch import Tensor
+
+from smooseg_kernels.rows import unit_rows
+
+from ..datasets import IGNORE
+from ..segment.grouping import Grouping
+from ..segment.model import Head
+from ..segment.refine import TEMPERATURE
+from ..segment.segmenter import Segmenter
+from ..segment.tree import Tree
+from ..segment.views import Views
+from ..system.outfolder import Journal
+
+TILES = "tiles.jsonl"  # next to the page: a line about all tiles, then one for each
+FORMAT = 1
+MOST_TILES = 10_000  # of a page
+FEW_BYTES, MANY_BYTES = 2_500_000, 22_000_000  # of the tiles of a page of up to 100 images, and of any page
+LEAST_BYTES, LARGE_BYTES = 25_000, 120_000  # of a tile while MANY_BYTES allow it, and of one of a few
+LABEL_SIDE = 320  # pixels of the long side of a label map, at most
+QUALITY, METHOD, LEVEL = 65, 0, 6  # of WebP, and of deflate
+LABELS = 0.2  # share of a tile's bytes that its labels may take, before base64
+PIXEL_BYTES = 0.12  # of a photo in WebP, about; the first guess at a tile's side
+PARTS = 10_000  # shares are whole numbers of so many
+
+
+@dataclass(frozen=True)
+class Look:
+    """The labels of one image's patches, for its tile.
+
+    Attributes:
+        fine: the fine group of every cell, uint8 [h,w], IGNORE without data; None without a tree.
+        seen: the share of the cells' rows and columns that lie on the image: the last ones may reach beyond it.
+        certainty: the mean over cells of the probability of the best group, less that of the second; 0 to 1.
+    """
+
+    fine: np.ndarray | None
+    seen: tuple[float, float]
+    certainty: float | None
+
+
+@dataclass(frozen=True)
+class Atlas:
+    """What the numbers in the label maps of all tiles mean.
+
+    Attributes:
+        groups: the number of groups of the masks, before merging.
+        fine: the number of fine groups; 0 without a tree.
+        masked: the number in the mask of every fine group, int [K0], where the groups of a mask are unions of fine
+            ones; None where the mask comes from a trained head, or from one without a tree.
+        merge: the lists of groups that are merged in the masks.
+    """
+
+    groups: int
+    fine: int
+    masked: np.ndarray | None
+    merge: list[list[int]]
+
+    @classmethod
+    def of(cls, segmenter: Segmenter) -> Atlas:
+        fine, groups, names = segmenter.checkpoint.fine, segmenter.grouping.groups, segmenter.names
+        masked = None if groups is None or fine is None else names.table[groups].astype(int)
+        return cls(len(segmenter.grouping), 0 if fine is None else len(fine.tree), masked, names.merge)
+
+    @property
+    def planes(self) -> int:
+        """Label maps of a tile: the mask's or the fine one; or both, where the mask is not a union of fine groups."""
+        return 2 if self.fine and self.masked is None else 1
+
+    def header(self) -> dict[str, Any]:
+        """The first line of a file of tiles."""
+        facts = {"groups": self.groups, "fine": self.fine, "planes": self.planes, "merge": self.merge}
+        return {"format": FORMAT, **facts}
+
+
+class Watched(Segmenter):
+    """A segmenter that keeps a `Look` of the last image that it labelled, for each of several numbers of groups."""
+
+    def __init__(self, segmenter: Segmenter, groupings: Sequence[Grouping]):
+        super().__init__(segmenter.checkpoint, segmenter.backbone, segmenter.upsampler)
+        self.path, self.groupings = segmenter.path, groupings
+        fine = segmenter.checkpoint.fine
+        self.fine = None if fine is None else fine.head.to(segmenter.backbone.device).eval()
+        self._looks: dict[int, Callable[[], Look]] = {}
+
+    def at(self, groups: int | None = None, *, cut: float | None = None, share: float | None = None) -> Watched:
+        other = Watched(super().at(groups, cut=cut, share=share), self.groupings)
+        other._looks = self._looks
+        return other
+
+    def look(self, groups: int) -> Look | None:
+        """The look at this number of groups of the image that was labelled last; None when it was taken before."""
+        look = self._looks.pop(groups, None)
+        return None if look is None else look()
+
+    def code_bands(self, views: Views, heads: Sequence[Head], mirror: bool) -> Iterator[tuple[Tensor, ...]]:
+        needed = [grouping.head for grouping in self.groupings] + ([] if self.fine is None else [self.fine])
+        together = list({id(head): head for head in (*heads, *needed)}.values())
+        places = {id(head): place for place, head in enumerate(together)}
+        looking = Looking(self.groupings, self.fine, views.patches)
+        seen = views.shape[0] / views.size[0], views.shape[1] / views.size[1]
+        self._looks.clear()
+        # not at the end of the bands: who takes them may leave out the last rows, which lie beyond the image
+        self._looks |= {len(one): partial(looking.look, n, views.grid[0], seen) for n, one in enumerate(self.groupings)}
+        for band in super().code_bands(views, together, mirror):
+            looking.see({key: band[place] for key, place in places.items()})
+            yield band[: len(heads)]
+
+
+class Looking:
+    """Collects the `Look` of an image, at several numbers of groups, while its codes pass by in bands.
+
+    fine: the head of the fine groups, or None without a tree. valid: which cells show data, bool [h,w]; None if all do.
+    """
+
+    def __init__(self, groupings: Sequence[Grouping], fine: Head | None, valid: np.ndarray | None):
+        self._groupings, self._fine, self._valid = groupings, fine, valid
+        self._maps: list[np.ndarray] = []
+        self._margins, self._count, self._row = [0.0] * len(groupings), 0, 0
+
+    @torch.no_grad()
+    def see(self, codes: Mapping[int, Tensor]) -> None:
+        """Take in a band: codes [n,w,Z] by the `id` of their head."""
+        band = next(iter(codes.values()))
+        valid = torch.ones(band.shape[:2], dtype=torch.bool)
+        if self._valid is not None:
+            valid = torch.from_numpy(self._valid[self._row : self._row + len(band)])
+        self._row, self._count = self._row + len(band), self._count + int(valid.sum())
+        for place, grouping in enumerate(self._groupings):
+            margin = margins(grouping, codes[id(grouping.head)])
+            self._margins[place] += float(margin[valid.to(margin.device)].sum())
+        if self._fine is not None:
+            directions = unit_rows(self._fine.teacher.float())
+            labels = (unit_rows(codes[id(self._fine)].float()) @ directions.mT).argmax(-1).to(torch.uint8).cpu().numpy()
+            labels[~valid.numpy()] = IGNORE
+            self._maps.append(labels)
+
+    def look(self, place: int, height: int, seen: tuple[float, float]) -> Look:
+        """That of one of the groupings, once the bands have passed. height: rows of cells; seen: as in `Look`."""
+        fine = None
+        if self._maps:
+            rows = np.concatenate(self._maps)
+            fine = np.pad(rows, ((0, height - len(rows)), (0, 0)), "edge")
+        return Look(fine, seen, self._margins[place] / self._count if self._count else None)
+
+
+def margins(grouping: Grouping, codes: Tensor) -> Tensor:
+    """The probability of the best group less that of the second, of codes [n,w,Z] -> [n,w]; 1 for a single group."""
+    scores = grouping.scores(codes).float()
+    if grouping.groups is None:
+        scores = unit_rows(scores) @ unit_rows(grouping.prototypes.float()).mT
+    best = (TEMPERATURE * scores).softmax(-1).topk(min(2, scores.shape[-1]), -1).values
+    return best[..., 0] - best[..., 1] if best.shape[-1] > 1 else best[..., 0]
+
+
+def allowance(count: int) -> int:
+    """The bytes that each of so many tiles may take."""
+    count = max(1, min(count, MOST_TILES))
+    return int(min(LARGE_BYTES, max(FEW_BYTES / count, min(LEAST_BYTES, MANY_BYTES / count))))
+
+
+def tile_of(
+    name: str, pixels: np.ndarray, labels: np.ndarray, look: Look | None, atlas: Atlas, most_bytes: int
+) -> dict[str, Any]:
+    """The tile of an image uint8 [h,w,3] with a mask `labels` uint8, alike or smaller, ready for JSON."""
+    content, size = encoded(pixels, most_bytes)
+    side = min(1.0, LABEL_SIDE / max(size))
+    shape = max(1, round(size[1] * side)), max(1, round(size[0] * side))
+    planes = planes_of(resized(labels, shape), look, atlas)
+    while len(packed := zlib.compress(planes.tobytes(), LEVEL)) > most_bytes * LABELS and max(shape) > 32:
+        shape = max(1, shape[0] * 3 // 4), max(1, shape[1] * 3 // 4)
+        planes = np.stack([resized(plane, shape) for plane in planes])
+    return {
+        "name": name,
+        "size": list(size),
+        "picture": base64.b64encode(content).decode(),
+        "shape": list(shape),
+        "labels": base64.b64encode(packed).decode(),
+        "own": parts_of(planes[0]) if atlas.planes == 2 else None,
+        "parts": parts_of(planes[-1]),
+        "certainty": None if look is None or look.certainty is None else round(look.certainty, 4),
+    }
+
+
+def resized(labels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Labels uint8 [h,w] at another shape, by nearest neighbour."""
+    return np.asarray(Image.fromarray(labels).resize(shape[::-1], Image.Resampling.NEAREST))
+
+
+def encoded(pixels: np.ndarray, most_bytes: int) -> tuple[bytes, tuple[int, int]]:
+    """A picture as WebP, as large as fits into two thirds of so many bytes of base64 -> it and its (width, height)."""
+    room, picture = most_bytes * 2 / 3 * 3 / 4, Image.fromarray(pixels)
+    height, width = pixels.shape[:2]
+    scale = min(1.0, math.sqrt(room / (PIXEL_BYTES * height * width)))
+    while True:
+        size = max(1, round(width * scale)), max(1, round(height * scale))
+        target = io.BytesIO()
+        small = picture if size == picture.size else picture.resize(size, Image.Resampling.BOX, reducing_gap=2.0)
+        small.save(target, "WEBP", quality=QUALITY, method=METHOD)
+        content = target.getvalue()
+        if len(content) <= room or max(size) <= 32:
+            return content, size
+        scale *= min(0.9, 0.95 * math.sqrt(room / len(content)))
+
+
+def planes_of(mask: np.ndarray, look: Look | None, atlas: Atlas) -> np.ndarray:
+    """The label maps uint8 [planes,h,w] of a tile, from its mask uint8 [h,w]."""
+    if not atlas.fine:
+        return mask[None]
+    fine, seen = (None, (1.0, 1.0)) if look is None else (look.fine, look.seen)
+    if atlas.masked is not None:
+        return fine_at(mask, fine, atlas.masked, seen)[None]
+    everywhere = np.where(mask == IGNORE, IGNORE, 0).astype(np.uint8)
+    return np.stack([mask, fine_at(everywhere, fine, np.zeros(atlas.fine, int), seen)])
+
+
+def fine_at(mask: np.ndarray, fine: np.ndarray | None, groups: np.ndarray, seen: tuple[float, float]) -> np.ndarray:
+    """The fine group of every pixel of a mask uint8 [h,w], one of those that make up its group: that of the cells about
+    it, weighed bilinearly at half the mask's size; without a cell of the kind nearby, the first one of its group.
+
+    Args:
+        fine: fine groups of the cells, uint8 [a,b], or None.
+        groups: of every fine group, int [K0].
+        seen: the share of the cells' rows and columns that lie on the image.
+    """
+    height, width = mask.shape
+    shape = (1, 1) if fine is None else (-(-height // 2), -(-width // 2))
+    count = int(groups.max()) + 1
+    best, nearest = np.zeros((count, *shape), np.uint8), np.zeros((count, *shape), np.uint8)
+    for k in range(len(groups) - 1, -1, -1):
+        nearest[groups[k]] = k
+    if fine is not None:
+        box = (0.0, 0.0, fine.shape[1] * seen[1], fine.shape[0] * seen[0])
+        for k in np.unique(fine[fine < len(groups)]).tolist():
+            plane = Image.fromarray(np.where(fine == k, np.uint8(255), np.uint8(0)))
+            weight = np.asarray(plane.resize(shape[::-1], Image.Resampling.BILINEAR, box=box))
+            better = weight > best[groups[k]]
+            nearest[groups[k]][better], best[groups[k]][better] = k, weight[better]
+    rows, columns = (np.arange(side) * part // side for side, part in zip(mask.shape, shape))
+    labels = nearest[np.minimum(mask, count - 1), rows[:, None], columns]
+    labels[mask == IGNORE] = IGNORE
+    return labels
+
+
+def parts_of(labels: np.ndarray) -> list[int]:
+    """The label and its share in PARTS of the pixels that show data, for each label, one after the other."""
+    counts = np.bincount(labels.ravel(), minlength=256)[:IGNORE]
+    total = max(1, counts.sum())
+    return [number for k in np.flatnonzero(counts) for number in (int(k), round(PARTS * int(counts[k]) / total))]
+
+
+def tree_lookup(tree: Tree, least_share: float) -> tuple[list[int], list[tuple[int, float]]]:
+    """(the group of every fine group at the finest cut; for each group from the second on, the group that it leaves and
+    the height).
+
+    The group at N groups: go from a group to the one that it leaves, until its number is below N.
+    """
+    most = len(tree.splits(least_share)) + 1
+    before, parents = tree.cut(1, least_share=least_share), []
+    for number, merge in enumerate(tree.splits(least_share), 1):
+        after = tree.cut(number + 1, least_share=least_share)
+        parents.append((int(before[after == number][0]), float(tree.heights[merge])))
+        before = after
+    return tree.cut(most, least_share=least_share).tolist(), parents
+
+
+def read_tiles(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """(the header of a file of tiles, and the last tile of each name); nothing where there is no file, or one of
+    another format. Damaged lines are left out."""
+    records = Journal(path).read()
+    header: dict[str, Any] = next((record for record in reversed(records) if "format" in record), {})
+    if header.get("format") != FORMAT:
+        return {}, {}
+    return header, {record["name"]: record for record in records if is_tile(record, header)}
+
+
+def is_tile(tile: Any, header: Mapping[str, Any]) -> bool:
+    """Whether a line of the file is a tile that the page can show."""
+    if not isinstance(tile, dict) or not all(isinstance(tile.get(k), str) for k in ("name", "picture", "labels")):
+        return False
+    numbers = [tile.get("shape"), tile.get("size"), tile.get("parts")]
+    numbers += [tile.get("own")] if header.get("planes") == 2 else []
+    if not all(isinstance(part, list) and all(type(n) is int and n >= 0 for n in part) for part in numbers):
+        return False
+    return len(tile["shape"]) == len(tile["size"]) == 2 and isinstance(tile.get("certainty"), int | float | None)
+
+
+def fitted(tiles: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Tiles with their pictures shrunk where those of this many images may not take as much."""
+    most = allowance(len(tiles))
+    room = most * 2 / 3
+    return [tile if len(tile["picture"]) <= 1.05 * room else shrunk(tile, most) for tile in tiles]
+
+
+def shrunk(tile: dict[str, Any], most_bytes: int) -> dict[str, Any]:
+    """A tile with a smaller picture; one whose picture cannot be read stays."""
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(tile["picture"])), formats=["WEBP"]) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return tile
+    return tile | {"picture": base64.b64encode(encoded(pixels, most_bytes)[0]).decode()}
+
+
+class TileFile:
+    """The tiles of a folder: a journal of a header and a line for each image, the last of a name counts.
+
+    Args:
+        most_bytes: of a new tile.
+        watched: keeps the `Look` of an image; None where labels come from elsewhere.
+    """
+
+    def __init__(self, path: Path, atlas: Atlas, most_bytes: int, watched: Watched | None = None):
+        self.path, self.atlas, self.most_bytes, self.watched = path, atlas, most_bytes, watched
+        self._journal = Journal(path)
+        self.known: set[str] = set()
+
+    def open(self, first: bool, names: Collection[str]) -> None:
+        """Begin with the tiles of these images that are there, if they are of the same kind; the `first` process
+        rewrites the file before others add to it."""
+        header, tiles = read_tiles(self.path)
+        same = header | {"merge": self.atlas.merge} == self.atlas.header()  # what is merged since, the page merges
+        kept = [tiles[name] for name in names if name in tiles] if same else []
+        self.known = {tile["name"] for tile in kept}
+        if first:
+            self._journal.rewrite([self.atlas.header(), *kept])
+
+    def add(self, name: str, pixels: np.ndarray, labels: np.ndarray) -> None:
+        """Append the tile of an image uint8 [h,w,3] with a mask uint8 [h,w], both perhaps reduced, unless its labels
+        come from a mask of before and its tile is there. WriteError when the disk is full."""
+        look = None if self.watched is None else self.watched.look(self.atlas.groups)
+        if look is not None or name not in self.known:
+            self._journal.append(tile_of(name, pixels, labels, look, self.atlas, self.most_bytes))
+            self.known.add(name)

@@ -13,7 +13,7 @@ from smooseg_fast.datasets import formats, open_dataset, open_splits
 from smooseg_fast.datasets.copies import copies_notes, same_bytes
 from smooseg_fast.datasets.scan import scan
 from smooseg_fast.errors import UserError
-from smooseg_fast.show import predictions
+from smooseg_fast.show import items
 
 COUNT = 3
 
@@ -76,7 +76,7 @@ def test_masks_are_the_labels_of_the_photos_next_to_them(name, tmp_path):
     assert not any("mask" in image or "label" in image for image in train.names)
     if title is not None:
         assert f"3 photos have labels in {title}, matched by name" in train.notes
-    assert [item.file for item in predictions.items_below(tmp_path)] == list(train.images)
+    assert [item.file for item in items.items_below(tmp_path)] == list(train.images)
 
 
 def test_the_documented_layout_needs_no_line(tmp_path):
@@ -238,7 +238,7 @@ def test_files_of_other_kinds_are_counted(tmp_path, monkeypatch, capsys):
     assert note.startswith("6 files ignored: 2 .heic, 1 ")
     assert note.endswith("; pip install 'smooseg_fast[heic]' reads .heic")
     assert all(f"1 {suffix}" in note for suffix in (".mp4", ".npy", ".nef", ".gif"))
-    assert len(predictions.items_below(tmp_path)) == COUNT
+    assert len(items.items_below(tmp_path)) == COUNT
     assert "note: 6 files ignored: " in capsys.readouterr().err
     for number in range(COUNT):
         (tmp_path / f"{number}.jpg").unlink()
@@ -298,7 +298,7 @@ def test_no_two_masks_of_predictions_differ_in_case_or_unicode_form_alone():
         unicodedata.normalize("NFD", "é.png"),
         "x.png",
     ]
-    stems = predictions.output_stems([Path(name) for name in names])
+    stems = items.output_stems([Path(name) for name in names])
     assert len({unicodedata.normalize("NFC", stem).casefold() for stem in stems}) == 5
     assert stems == ["IMG", "img.jpg.e57e7a67", stems[2], unicodedata.normalize("NFD", "é"), "x"]
     assert stems[2].startswith(names[2] + ".")

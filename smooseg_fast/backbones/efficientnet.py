@@ -149,7 +149,8 @@ def doubled(x: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def _ends(side: int, kernel: int, stride: int) -> tuple[int, int]:
     """Pixels to pad before and after."""
-    total = max(0, (-(-side // stride) - 1) * stride + kernel - side)
+    # the first is the second for such sides, in an expression that exporters of any size can follow
+    total = kernel - stride if side % stride == 0 else max(0, (-(-side // stride) - 1) * stride + kernel - side)
     return total // 2, total - total // 2
 
 

@@ -145,8 +145,9 @@ def mirrored(x: Tensor, margin: int) -> Tensor:
     """Extends the last two axes by `margin` samples on every side, reflected at the border as often as needed."""
     for axis in (-2, -1):
         size = x.shape[axis]
-        index = torch.arange(-margin, size + margin, device=x.device) % (2 * size)
-        x = x.index_select(axis, torch.minimum(index, 2 * size - 1 - index))
+        last = torch.arange(2 * size, device=x.device)[-1:]  # a tensor: ONNX has no remainder by a size
+        index = torch.arange(-margin, size + margin, device=x.device) % (last + 1)
+        x = x.index_select(axis, torch.minimum(index, last - index))
     return x
 
 

@@ -9,6 +9,8 @@ from PIL import Image
 
 from .images import Resample
 
+READ_PIXELS = 2**24  # of the picture that are resized at a time
+
 
 @dataclass(frozen=True)
 class Scaled:
@@ -48,13 +50,20 @@ class Scaled:
         """The part from `start` to `stop`, (row, column) at this scale: what a resized whole has there."""
         if self.size == self.pixels.shape[:2]:
             return self.pixels[start[0] : stop[0], start[1] : stop[1]]
+        (H, W), (height, width) = self.pixels.shape[:2], self.size
+        area = (stop[0] - start[0]) * (stop[1] - start[1]) * (H / height) * (W / width)
+        if area > READ_PIXELS and stop[0] - start[0] > 1:
+            middle = (start[0] + stop[0]) // 2
+            halves = (start, (middle, stop[1])), ((middle, start[1]), stop)
+            return np.concatenate([self._resized(*half) for half in halves])
         if self.resample == "nearest":
             rows, columns = (
                 # the pixel below the centre, in whole numbers so that it is the same in every window
                 (2 * np.arange(first, end) + 1) * there // (2 * here)
                 for first, end, there, here in zip(start, stop, self.pixels.shape, self.size)
             )
-            return self.pixels[rows[:, None], columns]
+            cut = self.pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+            return cut[(rows - rows[0])[:, None], columns - columns[0]]
         (top, bottom), (left, right) = (
             (first * there / here, end * there / here)
             for first, end, there, here in zip(start, stop, self.pixels.shape, self.size)

@@ -18,9 +18,11 @@ from pathlib import Path, PurePosixPath
 
 from ..errors import UserError
 from ..system.outfolder import written_by_us
+from ..system.stores import File, place
 from . import formats
 from .evenly import evenly
 from .images import ImageError, visible_files
+from .listing import Tree, listed
 from .masks import tally
 
 LOOKED_AT = 8  # masks of a kind that are opened to see whether they hold classes
@@ -113,12 +115,12 @@ class Group:
         folders = sorted({marked_folder(file).as_posix() + "/" for file in self.photos})
         return ", ".join(folders[:2]) + (f" and {len(folders) - 2} more folders" if len(folders) > 2 else "")
 
-    def hold_classes(self, folder: Path) -> bool:
+    def hold_classes(self, folder: Path | Tree) -> bool:
         """Open a few of the files, and return whether most hold as few values as classes have; JPEG never does."""
         chosen, few = evenly(list(self.photos), LOOKED_AT), 0
         for file in chosen:
             with suppress(ImageError):
-                few += is_lossless(file) and tally(folder / file).few
+                few += is_lossless(file) and tally(file_in(folder, file)).few
         return 4 * few >= 3 * len(chosen)
 
 
@@ -133,42 +135,57 @@ class Scan:
         notes: a line for each kind of file that is not taken for a photo.
     """
 
-    folder: Path
+    folder: Path | Tree
     photos: tuple[PurePosixPath, ...]
     labels: Mapping[PurePosixPath, PurePosixPath]
     stray: tuple[PurePosixPath, ...]
     notes: tuple[str, ...]
 
+    def file(self, name: PurePosixPath) -> File:
+        return file_in(self.folder, name)
+
+
+def file_in(folder: Path | Tree, name: PurePosixPath) -> File:
+    """A listed file."""
+    return folder / name if isinstance(folder, Path) else folder.files[name.as_posix()]
+
 
 def scan(path: Path | str, argument: str = "--data") -> Scan:
-    """Sort the files in `path`, an image or a folder in any nesting, into photos, labels and others.
+    """Sort the files in `path`, an image or a folder in any nesting, into photos, labels and others. It may be the URL
+    of a folder in a store, or name tar files.
 
     Recognises images by suffix, upper or lower case, and follows links to folders. Does not list hidden files and
     folders, and files written by smooseg (`visible_files`), so runs and predictions can live inside a photo folder.
     Opens only a few files that are named like masks. UserError naming `argument` when the path does not exist, cannot
     be read, or holds no photo.
     """
-    path = Path(path).expanduser()
+    path = place(path)
     suffixes = formats.photo_suffixes()
     looked_for = " ".join(suffixes)
-    if not path.exists():
-        raise UserError(f"{argument} {path}: no such file or folder; give a folder of images ({looked_for})")
-    folder = path.parent if path.is_file() else path
-    files = [path] if path.is_file() else visible_files(path, argument)
-    paths = [PurePosixPath(file.relative_to(folder).as_posix()) for file in files]
+    tree, single, ours = listed(path, argument), False, ""
+    if tree is not None:
+        folder: Path | Tree = tree
+        paths = list(map(PurePosixPath, tree.files))
+    else:
+        local = Path(path)
+        if not local.exists():
+            raise UserError(f"{argument} {path}: no such file or folder; give a folder of images ({looked_for})")
+        single, ours = local.is_file(), ", next to smooseg's own output" if written_by_us(local) else ""
+        folder = local.parent if single else local
+        files = [local] if single else visible_files(local, argument)
+        paths = [PurePosixPath(file.relative_to(folder).as_posix()) for file in files]
     usable = [file for file in paths if not is_thumbnail(file)]
     pictures = [file for file in usable if file.suffix.lower() in suffixes]
     if not pictures:
         kinds = Counter(file.suffix or "without suffix" for file in paths).most_common(5)
         others = ", ".join(f"{count} {kind}" for kind, count in kinds)
         contents = f"only other files ({others})" if paths else "no files"
-        ours = ", next to smooseg's own output" if written_by_us(path) else ""
         heif = any(file.suffix.lower() in formats.HEIF for file in usable)
         advice = f"; {formats.HEIF_ADVICE} reads .heic" if heif else ""
         raise UserError(
             f"{argument} {path}: no images in it; looked for {looked_for} and found {contents}{ours}{advice}"
         )
-    if path.is_file():
+    if single:
         return Scan(folder, tuple(pictures), {}, (), ())
     masks = [file for file in usable if file.suffix.lower() in {*suffixes, *formats.LABELS}]
     sorted_files = sort_out(folder, pictures, masks)
@@ -200,7 +217,7 @@ class Sorted:
     lines: list[str] = field(default_factory=list)
 
 
-def sort_out(folder: Path, pictures: Sequence[PurePosixPath], masks: Sequence[PurePosixPath]) -> Sorted:
+def sort_out(folder: Path | Tree, pictures: Sequence[PurePosixPath], masks: Sequence[PurePosixPath]) -> Sorted:
     """Tell photos from masks by names, and where these could be photos' by a look at a few files.
 
     masks: files that could be masks by their suffix, photos among them.
@@ -320,10 +337,10 @@ def split_folder(name: str, masks: bool = True) -> tuple[str, str]:
     if match := SPLIT_MASKS.fullmatch(plain):
         return match[2], match[1]
     tokens = re.split("[^a-z0-9]+", name.casefold())
-    for place in (-1, 0):
-        if len(tokens) > 1 and tokens[place] in words:
-            rest = tokens[:-1] if place else tokens[1:]
-            return tokens[place], "_".join(rest)
+    for end in (-1, 0):
+        if len(tokens) > 1 and tokens[end] in words:
+            rest = tokens[:-1] if end else tokens[1:]
+            return tokens[end], "_".join(rest)
     return "", name
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import islice
@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL.TiffImagePlugin import COMPRESSION_INFO, ImageFileDirectory_v2
+from PIL.TiffImagePlugin import COMPRESSION_INFO
+from PIL.TiffImagePlugin import ImageFileDirectory_v2 as Tags
 
-from ..system.files import regular
 from ..system.terminal import about
-from .imageerror import ImageError, decoding, require_bands
+from .imageerror import ImageError, decoding, open_image, require_bands
 from .reading import Samples
 
 INSTALL = "pip install 'smooseg_fast[tiff]' to read it"
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 SEGMENT_BYTES = 2**32  # that a strip or tile may take
-GREY, COLOUR, PALETTE = (0, 1), 2, 3  # PhotometricInterpretation; of GREY, 0 is white at 0
+GREY, COLOUR, PALETTE, YCBCR = (0, 1), 2, 3, 6  # PhotometricInterpretation; of GREY, 0 is white at 0
 REDUCED, MASK = 1, 4  # bits of NewSubfileType
 ALPHA = (1, 2)  # ExtraSamples: multiplied in, or not
 NAMES = {1: "uint", 2: "int", 3: "float"}  # SampleFormat
@@ -59,7 +59,7 @@ class Page:
     nodata: float | None
 
     @classmethod
-    def of(cls, number: int, tags: ImageFileDirectory_v2) -> Page:
+    def of(cls, number: int, tags: Tags) -> Page:
         """From its tags. Exception where they are not those of an image."""
         bits = tags.get(258, (1,))
         if len(set(bits)) > 1:
@@ -133,9 +133,9 @@ def pages_of(path: Path | str) -> Iterator[Page]:
     """The pages of a TIFF file, without the reduced copies and masks of a pyramid; none of another or a damaged
     file."""
     try:
-        with about(path), open(regular(path), "rb") as file:
+        with about(path), open_image(path) as file:
             before, copies = None, []
-            for number, tags in enumerate(_directories(file)):
+            for number, tags in enumerate(directories(file)):
                 page = Page.of(number, tags)
                 if tags.get(254, 0) & (REDUCED | MASK) or tags.get(255, 1) == 2:
                     copies.append(page)
@@ -144,6 +144,8 @@ def pages_of(path: Path | str) -> Iterator[Page]:
                 before = page.size
             if len(copies) == number + 1:  # a copy without its picture
                 yield copies[0]
+    except ImageError:  # the file cannot be fetched
+        raise
     except Exception:  # damaged tags make the reader raise nearly anything: Pillow tells what is wrong with the file
         return
 
@@ -177,14 +179,11 @@ def read(path: Path | str, page: Page, bands: tuple[int, ...] | None) -> Samples
         chosen = tuple(band - 1 for band in bands)
         opacity = None if opacity in chosen else opacity  # asked for as data
     wanted = chosen if opacity is None else (*chosen, opacity)
-    with decoding(path):
-        values = _planes(path, page, wanted)
+    with decoding(path), opened_segments(path, page) as segments:
+        values = segments.window(wanted, 0, 0, *page.size)
     alpha = None
     if opacity is not None:
-        alpha, values = values[..., -1], values[..., :-1]
-        if alpha.dtype != np.uint8:
-            full = np.iinfo(alpha.dtype).max if alpha.dtype.kind in "iu" else 1
-            alpha = np.ceil(np.clip(alpha / full, 0, 1) * 255).astype(np.uint8)  # 0 stays where nothing shows alone
+        alpha, values = opaque(values[..., -1]), values[..., :-1]
     return Samples(
         values=values,
         kind=page.kind,
@@ -195,56 +194,106 @@ def read(path: Path | str, page: Page, bands: tuple[int, ...] | None) -> Samples
     ).turned(page.orientation)
 
 
-def _planes(path: Path | str, page: Page, bands: tuple[int, ...]) -> np.ndarray:
-    """The values [H,W,bands] of some bands, from 0, one strip or tile after the other."""
+def opaque(alpha: np.ndarray) -> np.ndarray:
+    """Opacity of any type as uint8; 0 stays where nothing shows alone."""
+    if alpha.dtype == np.uint8:
+        return alpha
+    full = np.iinfo(alpha.dtype).max if alpha.dtype.kind in "iu" else 1
+    return np.ceil(np.clip(alpha / full, 0, 1) * 255).astype(np.uint8)
+
+
+@contextmanager
+def opened_segments(path: Path | str, page: Page) -> Iterator[Segments]:
+    """The values of a page in its file."""
     from tifffile import TiffFile
 
     logging.getLogger("tifffile").setLevel(logging.ERROR)  # it warns of tags that concern nobody here
-    height, width = page.size
-    with open(regular(path), "rb") as file, TiffFile(file) as whole:
-        source = whole.pages[page.number]
+    with open_image(path) as file, TiffFile(file) as whole:
+        yield Segments(path, page, file, whole.pages[page.number])
+
+
+class Segments:
+    """The strips or tiles of a page, decoded one at a time as they are asked for.
+
+    sides: rows and columns of one. nbytes: of its values. ImageError where they are no picture's, or too large.
+    """
+
+    def __init__(self, path: Path | str, page: Page, file: BinaryIO, source: Any):
+        self.path, self.page, self._file, self._source = path, page, file, source
+        height, width = page.size
         if source.imagedepth != 1 or (source.imagelength, source.imagewidth) != page.size:
             raise ImageError(path, "a TIFF of volumes, not of pictures")
-        samples = 1 if page.planar else page.bands
-        rows, columns = (source.tilelength, source.tilewidth) if source.is_tiled else (source.rowsperstrip, width)
-        if min(rows, height) * columns * samples * source.dtype.itemsize > SEGMENT_BYTES:
+        rows, columns = (
+            (source.tilelength, source.tilewidth) if source.is_tiled else (min(source.rowsperstrip, height), width)
+        )
+        self.sides = rows, columns
+        self.nbytes = rows * columns * (1 if page.planar else page.bands) * source.dtype.itemsize
+        if self.nbytes > SEGMENT_BYTES:
             raise ImageError(path, "a strip or tile of it takes more than 4 GiB", "write it again in tiles")
-        out = np.zeros((height, width, len(bands)), source.dtype.newbyteorder("="))
+
+    def window(self, bands: tuple[int, ...], top: int, left: int, bottom: int, right: int) -> np.ndarray:
+        """The values [h,w,bands] of some bands, from 0, of the rows `top` to `bottom` - 1 and so on."""
+        source, page, (rows, columns) = self._source, self.page, self.sides
+        out = np.zeros((bottom - top, right - left, len(bands)), source.dtype.newbyteorder("="))
         with suppress(OverflowError, ValueError):  # a number that its type does not hold
             out[:] = 0 if page.nodata is None else out.dtype.type(page.nodata)  # for tiles that are left out
-        counts, tables = source.databytecounts, source.jpegtables
-        per_plane = len(counts) // (page.bands if page.planar else 1)
-        for number, (offset, count) in enumerate(zip(source.dataoffsets, counts)):
-            plane = number // per_plane
-            if count == 0 or (page.planar and plane not in bands):
-                continue
-            file.seek(offset)
-            data = file.read(count)
-            if len(data) < count:
-                raise ImageError(path, "cannot be decoded (the file is cut short)")
-            segment, (_, _, top, left, _), _ = source.decode(data, number, jpegtables=tables)
-            block = segment[0, : height - top, : width - left]
-            target = out[top : top + block.shape[0], left : left + block.shape[1]]
-            for channel, band in enumerate(bands):
-                if not page.planar:
-                    target[..., channel] = block[..., band]
-                elif plane == band:
-                    target[..., channel] = block[..., 0]
-    return out
+        across, down = -(-page.width // columns), -(-page.height // rows)
+        for plane in sorted(set(bands)) if page.planar else [0]:
+            for row in range(top // rows, -(-bottom // rows)):
+                for column in range(left // columns, -(-right // columns)):
+                    block = self._decoded((plane * down + row) * across + column)
+                    if block is None:
+                        continue
+                    y, x = row * rows, column * columns
+                    first, last = (max(top, y), max(left, x)), (min(bottom, y + rows), min(right, x + columns))
+                    part = block[first[0] - y : last[0] - y, first[1] - x : last[1] - x]
+                    target = out[first[0] - top : last[0] - top, first[1] - left : last[1] - left]
+                    for channel, band in enumerate(bands):
+                        if not page.planar:
+                            target[..., channel] = part[..., band]
+                        elif plane == band:
+                            target[..., channel] = part[..., 0]
+        return out
+
+    def _decoded(self, number: int) -> np.ndarray | None:
+        """The values [rows,columns,samples] of a strip or tile; None for one that is left out."""
+        source = self._source
+        if number >= len(source.databytecounts):
+            raise ImageError(self.path, "cannot be decoded (the file is cut short)")
+        offset, count = source.dataoffsets[number], source.databytecounts[number]
+        if count == 0:
+            return None
+        self._file.seek(offset)
+        data = self._file.read(count)
+        if len(data) < count:
+            raise ImageError(self.path, "cannot be decoded (the file is cut short)")
+        segment, _, _ = source.decode(data, number, jpegtables=source.jpegtables)
+        return segment[0]
 
 
-def _directories(file: BinaryIO) -> Iterator[ImageFileDirectory_v2]:
+def tags_of(path: Path | str, page: int) -> Tags | None:
+    """All tags of page `number`, from 1; None where `page_of` is."""
+    first = page_of(path, page)
+    if first is None:
+        return None
+    with about(path), open_image(path) as file:
+        return next(islice(directories(file), first.number, None))
+
+
+def directories(file: BinaryIO) -> Iterator[Tags]:
     """The tags of every image of a file; nothing for files that are no TIFF."""
     header = file.read(8)
     if header[:4] not in MAGIC:
         return
     big, order = 43 in header[2:4], "little" if header[:2] == b"II" else "big"
     offset = int.from_bytes(file.read(8) if big else header[4:], order)  # type: ignore[arg-type]
+    if header[2] == 43:  # Pillow sees it in this order of bytes alone, and then reads the offset too
+        header += offset.to_bytes(8, "little")
     seen = set()
     while offset and offset not in seen:  # a chain may be bent into a circle
         seen.add(offset)
-        tags = ImageFileDirectory_v2(header)
-        tags._bigtiff = big  # Pillow sees it in one order of bytes alone
+        tags = Tags(header)
+        tags._bigtiff = big
         file.seek(offset)
         tags.load(file)
         yield tags

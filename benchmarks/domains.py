@@ -173,7 +173,7 @@ class Domain(NamedTuple):
         counts = self.confusion(self.val, of_codes(Grouping(fine.head)))
         moments = functools.reduce(operator.add, moments_of_parts(fine.head, self.store))
         plain = Tree.grow(moments.pairs("all", centring=0.0), moments.shares)
-        numbers = {CHOSEN: segmenter.groups, CLASSES: min(self.classes, fine.most)}
+        numbers = {CHOSEN: len(segmenter.groups), CLASSES: min(self.classes, fine.most)}
         for name, tree, hows in ((LINKAGE, plain, (CLASSES, BEST)), (TREE, fine.tree, (CHOSEN, CLASSES, BEST))):
             cuts = {k: tree.cut(k) for k in range(FEWEST, min(fine.most, max(MOST, self.classes)) + 1)}
             scores = {k: hungarian(np.eye(k, dtype=np.int64)[cut].T @ counts) for k, cut in cuts.items()}

@@ -4,7 +4,7 @@
     python benchmarks/edges.py --data DIR --runs FOLDER --ways none "shifts 4 + guided" "guided GUIDED_RADIUS=2"
     python benchmarks/edges.py --data DIR --runs FOLDER --speed            # time and memory of whole pictures
 
-A checkpoint of every set is trained in FOLDER with today's defaults, seed 0, and kept. Central squares of its val
+A checkpoint of every set is trained in FOLDER with today's defaults and kept. Central squares of its val
 pictures at the checkpoint's evaluation size, mirror averaged, are labelled in every way; groups are matched to classes
 one to one (Hungarian) for each way by itself. Boundary F has a tolerance of 0.75 % of the diagonal. A way reads
 [size 2 | shifts N] [+ METHOD [NAME=VALUE ...]]: size 2 sees pictures at twice the pixels, NAME is a constant of
@@ -38,6 +38,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import domains  # noqa: E402
 
 import smooseg_kernels as sk  # noqa: E402
+from smooseg_fast.backbones.shifts import density  # noqa: E402
 from smooseg_fast.config import preset, with_changes  # noqa: E402
 from smooseg_fast.datasets import classes_of, open_splits  # noqa: E402
 from smooseg_fast.datasets.cutting import Cutting  # noqa: E402
@@ -91,7 +92,7 @@ class Way:
         if self.method == "none":
             flat = scores.flatten(0, 1)[None]
             return sk.assign(flat, grouping.prototypes, grid=codes.shape[:2], size=shape)[0].to(torch.uint8)
-        plane = refine.Plane((codes.shape[0], codes.shape[1]), shape, shape)
+        plane = refine.Plane((codes.shape[0], codes.shape[1]), shape, shape, density(self.shifts))
         with mock.patch.multiple(refine, **self.changes) if self.changes else nullcontext():
             if self.method == PEER:
                 return peer(grouping, scores, plane, pixels)
@@ -124,6 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sets", nargs="+", help="names of the sets (all)")
     parser.add_argument("--ways", nargs="+", help="ways to label (the table's)")
     parser.add_argument("--told", action="store_true", help="take as many groups as there are classes")
+    parser.add_argument("--seed", type=int, default=0, help="of the checkpoints")
     parser.add_argument("--speed", action="store_true", help="time and memory of whole pictures instead of quality")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/quality/edges.jsonl")
     args = parser.parse_args(arguments)
@@ -133,7 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not args.ways:
         ways = [way for way in ways if way.method != PEER or has_peer()]
     (speeds if args.speed else qualities)(args, names, ways)
-    print("\n" + table([row for row in domains.read(args.out) if row["set"] in names]))
+    print("\n" + table([row for row in domains.read(args.out) if row["set"] in names and row["seed"] == args.seed]))
 
 
 def has_peer() -> bool:
@@ -146,12 +148,12 @@ def has_peer() -> bool:
 
 def checkpoint_of(args: argparse.Namespace, name: str) -> Path:
     """The checkpoint of a set; trained where it is not there yet."""
-    folder = args.runs / f"{name}-{'told' if args.told else 'chosen'}"
+    folder = args.runs / f"{name}-{'told' if args.told else 'chosen'}{f'-{args.seed}' if args.seed else ''}"
     if not (folder / "checkpoint.safetensors").exists():
         train, val = open_splits(str(args.data / name))
         groups = len(classes_of(val)) if args.told and val is not None else None
         cache = str(args.runs / "cache")
-        config = with_changes(preset("folder"), data=str(args.data / name), seed=0, groups=groups, cache=cache)
+        config = with_changes(preset("folder"), data=str(args.data / name), seed=args.seed, groups=groups, cache=cache)
         learn(config, train, None, out=folder, progress=False, say=print)
     return folder / "checkpoint.safetensors"
 
@@ -159,7 +161,7 @@ def checkpoint_of(args: argparse.Namespace, name: str) -> Path:
 def qualities(args: argparse.Namespace, names: Sequence[str], ways: Sequence[Way]) -> None:
     """Measure the cells that are missing."""
     for name in names:
-        about = {"set": name, "told": args.told}
+        about = {"set": name, "told": args.told, "seed": args.seed}
         done = {row["way"] for row in domains.read(args.out) if about.items() <= row.items() and "miou" in row}
         missing = [way for way in ways if way.name not in done]
         if not missing:
@@ -217,7 +219,7 @@ class Domain:
 
     def row(self, way: Way, labels: Tensor) -> dict[str, Any]:
         """The figures in % of labels [n,S,S]."""
-        K, truth = self.segmenter.groups, self.truth[: len(labels)]
+        K, truth = len(self.segmenter.groups), self.truth[: len(labels)]
         known = truth < self.classes
         cells = labels[known].long() * self.classes + truth[known].long()
         counts = torch.bincount(cells, minlength=K * self.classes).view(K, self.classes)
@@ -273,7 +275,7 @@ def speeds(args: argparse.Namespace, names: Sequence[str], ways: Sequence[Way]) 
     for name in names:
         checkpoint = checkpoint_of(args, name)
         for side in SIDES:
-            about = {"set": name, "told": args.told, "side": side}
+            about = {"set": name, "told": args.told, "seed": args.seed, "side": side}
             done = {row["way"] for row in domains.read(args.out) if about.items() <= row.items()}
             for way in ways:
                 if way.name in done or way.size > 1 or (way.method == "crf-exact" and side > SIDES[0]):
@@ -300,7 +302,7 @@ def speed(checkpoint: Path, way: Way, side: int) -> dict[str, Any]:
     times = [timed(codes), timed(lambda: way.labels(segmenter, of_picture, picture.pixels))]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     milliseconds = {name: round(1000 * seconds, 1) for name, seconds in zip(("codes_ms", "labels_ms"), times)}
-    return {"way": way.name, "groups": segmenter.groups, **milliseconds, "added_mb": round((peak - before) / 1024)}
+    return {"way": way.name, "groups": len(segmenter.groups), **milliseconds, "added_mb": round((peak - before) / 1024)}
 
 
 def timed(work: Callable[[], Any]) -> float:

@@ -19,6 +19,7 @@ from .errors import UserError, WriteError
 from .system.commandline import HELP, command_line, shell_line, starter
 from .system.progress import announced
 from .system.signals import terminable, with_kept
+from .system.stores import File, place
 from .system.terminal import discard, printable, terminals
 
 # words of PyTorch's errors where the memory of the machine or of a card is full
@@ -54,13 +55,13 @@ def load_segmenter(
     return segmenter
 
 
-def pictures_of(data: str | None, run: Path) -> Path:
+def pictures_of(data: str | None, run: Path) -> File:
     """The images to predict after a run on `data`: its own, or the samples of them in the folder `run`."""
     from .datasets import recognise
 
     layout = None if data is None else recognise(data)
     pictures = data if layout is None else layout.pictures
-    return run / "samples" if pictures is None else Path(pictures)
+    return run / "samples" if pictures is None else place(pictures)
 
 
 def predict_command(checkpoint: Path, images: Path | str, out: Path, backbone: str) -> str:

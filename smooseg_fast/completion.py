@@ -11,14 +11,18 @@ from . import cache, data
 from .backbonelist import BackbonesConfig
 from .choose import ChooseConfig
 from .command import run
-from .config import TrainConfig
 from .convert import ConvertConfig
+from .deploy import DeployConfig
 from .evaluate import EvaluateConfig
+from .exporting import ExportConfig
+from .name import NameConfig
 from .predict import PredictConfig
+from .report import ReportConfig
 from .similarity import SimilarityConfig
 from .sweep import SweepConfig
 from .system.commandline import Parser, add_commands, add_fields, parse
 from .system.fields import Value
+from .train import TrainFlags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +40,15 @@ class CompletionConfig:
 
 # the words after `smooseg`, by the settings that they take
 SETTINGS: dict[str, type] = {
-    "train": TrainConfig,
+    "train": TrainFlags,
     "predict": PredictConfig,
     "evaluate": EvaluateConfig,
+    "export": ExportConfig,
     "choose": ChooseConfig,
+    "name": NameConfig,
+    "report": ReportConfig,
     "sweep": SweepConfig,
+    "deploy": DeployConfig,
     "convert": ConvertConfig,
     "similarity": SimilarityConfig,
     "backbones": BackbonesConfig,

@@ -10,7 +10,6 @@ import dataclasses
 import os
 from dataclasses import dataclass
 from numbers import Real
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from .errors import UserError
@@ -18,10 +17,12 @@ from .system.commandline import nearest
 from .system.fields import Bounds, Group, OneOf, Value, check_fields, fields_of
 from .system.readingflags import WORDS, Bands, Intensity, Pages
 from .system.sizes import parse_size
+from .system.stores import place
 
 GROUPS = 255  # the most that an 8-bit mask holds
 FINE = 64  # prototypes that a tree merges, by default
 REFINE: Refine = "guided"  # how labels are refined by the picture: it gained border F on each of five sets
+PAPER_REFINE: Refine = "crf"  # the second row of the paper's tables
 TUNING = 60  # steps after a tree, where they help
 
 PresetName = Literal["demo", "folder", "cityscapes", "cocostuff27", "potsdam"]
@@ -125,10 +126,10 @@ class TrainConfig:
     The defaults shown are those of the chosen preset: folder with --data, demo without.
     """
 
-    data: Annotated[str | None, Group("data"), Value("FOLDER", usual=True)] = None
-    """Folder of images in any nesting; or DIR/images and DIR/labels, with train/, val/ or test/ above them; or
-    Cityscapes, COCO-Stuff, Potsdam or PASCAL VOC as their owners pack them (smooseg data check DIR tells what it
-    finds)."""
+    data: Annotated[str | None, Group("data"), Value("FOLDER", usual=True, stores=True)] = None
+    """Folder of images in any nesting, or its URL (s3://, gs://, hf://, https://, zip://), or shard-{000..010}.tar; or
+    DIR/images and DIR/labels, with train/, val/ or test/ above them; or Cityscapes, COCO-Stuff, Potsdam or PASCAL VOC
+    as their owners pack them (smooseg data check DIR tells what it finds)."""
     preset: PresetName = "folder"
     """Settings to start from; the flags that are given change them."""
     ignore: Ignored = ()
@@ -241,8 +242,8 @@ class TrainConfig:
 
     out: Annotated[Folder | None, Group("output")] = None
     """Folder for all outputs [runs/NAME]. The same command on the same folder resumes an unfinished run."""
-    log: Literal["tensorboard"] | None = None
-    """Write the curves for TensorBoard too, into tensorboard/ below --out."""
+    log: Literal["tensorboard", "wandb"] | None = None
+    """Show the curves in TensorBoard, too (files in tensorboard/ below --out), or in Weights & Biases (WANDB_MODE)."""
     log_every: AtLeastOne = 20
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: AtLeastOne = 100
@@ -279,7 +280,7 @@ class TrainConfig:
         for name in ("data", "out"):  # one name for one folder, however it is typed
             value = getattr(self, name)
             if isinstance(value, str) and value:
-                object.__setattr__(self, name, str(Path(value).expanduser()))
+                object.__setattr__(self, name, str(place(value)))
 
     @property
     def sides(self) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from .system.commandline import Parser, choose_command, command_line, parse
 from .system.fields import Bounds, Group, Value
 from .system.outfolder import mark_as_ours
 from .system.readingflags import Bands, Intensity, Pages
+from .system.stores import place
 from .system.table import aligned
 from .system.terminal import one_line
 
@@ -35,7 +36,7 @@ class CheckConfig:
     """Tell what a folder holds and what is missing. The exit code is 0 when it can be learnt from or measured on, and 2
     when not."""
 
-    data: Annotated[str, Value("DIR", positional=True)]
+    data: Annotated[str, Value("DIR", positional=True, stores=True)]
     """The folder that --data of train and evaluate would be given."""
     ignore: Ignored = ()
     """Numbers in the label files that count as not labelled, as for training."""
@@ -75,7 +76,9 @@ def check(config: CheckConfig) -> None:
     layout = recognise(config.data)
     splits, notes = open_both(config, layout)
     labels = " with labels" if any(dataset.labelled for dataset in splits.values()) else ""
-    title = "a folder of images" + labels if Path(config.data).expanduser().is_dir() else "an image"
+    source = place(config.data)
+    single = isinstance(source, Path) and source.is_file() and source.suffix.lower() != ".tar"
+    title = "an image" if single else "a folder of images" + labels
     say("data", f"{config.data}: {title if layout is None else layout.title}")
     inspections = {}
     for split, dataset in splits.items():

@@ -13,6 +13,7 @@ from .command import end, load_segmenter, run
 from .config import (
     FIT,
     GROUPS,
+    PAPER_REFINE,
     Backbone,
     BackbonePrecision,
     CacheLimit,
@@ -21,7 +22,6 @@ from .config import (
     Ignored,
     PresetName,
     Refine,
-    Resample,
     Shifts,
     TrainConfig,
     preset,
@@ -32,12 +32,14 @@ from .system.fields import Bounds, Group, Value
 from .system.files import write_json
 from .system.outfolder import mark_as_ours
 from .system.sizes import parse_size
+from .system.stores import place
 from .system.terminal import one_line
 
 if TYPE_CHECKING:
     import numpy as np
 
     from .datasets import Dataset
+    from .datasets.cutting import Cutting
     from .measure.probes import Kind
     from .measure.scores import Scores
     from .segment.checkpoint import Checkpoint
@@ -53,7 +55,7 @@ class EvaluateConfig:
 
     checkpoint: Annotated[str, Group("data"), Value("FILE")]
     """The checkpoint.safetensors that training wrote, or a published SmooSeg .ckpt."""
-    data: Annotated[str | None, Value("FOLDER", usual=True)] = None
+    data: Annotated[str | None, Value("FOLDER", usual=True, stores=True)] = None
     """DIR with images/ and labels/, or val/ (else test/) above them; or Cityscapes, COCO-Stuff, Potsdam or PASCAL VOC
     as their owners pack them [the demo's held-out images]."""
     ignore: Ignored | None = None
@@ -75,9 +77,9 @@ class EvaluateConfig:
     """See each image 2 or 4 times, each time moved by half a patch, on a grid of half patches: finer borders, in as
     many times the time."""
     refine: Refine | None = None
-    """How labels follow the edges of the image, as in smooseg predict: none, guided, joint, crf or crf-exact. With a
-    --preset, crf is the second row of the paper's tables [none with a --preset or a published checkpoint, else
-    guided]."""
+    """How labels follow the edges of the image, as in smooseg predict: none, guided, joint, crf or crf-exact. Scores
+    without it are given next to it; none gives those alone [guided; with a --preset or a published checkpoint, the two
+    rows of the paper's tables: none, and next to it crf]."""
     probes: bool = False
     """Fit a linear map and nearest neighbours, too, on the labels of the training images of --data, on frozen features
     and on codes, and score them on the held-out ones. They tell poor features from poor groups."""
@@ -97,12 +99,13 @@ class EvaluateConfig:
     cache_limit: CacheLimit | None = None
     """Maximum size of the feature cache, e.g. 50GB (default: unlimited). Least recently used features go first."""
 
-    out: Annotated[Folder | None, Group("output")] = None
+    out: Annotated[str | None, Group("output"), Value("FOLDER", stores=True)] = None
     """Folder for scores.json and confusion.png [evaluation next to the checkpoint]."""
 
 
 def main(args: Sequence[str], processes: Processes | None = None) -> None:
     config = parse(EvaluateConfig, args, "evaluate")
+    from .datasets.cutting import Cutting
     from .datasets.images import whole_patches
     from .datasets.inspection import label_lines
     from .segment.segmenter import pick_device
@@ -119,8 +122,7 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
         exact=config.preset is not None,
         upsampler=config.upsampler,
     )
-    refine = "none" if config.refine is None and config.preset else segmenter.refinement(config.refine)
-    config = replace(config, refine=refine)
+    refinements = refinements_of(config, segmenter)
     ignore = segmenter.config.ignore if config.ignore is None else config.ignore
     dataset = labelled_images(config.data, segmenter.checkpoint, ignore)
     training = training_images(config, dataset, segmenter.checkpoint, ignore) if config.probes else None
@@ -135,7 +137,7 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
     if config.whole or settings.scale != (FIT,):
         if config.probes:
             raise UserError("--probes: measure central squares, not whole images; leave it or --whole out")
-        measured = wholes(config, segmenter, dataset, processes)
+        measured = wholes(config, segmenter, dataset, refinements, processes)
     else:
         if config.probes and config.shifts > 1:
             raise UserError("--probes: see every square once; leave --shifts or --probes out")
@@ -143,18 +145,27 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
             raise UserError("--upsampler: central squares come from the cache without their pictures; add --whole")
         if config.eval_size is None and size != suits:
             print(f"eval_size: {suits} -> {size} pixels, a multiple of the {patch}-pixel patch")
-        sets = dataset, training
-        measured = central_squares(config, segmenter, sets, settings.resample, size=size, processes=processes)
+        cutting = Cutting(size=size, resample=settings.resample, margin=segmenter.config.margin)
+        measured = central_squares(config, segmenter, (dataset, training), cutting, refinements, processes)
     if processes.first:
-        report(config, dataset, measured)
+        report(config, dataset, measured, segmenter)
+
+
+def refinements_of(config: EvaluateConfig, segmenter: Segmenter) -> list[Refine]:
+    """The refinements to measure, "none" among them. The first one is the main one."""
+    if config.refine is None and published(config, segmenter):
+        return ["none", PAPER_REFINE]
+    refine = segmenter.refinement(config.refine)
+    return ["none"] if refine == "none" else [refine, "none"]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """counts: [groups, classes]. size: the short side in pixels where there is one. how: the scale, for people.
-    probes: those of "features" and of "codes", if they were asked for."""
+    """counts: [groups, classes] of each refinement, the main one first, of groups after merging. size: the short side
+    in pixels where there is one. how: the scale, for people. probes: those of "features" and of "codes", if they were
+    asked for."""
 
-    counts: np.ndarray
+    counts: dict[Refine, np.ndarray]
     images: int
     skipped: list[tuple[str, str]]
     size: int | None
@@ -166,9 +177,8 @@ def central_squares(
     config: EvaluateConfig,
     segmenter: Segmenter,
     sets: tuple[Dataset, Dataset | None],
-    resample: Resample,
-    *,
-    size: int,
+    cutting: Cutting,
+    refinements: Sequence[Refine],
     processes: Processes,
 ) -> Measured:
     """Measure on the central squares of all images, from cached features, as the paper does.
@@ -176,7 +186,6 @@ def central_squares(
     sets: the images to measure on, and those that probes are fitted on, if any.
     """
     from .backbones.shifts import density, offsets
-    from .datasets.cutting import Cutting
     from .features.extract import open_or_extract
     from .features.job import FeatureOptions
     from .features.room import require_room
@@ -185,11 +194,10 @@ def central_squares(
     from .segment.grouping import Grouping
 
     dataset, training = sets
-    cutting = Cutting(size=size, resample=resample, margin=segmenter.config.margin)
     options = FeatureOptions(
-        size=size,
+        size=cutting.size,
         argument="--eval-size",
-        resample=resample,
+        resample=cutting.resample,
         margin=cutting.margin,
         exact=published(config, segmenter) and segmenter.backbone.precision == "float32",
         cache=config.cache,
@@ -205,18 +213,15 @@ def central_squares(
         require_same_rows(store, other)
     labels = LabelSquares(dataset, store, cutting, processes, density=density(config.shifts))
     codes = shifted_codes(segmenter.grouping, stores, segmenter.backbone.patch)
-    refine = segmenter.refinement(config.refine)
-    if refine == "none":
-        counts = labels.confusion(codes, segmenter.grouping.prototypes)
-    else:
-        counts = labels.refined_confusion(codes, segmenter.grouping, refine)
+    names = segmenter.names
+    counts = {way: names.merged(labels.refined_confusion(codes, segmenter.grouping, way)) for way in refinements}
     probes = {}
     if training is not None:
         fitted_on = LabelSquares(training, open_or_extract(training, segmenter.backbone, options), cutting, processes)
         head = Grouping(segmenter.grouping.head)
         views = {"features": lambda squares: squares.store.rows, "codes": lambda s: head_codes(head, s.store)}
         probes = probe(fitted_on, labels, views)
-    return Measured(counts, len(store), store.skipped, size, f"at {size} px", probes)
+    return Measured(counts, len(store), store.skipped, cutting.size, f"at {cutting.size} px", probes)
 
 
 def published(config: EvaluateConfig, segmenter: Segmenter) -> bool:
@@ -224,7 +229,13 @@ def published(config: EvaluateConfig, segmenter: Segmenter) -> bool:
     return config.preset is not None or "published" in segmenter.checkpoint.report
 
 
-def wholes(config: EvaluateConfig, segmenter: Segmenter, dataset: Dataset, processes: Processes) -> Measured:
+def wholes(
+    config: EvaluateConfig,
+    segmenter: Segmenter,
+    dataset: Dataset,
+    refinements: Sequence[Refine],
+    processes: Processes,
+) -> Measured:
     """Measure on whole images, every pixel at its own size."""
     from .measure.confusion import count_wholes
 
@@ -236,23 +247,26 @@ def wholes(config: EvaluateConfig, segmenter: Segmenter, dataset: Dataset, proce
         mirror=config.mirror,
         shifts=config.shifts,
         short_side=config.eval_size,
-        refine=config.refine,
+        refinements=refinements,
     )
     fits = cutting.scale == (FIT,)
     how = f"of whole images at {cutting.size} px" if fits else f"of whole images at scale {' '.join(cutting.scale)}"
+    counts = {way: segmenter.names.merged(of_way) for way, of_way in counts.items()}
     return Measured(counts, len(dataset) - len(skipped), skipped, cutting.size if fits else None, how)
 
 
-def report(config: EvaluateConfig, dataset: Dataset, measured: Measured) -> None:
+def report(config: EvaluateConfig, dataset: Dataset, measured: Measured, segmenter: Segmenter) -> None:
     """Write the figures to the output folder, and print them."""
     from .datasets import classes_of
-    from .measure.scores import hungarian, majority, percent, scores_table
+    from .measure.scores import by_refinement, hungarian, majority, percent, proposed_names, scores_table
     from .show import charts, pictures
 
-    names, counts = classes_of(dataset), measured.counts
-    best = hungarian(counts)
-    matched = {"hungarian": best, "majority": majority(counts)}
-    out = Path(config.out).expanduser() if config.out else Path(config.checkpoint).parent / "evaluation"
+    names, groups, (refine, *_) = classes_of(dataset), segmenter.groups, measured.counts
+    numbers, captions = [group.number for group in groups], [group.caption for group in groups]
+    rows = {way: {"hungarian": hungarian(c), "majority": majority(c)} for way, c in measured.counts.items()}
+    counts, matched = measured.counts[refine], rows[refine]
+    best = matched["hungarian"]
+    out = place(config.out) if config.out else Path(config.checkpoint).parent / "evaluation"
     summary = {
         "checkpoint": config.checkpoint,
         "data": dataset.name,
@@ -266,26 +280,33 @@ def report(config: EvaluateConfig, dataset: Dataset, measured: Measured) -> None
         "mirror": config.mirror,
         "shifts": config.shifts,
         "upsampler": config.upsampler,
-        "refine": config.refine,
-        **{name: scores.as_dict(names) for name, scores in matched.items()},
+        "refine": refine,
+        "digest": segmenter.digest,
+        "merge": segmenter.names.merge,
+        "names": [group.name for group in groups],
+        "proposed": {str(numbers[k]): name for k, name in proposed_names(counts, names).items()},
+        **{name: scores.as_dict(names, numbers) for name, scores in matched.items()},
         "confusion": counts.tolist(),
+        "by_refinement": by_refinement(rows, names, numbers),
         **probes_as_dict(measured, names),
     }
     mark_as_ours(out, "confusion.png")
     write_json(out / "scores.json", summary)
-    pictures.save(out / "confusion.png", charts.confusion_picture(counts, best, names))
-    print(scores_table(matched, names))
+    pictures.save(out / "confusion.png", charts.confusion_picture(counts, best, names, captions))
+    print(scores_table(matched, names, captions))
     shifts = "" if config.shifts == 1 else f", {config.shifts} shifts"
-    refined = "" if config.refine == "none" else f", refined by {config.refine}"
+    refined = "" if refine == "none" else f", refined by {refine}"
     skipped = f"; {len(measured.skipped)} images could not be used" if measured.skipped else ""
     print(
         f"\n{measured.images} images of {dataset.name}, {best.pixels:,} labelled pixels {measured.how}, "
         f"{'mirror averaged' if config.mirror else 'no mirror'}{shifts}{refined}; "
         f"{len(counts)} groups, {len(names)} classes{skipped}\n"
         "both mappings from groups to classes are chosen by these labels: "
-        "hungarian one to one (the field's), majority many to one\n"
-        f"accuracy {percent(best.accuracy)} %  mIoU {percent(best.miou)} %  (hungarian)"
+        "hungarian one to one (the field's), majority many to one"
     )
+    for way in sorted(rows, key=lambda way: way != "none"):
+        scores, how = rows[way]["hungarian"], "not refined" if way == "none" else f"refined by {way}"
+        print(f"accuracy {percent(scores.accuracy)} %  mIoU {percent(scores.miou)} %  (hungarian, {how})")
     if measured.probes:
         print("probes     fitted on the labels of the training images; no group is matched to a class:")
     for view, kinds in measured.probes.items():

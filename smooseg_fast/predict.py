@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 from .command import end, load_segmenter, run
 from .config import FIT, GROUPS, Backbone, BackbonePrecision, Device, Refine, Shifts, distinct, legal_scales
 from .errors import UserError
-from .system.commandline import parse
+from .system.commandline import command_line, parse
 from .system.fields import Bounds, Group, Value
 from .system.files import write_json
 from .system.readingflags import Bands, Intensity, Pages
 from .system.signals import Interrupted
+from .system.stores import File, Remote, place, require_local
 
 if TYPE_CHECKING:
     from .segment.segmenter import Segmenter
-    from .show.predictions import Item, Outcome, Predictions, Shares
+    from .show.items import Item
+    from .show.predictions import Outcome, Predictions, Shares
     from .system.processes import Processes
 
 
@@ -28,8 +32,9 @@ if TYPE_CHECKING:
 class PredictConfig:
     """Segment images of any size with a checkpoint. The same command on the same --out resumes where it was stopped."""
 
-    images: Annotated[str, Group("data"), Value("PATH", usual=True)]
-    """An image, or a folder of images in any nesting."""
+    images: Annotated[str, Group("data"), Value("PATH", usual=True, stores=True)]
+    """An image, or a folder of images in any nesting, on a disk or in a store (s3://, gs://, hf://, https://, zip://);
+    or tar files, as in shard-{000..010}.tar."""
     checkpoint: Annotated[str, Value("FILE")]
     """The checkpoint.safetensors that training wrote, or a published SmooSeg .ckpt."""
     groups: Annotated[tuple[int, ...] | None, Bounds(1, GROUPS), distinct] = None
@@ -70,15 +75,27 @@ class PredictConfig:
     device: Device = "auto"
     """cpu, cuda, cuda:1, mps, or auto: a GPU if there is one."""
 
-    out: Annotated[str, Group("output"), Value("FOLDER")]
-    """Folder for masks/ (8-bit palette PNG of the image's own size), overlays/ (at most 16 megapixels), shares.json and
-    sheet.jpg, all of one checkpoint."""
+    out: Annotated[str, Group("output"), Value("FOLDER", stores=True)]
+    """Folder for masks/ (8-bit palette PNG of the image's own size, and GeoTIFF of maps), overlays/ (at most 16
+    megapixels), shares.json, groups.json (names and colours), manifest.csv, sheet.jpg and the page report.html, all of
+    one checkpoint. In a store maps get PNG too and there is no page, and two commands must not write into one folder at
+    once."""
+    confidence: bool = False
+    """Also write confidence/: how far the likeliest group leads the second at every pixel, 0 to 254 for 0 to 1, and 255
+    where there is no data; PNG, or GeoTIFF of maps."""
+    probabilities: bool = False
+    """Also write probabilities/: how likely every group is at every pixel, in the same numbers; NPZ [height, width,
+    groups], or GeoTIFF of maps with a band for each group."""
 
 
 def main(args: Sequence[str], processes: Processes | None = None) -> None:
-    config = parse(PredictConfig, args, "predict")
+    started, config = perf_counter(), parse(PredictConfig, args, "predict")
+    if config.confidence or config.probabilities:
+        require_local(config.out, "--out")
     from .segment.segmenter import pick_device
-    from .show.predictions import Predictions, items_below, look_at, segment
+    from .show.items import items_below, look_at
+    from .show.predictions import Predictions, segment
+    from .show.report_tiles import TILES, Atlas, TileFile, Watched, allowance
     from .system.processes import ALONE
     from .system.progress import announced
 
@@ -94,35 +111,64 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
         upsampler=config.upsampler,
     )
     cuts = [segmenter, *map(segmenter.at, others)]
-    root, out = Path(config.images).expanduser(), Path(config.out).expanduser()
+    root, out = place(config.images), place(config.out)
     with announced(f"listing    the images in {root}"):
         items = items_below(root) if processes.first else []
     read = segmenter.checkpoint.reading.changed(config.intensity, config.bands, config.pages)
     items, read = processes.all(look_at(items, read) if processes.first else ([], read))[0]
     for cut in cuts:
         cut.checkpoint.reading = read
+    if isinstance(out, Remote):
+        items = [replace(item, map=False) for item in items]  # GeoTIFFs are written in place
+    if processes.first and config.scale is None and config.short_side is None:
+        tell_of_scale(segmenter, items)
     folders = {
-        cut.groups: Predictions(folder_of(out, cut.groups, many=bool(others)), settings(config, cut), processes)
+        len(cut.grouping): Predictions(
+            folder_of(out, len(cut.grouping), many=bool(others)),
+            settings(config, cut),
+            processes,
+            groups=cut.groups,
+            merge=cut.names.merge,
+            more=[kind for kind in ("confidence", "probabilities") if getattr(config, kind)],
+        )
         for cut in cuts
     }
+    watched = Watched(segmenter, [cut.grouping for cut in cuts])
     with ExitStack() as stack:
         for folder in folders.values():
             stack.enter_context(folder.claimed())
         with announced(f"checking   which of {len(items)} images are done"):
-            done = [folder.done(items) if processes.first else {} for folder in folders.values()]
-        items, done = processes.all((items, done))[0]
+            mine = items[processes.rank :: processes.size]
+            parts = processes.all([folder.done(mine) for folder in folders.values()])
+        done = [dict(ChainMap(*of_folder)) for of_folder in zip(*parts)]
+        for cut, folder in zip(cuts, folders.values()):
+            if isinstance(folder.path, Path):  # a page is opened from a disk
+                folder.tiles = TileFile(folder.path / TILES, Atlas.of(cut), allowance(len(items)), watched)
+                folder.tiles.open(processes.first, [item.name for item in items])
+        processes.wait()
         for folder, names in zip(folders.values(), done):
             if names:
                 where = f"in {folder.path}, by this checkpoint and with these settings"
                 print(f"{len(names)} of {len(items)} images are done {where}")
-        names = ("mirror", "shifts", "short_side", "scale", "refine")
-        options = {name: getattr(config, name) for name in names}
-        outcome = segment(segmenter, items, folders, done, **options)
+        flags = ("mirror", "shifts", "short_side", "scale", "refine")
+        options = {name: getattr(config, name) for name in flags}
+        outcome = segment(watched, items, folders, done, **options)
         if processes.first:
-            finish(config, cuts, items, list(folders.values()), outcome)
+            finish(config, cuts, items, list(folders.values()), outcome, lambda: perf_counter() - started)
+            made = next(iter(folders.values())).path
+            if isinstance(made, Path):
+                print("next       " + command_line("export", "--predictions", str(made), "--format", "coco"))
 
 
-def folder_of(out: Path, groups: int, many: bool) -> Path:
+def tell_of_scale(segmenter: Segmenter, items: Sequence[Item]) -> None:
+    """Say that maps are seen small where the checkpoint brings every image to one size."""
+    cutting, maps = segmenter.cutting(), sum(item.map for item in items)
+    if maps and cutting.scale == (FIT,):
+        seen = f"note: {maps} of {len(items)} images are maps, whose short side is seen at {cutting.size} pixels"
+        print(f"{seen}; --scale native sees their own, and a checkpoint trained so fits best", file=sys.stderr)
+
+
+def folder_of(out: File, groups: int, many: bool) -> File:
     """Where the masks of a number of groups go: `out`, or a folder in it where there are several numbers."""
     return out / f"groups_{groups}" if many else out
 
@@ -149,9 +195,12 @@ def finish(
     items: Sequence[Item],
     folders: Sequence[Predictions],
     outcome: Outcome,
+    clock: Callable[[], float],
 ) -> None:
     """Write the shares and the sheet of all images that are done, at each number of groups, and say how it went."""
-    from .show.predictions import MASKS, OVERLAYS, SHARES, SHEET
+    from .show.manifest import write_manifest
+    from .show.predictions import MANIFEST, MASKS, OVERLAYS, SHARES, SHEET, SHEETS
+    from .show.report import PAGE
 
     skipped = {item.name: outcome.skipped[item.name].reason for item in items if item.name in outcome.skipped}
     done = [item for item in items if any(item.name in shares for shares in outcome.shares)]
@@ -160,21 +209,26 @@ def finish(
     if not done:
         name, reason = next(iter(skipped.items()))
         raise UserError(
-            f"--images {Path(config.images).expanduser()}: none of the {len(items)} images can be used "
+            f"--images {place(config.images)}: none of the {len(items)} images can be used "
             f"(first: {name}: {reason}); give images that open"
         )
     for segmenter, folder, shares in zip(cuts, folders, outcome.shares):
         model = {"checkpoint": config.checkpoint, **segmenter.about()}
         more = {"skipped": skipped, "model": model}
-        write_summary(folder, segmenter, items, shares, more)
+        write_summary(folder, segmenter, items, shares, more, clock)
+        write_manifest(folder, items, outcome.skipped)
     count = f"{len(done)} of {len(items)} images" + (f", {len(skipped)} could not be used" if skipped else "")
     if outcome.signal is not None:
-        raise Interrupted(outcome.signal, f"{count} are done, in {Path(config.out).expanduser()}")
+        raise Interrupted(outcome.signal, f"{count} are done, in {place(config.out)}")
     print(f"segmented {count}")
     for folder in folders:
         out = folder.path
         print(f"masks {out / MASKS}, overlays {out / OVERLAYS}, shares of each group {out / SHARES}")
-        print(f"look at {out / SHEET}")
+        print(f"the mask, time or error of every image {out / MANIFEST}")
+        pages = f", and at more pages in {out / SHEETS}" if any(out.glob(f"{SHEETS}/*.jpg")) else ""
+        print(f"look at {out / SHEET}{pages}")
+        if folder.tiles is not None:
+            print(f"open {out / PAGE} in a browser")
 
 
 def write_summary(
@@ -183,17 +237,27 @@ def write_summary(
     items: Sequence[Item],
     shares: Mapping[str, Shares],
     more: Mapping[str, Any],
+    clock: Callable[[], float],
 ) -> None:
     """Write the shares of all images that are done, and their sheet; none where a stop came before the first image."""
-    from .show.predictions import SHARES, draw_sheet, mean_shares
+    from .segment.names import write_groups
+    from .show.predictions import GROUPS, SHARES, draw_sheets, mean_shares
+    from .show.report_folder import write_folder_page
     from .system.progress import announced
 
     images = {item.name: shares[item.name] for item in items if item.name in shares}
     if images:
         mean = mean_shares(images.values())
-        write_json(folder.path / SHARES, {"groups": segmenter.groups, "mean": mean, "images": images, **more})
+        write_json(folder.path / SHARES, {"groups": len(segmenter.groups), "mean": mean, "images": images, **more})
+        listed = [replace(group, share=mean.get(str(group.number), 0.0)) for group in segmenter.groups]
+        write_groups(folder.path / GROUPS, listed)
+        shown = [item for item in items if item.name in images]
         with announced("drawing    the sheet"):
-            draw_sheet(folder, [item for item in items if item.name in images], mean, segmenter.checkpoint.reading)
+            draw_sheets(folder, shown, listed, segmenter.checkpoint.reading)
+        if folder.tiles is not None:
+            times = [("the command up to this page", clock())]
+            with announced("writing    the page"):
+                write_folder_page(folder, shown, segmenter.checkpoint.reading, times)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tqdm import tqdm
 
@@ -15,8 +17,10 @@ from .command import end, pictures_of, predict_command, run
 from .config import AUTO, TrainConfig, preset, with_changes
 from .errors import UserError
 from .system.commandline import HELP, command_line, parser_of, read
-from .system.fields import flag
+from .system.fields import Group, Value, flag
+from .system.files import read_text
 from .system.outfolder import HoldsAnotherRun
+from .system.stores import place
 from .system.terminal import one_line
 
 if TYPE_CHECKING:
@@ -50,19 +54,23 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
 
 def tell_next(config: TrainConfig, segmenter: Segmenter, dataset: Dataset, out: Path) -> None:
     """Print the commands that may follow. Pictures of `dataset` are written where it has no image files of its own."""
-    from .learn.runfolder import CHECKPOINT, TREE
+    from .learn.runfolder import CHECKPOINT, PAGE, TREE
 
     images = pictures_of(config.data, out)
     if images == out / "samples":  # the demo's images are made up, and tiles lie in no image file
         write_samples(dataset, images)
     predictions = out / "predictions"
-    checkpoint, now = segmenter.checkpoint, segmenter.groups
+    checkpoint, now = segmenter.checkpoint, len(segmenter.grouping)
+    print(f"open       {out / PAGE} in a browser: images, groups and their tree, to look at, name and merge")
     if checkpoint.fine is not None:
         another = now + 2 if now + 2 <= checkpoint.fine.most else max(1, now - 1)
         other = command_line("choose", "--run", str(out), "--groups", str(another))
         print(f"choose     {out / TREE} shows how the {now} groups split and merge; another number, at once: {other}")
         if now != checkpoint.trained:  # chosen since, so in a folder of its own
             predictions = out / f"predictions_{now}"
+    naming = ["--run", str(out), *["--from-labels"] * bool(checkpoint.proposed)]
+    how = "gives groups the names of the classes that they match" if naming[2:] else "lists the groups, to name them"
+    print(f"name       {command_line('name', *naming)} {how}")
     print("next       " + predict_command(out / CHECKPOINT, images, predictions, segmenter.config.backbone))
 
 
@@ -87,7 +95,8 @@ def free_folder(config: TrainConfig) -> tuple[Path, str]:
     nothing)."""
     from .learn.runfolder import RunFolder
 
-    base, reason = Path("runs") / (Path(config.data).resolve().name if config.data else "demo"), ""
+    source = place(config.data) if config.data else Path("demo")
+    base, reason = Path("runs") / (source.resolve().name if isinstance(source, Path) else source.stem), ""
     path, number = base, 1
     while True:
         try:
@@ -106,19 +115,59 @@ def words(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainFlags(TrainConfig):
+    """Learn to segment a folder of images without labels; without arguments, the embedded demo.
+
+    The defaults shown are those of the chosen preset: folder with --data, demo without.
+    """
+
+    config: Annotated[str | None, Group("data"), Value("FILE")] = None
+    """The run.json of a run, or JSON like it: its settings instead of a preset's. Flags change them."""
+
+
 def configure(args: Sequence[str]) -> TrainConfig:
-    """The settings that `args` ask for: those of the preset (folder with --data, demo without), changed by the other
-    flags."""
+    """The settings that `args` ask for: those of --config or of the preset (folder with --data, demo without), changed
+    by the other flags."""
     program = command_line("train")
-    given = read(TrainConfig, [word for word in args if word not in HELP], program)
-    base = preset(given.get("preset") or ("folder" if given.get("data") is not None else "demo"))
+    given = read(TrainFlags, [word for word in args if word not in HELP], program)
+    file = given.pop("config", None)
+    if file is not None and "preset" in given:
+        raise UserError("--preset: --config brings all its settings; leave one of them out")
+    if file is None or HELP & set(args):
+        base = preset(given.get("preset") or ("folder" if given.get("data") is not None else "demo"))
+    else:
+        base = read_config(Path(file).expanduser())
     if HELP & set(args):
-        parser_of(TrainConfig, program, vars(base)).print_help()
+        parser_of(TrainFlags, program, vars(base)).print_help()
         raise SystemExit(0)
     config = with_changes(base, **given)
     if config.data is None and config.preset != "demo":
         raise UserError(f"--data: missing; preset {config.preset} needs a folder of images (the demo is --preset demo)")
     return config
+
+
+def read_config(path: Path) -> TrainConfig:
+    """The settings in a JSON file, such as the run.json of a run; those that it lacks are the preset's that it names.
+
+    UserError, naming the file, when it cannot be read, and for unknown or illegal settings.
+    """
+    from .learn.runfolder import CHOSEN
+
+    try:
+        values = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
+        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"--config {path}: cannot be read ({why}); give the run.json of a run") from error
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: holds no settings by name; give the run.json of a run")
+    values.pop(CHOSEN, None)  # the backbone that auto chose is named
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    try:
+        name = values.get("preset", "folder" if values.get("data") is not None else "demo")
+        return with_changes(preset(name), **values)
+    except UserError as error:
+        raise UserError(f"--config {path}: {error}") from error
 
 
 if __name__ == "__main__":

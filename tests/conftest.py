@@ -21,7 +21,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 def pytest_addoption(parser):
-    parser.addoption("--fuzz", type=int, default=300, metavar="N", help="bad inputs that test_fuzz.py tries [300]")
+    parser.addoption("--fuzz", type=int, default=200, metavar="N", help="bad inputs that test_fuzz.py tries [200]")
 
 
 def pytest_collection_modifyitems(items):

@@ -41,6 +41,7 @@ from weights import make_head, make_published, make_vit
 
 import smooseg_fast
 from smooseg_fast import cache, choose, convert, data, evaluate, predict, similarity, sweep, train
+from smooseg_fast import name as naming
 from smooseg_fast.command import run
 from smooseg_fast.config import TrainConfig
 from smooseg_fast.errors import UserError
@@ -436,7 +437,11 @@ class Bench:
         if outcome.code == 0:
             for path in self.made.rglob("*.*"):
                 here = out / path.relative_to(self.made)
-                if path.name != "done.jsonl" and path.is_file() and here.read_bytes() != path.read_bytes():
+                if (
+                    path.name not in ("done.jsonl", "manifest.csv", "tiles.jsonl", "report.html")
+                    and path.is_file()
+                    and here.read_bytes() != path.read_bytes()
+                ):
                     outcome.wrong.append(f"{path.name} is another")
         outcome.wrong += ["a temporary file stayed"] * any(".part" in path.name for path in out.rglob(".*"))
         return outcome
@@ -574,6 +579,7 @@ FLAGS = (
     (predict.main, predict.PredictConfig, ()),
     (evaluate.main, evaluate.EvaluateConfig, ()),
     (choose.main, choose.ChooseConfig, ()),
+    (naming.main, naming.NameConfig, ()),
     (sweep.main, sweep.SweepConfig, ()),
     (convert.main, convert.ConvertConfig, ()),
     (similarity.main, similarity.SimilarityConfig, ()),

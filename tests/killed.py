@@ -24,6 +24,7 @@ from pathlib import Path
 from textures import make_photos
 
 from smooseg_fast import choose, predict, train
+from smooseg_fast import name as naming
 from smooseg_fast.command import run
 from smooseg_fast.learn import trainer  # noqa: F401  # commands import it late, and every fork would again
 from smooseg_fast.show import charts, sheet  # noqa: F401
@@ -34,6 +35,7 @@ TINY += ["--backbone", "filterbank"]
 COMMANDS = {
     "train": (train.main, ["--data", "photos", "--out", "out", *TINY]),
     "choose": (choose.main, ["--run", "out", "--groups", "3"]),
+    "name": (naming.main, ["--run", "out", "0=a", "1,2=b"]),
     "predict": (predict.main, ["--checkpoint", "out/checkpoint.safetensors", "--images", "photos", "--out", "made"]),
 }
 

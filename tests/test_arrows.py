@@ -14,7 +14,7 @@ HOME = Path(smooseg_fast.__file__).parent
 # from the top floor down: a room may import the rooms below it, and none on its own floor
 FLOORS = (
     ("commands",),
-    ("learn",),
+    ("learn", "export"),
     ("show",),
     ("measure",),
     ("features", "segment"),

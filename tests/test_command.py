@@ -355,7 +355,7 @@ WRONG = [
     ("--lr -1e-3", "--lr: must be between 0 and 1000, got -0.001"),
     ("--size 65537", "--size: must be at most 65,536 pixels, got 65537"),
     ("--size 7", "--size: must be at least 8, got 7"),
-    ("--log wandb", "--log: 'wandb' is not known; choose one of tensorboard"),
+    ("--log paper", "--log: 'paper' is not known; choose one of tensorboard, wandb"),
     ("--on-drift run", "--on-drift: 'run' is not known; choose one of warn, stop"),
     ("--cache-limit 50", "--cache-limit 50: no size; give a number above 0 with its unit, such as 50GB"),
     ("--seed 9223372036854775807 --heads 2", "--seed: must be below 2^63, got 9223372036854775808"),
@@ -559,8 +559,12 @@ def test_completion_knows_every_flag_in_every_shell(shell, prefix, capsys):
                     "--no-deterministic",
                     "--no-verbose",
                     "--no-all",
+                    "--no-instances",
                     "--no-whole",
                     "--no-probes",
+                    "--no-from-labels",
+                    "--no-confidence",
+                    "--no-probabilities",
                 )
                 if flag not in nothing_new:
                     assert re.search(rf"[\s\"'(]{prefix}{flag[2:]}\b(?!-)", script), flag

@@ -38,9 +38,11 @@ from smooseg_fast.learn.step import make_optimizer, train_step
 from smooseg_fast.measure.closeness import similarity
 from smooseg_fast.measure.confusion import count_picture, of_data
 from smooseg_fast.measure.health import health
+from smooseg_fast.segment.colours import palette
 from smooseg_fast.segment.model import Head, Heads
 from smooseg_fast.segment.tiles import FAINT, faded
 from smooseg_fast.show import pictures
+from smooseg_fast.show.overlays import overlay
 from smooseg_fast.show.predictions import mean_shares
 
 CPU = torch.device("cpu")
@@ -396,10 +398,10 @@ def test_shares_of_nothing():
 
 
 def test_labels_without_data_are_white_and_an_overlay_leaves_them():
-    image, colours = np.full((8, 8, 3), 40, np.uint8), pictures.palette(3)
+    image, colours = np.full((8, 8, 3), 40, np.uint8), palette(3)
     labels = np.zeros((8, 8), np.uint8)
     labels[:, 4:] = IGNORE
-    assert (pictures.overlay(image, labels, colours)[:, 4:] == 40).all()
+    assert (overlay(image, labels, colours)[:, 4:] == 40).all()
     assert (pictures.by_label(colours)[labels][:, 4:] == 255).all()
 
 
@@ -439,7 +441,7 @@ def test_a_label_where_its_picture_has_no_data():
     assert of_data(label, Picture(np.zeros((2, 3, 3), np.uint8), valid)).tolist() == [[0, 255, 2], [3, 4, 255]]
     assert of_data(label, Picture(np.zeros((2, 3, 3), np.uint8))) is label
     counts = np.zeros((2, 7), np.int64)
-    count_picture(counts, [np.array([[0, 255, 1], [1, 0, 255]], np.uint8)], label)
+    count_picture([counts], [iter([np.array([[0, 255, 1], [1, 0, 255]], np.uint8)])], label)
     assert counts.sum() == 4
 
 

@@ -193,7 +193,7 @@ def test_a_folder_that_cannot_be_looked_into_is_named(tmp_path, monkeypatch):
     def forbidden(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("smooseg_fast.system.outfolder.regular", forbidden)
+    monkeypatch.setattr("smooseg_fast.system.outfolder.read_text", forbidden)
     with pytest.raises(UserError, match=r"^--out .*out: cannot be read \(r\.json: Permission denied\); give another"):
         open_folder(tmp_path / "out")
 

@@ -1,7 +1,9 @@
 """predict as a user runs it: what is written, and what the same command does after a stop, a change or a mishap."""
 
+import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,7 +29,7 @@ from smooseg_fast.errors import UserError
 from smooseg_fast.segment import segmenter
 from smooseg_fast.segment.grouping import Grouping
 from smooseg_fast.segment.segmenter import Segmenter
-from smooseg_fast.show import predictions
+from smooseg_fast.show import items, predictions, sheet
 from smooseg_fast.system import signals
 from smooseg_fast.system.locks import Lock
 from smooseg_fast.system.processes import ALONE
@@ -195,11 +197,11 @@ def call(checkpoint, photos, out, *args):
 
 
 def content(folder):
-    """Every file but the journal, whose lines may come in another order."""
+    """Every file but the journals, whose lines may come in another order; without times and title of the page."""
     return {
-        p.relative_to(folder).as_posix(): p.read_bytes()
+        p.relative_to(folder).as_posix(): re.sub(rb'"times":\[\[.*?\]\]|"title":".*?"', b"", p.read_bytes())
         for p in Path(folder).rglob("*")
-        if p.is_file() and p.name != "done.jsonl"
+        if p.is_file() and p.suffix != ".jsonl" and p.name != "manifest.csv"
     }
 
 
@@ -353,13 +355,14 @@ def test_what_was_taken_away_is_made_again(trained, photos, segmented, file):
 @pytest.mark.parametrize("lost", ["", "half", "all"])
 def test_a_kill_between_the_mask_and_its_record(trained, photos, segmented, lost):
     assert call(trained, photos, "made") == 0
-    before, journal = content("made"), Path("made/done.jsonl")
+    before, journal, records = content("made"), Path("made/done.jsonl"), journal_of("made")
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text({"": "".join(lines[:-1]), "half": "".join(lines)[:-9], "all": ""}[lost])
     assert call(trained, photos, "made") == 0
     assert len(segmented) == 5 + (5 if lost == "all" else 1)
     assert content("made") == before
-    assert sorted(journal.read_text().splitlines(keepends=True)) == sorted(lines)
+    assert len(journal.read_text().splitlines()) == len(lines)
+    assert journal_of("made") == records
 
 
 def test_two_processes_share_the_images(trained, photos, segmented):
@@ -377,7 +380,11 @@ def test_two_processes_share_the_images(trained, photos, segmented):
     assert done.stderr.count(f"skipped: {photos / '3.png'}: not an image") == 1
     assert content("two") == content("one")
     journals = [sorted(Path(out, "done.jsonl").read_text().splitlines()) for out in ("one", "two")]
-    assert journals[0] == journals[1]
+    assert len(journals[0]) == len(journals[1])
+    assert journal_of("one") == journal_of("two")
+    rows = [list(csv.reader(open(f"{out}/manifest.csv", newline=""))) for out in ("one", "two")]
+    assert [row[:2] + row[3:] for row in rows[0]] == [row[:2] + row[3:] for row in rows[1]]
+    assert all(float(row[2]) > 0 for row in rows[1][1:] if not row[3])
 
 
 def test_a_folder_that_another_command_writes_into(trained, photos, capsys):
@@ -435,11 +442,11 @@ def test_a_mask_of_the_same_name_that_was_another_images(trained, photos, segmen
 
 def test_no_two_images_share_a_mask():
     names = ["a.jpg", "a.png", "a.jpg.png", "b.jpg", "b.jpg.tif", "c/a.jpg", "d.png"]
-    stems = predictions.output_stems([Path(name) for name in names])
+    stems = items.output_stems([Path(name) for name in names])
     assert stems == ["a", "a.png", "a.jpg.png", "b", "b.jpg.tif", "c/a", "d"]
-    assert predictions.output_stems([Path("a.bmp"), Path("a.jpg")]) == ["a.bmp", "a"]
+    assert items.output_stems([Path("a.bmp"), Path("a.jpg")]) == ["a.bmp", "a"]
     # to the file systems of macOS and Windows IMG.png and img.png are one name
-    assert predictions.output_stems([Path("IMG.JPG"), Path("img.png"), Path("x.jpg")]) == ["IMG", "img.png", "x"]
+    assert items.output_stems([Path("IMG.JPG"), Path("img.png"), Path("x.jpg")]) == ["IMG", "img.png", "x"]
 
 
 def test_what_does_not_fit_into_memory_is_skipped_and_said_in_one_line(trained, photos, monkeypatch, capsys):
@@ -522,15 +529,31 @@ def test_images_that_differ_in_their_folder_alone(trained, segmented):
 def test_the_sheet_covers_at_most_so_many_images_spread_over_all(trained, photos, monkeypatch):
     shown = []
     blank = Image.new("RGB", (9, 9))
-    monkeypatch.setattr(predictions, "groups_sheet", lambda images, *_: shown.extend(images) or blank)
-    monkeypatch.setattr(predictions, "SHEET_IMAGES", 3)
+    monkeypatch.setattr(predictions, "sheet_pages", lambda images, *_: shown.extend(images) or [blank])
+    monkeypatch.setattr(predictions, "PAGE", 3)
+    monkeypatch.setattr(predictions, "SHEET_PAGES", 1)
     for _ in range(2):
         assert call(trained, photos, "made") == 0
         assert [name for name, *_ in shown] == ["0.png", "1.png", "sub/4.png"]
-        for name, image, labels in shown:
-            assert (image == np.array(Image.open(photos / name))).all()
+        for name, image, labels, _ in shown:
+            assert (image == np.array(Image.open(photos / name))).all()  # too small for a thumbnail
             assert (labels == np.array(Image.open(f"made/masks/{name}"))).all()
         shown.clear()
+
+
+def test_all_images_are_on_pages_and_old_pages_go(trained, photos, monkeypatch, capsys):
+    for module in (predictions, sheet):
+        monkeypatch.setattr(module, "PAGE", 2)
+    assert call(trained, photos, "made") == 0
+    count = len(json.load(open("made/shares.json"))["images"])
+    pages = [f"{number}.jpg" for number in range(2, -(-count // 2) + 1)]
+    assert pages
+    assert sorted(path.name for path in Path("made/sheets").iterdir()) == pages
+    assert "look at made/sheet.jpg, and at more pages in made/sheets\n" in capsys.readouterr().out
+    assert "sheets" in Path("made/.smooseg").read_text()  # their pictures are no photos
+    assert call(trained, photos / "0.png", "made") == 0
+    assert not list(Path("made/sheets").iterdir())
+    assert "look at made/sheet.jpg\n" in capsys.readouterr().out
 
 
 def damage_mask(made):
@@ -572,8 +595,9 @@ DAMAGES = {
 
 
 def journal_of(folder):
-    """The last line of each image counts."""
-    return {record["stem"]: record for record in map(json.loads, open(f"{folder}/done.jsonl"))}
+    """The last line of each image counts; how long it took is not compared."""
+    lines = map(json.loads, open(f"{folder}/done.jsonl"))
+    return {record["stem"]: record | {"seconds": None} for record in lines}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -603,7 +627,10 @@ def test_a_record_that_is_damaged_is_one_line(trained, photos, capsys, record):
 
 
 def test_a_folder_that_becomes_anothers_before_it_is_claimed(tmp_path):
-    first, second = (predictions.Predictions(tmp_path / "made", {"mirror": mirror}, ALONE) for mirror in (True, False))
+    first, second = (
+        predictions.Predictions(tmp_path / "made", {"mirror": mirror}, ALONE, groups=(), merge=[])
+        for mirror in (True, False)
+    )
     with first.claimed():
         (first.path / "masks").mkdir()
         with pytest.raises(UserError, match="is at work there; wait until it ends"), second.claimed():

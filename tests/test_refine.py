@@ -87,9 +87,9 @@ def test_scores_are_those_of_the_upsampled_codes_and_agree_with_labels(kind, mar
 
 
 @pytest.mark.parametrize("way", ["guided", "joint"])
-@pytest.mark.parametrize("marked", [False, True])
-def test_tiles_give_the_probabilities_of_one_piece(monkeypatch, grouping, way, marked):
-    plane = Plane((24, 20), (103, 83), (101, 83))
+@pytest.mark.parametrize(("marked", "density"), [(False, 1), (True, 1), (True, 2)])
+def test_tiles_give_the_probabilities_of_one_piece(monkeypatch, grouping, way, marked, density):
+    plane = Plane((24, 20), (103, 83), (101, 83), density)
     pixels = np.random.default_rng(0).integers(0, 256, (101, 83, 3), dtype=np.uint8)
     valid = np.kron(np.random.default_rng(1).random((11, 9)) > 0.3, np.ones((10, 10), bool))[:101, :83]
     picture = Picture(pixels, valid if marked else None)
@@ -109,9 +109,39 @@ def test_tiles_give_the_probabilities_of_one_piece(monkeypatch, grouping, way, m
         torch.testing.assert_close(probs[shown], expected[shown], atol=1e-4, rtol=0)
 
 
+def test_windows_count_patches_of_the_backbone_however_fine_the_grid(grouping):
+    for way in ("guided", "joint"):
+        coarse = Refiner(way, grouping, Plane((7, 9), (56, 72), (56, 72)))
+        fine = Refiner(way, grouping, Plane((14, 18), (56, 72), (56, 72), density=2))
+        assert (fine.plane.cell, fine.plane.patch, coarse.plane.patch) == (4, 8, 8)
+        assert fine.radius == coarse.radius == 24
+        assert coarse.reach - fine.reach == (0 if way == "guided" else 4)  # the cell next to the window
+
+
+def test_crf_exact_says_how_long_it_takes_on_a_cpu(monkeypatch, grouping, capsys):
+    refiner = Refiner("crf-exact", grouping, Plane((200, 250), (3200, 4000), (3200, 4000)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    pieces = refined_tiles(iter(()), refiner, Picture(np.zeros((3200, 4000, 3), np.uint8)))
+    with pytest.raises(
+        UserError, match=r"--refine crf-exact would take about [\d,]+ hours on this CPU for 4000 x 3200"
+    ):
+        next(pieces)  # before any code is asked for
+    refine.say_once.cache_clear()
+    image, segmenter = shapes(32, 40)[0], looker(32)
+    segmenter.predict(image, refine="crf-exact")
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(refine, "EXACT_PAIRS", 1e5)
+    for _ in range(2):
+        segmenter.predict(image, refine="crf-exact")
+    text = "crf-exact: about 2 min on this CPU for an image of 40 x 32 pixels; --refine crf takes seconds\n"
+    assert capsys.readouterr().err == text
+    segmenter.predict(image, refine="crf")
+    assert "crf-exact" not in capsys.readouterr().err  # a compiler may have its line there
+
+
 def test_tiles_of_a_crf_agree_but_for_few_pixels(monkeypatch):
-    image, _ = shapes(64, 80)
-    segmenter = looker(64)
+    image, _ = shapes(48, 64)
+    segmenter = looker(48)
     monkeypatch.setattr(refine, "BILATERAL", (6.0, 13.0, 4.0))
     whole = segmenter.predict(image, mirror=False, refine="crf-exact")
     monkeypatch.setattr(refine, "SCORES", 1)
@@ -141,18 +171,18 @@ def test_guided_probabilities_are_the_filter_of_the_kernels(monkeypatch, groupin
 @pytest.mark.parametrize("way", WAYS)
 def test_places_without_data_stay_and_do_not_bleed(way):
     """The pixels under them change no label, and labels next to them are those of the picture's own side."""
-    image, truth = shapes(64, 80)
-    valid = np.ones((64, 80), bool)
+    image, truth = shapes(48, 60)
+    valid = np.ones((48, 60), bool)
     valid[:, 37:] = False
-    segmenter = looker(64)
+    segmenter = looker(48)
     labels = []
     for seed in range(2):
-        image[:, 37:] = np.random.default_rng(seed).integers(0, 256, (64, 43, 3))
+        image[:, 37:] = np.random.default_rng(seed).integers(0, 256, (48, 23, 3))
         labels.append(segmenter.predict(Picture(image, valid), mirror=False, refine=way))
     assert (labels[0] == labels[1]).all()
     assert (labels[0][:, 37:] == IGNORE).all()
     assert (labels[0][:, :37] != truth[:, :37]).mean() < 0.02
-    assert (segmenter.predict(Picture(image, np.zeros((64, 80), bool)), refine=way) == IGNORE).all()
+    assert (segmenter.predict(Picture(image, np.zeros((48, 60), bool)), refine=way) == IGNORE).all()
 
 
 def test_bands_of_labels_cover_the_picture_in_order(monkeypatch, merged):
@@ -189,21 +219,43 @@ def test_predict_refines_and_a_folder_is_of_one_refinement(trained, tmp_path, ca
     assert "--refine" in capsys.readouterr().err
 
 
-def test_evaluate_refines_squares_and_whole_images(trained, labelled):
+def test_evaluate_refines_squares_and_whole_images(trained, labelled, monkeypatch, capsys):
+    """And gives the scores of labels that are not refined next to it, from the same codes."""
+    calls, code_bands = [], smooseg_fast.Segmenter.code_bands
+    monkeypatch.setattr(smooseg_fast.Segmenter, "code_bands", lambda *args: (calls.append(args), code_bands(*args))[1])
     args = ["--checkpoint", str(trained), "--data", str(labelled), "--no-mirror"]
-    confusions = {}
+    confusions, rows = {}, {}
     for out, more in {
         "none": ["--refine", "none"],
         "guided": [],
         "whole": ["--whole"],
         "wholenone": ["--refine", "none", "--whole"],
-        "crf": ["--refine", "crf"],
+        "paper": ["--preset", "cityscapes"],
+        "crf": ["--preset", "cityscapes", "--refine", "crf"],
     }.items():
         size = [] if "--whole" in more else ["--eval-size", "72"]
         assert run(evaluate.main, [*args, *size, *more, "--out", out]) == 0
-        scores = json.load(open(f"{out}/scores.json"))
-        assert scores["refine"] == (more[1] if more[:1] == ["--refine"] else "guided")
-        confusions[out] = np.array(scores["confusion"])
-    for refined, plain in (("guided", "none"), ("crf", "none"), ("whole", "wholenone")):
+        scores, printed = json.load(open(f"{out}/scores.json")), capsys.readouterr().out
+        main = {"none": "none", "wholenone": "none", "paper": "none", "crf": "crf"}.get(out, "guided")
+        assert scores["refine"] == main
+        rows[out], confusions[out] = scores["by_refinement"], np.array(scores["confusion"])
+        assert rows[out][main] == {name: scores[name] for name in ("hungarian", "majority")}
+        assert printed.count("mIoU") == len(rows[out])
+        for way, row in rows[out].items():
+            how = "not refined" if way == "none" else f"refined by {way}"
+            assert f"mIoU {100 * row['hungarian']['miou']:.1f} %  (hungarian, {how})" in printed
+    assert list(rows["none"]) == list(rows["wholenone"]) == ["none"]
+    for refined, plain in (("guided", "none"), ("crf", "paper"), ("whole", "wholenone")):
         assert confusions[refined].sum() == confusions[plain].sum()
         assert (confusions[refined] != confusions[plain]).any()
+        assert rows[refined]["none"] == rows[plain]["none"]
+    assert rows["paper"] == rows["crf"]
+    assert len(calls) == 2 * 3  # each whole image once for both refinements
+
+
+def test_a_run_gives_the_scores_that_evaluate_gives(trained, labelled):
+    report = json.load(open(trained.parent / "report.json"))["scores"]
+    args = ["--checkpoint", str(trained), "--data", str(labelled), "--no-mirror", "--out", "e"]
+    assert run(evaluate.main, args) == 0
+    assert report["by_refinement"] == json.load(open("e/scores.json"))["by_refinement"]
+    assert report["by_refinement"]["none"]["hungarian"] == report["hungarian"]

@@ -102,12 +102,12 @@ def test_any_size(trained, shape):
     labels = segmenter.predict(draw(0, max(shape[0], 2), max(shape[1], 60))[0][: shape[0], : shape[1]], mirror=False)
     assert labels.shape == shape
     assert labels.min() >= 0
-    assert labels.max() < segmenter.groups
+    assert labels.max() < len(segmenter.groups)
 
 
 def test_numbers_of_groups_share_the_features_of_a_picture(trained, monkeypatch):
     segmenter, calls = smooseg_fast.Segmenter.load(trained, device="cpu"), []
-    image, numbers = draw(0, 700, 900)[0], (2, segmenter.groups, 5)
+    image, numbers = draw(0, 700, 900)[0], (2, len(segmenter.groups), 5)
     expected = {number: segmenter.at(number).predict(image) for number in numbers}
     extract = segmenter.backbone.extract
     monkeypatch.setattr(segmenter.backbone, "extract", lambda images: calls.append(1) or extract(images))
@@ -175,7 +175,7 @@ def test_an_image_smaller_than_a_patch_is_refused(trained, tmp_path, shape):
 def test_repr_says_what_it_is(trained, monkeypatch):
     segmenter = smooseg_fast.Segmenter.load(trained, device="cpu")
     config = segmenter.config
-    learnt = f"groups={segmenter.groups}, backbone='filterbank', size=64, device='cpu', step=6"
+    learnt = f"groups={len(segmenter.groups)}, backbone='filterbank', size=64, device='cpu', step=6"
     assert repr(segmenter) == f"Segmenter({learnt}, granularity={config.granularity[0]}, path={str(trained)!r})"
     unsaved = smooseg_fast.Segmenter(segmenter.checkpoint, segmenter.backbone)
     monkeypatch.setattr(unsaved.checkpoint, "config", dataclasses.replace(config, granularity=None), raising=False)

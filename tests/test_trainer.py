@@ -32,7 +32,7 @@ from smooseg_fast.segment.checkpoint import STATE_KEY, read_checkpoint, read_tra
 from smooseg_fast.system.locks import Lock
 
 EVERYTHING = {"checkpoint.safetensors", "training.safetensors", "metrics.jsonl", "run.json", "report.json"}
-EVERYTHING |= {"groups.png", "curves.png", "tree.png", ".smooseg"}
+EVERYTHING |= {"groups.png", "curves.png", "tree.png", "report.html", "tiles.jsonl", ".smooseg"}
 NETWORK = "iteration:features_of"
 FIRST = "granularity_0_seed_0"  # the head that is learnt by default
 SMALL = [
@@ -61,7 +61,9 @@ def metrics(out, head=FIRST):
 
 
 def files(out):
-    return {path.relative_to(out).as_posix(): path.read_bytes() for path in Path(out).rglob("*") if path.is_file()}
+    """What the files of a run hold, without the times that its page tells."""
+    contents = {path.relative_to(out).as_posix(): path.read_bytes() for path in Path(out).rglob("*") if path.is_file()}
+    return {name: re.sub(rb'"times": ?\[.*?\]\]', b"", content) for name, content in contents.items()}
 
 
 def test_a_folder_without_labels(folder, capsys):
@@ -134,6 +136,8 @@ def test_labels_give_figures_next_to_kmeans(labelled, capsys):
     out = capsys.readouterr().out
     assert re.search(r"k-means +accuracy [\d.]+ %  mIoU [\d.]+ %  \(same features, 2 groups\)", out)
     assert re.search(r"smooseg +accuracy [\d.]+ %  mIoU [\d.]+ %  \(\d groups\)", out)
+    figures = r"accuracy [\d.]+ %  mIoU [\d.]+ %"
+    assert re.search(rf"smooseg, guided +{figures}  \(edges follow the image\)", out)
     assert re.search(r"tree, untrained +accuracy [\d.]+ %  mIoU [\d.]+ %  \(2 groups, as many as classes\)", out)
     assert "3 held-out images" in out
     scores = json.load(open("out/report.json"))["scores"]
@@ -298,9 +302,8 @@ def test_pictures_are_of_held_out_images_that_could_be_read(labelled, monkeypatc
     Image.fromarray(draw(9)[0]).save(images["train"] / "5.png")
     (images["train"] / "6.png").write_bytes(b"junk")
     shown = []
-    monkeypatch.setattr(
-        runpictures, "groups_sheet", lambda images, *_: shown.extend(images) or Image.new("RGB", (9, 9))
-    )
+    blank = Image.new("RGB", (9, 9))
+    monkeypatch.setattr(runpictures, "sheet_pages", lambda images, *_: shown.extend(images) or [blank])
     assert call("--data", labelled, "--out", "out", *SMALL) == 0
     assert [name for name, *_ in shown] == ["5.png", "6.png", "7.png"]
     assert (shown[0][1] == draw(5)[0]).all()
@@ -312,9 +315,8 @@ def test_pictures_that_could_not_be_used_take_no_place_from_others(folder, monke
         Image.fromarray(draw(number)[0]).save(folder / f"{number}.png")
         (folder / f"broken {number}.png").write_bytes(b"junk")
     shown = []
-    monkeypatch.setattr(
-        runpictures, "groups_sheet", lambda images, *_: shown.extend(images) or Image.new("RGB", (9, 9))
-    )
+    blank = Image.new("RGB", (9, 9))
+    monkeypatch.setattr(runpictures, "sheet_pages", lambda images, *_: shown.extend(images) or [blank])
     assert call("--data", folder, "--out", "out", *SMALL) == 0
     assert len(shown) == 8
 
@@ -330,9 +332,8 @@ def test_an_image_that_went_since_is_left_out_of_the_picture(folder, monkeypatch
         return picture(self, index)
 
     monkeypatch.setattr(ImageFolder, "picture", gone)
-    monkeypatch.setattr(
-        runpictures, "groups_sheet", lambda images, *_: shown.extend(images) or Image.new("RGB", (9, 9))
-    )
+    blank = Image.new("RGB", (9, 9))
+    monkeypatch.setattr(runpictures, "sheet_pages", lambda images, *_: shown.extend(images) or [blank])
     assert call("--data", folder, "--out", "out", *SMALL, "--prototypes", "3") == 0
     assert sorted(name for name, *_ in shown) == ["0.png", "4.png", "sub/1.png", "sub/3.png", "sub/5.png"]
 

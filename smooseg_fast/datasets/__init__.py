@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import UserError
+from ..system.stores import place
 from . import cityscapes, cocostuff, potsdam, voc
 from .arrays import ArrayDataset
 from .base import IGNORE, Dataset, Files, Layout, Split, classes_of
@@ -33,7 +34,9 @@ def recognise(path: Path | str) -> Layout | None:
 
     Opens no image and lists no large folder. UserError when the folder looks like two layouts.
     """
-    root = Path(path).expanduser()
+    root = place(path)
+    if not isinstance(root, Path):  # a store: any folder of images
+        return None
     layouts = [layout for owner in OWNERS if (layout := owner.recognise(root)) is not None]
     if len(layouts) > 1:
         titles = " and like ".join(layout.title for layout in layouts)

@@ -13,7 +13,8 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 import numpy as np
 
 from ..errors import UserError
-from ..system.files import regular
+from ..system.files import open_binary, state_of
+from ..system.stores import File
 from .formats import PHOTOS
 from .images import image_size, read_label, read_picture, visible_files
 from .reading import PLAIN, Picture, Reading
@@ -87,7 +88,7 @@ class Numbering:
         classes = [IGNORE if number in chosen else known for number, known in enumerate(self.classes)]
         return replace(self, classes=tuple(classes))
 
-    def __call__(self, numbers: np.ndarray, path: Path) -> np.ndarray:
+    def __call__(self, numbers: np.ndarray, path: File) -> np.ndarray:
         """Turn the integers [H,W] on disk into classes uint8 [H,W]. UserError naming `path` for illegal numbers."""
         class_of = np.full(256, -1, np.int16)
         class_of[: len(self.classes)] = self.classes
@@ -109,8 +110,8 @@ class Files:
 
     name: str
     names: tuple[str, ...]
-    images: tuple[Path, ...]
-    labels: tuple[Path | None, ...]
+    images: tuple[File, ...]
+    labels: tuple[File | None, ...]
     held_out: bool
     notes: tuple[str, ...] = ()
     numbering: Numbering | None = None  # None: the numbers in the labels are the classes
@@ -246,12 +247,12 @@ class Files:
             )
         return label
 
-    def classes(self, path: Path) -> np.ndarray:
+    def classes(self, path: File) -> np.ndarray:
         """Read the classes uint8 [H,W] of a label file."""
         numbers = self.numbers(path)
         return numbers if self.numbering is None else self.numbering(numbers, path)
 
-    def numbers(self, path: Path) -> np.ndarray:
+    def numbers(self, path: File) -> np.ndarray:
         """Read the integers [H,W] of a label file."""
         return read_label(path)
 
@@ -263,11 +264,8 @@ class Files:
         """Hash names, file sizes and modification times in order; moving the folder changes nothing."""
         digest = hashlib.sha256()
         for name, path in zip(self.names, self.images):
-            try:
-                status = path.stat()
-                state = f"{status.st_size}\0{status.st_mtime_ns}"
-            except OSError:  # a broken link
-                state = "gone"
+            known = state_of(path)
+            state = "gone" if known is None else f"{known[0]}\0{known[1]}"  # gone: a broken link
             digest.update(f"{name}\0{state}\0".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
@@ -313,10 +311,11 @@ def first_folder(*candidates: Path) -> Path | None:
     return next((folder for folder in candidates if folder.is_dir()), None)
 
 
-def read_lines(path: Path) -> list[str]:
+def read_lines(path: File) -> list[str]:
     """Read the lines of a text file that are not blank. UserError when it cannot be read."""
     try:
-        lines = regular(path).read_text(encoding="utf-8-sig").splitlines()
+        with open_binary(path) as file:
+            lines = file.read().decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); write it again, in UTF-8") from error
     return [line.strip() for line in lines if line.strip()]

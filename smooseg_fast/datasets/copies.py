@@ -20,8 +20,8 @@ def copies_notes(train: Dataset, val: Dataset | None) -> list[str]:
     """Say how many images are there more than once, and how many of those held out are learnt from."""
     if not isinstance(train, Files):
         return []
-    held_out = set(val.images) if isinstance(val, Files) and val.held_out else set()
-    learnt = set(train.images)
+    held_out = set(_local(val)) if isinstance(val, Files) and val.held_out else set()
+    learnt = set(_local(train))
     repeated, leaked = [], []
     for group in same_bytes(sorted(learnt | held_out, key=lambda path: (len(path.name), path))):
         ours = [path for path in group if path in learnt]
@@ -41,6 +41,11 @@ def copies_notes(train: Dataset, val: Dataset | None) -> list[str]:
             "figures come out too good; take the copies out"
         )
     return notes
+
+
+def _local(files: Files) -> list[Path]:
+    """The images on this machine; those in a store would have to be fetched."""
+    return [path for path in files.images if isinstance(path, Path)]
 
 
 def same_bytes(paths: Sequence[Path]) -> list[list[Path]]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..config import FIT, Crops, scale_factor
 from .images import Resample, cut_squares, resize_short_side
+from .raster import View
 from .reading import Picture
 from .scaled import Scaled
 
@@ -149,11 +150,15 @@ class Cutting:
 def neutral(picture: Picture) -> np.ndarray:
     """The pixels uint8 [H,W,3] of a picture for a backbone: its mean colour stands where it has no data.
 
-    A picture with data everywhere gives its own pixels, others a copy.
+    A picture with data everywhere gives its own pixels, others a copy; a map gives a view.
     """
     pixels, valid = picture
     if valid is None:
         return pixels
+    if isinstance(pixels, View):
+        mean = pixels.raster.mean(AVERAGED)
+        view: Any = pixels.raster.filled(np.full(3, 128 if mean is None else np.rint(mean), np.uint8))
+        return view
     step = max(1, int((valid.size / AVERAGED) ** 0.5))
     data = pixels[::step, ::step][valid[::step, ::step]]
     copy = pixels.copy()

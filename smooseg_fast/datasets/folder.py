@@ -11,17 +11,19 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from ..errors import UserError
+from ..system.stores import File, place
 from . import formats
 from .base import IGNORE, Files, Split, files_below, read_lines
 from .labels import Labelling
+from .listing import Tree
 from .masks import read_mask
-from .scan import IMAGE_FOLDERS, scan, split_folder
+from .scan import IMAGE_FOLDERS, file_in, scan, split_folder
 
 SPLITS = {
     "train": ("train", "training"),
@@ -49,7 +51,7 @@ class ImageFolder(Files):
     def label_notes(self) -> tuple[str, ...]:
         return self.labelling.scheme.notes if self.labelled and self.labelling else ()
 
-    def classes(self, path: Path) -> np.ndarray:
+    def classes(self, path: File) -> np.ndarray:
         """Read the classes uint8 [H,W] of a label file. UserError as of `Labelling`."""
         mask = read_mask(path)
         return super().classes(path) if self.labelling is None else self.labelling(mask, path)
@@ -66,12 +68,12 @@ def open_folder(path: Path | str, split: Split, ignore: Sequence[int] = ()) -> I
 
     UserError when there are no images, when the files in labels/ belong to no image, and for a bad classes.txt.
     """
-    return Folder(Path(path).expanduser(), ignore).open(split)
+    return Folder(place(path), ignore).open(split)
 
 
 def open_folder_splits(path: Path | str, ignore: Sequence[int] = ()) -> tuple[ImageFolder, ImageFolder | None]:
     """Open (training images, evaluation images or None) of a folder."""
-    folder = Folder(Path(path).expanduser(), ignore)
+    folder = Folder(place(path), ignore)
     train = folder.open("train")
     if not folder.scan.labels:
         return train, None  # val/ is not looked at: it may be empty
@@ -83,21 +85,25 @@ def open_folder_splits(path: Path | str, ignore: Sequence[int] = ()) -> tuple[Im
 
 
 class Folder:
-    """The image files below `root`, or that file alone, and how they fall into splits."""
+    """The image files at or below `root`, or in the tar files that it names, and how they fall into splits."""
 
-    def __init__(self, root: Path, ignore: Sequence[int]):
-        self.root, self.scan, self.labelling = root, scan(root), None
+    def __init__(self, root: File, ignore: Sequence[int]):
+        self.scan, self.labelling = scan(root), None
+        self.root: Path | Tree = root if isinstance(root, Path) else self.scan.folder
+        if isinstance(self.scan.folder, Tree):  # of tar files on this disk, too
+            self.root = self.scan.folder
         if not self.scan.labels:
             return
-        home = root.parent if root.name.casefold() in ALL_SPLITS else root  # of classes.txt and the other splits
-        masks = {self.scan.folder / mask for mask in self.scan.labels.values()}
-        for other in sorted(home.iterdir()) if home != root else ():
-            if other != root and other.name.casefold() in ALL_SPLITS:
-                with suppress(UserError):  # empty
-                    masks |= {other / mask for mask in scan(other).labels.values()}
-        classes = next((file for file in (root / "classes.txt", home / "classes.txt") if file.is_file()), None)
+        masks, homes = {self.scan.file(mask) for mask in self.scan.labels.values()}, [self.root]
+        if isinstance(root, Path) and root is self.root and root.name.casefold() in ALL_SPLITS:
+            homes.append(root.parent)  # of classes.txt and the other splits
+            for other in sorted(root.parent.iterdir()):
+                if other != root and other.name.casefold() in ALL_SPLITS:
+                    with suppress(UserError):  # empty
+                        masks |= set(map(partial(file_in, other), scan(other).labels.values()))
+        classes = next((file for home in homes if (file := file_below(home, "classes.txt")) is not None), None)
         self.labelling = Labelling(
-            place=home if home != root else root,
+            place=str(homes[-1]),
             files=tuple(sorted(masks)),
             names=None if classes is None else _read_classes(classes),
             owner=str(classes or ""),
@@ -113,7 +119,7 @@ class Folder:
         labels = [self.scan.labels.get(photo) for photo in photos]
         if not photos:
             raise UserError(f"--data {folder}: no images in it; add some, or take the folder away")
-        if not any(labels) and (folder / "images").is_dir() and files_below(folder / "labels", formats.LABELS):
+        if not any(labels) and isinstance(folder, Path) and is_folder_of_labels(folder):
             example = f"that of {photos[0].name} would be {photos[0].with_suffix('.png').name}"
             raise UserError(f"{folder / 'labels'}: no label belongs to any image; {example}")
         firsts = {photo.relative_to(base).parts[0] for photo in photos}
@@ -122,8 +128,8 @@ class Folder:
         return ImageFolder(
             name=name,
             names=names,
-            images=tuple(self.scan.folder / photo for photo in photos),
-            labels=tuple(None if label is None else self.scan.folder / label for label in labels),
+            images=tuple(map(self.scan.file, photos)),
+            labels=tuple(None if label is None else self.scan.file(label) for label in labels),
             held_out=held_out,
             labelling=self.labelling,
             notes=(*self.scan.notes, *self._missing(name, base, names, labels)),
@@ -171,8 +177,7 @@ class Folder:
 
     def _splits_below(self, above: PurePosixPath) -> dict[str, PurePosixPath]:
         """Return the folders of splits by the name of the split."""
-        folder = self.scan.folder / above
-        names = {path.name.casefold(): path.name for path in folder.iterdir() if path.is_dir()}
+        names = {name.casefold(): name for name in folder_names(self.scan.folder / above)}
         return {
             split: above / names[word]
             for split, words in SPLITS.items()
@@ -189,7 +194,7 @@ class Folder:
             return False
         # a lone train/ in a plain folder may well hold pictures of trains
         train = present.get("train")
-        if train is not None and any(is_images(path.name) for path in (self.scan.folder / train).iterdir()):
+        if train is not None and any(map(is_images, folder_names(self.scan.folder / train))):
             return True
         inside = [any(folder in photo.parents for folder in present.values()) for photo in self.scan.labels]
         return bool(inside) and all(inside)
@@ -201,7 +206,24 @@ def is_images(name: str) -> bool:
     return word in IMAGE_FOLDERS and not rest
 
 
-def _read_classes(path: Path) -> tuple[str, ...]:
+def folder_names(folder: Path | Tree) -> list[str]:
+    """The names of the folders in a folder."""
+    return folder.folders() if isinstance(folder, Tree) else [path.name for path in folder.iterdir() if path.is_dir()]
+
+
+def file_below(folder: Path | Tree, name: str) -> File | None:
+    """The file of this name in a folder, if it is there."""
+    if isinstance(folder, Tree):
+        return folder.file(name)
+    return folder / name if (folder / name).is_file() else None
+
+
+def is_folder_of_labels(folder: Path) -> bool:
+    """Return whether a folder looks like the documented layout."""
+    return (folder / "images").is_dir() and bool(files_below(folder / "labels", formats.LABELS))
+
+
+def _read_classes(path: File) -> tuple[str, ...]:
     """Read one class name a line."""
     names = tuple(read_lines(path))
     if not 1 <= len(names) <= IGNORE:

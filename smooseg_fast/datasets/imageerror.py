@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from ..errors import UserError
+from ..system.files import open_binary
+from ..system.stores import Remote, StoreError, is_url
 
 DEFAULT_ADVICE = "copy it again, export it as 8-bit PNG or JPEG, or take it out"
 
@@ -16,10 +19,20 @@ class ImageError(UserError):
 
     def __init__(self, path: Path | str, reason: str, advice: str = DEFAULT_ADVICE):
         super().__init__(f"{path}: {reason}; {advice}")
-        self.path, self.reason, self.advice = Path(path), reason, advice
+        self.path = Remote(path) if isinstance(path, str) and is_url(path) else Path(path)
+        self.reason, self.advice = reason, advice
 
     def __reduce__(self) -> tuple:  # so that processes can hand it on
         return ImageError, (self.path, self.reason, self.advice)
+
+
+def open_image(path: Path | str) -> BinaryIO:
+    """Open the file of an image for reading. ImageError when a store does not give it; OSError for a local file."""
+    try:
+        return open_binary(path)
+    except StoreError as error:
+        advice = "check the connection, and run the command again"
+        raise ImageError(path, f"cannot be fetched ({error.strerror})", advice) from error
 
 
 def reason(error: Exception) -> str:

@@ -16,14 +16,14 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from ..errors import UserError
 from ..system.budget import Budget
-from ..system.files import regular
+from ..system.files import size_of
 from ..system.outfolder import MARKER, written_by_us
 from ..system.sizes import readable
 from ..system.terminal import about
-from . import tiff
+from . import gdal, tiff
 from .formats import photo_formats
 from .header import MULTIPAGE, Header
-from .imageerror import ImageError, reason
+from .imageerror import ImageError, open_image, reason
 from .pillow import half_of_16_bits, orientation, samples_of, samples_of_16_bits, upright, with_bands
 from .reading import PLAIN, Picture, Reading, Samples, shown
 
@@ -58,7 +58,7 @@ def visible_files(folder: Path, argument: str) -> list[Path]:
             folders.clear()
             continue
         seen.add(real)
-        ours = written_by_us(parent) if MARKER in names else set()
+        ours = written_by_us(Path(parent)) if MARKER in names else set()
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in ours)
         files += [Path(parent, name) for name in names if not name.startswith(".") and name not in ours]
     return sorted(files, key=Path.as_posix)  # all begin alike
@@ -79,7 +79,9 @@ def read_picture(path: Path | str, reading: Reading = PLAIN, page: int | None = 
 
 def read_samples(path: Path | str, reading: Reading = PLAIN, page: int | None = None) -> Samples:
     """Read the values of the bands that are shown, before they are stretched. Arguments and errors as above."""
-    number = page or (1 if reading.pages == "all" else reading.pages)
+    if gdal.alone(path):
+        return gdal.samples_of(path, reading.bands, MAX_PIXELS)
+    number = page or reading.first_page
     tags = tiff.page_of(path, number)
     if tags is not None and tags.needs_tifffile(reading.bands):
         require_pixels(path, tags, tags.nbytes)
@@ -101,6 +103,8 @@ def read_samples(path: Path | str, reading: Reading = PLAIN, page: int | None = 
 
 def header_of(path: Path | str) -> Header:
     """Read the header of a file. ImageError when there is none."""
+    if gdal.alone(path):
+        return gdal.header_of(path)
     first = tiff.page_of(path, 1)
     if first is not None:
         return Header.of_tiff(first, tiff.count_pages(path))
@@ -163,6 +167,9 @@ def image_size(path: Path | str) -> tuple[int, int]:
 
     One exception: a PNG that notes its orientation after its pixels counts as upright.
     """
+    if gdal.alone(path):
+        with gdal.opened(path) as dataset:
+            return dataset.shape
     tags = tiff.page_of(path, 1)
     if tags is not None:
         return tags.size[::-1] if tags.orientation >= 5 else tags.size
@@ -190,7 +197,7 @@ def require_pixels(path: Path | str, image: Image.Image | tiff.Page, nbytes: flo
     nbytes: of its pixels before they are packed. label: a label may well be all one class.
     """
     pixels = image.width * image.height
-    size, file_bytes = f"{image.width} x {image.height} pixels", os.stat(path).st_size
+    size, file_bytes = f"{image.width} x {image.height} pixels", size_of(path)
     if pixels > MAX_PIXELS:
         raise ImageError(path, f"{size}, more than {MAX_PIXELS:,} in all", "cut it into tiles")
     if pixels > LARGE_PIXELS * (8 if label else 1) and nbytes > BLANK * file_bytes:
@@ -213,7 +220,7 @@ def resize_short_side(image: np.ndarray, size: int, resample: Resample = "neares
     if short == size:
         return image
     size_new = (height * size // short, width * size // short)
-    if image.ndim == 2 or resample == "nearest":
+    if resample == "nearest" or image.ndim == 2:
         rows, columns = map(_nearest, size_new, (height, width))
         return image[rows[:, None], columns]
     return np.array(Image.fromarray(image).resize(size_new[::-1], Image.Resampling.BILINEAR))
@@ -308,12 +315,12 @@ def opened(path: Path | str, *, label: bool = False) -> Iterator[Image.Image]:
         with (
             about(path),
             _without_pixel_limit(),
-            open(regular(path), "rb") as file,
+            open_image(path) as file,
             Image.open(file, formats=photo_formats()) as image,
         ):
             require_pixels(path, image, _raw_bytes(image), label=label)
             yield image
-    except ImageError:
+    except UserError:  # also of a store without its package
         raise
     except UnidentifiedImageError as error:
         raise ImageError(path, "not an image of a kind that can be read, or damaged from the start") from error

@@ -10,13 +10,13 @@ import threading
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 
 from ..errors import UserError
 from ..system.ahead import ahead
 from ..system.progress import SILENT_S, Bar, say
+from ..system.stores import File
 from .base import IGNORE
 from .evenly import evenly
 from .images import ImageError
@@ -89,8 +89,8 @@ class Labelling:
         ignore: numbers that count as not labelled, with 255 where that is no class.
     """
 
-    place: Path
-    files: tuple[Path, ...]
+    place: str
+    files: tuple[File, ...]
     names: tuple[str, ...] | None = None
     owner: str = ""
     ignore: tuple[int, ...] = ()
@@ -106,7 +106,7 @@ class Labelling:
                 self._scheme = self._find()
             return self._scheme
 
-    def __call__(self, mask: Mask, path: Path) -> np.ndarray:
+    def __call__(self, mask: Mask, path: File) -> np.ndarray:
         """Return the classes uint8 [H,W] of a label; UserError naming `path` for values that classes.txt excludes."""
         scheme = self.scheme
         classes, unknown = scheme.look_up(mask)
@@ -236,13 +236,13 @@ def listed(items: Iterable[str]) -> str:
     return " and ".join([", ".join(first[:-1]), first[-1]] if len(first) > 1 else first)
 
 
-def read_tallies(place: Path, files: Sequence[Path]) -> list[Tally]:
+def read_tallies(place: str, files: Sequence[File]) -> list[Tally]:
     """Count the numbers in at most SAMPLED labels. UserError where they look like photos, or none can be read."""
     tallies: list[Tally] = []
     errors: list[ImageError] = []
     chosen = evenly(files, SAMPLED)
 
-    def read(path: Path) -> Tally | ImageError:
+    def read(path: File) -> Tally | ImageError:
         try:
             return tally(path)
         except ImageError as error:  # whoever reads this label learns of it
@@ -260,7 +260,7 @@ def read_tallies(place: Path, files: Sequence[Path]) -> list[Tally]:
     return tallies
 
 
-def require_classes(place: Path, tallies: Sequence[Tally]) -> None:
+def require_classes(place: str, tallies: Sequence[Tally]) -> None:
     """UserError when most of the labels look like photos."""
     many = sum(not one.few for one in tallies)
     if 2 * many > len(tallies):
@@ -271,7 +271,7 @@ def require_classes(place: Path, tallies: Sequence[Tally]) -> None:
         )
 
 
-def choose_reading(place: Path, tallies: Sequence[Tally]) -> tuple[Values, list[str]]:
+def choose_reading(place: str, tallies: Sequence[Tally]) -> tuple[Values, list[str]]:
     """Choose which values of the label files count. UserError for kinds that do not go together.
 
     The integers as stored, where all files hold numbers, or indices of one palette; else the grey values or the colours

@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import UserError
+from ..system.stores import File
 from .base import IGNORE, Files, Layout, Numbering, extent, files_below, first_folder
 from .imageerror import ImageError, reason
 from .images import image_size, read_colours
@@ -64,7 +65,7 @@ class MatTiles(Files):
             raise ImageError(path, f"img is {image.dtype} {list(image.shape)}, not uint8 [h,w,3 or 4]")
         return Picture(np.ascontiguousarray(image[..., :3]))
 
-    def numbers(self, path: Path) -> np.ndarray:
+    def numbers(self, path: File) -> np.ndarray:
         label = read_mat(path, "gt")
         if label.dtype.kind not in "iu" or label.ndim != 2:
             raise ImageError(path, f"gt is {label.dtype} {list(label.shape)}, not integers [h,w]")
@@ -74,7 +75,7 @@ class MatTiles(Files):
         return self.image(index).shape[:2]
 
 
-def read_mat(path: Path, name: str) -> np.ndarray:
+def read_mat(path: File, name: str) -> np.ndarray:
     """Read the array `name` of a MATLAB file up to version 7, executing nothing. ImageError when it is not there."""
     from scipy.io import loadmat  # here, because few need it
 
@@ -127,7 +128,7 @@ def tile_name(mosaic: Path, place: tuple[int, int]) -> str:
 _decoding = threading.Lock()  # threads that need one mosaic wait for the first to decode it
 
 
-def _tile(shrink: Callable[[Image.Image], np.ndarray], path: Path, place: tuple[int, int]) -> np.ndarray:
+def _tile(shrink: Callable[[Image.Image], np.ndarray], path: File, place: tuple[int, int]) -> np.ndarray:
     with _decoding:
         mosaic = _decoded(shrink, path)
     top, left = (SIDE * number for number in place)
@@ -135,7 +136,7 @@ def _tile(shrink: Callable[[Image.Image], np.ndarray], path: Path, place: tuple[
 
 
 @lru_cache(maxsize=4)  # where one mosaic ends and the next begins, both and their labels are needed, at most 27 MB each
-def _decoded(shrink: Callable[[Image.Image], np.ndarray], path: Path) -> np.ndarray:
+def _decoded(shrink: Callable[[Image.Image], np.ndarray], path: File) -> np.ndarray:
     return shrink(read_colours(path))
 
 

@@ -172,6 +172,11 @@ class Reading:
         parts += [] if self.pages == 1 else [f"pages {self.pages}"]
         return "; ".join(parts) or "8 bits"
 
+    @property
+    def first_page(self) -> int:
+        """The page that is read of a stack, the first where all are."""
+        return 1 if self.pages == "all" else self.pages
+
     def range_of(self, group: str) -> Range | None:
         """The range that was measured for a group of images."""
         return next((part for part in self.ranges if part.group == group), None)

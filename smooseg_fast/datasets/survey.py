@@ -14,6 +14,8 @@ import numpy as np
 
 from ..errors import UserError
 from ..system.progress import announced
+from ..system.stores import File
+from . import raster
 from .base import Dataset, Files
 from .evenly import evenly
 from .header import Header
@@ -31,7 +33,7 @@ STACKS = (".tif", ".tiff", ".webp")  # suffixes of files that may hold several p
 class Place(NamedTuple):
     """An image: a file, and its page from 1; None for the page that a `Reading` names."""
 
-    file: Path
+    file: File
     page: int | None = None
 
 
@@ -84,7 +86,7 @@ def with_pages(files: Files) -> tuple[Files, tuple[str, ...]]:
     return split, tuple(notes)
 
 
-def page_counts(paths: Sequence[Path]) -> list[int]:
+def page_counts(paths: Sequence[File]) -> list[int]:
     """How many pages each file has; 1 where it cannot be read."""
     counts = []
     with announced(f"pages      counting those of {len(paths)} files"):
@@ -165,15 +167,24 @@ def measure(deep: list[tuple[Place, Header]], reading: Reading) -> tuple[list[Ra
         with announced(f"intensity  measuring that of {len(chosen)} images of {group}"):
             for place, _ in chosen:
                 with suppress(ImageError):
-                    samples = read_samples(place.file, reading, place.page)
-                    if samples.group == group:
-                        values.append(samples.sample(PIXELS))
+                    of_image, sample = sampled(place, reading)
+                    if of_image == group:
+                        values.append(sample)
         if not values:
             continue
         limits = tuple(limits_of(np.concatenate(of_band)) for of_band in zip(*values))
         ranges.append(Range(group, limits))
         lines.append(f"intensity {ranges[-1]} -> 0 to 255, from {len(values)} image{'s' * (len(values) > 1)}")
     return ranges, lines
+
+
+def sampled(place: Place, reading: Reading) -> tuple[str, list[np.ndarray]]:
+    """The group of an image, and the measurements in about PIXELS pixels of it, see `Samples.sample`."""
+    if isinstance(place.file, Path) and raster.in_windows(place.file, reading, place.page):
+        with raster.opened(place.file, reading, place.page) as opened:
+            return opened.group, opened.sample(PIXELS)
+    samples = read_samples(place.file, reading, place.page)
+    return samples.group, samples.sample(PIXELS)
 
 
 def not_shown(headers: Sequence[Header], reading: Reading) -> Iterator[str]:

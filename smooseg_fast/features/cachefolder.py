@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, WriteError
-from ..system.files import LEFTOVER, regular
+from ..system.files import LEFTOVER, default_cache, regular
 from ..system.locks import Lock
 from ..system.progress import say
 from ..system.sizes import readable
@@ -167,13 +167,3 @@ class CacheFolder:
                     f"to stay below --cache-limit {readable(limit)}"
                 )
         return max(0, excess)
-
-
-def default_cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(base):
-        return Path(base) / "smooseg_fast"
-    try:
-        return Path.home() / ".cache" / "smooseg_fast"
-    except RuntimeError as error:  # as in a container
-        raise UserError("--cache: missing; HOME is not set, and this user has no home folder: give one") from error

@@ -26,11 +26,12 @@ from ..segment.grouping import Grouping
 from ..segment.model import Head, Heads, basis_of
 from ..system.progress import Bar
 from ..system.signals import Interrupted, StopRequest, stop_request
-from .board import Board
+from .board import Board, open_board
+from .callbacks import Callbacks
 from .grow import Grown, grow
 from .loop import Loop
 from .monitors import Watch
-from .runfolder import BOARD, TRAINING
+from .runfolder import TRAINING
 from .schedule import Marks, Schedule, Settings
 from .setting import Setting
 from .shares import Shares
@@ -53,6 +54,7 @@ class Run:
         self.shares = Shares(len(setting.variants), setting.processes)
         self.variants = setting.variants[self.shares.part]  # those that this process learns
         self.schedule = setting.stream or Schedule(len(setting.store), self.config.batch_size, self.config.data_seed)
+        self.callbacks = Callbacks(setting.callbacks, self.schedule.steps_per_epoch)
         self.watch = Watch(setting.variants)
         self.drift_stops = False  # whether --on-drift asks for an end here
         self.loop: Loop | None = None  # stays None in a process without a head, and without steps
@@ -84,6 +86,9 @@ class Run:
                     # resuming rewrites a line that a signal cut short from saved losses; several processes finish it
                     with stop.at_once() if self.alone else nullcontext():
                         self.log(bar)
+                latest = self.records[-len(self.setting.variants) :]
+                at_step = latest if latest and latest[-1]["step"] == self.done else []
+                self.callbacks.tell(self.done, steps, at_step)
                 number, late = self.agree(stop)
                 # a window of a stream takes the backbone minutes, so the state is saved before it
                 if self.checkpoint_is_due() or late or self.drift_stops or number or not self.schedule.ready(self.done):
@@ -111,8 +116,7 @@ class Run:
             self.say(f"resume     from step {state.step} of {self.setting.steps}")
         if setting.written is not None:
             self.records = setting.written.resume(self.done)
-            if self.config.log == "tensorboard":
-                self.board = Board(setting.written.path / BOARD, self.records)
+            self.board = open_board(self.config, setting.written.path, self.records)
         self.records = self.processes.all(self.records)[0]
         if setting.stream is not None:
             self.report["streamed"] = dataclasses.asdict(setting.stream.windows)

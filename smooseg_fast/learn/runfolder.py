@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ..backbones.base import digest_of
 from ..config import AUTO, TrainConfig, Variant
 from ..errors import UserError
 from ..segment.checkpoint import Checkpoint, TrainingState, read_checkpoint, read_training_state
+from ..show.report import PAGE
+from ..show.report_tiles import TILES
 from ..system.outfolder import HoldsAnotherRun, Journal, OutFolder
 
 CHECKPOINT, TRAINING, HEADS = "checkpoint.safetensors", "training.safetensors", "heads"
-METRICS, BOARD, RUN, REPORT = "metrics.jsonl", "tensorboard", "run.json", "report.json"
+METRICS, RUN, REPORT = "metrics.jsonl", "run.json", "report.json"
 GROUPS, CURVES, TREE, SAMPLES = "groups.png", "curves.png", "tree.png", "samples"
 FOLLOWED = ("total", "perplexity", "image_information")  # figures by which `monitors.Watch` knows trouble
-CHOSEN = "backbone_chosen"  # in RUN: whether --backbone auto chose the backbone that is recorded
+CHOSEN = "backbone_chosen"  # in run.json: whether --backbone auto chose the backbone that is recorded
 
 
 class RunFolder(OutFolder):
@@ -29,7 +34,11 @@ class RunFolder(OutFolder):
         if auto:
             del settings["backbone"]
         super().__init__(
-            path, settings, record=RUN, outputs=(CHECKPOINT, GROUPS, CURVES, TREE, SAMPLES), below=(HEADS, SAMPLES)
+            path,
+            settings,
+            record=RUN,
+            outputs=(CHECKPOINT, GROUPS, CURVES, TREE, SAMPLES, PAGE, TILES),
+            below=(HEADS, SAMPLES),
         )
         name, chosen = self.recorded.get("backbone"), self.recorded.get(CHOSEN) is True
         if auto and self.recorded and not (chosen and isinstance(name, str)):
@@ -62,6 +71,16 @@ class RunFolder(OutFolder):
         """Read the head that predicts by default."""
         return read_checkpoint(self.path / CHECKPOINT, advice="remove it, and the same command writes it again")
 
+    def with_choices(self, checkpoint: Checkpoint) -> Checkpoint:
+        """A checkpoint with the number of groups, the least share and the names that were given to it in this folder,
+        where the same head lies there already."""
+        with suppress(UserError):
+            earlier, weights = self.checkpoint(), checkpoint.head.state_dict()
+            if digest_of(earlier.head.state_dict()) == digest_of(weights):
+                choices = {name: getattr(earlier, name) for name in ("groups", "share", "naming")}
+                return dataclasses.replace(checkpoint, **choices)
+        return checkpoint
+
     def finished(self, config: TrainConfig) -> bool:
         """Return whether the output is complete; running again draws pictures that failed or were removed.
 
@@ -82,7 +101,7 @@ class RunFolder(OutFolder):
 
 def pictures_of(config: TrainConfig) -> tuple[str, ...]:
     """Name the pictures of a run; `config` has every choice made."""
-    return (GROUPS, *[CURVES] * bool(config.steps), *[TREE] * config.tree)
+    return (GROUPS, *[CURVES] * bool(config.steps), *[TREE] * config.tree, PAGE)
 
 
 def is_figures(record: dict[str, Any]) -> bool:

@@ -14,6 +14,7 @@ from ..datasets import Dataset
 from ..features.store import FeatureStore
 from ..measure.confusion import LabelSquares
 from ..system.processes import Processes
+from .callbacks import Callback
 from .runfolder import RunFolder
 from .stream import Stream
 
@@ -34,6 +35,7 @@ class Setting:
     say: Say  # takes each line of text about the run
     progress: bool
     processes: Processes
+    callbacks: tuple[Callback, ...]  # told after every step
     started: float  # `time.perf_counter()` at the beginning of the whole run
 
     @cached_property

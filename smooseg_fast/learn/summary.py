@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from ..config import Variant
+from ..config import PAPER_REFINE, REFINE, Refine, Variant
 from ..datasets import classes_of
 from ..features.sample import BATCH, batches, sample_patches
-from ..measure.confusion import LabelSquares
+from ..measure.confusion import LabelSquares, head_codes
 from ..measure.health import Health, health
-from ..measure.scores import Scores, hungarian, majority, percent
+from ..measure.scores import Scores, by_refinement, hungarian, majority, percent, proposed_names
 from ..segment.checkpoint import Checkpoint
 from ..segment.grouping import Grouping
 from ..segment.kmeans import spherical_kmeans
@@ -70,6 +70,8 @@ def finish(run: Run) -> Segmenter:
             | figures[variant],
             fine=run.fine.get(variant.seed),
         )
+        if variant == default and setting.written is not None:
+            checkpoint = setting.written.with_choices(checkpoint)
         segmenters[variant] = Segmenter(checkpoint, setting.backbone)
     if setting.written is not None:
         run.report |= common | {"default": default.name, "broken": sorted(run.watch.broken)}
@@ -179,13 +181,21 @@ def score(run: Run, validation: LabelSquares, groupings: Mapping[Variant, Groupi
             "groups": len(counts),
             "hungarian": matched.as_dict(names),
             "majority": majority(counts).as_dict(names),
+            "confusion": counts.tolist(),
+            "proposed": {str(k): name for k, name in proposed_names(counts, names).items()},
             "kmeans": baseline.as_dict(names),
         }
+    default = next(iter(groupings))
+    refine, refined = refined_scores(run.setting, validation, groupings[default])
+    plain = {name: figures[default][name] for name in ("hungarian", "majority")}
+    figures[default]["by_refinement"] = {"none": plain, **by_refinement({refine: refined}, names)}
     for granularity, of_seeds in by_granularity.items():
         name = "smooseg" if len(by_granularity) == 1 else f"granularity {granularity:g}"
         notes = [f"{max(map(len, groupings.values()))} groups"] if run.fine else []
         notes += [f"{len(of_seeds)} seeds"] if len(of_seeds) > 1 else []
         say(score_line(name, of_seeds) + (f"  ({', '.join(notes)})" if notes else ""))
+    notes = ["edges follow the image"] + ["the head that predicts"] * (len(groupings) > 1)
+    say(score_line(f"smooseg, {refine}", [refined["hungarian"]]) + f"  ({', '.join(notes)})")
     if run.fine:
         cuts = {seed: Grouping(fine.head, fine.tree.cut(min(K, fine.most))) for seed, fine in run.fine.items()}
         looked_up = {seed: hungarian(validation.of_head(cut)) for seed, cut in cuts.items()}
@@ -195,6 +205,14 @@ def score(run: Run, validation: LabelSquares, groupings: Mapping[Variant, Groupi
             of_head["tree"] = {"groups": len(cuts[variant.seed]), "hungarian": looked_up[variant.seed].as_dict(names)}
     say(score_line("k-means", [baseline]) + f"  (same features{f', {K} groups' if run.fine else ''})")
     return figures
+
+
+def refined_scores(setting: Setting, validation: LabelSquares, grouping: Grouping) -> tuple[Refine, dict[str, Scores]]:
+    """The scores of labels that follow the images' edges: as `predict` refines them, or in the paper's presets by the
+    CRF, as in its tables."""
+    refine = REFINE if setting.config.preset in ("demo", "folder") else PAPER_REFINE
+    counts = validation.refined_confusion(head_codes(grouping, validation.store), grouping, refine)
+    return refine, {"hungarian": hungarian(counts), "majority": majority(counts)}
 
 
 def score_line(name: str, scores: Sequence[Scores]) -> str:

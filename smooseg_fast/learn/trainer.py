@@ -34,7 +34,9 @@ from ..segment.segmenter import Segmenter, pick_device
 from ..system.host import deterministic, keep_freed_memory, plain_torch
 from ..system.processes import ALONE, Processes
 from ..system.signals import with_kept
-from .board import require_tensorboard
+from ..system.stores import require_local
+from .board import require_board
+from .callbacks import Callback
 from .run import Run
 from .runfolder import RunFolder
 from .setting import Say, Setting
@@ -52,16 +54,19 @@ def fit(
     preset_name: str = "folder",
     progress: bool = True,
     say: Say | None = None,
+    callbacks: Sequence[Callback] = (),
     **settings: Any,
 ) -> Segmenter:
     """Learns to segment `images` without labels.
 
     Args:
-        images: a folder (any nesting, the labelled layout, or that of a benchmark's owner), one image file, or a
-            sequence of uint8 [H,W,3] arrays.
+        images: a folder (any nesting, the labelled layout, or that of a benchmark's owner), one image file, the URL of
+            either in a store, tar files (shard-{000..010}.tar), or a sequence of uint8 [H,W,3] arrays.
         out: folder for checkpoint, figures and pictures; without it, nothing is written except the feature cache.
         preset_name: the preset that the other settings start from.
         say: takes each line of text about the run; the default drops them.
+        callbacks: functions that take a `callbacks.Progress` after every step, or objects with on_step or on_epoch. A
+            run without steps, which a tree alone makes, calls none.
         settings: any field of TrainConfig, such as groups=6, granularity=0.06, steps=400,
             backbone="facebook/dino-vits8".
 
@@ -70,6 +75,7 @@ def fit(
         Interrupted: a KeyboardInterrupt, after Ctrl-C; its text tells what is kept in `out`, where the same call
             resumes.
     """
+    require_local(out, "out")
     data = str(images) if isinstance(images, (str, Path)) else None
     config = with_changes(preset(preset_name), data=data, **settings)
     dataset: Dataset
@@ -79,7 +85,7 @@ def fit(
     else:
         dataset = ArrayDataset(list(images))
     out, say = None if out is None else Path(out).expanduser(), say or (lambda line: None)
-    return learn(config, dataset, held_out, out=out, progress=progress, say=say)
+    return learn(config, dataset, held_out, out=out, progress=progress, say=say, callbacks=tuple(callbacks))
 
 
 @plain_torch()
@@ -92,6 +98,7 @@ def learn(
     progress: bool,
     say: Say,
     processes: Processes = ALONE,
+    callbacks: tuple[Callback, ...] = (),
     started: float | None = None,
 ) -> Segmenter:
     """Learns one run; resumes the unfinished one of the same configuration in `out`. The first process alone writes.
@@ -102,8 +109,7 @@ def learn(
     started = time.perf_counter() if started is None else started
     device = processes.device(pick_device(config.device))
     keep_freed_memory()
-    if config.log == "tensorboard":
-        require_tensorboard()
+    require_board(config.log)
     folder = None if out is None else RunFolder(out, config)
     config = choose_backbone(config, dataset, folder, say, processes)
     backbone = load_backbone(config.backbone, device, config.backbone_precision)
@@ -156,6 +162,7 @@ def learn(
             say=say,
             progress=progress,
             processes=processes,
+            callbacks=callbacks,
             started=started,
         )
         return learn_from(setting, state)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from typing import Any, NamedTuple
+from itertools import tee
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ import smooseg_kernels as sk
 from ..backbones.shifts import interleaved
 from ..config import Refine
 from ..datasets import IGNORE, Dataset, classes_of
-from ..datasets.cutting import Cutting
+from ..datasets.cutting import Cut, Cutting
 from ..datasets.images import ImageError, require_patch
 from ..datasets.reading import Picture
 from ..errors import UserError
@@ -28,6 +29,7 @@ from ..segment.model import project
 from ..segment.refine import Plane, Refiner, refined_bands
 from ..segment.segmenter import Segmenter
 from ..segment.tiles import faded
+from ..segment.views import Views
 from ..system.ahead import ahead
 from ..system.processes import ALONE, Processes
 from ..system.progress import SILENT_S, Bar
@@ -68,6 +70,7 @@ class LabelSquares:
         places = {name: index for index, name in enumerate(dataset.names)}
         self._images = [places[name] for name in store.names]
         self._kept: dict[int, np.ndarray] = {}
+        self._cut: tuple[int, list[Cut]] = (-1, [])  # an image and its squares
         labelled, room = torch.zeros(2, dtype=torch.int64), KEPT_BYTES // (BATCH * cutting.size**2)
         for start, squares, labels in self._batches("labels"):
             labelled += torch.tensor([labels, np.count_nonzero(squares != IGNORE)])
@@ -118,22 +121,26 @@ class LabelSquares:
 
     def refined_confusion(self, codes: Callable[[Tensor], Tensor], grouping: Grouping, refine: Refine) -> np.ndarray:
         """`confusion` of labels that are refined by the pictures of the squares, which are read again for it."""
+        if refine == "none":
+            return self.confusion(codes, grouping.prototypes)
         classes, S = len(classes_of(self.dataset)), self.cutting.size
-        refiner = Refiner(refine, grouping, Plane(self.grid, (S, S), (S, S)))
+        refiner = Refiner(refine, grouping, Plane(self.grid, (S, S), (S, S), self.density))
         counts = np.zeros((len(grouping), classes), np.int64)
         for start, squares, _ in self._batches("scores"):
             rows = torch.arange(start, start + len(squares))
             valid = self._valid(rows)
             for n, (of_row, truth) in enumerate(zip(codes(rows).unflatten(1, self.grid), squares)):
                 patches = None if valid is None else valid[n].view(self.grid).numpy()
-                count_picture(counts, refined_bands([of_row], refiner, self.picture(start + n), patches), truth)
+                bands = refined_bands([of_row], refiner, self.picture(start + n), patches)
+                count_picture([counts], [bands], truth)
         return self.processes.sum(torch.from_numpy(counts)).numpy()
 
     def picture(self, row: int) -> Picture:
-        """The picture in the square of a row, uint8 [S,S,3]."""
-        place, margin, end = self.store.crops[row], self.cutting.margin, self.cutting.margin + self.cutting.size
-        cuts = self.cutting.squares(self.dataset.picture(self._images[row]))
-        cut = next(cut for cut in cuts if tuple(cut.place) == tuple(place))
+        """The picture in the square of a row, uint8 [S,S,3]. The squares of the last image stay in memory."""
+        index, margin, end = self._images[row], self.cutting.margin, self.cutting.margin + self.cutting.size
+        if self._cut[0] != index:
+            self._cut = index, self.cutting.squares(self.dataset.picture(index))
+        cut = next(cut for cut in self._cut[1] if tuple(cut.place) == tuple(self.store.crops[row]))
         return Picture(cut.pixels[0, margin:end, margin:end], cut.valid)
 
     def _faded(self, codes: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
@@ -211,22 +218,32 @@ class LabelSquares:
 
 
 class Wholes(NamedTuple):
-    """The counts of whole pictures, int64 [K,classes], and which of them could not be used: (name, reason)."""
+    """The counts of whole pictures in each refinement, int64 [K,classes] by the numbers in masks, and which pictures
+    could not be used: (name, reason)."""
 
-    counts: np.ndarray
+    counts: dict[Refine, np.ndarray]
     skipped: list[tuple[str, str]]
 
 
+@torch.no_grad()
 def count_wholes(
-    segmenter: Segmenter, dataset: Dataset, processes: Processes = ALONE, *, progress: bool = True, **options: Any
+    segmenter: Segmenter,
+    dataset: Dataset,
+    processes: Processes = ALONE,
+    *,
+    refinements: Sequence[Refine],
+    mirror: bool = True,
+    shifts: int = 1,
+    short_side: int | None = None,
+    progress: bool = True,
 ) -> Wholes:
     """Count every labelled pixel of every picture at its own size, each process a share of the pictures.
 
-    options: as for `Segmenter.predict`. Memory: a picture and its label. UserError when no pixel is labelled, or no
-    picture can be used.
+    A picture passes the backbone once for all refinements. mirror, shifts, short_side: as for `Segmenter.predict`.
+    Memory: a picture and its label. UserError when no pixel is labelled, or no picture can be used.
     """
-    classes = len(classes_of(dataset))
-    counts, skipped = np.zeros((segmenter.groups, classes), np.int64), []
+    cutting, classes = segmenter.cutting(short_side=short_side), len(classes_of(dataset))
+    counts, skipped = np.zeros((len(refinements), len(segmenter.grouping), classes), np.int64), []
     bar = Bar(total=len(dataset), desc="evaluate", unit="image", delay=SILENT_S, leave=False, disable=not progress)
     with bar:
         for index in range(processes.rank, len(dataset), processes.size):
@@ -237,7 +254,10 @@ def count_wholes(
                 skipped.append((dataset.names[index], error.reason))
                 label = None
             if label is not None:
-                count_picture(counts, segmenter.bands(picture, **options), label)
+                views = Views(picture, cutting, segmenter.backbone, shifts, segmenter.upsampler)
+                codes = (codes for (codes,) in segmenter.code_bands(views, [segmenter.head], mirror))
+                ways = zip(refinements, tee(codes, len(refinements)))
+                count_picture(counts, [segmenter.label_bands(views, part, picture, way) for way, part in ways], label)
             bar.update(min(processes.size, bar.total - bar.n))
     counts = processes.sum(torch.from_numpy(counts)).numpy()
     skipped = [image for part in processes.all(skipped) for image in part]
@@ -249,21 +269,28 @@ def count_wholes(
             f"--data: no pixel of the labels of {dataset.name} has a class, so nothing can be measured; "
             "write class numbers from 0 into the labels"
         )
-    return Wholes(counts, skipped)
+    return Wholes(dict(zip(refinements, counts)), skipped)
 
 
-def count_picture(counts: np.ndarray, bands: Iterable[np.ndarray], truth: np.ndarray) -> None:
-    """Add the pixels of a picture, labelled in bands uint8 [n,W] from top to bottom, to int64 [K,classes].
+def count_picture(
+    counts: Sequence[np.ndarray] | np.ndarray, ways: Sequence[Iterator[np.ndarray]], truth: np.ndarray
+) -> None:
+    """Add the pixels of a picture, labelled in several ways, to int64 [K,classes] of each way.
 
     Pixels without a class do not count, and neither do those without a group, because the picture has no data there.
+
+    Args:
+        ways: bands uint8 [n,W] from top to bottom. They advance together, so codes that they share can be dropped.
     """
-    first, (groups, classes) = 0, counts.shape
-    for band in bands:
-        part = truth[first : first + len(band)]
-        first += len(band)
+    rows = [0] * len(ways)
+    while (first := min(rows)) < len(truth):
+        way = rows.index(first)
+        band, of_way = next(ways[way]), counts[way]
+        part, (groups, classes) = truth[first : first + len(band)], of_way.shape
         known = (part < classes) & (band < groups)
         cells = band[known].astype(np.int64) * classes + part[known]
-        counts += np.bincount(cells, minlength=counts.size).reshape(counts.shape)
+        of_way += np.bincount(cells, minlength=of_way.size).reshape(of_way.shape)
+        rows[way] += len(band)
 
 
 def of_data(label: np.ndarray, picture: Picture) -> np.ndarray:

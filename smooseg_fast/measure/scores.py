@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from ..config import Refine
 from ..system.files import finite
 from ..system.table import aligned
 
@@ -40,13 +41,15 @@ class Scores:
         """The number of all labelled pixels."""
         return sum(self.class_pixels)
 
-    def as_dict(self, class_names: Sequence[str]) -> dict[str, Any]:
-        """Convert to a dict ready for JSON: nan becomes None. ValueError unless `class_names` are [C]."""
+    def as_dict(self, class_names: Sequence[str], numbers: Sequence[int] | None = None) -> dict[str, Any]:
+        """Convert to a dict ready for JSON: nan becomes None. `numbers` [K] are those of the groups in masks [0..K-1].
+        ValueError unless `class_names` are [C]."""
         classes = [
             {"name": name, "pixels": pixels, "iou": iou}
             for name, pixels, iou in zip(class_names, self.class_pixels, self.iou, strict=True)
         ]
-        clusters = [{"cluster": k, "class": class_names[c] if c >= 0 else None} for k, c in enumerate(self.mapping)]
+        pairs = zip(range(len(self.mapping)) if numbers is None else numbers, self.mapping, strict=True)
+        clusters = [{"cluster": k, "class": class_names[c] if c >= 0 else None} for k, c in pairs]
         means = {"matching": self.matching, "accuracy": self.accuracy, "miou": self.miou, "pixels": self.pixels}
         return finite({**means, "classes": classes, "clusters": clusters})
 
@@ -74,10 +77,19 @@ def majority(confusion: np.ndarray) -> Scores:
     return matched(confusion, np.where(confusion.any(1), confusion.argmax(1), -1), "majority")
 
 
-def scores_table(scores_by_name: Mapping[str, Scores], class_names: Sequence[str]) -> str:
+def proposed_names(confusion: np.ndarray, class_names: Sequence[str]) -> dict[int, str]:
+    """The class of each group that `hungarian` matches and that most of its labelled pixels are of, by its row."""
+    mapping = hungarian(confusion).mapping
+    return {k: class_names[c] for k, c in enumerate(mapping) if c >= 0 and 2 * confusion[k, c] > confusion[k].sum()}
+
+
+def scores_table(
+    scores_by_name: Mapping[str, Scores], class_names: Sequence[str], groups: Sequence[str] | None = None
+) -> str:
     """Write a table in %: a row a class (name, share of the labelled pixels, an IoU for each scores), then the means.
 
-    Absent classes show "-". The scores are of one confusion.
+    Absent classes show "-". The scores are of one confusion. groups: the names [K] of its groups, for a column with the
+    one that the first scores match to each class.
     """
     scores = list(scores_by_name.values())
     pixels = scores[0].class_pixels
@@ -86,9 +98,22 @@ def scores_table(scores_by_name: Mapping[str, Scores], class_names: Sequence[str
     rows += [[*row, *(percent(s.iou[c]) for s in scores)] for c, row in enumerate(zip(class_names, shares))]
     rows.append(["mean IoU", "", *(percent(s.miou) for s in scores)])
     rows.append(["accuracy", "", *(percent(s.accuracy) for s in scores)])
-    head, *body = aligned(rows).splitlines()
+    if groups is not None:
+        group_of = {c: groups[k] for k, c in enumerate(scores[0].mapping)}
+        column = ["group", *(group_of.get(c, "-") for c in range(len(class_names))), "", ""]
+        rows = [[row[0], cell, *row[1:]] for row, cell in zip(rows, column)]
+    head, *body = aligned(rows, left=[0] if groups is None else [0, 1]).splitlines()
     rule = "-" * len(head)
     return "\n".join([head, rule, *body[:-2], rule, *body[-2:]])
+
+
+def by_refinement(
+    rows: Mapping[Refine, Mapping[str, Scores]], class_names: Sequence[str], numbers: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """For JSON: {refinement: {matching: scores}}. numbers: as for `Scores.as_dict`."""
+    return {
+        way: {name: scores.as_dict(class_names, numbers) for name, scores in row.items()} for way, row in rows.items()
+    }
 
 
 def percent(value: float) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from math import ceil, isqrt
 from typing import NamedTuple
 
@@ -24,7 +24,9 @@ from smooseg_kernels.rows import inverse_norms, unit_rows
 
 from ..config import Refine
 from ..datasets import IGNORE
+from ..datasets.images import ImageError
 from ..datasets.reading import Picture
+from ..system.progress import say
 from .grouping import Grouping
 from .tiles import FAINT
 
@@ -36,6 +38,10 @@ CRF_SIGMAS = 2  # of the bilateral kernel, around a rectangle
 TEMPERATURE = 10.0  # of the other ways: probabilities as in training. With 2, borders are as good, and mIoU 0.1 less
 GUIDED_RADIUS, GUIDED_EPS = 3.0, 1e-4  # patches; variance of colours in 0..1
 JOINT_WINDOW, JOINT_SIGMAS = 5, (1.0, 0.03)  # patches; sigma of position in patches, and of colours in 0..1
+JOINT_DENSITY = 2  # the most cells per patch and axis that these windows grow by, because time grows with its square
+EXACT_PAIRS = 5e8  # of pixels, that a thread of a CPU sums in a second
+EXACT_PASSES = 11  # the sum of the kernel, and ten iterations
+EXACT_NOTED_S, EXACT_LIMIT_S = 30.0, 3600.0  # from where a line gives the time of a picture, and where it is refused
 
 
 class Rectangle(NamedTuple):
@@ -46,24 +52,35 @@ class Rectangle(NamedTuple):
     bottom: int
     right: int
 
+    @property
+    def inside(self) -> tuple[slice, slice]:
+        """The index of these pixels in an array [H,W,...]."""
+        return slice(self.top, self.bottom), slice(self.left, self.right)
+
 
 class Plane(NamedTuple):
-    """The patches over a picture: grid (h, w) of them lie on size (height, width) pixels, which begin at the corner of
-    the picture's shape (H, W)."""
+    """The cells over a picture: grid (h, w) of them lie on size (height, width) pixels, which begin at the corner of
+    the picture's shape (H, W). Shifts and upsamplers tell `density` cells per patch and axis apart, others one."""
 
     grid: tuple[int, int]
     size: tuple[int, int]
     shape: tuple[int, int]
+    density: int = 1
 
     @property
     def cell(self) -> float:
-        """Pixels a side of a patch on the picture."""
-        return max(side / patches for side, patches in zip(self.size, self.grid))
+        """Pixels a side of a cell on the picture."""
+        return max(side / cells for side, cells in zip(self.size, self.grid))
+
+    @property
+    def patch(self) -> float:
+        """Pixels a side of a patch of the backbone on the picture."""
+        return self.density * self.cell
 
 
 @dataclass(frozen=True)
 class Refiner:
-    """Refines the scores of codes by the picture under them; `method` is not "none"."""
+    """Refines the scores of codes by the picture under them; "none" upsamples them alone."""
 
     method: Refine
     grouping: Grouping
@@ -72,7 +89,12 @@ class Refiner:
     @cached_property
     def radius(self) -> int:
         """The radius of the guided filter's windows in pixels."""
-        return max(1, round(GUIDED_RADIUS * self.plane.cell))
+        return max(1, round(GUIDED_RADIUS * self.plane.patch))
+
+    @property
+    def finer(self) -> int:
+        """Cells per patch and axis that the windows of joint upsampling count; JOINT_DENSITY of them bound its time."""
+        return min(self.plane.density, JOINT_DENSITY)
 
     @cached_property
     def step(self) -> int:
@@ -85,7 +107,9 @@ class Refiner:
         if self.method == "guided":
             return (2 * ceil(self.radius / self.step) + 2) * self.step
         if self.method == "joint":
-            return ceil((JOINT_WINDOW // 2 + 1) * self.plane.cell)
+            return ceil((JOINT_WINDOW // 2 * self.finer + 1) * self.plane.cell)
+        if self.method == "none":
+            return 0
         return ceil(CRF_SIGMAS * BILATERAL[0])
 
     @cached_property
@@ -102,6 +126,19 @@ class Refiner:
         top, left, bottom, right = core
         return Rectangle(max(0, top - reach), max(0, left - reach), min(H, bottom + reach), min(W, right + reach))
 
+    def cores(self) -> Iterator[Rectangle]:
+        """The rectangles that make up the picture, row by row from the top."""
+        (H, W), side = self.plane.shape, self.side
+        for top in range(0, H, side):
+            for left in range(0, W, side):
+                yield Rectangle(top, left, min(top + side, H), min(left + side, W))
+
+    def exact_seconds(self) -> float:
+        """About how long "crf-exact" takes for the picture on the threads of this CPU."""
+        windows = map(self.around, self.cores())
+        pairs = sum(float((w.bottom - w.top) * (w.right - w.left)) ** 2 for w in windows)
+        return EXACT_PASSES * pairs / (EXACT_PAIRS * torch.get_num_threads())
+
     def patches(self, window: Rectangle) -> Rectangle:
         """The patches that the scores of these pixels depend on."""
         spans = zip(window[:2], window[2:], self.plane.grid, self.plane.size)
@@ -115,7 +152,7 @@ class Refiner:
     def probabilities(
         self, codes: Tensor, weight: Tensor | None, first: tuple[int, int], picture: Picture, core: Rectangle
     ) -> Tensor:
-        """The refined probabilities [n,m,K] of the pixels of a rectangle.
+        """The refined probabilities [n,m,K] of the pixels of a rectangle, 1 in all.
 
         Args:
             codes: [a,b,Z] of `patches(around(core))`, as `Grouping.scores` gives them.
@@ -124,14 +161,16 @@ class Refiner:
             picture: the whole picture; what it shows without data has no say.
         """
         window = self.around(core)
+        weight = torch.ones_like(codes[..., 0]) if weight is None else weight.to(codes)
+        patches = Patches(self.grouping, codes, weight, first, self.plane)
+        if self.method == "none":
+            return patches.softmax(patches.rows(core), patches.columns(core), TEMPERATURE)
         pixels, valid = (
             None if part is None else torch.from_numpy(part[window.top : window.bottom, window.left : window.right])
             for part in picture
         )
         assert pixels is not None
         pixels, valid = pixels.to(codes.device), None if valid is None else valid.to(codes.device)
-        weight = torch.ones_like(codes[..., 0]) if weight is None else weight.to(codes)
-        patches = Patches(self.grouping, codes, weight, first, self.plane)
         inner = Rectangle(*(side - start for side, start in zip(core, (*window[:2], *window[:2]))))
         if self.method == "guided":
             probs = self._guided(patches, pixels, valid, window, inner)
@@ -181,8 +220,8 @@ class Refiner:
             guide[:, inner.top : inner.bottom, inner.left : inner.right],
             colours,
             (rows[inner.top : inner.bottom], columns[inner.left : inner.right]),
-            window=JOINT_WINDOW,
-            sigmas=JOINT_SIGMAS,
+            window=JOINT_WINDOW // 2 * self.finer * 2 + 1,
+            sigmas=(JOINT_SIGMAS[0] * self.finer, JOINT_SIGMAS[1]),
             weight=patches.weight[None],
         )[0]
 
@@ -272,23 +311,38 @@ def refined_tiles(
         bands: codes or scores [n,w,Z] from top to bottom, as `Grouping.scores` gives them.
         weight: of all patches [h,w], see `patch_weight`.
     """
-    (H, W), side = refiner.plane.shape, refiner.side
+    require_time(refiner)
     coming, codes, first = iter(bands), torch.empty(0), 0  # `codes` begins at row `first` of the patches
-    for top in range(0, H, side):
-        bottom = min(top + side, H)
-        wanted = refiner.patches(refiner.around(Rectangle(top, 0, bottom, W)))
-        codes, first = codes[wanted.top - first :], wanted.top
-        parts = [codes] if len(codes) else []
-        while first + sum(map(len, parts)) < wanted.bottom:
-            parts.append(next(coming))
-        codes = torch.cat(parts)
-        for left in range(0, W, side):
-            core = Rectangle(top, left, bottom, min(left + side, W))
-            patches = refiner.patches(refiner.around(core))
-            columns = slice(patches.left, patches.right)
-            part = codes[: patches.bottom - first, columns]
-            of_part = None if weight is None else weight[patches.top : patches.bottom, columns]
-            yield core, refiner.probabilities(part, of_part, (patches.top, patches.left), picture, core)
+    for core in refiner.cores():
+        patches = refiner.patches(refiner.around(core))
+        if not core.left:
+            codes, first = codes[patches.top - first :], patches.top
+            parts = [codes] if len(codes) else []
+            while first + sum(map(len, parts)) < patches.bottom:
+                parts.append(next(coming))
+            codes = torch.cat(parts)
+        columns = slice(patches.left, patches.right)
+        part = codes[: patches.bottom - first, columns]
+        of_part = None if weight is None else weight[patches.top : patches.bottom, columns]
+        yield core, refiner.probabilities(part, of_part, (patches.top, patches.left), picture, core)
+
+
+def require_time(refiner: Refiner) -> None:
+    """Says once for each size how long "crf-exact" takes on a CPU. ImageError where it would be hours."""
+    if refiner.method != "crf-exact" or refiner.grouping.head.teacher.device.type != "cpu":
+        return
+    seconds, (H, W) = refiner.exact_seconds(), refiner.plane.shape
+    size = f"{W} x {H} pixels"
+    if seconds > EXACT_LIMIT_S:
+        time = f"about {seconds / 3600:,.0f} hours on this CPU for {size}"
+        advice = "give --refine crf, its approximation on a lattice, or a --device with a GPU"
+        raise ImageError("image", f"--refine crf-exact would take {time}", advice)
+    if seconds > EXACT_NOTED_S:
+        minutes = max(1, round(seconds / 60))
+        say_once(f"crf-exact: about {minutes} min on this CPU for an image of {size}; --refine crf takes seconds")
+
+
+say_once = cache(say)
 
 
 def refined_bands(

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..backbones import Backbone, build_vit, load_backbone
-from ..backbones.base import digest_of, naming
+from ..backbones.base import naming
 from ..backbones.shifts import interleaved
 from ..backbones.upsampler import Upsampler
 from ..backbones.weights import is_pickle
@@ -26,20 +26,24 @@ from ..errors import UserError
 from ..system.host import plain_torch
 from .checkpoint import Checkpoint, read_checkpoint
 from .model import Head, project
+from .names import Group, Names
+from .notebook import Displayed
+from .parts import parts_at
 from .published import read_published
 from .refine import Plane, Refiner, refined_bands
-from .tiles import TILE, Tile, code_bands, faded, label_bands
+from .tiles import TILE, Tile, all_faded, code_bands, label_bands
 from .views import Views
 
 ImageLike = Picture | np.ndarray | Image.Image | str | Path
 Scale = str | float | Sequence[str | float]
 
 
-class Segmenter:
+class Segmenter(Displayed):
     """A frozen backbone with learnt projection and prototypes, from `fit` or, by `Segmenter.load`, from a file."""
 
     path: Path | None = None  # the file it was loaded from
     upsampler: Upsampler | None = None
+    names = Names(0)  # of the groups, and which of them are merged
 
     def __init__(self, checkpoint: Checkpoint, backbone: Backbone, upsampler: Upsampler | None = None):
         given, learnt = backbone.dim * len(checkpoint.config.scale), checkpoint.head.dim
@@ -50,12 +54,13 @@ class Segmenter:
             )
         self.checkpoint, self.backbone, self.upsampler = checkpoint, backbone, upsampler
         self.grouping = checkpoint.grouping
-        self.head = self.grouping.head.to(backbone.device).eval()
+        self.head, self.names = self.grouping.head.to(backbone.device).eval(), checkpoint.names
+        self.names = checkpoint.names  # of the groups, and which of them are merged
 
     def __repr__(self) -> str:
         granularity, path = self.config.granularity, self.path
         return (
-            f"Segmenter(groups={self.groups}, backbone={self.backbone.name!r}, size={self.config.sides[1]}, "
+            f"Segmenter(groups={len(self.groups)}, backbone={self.backbone.name!r}, size={self.config.sides[1]}, "
             f"device={str(self.backbone.device)!r}, step={self.checkpoint.step}"
             + ("" if granularity is None else f", granularity={granularity[0]}")
             + ("" if path is None else f", path={str(path)!r}")
@@ -121,9 +126,15 @@ class Segmenter:
         return self.checkpoint.config
 
     @property
-    def groups(self) -> int:
-        """The number of groups: labels lie in 0..groups - 1."""
-        return len(self.grouping)
+    def groups(self) -> list[Group]:
+        """The groups after merging, each with its number in the labels, name, colour and share, by their numbers."""
+        return self.names.listed(self.checkpoint.shares)
+
+    def named(self, names: Names) -> Segmenter:
+        """The same segmenter with these names, colours and merges. UserError for numbers that it does not have."""
+        segmenter = Segmenter(self.checkpoint.named(names.checked("names")), self.backbone, self.upsampler)
+        segmenter.path = self.path
+        return segmenter
 
     def at(self, groups: int | None = None, *, cut: float | None = None, share: float | None = None) -> Segmenter:
         """The same segmenter with another number of groups, at once, without training: looked up in the tree of the
@@ -144,7 +155,10 @@ class Segmenter:
 
     def refinement(self, refine: Refine | None) -> Refine:
         """The refinement that `refine` asks for; None is the default: none for a checkpoint that the paper's authors
-        published, whose labels are not refined, else "guided"."""
+        published, whose labels are not refined, else "guided". UserError for one that there is not."""
+        if refine not in (None, *get_args(Refine)):
+            *others, last = get_args(Refine)
+            raise UserError(f"refine: must be {', '.join(others)} or {last}, got {refine!r}")
         return refine or ("none" if "published" in self.checkpoint.report else REFINE)
 
     @property
@@ -154,10 +168,8 @@ class Segmenter:
 
     @property
     def digest(self) -> str:
-        """A hex digest of all that was learnt, of its groups, of how images are resized, and of the margin, without the
-        backbone."""
-        groups = [] if self.grouping.groups is None else self.grouping.groups.tolist()
-        return digest_of(self.head.state_dict(), self.config.resample, str(self.config.margin), str(groups))
+        """That of `Checkpoint.digest`."""
+        return self.checkpoint.digest
 
     @plain_torch()
     def predict(
@@ -170,7 +182,7 @@ class Segmenter:
         scale: Scale | None = None,
         refine: Refine | None = None,
     ) -> np.ndarray:
-        """Label every pixel of an image -> uint8 [H,W] in 0..groups - 1, and 255 where the image has no data.
+        """Label every pixel of an image -> uint8 [H,W], a number of `groups`, or 255 where the image has no data.
 
         Memory: the image, the labels, and some bands of tiles, however large the image is; another copy of an image
         that has places without data.
@@ -198,32 +210,35 @@ class Segmenter:
             bands = self.bands(picture, mirror=mirror, shifts=shifts, short_side=short_side, scale=scale, refine=refine)
             return whole(bands, picture)
 
-    def predict_at(
-        self,
-        image: ImageLike,
-        groups: Sequence[int],
-        *,
-        mirror: bool = True,
-        shifts: int = 1,
-        short_side: int | None = None,
-        scale: Scale | None = None,
-        refine: Refine | None = None,
-    ) -> dict[int, np.ndarray]:
+    @plain_torch()
+    def predict_at(self, image: ImageLike, groups: Sequence[int], **options: Any) -> dict[int, np.ndarray]:
         """Label an image at several numbers of groups in one pass of the backbone -> {number: uint8 [H,W]}.
 
-        Each mask is the one that `at(number).predict(image)` gives; arguments and errors are those of both. Memory: as
-        for `predict`, and the codes of all patches of the image.
+        Each mask is the one that `at(number).predict(image)` gives; options and errors are those of both. Memory: as
+        for `predict`, and the masks.
         """
-        picture, segmenters = self.picture(image), {number: self.at(number) for number in groups}
-        heads = list(dict.fromkeys(segmenter.head for segmenter in segmenters.values()))  # trained, fine, or both
-        with self.memory(image, scale, short_side), torch.no_grad():
-            views = Views(picture, self.cutting(scale, short_side), self.backbone, shifts, self.upsampler)
-            bands = list(self.code_bands(views, heads, mirror))
-            labels = {}
-            for number, segmenter in segmenters.items():
-                codes = (band[heads.index(segmenter.head)] for band in bands)
-                labels[number] = whole(segmenter.label_bands(views, codes, picture, self.refinement(refine)), picture)
-            return labels
+        picture, cuts = self.picture(image), [self.at(number) for number in groups]
+        labels = [np.empty(picture.pixels.shape[:2], np.uint8) for _ in cuts]
+        with self.memory(image, options.get("scale"), options.get("short_side")):
+            for place, part in parts_at(cuts, picture, **options):
+                labels[place][part.place.inside] = part.labels
+        return dict(zip(groups, labels))
+
+    @plain_torch()
+    def predict_proba(self, image: ImageLike, **options: Any) -> np.ndarray:
+        """How likely each of `groups` is at every pixel of an image -> float32 [H,W,len(groups)], 1 in all; NaN without
+        data.
+
+        They are refined as labels are, from softmax(10 cos) of the upsampled codes and the prototypes (2 cos for a
+        CRF); those of merged groups are added. Options and errors are those of `predict`, whose label is the likeliest
+        group before merging.
+        """
+        picture = self.picture(image)
+        with self.memory(image, options.get("scale"), options.get("short_side")):
+            probs = np.empty((*picture.pixels.shape[:2], len(self.groups)), np.float32)
+            for _, part in parts_at([self], picture, soft=True, **options):
+                probs[part.place.inside] = part.probs
+            return probs
 
     @contextmanager
     def memory(self, image: ImageLike, scale: Scale | None, short_side: int | None) -> Iterator[None]:
@@ -238,21 +253,9 @@ class Segmenter:
             advice = f"give a smaller {'--short-side' if fits else '--scale'}, or cut it into tiles"
             raise ImageError(name, f"does not fit into memory {at}", advice) from error
 
-    @torch.no_grad()
-    def bands(
-        self,
-        picture: Picture,
-        *,
-        mirror: bool = True,
-        shifts: int = 1,
-        short_side: int | None = None,
-        scale: Scale | None = None,
-        refine: Refine | None = None,
-    ) -> Iterator[np.ndarray]:
+    def bands(self, picture: Picture, **options: Any) -> Iterator[np.ndarray]:
         """Label a picture -> bands uint8 [n,W] from top to bottom, IGNORE without data; options as for `predict`."""
-        views = Views(picture, self.cutting(scale, short_side), self.backbone, shifts, self.upsampler)
-        codes = (codes for (codes,) in self.code_bands(views, [self.head], mirror))
-        yield from self.label_bands(views, codes, picture, self.refinement(refine))
+        return (part.labels for _, part in parts_at([self], picture, **options))
 
     def code_bands(self, views: Views, heads: Sequence[Head], mirror: bool) -> Iterator[tuple[Tensor, ...]]:
         """The codes [n,w,Z] of a picture in bands of cells from top to bottom, of each of these heads."""
@@ -272,16 +275,20 @@ class Segmenter:
         self, views: Views, codes: Iterable[Tensor], picture: Picture, refine: Refine
     ) -> Iterator[np.ndarray]:
         """Label the pixels of a picture by bands of its codes -> bands uint8 [n,W], IGNORE without data."""
+        bands = self.unmerged_bands(views, codes, picture, refine)
+        return map(self.names.table.__getitem__, bands) if self.names.merge else bands
+
+    def unmerged_bands(
+        self, views: Views, codes: Iterable[Tensor], picture: Picture, refine: Refine
+    ) -> Iterator[np.ndarray]:
+        """As `label_bands`, with the numbers of groups before merging."""
         scores: Iterator[Tensor] = map(self.grouping.scores, codes)
-        if refine not in get_args(Refine):
-            *others, last = get_args(Refine)
-            raise UserError(f"refine: must be {', '.join(others)} or {last}, got {refine!r}")
         if refine != "none":
-            plane = Plane(views.grid, views.size, views.shape)
+            plane = Plane(views.grid, views.size, views.shape, views.density)
             yield from refined_bands(scores, Refiner(refine, self.grouping, plane), picture, views.patches)
             return
         if views.patches is not None:
-            scores = _all_faded(scores, torch.from_numpy(views.patches))
+            scores = all_faded(scores, torch.from_numpy(views.patches))
         first = 0
         for band in label_bands(scores, self.grouping.prototypes, views.grid[0], views.size, views.shape):
             labels = band.cpu().numpy()
@@ -344,17 +351,9 @@ class Segmenter:
             "backbone": self.checkpoint.backbone_name,
             "licence": self.checkpoint.backbone_licence,
             "step": self.checkpoint.step,
-            "groups": self.groups,
+            "groups": len(self.groups),
             **self.checkpoint.report,
         }
-
-
-def _all_faded(bands: Iterable[Tensor], valid: Tensor) -> Iterator[Tensor]:
-    """Bands [n,w,Z] that make up [h,w,Z], `faded` where valid bool [h,w] is not."""
-    first = 0
-    for band in bands:
-        yield faded(band, valid[first : first + len(band)].to(band.device))
-        first += len(band)
 
 
 def whole(bands: Iterable[np.ndarray], picture: Picture) -> np.ndarray:

@@ -113,3 +113,11 @@ def spans(length: int, side: int, step: int = 1) -> list[tuple[int, int]]:
 def tent(n: int, length: int) -> Tensor:
     """Return weights [n] that rise from the ends to the middle, never 0; a piece of the whole length has equal ones."""
     return torch.ones(n) if n == length else torch.minimum(torch.arange(1, n + 1), torch.arange(n, 0, -1)).float()
+
+
+def all_faded(bands: Iterable[Tensor], valid: Tensor) -> Iterator[Tensor]:
+    """Bands [n,w,Z] that make up [h,w,Z], `faded` where valid bool [h,w] is not."""
+    first = 0
+    for band in bands:
+        yield faded(band, valid[first : first + len(band)].to(band.device))
+        first += len(band)

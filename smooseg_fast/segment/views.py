@@ -13,6 +13,7 @@ from ..backbones.upsampler import Upsampler
 from ..config import FIT
 from ..datasets.cutting import Cutting, neutral, valid_patches
 from ..datasets.images import ImageError, resize_short_side
+from ..datasets.raster import View
 from ..datasets.reading import Picture
 from ..datasets.scaled import Scaled
 from ..errors import UserError
@@ -52,7 +53,7 @@ class Views:
         pixels, self.valid = neutral(picture), picture.valid
         self.backbone, self.patch = backbone, backbone.patch
         self.border = -(-cutting.margin // self.patch)  # patches; training has whole ones
-        if cutting.scale == (FIT,):
+        if cutting.scale == (FIT,) and (cutting.resample == "nearest" or not isinstance(pixels, View)):
             small = resize_short_side(pixels, cutting.size, cutting.resample)
             first = Scaled(small, small.shape[:2], cutting.resample)
         else:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
+import time
 import zlib
-from collections import ChainMap, Counter
+from collections import ChainMap
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -15,52 +15,38 @@ from zlib import crc32
 
 import numpy as np
 
-from ..datasets import IGNORE, recognise
-from ..datasets.formats import photo_suffixes
-from ..datasets.images import ImageError, read_label, read_picture
+from ..datasets import IGNORE
+from ..datasets.images import ImageError, read_label
 from ..datasets.reading import Picture, Reading
-from ..datasets.scaled import Scaled
-from ..datasets.scan import normal, scan
-from ..datasets.survey import Place, page_counts, page_names, survey
-from ..errors import UserError
 from ..features.sample import evenly_spaced
+from ..segment.colours import table_of
+from ..segment.names import Group, Names, write_groups
 from ..segment.segmenter import Segmenter
-from ..system.outfolder import Journal, OutFolder
+from ..system.ahead import behind
+from ..system.files import size_of
+from ..system.outfolder import Journal, OutFolder, contents
 from ..system.processes import Processes
 from ..system.progress import Bar, announced, say
 from ..system.signals import stop_request
+from ..system.stores import File, Remote, fetched, sizes_below
 from ..system.terminal import printable
 from . import pictures
-from .sheet import Shown, groups_sheet
+from .items import Item
+from .outputs import FURTHER, Plan
+from .overlays import overlay, with_names
+from .report import PAGE as REPORT
+from .report_tiles import TILES, TileFile
+from .sheet import PAGE, Shown, sheet_pages, thumbnail
+from .streamed import checksum, reduced, segment_streamed, shares_of, shown_of
 
-SHEET_IMAGES = 24
-OVERLAY_PIXELS = 2**24  # an overlay of a larger image is reduced to as many
-BAND = 512  # rows that are reduced at a time
+SHEET_PAGES = 10  # at most; of more images, some evenly spaced
+WRITTEN = 4  # images that are written to a store at the same time
 RUN, DONE, MASKS, OVERLAYS = "predict.json", "done.jsonl", "masks", "overlays"
-SHARES, SHEET = "shares.json", "sheet.jpg"
+SHARES, SHEET, SHEETS, GROUPS, MANIFEST = "shares.json", "sheet.jpg", "sheets", "groups.json", "manifest.csv"
 LABELS = frozenset(map(str, range(256)))  # that a mask can hold
 
 Shares = dict[str, float]  # group -> share of an image's pixels that show data; empty where none does
 Done = Sequence[Mapping[str, Shares]]  # in each folder, the images that are segmented
-
-
-@dataclass(frozen=True)
-class Item:
-    """One image to segment."""
-
-    file: Path
-    name: str  # path relative to --images, posix
-    stem: str  # names the files written for it in the folders below --out
-    page: int | None = None  # of the file, from 1; None for the one that the checkpoint reads
-
-    def stamp(self) -> list[str | int] | None:
-        """[place, bytes, modification time in ns], which tell an image that changed; None when it is gone."""
-        try:
-            status = self.file.stat()
-        except OSError:
-            return None
-        # the place too: sizes and times of uncompressed tiles from an archive are all alike
-        return [str(self.file.absolute()), status.st_size, status.st_mtime_ns]
 
 
 @dataclass
@@ -78,45 +64,101 @@ class Predictions(OutFolder):
     An image's line in the journal comes after its mask and overlay, and carries their sizes and a CRC-32 of the mask
     and of the line itself. The last line of a stem counts: the files of that name may have been another image's before.
     All processes append to one file. An image is segmented again where its line is spoilt by a kill or a network drive,
-    and where its mask or the size of its overlay is not as the line says.
+    and where its mask or the size of its overlay is not as the line says. It is drawn again from its mask where groups
+    have got other names or colours since, or were merged. A store's listing tells the sizes; no file of it is read.
+
+    groups: those that masks may hold. merge: the numbers that were merged, see `Names`. more: the folders of FURTHER
+    that are written too.
 
     UserError when the folder at `path` is another's.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], processes: Processes):
-        super().__init__(path, settings, record=RUN, outputs=(MASKS, OVERLAYS, SHARES, SHEET), below=(MASKS, OVERLAYS))
-        self.processes, self._journal = processes, Journal(path / DONE)
+    def __init__(
+        self,
+        path: File,
+        settings: dict[str, Any],
+        processes: Processes,
+        *,
+        groups: Sequence[Group],
+        merge: list[list[int]],
+        more: Sequence[str] = (),
+    ):
+        below = (MASKS, OVERLAYS, *FURTHER, SHEETS)
+        outputs = (*below, SHARES, SHEET, GROUPS, MANIFEST, REPORT, TILES)
+        super().__init__(path, settings, record=RUN, outputs=outputs, below=below)
+        self.more = list(more)
+        self.groups, self.merge, self.processes, self._journal = groups, merge, processes, Journal.at(path / DONE)
+        self.colours = table_of({group.number: group.colour for group in groups})
+        look = [(group.number, group.name, group.colour) for group in groups]
+        self._looks = {"look": f"{crc32(repr((look, merge)).encode()):08x}", "merge": merge}
+        self._done: dict[str, dict[str, Any]] = {}
+        self.tiles: TileFile | None = None  # for the page; set by the command
+        self._sizes: dict[str, int] = {}  # of the masks and overlays in a store
+        self.thumbnails: dict[str, Shown] = {}  # of images on the sheets, by name, so that few files are read again
 
     def mask(self, item: Item) -> Path:
-        return self.path / MASKS / f"{item.stem}.png"
+        return self.path / MASKS / f"{item.stem}{'.tif' if item.map else '.png'}"
+
+    def further(self, item: Item, kind: str) -> Path:
+        """The file of an image in a folder of FURTHER."""
+        return self.path / kind / f"{item.stem}{'.tif' if item.map else FURTHER[kind]}"
+
+    def plan(self, item: Item, shape: tuple[int, int]) -> Plan:
+        """What is written of an image (height, width), but for its overlay."""
+        more = {kind: self.further(item, kind) for kind in self.more}
+        scratch = self.path if isinstance(self.path, Path) else None
+        return Plan(shape, self.groups, self.colours, self.mask(item), more, scratch)
 
     def overlay(self, item: Item) -> Path:
         return self.path / OVERLAYS / f"{item.stem}.jpg"
 
     def done(self, items: Sequence[Item]) -> dict[str, Shares]:
-        """The shares in the images that are done and have not changed since, by name. Reads every mask of theirs.
-
-        Call it inside `claimed`.
-        """
+        """The shares in the images that are done and unchanged, by name. Reads masks. Call it inside `claimed`."""
         done = {}
         for item in items:
             record = self._done.get(item.stem)
-            if record and record["stamp"] == item.stamp() and record == self._line(item, record):
+            if record and record["look"] == self._looks["look"] and self._holds(item, record):
                 done[item.name] = record["shares"]
         return done
 
+    def kept(self, item: Item) -> np.ndarray | None:
+        """The labels uint8 [H,W] of an image that was segmented here before and has not changed since; None also where
+        groups that were merged then are apart now."""
+        record = self._done.get(item.stem)
+        if not record or item.map or not self._holds(item, record):
+            return None
+        if not all(any(set(before) <= set(now) for now in self.merge) for before in record["merge"]):
+            return None
+        return Names(IGNORE, merge=self.merge).table[read_label(self.mask(item))]
+
+    def _holds(self, item: Item, record: dict[str, Any]) -> bool:
+        if record["stamp"] != item.stamp() or not set(self.more) <= set(record["more"]):
+            return False
+        if isinstance(self.path, Remote):
+            return record.get("bytes") == [self._sizes.get(str(file)) for file in (self.mask(item), self.overlay(item))]
+        return record == self._line(item, record)
+
+    def seconds(self) -> dict[str, float]:
+        """How long each image that is done took, by its stem, from the journal of all processes."""
+        self._read_journal()
+        return {stem: record["seconds"] for stem, record in self._done.items()}
+
+    def flush(self) -> None:
+        self._journal.flush()
+
     def _line(self, item: Item, record: dict[str, Any]) -> dict[str, Any] | None:
         """`record` with the sizes of the files on disk, and the checksum; None where a file cannot be read."""
-        mask_file, overlay_file = self.mask(item), self.overlay(item)
+        files = [self.mask(item), self.overlay(item), *(self.further(item, kind) for kind in record["more"])]
         try:
-            if not (mask_file.is_file() and overlay_file.is_file()):
+            if not all(isinstance(file, Remote) or file.is_file() for file in files):
                 return None
-            mask = mask_file.read_bytes()
-            sizes = [len(mask), overlay_file.stat().st_size]
+            sizes = [size_of(file) for file in files]
+            names = ("stem", "stamp", "shares", "look", "merge", "more")
+            plain = {name: record[name] for name in names} | {"bytes": sizes}
+            crc = checksum(files[0], zlib.crc32(json.dumps(plain).encode()))
+            return plain | {"seconds": record["seconds"], "crc": f"{crc:08x}"}
         except OSError:
             return None
-        plain = {name: record[name] for name in ("stem", "stamp", "shares")} | {"bytes": sizes}
-        return plain | {"crc": f"{zlib.crc32(mask, zlib.crc32(json.dumps(plain).encode())):08x}"}
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
@@ -125,45 +167,73 @@ class Predictions(OutFolder):
         One process leaves nothing in a new folder where no image was done. UserError where another command is at work.
         """
         with self.held() if self.processes.first else nullcontext():
-            before = set(self.path.glob("*"))
+            before = contents(self.path)
             if self.processes.first:
-                self._done = {record["stem"]: record for record in self._journal.read(is_record)}
+                self._read_journal()
                 self.claim()
                 self._journal.rewrite(self._done.values())
+                write_groups(self.path / GROUPS, self.groups)
             self.processes.wait()
+            if not self.processes.first:
+                self._read_journal()
             try:
                 yield
             finally:
-                added = set(self.path.glob("*")) - before
+                self.flush()
+                added = contents(self.path) - before
                 if self.processes.size == 1 and self.path / RUN in added and not any(path.is_dir() for path in added):
                     for path in added:
                         path.unlink()
 
-    def write(self, item: Item, stamp: list[str | int] | None, image: np.ndarray, labels: np.ndarray) -> Shares:
+    def _read_journal(self) -> None:
+        self._done = {record["stem"]: record for record in self._journal.read(is_record)}
+        if isinstance(self.path, Remote):
+            self._sizes = {**sizes_below(self.path / MASKS), **sizes_below(self.path / OVERLAYS)}
+
+    def write(self, item: Item, image: np.ndarray, labels: np.ndarray, noted: dict[str, Any]) -> Shares:
         """Write mask and overlay of `image` uint8 [H,W,3] with labels uint8 [H,W], then a line of the journal.
 
-        Pixels without data have the label IGNORE, and no part in the shares.
+        Pixels without data have the label IGNORE, and no part in the shares. noted: "stamp" and "seconds" of the image.
         """
-        colours = pictures.palette(256)
-        pictures.save(self.overlay(item), pictures.overlay(*reduced(image, labels), colours))
-        pictures.write_mask(self.mask(item), labels, colours)
+        self.draw(item, *reduced(image, labels))
+        pictures.write_mask(self.mask(item), labels, self.colours)
         # row by row, because bincount takes eight bytes a label
-        counts = np.zeros(len(colours), np.int64)
+        counts = np.zeros(256, np.int64)
         for row in labels:
-            counts += np.bincount(row, minlength=len(colours))
-        counts = counts[:IGNORE]
-        shares = {str(k): round(float(n / counts.sum()), 6) for k, n in enumerate(counts) if n}
-        if record := self._line(item, {"stem": item.stem, "stamp": stamp, "shares": shares}):
+            counts += np.bincount(row, minlength=256)
+        return self.note(item, noted, shares_of(counts))
+
+    def draw(self, item: Item, small: np.ndarray, labels: np.ndarray) -> None:
+        """Write the overlay of an image uint8 [h,w,3] with labels uint8 [h,w], and its tile of the page."""
+        names = {group.number: group.label for group in self.groups}
+        pictures.save(self.overlay(item), with_names(overlay(small, labels, self.colours), labels, names))
+        if self.tiles is not None:
+            self.tiles.add(item.name, small, labels)
+
+    def known(self, item: Item) -> Shares | None:
+        """The shares in a map whose files are here but for names and colours; None where it has to be segmented."""
+        record = self._done.get(item.stem)
+        same = record and item.map and record["merge"] == self.merge and self._holds(item, record)
+        return record["shares"] if record and same else None
+
+    def note(self, item: Item, noted: dict[str, Any], shares: Shares) -> Shares:
+        """Add a line to the journal for an image whose files are written."""
+        if record := self._line(item, {"stem": item.stem, "shares": shares, "more": self.more, **self._looks, **noted}):
             self._journal.append(record)
         return shares
 
 
 def is_record(record: dict[str, Any]) -> bool:
     """Whether a line of the journal is one. Its checksum is verified against the mask."""
-    stem, shares = record.get("stem"), record.get("shares")
+    stem, shares, seconds = (record.get(name) for name in ("stem", "shares", "seconds"))
     return (
         isinstance(stem, str)
-        and "stamp" in record
+        and isinstance(seconds, float)
+        and {"stamp", "look"} <= record.keys()
+        and isinstance(record.get("more"), list)
+        and set(map(str, record["more"])) <= FURTHER.keys()
+        and isinstance(record.get("merge"), list)
+        and all(isinstance(numbers, list) and LABELS.issuperset(map(str, numbers)) for numbers in record["merge"])
         and isinstance(shares, dict)
         and all(group in LABELS and isinstance(share, float) and 0 <= share <= 1 for group, share in shares.items())
     )
@@ -178,25 +248,44 @@ def segment(
     once for all of them. options: as for `Segmenter.predict`.
     """
     processes, outcome = next(iter(folders.values())).processes, Outcome([{} for _ in folders])
+    on_sheets = {item.name for item in for_sheets(items)}
     todo = [item for item in items if any(item.name not in names for names in done)]
+    done_by_all, stores = processes.counter(), any(isinstance(folder.path, Remote) for folder in folders.values())
     bar = Bar(total=len(items), initial=len(items) - len(todo), desc="predict", unit="image")
-    with bar, stop_request() as stop:
-        for item in todo[processes.rank :: processes.size]:
+
+    def write(item: Item, pixels: np.ndarray, labels: Mapping[int, np.ndarray], noted: dict[str, Any]) -> None:
+        for (number, folder), shares in zip(folders.items(), outcome.shares):
+            if number in labels:
+                shares[item.name] = folder.write(item, pixels, labels[number], noted)
+                if item.name in on_sheets:
+                    folder.thumbnails[item.name] = thumbnail(Shown(item.name, pixels, labels[number]), len(on_sheets))
+
+    with bar, stop_request() as stop, behind(WRITTEN if stores else 0) as later:
+        for item, _ in fetched([(item, item.file) for item in todo[processes.rank :: processes.size]]):
             if stop.number is not None:
                 outcome.signal = stop.number
                 break
-            due = [number for number, names in zip(folders, done) if item.name not in names]
+            due, started = [n for n, names in zip(folders, done) if item.name not in names], time.perf_counter()
             try:
+                if item.map or any(folders[number].more for number in due):
+                    streamed = {number: folders[number] for number in due}
+                    for number, written in segment_streamed(segmenter, item, streamed, options).items():
+                        outcome.shares[[*folders].index(number)][item.name] = written
+                    bar.update(done_by_all(1) - (bar.n - bar.initial))
+                    continue
                 stamp, picture = item.stamp(), segmenter.picture(item.file, item.page)
-                labels = labels_at(segmenter, picture, due, options)
+                labels = {number: kept for number in due if (kept := folders[number].kept(item)) is not None}
+                if rest := [number for number in due if number not in labels]:
+                    labels |= labels_at(segmenter, picture, rest, options)
             except ImageError as error:
                 outcome.skipped[item.name] = ImageError(item.file, error.reason, error.advice)
                 say_skipped(outcome.skipped[item.name])
             else:
-                for (number, folder), shares in zip(folders.items(), outcome.shares):
-                    if number in labels:
-                        shares[item.name] = folder.write(item, stamp, picture.pixels, labels[number])
-            bar.update(min(processes.size, bar.total - bar.n))  # the others are about as far
+                seconds = round(time.perf_counter() - started, 4)
+                later(write, item, picture.pixels, labels, {"stamp": stamp, "seconds": seconds})
+            bar.update(done_by_all(1) - (bar.n - bar.initial))
+    for folder in folders.values():
+        folder.flush()
     with announced("waiting    for the other processes"):
         outcomes = processes.all(outcome)
     for other in outcomes[1:]:  # which could not be heard
@@ -215,21 +304,9 @@ def labels_at(
 ) -> dict[int, np.ndarray]:
     """The labels uint8 [H,W] of a picture at each of these numbers of groups; one that is the segmenter's needs no tree
     and little memory."""
-    if list(numbers) == [segmenter.groups]:
-        return {segmenter.groups: segmenter.predict(picture, **options)}
+    if list(numbers) == [len(segmenter.grouping)]:
+        return {numbers[0]: segmenter.predict(picture, **options)}
     return segmenter.predict_at(picture, numbers, **options)
-
-
-def reduced(image: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Bring an image [H,W,3] and its labels [H,W] to at most OVERLAY_PIXELS, in memory for a band and the result."""
-    factor = math.sqrt(OVERLAY_PIXELS / labels.size)
-    if factor >= 1:
-        return image, labels
-    scaled = [Scaled.by(image, factor, "bilinear"), Scaled.by(labels, factor, "nearest")]
-    height, width = scaled[0].size
-    bands = [(top, min(BAND, height - top)) for top in range(0, height, BAND)]
-    small = [np.concatenate([part.window(top, 0, rows, width) for top, rows in bands]) for part in scaled]
-    return small[0], small[1]
 
 
 def say_skipped(error: ImageError) -> None:
@@ -243,63 +320,32 @@ def mean_shares(shares: Collection[Shares]) -> Shares:
     return {k: round(sum(image.get(k, 0) for image in shares) / len(shares), 6) for k in groups}
 
 
-def draw_sheet(folder: Predictions, done: Sequence[Item], mean: Shares, reading: Reading) -> None:
-    """Draw images evenly spaced over all that are done, read back from the disk."""
+def for_sheets(items: Sequence[Item]) -> list[Item]:
+    """All images, or as many evenly spaced ones as the sheets hold."""
+    return [items[place] for place in evenly_spaced(len(items), PAGE * SHEET_PAGES)]
+
+
+def draw_sheets(folder: Predictions, done: Sequence[Item], groups: Sequence[Group], reading: Reading) -> list[Path]:
+    """Draw all images that are done, or some evenly spaced over them, read back from the disk -> the pages, of which
+    the first is SHEET. Pages of an earlier time that are no more are removed."""
+    chosen = for_sheets(done)
 
     def shown() -> Iterator[Shown]:
-        for item in (done[place] for place in evenly_spaced(len(done), SHEET_IMAGES)):
+        for item in chosen:
             with suppress(ImageError):  # removed or damaged since
-                yield item.name, read_picture(item.file, reading, item.page).pixels, read_label(folder.mask(item))
+                if item.name in folder.thumbnails:
+                    yield folder.thumbnails[item.name]
+                else:
+                    yield thumbnail(Shown(item.name, *shown_of(item, folder.mask(item), reading)), len(chosen))
 
-    title = f"{min(len(done), SHEET_IMAGES)} of {len(done)} images, {len(mean)} groups"
-    shares = {int(k): share for k, share in mean.items()}
-    pictures.save(folder.path / SHEET, groups_sheet(shown(), pictures.palette(256), shares, title))
-
-
-def items_below(root: Path) -> list[Item]:
-    """The photos at or below `root`, with a line for each kind of file left out. UserError when none is left."""
-    layout = recognise(root)
-    if layout is not None:  # its label files are images too
-        advice = layout.pictures or "the pictures alone"
-        raise UserError(f"--images {root}: is {layout.title}, which holds more than pictures; give {advice}")
-    found = scan(root, "--images")
-    for note in found.notes:
-        say(printable(f"note: {note}"))
-    names = [Path(photo) for photo in found.photos]
-    return [Item(found.folder / name, name.as_posix(), stem) for name, stem in zip(names, output_stems(names))]
-
-
-def look_at(items: Sequence[Item], reading: Reading) -> tuple[list[Item], Reading]:
-    """The images with an item for every page that is read, and `reading` with a range for every kind of value.
-
-    Says what was measured and what of the images is not shown.
-    """
-    items = list(items)
-    if reading.pages == "all":
-        counts = page_counts([item.file for item in items])
-        names = page_names([item.name for item in items], counts)
-        pages = [(item.file, page) for item, count in zip(items, counts) for page in range(1, count + 1)]
-        stems = output_stems([Path(name) for name in names])
-        items = [Item(file, name, stem, page) for (file, page), name, stem in zip(pages, names, stems)]
-    reading, notes = survey([Place(item.file, item.page) for item in items], reading)
-    for note in notes:
-        say(printable(f"data       {note}"))
-    return items, reading
-
-
-def output_stems(files: Sequence[Path]) -> list[str]:
-    """Names for the files written for each image, no two alike even if neither case nor Unicode form counted.
-
-    A name has no suffix. Of a.jpg and a.png in one folder, the first in the order of `photo_suffixes` is called so,
-    whether or not the other is there, and the other keeps its suffix.
-    """
-    order, names = photo_suffixes(), [file.as_posix() for file in files]
-    stems: dict[Path, str] = {}
-    taken = Counter(map(normal, names))
-    for file in sorted(files, key=lambda file: (order.index(file.suffix.lower()), file.as_posix())):
-        stem, name = file.with_suffix("").as_posix(), file.as_posix()
-        if normal(stem) in taken:
-            stem = name if taken[normal(name)] == 1 else f"{name}.{crc32(name.encode(errors='surrogateescape')):08x}"
-        stems[file] = stem
-        taken[normal(stem)] += normal(stem) != normal(name)
-    return [stems[file] for file in files]
+    all_or_some = f", evenly spaced over {len(done)}" if len(chosen) < len(done) else ""
+    some = f"{{first}} to {{last}} of {len(chosen)}{all_or_some}"
+    in_use = sum(bool(group.share) for group in groups)
+    paths = []
+    for number, page in enumerate(sheet_pages(shown(), groups, f"images {some}: {in_use} groups"), 1):
+        paths.append(folder.path / SHEET if number == 1 else folder.path / SHEETS / f"{number}.jpg")
+        pictures.save(paths[-1], page)
+    for path in folder.path.glob(f"{SHEETS}/*.jpg"):
+        if path not in paths:
+            path.unlink()
+    return paths

@@ -1,11 +1,12 @@
-"""Work in threads, a bounded number of items ahead of the reader."""
+"""Work in threads, a bounded number of items ahead of the reader or behind the writer."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -29,3 +30,25 @@ def ahead(
                 yield begun.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)  # a reader that stops early does not wait for the rest
+
+
+@contextmanager
+def behind(threads: int) -> Iterator[Callable[..., None]]:
+    """Give a function that calls `work(*values)` in one of `threads`, at most as many at once; at its own place for 0.
+
+    All work is done at the end of the block. Raises the first error of the work, there or at a later call.
+    """
+    begun: deque[Future[Any]] = deque()
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+
+        def later(work: Callable[..., Any], *values: Any) -> None:
+            if not threads:
+                work(*values)
+                return
+            begun.append(pool.submit(work, *values))
+            if len(begun) > threads:
+                begun.popleft().result()
+
+        yield later
+        while begun:
+            begun.popleft().result()

@@ -24,7 +24,7 @@ from .fields import Field, fields_of, helps_of
 T = TypeVar("T")
 HELP = {"-h", "--help"}
 PACKAGE = "smooseg_fast"
-MODULES = {"backbones": "backbonelist"}  # commands whose module has another name than they
+MODULES = {"backbones": "backbonelist", "export": "exporting"}  # commands whose module has another name than they
 
 
 def program() -> str:

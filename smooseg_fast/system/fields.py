@@ -19,6 +19,7 @@ from numbers import Integral, Real
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..errors import UserError
+from .stores import require_local
 
 # kind -> (what Python may give for it, in words, what --help shows for a value)
 KINDS: dict[type, tuple[type[Any], str, str]] = {
@@ -27,6 +28,9 @@ KINDS: dict[type, tuple[type[Any], str, str]] = {
     float: (Real, "a number", "X"),
     bool: (bool, "True or False", ""),
 }
+
+
+PATHS = ("FOLDER", "DIR", "FILE", "PATH")  # metavars of local paths
 
 
 @dataclass(frozen=True)
@@ -64,12 +68,14 @@ class Group:
 class Value:
     """What --help shows for a value; shells complete folders for FOLDER and DIR, and files for FILE, PATH and NAME.
 
-    A word without a flag is taken to be meant for the `usual` field. A `positional` one has no flag at all.
+    A word without a flag is taken to be meant for the `usual` field. A `positional` one has no flag at all. `stores`
+    lets a path be the URL of a store.
     """
 
     metavar: str
     usual: bool = False
     positional: bool = False
+    stores: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,8 @@ class Field:
             if item == "":
                 thing = "a folder" if self.value.metavar == "FOLDER" else "a value"
                 raise UserError(f"{self.label}: is empty; give {thing}{'' if self.required else ', or leave it out'}")
+            if self.value.metavar in PATHS and not self.value.stores:
+                require_local(item, self.label)
             if isinstance(item, str) and "\0" in item:
                 raise UserError(f"{self.label}: holds a NUL character, which no name has; write it again")
             if self.bounds is not None:
@@ -160,9 +168,10 @@ def check_fields(settings: Any) -> None:
 @cache
 def helps_of(kind: type) -> dict[str, str]:
     """The docstrings below the fields of the dataclass `kind`, each in one line."""
+    above = [base for base in kind.__bases__ if dataclasses.is_dataclass(base)]
+    helps = {name: text for base in above for name, text in helps_of(base).items()}
     module = ast.parse(textwrap.dedent(inspect.getsource(kind)))
     (definition,) = (node for node in module.body if isinstance(node, ast.ClassDef))
-    helps = {}
     for node, below in pairwise(definition.body):
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(below, ast.Expr)):
             continue

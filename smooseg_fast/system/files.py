@@ -10,13 +10,15 @@ import os
 import re
 import socket
 import stat
+import tempfile
 import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
-from ..errors import WriteError
+from ..errors import UserError, WriteError
+from .stores import File, Remote, fetch, is_url, open_store, place, put
 
 # names of temporary files: the host and the process that write them, and the suffix of the file
 LEFTOVER = re.compile(r"\..*?(?:\.(?P<host>\d+))?\.(?P<process>\d+)\.part(\.[^.]*)?", re.DOTALL)
@@ -36,13 +38,67 @@ def regular(path: str | Path) -> Path:
     raise OSError(errno.EINVAL, f"is {kind}, no file", str(path))
 
 
+def open_binary(path: str | Path) -> BinaryIO:
+    """Open a local file, or a file in a store, for reading. OSError when it cannot be opened or could wait without end.
+
+    Whole files of a store are fetched, small ones into memory.
+    """
+    if isinstance(path, Path) or not is_url(path):
+        return open(regular(path), "rb")
+    file = place(path)
+    return open_store(file) if isinstance(file, Remote) else open(regular(file), "rb")
+
+
+def read_text(path: File, errors: str = "strict") -> str:
+    """The UTF-8 text of a file. OSError as of `open_binary`; UnicodeDecodeError, but for errors="replace"."""
+    with open_binary(path) as file:
+        return file.read().decode("utf-8", errors)
+
+
+def size_of(path: str | Path) -> int:
+    """Bytes of a file. OSError when it cannot be read."""
+    file = place(path) if is_url(path) else path
+    if isinstance(file, Remote):
+        return len(fetch(file)) if file.size is None else file.size
+    return os.stat(file).st_size
+
+
+def state_of(path: str | Path) -> tuple[int | None, int | str] | None:
+    """(bytes, time of the last change or what stands for it in a store), which tell a file that changed; None when it
+    is gone."""
+    if isinstance(path, Remote):
+        return path.size, path.stamp
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
 def write_atomic(path: str | Path, content: bytes | str | Callable[[Path], None]) -> Path:
     """Write `content` to `path` by one rename. A callable gets the temporary path and writes the file itself.
 
     The temporary file keeps the suffix, because image libraries choose the format by it. WriteError, naming the path,
-    when the disk is full or the folder cannot be written; an earlier file at `path` is then still whole.
+    when the disk is full or the folder cannot be written; an earlier file at `path` is then still whole. A store gets
+    the whole file in one request, and shows it once all of it is there.
     """
-    path = Path(path)
+    if isinstance(path, Remote):
+        _put(path, content)
+        return cast(Path, path)
+    _write(Path(path), content)
+    return Path(path)
+
+
+def _put(file: Remote, content: bytes | str | Callable[[Path], None]) -> None:
+    if callable(content):
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = Path(folder, f"file{file.suffix}")
+            content(temporary)
+            content = temporary.read_bytes()
+    put(file, content.encode() if isinstance(content, str) else content)
+
+
+def _write(path: Path, content: bytes | str | Callable[[Path], None]) -> None:
     # file systems take names of 255 bytes, and the temporary name must not be longer than a legal one
     temporary = path.with_name(f".{path.stem[:40]}.{HOST}.{os.getpid()}.part{path.suffix}")
     try:
@@ -61,14 +117,15 @@ def write_atomic(path: str | Path, content: bytes | str | Callable[[Path], None]
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-    return path
 
 
-def sweep(folder: Path, *, below: bool = False, older: float = 0.0) -> None:
+def sweep(folder: File, *, below: bool = False, older: float = 0.0) -> None:
     """Remove temporary files of killed processes in `folder`, or anywhere `below` it.
 
-    Those younger than `older` seconds stay, unless their process ran on this machine and is gone.
+    Those younger than `older` seconds stay, unless their process ran on this machine and is gone. A store has none.
     """
+    if isinstance(folder, Remote):
+        return
     for path in folder.glob("**/.*.part*" if below else ".*.part*"):
         with contextlib.suppress(OSError):
             name = LEFTOVER.fullmatch(path.name)
@@ -104,3 +161,14 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(item) for item in value]
     return value
+
+
+def default_cache() -> Path:
+    """The folder of everything that may be computed again: $XDG_CACHE_HOME/smooseg_fast or ~/.cache/smooseg_fast."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(base):
+        return Path(base) / "smooseg_fast"
+    try:
+        return Path.home() / ".cache" / "smooseg_fast"
+    except RuntimeError as error:  # as in a container
+        raise UserError("--cache: missing; HOME is not set, and this user has no home folder: give one") from error

@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -39,6 +39,7 @@ class Processes:
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, store: dist.Store | None = None):
         self.rank, self.size, self.local_rank, self._store = rank, size, local_rank, store
+        self._counters = 0
         self.ending = False  # the reason to end is known, so SIGTERM adds nothing
 
     @property
@@ -78,6 +79,22 @@ class Processes:
     def decide(self, answer: Any) -> Any:
         """Return the first process's answer."""
         return self.all(answer)[0]
+
+    def counter(self) -> Callable[[int], int]:
+        """A counter that all processes share: it takes what to add and returns the sum. All make one at the same point
+        of their work; counting waits for nobody."""
+        self._counters += 1
+        name, alone = f"counter {self._counters}", 0
+
+        def add(more: int) -> int:
+            nonlocal alone
+            alone += more
+            if self._store is not None:
+                with contextlib.suppress(RuntimeError):  # the store is gone, and the next exchange will say so
+                    return self._store.add(name, more)
+            return alone
+
+        return add
 
     def wait(self) -> None:
         """Wait until every process is here."""

@@ -16,8 +16,21 @@ PLAIN_S = 30.0  # between lines in a log file
 SILENT_S = 2.0  # that a phase may last before a line or a bar shows it
 
 
+def in_notebook() -> bool:
+    """Whether this process serves a notebook."""
+    return "ipykernel" in sys.modules
+
+
 class Bar(tqdm):
-    """tqdm's bar on a terminal; elsewhere, as in a log file, a plain line every PLAIN_S seconds."""
+    """tqdm's bar on a terminal, and its widget in a notebook; elsewhere, as in a log file, a plain line every PLAIN_S
+    seconds."""
+
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        if in_notebook():
+            from tqdm.auto import tqdm as widget  # a plain bar without ipywidgets
+
+            return widget(*args, **options)
+        return super().__new__(cls, *args, **options)
 
     def __init__(self, **options: Any):
         if sys.stderr is None and options.get("file") is None:  # as under pythonw

@@ -126,7 +126,7 @@ def samples_of(path: Path | str, bands: tuple[int, ...] | None, most: int) -> Sa
 
 
 def header_of(path: Path | str) -> Header:
-    """What a map declares."""
+    """The declarations of a map."""
     with opened(path) as dataset:
         first, (height, width) = Bands(path, dataset, None), dataset.shape
         opacity = "alpha" in [colour.name for colour in dataset.colorinterp]

@@ -127,7 +127,7 @@ class Checkpoint:
 
     @property
     def names(self) -> Names:
-        """What was given to the groups in use."""
+        """The names, colours and merges of the groups in use."""
         return self.naming.at(self.cut, self.share)
 
     @property

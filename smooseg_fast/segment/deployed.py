@@ -190,7 +190,7 @@ def kernel(x: Tensor, a: float) -> Tensor:
 
 
 def description(segmenter: Segmenter) -> dict[str, Any]:
-    """What a program that runs the network needs to know, ready for JSON."""
+    """The facts that a program needs to run the network, ready for JSON."""
     checkpoint, config = segmenter.checkpoint, segmenter.config
     return {
         "patch": segmenter.backbone.patch,

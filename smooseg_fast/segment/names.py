@@ -59,7 +59,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Names:
-    """What was given to the groups of one cut, by their numbers in it; ready for names.json.
+    """Names, colours and merges of the groups of one cut, by their numbers in it; ready for names.json.
 
     groups: of the cut, before merging: its numbers are 0..groups - 1. names, colours: of the groups that have some; of
     merged ones under their lowest number. merge: lists of numbers, each ascending. least_share: of the cut.

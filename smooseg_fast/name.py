@@ -55,6 +55,7 @@ class NameConfig:
 def main(args: Sequence[str]) -> None:
     config = parse(NameConfig, args, "name")
     from .learn import runfolder as folder
+    from .learn.runpage import refresh_page
     from .segment.checkpoint import read_checkpoint
     from .segment.names import NAMES, Names
     from .show import pictures
@@ -83,7 +84,8 @@ def main(args: Sequence[str]) -> None:
         checkpoint.names.write(out / NAMES)
         if checkpoint.fine is not None:
             pictures.save(out / folder.TREE, tree_picture(checkpoint, str(out)))
-    tell(before, checkpoint, given, out)
+        pages = refresh_page(out)
+    tell(before, checkpoint, given, out, pages)
 
 
 def apart(checkpoint: Checkpoint, numbers: Sequence[int]) -> Names:
@@ -196,7 +198,7 @@ def table(groups: Iterable[Group], names: Names) -> str:
     return aligned([head, *rows], left=[1, 4])
 
 
-def tell(before: Checkpoint, checkpoint: Checkpoint, given: Names, out: Path) -> None:
+def tell(before: Checkpoint, checkpoint: Checkpoint, given: Names, out: Path, pages: Sequence[str]) -> None:
     """Say what has changed and what may follow."""
     was, now = before.names, checkpoint.names
     print(table(checkpoint.listed, now))
@@ -209,6 +211,7 @@ def tell(before: Checkpoint, checkpoint: Checkpoint, given: Names, out: Path) ->
     parts += [f"{apart} taken apart"] * bool(apart)
     checkpoint_file = out / "checkpoint.safetensors"
     print(one_line(f"changed    {', '.join(parts) or 'nothing'}; {checkpoint_file} keeps all, names.json is a copy"))
+    print("".join(one_line(f"look at    {page}") + "\n" for page in pages), end="")
     if (given.groups, given.least_share) != (now.groups, now.least_share):
         words = ["--run", str(out), "--groups", str(given.groups)]
         words += ["--share", f"{given.least_share:g}"] if given.least_share else []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from .command import run
 from .errors import UserError
 from .system.commandline import parse
 from .system.fields import Value
-from .system.files import regular
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +29,7 @@ class ReportConfig:
 
 def main(args: Sequence[str]) -> None:
     config = parse(ReportConfig, args, "report")
+    from .learn.runpage import write_page_of_run
     from .show.report import PAGE
     from .show.report_folder import write_page_of
 
@@ -43,25 +42,6 @@ def main(args: Sequence[str]) -> None:
     else:
         write_page_of_run(folder, out)
     print(f"open {out} in a browser; it is one file and needs no network ({out.stat().st_size / 1e6:.1f} MB)")
-
-
-def write_page_of_run(folder: Path, out: Path) -> None:
-    """Write the page of a run from its checkpoint, its report and the tiles that training left."""
-    from .learn import runfolder as names
-    from .segment.checkpoint import read_checkpoint
-    from .show.report import run_page, write_page
-    from .show.report_tiles import TILES, read_tiles
-
-    try:
-        report = json.loads(regular(folder / names.REPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"--run {folder}: holds no finished run; give the --out folder of training") from error
-    header, tiles = read_tiles(folder / TILES)
-    if not header or not isinstance(report, dict):
-        advice = "run the same smooseg train again, which writes it"
-        raise UserError(f"--run {folder}: holds no {TILES} that can be read; remove {names.PAGE} and {advice}")
-    checkpoint = read_checkpoint(folder / names.CHECKPOINT)
-    write_page(out, run_page(folder, checkpoint, header, report), list(tiles.values()))
 
 
 if __name__ == "__main__":

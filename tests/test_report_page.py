@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from smooseg_fast import choose, predict, report
+from smooseg_fast import choose, name, predict, report
 from smooseg_fast.command import run
 from smooseg_fast.datasets.reading import Picture
 from smooseg_fast.learn.runpage import cropped, mosaic, spread
@@ -241,6 +241,13 @@ def test_a_run_its_page_and_its_page_again(trained, labelled, capsys):
     again = data_of(Path("again.html").read_text())
     assert again["page"]["groups"] == other
     assert again["tiles"] == data["tiles"]
+    assert data_of(Path("out/report.html").read_text())["page"]["groups"] == other  # choose and name write it again
+    capsys.readouterr()
+    assert run(name.main, ["--run", "out", "0=road </script>"]) == 0
+    assert "look at    out/report.html\n" in capsys.readouterr().out
+    named = Path("out/report.html").read_text()
+    assert "road </script>" in json.dumps(data_of(named))
+    assert "road </script>" not in named
 
 
 def test_reports_that_cannot_be(tmp_path, capsys):

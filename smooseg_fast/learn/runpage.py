@@ -18,13 +18,16 @@ from ..config import FIT
 from ..datasets.cutting import Cutting
 from ..datasets.images import FIVE_RATIO, ImageError
 from ..datasets.reading import Picture
+from ..errors import UserError
 from ..features.sample import evenly_spaced
+from ..segment.checkpoint import read_checkpoint
 from ..segment.model import Head, project
 from ..segment.refine import Plane, Refiner, refined_bands
 from ..segment.segmenter import Segmenter
 from ..show.report import PAGE, run_page, write_page
-from ..show.report_tiles import MOST_TILES, TILES, Atlas, Looking, allowance, tile_of
-from ..system.files import write_atomic
+from ..show.report_tiles import MOST_TILES, TILES, Atlas, Looking, allowance, read_tiles, tile_of
+from ..system.files import regular, write_atomic
+from .runfolder import CHECKPOINT, REPORT
 from .setting import Setting
 
 SHARE_OF_TIME, LEAST_IMAGES = 0.08, 12  # of the run so far that tiles may take, and images that are shown in any case
@@ -188,3 +191,26 @@ def write_run_page(setting: Setting, segmenter: Segmenter, report: dict[str, Any
     out = setting.folder.path
     write_atomic(out / TILES, "".join(json.dumps(line) + "\n" for line in (header, *tiles)))
     return write_page(out / PAGE, run_page(out, segmenter.checkpoint, header, report), tiles)
+
+
+def write_page_of_run(folder: Path, out: Path) -> None:
+    """Write the page of a finished run from its checkpoint, its report and the tiles that training left. UserError
+    where they are not there."""
+    try:
+        report = json.loads(regular(folder / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"--run {folder}: holds no finished run; give the --out folder of training") from error
+    header, tiles = read_tiles(folder / TILES)
+    if not header or not isinstance(report, dict):
+        advice = "run the same smooseg train again, which writes it"
+        raise UserError(f"--run {folder}: holds no {TILES} that can be read; remove {PAGE} and {advice}")
+    write_page(out, run_page(folder, read_checkpoint(folder / CHECKPOINT), header, report), list(tiles.values()))
+
+
+def refresh_page(folder: Path) -> list[str]:
+    """Write the page of a run again after its names or its number of groups changed -> its name, where training left
+    the tiles for it."""
+    if not (folder / TILES).exists():
+        return []
+    write_page_of_run(folder, folder / PAGE)
+    return [str(folder / PAGE)]

@@ -193,7 +193,7 @@ class Naming:
     merges: tuple[Part, ...] = ()
 
     def at(self, cut: np.ndarray, least_share: float = 0.0) -> Names:
-        """What holds at a cut, the group of every fine group, int [K0]."""
+        """The names that hold at a cut, given as the group of every fine group, int [K0]."""
         parts = parts_of(cut)
         merge = []
         for whole in self.merges:

@@ -33,7 +33,7 @@ INTEGER, TEXT = 0, 2  # types of columns
 
 @dataclass(frozen=True)
 class Plan:
-    """What is written of a picture, and where.
+    """The files that are written of a picture, and their places.
 
     Attributes:
         shape: (height, width).

@@ -104,7 +104,7 @@ class Predictions(OutFolder):
         return self.path / kind / f"{item.stem}{'.tif' if item.map else FURTHER[kind]}"
 
     def plan(self, item: Item, shape: tuple[int, int]) -> Plan:
-        """What is written of an image (height, width), but for its overlay."""
+        """The files that are written of an image (height, width), but for its overlay."""
         more = {kind: self.further(item, kind) for kind in self.more}
         scratch = self.path if isinstance(self.path, Path) else None
         return Plan(shape, self.groups, self.colours, self.mask(item), more, scratch)

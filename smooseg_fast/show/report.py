@@ -30,7 +30,7 @@ ESCAPES = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u202
 
 @dataclass(frozen=True)
 class Page:
-    """What a page shows, apart from the tiles.
+    """The content of a page, apart from the tiles.
 
     Attributes:
         title: the name of the run or the folder.

@@ -18,7 +18,7 @@ from .gaussian import IMPLS, AllPairs, triton_serves
 from .lattice import Permutohedral
 
 METHODS = {"lattice": ("auto", "torch", "cpp"), "exact": IMPLS}
-# all pairs of one picture on a GPU, no slower than the lattice there: some 20 ms for ten iterations on an H200
+# all pairs of one picture on a GPU: about where an H200 takes as long for the lattice, by the times in LOG.md
 LARGEST_EXACT_PIXELS = 1 << 16
 
 
@@ -51,7 +51,7 @@ def dense_crf(
         method: "exact" sums over all pairs of pixels, O(H^2 W^2 K) time and O(H W K) memory. "lattice" approximates the
             kernels by permutohedral lattices (Adams et al. 2010), O(H W K) time, and gives the labels of pydensecrf2,
             which does the same. "auto" picks "exact" on a GPU with Triton for pictures to 2^16 pixels (256 x
-            256), where it is no slower, and "lattice" everywhere else.
+            256), about where both take as long, and "lattice" everywhere else.
         impl: for "exact": "auto", "triton", "torch" (tiles of bounded size) or "dense" (the float64 oracle, to 4096
             pixels). For "lattice": "auto", "cpp" or "torch".
 

@@ -1,6 +1,8 @@
 """Maps: where they lie, windows of them, the GeoTIFFs that predict writes, confidence and probabilities."""
 
+import gc
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +15,12 @@ from smooseg_fast.command import run
 from smooseg_fast.datasets import IGNORE, gdal, georeference, images, raster, scaled
 from smooseg_fast.datasets.reading import PLAIN, Picture
 from smooseg_fast.segment import segmenter as segmenters
+from smooseg_fast.segment.names import Group
 from smooseg_fast.segment.parts import LEVELS, margins, stored
 from smooseg_fast.segment.segmenter import Segmenter
 from smooseg_fast.show import cog
 from smooseg_fast.show.cog import CogWriter, Layout
+from smooseg_fast.show.outputs import PROBABILITIES, PhotoFiles, Plan
 
 tifffile = pytest.importorskip("tifffile")
 needs_gdal = pytest.mark.skipif(not gdal.available(), reason="needs rasterio")
@@ -351,3 +355,17 @@ def test_tiles_change_few_labels(trained, monkeypatch):
         monkeypatch.setattr(segmenters, "TILE", side)
         labels[side] = segmenter.predict(picture, mirror=False, scale="native")
     assert (labels[640] != labels[1024]).mean() < 0.005
+
+
+def test_probabilities_that_are_interrupted_end_quietly(tmp_path, monkeypatch):
+    """The archive ends before the file below it, also in the middle of an entry."""
+    unraisable = []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    group = Group(0, "road", (1, 2, 3))
+    more = {PROBABILITIES: tmp_path / "p.npz"}
+    files = PhotoFiles(Plan((4, 5), [group], np.zeros((256, 3), np.uint8), tmp_path / "m.png", more, None))
+    files.discard()
+    del files
+    gc.collect()
+    assert unraisable == []
+    assert list(tmp_path.iterdir()) == []

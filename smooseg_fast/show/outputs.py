@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import copyfileobj
@@ -124,6 +125,10 @@ class Rows:
         self.discard()
 
     def discard(self) -> None:
+        """Let go of the file, full or not. The archive first: it would be ended later, in a file that is closed."""
+        with suppress(OSError):
+            self._entry.close()
+            self._zip.close()
         self._file.close()
 
 

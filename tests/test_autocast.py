@@ -12,7 +12,7 @@ import smooseg_kernels as sk
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLS = ["dense", "torch", *(["triton"] if importlib.util.find_spec("triton") else [])]
-B, P, D, Z, K = 3, 150, 24, 16, 9
+B, P, D, Z, K = 3, 70, 24, 16, 9
 
 
 def normal(*shape, seed=0):
@@ -69,7 +69,7 @@ FUNCTIONS = {
     "assign": dict(
         codes=normal(B, P, Z),
         prototypes=normal(K, Z, seed=1),
-        grid=(10, 15),
+        grid=(7, 10),
         size=(40, 45),
         labels=torch.arange(B * 40 * 45, device=DEVICE).view(B, 40, 45) % 5,
         classes=4,

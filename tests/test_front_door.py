@@ -115,8 +115,13 @@ CONSTANTS = [
     (dict(thresholds=[0.1, None]), TypeError, "thresholds must be numbers"),
     (
         dict(temperature=CONSTANT),
-        TypeError,
-        "temperature must be a number above 0, a constant of this function, got Tensor",
+        ValueError,
+        r"temperature is a constant of this function and gets no gradient: pass temperature.detach\(\)",
+    ),
+    (
+        dict(temperature=torch.full((2,), 0.1)),
+        ValueError,
+        r"temperature must be a number or a tensor of shape \[\], got shape \[2\]",
     ),
     (dict(temperature="0.1"), TypeError, "temperature must be a number"),
     (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import typing
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -69,12 +70,27 @@ def clamped_means(impl, b, codes, shifts, features, partners, weight):
     return sk.pair_energy(features, codes, features, codes, b + shifts, **options)[:3]
 
 
+def hinged_rows(impl, b, codes, other_codes, features, other):
+    options = dict(mean=b / 2, hinge=True, reduction="none", impl=impl)
+    return sk.pair_energy(features, codes, other, other_codes, b, **options)[:2]
+
+
+def smoothness_terms(impl, b, probs, features):
+    set_when_built = Smoothness(b, b + 0.3, impl=impl)(features, probs)
+    return (*set_when_built[:2], *Smoothness(0.1, 0.4, impl=impl)(features, probs, within=b, across=b / 2)[2:])
+
+
+def refined(impl, b, probs, image):
+    kernels = dict(gaussian=(b + 1, b + 3), bilateral=(b + 60, b + 3, b + 4))
+    return (sk.dense_crf(probs, (255 * image).byte(), iterations=2, method="exact", impl=impl, **kernels),)
+
+
 Smoothness, Correlation = sk.layers.SmoothnessLoss, sk.layers.CorrelationLoss
 # public name, and after a space what is special: one line (or few) for each
 ENTRIES = {
     "smooseg_loss": Entry(
         lambda impl, b, z, s, f, t, j, c: sk.smooseg_loss(
-            f, z, s, t, ["self", j], [b, 0.4], relative=True, channel_scale=c, impl=impl
+            f, z, s, t, ["self", j], [b, 0.4], temperature=b, relative=True, channel_scale=c, impl=impl
         ),
         "codes student",
         "features teacher partner scale",
@@ -85,7 +101,7 @@ ENTRIES = {
         "features partner",
     ),
     "prototype_probabilities": Entry(
-        lambda impl, _, z, t: (sk.prototype_probabilities(z, t, impl=impl),), "codes teacher"
+        lambda impl, b, z, t: (sk.prototype_probabilities(z, t, temperature=b, impl=impl),), "codes teacher"
     ),
     "prototype_loss": Entry(
         lambda impl, _, s, z, t: (sk.prototype_loss(z, s, t, impl=impl),), "student", "codes teacher"
@@ -97,57 +113,59 @@ ENTRIES = {
         "features partner",
     ),
     "histogram_quantiles": Entry(
-        lambda impl, _, h: (sk.histogram_quantiles(h, [0.1, 0.5]),), "", "histogram", ("torch",)
+        lambda impl, b, h: (sk.histogram_quantiles(h, [b, 0.5], (-1.0, b)),), "", "histogram", ("torch",)
     ),
     "pair_energy same": Entry(
         lambda impl, b, c, f: sk.pair_energy(f, c, f, c, b, clamp=(0.0, None), impl=impl)[:2], "codes", "features"
     ),
     "pair_energy options": Entry(clamped_means, "codes shifts", "features partners weight"),
     "pair_energy rows": Entry(
-        lambda impl, b, c, d, f, g: sk.pair_energy(f, c, g, d, b, hinge=True, reduction="none", impl=impl)[:2],
+        hinged_rows,
         "codes other_codes",
         "features other",
     ),
     "pair_energy bins": Entry(
-        lambda impl, b, c, f: sk.pair_energy(f, c, f, c, b, bins=8, impl=impl)[::4], "codes", "features", ("torch",)
+        lambda impl, b, c, f: sk.pair_energy(f, c, f, c, b, bins=8, impl=impl)[::4], "codes", "features"
     ),
     # draws its partners, the same after the same seed
-    "SmoothnessLoss": Entry(
-        lambda impl, b, p, f: Smoothness(b, 0.4, impl=impl)(f, p, across=b / 2), "probs_map", "features_map"
-    ),
+    "SmoothnessLoss": Entry(smoothness_terms, "probs_map", "features_map"),
     "CorrelationLoss": Entry(
-        lambda impl, b, c, d, f, g: Correlation(b, (-0.2, 0.6), means=True, impl=impl)(f, g, c, d)[:3],
+        lambda impl, b, c, d, f, g: Correlation(b, (-0.2, 0.6), means=True, impl=impl)(f, g, c, d, mean=b / 2)[:3],
         "codes_map other_codes_map",
         "features_map other_map",
     ),
     "CorrelationLoss same": Entry(
-        lambda impl, b, c, f: Correlation(b, (0.0, None), impl=impl)(f, f, c, c)[:2],
+        lambda impl, b, c, f: Correlation(0.1, (0.0, None), impl=impl)(f, f, c, c, threshold=b)[:2],
         "codes_map",
         "features_map",
         ("torch",),
     ),
     "contrastive_loss": Entry(
         lambda impl, b, c, f: sk.contrastive_loss(
-            c, c, features_i=f, features_j=f, threshold=b, temperature=b / 2, impl=impl
+            c, c, features_i=f, features_j=f, threshold=b, negative_threshold=b / 3, temperature=b / 2, impl=impl
         )[:1],
         "codes",
         "features",
     ),
     "crf_energy": Entry(
         lambda impl, b, p, x, y: (
-            sk.crf_energy(x, y, p, gaussian=(b + 1, 3), bilateral=(2, b + 1, 4), shift=b, impl=impl),
+            sk.crf_energy(x, y, p, gaussian=(b + 1, b), bilateral=(b + 2, b + 1, b + 4), shift=b, impl=impl),
         ),
         "probs",
         "places color",
     ),
     "CRFLoss": Entry(
-        lambda impl, b, p, x: (sk.layers.CRFLoss((1, 3), (2, 1, 4), shift=b, samples=None, impl=impl)(x, p),),
+        lambda impl, b, p, x: (
+            sk.layers.CRFLoss((b + 1, b), (b + 2, b + 1, b + 4), shift=b, samples=None, impl=impl)(x, p),
+        ),
         "probs_map",
         "color_map",
     ),
-    "gaussian_sums": Entry(lambda impl, _, v, x: (sk.gaussian_sums(x, v, impl=impl),), "probs places"),
+    "gaussian_sums": Entry(
+        lambda impl, b, v, x: (sk.gaussian_sums(x, v, tolerance=b / 1000, impl=impl),), "probs places"
+    ),
     "dense_crf": Entry(
-        lambda impl, _, p, x: (sk.dense_crf(p, (255 * x).byte(), iterations=2, method="exact", impl=impl),),
+        refined,
         "",
         "fine_probs image",
     ),
@@ -167,8 +185,18 @@ ENTRIES = {
 WITHOUT_TENSORS = {"resolve_impl"}
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 CALLS = [(name, impl) for name, entry in ENTRIES.items() for impl in entry.impls if impl == "torch" or HAS_TRITON]
-# the other kernels are compiled in their own tests, with shapes that change
-COMPILED = [(name, impl) for name, impl in CALLS if impl == "torch" or name == "assign"]
+# kernels whose own numbers change; the others are compiled in their own tests, with shapes that change
+CHANGED_KERNELS = ("assign", "smooseg_loss", "gaussian_sums")
+COMPILED = [(name, impl) for name, impl in CALLS if impl == "torch" or name in CHANGED_KERNELS]
+BINS = "counts by different limits do not add up: other limits are another histogram"
+CLAMP = "operators take a clamp as it is, because whether 0 lies outside of it decides which kernel serves"
+# numbers that compiled code takes as constants, and why
+CONSTANT_NUMBERS = {
+    ("pair_energy", "clamp"): CLAMP,
+    ("CorrelationLoss.__init__", "clamp"): CLAMP,
+    ("pair_energy", "limits"): BINS,
+    ("similarity_statistics", "limits"): BINS,
+}
 LEARNT = [(name, impl) for name, impl in CALLS if ENTRIES[name].leaves]
 
 
@@ -179,6 +207,53 @@ def public_names() -> set[str]:
 
 def test_every_public_function_and_layer_has_an_entry():
     assert {name.split()[0] for name in ENTRIES} == public_names()
+
+
+def takes_numbers(hint) -> bool:
+    return hint is float or any(map(takes_numbers, typing.get_args(hint)))
+
+
+def signatures() -> dict[str, tuple[object, str]]:
+    """Every public function and method of a layer: the object that has it, and its name there."""
+    table = {}
+    for name in sorted(public_names()):
+        place = sk if hasattr(sk, name) else sk.layers
+        if inspect.isfunction(getattr(place, name)):
+            table[name] = (place, name)
+        else:
+            table |= {f"{name}.{method}": (getattr(place, name), method) for method in ("__init__", "forward")}
+    return table
+
+
+def recorded(function, name: str, seen: dict[tuple[str, str], list[str]]):
+    """Wraps a public function so that `seen` gets what its numbers are at every call."""
+    hints = typing.get_type_hints(inspect.unwrap(function))
+    numbers = [parameter for parameter, hint in hints.items() if parameter != "return" and takes_numbers(hint)]
+    seen.update({(name, parameter): [] for parameter in numbers})
+
+    def run(*args, **kwargs):
+        given = inspect.signature(function).bind(*args, **kwargs).arguments
+        for parameter in numbers:
+            seen[name, parameter].append(repr(given.get(parameter)))
+        return function(*args, **kwargs)
+
+    return run
+
+
+def test_every_number_of_a_signature_changes_between_compiled_calls(monkeypatch):
+    seen: dict[tuple[str, str], list[str]] = {}
+    for name, (place, attribute) in signatures().items():
+        monkeypatch.setattr(place, attribute, recorded(getattr(place, attribute), name, seen))
+    constant = set(seen)
+    for entry in ENTRIES.values():
+        inputs, runs = inputs_of(SIZES[0]), []
+        for scalar in SCALARS[:2]:
+            for values in seen.values():
+                values.clear()
+            entry.function("torch", scalar, *(inputs[each] for each in entry.names))
+            runs.append({number: list(values) for number, values in seen.items()})
+        constant -= {number for number in seen if runs[0][number] != runs[1][number]}
+    assert constant == CONSTANT_NUMBERS.keys()
 
 
 def value_and_grad(function, name, size=SIZES[0], scalar=SCALARS[0], seed=0):
@@ -239,6 +314,27 @@ def test_a_threshold_that_decays_compiles_once(attribute):
     assert len(set(graphs[1:])) == 1, f"compiled again: {graphs} graphs"
     setattr(layer, attribute, torch.tensor(SCALARS[0]))
     torch.testing.assert_close(compiled(*arguments)[0], layer(*arguments)[0])
+
+
+@pytest.mark.parametrize("impl", ["torch", *(["triton"] if HAS_TRITON else [])])
+def test_a_temperature_that_falls_compiles_twice(impl):
+    """First with the number in the code, then for all numbers; the same as a temperature in a tensor."""
+    torch._dynamo.reset()
+    counters.clear()
+    inputs, graphs = inputs_of((2, 3, 3)), []
+    codes, teacher = inputs["codes"].requires_grad_(), inputs["teacher"]
+
+    def probs_and_gradient(function, temperature):
+        probs = function(codes, teacher, temperature=temperature, impl=impl)
+        return probs.detach(), *torch.autograd.grad(probs[..., 0].sum(), codes)
+
+    compiled = torch.compile(sk.prototype_probabilities, backend="aot_eager", fullgraph=True)
+    for temperature in (0.1, 0.2, 0.04):  # kernels have a form of their own below 0.05
+        expected = probs_and_gradient(sk.prototype_probabilities, temperature)
+        assert_equal(probs_and_gradient(compiled, temperature), expected)
+        assert_equal(probs_and_gradient(sk.prototype_probabilities, torch.tensor(temperature)), expected)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [1, 2, 2]
 
 
 class Module(torch.nn.Module):
@@ -310,29 +406,3 @@ def test_codes_made_under_autocast(impl):
     (gradient,) = torch.autograd.grad(loss.total, weight)
     assert gradient.dtype == torch.float32
     assert gradient.any()
-
-
-@pytest.mark.skipif(not HAS_TRITON, reason="without Triton")
-def test_what_torch_func_cannot_take_says_so():
-    x = inputs_of(SIZES[0])
-
-    def energy(impl, **options):
-        return lambda c: sk.pair_energy(x["features"], c, x["features"], c, 0.1, impl=impl, **options).energy
-
-    for impl, options in (("torch", {"clamp": (0.0, None)}), ("torch", {"hinge": True}), ("triton", {})):
-        for transform in (torch.func.grad, torch.func.jacfwd, lambda f: torch.func.vmap(lambda c: f(c))):
-            codes = x["codes"][None] if transform not in (torch.func.grad, torch.func.jacfwd) else x["codes"]
-            with pytest.raises(RuntimeError, match=r'impl="(torch|triton)".* use impl="dense"'):
-                transform(energy(impl, **options))(codes)
-
-    def contrast(c):
-        return sk.contrastive_loss(c, c, labels_i=labels, labels_j=labels, impl="torch").loss
-
-    labels = torch.zeros(x["codes"].shape[:2], dtype=torch.int64)
-    for function in (contrast, lambda c: sk.gaussian_sums(x["places"], c, impl="torch").sum()):
-        for transform in (torch.func.grad, torch.func.jacfwd):
-            with pytest.raises(RuntimeError, match=r'impl="torch".* use impl="dense"'):
-                transform(function)(x["codes"])
-    dense = torch.func.grad(energy("dense", clamp=(0.0, None)))(x["codes"])
-    assert_equal((torch.func.grad(energy("torch"))(x["codes"]),), (torch.func.grad(energy("dense"))(x["codes"]),))
-    assert dense.any()

@@ -229,14 +229,15 @@ def test_operators_pass_opcheck():
     )
 
 
-def loss_of(features, codes, student, teacher, partner, thresholds):
-    out = smooseg_loss(features, codes * 1.0, student, teacher, ["self", partner], thresholds, impl="triton")
+def loss_of(features, codes, student, teacher, partner, thresholds, temperature):
+    sets = (["self", partner], thresholds)
+    out = smooseg_loss(features, codes * 1.0, student, teacher, *sets, temperature=temperature, impl="triton")
     return out.total + out.energy[0]
 
 
 def test_compiles_whole_with_dynamic_shapes():
     compiled = torch.compile(loss_of, backend="aot_eager", fullgraph=True, dynamic=True)
-    for B, P in ((3, 17), (4, 33)):
+    for B, P, temperature in ((3, 17, 0.1), (4, 33, 0.04)):
         case = make_case(B=B, P=P, D=20, K=5, device=DEVICE, partners=("self", "index"))
         arguments = [
             case.features,
@@ -244,8 +245,10 @@ def test_compiles_whole_with_dynamic_shapes():
             case.student.requires_grad_(),
             case.teacher,
             case.partners[1],
+            case.thresholds,
         ]
-        got, want = (f(*arguments, case.thresholds) for f in (compiled, loss_of))
+        # to a compiler a number that changes is a tensor
+        got, want = compiled(*arguments, temperature), loss_of(*arguments, torch.tensor(temperature, device=DEVICE))
         assert torch.equal(got, want)
         for a, b in zip(*(torch.autograd.grad(value, arguments[1:3]) for value in (got, want))):
             assert torch.equal(a, b)

@@ -13,23 +13,29 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LIFT = 64.0
 
 
+def moments_views(plan, scratch):
+    """Returns the sums [S,B,D,H,BLOCK_K] and the label sums [H,B,PARTS,BLOCK_K]."""
+    sums = scratch.sums.view(plan.splits, plan.B, plan.D, plan.H, plan.columns)
+    return sums, scratch.label_sums.view(plan.H, plan.B, plan.parts, plan.columns)
+
+
 def make_moments(plan, scratch, generator):
     """Fills moments of magnitudes as in training, with numbers that must not matter beyond column K."""
 
     def uniform(*shape):
         return torch.rand(shape, generator=generator)
 
-    sums = scratch.sums.view(plan.splits, plan.B, plan.D, plan.H, plan.columns)
+    sums, label_sums = moments_views(plan, scratch)
     sums.copy_((LIFT / plan.splits * 0.1) * (uniform(*sums.shape) - 0.3))
     sums[..., plan.K] = sums[..., :1, plan.K]  # u is that of the features, whatever the head
-    scratch.label_sums.copy_((LIFT / plan.parts) * uniform(*scratch.label_sums.shape))
+    label_sums.copy_((LIFT / plan.parts) * uniform(*label_sums.shape))
     scratch.totals.copy_(uniform(plan.B) + 0.5)
 
 
 def moments_of(plan, scratch):
     """Returns g [H,B,D,K], u [H,B,D] and s [H,B,K] in float64."""
-    both = scratch.sums.double().view(plan.splits, plan.B, plan.D, plan.H, plan.columns).sum(0).permute(2, 0, 1, 3)
-    s = scratch.label_sums.double().sum(2)[..., : plan.K]
+    sums, label_sums = (x.double() for x in moments_views(plan, scratch))
+    both, s = sums.sum(0).permute(2, 0, 1, 3), label_sums.sum(2)[..., : plan.K]
     return both[..., : plan.K] / LIFT, both[..., plan.K] / LIFT, s / LIFT
 
 
@@ -98,8 +104,8 @@ def test_energies_pull_and_constant(name, blocks, poisoned, monkeypatch):
     make_moments(plan, scratch, generator)
     if case["weighted"]:
         scratch.totals[torch.tensor([1, 3])] = 0.0
-        for tensor, dim in ((scratch.sums, 1), (scratch.label_sums, 1)):
-            tensor.index_fill_(dim, torch.tensor([1, 3], device=DEVICE), 0.0)
+        for tensor in moments_views(plan, scratch):
+            tensor.index_fill_(1, torch.tensor([1, 3], device=DEVICE), 0.0)
     else:
         scratch.totals.fill_(40.0)
     partners = torch.tensor([[1, 2, 3, 4, 0], [2, 2, 2, 2, 2], [4, 0, 4, 0, 4]], device=DEVICE)

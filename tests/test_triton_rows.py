@@ -201,13 +201,15 @@ def test_operators_pass_opcheck():
 def test_compiles_whole():
     case = make_case(B=2, P=17, K=5, device=DEVICE)
 
-    def rows(codes, student):
-        probs = prototype_probabilities(codes, student, impl="triton")
+    def rows(codes, student, temperature):
+        probs = prototype_probabilities(codes, student, temperature=temperature, impl="triton")
         return (probs * probs).sum() + prototype_loss(codes, student, case.teacher, impl="triton")
 
     compiled = torch.compile(rows, backend="aot_eager", fullgraph=True, dynamic=True)
     inputs = [case.codes.requires_grad_(), case.student.requires_grad_()]
-    for a, b in zip(*(torch.autograd.grad(f(*inputs), inputs) for f in (compiled, rows))):
+    # to a compiler a number that changes is a tensor
+    losses = compiled(*inputs, 0.1), rows(*inputs, torch.tensor(0.1, device=DEVICE))
+    for a, b in zip(*(torch.autograd.grad(loss, inputs) for loss in losses)):
         assert torch.equal(a, b)
 
 
@@ -220,3 +222,10 @@ def test_derivatives_that_operators_lack_are_refused():
         torch.autograd.grad(loss, student, create_graph=True)
     with pytest.raises(RuntimeError, match="no forward-mode derivatives"):
         torch.func.jacfwd(lambda z: prototype_probabilities(z, student.detach(), impl="triton"))(codes)
+
+
+def test_prototypes_that_the_kernels_keep_on_chip():
+    from smooseg_kernels.triton import fits
+
+    assert all(fits(*sizes) for sizes in ((27, 256), (127, 64), (511, 16)))
+    assert not any(fits(*sizes) for sizes in ((15, 257), (32, 256), (128, 64)))

@@ -59,7 +59,7 @@ def number(name: str, value: float, expected: str = "a number") -> float:
 
 
 def threshold(name: str, value: float | Tensor) -> float | Tensor:
-    """Checks a threshold that a layer keeps: a finite number or a tensor of floats."""
+    """Checks a finite number or a tensor of floats."""
     if not isinstance(value, Tensor):
         return number(name, value, "a number or a tensor")
     if value.dtype not in FLOATS:
@@ -67,11 +67,41 @@ def threshold(name: str, value: float | Tensor) -> float | Tensor:
     return value
 
 
-def temperature(value: float) -> float:
-    value = number("temperature", value, "a number above 0, a constant of this function")
+def temperature(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> float | Tensor:
+    """Checks a temperature. Returns a number, or a tensor [] as in `varying`."""
+    if isinstance(value, Tensor):
+        return constant("temperature", value, dtype, device)
+    value = number("temperature", value, "a number above 0 or a tensor, a constant of this function")
     if value <= 0:
         raise ValueError(f"temperature must be a finite number above 0, got {value}")
-    return value
+    return varying(value, dtype, device)
+
+
+def varying(value: float, dtype: torch.dtype, device: torch.device) -> float | Tensor:
+    """Makes a tensor [] of a number that a compiler takes for a symbol, after it met several of them.
+
+    Operators and kernels would take the number as a constant, and be compiled again for the next one.
+    """
+    if not torch.compiler.is_compiling():
+        return value
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return value if has_static_value(value) else filled(value, dtype, device)
+
+
+def constant(name: str, value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Returns a tensor [] on the device. Numbers are filled in there: a copy from the host would wait for it.
+
+    A tensor is read only when it is used, so a captured graph can be given another value.
+    """
+    value = threshold(name, value)
+    if not isinstance(value, Tensor):
+        return filled(value, dtype, device)
+    if value.dim() != 0:
+        raise ValueError(f"{name} must be a number or a tensor of shape [], got shape {list(value.shape)}")
+    if value.requires_grad:
+        raise ValueError(f"{name} is a constant of this function and gets no gradient: pass {name}.detach()")
+    return value.to(device=device, dtype=dtype)
 
 
 def pair_sets(
@@ -133,13 +163,7 @@ def threshold_table(
         if isinstance(values, Sequence) and any(isinstance(value, Tensor) and value.requires_grad for value in values):
             raise ValueError("thresholds is a constant of this function and gets no gradient: detach its elements")
         try:
-            if (
-                torch.compiler.is_compiling()
-                and isinstance(values, Sequence)
-                and all(isinstance(value, Real) for value in values)
-            ):
-                values = torch.stack([filled(number("thresholds", value), dtype, device) for value in values])
-            table = torch.as_tensor(values, dtype=dtype, device=device)
+            table = numbers("thresholds", values, dtype, device)
         except (TypeError, ValueError):
             raise TypeError(f"thresholds must be numbers, {describe_thresholds(T, H)}, got {values!r}") from None
     if tuple(table.shape) == (T,):
@@ -149,6 +173,18 @@ def threshold_table(
     raise ValueError(
         f"thresholds must have shape {describe_thresholds(T, H)}, one for each pair set, got {list(table.shape)}"
     )
+
+
+def numbers(name: str, values: Tensor | Sequence[float] | float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Makes a tensor of numbers, which may differ from call to call of compiled code."""
+    if (
+        torch.compiler.is_compiling()
+        and isinstance(values, Sequence)
+        and values
+        and all(isinstance(value, Real) for value in values)
+    ):
+        return torch.stack([filled(number(name, value), dtype, device) for value in values])
+    return torch.as_tensor(values, dtype=dtype, device=device)
 
 
 def describe_thresholds(T: int, H: int | None) -> str:

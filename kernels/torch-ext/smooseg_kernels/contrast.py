@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks, contrast_blocks, contrast_dense
-from .derivatives import refuse_forward_mode, refuse_transforms
+from .derivatives import refuse_tangents, refuse_transforms
 from .dispatch import implementation
 from .precision import outside_autocast
 from .problem import ContrastProblem
@@ -103,14 +103,12 @@ def contrastive_loss(
         if threshold is None:
             raise ValueError("threshold must say above which cosine of the features a pair is positive, got None")
     dtype, device = accumulation_dtype(*tensors), codes_i.device
+    heat = checks.temperature(temperature, dtype, device)
     module = implementation(impl, (1, 1), *tensors, forms=FORMS)
-    if module is FORMS["torch"]:
-        refuse_forward_mode("torch", *tensors)
-        refuse_transforms("torch", *tensors)
     problem = ContrastProblem(
         codes_i=codes_i,
         codes_j=codes_j,
-        temperature=checked_temperature(temperature, dtype, device),
+        temperature=checks.constant("temperature", heat, dtype, device),
         labels_i=labels_i,
         labels_j=labels_j,
         features_i=features_i,
@@ -124,15 +122,12 @@ def contrastive_loss(
         inside=bool(inside),
         mean=reduction == "mean",
     )
+    if module is FORMS["torch"]:
+        refuse_tangents("torch", problem)
+        refuse_transforms("torch", *tensors)
     mean_loss, log_sum, positive, count = module.contrastive(problem)
     loss = reduced(log_sum, positive, count, mean=problem.mean) if mean_loss is None else mean_loss
     return ContrastiveTerms(loss, log_sum, positive, count)
-
-
-def checked_temperature(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    if not isinstance(value, Tensor):
-        value = checks.temperature(value)
-    return constant("temperature", value, dtype, device)
 
 
 def row_thresholds(
@@ -144,18 +139,7 @@ def row_thresholds(
         return value.to(dtype)
     if isinstance(value, Tensor) and value.dim() != 0:
         raise ValueError(f"{name} must be a number, or a tensor of shape [] or {list(shape)}, got {list(value.shape)}")
-    return constant(name, value, dtype, like.device).expand(shape)
-
-
-def constant(name: str, value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Returns a tensor []. A tensor is read only when it is used, so a captured graph can be given another value."""
-    if not isinstance(value, Tensor):
-        return checks.filled(checks.number(name, value, "a number or a tensor"), dtype, device)
-    if value.dim() != 0:
-        raise ValueError(f"{name} must be a number or a tensor of shape [], got shape {list(value.shape)}")
-    if value.requires_grad:
-        raise ValueError(f"{name} is a constant of this function and gets no gradient: pass {name}.detach()")
-    return value.to(device=device, dtype=dtype)
+    return checks.constant(name, value, dtype, like.device).expand(shape)
 
 
 def reduced(log_sum: Tensor, positive: Tensor, count: Tensor, *, mean: bool) -> Tensor:

@@ -181,7 +181,7 @@ def cosines(codes: Tensor, prototypes: Tensor) -> Tensor:
     return unit_rows(codes.to(dtype)) @ unit_rows(prototypes.to(dtype))[:, None].mT
 
 
-def probabilities(codes: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
+def probabilities(codes: Tensor, prototypes: Tensor, temperature: float | Tensor) -> Tensor:
     """Returns probs [H,B,P,K]."""
     return torch.softmax(cosines(codes, prototypes) / temperature, -1)
 
@@ -197,7 +197,7 @@ def data_term(codes: Tensor, student: Tensor, teacher: Tensor, patch_weight: Ten
 
 
 def loss(
-    problem: Problem, codes: Tensor, student: Tensor, teacher: Tensor, temperature: float
+    problem: Problem, codes: Tensor, student: Tensor, teacher: Tensor, temperature: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns total [H], energy [H,T], data [H], distance [H,T] and mean [T]."""
     energy, distance, mean = smoothness(problem, probabilities(codes, teacher, temperature))

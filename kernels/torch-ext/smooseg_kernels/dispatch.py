@@ -54,7 +54,8 @@ def implementation(
 
     if not fused.fits(*prototypes):
         raise ValueError(
-            f'impl="triton" cannot keep K = {prototypes[0]} prototypes on chip (K * Z to about 8000): use impl="torch"'
+            f'impl="triton" cannot keep K = {prototypes[0]} prototypes of Z = {prototypes[1]} channels on chip '
+            '(K * Z to about 8000, Z to 256): use impl="torch"'
         )
     if tensors[0].device.type == "cpu":
         fused.require_interpreter()

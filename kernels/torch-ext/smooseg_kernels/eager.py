@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .derivatives import refuse_second
 from .rows import inverse_norms, invert_norms
@@ -19,16 +20,16 @@ BLOCK_ELEMENTS = 1 << 19  # features that are scaled or converted at a time: 2 M
 
 
 def serves(*tensors: Tensor) -> bool:
-    """Tells whether this form takes the tensors: on a CPU, not traced, not wrapped by a transform of torch.func."""
+    """Tells whether this form takes the tensors: on a CPU, not traced, no transform of torch.func, no forward mode."""
     plain = all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" for t in tensors)
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
-    return plain and not traced
+    return plain and not traced and forward_ad._current_level < 0
 
 
 class Constants(NamedTuple):
     """Inputs of `LabelMoments` without gradient; tensors have the accumulation dtype."""
 
-    temperature: float
+    temperature: float | Tensor  # a number or []
     channel_scale: Tensor | None  # [B,D]
     shares: Tensor | None  # [B,P] weights that add up to 1 over a present image
     data_shares: Tensor | None  # [B,P] weights that add up to 1 over the batch
@@ -69,15 +70,15 @@ class LabelMoments(torch.autograd.Function):
         g, u = sums[:, :-1], sums[:, -1].clone()
         ctx.mark_non_differentiable(u, *([] if for_codes else [g, s]), *([] if for_student else [data]))
         ctx.set_materialize_grads(False)
-        ctx.temperature = temperature
+        ctx.temperature, given = (None, temperature) if isinstance(temperature, Tensor) else (temperature, None)
         kept = (c, scaled, inverse) if for_codes else (None, None, None)
-        ctx.save_for_backward(features, codes, teacher, channel_scale, shares, d_student, *kept)
+        ctx.save_for_backward(features, codes, teacher, channel_scale, shares, d_student, given, *kept)
         return g, u, s, data
 
     @staticmethod
     def backward(ctx, d_g, _, d_s, d_data):
         refuse_second("smooseg_loss", "torch")
-        features, codes, teacher, channel_scale, shares, d_student, c, scaled, inverse = ctx.saved_tensors
+        features, codes, teacher, channel_scale, shares, d_student, given, c, scaled, inverse = ctx.saved_tensors
         d_student = None if d_data is None else d_student * d_data[:, None, None]
         if c is None or (d_g is None and d_s is None):
             return None, None, d_student, None, None
@@ -93,7 +94,7 @@ class LabelMoments(torch.autograd.Function):
         # cancels, so the rounding that is left along c is taken out once more
         for _ in range(2):
             d.addcmul_(c, (d * c).sum(-1, keepdim=True), value=-1.0)
-        d = d.mul_(c).reshape(H, -1, K) @ (teacher / ctx.temperature)
+        d = d.mul_(c).reshape(H, -1, K) @ (teacher / (ctx.temperature if given is None else given))
         z, d = codes.to(teacher.dtype), d.view(codes.shape)
         along = (d * z).sum(-1, keepdim=True).mul_(inverse).mul_(inverse)
         d_codes = d.addcmul_(z, along, value=-1.0).mul_(inverse)

@@ -24,7 +24,7 @@ def smooseg_loss(
     partners: Tensor | Sequence[str | Tensor],
     thresholds: Tensor | Sequence[float],
     *,
-    temperature: float = 0.1,
+    temperature: float | Tensor = 0.1,
     relative: bool = False,
     center: bool = True,
     channel_scale: Tensor | None = None,
@@ -52,7 +52,7 @@ def smooseg_loss(
             is set in the environment (which also checks patch_weight).
         thresholds: b, numbers [T], or [H,T] with heads. Pairs of patches with W > b are pulled together, the others
             pushed apart.
-        temperature: a finite number above 0, a constant.
+        temperature: above 0, a finite number or a tensor [], which a captured graph reads at every replay. A constant.
         relative: thresholds are an excess over the measured mean closeness, b = M + threshold.
         channel_scale: [B,D] multiplies an image's features on both sides of its pairs (dropout masks). Makes no lasting
             copy.
@@ -94,7 +94,8 @@ def smooseg_loss(
     )
     if not heads:
         codes, student, teacher = codes[None], student[None], teacher[None]
-    *outputs, mean = module.loss(problem, codes, student, teacher, checks.temperature(temperature))
+    heat = checks.temperature(temperature, problem.thresholds.dtype, features.device)
+    *outputs, mean = module.loss(problem, codes, student, teacher, heat)
     # squeezed, not indexed: the gradient of an index is a copy into zeros
     total, energy, data, distance = outputs if heads else [output.squeeze(0) for output in outputs]
     return SmooSegLoss(total, energy, data, distance, mean)

@@ -119,7 +119,7 @@ class SmoothnessLoss(nn.Module):
         dtype, pair = accumulation_dtype(features, probs), (("within", within), ("across", across))
         thresholds = torch.stack(
             [
-                on_device(name, getattr(self, name) if given is None else given, dtype, features.device)
+                checks.constant(name, getattr(self, name) if given is None else given, dtype, features.device)
                 for name, given in pair
             ]
         )
@@ -224,18 +224,6 @@ class CorrelationLoss(nn.Module):
             means=self.means,
             impl=self.impl,
         )
-
-
-def on_device(name: str, value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Takes a threshold to a tensor []. Numbers are filled in on the device: a copy from the host would wait for it."""
-    value = checks.threshold(name, value)
-    if not isinstance(value, Tensor):
-        return checks.filled(value, dtype, device)
-    if value.dim() != 0:
-        raise ValueError(f"{name} must be a number or a tensor of shape [], got shape {list(value.shape)}")
-    if value.requires_grad:
-        raise ValueError(f"{name} is a constant of this function and gets no gradient: pass {name}.detach()")
-    return value.to(device=device, dtype=dtype)
 
 
 def settings(layer: nn.Module, names: tuple[str, ...]) -> str:

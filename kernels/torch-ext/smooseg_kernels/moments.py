@@ -128,7 +128,7 @@ def raw_cosines(codes: Tensor, prototypes: Tensor, inverse: Tensor | None = None
     return products * (inverse_norms(codes) if inverse is None else inverse)
 
 
-def probabilities(codes: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
+def probabilities(codes: Tensor, prototypes: Tensor, temperature: float | Tensor) -> Tensor:
     """Returns probs [H,B,P,K]."""
     return torch.softmax(raw_cosines(codes, prototypes) / temperature, -1)
 
@@ -155,7 +155,7 @@ def data_term(codes: Tensor, student: Tensor, teacher: Tensor, patch_weight: Ten
 
 
 def loss(
-    problem: Problem, codes: Tensor, student: Tensor, teacher: Tensor, temperature: float
+    problem: Problem, codes: Tensor, student: Tensor, teacher: Tensor, temperature: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns total [H], energy [H,T], data [H], distance [H,T] and mean [T]."""
     rows = row_work_eager if eager.serves(problem.features, codes, student, teacher) else row_work
@@ -165,7 +165,7 @@ def loss(
 
 
 def row_work(
-    problem: Problem, codes: Tensor, student: Tensor, teacher: Tensor, temperature: float
+    problem: Problem, codes: Tensor, student: Tensor, teacher: Tensor, temperature: float | Tensor
 ) -> tuple[Moments, Tensor]:
     """Returns the moments and the data term [H], in the form that traces and compiles."""
     codes = codes.to(accumulation_dtype(problem.features, codes, student, teacher))
@@ -178,7 +178,7 @@ def row_work(
 
 
 def row_work_eager(
-    problem: Problem, codes: Tensor, student: Tensor, teacher: Tensor, temperature: float
+    problem: Problem, codes: Tensor, student: Tensor, teacher: Tensor, temperature: float | Tensor
 ) -> tuple[Moments, Tensor]:
     """Returns the same, with the gradient written out."""
     features, patch_weight = problem.features, problem.patch_weight

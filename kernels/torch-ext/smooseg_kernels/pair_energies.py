@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .derivatives import refuse_forward_mode, refuse_transforms
+from .derivatives import refuse_tangents, refuse_transforms
 from .dispatch import PAIR_IMPLS, clamps_partners, implementation, resolve_impl
 from .precision import outside_autocast
 from .problem import PairProblem, PairSet
@@ -69,7 +69,8 @@ def pair_energy(
         limits: the lower and upper limit of the bins; the end bins hold all values beyond them.
         impl: "auto", "triton", "torch" or "dense". "dense" writes [B,P_i,P_j] matrices. "torch" works in blocks of
             bounded size, and in time linear in P without clamp and hinge. "triton" keeps the blocks in registers; it
-            has no bins, for which "auto" picks "torch", and no gradient to the threshold with `hinge`.
+            counts at most 2048 bins, beyond which "auto" picks "torch", and has no gradient to the threshold with
+            `hinge`.
 
     Returns:
         PairEnergy, fp32 (fp64 with any fp64 input). fp16 codes need loss scaling, because their gradients underflow.
@@ -87,11 +88,12 @@ def pair_energy(
     if bins and (weight_i is not None or weight_j is not None):
         raise ValueError("bins cannot be used with weight_i or weight_j: leave one of them out")
     resolved = resolve_impl(impl, (1, 1), *tensors)
-    if bins and resolved == "triton":
-        if impl == "triton":
-            raise ValueError('impl="triton" has no bins: use impl="torch", or similarity_statistics of the codes')
-        resolved = "torch"
     module = implementation(resolved, (1, 1), *tensors, forms=PAIR_IMPLS)
+    excess = module.statistics_excess(bins, 0) if bins and resolved == "triton" else None
+    if excess is not None:
+        if impl == "triton":
+            raise ValueError(f'impl="triton" {excess}: use impl="torch"')
+        resolved, module = "torch", PAIR_IMPLS["torch"]
     sets = len(partner) if isinstance(partner, Tensor) and partner.dim() == 2 else None
     if sets == 0:
         raise ValueError(f"partner must have shape [{B}] or [M, {B}] with M >= 1, got [0, {B}]")
@@ -102,8 +104,8 @@ def pair_energy(
     ]
     thresholds = checks.pair_thresholds("threshold", threshold, sets, B, dtype, device)
     bounds = checks.bounds("clamp", clamp)
-    if resolved == "torch" and (bounds != (None, None) or hinge or bins):
-        refuse_forward_mode("torch", codes_i, codes_j, thresholds[0])
+    in_blocks = resolved == "torch" and (bounds != (None, None) or hinge or bins)
+    if in_blocks:
         refuse_transforms("torch", *tensors, thresholds[0], *(one for one in met if one is not None))
     problem = PairProblem(
         features_i=features_i,
@@ -123,6 +125,8 @@ def pair_energy(
         bins=bins,
         limits=checks.histogram_limits(limits),
     )
+    if in_blocks:
+        refuse_tangents("torch", problem)
     results = module.pair_energy(problem)
     if sets is None:
         return results[0]

@@ -16,7 +16,7 @@ from .rows import accumulation_dtype
 
 @outside_autocast
 def prototype_probabilities(
-    codes: Tensor, prototypes: Tensor, *, temperature: float = 0.1, impl: str = "auto"
+    codes: Tensor, prototypes: Tensor, *, temperature: float | Tensor = 0.1, impl: str = "auto"
 ) -> Tensor:
     """Computes label distributions, softmax_k(cos(code, prototype_k) / temperature) (Lan et al. 2023, arXiv
     2310.17874).
@@ -24,7 +24,7 @@ def prototype_probabilities(
     Args:
         codes: [B,P,Z], rows of any length. Get gradients.
         prototypes: [K,Z], rows of any length. Get gradients.
-        temperature: a finite number above 0, a constant.
+        temperature: above 0, a finite number or a tensor [], which a captured graph reads at every replay. A constant.
         impl: "auto", "triton", "torch" or "dense".
 
     Returns:
@@ -37,7 +37,8 @@ def prototype_probabilities(
     checks.float_tensor("codes", codes, ("B", "P", "Z"))
     checks.float_tensor("prototypes", prototypes, ("K", codes.shape[-1]), codes)
     module = implementation(impl, (prototypes.shape[0], prototypes.shape[1]), codes, prototypes)
-    return module.probabilities(codes[None], prototypes[None], checks.temperature(temperature)).squeeze(0)
+    heat = checks.temperature(temperature, accumulation_dtype(codes, prototypes), codes.device)
+    return module.probabilities(codes[None], prototypes[None], heat).squeeze(0)
 
 
 @outside_autocast

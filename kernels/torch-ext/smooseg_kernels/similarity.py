@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import checks, dense, similarity_blocks
+from .derivatives import refuse_func
 from .dispatch import implementation, resolve_impl
 from .precision import outside_autocast
 from .problem import ClosenessProblem
@@ -79,6 +80,8 @@ def similarity_statistics(
     )
     if (bins or neighbours) and checks.is_inspectable(features) and not bool(features.isfinite().all()):
         raise ValueError("features must be finite where pairs are counted or compared, got NaN or infinity")
+    if bins or neighbours:
+        refuse_func("similarity_statistics", features)
     module = implementation_for(impl, problem)
     with torch.no_grad():
         return SimilarityStatistics(*module.similarity_statistics(problem))
@@ -120,7 +123,7 @@ def histogram_quantiles(
     """
     check_histogram(histogram)
     low, high = checks.histogram_limits(limits)
-    q = torch.as_tensor(q, dtype=torch.float64, device=histogram.device)
+    q = checks.numbers("q", q, torch.float64, histogram.device)
     if q.dim() != 1 or (checks.is_inspectable(q) and not bool(((q >= 0) & (q <= 1)).all())):
         got = q.tolist() if checks.is_inspectable(q) else list(q.shape)
         raise ValueError(f"q must be a sequence of shares, 0 to 1 each, got {got}")

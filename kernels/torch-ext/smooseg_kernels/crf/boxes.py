@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -13,8 +14,18 @@ from torch.nn.functional import pad
 SMALLEST = {torch.float32: math.exp(-60.0), torch.float64: math.exp(-600.0)}
 
 
-def farthest(tolerance: float, dtype: torch.dtype) -> float:
-    """Returns the distance beyond which every Gaussian is below `tolerance`."""
+@overload
+def farthest(tolerance: float, dtype: torch.dtype) -> float: ...
+
+
+@overload
+def farthest(tolerance: float | Tensor, dtype: torch.dtype) -> float | Tensor: ...
+
+
+def farthest(tolerance: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    """Returns the distance beyond which every Gaussian is below `tolerance`, a number or a tensor [] as that is."""
+    if isinstance(tolerance, Tensor):
+        return (-2.0 * tolerance.clamp(min=SMALLEST[dtype]).log()).sqrt()
     return math.sqrt(-2.0 * math.log(max(tolerance, SMALLEST[dtype])))
 
 

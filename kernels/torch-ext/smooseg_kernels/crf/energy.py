@@ -63,4 +63,4 @@ def crf_energy(
     x, c, p = positions.to(dtype), colors.to(dtype), probs.to(dtype)
     points = torch.cat((x / reach, c / likeness), 2)
     sums = both_weight * gaussian_sums(points, p, impl=impl) + near_weight * gaussian_sums(x / near, p, impl=impl)
-    return (shift * p.sum(1).square().sum() - (p * sums).sum()) / (B * N * N)
+    return ((shift * p.sum(1).square()).sum() - (p * sums).sum()) / (B * N * N)

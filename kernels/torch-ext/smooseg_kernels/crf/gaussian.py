@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import checks
 from ..derivatives import refuse_forward_mode, refuse_transforms
 from ..dispatch import HAS_TRITON, implementation
+from ..operators import as_arguments
 from ..precision import outside_autocast
 from ..rows import accumulation_dtype
 from . import dense, tiled
@@ -59,13 +60,14 @@ def gaussian_sums(points: Tensor, values: Tensor, *, tolerance: float = 0.0, imp
     if impl == "auto":
         impl = "triton" if triton_serves(points, values) else "torch"
     dtype = accumulation_dtype(points, values)
-    if impl == "triton":
-        return fused(points, values).gaussian_sums(points.to(dtype), values, tolerance)
     if impl == "dense":
         return dense.gaussian_sums(points.to(dtype), values.to(dtype))
+    cut = as_arguments(checks.varying(tolerance, dtype, points.device))
+    if impl == "triton":
+        return fused(points, values).gaussian_sums(points.to(dtype), values, *cut)
     refuse_forward_mode(impl, points, values)
     refuse_transforms(impl, points, values)
-    return tiled.gaussian_sums(points.to(dtype), values.to(dtype), tolerance)
+    return tiled.gaussian_sums(points.to(dtype), values.to(dtype), *cut)
 
 
 def triton_serves(*tensors: Tensor) -> bool:

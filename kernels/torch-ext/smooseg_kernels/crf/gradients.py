@@ -6,27 +6,28 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-Sums = Callable[[Tensor, Tensor, float], Tensor]  # points [B,N,d], values [B,N,K] and a tolerance to sums [B,N,K]
+# points [B,N,d], values [B,N,K] and a tolerance, a number or a tensor, to sums [B,N,K]
+Sums = Callable[[Tensor, Tensor, float | None, Tensor | None], Tensor]
 
 
 def register_gradients(op) -> None:
     """Gives an operator of type Sums its gradients to both inputs."""
 
     def setup_context(ctx, inputs, output):
-        points, values, ctx.tolerance = inputs
-        ctx.save_for_backward(points, values, output)
+        points, values, ctx.tolerance, tolerance_tensor = inputs
+        ctx.save_for_backward(points, values, tolerance_tensor, output)
 
     def backward(ctx, d_sums: Tensor):
-        points, values, sums = ctx.saved_tensors
+        points, values, tolerance_tensor, sums = ctx.saved_tensors
+
+        def sums_of(rows: Tensor) -> Tensor:
+            return op(points, rows, ctx.tolerance, tolerance_tensor)
+
         d_sums, d_points = d_sums.contiguous(), None
-        d_values = op(points, d_sums, ctx.tolerance)  # k is symmetric
+        d_values = sums_of(d_sums)  # k is symmetric
         if ctx.needs_input_grad[0]:
-
-            def sums_of(rows: Tensor) -> Tensor:
-                return op(points, rows, ctx.tolerance)
-
             d_points = toward_points(sums_of, points, (values.to(sums.dtype), sums), (d_sums, d_values))
-        return d_points, d_values.to(values.dtype) if ctx.needs_input_grad[1] else None, None
+        return d_points, d_values.to(values.dtype) if ctx.needs_input_grad[1] else None, None, None
 
     op.register_autograd(backward, setup_context=setup_context)
 

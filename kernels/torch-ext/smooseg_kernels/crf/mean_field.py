@@ -13,13 +13,16 @@ from ..operators import operator
 from ..precision import outside_autocast
 from ..rows import accumulation_dtype
 from . import dense, native
-from .filters import SMALLEST_PROBABILITY, Filter, GridGaussian, bilateral_points, positions
+from .filters import SMALLEST_PROBABILITY, Filter, GridGaussian, Normalised, bilateral_points, positions
 from .gaussian import IMPLS, AllPairs, triton_serves
 from .lattice import Permutohedral
 
+# the settings of the Gaussian of distance, and of that of distance and colour
+Kernels = tuple[tuple[float, ...], tuple[float, ...]]
 METHODS = {"lattice": ("auto", "torch", "cpp"), "exact": IMPLS}
 # all pairs of one picture on a GPU: about where an H200 takes as long for the lattice, by the times in LOG.md
 LARGEST_EXACT_PIXELS = 1 << 16
+SLOW_BELOW = 16  # columns of a softmax over rows on a CPU
 
 
 @outside_autocast
@@ -77,28 +80,41 @@ def dense_crf(
     )
     method = resolve_method(method, impl, probabilities)
     pictures = image if batched else image[None]
-    refined = refine_batch(probabilities, pictures, *kernels, iterations, method, impl)
+    refined = refine_batch(probabilities, pictures, *constants(kernels), iterations, method, impl)
     return refined if batched else refined[0]
 
 
-@operator("dense_crf")
+def constants(kernels: Kernels) -> tuple[list[float] | None, Tensor | None]:
+    """Turns the settings into arguments of the operator: numbers, or a tensor on the CPU if a compiler has symbols."""
+    numbers = [number for kernel in kernels for number in kernel]
+    cpu = torch.device("cpu")
+    given = [checks.varying(number, torch.float64, cpu) for number in numbers]
+    if any(isinstance(number, Tensor) for number in given):
+        return None, torch.stack([checks.filled(number, torch.float64, cpu) for number in numbers])
+    return numbers, None
+
+
+# on a GPU it reads lattices and tiles back to the host, which no CUDA graph can hold
+@operator("dense_crf", torch.Tag.cudagraph_unsafe)
 def refine_batch(
     probabilities: Tensor,
     images: Tensor,
-    gaussian: Sequence[float],
-    bilateral: Sequence[float],
+    numbers: Sequence[float] | None,
+    numbers_tensor: Tensor | None,
     iterations: int,
     method: str,
     impl: str,
 ) -> Tensor:
     """Refines pictures one by one, [B,K,H,W] by [B,H,W,3]: one operator, whose filters depend on what they hold."""
-    kernels = (tuple(gaussian), tuple(bilateral))
+    given = numbers if numbers_tensor is None else numbers_tensor.tolist()
+    assert given is not None
+    kernels = (tuple(given[:2]), tuple(given[2:]))
     refined = [refine(p, rgb, iterations, kernels, (method, impl)) for p, rgb in zip(probabilities, images)]
     return torch.stack(refined) if len(refined) > 1 else refined[0][None]
 
 
 @refine_batch.register_fake
-def _(probabilities, images, gaussian, bilateral, iterations, method, impl):
+def _(probabilities, images, numbers, numbers_tensor, iterations, method, impl):
     return torch.empty_like(probabilities, memory_format=torch.contiguous_format)
 
 
@@ -106,7 +122,7 @@ def refine(
     probabilities: Tensor,
     image: Tensor,
     iterations: int,
-    kernels: tuple[tuple[float, ...], tuple[float, ...]],
+    kernels: Kernels,
     way: tuple[str, str],
 ) -> Tensor:
     """Refines one picture, [K,H,W] by [H,W,3]. `way` is the method and the impl."""
@@ -119,45 +135,51 @@ def refine(
     (sigma, spatial_weight), (reach, sigma_color, color_weight) = kernels
     if way[1] == "dense":
         dense.require_small(H * W)
-    if iterations and spatial_weight:
-        filters.append((spatial_filter(image, sigma, dtype, *way), spatial_weight))
     scores = p.clamp(min=SMALLEST_PROBABILITY).log()
+    if iterations and spatial_weight:
+        filters.append((spatial_filter(image, sigma, scores, *way), spatial_weight))
     if iterations and color_weight:
-        filters.append((bilateral_filter(image, reach, sigma_color, dtype, *way), color_weight))
+        filters.append((bilateral_filter(image, reach, sigma_color, scores, *way), color_weight))
     q = mean_field(scores, filters, iterations)
     return q.view(H, W, K).permute(2, 0, 1).to(probabilities.dtype).contiguous()
 
 
-def spatial_filter(image: Tensor, sigma: float, dtype: torch.dtype, method: str, impl: str) -> Filter:
-    """Builds the filter of the pixels' places."""
+def spatial_filter(image: Tensor, sigma: float, scores: Tensor, method: str, impl: str) -> Filter:
+    """Builds the normalised filter of the pixels' places, for values like the scores [N,K]."""
     H, W, _ = image.shape
     if method == "lattice":
-        return Permutohedral(positions(H, W, sigma, image.device), dtype)
+        return Permutohedral.normalised(positions(H, W, sigma, image.device), scores.dtype)
     if impl == "dense":
-        return dense.MatrixFilter(positions(H, W, sigma, image.device))
-    return GridGaussian(H, W, sigma)
+        return Normalised(dense.MatrixFilter(positions(H, W, sigma, image.device)), scores)
+    return Normalised(GridGaussian(H, W, sigma), scores)
 
 
-def bilateral_filter(
-    image: Tensor, sigma: float, sigma_color: float, dtype: torch.dtype, method: str, impl: str
-) -> Filter:
-    """Builds the filter of the pixels' places and colours."""
+def bilateral_filter(image: Tensor, sigma: float, sigma_color: float, scores: Tensor, method: str, impl: str) -> Filter:
+    """Builds the normalised filter of the pixels' places and colours, for values like the scores [N,K]."""
     if method == "lattice":  # fp64 on every device: which lattice points exist must not depend on rounding
-        return Permutohedral(bilateral_points(image, sigma, sigma_color, torch.float64), dtype)
-    points = bilateral_points(image, sigma, sigma_color, dtype)
-    return dense.MatrixFilter(points) if impl == "dense" else AllPairs(points, impl)
+        return Permutohedral.normalised(bilateral_points(image, sigma, sigma_color, torch.float64), scores.dtype)
+    points = bilateral_points(image, sigma, sigma_color, scores.dtype)
+    return Normalised(dense.MatrixFilter(points) if impl == "dense" else AllPairs(points, impl), scores)
 
 
 def mean_field(scores: Tensor, filters: Sequence[tuple[Filter, float]], iterations: int) -> Tensor:
-    """Returns Q [N,K] from scores -u [N,K] and pairs of a filter and its weight."""
-    norms = [filter(torch.ones_like(scores[:, :1])).rsqrt() for filter, _ in filters]  # [N,1]
-    q = torch.softmax(scores, 1)
+    """Returns Q [N,K] from scores -u [N,K] and pairs of a normalised filter and its weight."""
+    q = softmax_rows(scores.clone())
     for _ in range(iterations):
         total = scores.clone()
-        for (filter, weight), norm in zip(filters, norms):
-            total.addcmul_(filter(q * norm), norm, value=weight)
-        q = torch.softmax(total, 1)
+        for filter, weight in filters:
+            total.add_(filter(q), alpha=weight)
+        q = softmax_rows(total)
     return q
+
+
+def softmax_rows(x: Tensor) -> Tensor:
+    """The softmax of rows [N,K], in place where K is small: PyTorch's own takes rows that fill no vector one by one."""
+    K = x.shape[1]
+    if x.device.type != "cpu" or K >= SLOW_BELOW:
+        return torch.softmax(x, 1)
+    x.sub_(x.amax(1, keepdim=True)).exp_()
+    return x.div_(x @ x.new_ones(K, 1))
 
 
 def resolve_method(method: str, impl: str, probabilities: Tensor) -> str:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 from torch.nn.functional import threshold
 
-from ..operators import add_op_namespace_prefix
+from ..operators import either, operator
 from .boxes import bounding_boxes, farthest
 from .gradients import register_gradients
 
@@ -15,8 +14,11 @@ CPU_PAIRS, GPU_PAIRS = 1 << 18, 1 << 24  # pairs in one tile; on a CPU it stays 
 BLOCK = 64  # points that are taken or passed over together
 
 
-@custom_op(add_op_namespace_prefix("gaussian_sums_tiled"), mutates_args=())
-def gaussian_sums(points: Tensor, values: Tensor, tolerance: float) -> Tensor:
+# on a GPU it reads back which blocks are near, which no CUDA graph can hold
+@operator("gaussian_sums_tiled", torch.Tag.cudagraph_unsafe)
+def gaussian_sums(
+    points: Tensor, values: Tensor, tolerance: float | None, tolerance_tensor: Tensor | None = None
+) -> Tensor:
     """Takes points [B,N,d] and values [B,N,K] of one dtype, fp32 or fp64, to sums [B,N,K].
 
     Squared distances are sums of squared differences. A difference is rounded once, so the exponent of a pair is off by
@@ -27,6 +29,7 @@ def gaussian_sums(points: Tensor, values: Tensor, tolerance: float) -> Tensor:
     rows = max(BLOCK, (CPU_PAIRS if points.device.type == "cpu" else GPU_PAIRS) // N // BLOCK * BLOCK)
     coordinates = points.mT.contiguous()  # [B,d,N]
     boxes = bounding_boxes(coordinates, BLOCK, d)
+    reach = farthest(either(tolerance, tolerance_tensor), points.dtype)
     sums = values.new_empty(values.shape)
     for b in range(B):
         low, high = boxes[b, :, 0], boxes[b, :, 1]
@@ -34,7 +37,7 @@ def gaussian_sums(points: Tensor, values: Tensor, tolerance: float) -> Tensor:
             part, blocks = slice(start, start + rows), slice(start // BLOCK, (start + rows) // BLOCK)
             lowest, highest = low[blocks].amin(0), high[blocks].amax(0)
             gap = torch.maximum(low - highest, lowest - high).clamp_(min=0.0)
-            near = (gap.norm(dim=1) < farthest(tolerance, points.dtype)).repeat_interleave(BLOCK)[:N].nonzero()[:, 0]
+            near = (gap.norm(dim=1) < reach).repeat_interleave(BLOCK)[:N].nonzero()[:, 0]
             if len(near) == N:
                 sums[b, part] = gaussians(coordinates[b, :, part], coordinates[b]) @ values[b]
             else:
@@ -53,7 +56,7 @@ def gaussians(mine: Tensor, theirs: Tensor) -> Tensor:
 
 
 @gaussian_sums.register_fake
-def _(points, values, tolerance):
+def _(points, values, tolerance, tolerance_tensor=None):
     return values.new_empty(values.shape)
 
 

@@ -11,9 +11,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..derivatives import refuse_tangents
+from ..operators import as_arguments
 from ..problem import ClosenessProblem, ContrastProblem, PairProblem, PairSet, Problem
 from ..types import PairEnergy
-from . import assignment, code_rows, contrast, gaussian, objective, pair_options, pairs, similarity
+from . import assignment, code_rows, contrast, gaussian, objective, pair_histogram, pair_options, pairs, similarity
 from .launch import INTERPRETED, fits, require_interpreter
 from .pair_sets import ALL, SELF
 
@@ -53,10 +55,12 @@ def wants_gradient(tensor: Tensor | None) -> bool:
 
 
 def energies(
-    problem: Problem, rows: Tensor, *, student: Tensor | None, teacher: Tensor | None, temperature: float
+    problem: Problem, rows: Tensor, *, student: Tensor | None, teacher: Tensor | None, temperature: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns total [H], energy [H,T], data [H], distance [H,T], mean [T]. `rows`: codes with a teacher, else probs."""
+    refuse_tangents("triton", problem, temperature)
     partners, entries = pair_table(problem.partners)
+    number, tensor = as_arguments(temperature)
     total, energy, data, distance, mean, *_ = objective.objective(
         features=problem.features,
         rows=rows,
@@ -69,11 +73,12 @@ def energies(
         patch_weight=problem.patch_weight,
         feature_norms=problem.feature_norms,
         mean=problem.mean,
-        temperature=temperature,
+        temperature=number,
         relative=problem.relative,
         center=problem.center,
         rows_gradient=wants_gradient(rows),
         student_gradient=wants_gradient(student),
+        temperature_tensor=tensor,
     )
     return total, energy, data, distance, mean.detach()
 
@@ -85,7 +90,7 @@ def smoothness(problem: Problem, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 def loss(
-    problem: Problem, codes: Tensor, student: Tensor, teacher: Tensor, temperature: float
+    problem: Problem, codes: Tensor, student: Tensor, teacher: Tensor, temperature: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns total [H], energy [H,T], data [H], distance [H,T] and mean [T]."""
     return energies(problem, codes, student=student, teacher=teacher, temperature=temperature)
@@ -114,26 +119,36 @@ def statistics_excess(bins: int, neighbours: int) -> str | None:
     return similarity.excess(bins, neighbours)
 
 
-def probabilities(codes: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
+def probabilities(codes: Tensor, prototypes: Tensor, temperature: float | Tensor) -> Tensor:
     """Returns probs [H,B,P,K]."""
-    return code_rows.probabilities(codes, prototypes, temperature)
+    refuse_tangents("triton", temperature)
+    return code_rows.probabilities(codes, prototypes, *as_arguments(temperature))
 
 
 def data_term(codes: Tensor, student: Tensor, teacher: Tensor, patch_weight: Tensor | None) -> Tensor:
     """Returns the data term [H]."""
+    refuse_tangents("triton", patch_weight)
     return code_rows.data_term(codes.detach(), student, teacher, patch_weight, wants_gradient(student))[0]
 
 
 def pair_energy(problem: PairProblem) -> list[PairEnergy]:
     """Returns the results of each pair set. Kernels of the means alone serve where that is all that is asked."""
+    refuse_tangents("triton", problem)
     dtype = torch.promote_types(problem.features_i.dtype, problem.features_j.dtype)  # one matrix product takes both
     problem = replace(problem, features_i=problem.features_i.to(dtype), features_j=problem.features_j.to(dtype))
     plain = not problem.rows and problem.weight_i is problem.weight_j is None
     for _, threshold, mean in problem.pair_sets:
         plain = plain and threshold.dim() == 0 and mean is None and not (problem.hinge and wants_gradient(threshold))
-    if not plain:
-        return pair_options.pair_energy(with_clamped_partners(problem))
-    return [pair_set_energy(problem, pair_set) for pair_set in problem.pair_sets]
+    if plain:
+        results = [pair_set_energy(problem, pair_set) for pair_set in problem.pair_sets]
+    else:
+        results = pair_options.pair_energy(with_clamped_partners(problem))
+    if not problem.bins:
+        return results
+    codes = (problem.codes_i.detach(), problem.codes_j.detach())
+    rule = (problem.bins, *problem.limits)
+    counts = [pair_histogram.pair_histogram(*codes, pair_set.partner, *rule) for pair_set in problem.pair_sets]
+    return [result._replace(histogram=histogram) for result, histogram in zip(results, counts)]
 
 
 def with_clamped_partners(problem: PairProblem) -> PairProblem:
@@ -170,6 +185,7 @@ def pair_set_energy(problem: PairProblem, pair_set: PairSet) -> PairEnergy:
 
 def contrastive(problem: ContrastProblem) -> tuple[None, Tensor, Tensor, Tensor]:
     """Returns no loss, log_sum [B,N], positive [B,N], count int64 [B,N]."""
+    refuse_tangents("triton", problem)
     features_i, features_j = problem.features_i, problem.features_j
     if features_i is not None and features_j is not None:  # one matrix product takes both
         dtype = torch.promote_types(features_i.dtype, features_j.dtype)

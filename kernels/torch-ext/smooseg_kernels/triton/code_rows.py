@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..derivatives import refuse_second
+from ..derivatives import refuse_second, refuse_second_of
+from ..operators import either
 from . import labels
 from .labels import (
     LN2,
@@ -19,6 +20,7 @@ from .labels import (
     inverse_norms,
     load_rows,
     product,
+    read_sharpness,
     soft_labels,
     store_prototype_gradient,
     unit_parts,
@@ -52,10 +54,12 @@ def probabilities_kernel(
     P, sharpness, stride_h, stride_b, stride_p, K: tl.constexpr, Z: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Z: tl.constexpr,
     # switches
-    BOUNDED: tl.constexpr, GRADIENT: tl.constexpr, CODE: tl.constexpr, PRECISION: tl.constexpr,
+    BOUNDED: tl.constexpr, BY_POINTER: tl.constexpr, GRADIENT: tl.constexpr, CODE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, b, h = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     B, start = tl.num_programs(1), tile * BLOCK_P
+    sharpness = read_sharpness(sharpness, BY_POINTER)
     row, k, z = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_Z)
     high, low = unit_parts(prototypes_ptr + h * K * Z, CODE, K, Z, BLOCK_K, BLOCK_Z)
     codes = load_rows(
@@ -202,13 +206,15 @@ def code_arguments(codes: Tensor, K: int) -> dict[str, Any]:
 
 
 @operator("probabilities")
-def probabilities(codes: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
+def probabilities(
+    codes: Tensor, prototypes: Tensor, temperature: float | None, temperature_tensor: Tensor | None = None
+) -> Tensor:
     """Takes codes [H,B,P,Z] and prototypes [H,K,Z] to softmax_k(cos / temperature) [H,B,P,K] fp32."""
     (H, B, P, _), K = codes.shape, prototypes.shape[1]
     codes, prototypes = with_rows_together(codes), prototypes.contiguous()
     out = torch.empty(H, B, P, K, dtype=torch.float32, device=codes.device)
     arguments = code_arguments(codes, K)
-    arguments |= softmax_arguments(temperature, K)
+    arguments |= softmax_arguments(either(temperature, temperature_tensor), K)
     with torch.cuda.device_of(codes):
         launch(
             probabilities_kernel, (triton.cdiv(P, arguments["settings"]["BLOCK_P"]), B, H),
@@ -219,13 +225,17 @@ def probabilities(codes: Tensor, prototypes: Tensor, temperature: float) -> Tens
 
 
 @probabilities.register_fake
-def _(codes, prototypes, temperature):
+def _(codes, prototypes, temperature, temperature_tensor=None):
     return torch.empty(*codes.shape[:3], prototypes.shape[1], dtype=torch.float32, device=codes.device)
 
 
 @operator("probabilities_backward")
 def probabilities_backward(
-    d_out: Tensor, codes: Tensor, prototypes: Tensor, temperature: float
+    d_out: Tensor,
+    codes: Tensor,
+    prototypes: Tensor,
+    temperature: float | None,
+    temperature_tensor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns the gradients of codes and prototypes, in their dtypes."""
     (H, B, P, Z), K = codes.shape, prototypes.shape[1]
@@ -233,7 +243,7 @@ def probabilities_backward(
     d_prototypes = torch.empty_like(prototypes.contiguous())
     codes, prototypes, d_out = with_rows_together(codes), prototypes.contiguous(), d_out.contiguous()
     arguments = code_arguments(codes, K)
-    arguments |= softmax_arguments(temperature, K)
+    arguments |= softmax_arguments(either(temperature, temperature_tensor), K)
     tiles = triton.cdiv(P, arguments["settings"]["BLOCK_P"])
     partial = torch.empty(H, B * tiles, K, Z, dtype=torch.float32, device=codes.device)
     with torch.cuda.device_of(codes):
@@ -247,7 +257,7 @@ def probabilities_backward(
 
 
 @probabilities_backward.register_fake
-def _(d_out, codes, prototypes, temperature):
+def _(d_out, codes, prototypes, temperature, temperature_tensor=None):
     return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (codes, prototypes))
 
 
@@ -275,15 +285,17 @@ def finish(
 
 
 def setup_probabilities(ctx, inputs, output):
-    codes, prototypes, ctx.temperature = inputs
-    ctx.save_for_backward(codes, prototypes)
+    codes, prototypes, ctx.temperature, temperature_tensor = inputs
+    ctx.save_for_backward(codes, prototypes, temperature_tensor)
 
 
 def backward_probabilities(ctx, d_out):
-    d_codes, d_prototypes = probabilities_backward(d_out, *ctx.saved_tensors, ctx.temperature)
-    return d_codes, d_prototypes, None
+    codes, prototypes, temperature_tensor = ctx.saved_tensors
+    d_codes, d_prototypes = probabilities_backward(d_out, codes, prototypes, ctx.temperature, temperature_tensor)
+    return d_codes, d_prototypes, None, None
 
 
+refuse_second_of(probabilities_backward, "prototype_probabilities")
 probabilities.register_autograd(backward_probabilities, setup_context=setup_probabilities)
 
 

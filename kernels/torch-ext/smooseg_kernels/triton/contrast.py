@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..derivatives import refuse_second_of
 from .contrast_tiles import contrast_gradient_kernel, contrast_sums_kernel
 from .launch import (
     block_z,
@@ -296,4 +297,5 @@ def backward(ctx, d_log_sum, d_positive, *_):
     return (*(d if wanted and arrived else None for d, wanted in zip(found, asked)), *[None] * 10)
 
 
+refuse_second_of(contrast_backward, "contrastive_loss")
 contrast.register_autograd(backward, setup_context=setup_context)

@@ -17,6 +17,7 @@ from .labels import (
     load_prepared,
     load_repeated,
     product,
+    read_sharpness,
     repeated_rows,
     soft_labels,
     unit_parts,
@@ -125,8 +126,9 @@ def energy_gradient_kernel(
     BLOCK_K: tl.constexpr, BLOCK_Z: tl.constexpr,
     HEADS: tl.constexpr,  # of a program, which share its features: 1, 2 or 4
     # switches
-    FROM_CODES: tl.constexpr, PREPARED: tl.constexpr, BOUNDED: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    ROWS_GRADIENT: tl.constexpr, STUDENT_GRADIENT: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_DATA: tl.constexpr,
+    FROM_CODES: tl.constexpr, PREPARED: tl.constexpr, BOUNDED: tl.constexpr, BY_POINTER: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, ROWS_GRADIENT: tl.constexpr,
+    STUDENT_GRADIENT: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_DATA: tl.constexpr,
     FEATURE: tl.constexpr,  # the types in which the matrix unit reads features and codes
     CODE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -139,6 +141,7 @@ def energy_gradient_kernel(
     WIDTH: tl.constexpr = Z if FROM_CODES else K
     BLOCK_WIDTH: tl.constexpr = BLOCK_Z if FROM_CODES else BLOCK_K
     if ROWS_GRADIENT:
+        sharpness = read_sharpness(sharpness, BY_POINTER)
         start = tile * BLOCK_P
         row = repeated_rows(start, P, BLOCK_P)  # a row that repeats another stores the same
         features_ptr += b * stride_fb

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..crf.boxes import bounding_boxes, farthest
 from ..crf.gradients import register_gradients
+from ..operators import either
 from .launch import config, launch, operand, operand_dtype, operator, precision
 
 WIDEST = 64  # columns of values that a program holds; wider values take several programs
@@ -33,10 +34,11 @@ def gaussian_sums_kernel(
     sums_ptr,  # [B,N,K] fp32
     # sizes
     N, K,
-    cut,  # squared distance of boxes from which on a block is passed over
+    cut,  # squared distance of boxes from which on a block is passed over; with BY_POINTER a pointer to it
     KP: tl.constexpr, D: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
     SIDES: tl.constexpr,
     # switches
+    BY_POINTER: tl.constexpr,
     OPERAND: tl.constexpr,  # the type in which the matrix unit reads Gaussians and values
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -44,6 +46,8 @@ def gaussian_sums_kernel(
     i, j, k = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_J), tl.arange(0, BLOCK_K)
     points_ptr += b * D * N
     values_ptr += b * N * KP + first_column
+    if BY_POINTER:
+        cut = tl.load(cut)
     tiles = tl.cdiv(N, BLOCK_J)
     boxes_ptr += b * tiles * 2 * SIDES
     side = tl.arange(0, SIDES)
@@ -77,7 +81,9 @@ def gaussian_sums_kernel(
 
 
 @operator("gaussian_sums")
-def gaussian_sums(points: Tensor, values: Tensor, tolerance: float) -> Tensor:
+def gaussian_sums(
+    points: Tensor, values: Tensor, tolerance: float | None, tolerance_tensor: Tensor | None = None
+) -> Tensor:
     """Takes points fp32 [B,N,d] and values [B,N,K] to sums fp32 [B,N,K]."""
     (B, N, d), K = points.shape, values.shape[2]
     settings = config("gaussian_sums", values)
@@ -85,6 +91,7 @@ def gaussian_sums(points: Tensor, values: Tensor, tolerance: float) -> Tensor:
     columns = -(-K // width) * width
     sums = torch.empty(B, N, K, dtype=torch.float32, device=points.device)
     padded = torch.nn.functional.pad(values, (0, columns - K)).to(operand_dtype(values.dtype)).contiguous()
+    cut = 0.5 * math.log2(math.e) * farthest(either(tolerance, tolerance_tensor), torch.float32) ** 2
     scaled = (points * math.sqrt(0.5 * math.log2(math.e))).mT.contiguous()
     with torch.cuda.device_of(points):
         launch(
@@ -94,16 +101,16 @@ def gaussian_sums(points: Tensor, values: Tensor, tolerance: float) -> Tensor:
             # out
             sums_ptr=sums,
             # sizes
-            N=N, K=K, cut=0.5 * math.log2(math.e) * farthest(tolerance, torch.float32) ** 2, KP=columns, D=d,
+            N=N, K=K, cut=cut, KP=columns, D=d,
             BLOCK_K=width, SIDES=BOX_SIDES,
             # switches
-            OPERAND=operand(values.dtype), PRECISION=precision(points.device),
+            BY_POINTER=tolerance is None, OPERAND=operand(values.dtype), PRECISION=precision(points.device),
         )  # fmt: skip
     return sums
 
 
 @gaussian_sums.register_fake
-def _(points, values, tolerance):
+def _(points, values, tolerance, tolerance_tensor=None):
     return torch.empty(values.shape, dtype=torch.float32, device=points.device)
 
 

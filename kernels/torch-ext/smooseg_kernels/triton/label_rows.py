@@ -20,6 +20,7 @@ from .labels import (
     load_prepared,
     load_rows,
     product,
+    read_sharpness,
     soft_labels,
     unit_parts,
 )
@@ -181,7 +182,8 @@ def label_rows_kernel(
     # switches
     FROM_CODES: tl.constexpr, PREPARED: tl.constexpr,
     APART: tl.constexpr,  # leave the data term to `student_rows_kernel`
-    BOUNDED: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_WEIGHT: tl.constexpr, STUDENT_GRADIENT: tl.constexpr,
+    BOUNDED: tl.constexpr, BY_POINTER: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    STUDENT_GRADIENT: tl.constexpr,
     NORMS: tl.constexpr,  # measure the features here
     UNIT_FEATURES: tl.constexpr,  # a later launch normalises the features themselves
     CODE: tl.constexpr, PRECISION: tl.constexpr,
@@ -189,6 +191,7 @@ def label_rows_kernel(
     """A head's label rows of a part of an image: tiles s, s + PARTS, ... Its prototypes stay on the chip."""
     s, b, h = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     row, k = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_K)
+    sharpness = read_sharpness(sharpness, BY_POINTER)
     norms_ptr += b * P
     weight_ptr += b * P
     total, relative, lift = image_weight(weight_ptr, P, HAS_WEIGHT)

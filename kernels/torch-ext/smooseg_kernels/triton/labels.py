@@ -173,6 +173,14 @@ def column_bias(k, value, K: tl.constexpr):
 
 
 @triton.jit
+def read_sharpness(sharpness, BY_POINTER: tl.constexpr):
+    """Returns log2(e) / temperature; with BY_POINTER a pointer to the temperature comes in its place."""
+    if BY_POINTER:
+        sharpness = LOG2E / tl.load(sharpness)
+    return sharpness
+
+
+@triton.jit
 def soft_labels(toward, scale, k, sharpness, K: tl.constexpr, BOUNDED: tl.constexpr):
     """Takes products with the teacher [N,BLOCK_K] to log2 e and e [N,BLOCK_K], and 1 / |e| [N].
 
@@ -195,6 +203,15 @@ def likeliest(x, k, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
+def logarithm(x):
+    """Returns log2 x of normal numbers to 2e-7 of its size, with a third of the instructions of the library's."""
+    # a float's bits are its logarithm to 0.043, and r = x / 2^guess is so near 1 that four terms of log2 r do
+    guess = x.to(tl.int32, bitcast=True).to(tl.float32) * (1.0 / 8388608.0) - 126.957
+    t = x * tl.exp2(-guess) - 1.0
+    return guess + t * (LOG2E + t * (-LOG2E / 2 + t * (LOG2E / 3 - t * (LOG2E / 4))))
+
+
+@triton.jit
 def data_term(toward_student, label, scale, k, sharpness, K: tl.constexpr):
     """Returns the cross-entropy [N] and its gradient to the student's cosines [N,BLOCK_K]; scale as for `soft_labels`.
 
@@ -204,9 +221,9 @@ def data_term(toward_student, label, scale, k, sharpness, K: tl.constexpr):
     # the same factor of a row as the teacher's, which moves between threads once
     y = toward_student * scale[:, None] * (LOG2E / sharpness) + column_bias(k, 0.0, K)[None, :]
     e = tl.exp2(y)
-    logarithm = tl.log2(tl.sum(e, 1))
-    loss = (logarithm - tl.sum(chosen * y, 1)) * LN2
-    return loss, e * tl.exp2(-logarithm)[:, None] - chosen
+    total = logarithm(tl.sum(e, 1))
+    loss = (total - tl.sum(chosen * y, 1)) * LN2
+    return loss, e * tl.exp2(-total)[:, None] - chosen
 
 
 @triton.jit

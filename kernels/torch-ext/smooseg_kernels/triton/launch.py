@@ -24,6 +24,7 @@ OVERRIDES: dict[str, dict[str, int]] = {}
 OPERANDS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 # elements of one matrix of unit prototypes, of which two or four stay in shared memory
 LARGEST_PROTOTYPES = 8192
+LARGEST_CODES = 256  # channels; beyond them rows spill everywhere, and sm_86 has not the shared memory
 
 
 def operator(name: str) -> Callable:
@@ -51,7 +52,7 @@ def require_interpreter() -> None:
 
 
 def fits(K: int, Z: int) -> bool:
-    return block_k(K) * block_z(Z) <= LARGEST_PROTOTYPES
+    return block_k(K) * block_z(Z) <= LARGEST_PROTOTYPES and block_z(Z) <= LARGEST_CODES
 
 
 def block_k(K: int) -> int:
@@ -140,12 +141,16 @@ def precision(device: torch.device) -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
-def softmax_arguments(temperature: float, K: int) -> dict[str, float | bool]:
+def softmax_arguments(temperature: float | Tensor, K: int) -> dict[str, float | bool | Tensor]:
     """Returns the arguments of `soft_labels`.
 
     Below 0.05 the square of e could leave fp32's range without a maximum, which also makes the only e of K = 1 exact.
+    A tensor's value is unknown here; the kernel reads it.
     """
-    return {"sharpness": math.log2(math.e) / temperature, "BOUNDED": temperature >= 0.05 and K > 1}
+    if isinstance(temperature, Tensor):
+        return {"sharpness": temperature, "BOUNDED": False, "BY_POINTER": True}
+    bounded = temperature >= 0.05 and K > 1
+    return {"sharpness": math.log2(math.e) / temperature, "BOUNDED": bounded, "BY_POINTER": False}
 
 
 def with_rows_together(tensor: Tensor) -> Tensor:

@@ -75,12 +75,12 @@ def add_up_pairs(
         total_ptr=outputs.total, energy_ptr=outputs.energy, data_ptr=outputs.data, distance_ptr=outputs.distance,
         mean_ptr=outputs.mean, pull_ptr=scratch.pull, constant_ptr=scratch.constant, d_student_ptr=scratch.d_student,
         # sizes
-        B=B, **plan.sum_strides(scratch.sums), **strides(pair_sets.thresholds, "th", "tt"),
+        B=B, **plan.sum_strides(), **strides(pair_sets.thresholds, "th", "tt"),
         D=plan.D, K=plan.K, Z=plan.Z, T=T, ENTRIES=tuple(pair_sets.entries),
         SPLITS=plan.splits, PARTS=plan.parts, SLICES=SLICES, BLOCK_PARTS=triton.next_power_of_2(plan.parts),
         BLOCK_B=block_b, IMAGE_BLOCKS=triton.cdiv(B, block_b), BLOCK_K=C, BLOCK_Z=plan.code_columns,
         BLOCK_N=max(1, min(triton.next_power_of_2(B * plan.parts), 8192 // plan.code_columns)),
-        BLOCK_ROWS=image_rows(B, C),
+        BLOCK_ROWS=image_rows(B, C if T < 3 else 4 * C),  # more would not stay in registers next to the sums
         # switches
         RELATIVE=pair_sets.relative, CENTER=pair_sets.center, HAS_SCALE=pair_sets.channel_scale is not None,
         HAS_WEIGHT=weighted, HAS_MEAN=pair_sets.mean is not None, HAS_DATA=student is not None,
@@ -100,7 +100,7 @@ def add_up_crowd(plan: Plan, scratch: Scratch, center: bool) -> tuple[Tensor, Te
     launch(
         crowd_kernel, (plan.D, plan.H), settings=config("crowd", totals),
         sums_ptr=scratch.sums, label_sums_ptr=scratch.label_sums, crowd_ptr=crowd, crowd_labels_ptr=crowd_labels,
-        B=plan.B, **plan.sum_strides(scratch.sums), D=plan.D, K=plan.K, SPLITS=plan.splits, PARTS=plan.parts,
+        B=plan.B, **plan.sum_strides(), D=plan.D, K=plan.K, SPLITS=plan.splits, PARTS=plan.parts,
         BLOCK_B=image_rows(plan.B, C), BLOCK_K=C, CENTER=center,
     )  # fmt: skip
     return crowd, crowd_labels

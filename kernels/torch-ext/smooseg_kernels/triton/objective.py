@@ -13,6 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
+from ..derivatives import refuse_second_of
+from ..operators import either
 from .energy_gradient import energy_gradient_kernel
 from .label_rows import label_rows_kernel
 from .launch import (
@@ -57,13 +59,17 @@ def objective(
     patch_weight: Tensor | None,
     feature_norms: Tensor | None,
     mean: Tensor | None,
-    temperature: float,
+    temperature: float | None,
     relative: bool,
     center: bool,
     rows_gradient: bool,
     student_gradient: bool,
+    temperature_tensor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the Outputs, then the Scratch. entries: for each pair set SELF, ALL or its row in partners [rows,B]."""
+    """Returns the Outputs, then the Scratch. entries: for each pair set SELF, ALL or its row in partners [rows,B].
+
+    The temperature is a number or a tensor.
+    """
     plan = Plan(features, rows, teacher, len(entries))
     outputs = plan.outputs(features)
     scratch = plan.scratch(features, rows, feature_norms is not None, rows_gradient, student_gradient)
@@ -82,7 +88,10 @@ def objective(
         student_sums=new(*parts, plan.K, plan.Z, dtype=partial_dtype(rows)) if student_gradient else scratch.totals,
     )
     with torch.cuda.device_of(features):
-        add_up_rows(plan, scratch, constants, data_term, arrivals, rows, teacher=teacher, temperature=temperature)
+        add_up_rows(
+            plan, scratch, constants, data_term, arrivals, rows, teacher=teacher,
+            temperature=either(temperature, temperature_tensor),
+        )  # fmt: skip
         add_up_pairs(
             plan, scratch, pair_sets, outputs, arrivals, data_term=data_term, rows_gradient=rows_gradient,
             student_gradient=student_gradient, weighted=patch_weight is not None,
@@ -98,7 +107,7 @@ def add_up_rows(
     arrivals: Tensor,
     rows: Tensor,
     teacher: Tensor | None,
-    temperature: float,
+    temperature: float | Tensor,
 ) -> None:
     """Launches the sums over patches: norms and prepared prototypes for several heads, label rows, their moments."""
     (features, scale, weight, norms), totals = constants, scratch.totals
@@ -126,7 +135,8 @@ def add_up_rows(
         "entropy_ptr": data_term.entropy, "student_sums_ptr": data_term.student_sums,
         "labels_ptr": rows.new_empty(H, B, P, dtype=torch.int16) if apart else totals,
         "B": B, **strides(rows, "rh", "rb", "rp"), "PARTS": plan.parts, "sharpness": softmax["sharpness"],
-        "PREPARED": plan.prepared, "STUDENT_GRADIENT": data_term.student_sums is not totals,
+        "BY_POINTER": softmax["BY_POINTER"], "PREPARED": plan.prepared,
+        "STUDENT_GRADIENT": data_term.student_sums is not totals,
         "CODE": operand(rows.dtype),
     }  # fmt: skip
     launch(
@@ -156,7 +166,7 @@ def add_up_rows(
 @objective.register_fake
 def _(
     features, rows, student, teacher, partners, entries, thresholds, channel_scale, patch_weight, feature_norms, mean,
-    temperature, relative, center, rows_gradient, student_gradient,
+    temperature, relative, center, rows_gradient, student_gradient, temperature_tensor=None,
 ):  # fmt: skip
     plan = Plan(features, rows, teacher, len(entries))
     scratch = plan.scratch(features, rows, feature_norms is not None, rows_gradient, student_gradient)
@@ -180,11 +190,12 @@ def objective_backward(
     patch_weight: Tensor | None,
     mean: Tensor,
     scratch: Sequence[Tensor],
-    temperature: float,
+    temperature: float | None,
     relative: bool,
     center: bool,
     rows_gradient: bool,
     student_gradient: bool,
+    temperature_tensor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns the gradients of rows and student in their dtypes; empty where not asked for. `scratch` is a Scratch."""
     plan, kept = Plan(features, rows, teacher, len(entries)), Scratch(*scratch)
@@ -229,7 +240,8 @@ def objective_backward(
             stride_total=first_stride(d_total), stride_data=first_stride(d_data),
             D=plan.D, K=plan.K, Z=plan.Z, BLOCK_K=plan.columns, BLOCK_Z=plan.code_columns,
             # switches
-            FROM_CODES=teacher is not None, PREPARED=prepared, **softmax_arguments(temperature, plan.K),
+            FROM_CODES=teacher is not None, PREPARED=prepared,
+            **softmax_arguments(either(temperature, temperature_tensor), plan.K),
             HAS_WEIGHT=patch_weight is not None, ROWS_GRADIENT=rows_gradient, STUDENT_GRADIENT=student_gradient,
             HAS_TOTAL=d_total is not None, HAS_DATA=d_data is not None,
             FEATURE=operand(features.dtype), CODE=operand(rows.dtype), PRECISION=precision(features.device),
@@ -260,39 +272,41 @@ def empty_gradients(
 def _(
     d_total, d_energy, d_data, d_distance, features, rows, student, teacher, partners, entries, thresholds,
     channel_scale, patch_weight, mean, scratch, temperature, relative, center, rows_gradient, student_gradient,
+    temperature_tensor=None,
 ):  # fmt: skip
     return empty_gradients(rows, student, rows_gradient, student_gradient)
 
 
 def setup_context(ctx, inputs, output):
     (features, rows, student, teacher, partners, ctx.entries, thresholds, channel_scale, patch_weight, feature_norms, _,
-     ctx.temperature, ctx.relative, ctx.center, _, _) = inputs  # fmt: skip
+     ctx.temperature, ctx.relative, ctx.center, _, _, temperature_tensor) = inputs  # fmt: skip
     ctx.set_materialize_grads(False)
     outputs, scratch = Outputs(*output[:5]), Scratch(*output[5:])
     if feature_norms is not None:
         scratch = scratch._replace(norms=feature_norms.contiguous())
     ctx.save_for_backward(
-        features, rows, student, teacher, partners, thresholds, channel_scale, patch_weight, outputs.mean, *scratch
-    )
+        features, rows, student, teacher, partners, thresholds, channel_scale, patch_weight, temperature_tensor,
+        outputs.mean, *scratch,
+    )  # fmt: skip
 
 
 def backward(ctx, d_total, d_energy, d_data, d_distance, *_):
-    features, rows, student, teacher, partners, thresholds, channel_scale, patch_weight, mean, *scratch = (
-        ctx.saved_tensors
-    )
+    (features, rows, student, teacher, partners, thresholds, channel_scale, patch_weight, temperature_tensor, mean,
+     *scratch) = ctx.saved_tensors  # fmt: skip
     rows_gradient = ctx.needs_input_grad[1] and any(g is not None for g in (d_total, d_energy, d_distance))
     student_gradient = student is not None and ctx.needs_input_grad[2] and (d_total is not None or d_data is not None)
-    gradients: list[Tensor | None] = [None] * 16  # one for each input
+    gradients: list[Tensor | None] = [None] * 17  # one for each input
     if rows_gradient or student_gradient:
         d_rows, d_student = objective_backward(
             d_total=d_total, d_energy=d_energy, d_data=d_data, d_distance=d_distance,
             features=features, rows=rows, student=student, teacher=teacher, partners=partners, entries=ctx.entries,
             thresholds=thresholds, channel_scale=channel_scale, patch_weight=patch_weight, mean=mean, scratch=scratch,
             temperature=ctx.temperature, relative=ctx.relative, center=ctx.center,
-            rows_gradient=rows_gradient, student_gradient=student_gradient,
+            rows_gradient=rows_gradient, student_gradient=student_gradient, temperature_tensor=temperature_tensor,
         )  # fmt: skip
         gradients[1], gradients[2] = d_rows if rows_gradient else None, d_student if student_gradient else None
     return tuple(gradients)
 
 
+refuse_second_of(objective_backward, "smooseg_loss")
 objective.register_autograd(backward, setup_context=setup_context)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..derivatives import refuse_second_of
 from ..pair_means import Pairing, pair_energies
 from ..problem import PairProblem
 from ..rows import inverse_norms
@@ -203,4 +204,5 @@ def backward(ctx, d_energy, d_clamped, *_):
     return tuple(gradients)
 
 
+refuse_second_of(pair_rows_backward, "pair_energy")
 pair_rows.register_autograd(backward, setup_context=setup_context)

@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..derivatives import refuse_second_of
 from .launch import block_z, config, contiguous, launch, operator, or_nothing, with_rows_together
 from .pair_rows import code_gradient_kernel, finish_pairs_kernel, row_means_kernel, unit_rows_kernel
 from .pair_walk import Means, Rule, Side, Upstream, code_dtype, padded, walk_tiles, width_block
@@ -306,4 +307,5 @@ def backward(ctx, d_energy, d_similarity, d_clamped, *_):
     return tuple(gradients)
 
 
+refuse_second_of(pair_energy_backward, "pair_energy")
 pair_energy.register_autograd(backward, setup_context=setup_context)

@@ -27,8 +27,9 @@ class Scratch(NamedTuple):
 
     norms: Tensor  # [B,P] fp32 feature norms; [0,P] where the caller gives them
     totals: Tensor  # [B] fp32 sums of the patch weights
-    sums: Tensor  # [S,B,D,H*BLOCK_K] moments of the splits, see Plan.sum_strides
-    label_sums: Tensor  # [H,B,PARTS,BLOCK_K] fp32
+    # these two are flat: a compiler would make a condition on P of an axis that may be 1 or more
+    sums: Tensor  # [S * B * D * H * BLOCK_K] moments of the splits, see Plan.sum_strides
+    label_sums: Tensor  # [H * B * PARTS * BLOCK_K] fp32
     prepared: (
         Tensor  # [H,2,2*BLOCK_K,BLOCK_Z] unit rows, teacher and student, in two parts; [0,...] unless Plan.prepared
     )
@@ -81,10 +82,11 @@ class Plan:
         self.pairs["BLOCK_D"] = max(1, min(self.pairs["BLOCK_D"], 4096 // self.columns, triton.next_power_of_2(self.D)))
         self.pair_slices = -(-self.D // self.pairs["BLOCK_D"])
 
-    def sum_strides(self, sums: Tensor) -> dict[str, int]:
+    def sum_strides(self) -> dict[str, int]:
         """Returns the strides of the moments along heads, images, splits and D; the columns of a head are adjacent."""
-        split, image, channel, _ = sums.stride()
-        return {"stride_h": self.columns, "stride_b": image, "stride_s": split, "stride_d": channel}
+        channel = self.H * self.columns
+        image = self.D * channel
+        return {"stride_h": self.columns, "stride_b": image, "stride_s": self.B * image, "stride_d": channel}
 
     def scratch(
         self, features: Tensor, rows: Tensor, norms_given: bool, rows_gradient: bool, student_gradient: bool
@@ -98,8 +100,8 @@ class Plan:
         return Scratch(
             norms=empty(0 if norms_given else B, self.P),
             totals=empty(B),
-            sums=empty(self.splits, B, D, H * C, dtype=partial_dtype(features)),
-            label_sums=empty(H, B, self.parts, C),
+            sums=empty(self.splits * B * D * H * C, dtype=partial_dtype(features)),
+            label_sums=empty(H * B * self.parts * C),
             prepared=empty(H if self.prepared else 0, 2, 2 * C, self.code_columns, dtype=operand_dtype(rows.dtype)),
             pull=empty(H, N, D, C, dtype=features.dtype),
             constant=empty(H, N, C),

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .label_rows import image_weight, load_weight, store_student_sums, student_tile
-from .labels import inverse_norms, load_prepared, load_rows, product, unit_parts
+from .labels import inverse_norms, load_prepared, load_rows, product, read_sharpness, unit_parts
 
 
 @triton.jit
@@ -27,11 +27,12 @@ def student_rows_kernel(
     B, P, sharpness, stride_rh, stride_rb, stride_rp, K: tl.constexpr, Z: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Z: tl.constexpr,
     # switches
-    PREPARED: tl.constexpr, HAS_WEIGHT: tl.constexpr, STUDENT_GRADIENT: tl.constexpr, CODE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PREPARED: tl.constexpr, BY_POINTER: tl.constexpr, HAS_WEIGHT: tl.constexpr, STUDENT_GRADIENT: tl.constexpr,
+    CODE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A head's codes of a part of an image: tiles s, s + PARTS, ..."""
     s, b, h = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    sharpness = read_sharpness(sharpness, BY_POINTER)
     rows_ptr += h * stride_rh + b * stride_rb
     labels_ptr += (h * B + b) * P
     weight_ptr += b * P

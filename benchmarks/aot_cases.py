@@ -6,7 +6,17 @@ from functools import partial
 
 import torch
 
-from smooseg_kernels.triton import assignment, code_rows, contrast, gaussian, objective, pair_options, pairs, similarity
+from smooseg_kernels.triton import (
+    assignment,
+    code_rows,
+    contrast,
+    gaussian,
+    objective,
+    pair_histogram,
+    pair_options,
+    pairs,
+    similarity,
+)
 
 
 def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -64,6 +74,12 @@ def pair_options_case(dtype: torch.dtype) -> None:
     pair_options.pair_rows_backward.launcher(rows, rows, *common)
 
 
+def pair_bins_case() -> None:
+    """As many bins as the kernel counts, with a partner index."""
+    codes, partner = tensor(32, 784, 70), tensor(32, dtype=torch.int64)
+    pair_histogram.pair_histogram.launcher(codes, codes, partner, similarity.LARGEST_BINS, -1.0, 1.0)
+
+
 def contrast_case(dtype: torch.dtype, *, labels: bool = False, full: bool = False, Z: int = 64) -> None:
     """Forward and backward on all patches of an image; `full`: every option."""
     codes, sums, number = tensor(32, 784, Z, dtype=dtype), tensor(32, 784), tensor()
@@ -75,15 +91,21 @@ def contrast_case(dtype: torch.dtype, *, labels: bool = False, full: bool = Fals
     contrast.contrast_backward.launcher(sums, sums, *common, list(out), True, full, True, True)
 
 
-def shipped_cases(quick: bool = False) -> dict:
-    """Calls by name; `quick`: the launches of a training step alone."""
+# nearly the same programs as another case's, with fewer options or of another size: a sample does without
+REPEATED = ("bf16 H=1", "bf16 H=16", "fp16 H=1", "bf16 pairs, P=121", "bf16 pairs, D=768", "bf16 pairs, Z=200")
+REPEATED += ("bf16 contrast", "bf16 contrast, labels", "bf16 statistics", "fp32 statistics", "fp32 rows")
+REPEATED += ("bf16 gaussian, K=135", "fp32 gaussian, K=135")
+
+
+def shipped_cases(amount: str = "all") -> dict:
+    """Calls by name; `amount`: "all", "sample" for each kernel and option once, or "step" for those of a training."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     cases = {
         "bf16 dropout": partial(objective_case, bf16, 1, scaled=True),
         "bf16 dropout, H=16": partial(objective_case, bf16, 16, scaled=True),
         "bf16 pairs": partial(pairs_case, bf16),
     }
-    if quick:
+    if amount == "step":
         return cases
     for name, dtype, heads in (("bf16", bf16, 1), ("bf16", bf16, 16), ("fp16", fp16, 1), ("fp32", fp32, 1)):
         cases[f"{name} H={heads}"] = partial(objective_case, dtype, heads)
@@ -96,8 +118,10 @@ def shipped_cases(quick: bool = False) -> dict:
         "bf16 pairs, options": partial(pairs_case, bf16, full=True),
         "bf16 pairs, rows": partial(pair_options_case, bf16),
         "fp32 pairs": partial(pairs_case, fp32),
+        "fp32 pairs, bins": pair_bins_case,
         "bf16 pairs, D=768": partial(pairs_case, bf16, D=768),
         "bf16 pairs, Z=200": partial(pairs_case, bf16, Z=200),
+        "bf16 pairs, D=768, Z=512": partial(pairs_case, bf16, D=768, Z=512),
     }
     cases |= {
         "bf16 contrast": partial(contrast_case, bf16),
@@ -113,4 +137,4 @@ def shipped_cases(quick: bool = False) -> dict:
         for K in (27, 135):  # a picture's labels; the moments of their gradient to the points
             pixels, values = tensor(1, 320 * 320, 5), tensor(1, 320 * 320, K, dtype=dtype)
             cases[f"{name} gaussian, K={K}"] = partial(gaussian.gaussian_sums.launcher, pixels, values, 0.0)
-    return cases
+    return {name: case for name, case in cases.items() if amount == "all" or name not in REPEATED}

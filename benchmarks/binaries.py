@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import re
 import subprocess
 import tempfile
@@ -10,6 +12,7 @@ from pathlib import Path
 import triton
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+ANY = (1 << 256) - 1  # all registers
 STORES = ("ST", "RED.", "REDG", "REDS", "ATOM", "BAR", "UTM", "UBLKCP", "SYNCS")  # their first operand is read
 MMA = r"(#mma\d*) = #ttg\.(?:nvidia|amd)_(?:mma|mfma)<\{.*?warpsPerCTA = \[(\d+), (\d+)\].*?instrShape = \[(\d+), (\d+)"
 
@@ -34,7 +37,8 @@ class Code:
                 labels[label] = len(self.instructions)
             elif text.strip() != "NOP":
                 self.instructions.append(text)
-        self.loops = natural_loops([self.next_places(i, labels) for i in range(len(self.instructions))])
+        self.edges = [self.next_places(i, labels) for i in range(len(self.instructions))]
+        self.loops = natural_loops(self.edges)
 
     def next_places(self, place: int, labels: dict[str, int]) -> list[int]:
         """The places to which the program may go from `place`."""
@@ -110,23 +114,55 @@ def copies(ttgir: str) -> int | None:
 
 
 def unset_registers(code: Code) -> list[str]:
-    """Uniform registers that instructions read and none writes.
+    """Uniform registers that an instruction reads although, on some way to it, none has written them.
 
-    The assembler that came with Triton 3.6 lost the addresses of a matrix instruction's later operands: the product of
-    codes and their gradients was wrong on a card, with no other sign of it. A matrix descriptor gdesc[URn] names the
-    first of four registers, of which an operand in registers leaves two unused, so descriptors do not count as reads.
+    The assembler that came with Triton 3.6 loses the addresses of a matrix instruction's later operands: it adds an
+    offset to a register that it never set, in the same register. The matrix unit then reads wherever that points.
     """
-    read, written = set(), set()
-    for text in code.instructions:
-        text = re.sub(r"^@!?U?P\w+\s+|gdesc\[UR\d+\]", "", text)
-        operation, _, operands = text.partition(" ")
-        target, *rest = (x.strip() for x in operands.split(","))
-        while re.match(r"U?P(\d|T)", target) and rest:  # predicates that come out before the register
-            target, *rest = rest
-        if re.fullmatch(r"UR\d+", target) and not operation.startswith(STORES):
-            count = 4 if ".128" in operation else 2 if re.search(r"\.64|\.WIDE", operation) else 1
-            written.update(range(int(target[2:]), int(target[2:]) + count))
-        else:
-            rest = [target, *rest]
-        read.update(int(n) for x in rest for n in re.findall(r"\bUR(\d+)\b", x))
-    return [f"UR{n}" for n in sorted(read - written)]
+    access = [uniform_access(text) for text in code.instructions]
+    written = [0, *[ANY] * (len(access) - 1)]  # bits of the registers that every way to an instruction has written
+    pending = [0]
+    while pending:
+        i = pending.pop()
+        _, wrote, moved = access[i]
+        after = written[i] | wrote if moved & ~written[i] == 0 else written[i] & ~wrote
+        for j in code.edges[i]:
+            if written[j] & after != written[j]:
+                written[j] &= after
+                pending.append(j)
+    unset = functools.reduce(operator.or_, (read & ~known for (read, *_), known in zip(access, written)), 0)
+    return [f"UR{n}" for n in range(unset.bit_length()) if unset >> n & 1]
+
+
+def uniform_access(text: str) -> tuple[int, int, int]:
+    """The uniform registers that an instruction reads, writes, and only moves elsewhere, as bits.
+
+    Half of a pair may be unset where the whole is moved or put aside.
+    """
+    operation, _, operands = re.sub(r"^@!?U?P\w+\s+", "", text).partition(" ")
+    target, *rest = (x.strip() for x in operands.split(","))
+    while re.match(r"!?U?P(\d|T)$", target) and rest:  # predicates that come out before the register
+        target, *rest = rest
+    count = 4 if ".128" in operation else 2 if re.search(r"\.64|\.WIDE", operation) else 1
+    written = 0
+    if re.fullmatch(r"UR\d+", target) and not operation.startswith(STORES):
+        written = bits(int(target[2:]), count)
+    else:
+        rest = [target, *rest]
+    read = 0
+    for i, x in enumerate(rest):
+        for kind, number in re.findall(r"(gdesc|\bdesc)?\[?\bUR(\d+)", x):
+            first = int(number)
+            if kind == "gdesc" and operation.startswith("HGMMA"):
+                # two descriptors; the first is unused where registers hold that operand
+                held = any(re.match(r"R\d", other) for other in rest[1:i])
+                read |= bits(first + 2, 2) if held else bits(first, 4)
+            elif kind != "gdesc":
+                read |= bits(first, 2 if kind == "desc" or operation == "UIADD3.64" else 1)
+    if operation == "UMOV":
+        return 0, written, read
+    return 0 if operation == "MOV.SPILL" else read, written, 0
+
+
+def bits(first: int, count: int) -> int:
+    return ((1 << count) - 1) << first

@@ -100,13 +100,26 @@ def objective_launches(problem: Problem, plan: Any) -> dict[str, int]:
     B, P, D, Z, K, H = problem.B, problem.P, problem.D, problem.Z, problem.K, problem.H
     columns, element = H * plan.columns, problem.element
     norms, sides, students = 4 * B * P, B * P * columns * element, H * K * Z * 4
-    label_sums = B * plan.parts * (columns * 4 + H * 4 + H * K * Z * element)
+    means = B * plan.parts * columns * 4
+    data = B * plan.parts * (H * 4 + H * K * Z * element)  # cross-entropy, and sums for the student
     sums, pull = plan.splits * B * D * columns * element, B * columns * (D * element + 4)
-    several = {"row_norms": problem.features + norms, "prepare": 3 * students} if H > 1 else {}
-    features_for_norms = problem.features if H == 1 else 0
-    return several | {
-        "label_rows": problem.codes + features_for_norms + norms + sides + label_sums,
+    norms_apart = H > 1 or element == 4
+    launches = {"row_norms": problem.features + norms} if norms_apart else {}
+    if plan.prepared:
+        launches["prepare"] = 3 * students
+    label_rows = problem.codes + (0 if norms_apart else problem.features) + norms + sides + means
+    if plan.student:  # the teacher's labels, int16, go from one launch to the next
+        labels = H * B * P * 2
+        launches |= {"label_rows": label_rows + labels, "student_rows": problem.codes + labels + data}
+    else:
+        launches["label_rows"] = label_rows + data
+    return launches | {
         "row_products": problem.features + sides + sums,
-        "pair_sums": sums + label_sums + pull + students,
+        "pair_sums": sums + means + data + pull + students,
         "energy_gradient": problem.features + 2 * problem.codes + pull + norms + students,
     }
+
+
+def student_rows_flops(problem: Problem) -> int:
+    """Products of the data term's own launch, which large prototypes have: cosines, and sums for the student."""
+    return 4 * problem.H * problem.B * problem.P * problem.Z * problem.K

@@ -20,12 +20,12 @@ import torch
 triton = pytest.importorskip("triton")
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 OTHER = "3.6.0"
-# the longest first: every case for one target and version, a training step for the rest
+# the longest first: every kernel and option for one target and version, a training step for the rest
 RUNS = [("sm_90", None), ("sm_90", OTHER), ("sm_80", None), ("sm_86", None), ("sm_100", None), ("gfx942", None)]
 GROWTH = 1.03  # of counts that benchmarks/results/aot.csv records
 # of instructions a row and head: what a training step was designed to keep to
 LIMITS = [("label_rows", "bf16 dropout, H=16", 60), ("energy_gradient", "bf16 dropout, H=16", 70)]
-LIMITS += [("label_rows", "bf16 dropout", 101), ("energy_gradient", "bf16 dropout", 100)]
+LIMITS += [("label_rows", "bf16 dropout", 100), ("energy_gradient", "bf16 dropout", 100)]
 
 
 def other_triton() -> Path | None:
@@ -56,7 +56,7 @@ def report(run, folder):
         environment["PYTHONPATH"] = os.pathsep.join([str(other), os.environ.get("PYTHONPATH", "")])
     table = folder / f"{target}-{version}.csv"
     command = [sys.executable, str(BENCHMARKS / "aot_report.py"), "--target", target, "--csv", str(table)]
-    command += [] if run == RUNS[0] else ["--quick"]
+    command += ["--amount", "sample" if run == RUNS[0] else "step"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     with table.open(newline="") as file:
         return done, list(csv.DictReader(file))
@@ -91,6 +91,12 @@ def numbered(rows):
     return dict(zip(keys, rows))
 
 
+def figures(row):
+    """What tells one binary from another."""
+    names = ("triton", "target", "kernel", "warps", "registers", "spills", "shared", "instructions", "per_row")
+    return tuple(row.get(name) for name in names)
+
+
 @pytest.mark.parametrize("run", RUNS, ids=str)
 def test_shipped_configurations(run, rows, reports):
     done, _ = reports[run]
@@ -114,7 +120,13 @@ def test_counts_do_not_grow(run, rows):
         record = numbered(list(csv.DictReader(file)))
     if not any(key[:2] == (rows[0]["triton"], run[0]) for key in record):
         pytest.skip(f"waits for rows of Triton {rows[0]['triton']} in aot.csv")
-    now = numbered(rows)
+    # a binary is recorded under the first case that has it, which a sample may do without
+    recorded = {figures(row) for row in record.values()}
+    now = {
+        key: row
+        for key, row in numbered(rows).items()
+        if figures(row) not in recorded or figures(row) == figures(record.get(key, {}))
+    }
     missing = [key for key in now if key not in record]
     assert not missing, f"aot.csv is out of date, write it again (docs/kernels_aot.md): {missing}"
     grown = [
@@ -124,6 +136,16 @@ def test_counts_do_not_grow(run, rows):
         if float(row[name] or 0) > GROWTH * float(record[key][name] or 0) + 0.01
     ]
     assert not grown, "\n".join(grown)
+
+
+def test_no_fault_in_the_record():
+    """Every target, case and version, most of which no test compiles."""
+    with (BENCHMARKS / "results" / "aot.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["triton"], row["target"]) for row in rows} >= {
+        (version or "3.9.0", target) for target, version in RUNS
+    }
+    assert [row for row in rows if row["faults"]] == []
 
 
 @pytest.mark.parametrize(("kernel", "case", "most"), LIMITS)
@@ -160,6 +182,12 @@ def test_the_parts_of_a_binary(monkeypatch):
     assert (
         binaries.per_row(straight, 4, {"codes_ptr": torch.empty(2, 3, 64, 8), "BLOCK_P": 2}) == 4.0
     )  # one tile has more
+    # UR26 is read by the very instruction that first writes it; UR9 is only moved, and one way skips UR7
+    lines = ["UIADD3 UR20, UR17, 0x2000, URZ", "UIADD3 UR26, UP0, UR26, 0x20, URZ", "UMOV UR11, UR9", "UMOV UR11, 0x4"]
+    lines += ["@P0 BRA `(.L_0)", "UMOV UR7, 0x1", ".L_0:", "HGMMA.64x64x16.F32 R24, gdesc[UR4], R24"]
+    lines += ["HGMMA.64x64x16.F32 R88, R24, gdesc[UR18].tnspB, R88", "EXIT"]
+    code = binaries.Code("\n".join(x if x.startswith(".L") else f"  /*{i:04x}*/   {x} ;" for i, x in enumerate(lines)))
+    assert binaries.unset_registers(code) == [f"UR{n}" for n in (4, 5, 6, 7, 17, 21, 26)]
     layout = "#mma = #ttg.nvidia_mma<{versionMajor = 2, warpsPerCTA = [8, 1], instrShape = [16, 8]}>\n"
     assert binaries.copies(f"{layout} tensor<32x32xf32, #mma> tensor<32x1xf32, #mma>") == 4
     assert binaries.copies(f"{layout} tensor<128x32xf32, #mma>") == 1
@@ -173,3 +201,4 @@ def test_the_parts_of_a_binary(monkeypatch):
     assert aot.faults({**row, "rows": 64, "copies": 1}) == []  # the warps share the columns
     assert aot.faults({**row, "case": "fp32", "spills": 8, "rows": 128}) == ["spills 8"]
     assert aot.faults({**row, "rows": 64, "per_row": None}) == []  # no labels are made
+    assert "crashed" in aot.faults({**row, "rows": 128, "crashed": True})[0]

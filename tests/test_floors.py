@@ -16,13 +16,13 @@ import pytest
 import torch
 
 MODE = "forward + backward"
-# H: launches of a step, bytes they move in all over those that must move (bf16, B 32, P 784, D 384, Z 64, K 27)
-LAUNCHES = {1: (4, 1.60), 16: (6, 1.68)}
+# H and K: launches of a step, bytes they move in all over those that must move (bf16, B 32, P 784, D 384, Z 64)
+LAUNCHES = {(1, 27): (4, 1.60), (16, 27): (6, 1.68), (1, 100): (6, 2.29)}
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_90", "sm_100"])
-@pytest.mark.parametrize("H", LAUNCHES)
-def test_fused_launches_and_their_bytes(H, target, monkeypatch):
+@pytest.mark.parametrize(("H", "K"), LAUNCHES)
+def test_fused_launches_and_their_bytes(H, K, target, monkeypatch):
     pytest.importorskip("triton")
     from smooseg_kernels.triton import launch, objective
 
@@ -35,7 +35,7 @@ def test_fused_launches_and_their_bytes(H, target, monkeypatch):
     def tensor(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    size = floors.Problem(H=H)
+    size = floors.Problem(H=H, K=K)
     features, codes = (
         tensor(size.B, size.P, size.D, dtype=torch.bfloat16),
         tensor(H, size.B, size.P, size.Z, dtype=torch.bfloat16),
@@ -59,7 +59,7 @@ def test_fused_launches_and_their_bytes(H, target, monkeypatch):
     plan = objective.Plan(features, codes, teacher, size.T)
     counted = floors.objective_launches(size, plan)
     assert [name.removesuffix("_kernel") for name in started] == list(counted)
-    most, ratio = LAUNCHES[H]
+    most, ratio = LAUNCHES[H, K]
     assert len(started) <= most, started
     moved = sum(counted.values())
     assert moved <= ratio * floors.objective_floor(size), (
@@ -109,6 +109,7 @@ def test_floors_by_hand():
     # row norms; then forward and backward alike: features with K labels, and codes with prototypes twice
     assert floors.objective_flops(size) == 2 * 6 * 5 + 2 * (2 * 6 * 5 * 11 + 2 * 2 * 6 * 7 * 11)
     assert floors.floor_ms(2000, 3000, bytes_per_s=1e6, flops_per_s=1e6) == 3.0
+    assert floors.student_rows_flops(size) == 2 * (2 * 6 * 7 * 11)
     # 21 GFLOP of matrix products in the head
     assert floors.head_step_flops(floors.Problem()) - floors.objective_flops(floors.Problem()) == pytest.approx(
         21e9, rel=0.01

@@ -24,23 +24,23 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def assert_taken_as_the_nearest(function, impl, given, nearest, arguments=()):
+def assert_taken_as_the_nearest(function, impl, arguments=()):
     """Compares the traced function, given numbers out of range, with the dense form of the nearest ones, untraced."""
     traced = torch.compile(functools.partial(function, impl=impl), backend="aot_eager", fullgraph=True)
-    got, expected = (
-        f(torch.tensor(numbers, device=DEVICE), *arguments)
-        for f, numbers in ((traced, given), (functools.partial(function, impl="dense"), nearest))
-    )
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    gradients = (torch.autograd.grad(values[0].sum(), arguments) for values in (got, expected)) if arguments else ()
-    for a, b in zip(*gradients):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
+    for given, nearest in OUTSIDE:
+        got, expected = (
+            f(torch.tensor(numbers, device=DEVICE), *arguments)
+            for f, numbers in ((traced, given), (functools.partial(function, impl="dense"), nearest))
+        )
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        gradients = (torch.autograd.grad(values[0].sum(), arguments) for values in (got, expected)) if arguments else ()
+        for a, b in zip(*gradients):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize(("given", "nearest"), OUTSIDE)
-def test_of_the_objective(given, nearest, impl):
+def test_of_the_objective(impl):
     x = make_inputs(B=4, P=9, D=12, H=2, dtype=torch.float32)
     features, student, teacher = (t.to(DEVICE) for t in (x.features, x.student, x.teacher))
 
@@ -48,12 +48,11 @@ def test_of_the_objective(given, nearest, impl):
         table = torch.stack((partners, partners.flip(0)))
         return sk.smooseg_loss(features, codes * 1.0, student, teacher, table, [0.1, 0.3], impl=impl)
 
-    assert_taken_as_the_nearest(loss, impl, given, nearest, [x.codes.to(DEVICE).requires_grad_()])
+    assert_taken_as_the_nearest(loss, impl, [x.codes.to(DEVICE).requires_grad_()])
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize(("given", "nearest"), OUTSIDE)
-def test_of_the_energies_alone(given, nearest, impl):
+def test_of_the_energies_alone(impl):
     """One image has no weight, so that the count of pairs depends on the partners."""
     features = make_inputs(B=4, P=9, D=12, dtype=torch.float32).features.to(DEVICE)
     weight = (torch.rand(4, 9) * torch.tensor([[1], [0], [1], [1]])).to(DEVICE)
@@ -63,13 +62,12 @@ def test_of_the_energies_alone(given, nearest, impl):
         return sk.smoothness_energy(features, probs * 1.0, entries, [0.1, 0.3], patch_weight=weight, impl=impl)
 
     probs = torch.rand(4, 9, 5, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_()
-    assert_taken_as_the_nearest(energy, impl, given, nearest, [probs])
+    assert_taken_as_the_nearest(energy, impl, [probs])
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("clamp", [(0.0, 0.8), (None, None)], ids=str)
-@pytest.mark.parametrize(("given", "nearest"), OUTSIDE)
-def test_of_energies_of_pairs(given, nearest, clamp, impl):
+def test_of_energies_of_pairs(clamp, impl):
     """The i side has more images than the j side, whose count is the bound."""
     x = make_pairs(B=6, N=4, P_i=5, P_j=6, D=8, Z=5, dtype=torch.float32, device=DEVICE)
 
@@ -80,18 +78,17 @@ def test_of_energies_of_pairs(given, nearest, clamp, impl):
         )
 
     arguments = [x.codes_i.requires_grad_(), x.codes_j.requires_grad_()]
-    assert_taken_as_the_nearest(energy, impl, given, nearest, arguments)
+    assert_taken_as_the_nearest(energy, impl, arguments)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize(("given", "nearest"), OUTSIDE)
-def test_of_the_statistics(given, nearest, impl):
+def test_of_the_statistics(impl):
     features = torch.randn(4, 9, 12, generator=torch.Generator().manual_seed(0)).to(DEVICE)
 
     def statistics(partner, impl):
         return sk.similarity_statistics(features, [partner, "all"], bins=16, neighbours=3, impl=impl)
 
-    assert_taken_as_the_nearest(statistics, impl, given, nearest)
+    assert_taken_as_the_nearest(statistics, impl)
 
 
 @pytest.mark.parametrize("impl", ["dense", "torch"])
@@ -105,12 +102,11 @@ def test_under_vmap(impl):
     torch.testing.assert_close(torch.func.vmap(energy)(given), torch.stack([energy(partner) for partner in nearest]))
 
 
-@pytest.mark.parametrize(("given", "nearest"), OUTSIDE)
-def test_of_a_layer(given, nearest):
+def test_of_a_layer():
     """A layer passes partners on without clamping them itself."""
     features, probs = torch.randn(4, 6, 3, 3, device=DEVICE), torch.rand(4, 5, 3, 3, device=DEVICE)
 
     def terms(partner, impl):
         return sk.layers.SmoothnessLoss(0.1, 0.3, impl=impl)(features, probs, partner)
 
-    assert_taken_as_the_nearest(terms, "auto", given, nearest)
+    assert_taken_as_the_nearest(terms, "auto")

@@ -6,9 +6,10 @@ import importlib.util
 
 import pytest
 import torch
-from pair_cases import evaluate, make_pairs
+from pair_cases import Result, evaluate, make_pairs
 
 import smooseg_kernels as sk
+from smooseg_kernels import pair_blocks, products
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHIFTS = torch.tensor([0.1, -0.2, 0.3], device=DEVICE, requires_grad=True)
@@ -26,6 +27,7 @@ CASES = {
     "without clamp": dict(clamp=(None, None), means=True, weights=True, threshold=SHIFTS),
     "rows of a hinge": dict(clamp=(None, None), hinge=True, reduction="none", means=True),
     "histogram": dict(bins=7, limits=(-0.9, 0.9)),
+    "histograms of two partners": dict(partner=torch.tensor([[1, 1, 3], [0, 2, 2]]), bins=40, limits=(-0.5, 0.9)),
 }
 IMPLS = [("torch", torch.float64), ("torch", torch.float32)]
 IMPLS += [("triton", torch.float32)] if importlib.util.find_spec("triton") else []
@@ -50,11 +52,32 @@ def result(case: str, impl: str, dtype: torch.dtype, **shape):
 @pytest.mark.parametrize(("impl", "dtype"), IMPLS, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_dense_oracle(case, impl, dtype):
-    if impl == "triton" and case in ("histogram", "shifts and hinge"):
-        with pytest.raises(ValueError, match=r'impl="triton" has no (bins|gradient to threshold with hinge=True): use'):
+    if impl == "triton" and case == "shifts and hinge":
+        with pytest.raises(ValueError, match=r'impl="triton" has no gradient to threshold with hinge=True: use'):
             result(case, impl, dtype)
         return
-    want, got = result(case, "dense", torch.float64), result(case, impl, dtype)
+    compare(result(case, impl, dtype), result(case, "dense", torch.float64), dtype)
+
+
+@pytest.mark.parametrize("case", ["weights", "two partners", "rows"])
+def test_onednn_and_small_blocks_equal_the_oracle(case, monkeypatch):
+    for least in ("LEAST_PRODUCTS", "LEAST_SHARED_PRODUCTS"):
+        monkeypatch.setattr(products, least, 1)
+    monkeypatch.setattr(pair_blocks, "CPU_PAIRS", 200)  # rows of one image, and fewer in its last block
+    compare(result(case, "torch", torch.float32), result(case, "dense", torch.float64), torch.float32)
+
+
+def test_products_take_any_strides(monkeypatch):
+    a, b, met = torch.randn(2, 5, 9)[..., 1:7], torch.randn(3, 4, 8)[..., :6], torch.tensor([2, 0])
+    for served in {torch.backends.mkldnn.is_available(), False}:
+        monkeypatch.setattr(products, "onednn_serves", lambda a, b, served=served: served)
+        want = torch.einsum("nrk,nck->nrc", a, b[met])
+        torch.testing.assert_close(products.products(a, b, met), want)
+        torch.testing.assert_close(products.products(a, b.mT.contiguous().mT, met), want)
+        torch.testing.assert_close(products.products(a, b[:2], out=torch.empty(2, 5, 4)), a @ b[:2].mT)
+
+
+def compare(got: Result, want: Result, dtype: torch.dtype) -> None:
     for part in ("values", "gradients"):
         expected, found = getattr(want, part), getattr(got, part)
         assert expected.keys() == found.keys()
@@ -63,6 +86,16 @@ def test_equals_the_dense_oracle(case, impl, dtype):
             scale = float(value.abs().max())
             tolerance = (1e-12 if dtype == torch.float64 else 2e-5) * scale
             torch.testing.assert_close(found[name].double(), value.double(), rtol=0, atol=tolerance, msg=name)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_more_bins_than_the_kernel_counts():
+    x = make_pairs(B=2, P_i=3, P_j=3, D=4, Z=4, dtype=torch.float32, device=DEVICE)
+    with pytest.raises(ValueError, match=r'impl="triton" counts at most 2048 bins, got bins=2049: use impl="torch"'):
+        sk.pair_energy(*x.tensors, 0.1, bins=2049, impl="triton")
+    assert int(sk.pair_energy(*x.tensors, 0.1, bins=2049).histogram.sum()) == 2 * 3 * 3
+    pair_histogram = torch.ops.smooseg.pair_histogram.default
+    torch.library.opcheck(pair_histogram, (x.codes_i, x.codes_j, torch.tensor([1, 0], device=DEVICE), 4, -1.0, 1.0))
 
 
 @pytest.mark.parametrize("shape", [dict(P_i=1, P_j=1, D=1, Z=1), dict(P_i=65, P_j=2, D=5, Z=70)], ids=str)

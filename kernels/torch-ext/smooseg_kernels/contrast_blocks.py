@@ -18,10 +18,11 @@ from torch import Tensor
 from .derivatives import refuse_second
 from .operators import operator
 from .problem import ContrastProblem
+from .products import products
 from .rows import unit_rows
 
 # pairs in one block: three matrices of this many numbers live at a time, on a CPU in its cache
-CPU_PAIRS, GPU_PAIRS = 1 << 17, 1 << 24
+CPU_PAIRS, GPU_PAIRS = 1 << 18, 1 << 24
 FAR = -1e30  # a logit whose exponential is 0, and that 0 times is 0
 
 
@@ -212,7 +213,7 @@ def sweep(
             part = Part(group, slice(start, min(start + height, N)))
             shape = (group.stop - first, part.rows.stop - start, M)
             block = Block(*(matrix[: shape[0] * shape[1] * M].view(shape) for matrix in space))
-            torch.bmm(scaled[part], c_j[group].mT, out=block.s)
+            products(scaled[part], c_j[group], out=block.s)
             sums, has_candidate = add_up(block, relation, part)
             for all_rows, values in zip(rows, sums):
                 all_rows[part] = values
@@ -225,9 +226,9 @@ def sweep(
             d_s = block.share.mul_(torch.where(has_candidate, d_log_sum, 0.0)[..., None])
             d_s.addcmul_(block.related, d_positive[..., None])
             if d_i is not None:
-                d_i[part] = torch.bmm(d_s, c_j[group])
+                d_i[part] = products(d_s, c_j[group].mT)
             if d_j is not None:
-                d_j[group].baddbmm_(d_s.mT, scaled[part])
+                d_j[group] += products(scaled[part].mT, d_s.mT).mT
     if d_i is not None:
         d_i.div_(temperature)
     return rows
@@ -273,7 +274,7 @@ def mark_positives(block: Block, relation: Relation, part: Part) -> Callable[[Te
     assert relation.features_i is not None
     assert relation.features_j is not None
     assert relation.threshold is not None
-    cosines = torch.bmm(relation.features_i[part], relation.features_j[part.images].mT, out=related)
+    cosines = products(relation.features_i[part], relation.features_j[part.images], out=related)
     threshold = relation.threshold[part][..., None]
     if relation.threshold_j is not None:
         threshold = torch.minimum(threshold, relation.threshold_j[part.images][:, None, :])

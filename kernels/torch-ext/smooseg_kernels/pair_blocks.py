@@ -4,8 +4,8 @@ A clamp or a hinge stands between the two similarities of a pair, so every pair 
 Sums over all pairs are numbers, and their gradients are a number times what the same blocks give: `pair_sums` computes
 them once, for the values and both gradients. Sums over j alone are rows, whose gradients to the j side `pair_rows`
 computes in the backward pass. Operators are whole to compilers, so sizes may change and exported programs have
-gradients. Shapes: c_i [B,P_i,Z] and f_i [B,P_i,D], c_j [B,P_j,Z] of the images that are met and f_j [N,P_j,D] of all,
-unit rows; partner int64 [B] or none; bias [B,P_i]. V_ij = f_i . f_j + bias_i, or max(V_ij, 0) with `hinge`.
+gradients. Shapes: c_i [B,P_i,Z] and f_i [B,P_i,D], c_j [N,P_j,Z] and f_j [N,P_j,D], unit rows; partner int64 [B] or
+none; bias [B,P_i]. V_ij = f_i . f_j + bias_i, or max(V_ij, 0) with `hinge`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,13 @@ from torch import Tensor
 
 from .derivatives import refuse_second
 from .operators import operator
+from .products import products
 
 # pairs in one block: a few matrices of this many numbers live at a time, on a CPU in its cache
 CPU_PAIRS, GPU_PAIRS = 1 << 20, 1 << 24
+JOINED_PAIRS = (
+    1 << 15
+)  # of an image, up to which one product for two gradients gains more than joining its factors costs
 
 
 class Pairs(NamedTuple):
@@ -45,8 +49,8 @@ class Sums(NamedTuple):
     slope: Tensor  # [B,P_i] the derivative of `energy` by the bias
     energy_i: Tensor  # [B,P_i,Z] the gradient of `energy` to c_i
     clamped_i: Tensor  # [B,P_i,Z] the gradient of `clamped` to c_i
-    energy_j: Tensor  # [B,P_j,Z] the gradient to c_j of the sum of `energy` over i, by its row weights
-    clamped_j: Tensor  # [B,P_j,Z] the same of `clamped`
+    energy_j: Tensor  # [N,P_j,Z] the gradient to c_j of the sum of `energy` over i, by its row weights
+    clamped_j: Tensor  # [N,P_j,Z] the same of `clamped`
     histogram: Tensor  # int64 [bins] of c_i . c_j
 
 
@@ -66,7 +70,8 @@ class Asked(NamedTuple):
 
 def empty_sums(x: Pairs, asked: Asked) -> Sums:
     def empty(like: Tensor, is_asked: bool) -> Tensor:
-        return torch.empty_like(like) if is_asked else like.new_empty(0)
+        shape = like.shape if is_asked else (0,)
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
 
     return Sums(
         energy=empty(x.bias, asked.energy),
@@ -82,72 +87,85 @@ def empty_sums(x: Pairs, asked: Asked) -> Sums:
 
 def sweep(x: Pairs, asked: Asked) -> Sums:
     """Goes over all blocks of pairs once."""
-    sums = Sums(*(torch.empty(s.shape, dtype=s.dtype, device=s.device) for s in empty_sums(x, asked)))
+    sums = empty_sums(x, asked)
     for total in (sums.energy_j, sums.clamped_j, sums.histogram):
         total.zero_()
     (B, P_i, _), P_j = x.f_i.shape, x.f_j.shape[1]
     block_pairs = CPU_PAIRS if x.f_i.device.type == "cpu" else GPU_PAIRS
     images, rows = min(B, max(1, block_pairs // (P_i * P_j))), min(P_i, max(1, block_pairs // P_j))
-    # one set of blocks serves all: allocating and freeing each time would leave holes in the heap
-    space = [x.f_i.new_empty(images * rows * P_j) for _ in range(3)]
-    weighted_codes = x.c_j if x.column_weight is None else x.c_j * x.column_weight[..., None]
     for first in range(0, B, images):
         group = slice(first, min(first + images, B))
-        others = (x.f_j[group] if x.partner is None else x.f_j[x.partner[group]], x.c_j[group], weighted_codes[group])
+        met = torch.arange(B, device=x.bias.device)[group] if x.partner is None else x.partner[group]
         for start in range(0, P_i, rows):
-            part = (group, slice(start, min(start + rows, P_i)))
-            shape = (group.stop - first, part[1].stop - start, P_j)
-            add_block(x, asked, sums, part, others, [b[: shape[0] * shape[1] * P_j].view(shape) for b in space])
-    if x.column_weight is not None:
-        for total in (sums.energy_j, sums.clamped_j):
-            if total.numel():
-                total.mul_(x.column_weight[..., None])
+            add_block(x, asked, sums, (group, slice(start, min(start + rows, P_i))), met)
     return sums
 
 
-def add_block(
-    x: Pairs,
-    asked: Asked,
-    sums: Sums,
-    part: tuple[slice, slice],
-    others: tuple[Tensor, Tensor, Tensor],
-    space: list[Tensor],
-) -> None:
-    """Computes one block of pairs in `space` and adds it to the sums."""
-    group, (features, codes, weighted_codes), (v, likeness, clamped) = part[0], others, space
-    weight = None if x.column_weight is None else x.column_weight[group][..., None]
+def add_block(x: Pairs, asked: Asked, sums: Sums, part: tuple[slice, slice], met: Tensor) -> None:
+    """Computes one block of pairs, with the images `met`, and adds it to the sums."""
+    weight = None if x.column_weight is None else x.column_weight[part[0]][..., None]
 
     def over_j(block: Tensor) -> Tensor:
         return block.sum(2) if weight is None else torch.bmm(block, weight)[..., 0]
 
-    likeness.baddbmm_(x.c_i[part], codes.mT, beta=0)
+    likeness = products(x.c_i[part], x.c_j, met)
     if asked.bins:
-        sums.histogram.add_(histogram(clamped.copy_(likeness), asked))
-    clamped.copy_(likeness)
-    if x.low is not None or x.high is not None:
-        clamped.clamp_(x.low, x.high)
+        sums.histogram.add_(histogram(likeness.clone(), asked))
+    clamped = likeness.clamp(x.low, x.high) if x.low is not None or x.high is not None else likeness.clone()
     if asked.clamped:
         sums.clamped[part] = over_j(clamped)
-    needs_v = asked.energy or asked.energy_i or asked.slope or asked.energy_j is not None
-    if needs_v:
-        v.copy_(x.bias[part][..., None].expand(v.shape)).baddbmm_(x.f_i[part], features.mT)
+    passes = likeness.eq_(clamped)  # 1 between the bounds, or at one
+    gradients = []
+    if asked.energy or asked.energy_i or asked.slope or asked.energy_j is not None:
+        v = products(x.f_i[part], x.f_j, met).add_(x.bias[part][..., None])
         if asked.slope:
             sums.slope[part] = over_j(clamped * (v >= 0) if x.hinge else clamped)
         if x.hinge:
             v.clamp_(min=0.0)
-    likeness.eq_(clamped)  # 1 between the bounds, or at one
-    if asked.clamped_i:
-        sums.clamped_i[part] = torch.bmm(likeness, weighted_codes)
-    if asked.clamped_j is not None:
-        sums.clamped_j[group].baddbmm_(likeness.mT, asked.clamped_j[part])
-    if asked.energy:
-        sums.energy[part] = over_j(clamped.mul_(v))
-    if asked.energy_i or asked.energy_j is not None:
-        v.mul_(likeness)
-    if asked.energy_i:
-        sums.energy_i[part] = torch.bmm(v, weighted_codes)
-    if asked.energy_j is not None:
-        sums.energy_j[group].baddbmm_(v.mT, asked.energy_j[part])
+        if asked.energy:
+            sums.energy[part] = over_j(clamped.mul_(v))
+        if asked.energy_i or asked.energy_j is not None:
+            gradients.append(Gradient(v.mul_(passes), sums.energy_i, asked.energy_j, sums.energy_j))
+    del clamped
+    if asked.clamped_i or asked.clamped_j is not None:
+        gradients.append(Gradient(passes, sums.clamped_i, asked.clamped_j, sums.clamped_j))
+    if weight is not None:
+        for gradient in gradients:
+            gradient.block.mul_(weight.mT)
+    small = passes[0].numel() <= JOINED_PAIRS
+    if small and len(gradients) == 2 and asked.energy_j is asked.clamped_j:
+        add_gradients(x, gradients, part, met)
+    else:
+        for gradient in gradients:
+            add_gradients(x, [gradient], part, met)
+
+
+class Gradient(NamedTuple):
+    """The factors of one block of pairs in a gradient, and where it goes; empty or none where not asked for."""
+
+    block: Tensor  # [images,rows,P_j]
+    toward_i: Tensor  # [B,P_i,Z]
+    c_i: Tensor | None  # [B,P_i,Z] times the row weights
+    toward_j: Tensor  # [N,P_j,Z]
+
+
+def add_gradients(x: Pairs, gradients: list[Gradient], part: tuple[slice, slice], met: Tensor) -> None:
+    """Multiplies blocks of factors with both sides' codes; blocks of several gradients have the same c_i."""
+    one = gradients[0].block[:, :, None]
+    blocks = one if len(gradients) == 1 else torch.stack([gradient.block for gradient in gradients], 2)
+    if gradients[0].toward_i.numel():
+        rows = products(blocks.flatten(1, 2), x.c_j.mT, met).unflatten(1, blocks.shape[1:3])
+        for gradient, toward in zip(gradients, rows.unbind(2)):
+            gradient.toward_i[part] = toward
+    c_i = gradients[0].c_i
+    if c_i is None:
+        return
+    columns = products(c_i[part].mT, blocks.flatten(2).mT).unflatten(2, blocks.shape[2:])
+    for gradient, toward in zip(gradients, columns.unbind(2)):
+        if x.partner is None:
+            gradient.toward_j[part[0]] += toward.mT
+        else:  # adds up in a fixed order, also on a GPU
+            gradient.toward_j.index_put_((met,), toward.mT, accumulate=True)
 
 
 def histogram(likeness: Tensor, asked: Asked) -> Tensor:
@@ -314,7 +332,7 @@ def pair_rows_backward(
 
 @pair_rows_backward.register_fake
 def _(d_energy, d_clamped, c_i, c_j, f_i, f_j, partner, bias, column_weight, low, high, hinge):
-    return torch.empty_like(c_j)
+    return torch.empty_like(c_j, memory_format=torch.contiguous_format)
 
 
 def keep_pairs(ctx, inputs, output):

@@ -108,4 +108,4 @@ def one_pair_set(problem: PairProblem, x: Pairing, in_blocks: InBlocks) -> PairE
 
 def rows_of(rows: Tensor, mean: Tensor) -> Tensor:
     """Returns the products [B,P] of rows [B,P,W] with [B,W]: means over j of their products with every j."""
-    return (rows @ mean[..., None])[..., 0]
+    return (mean[:, None] @ rows.mT)[:, 0]  # this way round ten times as fast on a CPU as by a column

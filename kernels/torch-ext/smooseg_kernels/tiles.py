@@ -45,7 +45,7 @@ def factored(problem: PairProblem, x: Pairing, bias: Tensor) -> Tensor:
 
 def in_blocks(problem: PairProblem, x: Pairing, bias: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Returns the mean of V clamp(c_i . c_j), that of the clamped similarity, and the histogram, where asked for."""
-    c_i, c_j = x.i.c, paired(x.j.c, x.pair_set.partner)
+    c_i, c_j = x.i.c, x.j.c
     (B, P_i, _), P_j = x.i.f.shape, x.j.f.shape[1]
     pairs = (c_i, c_j, x.i.f, x.j.f, x.pair_set.partner, bias)
     gradients = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (c_i, c_j, bias)]

@@ -106,7 +106,7 @@ def test_grid_filter_is_the_sum_over_all_pairs(sigma, dtype):
 
 
 @pytest.mark.parametrize("impl", ["torch", FUSED])
-@pytest.mark.parametrize(("B", "N", "d", "K"), [(2, 1, 1, 1), (1, 67, 8, 3), (2, 131, 5, 65)])
+@pytest.mark.parametrize(("B", "N", "d", "K"), [(2, 1, 1, 1), (1, 67, 8, 3), (2, 71, 5, 65)])
 def test_sums_and_gradients_match_float64(impl, B, N, d, K, poisoned):
     torch.manual_seed(0)
     points, values = 2 * torch.randn(B, N, d, device=DEVICE), torch.randn(B, N, K, device=DEVICE)

@@ -26,6 +26,17 @@ class Filter(Protocol):
     def __call__(self, values: Tensor) -> Tensor: ...
 
 
+class Normalised:
+    """The filter n_i k_ij n_j with n = (sum_j k_ij)^(-1/2) of a filter k, for values like these [N,C]."""
+
+    def __init__(self, filter: Filter, like: Tensor):
+        self.filter = filter
+        self.norm = filter(torch.ones_like(like[:, :1])).rsqrt()
+
+    def __call__(self, values: Tensor) -> Tensor:
+        return self.filter(values * self.norm).mul_(self.norm)
+
+
 class GridGaussian:
     """The filter of positions on a regular grid: exact to rounding, two passes of a short convolution.
 

@@ -1,12 +1,22 @@
 // Mean-field inference of a dense CRF on a permutohedral lattice, for the CPU, behind a C interface.
 //
-// The classes of a pixel are stored in blocks of 16 or 32, one or two cache lines. Every sum has a fixed order and
+// The classes of a pixel are stored in blocks of 8, 16 or 32, half a cache line to two. Every sum has a fixed order and
 // every row has one writer, so the result does not depend on the number of threads.
 
 #include "lattice.hpp"
 #include "plane.hpp"
 
 namespace {
+
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16;  // floats in a vector register
+#elif defined(__AVX__)
+constexpr int WIDTH = 8;
+#else
+constexpr int WIDTH = 4;
+#endif
+constexpr int TURNED = 16;     // pixels whose classes are turned from planes to rows together
+constexpr int STRIP = 4;       // pixels of a line whose messages are summed before their softmax
 
 // Gathers a row from each of the rows [begin,end) of a list.
 template <typename R>
@@ -29,14 +39,28 @@ int32_t scatter(const Lattice& lattice, int64_t begin, int64_t end, int32_t reac
         const float* weights = &lattice.weights[n * AXES];
         for (int i = 0; i < AXES; ++i) {
             R::prefetch(sums, vertices[i + PADDING]);
-            R sum = {};
-            if (vertices[i] == reached) ++reached;
-            else sum = R::at(sums, vertices[i]);
+            R sum = R::at(sums, vertices[i]);
+            const bool first = vertices[i] == reached;
+            sum.clear_if(first);
+            reached += first;
             sum.add(weights[i], row);
             R::at(sums, vertices[i]) = sum;
         }
     }
     return reached;
+}
+
+// Adds the sums under old numbers of a lattice point to the one under its last.
+template <typename R>
+void merge(const Lattice& lattice, float* sums) {
+    for (const auto& [old, renewed] : lattice.renewed) R::at(sums, renewed).add(1.0f, R::at(sums, old));
+}
+
+// Copies the blurred sum to the old numbers, under which points read it.
+template <typename R>
+void spread(const Lattice& lattice, float* blurred) {
+    for (auto pair = lattice.renewed.rbegin(); pair != lattice.renewed.rend(); ++pair)
+        R::at(blurred, pair->first) = R::at(blurred, pair->second);
 }
 
 // Sums values [N,row] into lattice points [M,row].
@@ -52,27 +76,32 @@ void gather(const Worker& worker, const Lattice& lattice, const float* values, f
 // Blurs lattice points [M,row] in place: a + 2 b + c along every axis, halved.
 template <typename R>
 void blur(const Worker& worker, const Lattice& lattice, float* blurred) {
-    for (const std::vector<int32_t>& chain : lattice.chains)
-        worker.loop(chain.size(), [&](int64_t begin, int64_t end) {
-            const int64_t last = int64_t(chain.size()) - 1;
+    worker.alone([&] { merge<R>(lattice, blurred); });
+    for (int axis = 0; axis <= D; ++axis) {
+        const int32_t* const chain = &lattice.chains[axis * lattice.M];
+        worker.loop(lattice.lengths[axis], [&](int64_t begin, int64_t end) {
+            const int64_t last = lattice.lengths[axis] - 1;
             while (begin > 0 && begin < end && chain[begin - 1] >= 0) ++begin;  // a chain is its first worker's
             while (end <= last && begin < end && chain[end - 1] >= 0) ++end;
-            R before = {};
+            if (begin == end) return;
+            const auto number = [](int32_t m) { return m ^ (m >> 31); };
+            // weights of 0 in place of jumps at the ends of chains, which are short and cannot be foreseen
+            constexpr float halves[2] = {0.5f, 0.0f};
+            R before = {}, here = R::at(blurred, number(chain[begin]));
+            float before_weight = 0;
             for (int64_t i = begin; i < end; ++i) {
-                const bool ends = chain[i] < 0;
-                const int32_t ahead = chain[std::min(i + AHEAD, last)];
-                R::prefetch(blurred, ahead < 0 ? ~ahead : ahead);
-                R& row = R::at(blurred, ends ? ~chain[i] : chain[i]);
-                const R here = row;
-                row.add(0.5f, before);
-                if (ends) {
-                    before = R{};
-                } else {
-                    row.add(0.5f, R::at(blurred, chain[i + 1] < 0 ? ~chain[i + 1] : chain[i + 1]));
-                    before = here;
-                }
+                R::prefetch(blurred, number(chain[std::min(i + AHEAD, last)]));
+                const float next_weight = halves[uint32_t(chain[i]) >> 31];
+                const R next = R::at(blurred, number(chain[std::min(i + 1, end - 1)]));
+                R sum = here;
+                sum.add(before_weight, before);
+                sum.add(next_weight, next);
+                R::at(blurred, number(chain[i])) = sum;
+                before = here, here = next, before_weight = next_weight;
             }
         });
+    }
+    worker.alone([&] { spread<R>(lattice, blurred); });
 }
 
 template <typename R>
@@ -87,51 +116,100 @@ R slice(const Lattice& lattice, int64_t n, const float* blurred) {
     return sum;
 }
 
-// exp for arguments to 0; below -50 it is 0, so that no product with it is subnormal.
-inline Vector exponential(Vector x) {
+// exp for arguments to LARGE, as which larger ones count; below -50 it is 0, so that no product with it is subnormal.
+constexpr float LARGE = 60, LARGE_SUM = 1e26f;  // its exponential is 1.14e26
+template <typename T, int width = sizeof(T) / sizeof(float)>
+inline T exponential(T x) {
+    using Integers = typename Numbers<width>::Integers;
     const Integers kept = x > -50.0f;
-    x = kept ? x : Vector{} - 50.0f;
-    const Vector n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // rounds to an integer
-    const Vector r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
-    Vector p = r * (1.0f / 720) + 1.0f / 120;
+    x = kept ? x : T{} - 50.0f;
+    x = x < LARGE ? x : T{} + LARGE;
+    const T n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // rounds to an integer
+    const T r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+    T p = r * (1.0f / 720) + 1.0f / 120;
     p = p * r + 1.0f / 24;
     p = p * r + 1.0f / 6;
     p = p * r + 0.5f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
     const Integers power = (__builtin_convertvector(n, Integers) + 127) << 23;
-    return (Vector)((Integers)(p * (Vector)power) & kept);
+    return (T)((Integers)(p * (T)power) & kept);
 }
 
-template <typename Two>
-float reduced(Vector x, const Two& two) {
-    typedef float Quad __attribute__((vector_size(16)));
-    Quad quads[WIDTH / 4];
-    std::memcpy(quads, &x, sizeof x);
-    for (int i = 1; i < WIDTH / 4; ++i) quads[0] = two(quads[0], quads[i]);
-    return two(two(quads[0][0], quads[0][1]), two(quads[0][2], quads[0][3]));
+// x with the numbers exchanged whose places differ in `step`.
+template <int step, typename T, int... places>
+T exchanged(T x, std::integer_sequence<int, places...>) {
+#ifdef __clang__
+    return __builtin_shufflevector(x, x, (places ^ step)...);
+#else
+    return __builtin_shuffle(x, typename Numbers<sizeof...(places)>::Integers{(places ^ step)...});
+#endif
 }
 
-// Softmax over the blocks of a pixel, in place; blocks are `stride` floats apart.
-template <typename R>
+// Takes every `group` numbers of x to their sum or whatever two(a, b) of two vectors is.
+template <int group, typename T, typename Two>
+T reduced(T x, const Two& two) {
+    constexpr std::make_integer_sequence<int, sizeof(T) / sizeof(float)> places{};
+    if constexpr (group > 8) x = two(x, exchanged<8>(x, places));
+    if constexpr (group > 4) x = two(x, exchanged<4>(x, places));
+    x = two(x, exchanged<2>(x, places));
+    return two(x, exchanged<1>(x, places));
+}
+
+// Softmax over blocks of R vectors, in place; blocks are `stride` floats apart. A vector has numbers of one pixel, or
+// of pixels with `group` numbers each.
+template <typename T, int R, int group = sizeof(T) / sizeof(float)>
 void softmax(float* x, int64_t blocks, int64_t stride) {
-    constexpr int PARTS = R::FLOATS / WIDTH;
-    Vector top = R::at(x, 0).part[0], sum = {};
+    using Block = Row<T, R>;
+    T top = Block::at(x, 0).part[0], sum = {};
     for (int64_t b = 0; b < blocks; ++b)
-        for (int r = 0; r < PARTS; ++r) {
-            const Vector other = R::at(x + b * stride, 0).part[r];
+        for (int r = 0; r < R; ++r) {
+            const T other = Block::at(x + b * stride, 0).part[r];
             top = top > other ? top : other;
         }
-    const float highest = reduced(top, [](auto a, auto b) { return a > b ? a : b; });
+    top = reduced<group>(top, [](T a, T b) { return a > b ? a : b; });
     for (int64_t b = 0; b < blocks; ++b)
-        for (int r = 0; r < PARTS; ++r) {
-            Vector& part = R::at(x + b * stride, 0).part[r];
-            part = exponential(part - highest);
+        for (int r = 0; r < R; ++r) {
+            T& part = Block::at(x + b * stride, 0).part[r];
+            part = exponential(part - top);
             sum += part;
         }
-    const float scale = 1.0f / reduced(sum, [](auto a, auto b) { return a + b; });
+    const T scale = 1.0f / reduced<group>(sum, [](T a, T b) { return a + b; });
     for (int64_t b = 0; b < blocks; ++b)
-        for (int r = 0; r < PARTS; ++r) R::at(x + b * stride, 0).part[r] *= scale;
+        for (int r = 0; r < R; ++r) Block::at(x + b * stride, 0).part[r] *= scale;
+}
+
+// The same for one block whose largest number is log 1e-5 or more. That number is found only where sums are large.
+template <typename T, int R, int group = sizeof(T) / sizeof(float)>
+void softmax_of_block(float* x) {
+    Row<T, R> row = Row<T, R>::at(x, 0);
+    T sum = {};
+    for (T& part : row.part) sum += part = exponential(part);
+    sum = reduced<group>(sum, [](T a, T b) { return a + b; });
+    for (size_t i = 0; i < sizeof(T) / sizeof(float); i += group)
+        if (!(sum[i] < LARGE_SUM)) return softmax<T, R, group>(x, 1, 0);
+    const T scale = 1.0f / sum;
+    for (T& part : row.part) part *= scale;
+    Row<T, R>::at(x, 0) = row;
+}
+
+// Softmax of pixels [begin,end) of x [blocks,N,row], in place.
+template <typename R>
+void softmax_of(float* x, int64_t begin, int64_t end, int64_t blocks, int64_t N) {
+    using T = std::remove_reference_t<decltype(R::at(x, 0).part[0])>;
+    int64_t n = begin;
+    const auto alone = [&] {
+        float* const pixel = x + n++ * R::FLOATS;
+        if (blocks == 1) softmax_of_block<T, R::PARTS>(pixel);
+        else softmax<T, R::PARTS>(pixel, blocks, N * R::FLOATS);
+    };
+    if constexpr (R::FLOATS < WIDTH) {  // several pixels fill a vector, and there is one block
+        constexpr int pixels = WIDTH / R::FLOATS;
+        while (n < end && n % pixels) alone();
+        for (; n + pixels <= end; n += pixels)
+            softmax_of_block<typename Numbers<WIDTH>::Vector, 1, R::FLOATS>(x + n * R::FLOATS);
+    }
+    while (n < end) alone();
 }
 
 struct Problem {
@@ -161,7 +239,7 @@ void update_line(const Problem& p, int64_t y, const Walk<R>& walk, const float* 
                 R::at(q, b * N + n) = total;
             }
         }
-        for (int64_t n = start; n < stop; ++n) softmax<R>(&R::at(q, n).part[0][0], p.blocks, N * R::FLOATS);
+        softmax_of<R>(q, start, stop, p.blocks, N);
     }
 }
 
@@ -170,7 +248,7 @@ template <typename R>
 void iterate(const Worker& worker, const Problem& p, const float* scores, Array<float>* all_q, Array<float>* all_sums) {
     const int64_t N = p.H * p.W, size = N * R::FLOATS, points = p.lattice.M * R::FLOATS;
     const bool spatial = p.spatial_weight > 0, color = p.color_weight > 0;
-    Walk<R> walk(p.plane, spatial ? p.blocks : 0, N);
+    Walk<R> walk(p.plane, spatial ? p.blocks : 0, p.H, p.W);
     float *q = all_q[0].get(), *next_q = p.alone ? q : all_q[1].get();
     float *sums = all_sums[0].get(), *next_sums = all_sums[1].get();
     for (int64_t i = 0; i < p.iterations; ++i) {
@@ -219,7 +297,7 @@ void infer(Problem& p, int threads) {
                         const int64_t place = (k / L * N + n) * L + k % L;
                         scores[place] = q[0][place] = k < p.K ? p.scores[k * N + n] : -1e30f;
                     }
-                for (int64_t n = start; n < stop; ++n) softmax<R>(&q[0][n * L], p.blocks, N * L);
+                softmax_of<R>(q[0].get(), start, stop, p.blocks, N);
             }
         });
         iterate<R>(worker, p, scores.get(), q, sums);
@@ -227,30 +305,40 @@ void infer(Problem& p, int threads) {
 }
 
 Lattice build_lattice(const uint8_t* image, int64_t H, int64_t W, double sigma, double color_sigma, bool gathers) {
-    Array<double> points[D];
-    for (auto& coordinates : points) coordinates = Array<double>(H * W + LANES);
-    for (int64_t i = 0; i < H * W + LANES; ++i) {
-        const int64_t n = std::min(i, H * W - 1);
-        points[0][i] = (n % W) / sigma;
-        points[1][i] = (n / W) / sigma;
-        for (int c = 0; c < 3; ++c) points[2 + c][i] = image[3 * n + c] / color_sigma;
-    }
-    return build(points, H * W, gathers);
+    const int64_t N = H * W;
+    int64_t known = 0, row = 0, column = 0;  // of the pixel `known`, as pixels come in order
+    const auto points = [&](int64_t start, Lanes* place) {
+        if (start < known) known = row = column = 0;
+        for (; known < start; ++known)
+            if (++column == W) column = 0, ++row;
+        int64_t y = row, x = column;
+        for (int l = 0; l < LANES; ++l) {
+            const int64_t n = std::min(start + l, N - 1);
+            place[0][l] = x / sigma;
+            place[1][l] = y / sigma;
+            for (int c = 0; c < 3; ++c) place[2 + c][l] = image[3 * n + c] / color_sigma;
+            if (n < N - 1 && ++x == W) x = 0, ++y;
+        }
+    };
+    return build(points, N, gathers);
 }
 
-// Folds n_i into the lattice.
+// Folds n_i, computed in fp64, into the lattice.
 void normalise(Lattice& lattice) {
-    using One = Row<float, 1>;
-    Array<float> norm(lattice.N), blurred(lattice.M);
-    std::fill(norm.get(), norm.get() + lattice.N, 1.0f);
+    using One = Row<double, 1>;
+    Array<double> norms(lattice.N), sums(lattice.M);
+    std::fill(norms.get(), norms.get() + lattice.N, 1.0);
+    std::fill(sums.get(), sums.get() + lattice.M, 0.0);
     Barrier barrier(1);
-    scatter<One>(lattice, 0, lattice.N, 0, norm.get(), blurred.get());
-    blur<One>(Worker{0, 1, &barrier}, lattice, blurred.get());
-    for (int64_t n = 0; n < lattice.N; ++n) norm[n] = 1 / std::sqrt(slice<One>(lattice, n, blurred.get()).part[0]);
+    float* const blurred = reinterpret_cast<float*>(sums.get());
+    scatter<One>(lattice, 0, lattice.N, 0, reinterpret_cast<float*>(norms.get()), blurred);
+    blur<One>(Worker{0, 1, &barrier}, lattice, blurred);
+    for (int64_t n = 0; n < lattice.N; ++n) norms[n] = 1 / std::sqrt(slice<One>(lattice, n, blurred).part[0]);
     for (int64_t n = 0; n < lattice.N; ++n)
-        for (int i = 0; i < AXES; ++i) lattice.weights[n * AXES + i] *= norm[n];
+        for (int i = 0; i < AXES; ++i) lattice.weights[n * AXES + i] = float(lattice.weights[n * AXES + i] * norms[n]);
     if (lattice.gathers)
-        for (int64_t e = 0; e < lattice.N * AXES; ++e) lattice.row_weights[e] *= norm[lattice.rows[e]];
+        for (int64_t e = 0; e < lattice.N * AXES; ++e)
+            lattice.row_weights[e] = float(lattice.row_weights[e] * norms[lattice.rows[e]]);
 }
 
 }  // namespace
@@ -273,7 +361,10 @@ extern "C" int smooseg_mean_field(const float* scores, const uint8_t* image, int
             p.lattice = build_lattice(image, H, W, far_sigma, color_sigma, threads > 1);
             normalise(p.lattice);
         }
-        if (K % 32 == 0 || K % 32 > 16) infer<Row<Vector, 32 / WIDTH>>(p, int(threads));
+        using Vector = Numbers<WIDTH>::Vector;
+        constexpr int HALF = WIDTH < 8 ? WIDTH : 8;  // a row of 8
+        if (K <= 8) infer<Row<Numbers<HALF>::Vector, 8 / HALF>>(p, int(threads));
+        else if (K % 32 == 0 || K % 32 > 16) infer<Row<Vector, 32 / WIDTH>>(p, int(threads));
         else infer<Row<Vector, 16 / WIDTH>>(p, int(threads));
         return 0;
     } catch (const std::range_error&) {

@@ -10,13 +10,14 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <limits>
 #include <memory>
 #include <mutex>
 #include <new>
 #include <stdexcept>
 #include <system_error>
 #include <thread>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #if defined(__linux__)
@@ -25,24 +26,19 @@
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int WIDTH = 16;  // floats in a vector register
-#elif defined(__AVX__)
-constexpr int WIDTH = 8;
-#else
-constexpr int WIDTH = 4;
-#endif
-typedef float Vector __attribute__((vector_size(4 * WIDTH), may_alias));
-typedef int32_t Integers __attribute__((vector_size(4 * WIDTH), may_alias));
+template <int width>
+struct Numbers {  // vectors of so many
+    typedef float Vector __attribute__((vector_size(4 * width), may_alias));
+    typedef int32_t Integers __attribute__((vector_size(4 * width), may_alias));
+};
 constexpr int D = 5, AXES = D + 1;  // place and colour
 constexpr size_t LARGE_BYTES = 1 << 21;
 constexpr int LANES = 8;       // points that are placed together
 typedef double Lanes __attribute__((vector_size(8 * LANES), may_alias));
 typedef int64_t Choices __attribute__((vector_size(8 * LANES), may_alias));
-constexpr int TURNED = 16;     // pixels whose classes are turned from planes to rows together
-constexpr int STRIP = 4;       // pixels of a line whose messages are summed before their softmax
 constexpr double ROUNDS = 6755399441055744.0;  // x + this - this is x rounded
 constexpr int AHEAD = 64;      // gathered rows are asked for so many steps before they are needed
+constexpr int MOST_SUMMED = 128;   // numbers that one sum adds before it is added to others
 constexpr int PADDING = 8 * AXES;  // numbers that are read ahead of the last
 
 // An array on cache lines, not initialised: the threads that use a part are the first to touch it.
@@ -101,6 +97,12 @@ struct Worker {
         body(size * index / count, size * (index + 1) / count);
         barrier->wait();
     }
+    // One thread runs body while the others wait.
+    template <typename Body>
+    void alone(const Body& body) const {
+        if (index == 0) body();
+        barrier->wait();
+    }
 };
 
 // Runs body on so many threads, or on as many as the system grants.
@@ -147,6 +149,12 @@ public:
         return slot.number;
     }
     int32_t find(int64_t key) const { return slots_[place(key)].number; }  // -1 where it never came
+    // Gives a key the next number in place of its old one.
+    int32_t renew(int64_t key) {
+        const int32_t number = slots_[place(key)].number = int32_t(keys.size());
+        keys.push_back(key);
+        return number;
+    }
     std::vector<int64_t> keys;
 
 private:
@@ -163,11 +171,14 @@ private:
     void resize(int64_t expected) {
         int bits = 10;
         while ((int64_t(1) << bits) < expected) ++bits;
+        const Array<Slot> old = std::move(slots_);
+        const int64_t before = capacity_;
         capacity_ = int64_t(1) << bits;
         shift_ = 64 - bits;
         slots_ = Array<Slot>(capacity_);
-        std::fill(slots_.get(), slots_.get() + capacity_, Slot{0, -1});
-        for (size_t i = 0; i < keys.size(); ++i) slots_[place(keys[i])] = {keys[i], int32_t(i)};
+        std::fill(slots_.get(), slots_.get() + capacity_, Slot{-1, -1});
+        for (int64_t s = 0; s < before; ++s)
+            if (old[s].number >= 0) slots_[place(old[s].key)] = old[s];
     }
     int64_t capacity_ = 0;
     int shift_ = 0;
@@ -178,7 +189,7 @@ private:
 template <typename T, int R>
 struct Row {
     T part[R];
-    static constexpr int FLOATS = R * int(sizeof(T) / sizeof(float));
+    static constexpr int PARTS = R, FLOATS = R * int(sizeof(T) / sizeof(float));
     static const Row& at(const float* base, int64_t i) { return *reinterpret_cast<const Row*>(base + i * FLOATS); }
     static Row& at(float* base, int64_t i) { return *reinterpret_cast<Row*>(base + i * FLOATS); }
     static void prefetch(const float* base, int64_t i) {
@@ -186,6 +197,15 @@ struct Row {
     }
     void add(float weight, const Row& other) {
         for (int r = 0; r < R; ++r) part[r] += weight * other.part[r];
+    }
+    void clear_if(bool condition) {  // without a jump
+        using Bits = typename Numbers<int(sizeof(T) / sizeof(float))>::Integers;
+        for (int r = 0; r < R; ++r) {
+            Bits bits;
+            std::memcpy(&bits, &part[r], sizeof bits);
+            bits &= int32_t(condition) - 1;
+            std::memcpy(&part[r], &bits, sizeof bits);
+        }
     }
 };
 
@@ -197,17 +217,19 @@ struct Lattice {
     Array<int64_t> starts;     // [M+1] into the next two
     Array<int32_t> rows;       // [N,AXES] points that a lattice point gathers from
     Array<float> row_weights;  // [N,AXES]
-    std::vector<std::vector<int32_t>> chains;  // [AXES] neighbours in a row along an axis; ~m ends a chain
+    Array<int32_t> chains;     // [AXES,M] neighbours in a row along an axis; ~m ends a chain
+    int64_t lengths[AXES];     // of the chains of an axis, in all
+    // A lattice point that sums more than MOST_SUMMED takes a new number; a pair is its old and its new one. So no sum
+    // of thousands of numbers loses digits. Chains have the last numbers alone.
+    std::vector<std::pair<int32_t, int32_t>> renewed;
 };
 
-// Takes LANES points to the d+1 coordinates of the plane of sum 0, in units in which the filter's sigma is 1.
+// Takes LANES points [d] to the d+1 coordinates of the plane of sum 0, in units in which the filter's sigma is 1.
 template <int d>
-void elevate(const Array<double>* points, int64_t start, Lanes* elevated) {
+void elevate(const Lanes* points, Lanes* elevated) {
     Lanes total = {};
     for (int i = d - 1; i >= 0; --i) {
-        Lanes entry;
-        std::memcpy(&entry, &points[i][start], sizeof entry);
-        entry *= (d + 1) * std::sqrt(2.0 / 3) / std::sqrt((i + 1.0) * (i + 2.0));
+        const Lanes entry = points[i] * ((d + 1) * std::sqrt(2.0 / 3) / std::sqrt((i + 1.0) * (i + 2.0)));
         elevated[i + 1] = total - double(i + 1) * entry;
         total += entry;
     }
@@ -247,16 +269,20 @@ void enclose(const Lanes* elevated, Lanes* quotients, Choices* ranks, Lanes* wei
     for (int k = 1; k <= d; ++k) weights[k] = sorted[d - k] - sorted[axes - k];
 }
 
-Lattice build(const Array<double>* points, int64_t N, bool gathers) {
+// Builds the lattice of N points; points(start, Lanes[D]) gives LANES of them, the last one again beyond the end.
+template <typename Points>
+Lattice build(const Points& points, int64_t N, bool gathers) {
     Lattice lattice;
     if (N >= INT32_MAX / AXES) throw std::range_error("too many");
     lattice.N = N, lattice.gathers = gathers;
-    Lanes elevated[AXES], quotients[AXES], weights[AXES], lows[D], highs[D];
+    Lanes place[D], elevated[AXES], quotients[AXES], weights[AXES], lows[D], highs[D];
     Choices ranks[AXES];
-    elevate<D>(points, 0, elevated);
+    points(0, place);
+    elevate<D>(place, elevated);
     for (int i = 0; i < D; ++i) lows[i] = highs[i] = elevated[i];
     for (int64_t start = 0; start < N; start += LANES) {
-        elevate<D>(points, start, elevated);
+        points(start, place);
+        elevate<D>(place, elevated);
         for (int i = 0; i < D; ++i) {
             lows[i] = lows[i] < elevated[i] ? lows[i] : elevated[i];
             highs[i] = highs[i] > elevated[i] ? highs[i] : elevated[i];
@@ -280,13 +306,15 @@ Lattice build(const Array<double>* points, int64_t N, bool gathers) {
     std::fill(&lattice.vertices[N * AXES], &lattice.vertices[N * AXES] + PADDING, 0);
     lattice.weights = Array<float>(N * AXES);
     Numbering numbering(N);
+    std::vector<uint8_t> summed;  // numbers that a lattice point sums
     constexpr int BATCH = 4 * LANES;  // points whose keys are asked for before they are looked up
     int64_t batch[BATCH * AXES];
     for (int64_t start = 0; start < N; start += BATCH) {
         const int64_t end = std::min(N, start + BATCH);
         int64_t* next_key = batch;
         for (int64_t first = start; first < end; first += LANES) {
-            elevate<D>(points, first, elevated);
+            points(first, place);
+            elevate<D>(place, elevated);
             enclose<D>(elevated, quotients, ranks, weights);
             for (int l = 0; l < std::min<int64_t>(LANES, end - first); ++l) {
                 int64_t key = 0, lower[AXES] = {};
@@ -302,14 +330,24 @@ Lattice build(const Array<double>* points, int64_t N, bool gathers) {
                 }
             }
         }
-        for (int64_t e = start * AXES; e < end * AXES; ++e)
-            lattice.vertices[e] = numbering.add(batch[e - start * AXES]);
+        for (int64_t e = start * AXES; e < end * AXES; ++e) {
+            const int64_t key = batch[e - start * AXES];
+            int32_t m = numbering.add(key);
+            if (m < int64_t(summed.size()) && summed[m] == MOST_SUMMED) {
+                lattice.renewed.push_back({m, numbering.renew(key)});
+                m = lattice.renewed.back().second;
+            }
+            if (m == int64_t(summed.size())) summed.push_back(0);
+            ++summed[m];
+            lattice.vertices[e] = m;
+        }
     }
 
     const int64_t M = lattice.M = numbering.keys.size();
-    lattice.chains.resize(AXES);
-    std::vector<int32_t> next(M);
-    std::vector<bool> follows(M);
+    std::vector<int32_t> next(M), heads(M + 1);
+    std::vector<bool> follows(M), old(M);
+    for (const auto& pair : lattice.renewed) old[pair.first] = true;
+    lattice.chains = Array<int32_t>(M * AXES);
     for (int axis = 0; axis <= D; ++axis) {
         std::fill(follows.begin(), follows.end(), false);
         const auto neighbour = [&](int64_t m) {
@@ -318,15 +356,24 @@ Lattice build(const Array<double>* points, int64_t N, bool gathers) {
         };
         for (int64_t m = 0; m < M; ++m) {
             numbering.prefetch(neighbour(std::min(m + AHEAD, M - 1)));
-            next[m] = numbering.find(neighbour(m));
+            next[m] = old[m] ? -1 : numbering.find(neighbour(m));
             if (next[m] >= 0) follows[next[m]] = true;
         }
-        std::vector<int32_t>& chain = lattice.chains[axis];
+        // without jumps, because chains are short and their ends cannot be foreseen
+        int64_t begun = 0, size = 0;
         for (int64_t m = 0; m < M; ++m) {
-            if (follows[m] || next[m] < 0) continue;
-            for (int32_t i = int32_t(m); i >= 0; i = next[i]) chain.push_back(i);
-            chain.back() = ~chain.back();
+            heads[begun] = int32_t(m);
+            begun += !follows[m] & (next[m] >= 0);
+            size += follows[m] | (next[m] >= 0);
         }
+        int32_t *const chain = &lattice.chains[axis * M], *head = heads.data(), i = *head;
+        for (int64_t place = 0; place < size; ++place) {
+            const int32_t after = next[i], ends = after >> 31;
+            chain[place] = i ^ ends;
+            head -= ends;
+            i = ends ? *head : after;
+        }
+        lattice.lengths[axis] = size;
     }
 
     if (!gathers) return lattice;

@@ -201,6 +201,8 @@ def build(path: Path, compiler: str, flags: list[str]) -> None:
     ninja = shutil.which("ninja", path=search)
     if ninja is None:
         raise NotNative("there is no ninja: pip install ninja")
+    for killed in path.parent.parent.glob(".build-*"):  # no other process builds now
+        shutil.rmtree(killed, ignore_errors=True)
     say(f"building the dense CRF with {compiler}, once for this machine")
     with tempfile.TemporaryDirectory(prefix=".build-", dir=path.parent.parent) as scratch:
         work, finished = Path(scratch), Path(scratch) / "finished"
@@ -212,8 +214,9 @@ def build(path: Path, compiler: str, flags: list[str]) -> None:
         done = run([ninja, "-C", str(work)], BUILD_S, TMPDIR=str(work))
         if done.returncode:
             lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-            told = [line for line in lines if "rror" in line or "No space" in line] or lines or ["ninja fails"]
-            raise NotNative(f"{compiler} cannot build it: {told[0][:200]}")
+            errors = [line for line in lines if "rror" in line or "No space" in line]
+            others = [line for line in lines if not line.startswith(("ninja: ", "[", "FAILED", compiler))]
+            raise NotNative(f"{compiler} cannot build it: {[*errors, *others, 'it crashes'][0][:200]}")
         library = finished / path.name
         shutil.move(work / "lattice.so", library)
         library.chmod(0o700)

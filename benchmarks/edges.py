@@ -2,6 +2,7 @@
 
     python benchmarks/edges.py --data DIR --runs FOLDER              # quality on DIR/SET/{train,val}/{images,labels}
     python benchmarks/edges.py --data DIR --runs FOLDER --ways none "shifts 4 + guided" "guided GUIDED_RADIUS=2"
+    python benchmarks/edges.py --data DIR --runs FOLDER --crop 160 --ways none crf crf-exact  # parts of squares
     python benchmarks/edges.py --data DIR --runs FOLDER --speed            # time and memory of whole pictures
 
 A checkpoint of every set is trained in FOLDER with today's defaults and kept. Central squares of its val
@@ -126,6 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--ways", nargs="+", help="ways to label (the table's)")
     parser.add_argument("--told", action="store_true", help="take as many groups as there are classes")
     parser.add_argument("--seed", type=int, default=0, help="of the checkpoints")
+    parser.add_argument("--crop", type=int, help=f"pixels: the middles of {EXACT} squares, for crf-exact on a CPU")
     parser.add_argument("--speed", action="store_true", help="time and memory of whole pictures instead of quality")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/quality/edges.jsonl")
     args = parser.parse_args(arguments)
@@ -161,12 +163,13 @@ def checkpoint_of(args: argparse.Namespace, name: str) -> Path:
 def qualities(args: argparse.Namespace, names: Sequence[str], ways: Sequence[Way]) -> None:
     """Measure the cells that are missing."""
     for name in names:
-        about = {"set": name, "told": args.told, "seed": args.seed}
-        done = {row["way"] for row in domains.read(args.out) if about.items() <= row.items() and "miou" in row}
+        about = {"set": name, "told": args.told, "seed": args.seed, **({"crop": args.crop} if args.crop else {})}
+        rows = [row for row in domains.read(args.out) if row.get("crop") == args.crop]
+        done = {row["way"] for row in rows if about.items() <= row.items() and "miou" in row}
         missing = [way for way in ways if way.name not in done]
         if not missing:
             continue
-        domain = Domain(Segmenter.load(checkpoint_of(args, name), device="cpu"), args.data / name)
+        domain = Domain(Segmenter.load(checkpoint_of(args, name), device="cpu"), args.data / name, args.crop)
         for row in domain.rows(missing):
             domains.append(args.out, [about | row])
             print(name, *(f"{key} {value}" for key, value in row.items() if key != "changes"), flush=True)
@@ -174,16 +177,16 @@ def qualities(args: argparse.Namespace, names: Sequence[str], ways: Sequence[Way
 
 class Domain:
     """Central squares of the val pictures of a set, their truth, and their codes, computed once for each (size,
-    shifts)."""
+    shifts). crop: label their middles alone, of about so many pixels a side."""
 
-    def __init__(self, segmenter: Segmenter, folder: Path):
+    def __init__(self, segmenter: Segmenter, folder: Path, crop: int | None = None):
         _, val = open_splits(str(folder))
         if val is None:
             raise SystemExit(f"{folder}: has no labelled val split")
         self.segmenter, self.classes, self.side = segmenter, len(classes_of(val)), segmenter.config.sides[1]
-        self.pictures: list[np.ndarray] = []
+        self.crop, self.pictures = crop, list[np.ndarray]()
         truths = []
-        for index in evenly(range(len(val)), MOST):
+        for index in evenly(range(len(val)), EXACT if crop else MOST):
             label = val.label(index)
             if label is not None:
                 self.pictures.append(val.picture(index).pixels)
@@ -206,12 +209,22 @@ class Domain:
             self._codes[key] = [codes_of(self.segmenter, picture, key) for picture in self.pictures]
         return self._codes[key]
 
+    def middle(self, codes: Tensor, image: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        """The part of a square that is labelled: its codes [h,w,Z], and its pixels or truth [S,S,...]."""
+        if self.crop is None:
+            return codes, image
+        patches, patch = codes.shape[0], self.side // codes.shape[0]
+        count = self.crop // patch
+        first = (patches - count) // 2
+        part, inside = slice(first, first + count), slice(first * patch, (first + count) * patch)
+        return codes[part, part], np.ascontiguousarray(image[inside, inside])
+
     def rows(self, ways: Sequence[Way]) -> Any:
         for way in ways:
             codes = self.codes(way)[: EXACT if way.method == "crf-exact" else None]
             labels, seconds = [], []
             for number, of_square in enumerate(codes):
-                pixels = self.square(number)
+                of_square, pixels = self.middle(of_square, self.square(number))
                 started = time.perf_counter()
                 labels.append(way.labels(self.segmenter, of_square, pixels))
                 seconds.append(time.perf_counter() - started)
@@ -220,6 +233,9 @@ class Domain:
     def row(self, way: Way, labels: Tensor) -> dict[str, Any]:
         """The figures in % of labels [n,S,S]."""
         K, truth = len(self.segmenter.groups), self.truth[: len(labels)]
+        if self.crop is not None:
+            codes = self.codes(way)[0]
+            truth = torch.stack([torch.from_numpy(self.middle(codes, image.numpy())[1]) for image in truth])
         known = truth < self.classes
         cells = labels[known].long() * self.classes + truth[known].long()
         counts = torch.bincount(cells, minlength=K * self.classes).view(K, self.classes)
@@ -317,7 +333,7 @@ def timed(work: Callable[[], Any]) -> float:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: a row for each way; mIoU and boundary F of each set, their means with accuracy, and time."""
-    frame = pd.DataFrame([row for row in rows if "miou" in row and not row["told"]])
+    frame = pd.DataFrame([row for row in rows if "miou" in row and not row["told"] and "crop" not in row])
     if frame.empty:
         return ""
     sets = sorted(frame["set"].unique())

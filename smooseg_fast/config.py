@@ -21,7 +21,7 @@ from .system.stores import place
 
 GROUPS = 255  # the most that an 8-bit mask holds
 FINE = 64  # prototypes that a tree merges, by default
-REFINE: Refine = "guided"  # how labels are refined by the picture: it gained border F on each of five sets
+REFINE: Refine = "guided"  # how labels are refined by the picture: border F gained on each of five sets, with six seeds
 PAPER_REFINE: Refine = "crf"  # the second row of the paper's tables
 TUNING = 60  # steps after a tree, where they help
 

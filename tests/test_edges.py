@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import smooseg_kernels as sk
-from smooseg_kernels import edge_blocks
+from smooseg_kernels import edge_blocks, edges
 
 
 def picture(*shape, seed=0):
@@ -84,6 +84,26 @@ def test_the_guided_filter_is_the_formula(K, H, W, radius, step, colour, masked)
     single = sk.guided_filter(p.float(), image, **options)
     assert single.dtype == torch.float32
     torch.testing.assert_close(single.double(), result, atol=2e-4, rtol=0)
+
+
+def test_noise_goes_by_the_filter_of_every_channel_by_itself(monkeypatch):
+    monkeypatch.setattr(edges, "NOISE_PIXELS", 1)  # strips of 8 rows
+    image, counted = picture(19, 6, 3).numpy() / 255.0, np.random.default_rng(0).random((19, 6)) < 0.6
+    guide, weight = torch.from_numpy(image)[None], torch.from_numpy(counted)[None, ..., None].double()
+    clean = edges.denoised(guide, weight, radius=2, eps=1e-2)[0].numpy()
+    for c in range(3):
+        channel = image[..., c]
+        expected = filtered_as_written(channel[None], channel[..., None], 2, 1e-2, 1, counted)[0]
+        np.testing.assert_allclose(clean[..., c][counted], expected[counted], atol=1e-12)
+    torch.testing.assert_close(edges.denoised(guide, torch.ones_like(weight), radius=0, eps=1e-2), guide)
+
+
+def test_denoised_colours_keep_their_edges():
+    sides = torch.where(torch.arange(20) < 10, 0.3, 0.6).expand(1, 16, 20)[..., None]
+    guide = sides + 0.01 * torch.randn(sides.shape, generator=torch.Generator().manual_seed(0))
+    clean = edges.denoised(guide, torch.ones_like(guide), radius=2, eps=3e-4)
+    assert (clean - sides).std() < 0.7 * (guide - sides).std()
+    assert (clean[:, :, 10] - clean[:, :, 9]).mean() > 0.29
 
 
 def upsampled_as_written(scores, image, size, window, sigma_position, sigma_colour):

@@ -22,6 +22,7 @@ from smooseg_fast.segment import refine
 from smooseg_fast.segment.grouping import Grouping
 from smooseg_fast.segment.refine import Patches, Plane, Rectangle, Refiner, refined_bands, refined_tiles
 from smooseg_fast.segment.tiles import label_bands
+from smooseg_kernels import edges
 
 WAYS = ["guided", "joint", "crf", "crf-exact"]
 COLOURS = torch.tensor([[0.35, 0.35, -0.4], [-0.4, 0.3, 0.3], [-0.3, -0.4, 0.2]])  # around 0, as MeanColours
@@ -89,19 +90,19 @@ def test_scores_are_those_of_the_upsampled_codes_and_agree_with_labels(kind, mar
 @pytest.mark.parametrize("way", ["guided", "joint"])
 @pytest.mark.parametrize(("marked", "density"), [(False, 1), (True, 1), (True, 2)])
 def test_tiles_give_the_probabilities_of_one_piece(monkeypatch, grouping, way, marked, density):
-    plane = Plane((24, 20), (103, 83), (101, 83), density)
-    pixels = np.random.default_rng(0).integers(0, 256, (101, 83, 3), dtype=np.uint8)
-    valid = np.kron(np.random.default_rng(1).random((11, 9)) > 0.3, np.ones((10, 10), bool))[:101, :83]
+    plane = Plane((36, 20), (155, 83), (153, 83), density)
+    pixels = np.random.default_rng(0).integers(0, 256, (153, 83, 3), dtype=np.uint8)
+    valid = np.kron(np.random.default_rng(1).random((16, 9)) > 0.3, np.ones((10, 10), bool))[:153, :83]
     picture = Picture(pixels, valid if marked else None)
-    weight = torch.rand(plane.grid, generator=torch.Generator().manual_seed(2)) if marked else None
+    shows = (torch.rand(plane.grid, generator=torch.Generator().manual_seed(2)) > 0.3).numpy() if marked else None
     monkeypatch.setattr(refine, "GUIDED_RADIUS", 1.0)
     bands = list(codes(plane.grid).split(5))
-    ((rectangle, whole),) = refined_tiles(bands, Refiner(way, grouping, plane), picture, weight)
-    assert rectangle == (0, 0, 101, 83)
+    ((rectangle, whole),) = refined_tiles(bands, Refiner(way, grouping, plane), picture, shows)
+    assert rectangle == (0, 0, 153, 83)
     everywhere = valid if marked else np.ones_like(valid)
     torch.testing.assert_close(whole[everywhere].sum(-1), torch.ones(everywhere.sum()))
     monkeypatch.setattr(refine, "SCORES", 1)
-    pieces = list(refined_tiles(bands, Refiner(way, grouping, plane), picture, weight))
+    pieces = list(refined_tiles(bands, Refiner(way, grouping, plane), picture, shows))
     assert len(pieces) >= 6
     for core, probs in pieces:
         expected = whole[core.top : core.bottom, core.left : core.right]
@@ -164,7 +165,9 @@ def test_guided_probabilities_are_the_filter_of_the_kernels(monkeypatch, groupin
     ((_, probs),) = refined_tiles([codes(plane.grid)], Refiner("guided", grouping, plane), Picture(pixels))
     patches = Patches(grouping, codes(plane.grid), torch.ones(8, 9), (0, 0), plane)
     scores = patches.softmax(patches.rows(Rectangle(0, 0, 64, 72)), patches.columns(Rectangle(0, 0, 64, 72)), 10.0)
-    expected = sk.guided_filter(scores.permute(2, 0, 1), torch.from_numpy(pixels), radius=3, eps=1e-4).clamp(min=0)
+    guide, noise = torch.from_numpy(pixels)[None] / 255, {"radius": refine.NOISE_RADIUS, "eps": refine.NOISE_EPS}
+    guide = edges.denoised(guide, torch.ones(1, 64, 72, 1), **noise)
+    expected = sk.guided_filter(scores.permute(2, 0, 1), guide[0], radius=3, eps=refine.GUIDED_EPS).clamp(min=0)
     torch.testing.assert_close(probs.permute(2, 0, 1), expected / expected.sum(0), atol=1e-4, rtol=0)
 
 

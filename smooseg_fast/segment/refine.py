@@ -8,6 +8,7 @@ as reach into it, so that tiles leave no seam: all of them for "guided" and "joi
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -26,21 +27,23 @@ from ..config import Refine
 from ..datasets import IGNORE
 from ..datasets.images import ImageError
 from ..datasets.reading import Picture
+from ..system.host import return_freed_memory
 from ..system.progress import say
 from .grouping import Grouping
-from .tiles import FAINT
+from .tiles import FAINT, TOP, Start
 
 SCORES = 1 << 24  # of a rectangle with its surroundings, about
+CODES = 1 << 25  # numbers in the codes of a row of rectangles, about, so that memory grows little with the width
 STRIP = 1 << 20  # scores that are upsampled at a time
 CRF_TEMPERATURE = 2.0  # the paper's: softmax(2 cos)
 BILATERAL, GAUSSIAN = (67.0, 3.0, 4.0), (1.0, 3.0)  # the paper's: sigma in pixels, sigma of colour, weight
 CRF_SIGMAS = 2  # of the bilateral kernel, around a rectangle
 TEMPERATURE = 10.0  # of the other ways: probabilities as in training. With 2, borders are as good, and mIoU 0.1 less
-GUIDED_RADIUS, GUIDED_EPS = 3.0, 1e-4  # patches; variance of colours in 0..1
+GUIDED_RADIUS, GUIDED_EPS = 3.0, 1e-5  # patches; variance of colours in 0..1
+NOISE_RADIUS, NOISE_EPS = 2, 3e-4  # of the filter that takes noise off the guide: pixels; variance of colours in 0..1
 JOINT_WINDOW, JOINT_SIGMAS = 5, (1.0, 0.03)  # patches; sigma of position in patches, and of colours in 0..1
 JOINT_DENSITY = 2  # the most cells per patch and axis that these windows grow by, because time grows with its square
-EXACT_PAIRS = 5e8  # of pixels, that a thread of a CPU sums in a second
-EXACT_PASSES = 11  # the sum of the kernel, and ten iterations
+EXACT_PAIRS, EXACT_PASSES = 5e8, 11  # of pixels that a thread sums in a second; the kernel's sum, and ten iterations
 EXACT_NOTED_S, EXACT_LIMIT_S = 30.0, 3600.0  # from where a line gives the time of a picture, and where it is refused
 
 
@@ -105,7 +108,7 @@ class Refiner:
     def reach(self) -> int:
         """Pixels around a rectangle that reach into it."""
         if self.method == "guided":
-            return (2 * ceil(self.radius / self.step) + 2) * self.step
+            return (2 * ceil(self.radius / self.step) + 2 + ceil(2 * NOISE_RADIUS / self.step)) * self.step
         if self.method == "joint":
             return ceil((JOINT_WINDOW // 2 * self.finer + 1) * self.plane.cell)
         if self.method == "none":
@@ -120,6 +123,23 @@ class Refiner:
         side, longer = max(room, 2 * self.reach, self.step), max(self.plane.shape)
         return longer if longer <= side + 2 * self.reach else side // self.step * self.step
 
+    @cached_property
+    def sides(self) -> tuple[int, int]:
+        """Rows and columns of the rectangles: `side` of each, or less and more, so that the codes under a row of
+        rectangles take no more than CODES as long as these have 2 * `reach` rows."""
+        side, around = self.side, 2 * self.reach
+        codes = self.plane.grid[1] * self.grouping.prototypes.shape[1]
+        rows = max(around, self.step, int(CODES / codes * self.plane.cell) - around) // self.step * self.step
+        if rows >= side:
+            return side, side
+        columns = SCORES // len(self.grouping) // (rows + around) - around
+        return rows, max(side, columns // self.step * self.step)
+
+    def start(self, row: int) -> Start:
+        """Where to begin so that the row `row` of pixels is labelled: at the first row of its rectangles."""
+        top = row // self.sides[0] * self.sides[0]
+        return Start(top, self.patches(self.around(Rectangle(top, 0, top + 1, 1))).top)
+
     def around(self, core: Rectangle) -> Rectangle:
         """A rectangle with all that reaches into it."""
         (H, W), reach = self.plane.shape, self.reach
@@ -128,10 +148,10 @@ class Refiner:
 
     def cores(self) -> Iterator[Rectangle]:
         """The rectangles that make up the picture, row by row from the top."""
-        (H, W), side = self.plane.shape, self.side
-        for top in range(0, H, side):
-            for left in range(0, W, side):
-                yield Rectangle(top, left, min(top + side, H), min(left + side, W))
+        (H, W), (rows, columns) = self.plane.shape, self.sides
+        for top in range(0, H, rows):
+            for left in range(0, W, columns):
+                yield Rectangle(top, left, min(top + rows, H), min(left + columns, W))
 
     def exact_seconds(self) -> float:
         """About how long "crf-exact" takes for the picture on the threads of this CPU."""
@@ -141,9 +161,8 @@ class Refiner:
 
     def patches(self, window: Rectangle) -> Rectangle:
         """The patches that the scores of these pixels depend on."""
-        spans = zip(window[:2], window[2:], self.plane.grid, self.plane.size)
         tops, ends = [], []
-        for first, end, patches, length in spans:
+        for first, end, patches, length in zip(window[:2], window[2:], self.plane.grid, self.plane.size):
             tops.append(max(0, int((first + 0.5) * patches / length - 0.5)))
             ends.append(min(patches, int((end - 0.5) * patches / length + 0.5) + 1))
         return Rectangle(*tops, *ends)
@@ -192,10 +211,13 @@ class Refiner:
     def _guided(
         self, patches: Patches, pixels: Tensor, valid: Tensor | None, window: Rectangle, inner: Rectangle
     ) -> Tensor:
-        """The guided filter, whose fits see the scores at the centres of the subsampled cells alone: scores are smooth
-        there, and nothing of the pixels' number is computed but the result."""
+        """The guided filter by the picture without its noise, which would leave single pixels of other groups.
+
+        Fits see the scores at the centres of the subsampled cells alone: scores are smooth there.
+        """
         step, guide = self.step, colours_of(pixels)
         counted = guide.new_ones(1, *guide.shape[1:3], 1) if valid is None else valid[None, ..., None].to(guide)
+        guide = edges.denoised(guide, counted, radius=NOISE_RADIUS, eps=NOISE_EPS)
         cells = edges.pooled(counted, step)
         colours = edges.pooled(guide * counted, step) / cells.clamp(min=1)
         rows, columns = patches.rows(window, step), patches.columns(window, step)
@@ -301,30 +323,48 @@ def patch_weight(valid: np.ndarray | None) -> Tensor | None:
 
 
 def refined_tiles(
-    bands: Iterable[Tensor], refiner: Refiner, picture: Picture, weight: Tensor | None = None
+    bands: Iterable[Tensor], refiner: Refiner, picture: Picture, valid: np.ndarray | None = None, start: Start = TOP
 ) -> Iterator[tuple[Rectangle, Tensor]]:
     """Refine a picture in rectangles, row by row from the top -> each with its probabilities [n,m,K].
 
-    Memory: the codes of the patches under a row of rectangles, and one rectangle.
+    Memory: the bands of codes under a row of rectangles, and one rectangle.
 
     Args:
-        bands: codes or scores [n,w,Z] from top to bottom, as `Grouping.scores` gives them.
-        weight: of all patches [h,w], see `patch_weight`.
+        bands: codes or scores [n,w,Z] from top to bottom, as `Grouping.scores` gives them, from `start.cell` on.
+        valid: which patches count, bool [h,w], None where all do.
+        start: the first row of pixels, with which a rectangle begins.
     """
     require_time(refiner)
-    coming, codes, first = iter(bands), torch.empty(0), 0  # `codes` begins at row `first` of the patches
+    coming, first = iter(bands), start.cell
+    kept: deque[Tensor] = deque()  # bands of which the first begins at row `first` of the patches
     for core in refiner.cores():
+        if core.top < start.pixel:
+            continue
         patches = refiner.patches(refiner.around(core))
-        if not core.left:
-            codes, first = codes[patches.top - first :], patches.top
-            parts = [codes] if len(codes) else []
-            while first + sum(map(len, parts)) < patches.bottom:
-                parts.append(next(coming))
-            codes = torch.cat(parts)
+        while kept and first + len(kept[0]) <= patches.top:
+            first += len(kept.popleft())
+        while first + sum(map(len, kept)) < patches.bottom:
+            band = next(coming)
+            if kept or first + len(band) > patches.top:
+                kept.append(band.contiguous())  # a view would keep the codes of other heads
+            else:
+                first += len(band)
+            del band
         columns = slice(patches.left, patches.right)
-        part = codes[: patches.bottom - first, columns]
-        of_part = None if weight is None else weight[patches.top : patches.bottom, columns]
+        part = cut(kept, (patches.top - first, patches.bottom - first), columns)
+        of_part = None if valid is None else patch_weight(valid[patches.top : patches.bottom, columns])
         yield core, refiner.probabilities(part, of_part, (patches.top, patches.left), picture, core)
+        if refiner.sides[1] < refiner.plane.shape[1]:  # else pieces of free memory add up to gigabytes
+            return_freed_memory()
+
+
+def cut(bands: Iterable[Tensor], rows: tuple[int, int], columns: slice) -> Tensor:
+    """A copy of some rows and columns of bands [n,w,Z] that follow each other."""
+    (top, bottom), parts = rows, []
+    for band in bands:
+        parts.append(band[max(0, top) : max(0, bottom), columns])
+        top, bottom = top - len(band), bottom - len(band)
+    return torch.cat(parts)
 
 
 def require_time(refiner: Refiner) -> None:
@@ -346,14 +386,11 @@ say_once = cache(say)
 
 
 def refined_bands(
-    bands: Iterable[Tensor], refiner: Refiner, picture: Picture, valid: np.ndarray | None = None
+    bands: Iterable[Tensor], refiner: Refiner, picture: Picture, valid: np.ndarray | None = None, start: Start = TOP
 ) -> Iterator[np.ndarray]:
-    """Label a picture by its refined scores -> bands uint8 [n,W], the likeliest groups, IGNORE without data.
-
-    bands: as for `refined_tiles`; valid: which patches count, bool [h,w], None where all do.
-    """
+    """Label a picture by its refined scores -> bands uint8 [n,W], the likeliest groups, IGNORE without data."""
     width, band = picture.pixels.shape[1], np.empty((0, 0), np.uint8)
-    for core, probs in refined_tiles(bands, refiner, picture, patch_weight(valid)):
+    for core, probs in refined_tiles(bands, refiner, picture, valid, start):
         if not core.left:
             band = np.empty((core.bottom - core.top, width), np.uint8)
         band[:, core.left : core.right] = probs.argmax(-1).to(torch.uint8).cpu().numpy()

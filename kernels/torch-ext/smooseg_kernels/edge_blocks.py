@@ -77,51 +77,73 @@ def lines_at(lines: Tensor, guide: Tensor, step: int, h: int, w: int) -> Tensor:
     """Upsamples lines [B,h,w,(C+1)*K] by `step`, and evaluates them at the colours [B,H,W,C] -> [B,H,W,K].
 
     The centres of cells cut the picture into segments of `step` pixels. Between two cells, already upsampled downwards,
-    the pixels of a segment are a matrix product: [step,2*(C+1)], shares times colours and 1, by [2*(C+1),K].
+    the pixels of a segment are a matrix product: [step,2*(C+1)], shares times colours and 1, by [2*(C+1),K]. Products
+    go straight into the result, whose rows are therefore whole segments in memory.
     """
     (B, H, W, C), N = guide.shape, lines.shape[3]
-    values, K = lines.new_empty(B, H, W, N // (C + 1)), N // (C + 1)
+    values, K = empty_values(lines, guide, step, w), N // (C + 1)
     if step == 1:
         part = lines[:, :H, :W].unflatten(-1, (C + 1, K))
         for c in range(C):
             torch.addcmul(values if c else part[..., C, :], part[..., c, :], guide[..., c, None], out=values)
         return values
-    first = step - step // 2  # pixels of the first segment outside of the picture
-    shares = [(i - first + 0.5 * (step + 1)) / step for i in range(step)]  # of the second cell
+    first = left_out(step)
+    shares = guide.new_tensor([(i - first + 0.5 * (step + 1)) / step for i in range(step)])  # of the second cell
     low, high = (torch.arange(-1, n + 1, device=lines.device).clamp_(0, n - 1) for n in (h, w))
     padded = lines.index_select(1, low).index_select(2, high)
-    factors = segment_factors(guide, shares, first, w + 2)
-    n = max(1, LINE_ELEMENTS.get(lines.device.type, 1 << 24) // (step * (w + 2) * N))
+    n = min(h + 1, max(1, LINE_ELEMENTS.get(lines.device.type, 1 << 24) // (step * (w + 2) * N)))
     down = lines.new_empty(n, step, w + 2, N)  # one for all strips: fresh memory costs more than the sums
-    fine = lines.new_empty(n * step * (w + 2), step, K)
+    planes = guide.permute(0, 3, 1, 2).contiguous()
+    factors = SegmentFactors(planes, shares, first, n * step, w + 2)
+    segments = values.as_strided((B, H * (w + 2), step, K), (H * (w + 2) * step * K, step * K, K, 1), 0)
     for b in range(B):
         for top in range(0, h + 1, n):
             count = min(n, h + 1 - top)
-            for i, share in enumerate(shares):
-                torch.lerp(
-                    padded[b, top : top + count], padded[b, top + 1 : top + count + 1], share, out=down[:count, i]
-                )
             skipped, start = max(0, first - top * step), max(0, top * step - first)
             rows = min(count * step - skipped, H - start)
             if rows <= 0:
                 continue
-            segments = rows * (w + 2) - 1  # the last of a line reaches into the next one, and is left out
-            cells = down.as_strided((segments, 2 * (C + 1), K), (N, K, 1), skipped * (w + 2) * N)
-            torch.bmm(factors[b, start : start + rows].flatten(0, 1)[:-1], cells, out=fine[:segments])
-            values[b, start : start + rows] = fine[: segments + 1].view(rows, -1, K)[:, first : first + W]
+            above, below = padded[b, top : top + count, None], padded[b, top + 1 : top + count + 1, None]
+            torch.lerp(above, below, shares[:, None, None], out=down[:count])
+            number = rows * (w + 2) - 1  # the last of a line reaches into the next one, and lies outside of the picture
+            cells = down.as_strided((number, 2 * (C + 1), K), (N, K, 1), skipped * (w + 2) * N)
+            part = segments[b, start * (w + 2) :][:number]
+            torch.bmm(factors(planes[b, :, start : start + rows])[:-1], cells, out=part)
     return values
 
 
-def segment_factors(guide: Tensor, shares: list[float], first: int, segments: int) -> Tensor:
-    """Takes colours [B,H,W,C] to factors [B,H,segments,step,2*(C+1)], 0 outside of the picture."""
-    (B, H, W, C), step = guide.shape, len(shares)
-    right = guide.new_tensor(shares).repeat(segments)[first : first + W]
-    both = torch.stack((1 - right, right), 1).repeat_interleave(C + 1, 1)  # [W,2*(C+1)]
-    twice = torch.eye(C + 1, dtype=guide.dtype, device=guide.device).repeat(1, 2)
-    colours = F.pad(guide, (0, 1), value=1.0).view(-1, C + 1) @ twice
-    factors = guide.new_zeros(B, H, segments * step, 2 * (C + 1))
-    factors[:, :, first : first + W] = colours.view(B, H, W, -1) * both
-    return factors.view(B, H, segments, step, -1)
+def left_out(step: int) -> int:
+    """Pixels of the first segment of a line that lie outside of the picture."""
+    return step - step // 2 if step > 1 else 0
+
+
+def empty_values(lines: Tensor, guide: Tensor, step: int, w: int) -> Tensor:
+    """Memory for the result [B,H,W,K] of `lines_at`; with subsampling, a part of lines of w + 2 segments."""
+    (B, H, W, C), first = guide.shape, left_out(step)
+    width = (w + 2) * step if step > 1 else W
+    return lines.new_empty(B, H, width, lines.shape[3] // (C + 1))[:, :, first : first + W]
+
+
+class SegmentFactors:
+    """Takes colours [C,rows,W] to the factors of their segments [rows*segments,step,2*(C+1)], in one memory.
+
+    A factor is a plane of pixels there, so that products of colours and shares are products of planes.
+    """
+
+    def __init__(self, guide: Tensor, shares: Tensor, first: int, rows: int, segments: int):
+        W, self.step, C = guide.shape[3], len(shares), guide.shape[1]
+        right = shares.repeat(segments)[first : first + W]
+        self.shares = torch.stack((1 - right, right))[:, None, None]  # [2,1,1,W]
+        self.planes = guide.new_zeros(2, C + 1, rows, segments * self.step)
+        self.inside = self.planes[..., first : first + W]
+        self.inside[:, C:] = self.shares
+
+    def __call__(self, guide: Tensor) -> Tensor:
+        C, rows = guide.shape[:2]
+        torch.mul(guide, self.shares, out=self.inside[:, :C, :rows])
+        size = self.planes.stride(1)
+        shape = (rows * self.planes.shape[3] // self.step, self.step, 2 * (C + 1))
+        return self.planes.as_strided(shape, (self.step, 1, size))
 
 
 @operator("guided_lines_transposed")
@@ -146,7 +168,7 @@ def lines_transposed(values: Tensor, guide: Tensor, step: int, h: int, w: int) -
 
 @lines_at.register_fake
 def _(lines, guide, step, h, w):
-    return lines.new_empty(*guide.shape[:3], lines.shape[3] // (guide.shape[3] + 1))
+    return empty_values(lines, guide, step, w)
 
 
 @lines_transposed.register_fake

@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks, edge_blocks
+from .derivatives import refuse_func_gradients
 from .edge_blocks import box
 from .precision import outside_autocast
 from .rows import accumulation_dtype
 
 SUBSAMPLED = 4  # least radius in subsampled pixels that auto leaves (He and Sun, 2015)
 WINDOWS = (3, 5)
+NOISE_PIXELS = 1 << 16  # that lose their noise at a time
 
 
 @outside_autocast
@@ -56,6 +58,7 @@ def guided_filter(
         ValueError, TypeError: name the argument, what came and what was expected.
     """
     maps, guide = fronts("probabilities", probabilities, image)
+    refuse_func_gradients("guided_filter", maps, guide)
     radius, eps = checks.count("radius", radius), checks.number("eps", eps, "a number above 0")
     step = max(1, radius // SUBSAMPLED) if subsample is None else checks.count("subsample", subsample)
     for name, value in (("radius", radius), ("subsample", step)):
@@ -112,6 +115,7 @@ def joint_upsample(
         ValueError, TypeError: name the argument, what came and what was expected.
     """
     maps, guide = fronts("scores", scores, image)
+    refuse_func_gradients("joint_upsample", maps, guide)
     (h, w), (H, W) = maps.shape[2:], guide.shape[1:3]
     height, width = checks.size_pair("size", size) or (H, W)
     if window not in WINDOWS:
@@ -184,42 +188,77 @@ def fitted(p: Tensor, colours: Tensor, weight: Tensor, *, radius: int, eps: floa
     p, colours: means over the counted pixels of the cells, [B,h,w,K] and [B,h,w,C]; weight: their number [B,h,w,1].
     """
     C, K = colours.shape[-1], p.shape[-1]
-    outer = (colours[..., :, None] * colours[..., None, :]).flatten(-2)
-    joint = (colours[..., :, None] * p[..., None, :]).flatten(-2)
-    sums = box(weight * torch.cat([joint, outer, p, colours, torch.ones_like(weight)], -1), radius)
-    seen = sums[..., -1:] > 0
-    means = sums[..., :-1] * torch.where(seen, 1 / torch.where(seen, sums[..., -1:], 1), 0)
-    joint, outer, p_mean, colour_mean = means.split((C * K, C * C, K, C), -1)
-    variance = outer.unflatten(-1, (C, C)) - colour_mean[..., :, None] * colour_mean[..., None, :]
-    covariance = joint.unflatten(-1, (C, K)) - colour_mean[..., :, None] * p_mean[..., None, :]
-    inverted = inverse_symmetric(variance + eps * torch.eye(C, dtype=p.dtype, device=p.device))
-    slope, offset = inverted[..., :, :1] * covariance[..., :1, :], p_mean  # batched products of such sizes are slower
+    terms = torch.cat([p, colours, torch.ones_like(weight)], -1)
+    sums = box(((weight * terms[..., K:])[..., None] * terms[..., None, :]).flatten(-2), radius)
+    sums = sums.unflatten(-1, (C + 1, K + C + 1))
+    counted = sums[..., -1:, -1:]
+    seen = counted > 0
+    means = sums * torch.where(seen, 1 / torch.where(seen, counted, 1), 0)  # of products; the last ones with 1
+    covariance = torch.addcmul(means[..., :C, :-1], means[..., :C, -1:], means[..., C:, :-1], value=-1)
+    variance = covariance[..., K:] + eps * torch.eye(C, dtype=p.dtype, device=p.device)
+    inverted = inverse_symmetric(variance)
+    slope = inverted[..., :, :1] * covariance[..., :1, :K]  # batched products of such sizes are slower
     for c in range(1, C):
-        slope = torch.addcmul(slope, inverted[..., :, c, None], covariance[..., c, None, :])
+        slope = torch.addcmul(slope, inverted[..., :, c, None], covariance[..., c, None, :K])
+    offset = means[..., C, :K]
     for c in range(C):
-        offset = torch.addcmul(offset, slope[..., c, :], colour_mean[..., c, None], value=-1)
-    lines = torch.cat([slope, offset[..., None, :]], -2)  # [B,h,w,C+1,K]
+        offset = torch.addcmul(offset, slope[..., c, :], means[..., C, K + c, None], value=-1)
+    lines = torch.cat([slope.flatten(-2), offset], -1)
     # a pixel has the mean of the windows that it lies in; those without a counted pixel have no fit
-    fits = seen.to(p.dtype)
+    fits = seen[..., 0].to(p.dtype)
     around = box(fits, radius)
-    return box(lines.flatten(-2) * fits, radius) / around.clamp(min=1), around
+    return box(lines * fits, radius) / around.clamp(min=1), around
 
 
 def pooled(values: Tensor, step: int) -> Tensor:
     """Sums over cells of step x step pixels: [B,H,W,N] -> [B,h,w,N]; cells at the end may be cut."""
     if step == 1:
         return values
-    planes = values.permute(0, 3, 1, 2)
-    return F.avg_pool2d(planes, step, ceil_mode=True, divisor_override=1).permute(0, 2, 3, 1).contiguous()
+    planes, size = values.permute(0, 3, 1, 2), (step, step)
+    if planes.stride(3) == 1 and step <= planes.shape[2]:  # sums of rows first are half the time
+        full = planes[:, :, : planes.shape[2] // step * step]
+        sums = full[:, :, ::step] + full[:, :, 1::step]
+        for row in range(2, step):
+            sums += full[:, :, row::step]
+        rest = planes[:, :, full.shape[2] :]
+        planes, size = torch.cat([sums, rest.sum(2, keepdim=True)], 2) if rest.shape[2] else sums, (1, step)
+    return F.avg_pool2d(planes, size, ceil_mode=True, divisor_override=1).permute(0, 2, 3, 1).contiguous()
 
 
 def inverse_symmetric(matrices: Tensor) -> Tensor:
     """The inverses of positive definite matrices [..., C, C], C = 1 or 3."""
     if matrices.shape[-1] == 1:
         return 1 / matrices
-    columns = matrices.unbind(-1)
-    cofactors = torch.stack([torch.linalg.cross(columns[i - 2], columns[i - 1]) for i in range(3)], -2)
-    return cofactors / (cofactors[..., 0, :] * columns[0]).sum(-1)[..., None, None]
+    a, b, c, _, d, e, _, _, f = matrices.flatten(-2).unbind(-1)
+    first = d * f - e * e, c * e - b * f, b * e - c * d
+    determinant = a * first[0] + b * first[1] + c * first[2]
+    middle, corner, last = a * f - c * c, b * c - a * e, a * d - b * b
+    cofactors = (*first, first[1], middle, corner, first[2], corner, last)
+    return (torch.stack(cofactors, -1) / determinant[..., None]).unflatten(-1, (3, 3))
+
+
+def denoised(guide: Tensor, counted: Tensor, *, radius: int, eps: float) -> Tensor:
+    """The guided filter of every channel of colours [B,H,W,C] by itself: noise goes, edges stay.
+
+    counted: 1 for the pixels that count in windows and 0 for the others, [B,H,W,1]. Others may get any value.
+    """
+    rows, reach, strips = max(4 * radius, NOISE_PIXELS // guide.shape[2], 1), 2 * radius, []
+    for top in range(0, guide.shape[1], rows):
+        first = max(0, top - reach)
+        around = slice(first, top + rows + reach)
+        strip = denoised_strip(guide[:, around], counted[:, around], radius=radius, eps=eps)
+        strips.append(strip[:, top - first :][:, :rows])
+    return torch.cat(strips, 1)
+
+
+def denoised_strip(guide: Tensor, counted: Tensor, *, radius: int, eps: float) -> Tensor:
+    sums = box(counted * torch.cat([guide, guide * guide, torch.ones_like(counted)], -1), radius)
+    mean, square = (sums[..., :-1] / sums[..., -1:].clamp(min=1)).chunk(2, -1)
+    variance = (square - mean * mean).clamp(min=0)
+    slope = variance / (variance + eps)
+    fits = box(torch.cat([slope, mean - slope * mean, torch.ones_like(counted)], -1), radius)
+    slope, offset = (fits[..., :-1] / fits[..., -1:]).chunk(2, -1)
+    return torch.addcmul(offset, slope, guide)
 
 
 def applied(lines: Tensor, guide: Tensor, step: int) -> Tensor:

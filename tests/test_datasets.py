@@ -245,7 +245,7 @@ def test_without_classes_txt_the_numbers_of_all_splits_are_looked_up_once(tmp_pa
         "the labels hold the numbers 4 and 6, which become classes 0 and 1; 5 numbers below 6 in no label",
         "255 counts as not labelled",
     )
-    monkeypatch.setattr(labels, "tally", lambda path: pytest.fail("looked up again"))
+    monkeypatch.setattr(labels, "counted", lambda path: pytest.fail("looked up again"))
     assert len(train.class_names) == 2
     assert capsys.readouterr() == ("", "")
 

@@ -2,18 +2,26 @@
 
 import gc
 import json
+import os
+import shutil
+import signal
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from textures import draw
 
 from smooseg_fast import predict
 from smooseg_fast.command import run
-from smooseg_fast.datasets import IGNORE, gdal, georeference, images, raster, scaled
+from smooseg_fast.datasets import IGNORE, gdal, georeference, images, raster, scaled, windows
+from smooseg_fast.datasets.folder import open_folder_splits
 from smooseg_fast.datasets.reading import PLAIN, Picture
+from smooseg_fast.measure.confusion import count_wholes
+from smooseg_fast.segment import refine
 from smooseg_fast.segment import segmenter as segmenters
 from smooseg_fast.segment.names import Group
 from smooseg_fast.segment.parts import LEVELS, margins, stored
@@ -21,6 +29,8 @@ from smooseg_fast.segment.segmenter import Segmenter
 from smooseg_fast.show import cog
 from smooseg_fast.show.cog import CogWriter, Layout
 from smooseg_fast.show.outputs import PROBABILITIES, PhotoFiles, Plan
+from smooseg_fast.show.unfinished import Unfinished
+from smooseg_fast.system.signals import StopRequest
 
 tifffile = pytest.importorskip("tifffile")
 needs_gdal = pytest.mark.skipif(not gdal.available(), reason="needs rasterio")
@@ -369,3 +379,175 @@ def test_probabilities_that_are_interrupted_end_quietly(tmp_path, monkeypatch):
     gc.collect()
     assert unraisable == []
     assert list(tmp_path.iterdir()) == []
+
+
+# a stop inside a map
+
+
+class Stop(Exception):
+    """Ends a command in the middle, as a kill would: nothing is written any more."""
+
+
+def counted(stop=None):
+    """A check that counts the parts of maps, and stops after some of them."""
+
+    def check(self):
+        check.parts += 1
+        if check.parts == stop:
+            raise Stop
+
+    check.parts = 0
+    return check
+
+
+@pytest.fixture
+def one_map(folder_of_maps, monkeypatch):
+    """A folder of a small map, which is cut into many tiles, rectangles and bands."""
+    (folder_of_maps / "photo.png").unlink()
+    write_map(folder_of_maps / "a.tif", scene(112, 180), nodata=0)
+    monkeypatch.setattr(cog, "SIDE", 32)
+    monkeypatch.setattr(segmenters, "TILE", 64)
+    monkeypatch.setattr(refine, "SCORES", 3000)
+    monkeypatch.setattr(refine, "GUIDED_RADIUS", 1.0)
+    return folder_of_maps
+
+
+def outputs_of(folder):
+    """The bytes of all pictures and tiles, and the shares."""
+    pictures = [file for kind in predict_folders for file in Path(folder, kind).glob("*")]
+    files = {f"{file.parent.name}/{file.name}": file.read_bytes() for file in pictures}
+    shares = json.load(open(f"{folder}/shares.json"))["images"]
+    return files, Path(folder, "tiles.jsonl").read_bytes(), shares
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--groups", "2", "3", "--confidence", "--probabilities"], ["--refine", "none"]],
+    ids=["soft", "not refined"],
+)
+def test_a_map_resumes_where_it_was_stopped(trained, one_map, monkeypatch, capsys, options):
+    words = [
+        "--checkpoint",
+        str(trained),
+        "--images",
+        str(one_map),
+        "--no-mirror",
+        "--scale",
+        "native",
+        *options,
+    ]
+    plain, count, rows = StopRequest.check, counted(), []
+    monkeypatch.setattr(StopRequest, "check", count)
+    assert run(predict.main, [*words, "--out", "whole"]) == 0
+    folders = ("groups_2", "groups_3") if "2" in options else (".",)
+    for stop in (max(1, int(0.7 * count.parts)), 1):
+        monkeypatch.setattr(StopRequest, "check", counted(stop))
+        with pytest.raises(Stop):
+            predict.main([*words, "--out", "made"])
+        journal = Path("made", folders[0], ".unfinished", "a", "journal.jsonl")
+        rows.append(sum("tiles" in line for line in journal.read_text().splitlines()))
+        journal.write_text(journal.read_text() + '{"tiles": "2-ma')  # a line that was cut short
+    assert 0 < rows[0] <= rows[1]
+    monkeypatch.setattr(StopRequest, "check", plain)
+    capsys.readouterr()
+    assert run(predict.main, [*words, "--out", "made"]) == 0
+    assert "resumed    a.tif with" in capsys.readouterr().err
+    for folder in folders:
+        assert outputs_of(Path("made", folder)) == outputs_of(Path("whole", folder))
+        assert not Path("made", folder, ".unfinished").exists()
+
+
+def test_a_killed_map_resumes(trained, one_map, monkeypatch):
+    args = (trained, one_map, "--scale", "native")
+    assert call(*args) == 0
+    before = outputs_of("made")
+    shutil.rmtree("made")
+    child = os.fork()
+    if not child:
+        torch.set_num_threads(1)
+
+        def kill(self):
+            if any("tiles" in line for line in open("made/.unfinished/a/journal.jsonl")):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        StopRequest.check = kill
+        os._exit(call(*args))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert not list(Path("made/masks").glob("*"))
+    assert call(*args) == 0
+    assert outputs_of("made") == before
+
+
+def test_another_key_starts_over(tmp_path):
+    key = {"mirror": True, "stamp": ["a.tif", 3, 7]}
+    kept = Unfinished(tmp_path / "a", key).kept("mask")
+    for row in (0, 1, 3):
+        kept.note(row, [[8 * row, 8]])
+    assert Unfinished(tmp_path / "a", {"mirror": True, "stamp": ["a.tif", 3, 7]}).kept("mask").rows == [
+        [[0, 8]],
+        [[8, 8]],
+    ]
+    for key in ({"mirror": False, "stamp": ["a.tif", 3, 7]}, {"mirror": True, "stamp": ["a.tif", 3, 8]}):
+        assert Unfinished(tmp_path / "a", key).kept("mask").rows == []
+
+
+def test_a_map_starts_over_where_its_finished_part_is_damaged(trained, one_map, monkeypatch, capsys):
+    plain = StopRequest.check
+    monkeypatch.setattr(StopRequest, "check", counted(3))
+    with pytest.raises(Stop):
+        call(trained, one_map, "--scale", "native")
+    (kept,) = Path("made/.unfinished/a").glob("*-mask")
+    kept.write_bytes(bytes(kept.stat().st_size))
+    monkeypatch.setattr(StopRequest, "check", plain)
+    assert call(trained, one_map, "--scale", "native") == 0
+    assert "damaged: the finished part of a.tif" in capsys.readouterr().err
+    expected = Segmenter.load(trained).predict(one_map / "a.tif", mirror=False, scale="native")
+    np.testing.assert_array_equal(images.read_label(Path("made/masks/a.tif")), expected)
+
+
+def test_maps_in_a_store_are_geotiffs(trained, folder_of_maps):
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    words = ["--checkpoint", str(trained), "--images", str(folder_of_maps), "--no-mirror", "--out", "memory://maps19"]
+    assert run(predict.main, words) == 0
+    Path("a.tif").write_bytes(memory.cat_file("/maps19/masks/a.tif"))
+    picture = images.read_picture(folder_of_maps / "a.tif")
+    np.testing.assert_array_equal(
+        images.read_label(Path("a.tif")), Segmenter.load(trained).predict(picture, mirror=False)
+    )
+    assert georeference.georeference_of(Path("a.tif")).tags == PLACE
+    assert memory.exists("/maps19/masks/photo.png")
+    assert memory.exists("/maps19/masks/a.tif.aux.xml")
+
+
+# learning and measuring
+
+
+def test_a_large_map_is_learnt_and_measured_in_windows(tmp_path, reader, trained, monkeypatch):
+    monkeypatch.setattr(windows, "WINDOW", 100)
+    folder, label = tmp_path / "large", (np.arange(150)[:, None] // 50 + np.zeros(210, int)).astype(np.uint8)
+    for name in ("images", "labels"):
+        (folder / name).mkdir(parents=True)
+    write_map(folder / "images/a.tif", scene(), nodata=0)
+    write_map(folder / "labels/a.tif", label, photometric="minisblack")
+    (train, val) = open_folder_splits(folder)
+    parts = windows.with_windows(train)
+    assert parts.names == ("a#1-1.tif", "a#1-2.tif", "a#1-3.tif", "a#2-1.tif", "a#2-2.tif", "a#2-3.tif")
+    assert parts.class_names == ("class 0", "class 1", "class 2")
+    whole = images.read_picture(folder / "images/a.tif")
+    for place, (rows, columns) in enumerate(product(((0, 75), (75, 150)), ((0, 70), (70, 140), (140, 210)))):
+        inside = np.s_[slice(*rows), slice(*columns)]
+        picture = parts.picture(place)
+        np.testing.assert_array_equal(picture.pixels, whole.pixels[inside])
+        if picture.valid is None:
+            assert whole.valid[inside].all()
+        else:
+            np.testing.assert_array_equal(picture.valid, whole.valid[inside])
+        np.testing.assert_array_equal(parts.label(place), label[inside])
+    with val.opened(0) as (picture, truth):
+        assert truth.shape == picture.pixels.shape[:2]
+        np.testing.assert_array_equal(truth[40:90], label[40:90])
+    segmenter = Segmenter.load(trained)
+    counts = count_wholes(segmenter, val, refinements=["none"], mirror=False, progress=False).counts["none"]
+    labels, expected = segmenter.predict(whole, mirror=False, refine="none"), np.zeros_like(counts)
+    np.add.at(expected, (labels[labels < IGNORE], label[labels < IGNORE]), 1)
+    np.testing.assert_array_equal(counts, expected)

@@ -227,7 +227,11 @@ class Files:
 
     def picture(self, index: int) -> Picture:
         """Read an image; ImageError when the file cannot be decoded."""
-        return read_picture(self.images[index], self.reading, self.pages[index] if self.pages else None)
+        return read_picture(self.images[index], self.reading, self.page(index))
+
+    def page(self, index: int) -> int | None:
+        """The page of its file that an image is, from 1; None for the one that `reading` names."""
+        return self.pages[index] if self.pages else None
 
     def image(self, index: int) -> np.ndarray:
         """Read the pixels uint8 [H,W,3] alone."""
@@ -239,13 +243,17 @@ class Files:
         if path is None:
             return None
         label = self.classes(path)
-        # the header is quick and nearly always right; before blaming the user, look at the pixels
-        if label.shape != self.size(index) and label.shape != (shape := self.image(index).shape[:2]):
-            raise UserError(
-                f"{path}: the label is {extent(label.shape)} pixels but {self.images[index]} is {extent(shape)}; "
-                "make them the same size"
-            )
+        self.require_size(index, (label.shape[0], label.shape[1]))
         return label
+
+    def require_size(self, index: int, label: tuple[int, int]) -> None:
+        """UserError for a label of another (height, width) than its image."""
+        # the header is quick and nearly always right; before blaming the user, look at the pixels
+        if label != self.size(index) and label != (shape := self.image(index).shape[:2]):
+            raise UserError(
+                f"{self.labels[index]}: the label is {extent(label)} pixels but {self.images[index]} is "
+                f"{extent(shape)}; make them the same size"
+            )
 
     def classes(self, path: File) -> np.ndarray:
         """Read the classes uint8 [H,W] of a label file."""

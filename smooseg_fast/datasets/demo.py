@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from ..config import TrainConfig
+from ..config import FIT, TrainConfig
 from . import Dataset, open_splits
 from .mosaic import Mosaic
 from .reading import Reading
 from .survey import settle
+from .windows import with_windows
 
 
 def demo_datasets() -> tuple[Mosaic, Mosaic]:
@@ -15,7 +16,13 @@ def demo_datasets() -> tuple[Mosaic, Mosaic]:
 
 
 def datasets_of(config: TrainConfig) -> tuple[Dataset, Dataset | None]:
-    """Return (training images, labelled images to evaluate on, or None)."""
+    """Return (training images, labelled images to evaluate on, or None).
+
+    Maps are taken in windows, unless the scale brings every image to one size.
+    """
     if config.data is None:
         return demo_datasets()
-    return settle(*open_splits(config.data, config.ignore), Reading.of(config))
+    train, val = settle(*open_splits(config.data, config.ignore), Reading.of(config))
+    if config.scale == (FIT,):
+        return train, val
+    return with_windows(train), None if val is None else with_windows(val)

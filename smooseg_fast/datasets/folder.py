@@ -8,21 +8,24 @@ The documented layout is DIR/images/... and DIR/labels/...png: the same relative
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 
 from ..errors import UserError
 from ..system.stores import File, place
-from . import formats
+from . import formats, raster
 from .base import IGNORE, Files, Split, files_below, read_lines
+from .labelmap import Rows, mask_of, opened_labels, read_in_windows, size_of_labels
 from .labels import Labelling
 from .listing import Tree
-from .masks import read_mask
+from .masks import Mask, read_mask
+from .reading import Picture
 from .scan import IMAGE_FOLDERS, file_in, scan, split_folder
 
 SPLITS = {
@@ -33,11 +36,21 @@ SPLITS = {
 ALL_SPLITS = {word for words in SPLITS.values() for word in words}
 
 
+class Window(NamedTuple):
+    """Pixels of a map: rows `top` to `bottom` - 1, columns `left` to `right` - 1."""
+
+    top: int
+    left: int
+    bottom: int
+    right: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageFolder(Files):
     """A dataset of the image files in one folder; `open_folder` makes it."""
 
     labelling: Labelling | None = None  # shared by all splits; None without labels
+    windows: tuple[Window | None, ...] = ()  # the part of its file that each image is; None or () for all of it
 
     @cached_property
     def class_names(self) -> tuple[str, ...] | None:
@@ -53,8 +66,46 @@ class ImageFolder(Files):
 
     def classes(self, path: File) -> np.ndarray:
         """Read the classes uint8 [H,W] of a label file. UserError as of `Labelling`."""
-        mask = read_mask(path)
-        return super().classes(path) if self.labelling is None else self.labelling(mask, path)
+        return self.classes_of(read_mask(path), path)
+
+    def classes_of(self, mask: Mask, path: File) -> np.ndarray:
+        """The classes uint8 [H,W] of a mask."""
+        return mask.numbers.astype(np.uint8) if self.labelling is None else self.labelling(mask, path)
+
+    def window(self, index: int) -> Window | None:
+        return self.windows[index] if self.windows else None
+
+    def picture(self, index: int) -> Picture:
+        if (window := self.window(index)) is None:
+            return super().picture(index)
+        with raster.opened(self.images[index], self.reading, self.page(index)) as opened:
+            return opened.part(*window)
+
+    def label(self, index: int) -> np.ndarray | None:
+        path, window = self.labels[index], self.window(index)
+        if window is None or path is None:
+            return super().label(index)
+        if (shape := size_of_labels(path)) is not None:
+            self.require_size(index, shape)
+        return self.classes_of(mask_of(path, window), path)
+
+    @contextmanager
+    def opened(self, index: int) -> Iterator[tuple[Picture, np.ndarray | Rows | None]]:
+        """An image and its label, for those who take windows of the one and rows of the other: maps are read as they
+        are used. Errors as of `picture` and `label`, here or there."""
+        file, path = self.images[index], self.labels[index]
+        if not isinstance(file, Path) or self.windows or not raster.in_windows(file, self.reading, self.page(index)):
+            yield self.picture(index), self.label(index)
+            return
+        with raster.opened(file, self.reading, self.page(index)) as opened:
+            page = read_in_windows(path)
+            if path is None or page is None:
+                yield opened.picture, self.label(index)
+                return
+            self.require_size(index, page.size)
+            assert isinstance(path, Path)
+            with opened_labels(path, page) as labels:
+                yield opened.picture, Rows(labels, partial(self.classes_of, path=path))
 
 
 def open_folder(path: Path | str, split: Split, ignore: Sequence[int] = ()) -> ImageFolder:

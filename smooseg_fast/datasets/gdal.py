@@ -24,7 +24,8 @@ DRIVERS = {
     ".tif": "GTiff", ".tiff": "GTiff", ".vrt": "VRT", ".img": "HFA", ".jp2": "JP2OpenJPEG", ".jpg": "JPEG",
     ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP",
 }  # fmt: skip
-OPTIONS = {"GDAL_VRT_ENABLE_PYTHON": "NO"}  # nothing in a map is run
+CACHE_BYTES = 2**26  # of GDAL's blocks, in place of a twentieth of the memory: windows are of whole blocks
+OPTIONS = {"GDAL_VRT_ENABLE_PYTHON": "NO", "GDAL_CACHEMAX": CACHE_BYTES}  # nothing in a map is run
 ONE_MASK = {"alpha", "per_dataset"}  # flags of a mask for all bands, other than that of a value without data
 
 

@@ -20,7 +20,8 @@ from ..system.stores import File
 from .base import IGNORE
 from .evenly import evenly
 from .images import ImageError
-from .masks import ODD, Mask, MaskKind, Tally, Values, tally
+from .labelmap import counted
+from .masks import ODD, Mask, MaskKind, Tally, Values
 
 SAMPLED = 2000  # labels whose numbers are looked up, evenly spaced over all splits
 LOOKED_AT = 16  # labels after which photos among them are noticed
@@ -244,7 +245,7 @@ def read_tallies(place: str, files: Sequence[File]) -> list[Tally]:
 
     def read(path: File) -> Tally | ImageError:
         try:
-            return tally(path)
+            return counted(path)
         except ImageError as error:  # whoever reads this label learns of it
             return error
 

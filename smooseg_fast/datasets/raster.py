@@ -120,6 +120,10 @@ class Raster:
         with decoding(self.path):
             return self.source.window(top, left, bottom, right)
 
+    def part(self, top: int, left: int, bottom: int, right: int) -> Picture:
+        """A window as an image of its own. ImageError where the file is damaged there."""
+        return shown(self.read(top, left, bottom, right), self._reading)
+
     def sample(self, most: int) -> list[np.ndarray]:
         """As `Samples.sample` of the whole: the measurements in about `most` pixels, of all bands or of each."""
         step, parts = max(1, round((self.height * self.width / most) ** 0.5)), []

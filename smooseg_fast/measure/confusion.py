@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
-from itertools import tee
+from contextlib import closing, contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +18,9 @@ from ..backbones.shifts import interleaved
 from ..config import Refine
 from ..datasets import IGNORE, Dataset, classes_of
 from ..datasets.cutting import Cut, Cutting
+from ..datasets.folder import ImageFolder
 from ..datasets.images import ImageError, require_patch
+from ..datasets.labelmap import Rows
 from ..datasets.reading import Picture
 from ..errors import UserError
 from ..features.sample import BATCH
@@ -28,7 +29,7 @@ from ..segment.grouping import Grouping
 from ..segment.model import project
 from ..segment.refine import Plane, Refiner, refined_bands
 from ..segment.segmenter import Segmenter
-from ..segment.tiles import faded
+from ..segment.tiles import faded, shared
 from ..segment.views import Views
 from ..system.ahead import ahead
 from ..system.processes import ALONE, Processes
@@ -240,7 +241,8 @@ def count_wholes(
     """Count every labelled pixel of every picture at its own size, each process a share of the pictures.
 
     A picture passes the backbone once for all refinements. mirror, shifts, short_side: as for `Segmenter.predict`.
-    Memory: a picture and its label. UserError when no pixel is labelled, or no picture can be used.
+    Memory: a picture and its label; of a map, some rows. UserError when no pixel is labelled, or no picture can be
+    used.
     """
     cutting, classes = segmenter.cutting(short_side=short_side), len(classes_of(dataset))
     counts, skipped = np.zeros((len(refinements), len(segmenter.grouping), classes), np.int64), []
@@ -248,16 +250,18 @@ def count_wholes(
     with bar:
         for index in range(processes.rank, len(dataset), processes.size):
             try:
-                picture, label = dataset.picture(index), dataset.label(index)
-                require_patch(picture.pixels, segmenter.backbone.patch, dataset.names[index])
+                with opened(dataset, index) as (picture, label):
+                    require_patch(picture.pixels, segmenter.backbone.patch, dataset.names[index])
+                    if label is not None:
+                        views = Views(picture, cutting, segmenter.backbone, shifts, segmenter.upsampler)
+                        codes = (codes for (codes,) in segmenter.code_bands(views, [segmenter.head], mirror))
+                        ways = zip(refinements, shared(codes, len(refinements)))
+                        labels = [segmenter.label_bands(views, part, picture, way) for way, part in ways]
+                        of_picture = np.zeros_like(counts)
+                        count_picture(of_picture, labels, label)
+                        counts += of_picture
             except ImageError as error:
                 skipped.append((dataset.names[index], error.reason))
-                label = None
-            if label is not None:
-                views = Views(picture, cutting, segmenter.backbone, shifts, segmenter.upsampler)
-                codes = (codes for (codes,) in segmenter.code_bands(views, [segmenter.head], mirror))
-                ways = zip(refinements, tee(codes, len(refinements)))
-                count_picture(counts, [segmenter.label_bands(views, part, picture, way) for way, part in ways], label)
             bar.update(min(processes.size, bar.total - bar.n))
     counts = processes.sum(torch.from_numpy(counts)).numpy()
     skipped = [image for part in processes.all(skipped) for image in part]
@@ -272,8 +276,18 @@ def count_wholes(
     return Wholes(dict(zip(refinements, counts)), skipped)
 
 
+@contextmanager
+def opened(dataset: Dataset, index: int) -> Iterator[tuple[Picture, np.ndarray | Rows | None]]:
+    """A picture and its label; maps of a folder are read as they are used. ImageError where one cannot be used."""
+    if isinstance(dataset, ImageFolder):
+        with dataset.opened(index) as pair:
+            yield pair
+    else:
+        yield dataset.picture(index), dataset.label(index)
+
+
 def count_picture(
-    counts: Sequence[np.ndarray] | np.ndarray, ways: Sequence[Iterator[np.ndarray]], truth: np.ndarray
+    counts: Sequence[np.ndarray] | np.ndarray, ways: Sequence[Iterator[np.ndarray]], truth: np.ndarray | Rows
 ) -> None:
     """Add the pixels of a picture, labelled in several ways, to int64 [K,classes] of each way.
 

@@ -6,7 +6,7 @@ Nothing of the whole picture's size is kept, so that memory grows with its width
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import tee
+from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -22,7 +22,8 @@ from ..datasets.reading import Picture
 from .grouping import Grouping
 from .model import Head
 from .names import Names
-from .refine import Plane, Rectangle, Refiner, patch_weight, refined_tiles
+from .refine import Plane, Rectangle, Refiner, refined_tiles
+from .tiles import TOP, Start, shared
 from .views import Views
 
 LEVELS = 254  # a probability or margin p is stored as round(254 p); IGNORE, 255, stands where there is no data
@@ -48,9 +49,12 @@ class Labeller(Protocol):
 
     def cutting(self, scale: Any, short_side: int | None) -> Cutting: ...
     def refinement(self, refine: Refine | None) -> Refine: ...
-    def code_bands(self, views: Views, heads: Sequence[Head], mirror: bool) -> Iterator[tuple[Tensor, ...]]: ...
+    def band_start(self, views: Views, row: int) -> int: ...
+    def code_bands(
+        self, views: Views, heads: Sequence[Head], mirror: bool, first: int = 0
+    ) -> Iterator[tuple[Tensor, ...]]: ...
     def label_bands(
-        self, views: Views, codes: Iterable[Tensor], picture: Picture, refine: Refine
+        self, views: Views, codes: Iterable[Tensor], picture: Picture, refine: Refine, start: Start = TOP
     ) -> Iterator[np.ndarray]: ...
 
 
@@ -60,6 +64,7 @@ def parts_at(
     picture: Picture,
     *,
     soft: bool = False,
+    rows: Sequence[int] = (),
     mirror: bool = True,
     shifts: int = 1,
     short_side: int | None = None,
@@ -72,6 +77,8 @@ def parts_at(
     segmenters needs them.
 
     Args:
+        rows: of pixels that are labelled already at the top, for each segmenter. The parts of each begin there or
+            above, and are the same to the last bit as without it.
         soft: whether parts have probabilities. Without refinement their labels may differ from those without them where
             two groups are equally likely up to rounding.
 
@@ -81,12 +88,22 @@ def parts_at(
     views = Views(picture, first.cutting(scale, short_side), first.backbone, shifts, first.upsampler)
     refine, parts = first.refinement(refine), soft_parts if soft else hard_parts
     heads = list({id(segmenter.head): segmenter.head for segmenter in segmenters}.values())  # trained, fine, or both
-    bands = tee(first.code_bands(views, heads, mirror), len(segmenters))
+    (height, width), rows = views.shape, rows or [0] * len(segmenters)
+    starts = [start_of(one, views, row, refine, soft) for one, row in zip(segmenters, rows)]
+    cell = first.band_start(views, min((start.cell for start in starts if start.pixel < height), default=0))
+    bands = shared(first.code_bands(views, heads, mirror, cell), len(segmenters))
     of_each = [
-        parts(segmenter, views, _of_head(copies, heads.index(segmenter.head)), picture, refine)
-        for segmenter, copies in zip(segmenters, bands)
+        parts(
+            segmenter,
+            views,
+            map(itemgetter(heads.index(segmenter.head)), copies),
+            picture,
+            refine,
+            Start(start.pixel, cell),
+        )
+        for segmenter, copies, start in zip(segmenters, bands, starts)
     ]
-    done, (height, width) = [0] * len(segmenters), views.shape
+    done = [start.pixel for start in starts]
     while min(done) < height:
         place = done.index(min(done))  # the one furthest behind, so that few bands are kept
         part = next(of_each[place])
@@ -95,29 +112,39 @@ def parts_at(
         yield place, part
 
 
-def _of_head(bands: Iterable[tuple[Tensor, ...]], place: int) -> Iterator[Tensor]:
-    return (band[place] for band in bands)
+def start_of(segmenter: Labeller, views: Views, row: int, refine: Refine, soft: bool) -> Start:
+    """Where to begin so that the row `row` of pixels is labelled."""
+    if row >= views.shape[0]:
+        return Start(row, views.grid[0])
+    start = Refiner(refine, segmenter.grouping, plane_of(views)).start(row)
+    if refine != "none" or soft:
+        return start
+    return Start(row, max(0, int((row + 0.5) * views.grid[0] / views.size[0]) - 2))  # rows of labels have no rectangles
+
+
+def plane_of(views: Views) -> Plane:
+    return Plane(views.grid, views.size, views.shape, views.density)
 
 
 def hard_parts(
-    segmenter: Labeller, views: Views, codes: Iterable[Tensor], picture: Picture, refine: Refine
+    segmenter: Labeller, views: Views, codes: Iterable[Tensor], picture: Picture, refine: Refine, start: Start
 ) -> Iterator[Part]:
     """The labels of `Segmenter.label_bands`, as parts."""
-    top, width = 0, views.shape[1]
-    for labels in segmenter.label_bands(views, codes, picture, refine):
+    top, width = start.pixel, views.shape[1]
+    for labels in segmenter.label_bands(views, codes, picture, refine, start):
         yield Part(Rectangle(top, 0, top + len(labels), width), labels)
         top += len(labels)
 
 
 def soft_parts(
-    segmenter: Labeller, views: Views, codes: Iterable[Tensor], picture: Picture, refine: Refine
+    segmenter: Labeller, views: Views, codes: Iterable[Tensor], picture: Picture, refine: Refine, start: Start
 ) -> Iterator[Part]:
     """Labels as `hard_parts` gives them, and probabilities, added where groups are merged."""
     names = segmenter.names
     sums = torch.from_numpy(names.merged(np.eye(names.groups, dtype=np.float32)).T).to(segmenter.backbone.device)
-    refiner = Refiner(refine, segmenter.grouping, Plane(views.grid, views.size, views.shape, views.density))
+    refiner = Refiner(refine, segmenter.grouping, plane_of(views))
     scores = map(segmenter.grouping.scores, codes)
-    for place, probs in refined_tiles(scores, refiner, picture, patch_weight(views.patches)):
+    for place, probs in refined_tiles(scores, refiner, picture, views.patches, start):
         labels, values = names.table[probs.argmax(-1).cpu().numpy()], (probs.float() @ sums).cpu().numpy()
         if picture.valid is not None:
             missing = ~picture.valid[place.top : place.bottom, place.left : place.right]

@@ -31,7 +31,7 @@ from .notebook import Displayed
 from .parts import parts_at
 from .published import read_published
 from .refine import Plane, Refiner, refined_bands
-from .tiles import TILE, Tile, all_faded, code_bands, label_bands
+from .tiles import TILE, TOP, Start, Tile, all_faded, band_starts, code_bands, label_bands
 from .views import Views
 
 ImageLike = Picture | np.ndarray | Image.Image | str | Path
@@ -257,8 +257,19 @@ class Segmenter(Displayed):
         """Label a picture -> bands uint8 [n,W] from top to bottom, IGNORE without data; options as for `predict`."""
         return (part.labels for _, part in parts_at([self], picture, **options))
 
-    def code_bands(self, views: Views, heads: Sequence[Head], mirror: bool) -> Iterator[tuple[Tensor, ...]]:
-        """The codes [n,w,Z] of a picture in bands of cells from top to bottom, of each of these heads."""
+    def band_start(self, views: Views, row: int) -> int:
+        """The row of cells where the band of `code_bands` begins that holds a row of cells."""
+        return max(start for start in band_starts(views.grid[0], self.tile_side(views), views.step) if start <= row)
+
+    def tile_side(self, views: Views) -> int:
+        """Cells of a tile's side, at most."""
+        return max(1, TILE // self.backbone.patch) * views.density
+
+    def code_bands(
+        self, views: Views, heads: Sequence[Head], mirror: bool, first: int = 0
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """The codes [n,w,Z] of a picture in bands of cells from top to bottom, of each of these heads; from row `first`
+        of the cells on, one of `band_start`."""
         sizes = [head.teacher.shape[1] for head in heads]
 
         def codes(tile: Tile) -> Tensor:
@@ -267,30 +278,30 @@ class Segmenter(Displayed):
             shifted = rows.mean(0).unflatten(1, views.map_of(tile))
             return interleaved(shifted, self.backbone.patch)
 
-        side = max(1, TILE // self.backbone.patch) * views.density
-        for band in code_bands(views.grid, side, codes, views.step):
-            yield band.split(sizes, -1)
+        bands = code_bands(views.grid, self.tile_side(views), codes, views.step, first)
+        return map(lambda band: tuple(band.split(sizes, -1)), bands)  # which keeps no band while the next one is made
 
     def label_bands(
-        self, views: Views, codes: Iterable[Tensor], picture: Picture, refine: Refine
+        self, views: Views, codes: Iterable[Tensor], picture: Picture, refine: Refine, start: Start = TOP
     ) -> Iterator[np.ndarray]:
-        """Label the pixels of a picture by bands of its codes -> bands uint8 [n,W], IGNORE without data."""
-        bands = self.unmerged_bands(views, codes, picture, refine)
+        """Label the pixels of a picture by bands of its codes -> bands uint8 [n,W], IGNORE without data; from `start`
+        on."""
+        bands = self.unmerged_bands(views, codes, picture, refine, start)
         return map(self.names.table.__getitem__, bands) if self.names.merge else bands
 
     def unmerged_bands(
-        self, views: Views, codes: Iterable[Tensor], picture: Picture, refine: Refine
+        self, views: Views, codes: Iterable[Tensor], picture: Picture, refine: Refine, start: Start
     ) -> Iterator[np.ndarray]:
         """As `label_bands`, with the numbers of groups before merging."""
         scores: Iterator[Tensor] = map(self.grouping.scores, codes)
         if refine != "none":
             plane = Plane(views.grid, views.size, views.shape, views.density)
-            yield from refined_bands(scores, Refiner(refine, self.grouping, plane), picture, views.patches)
+            yield from refined_bands(scores, Refiner(refine, self.grouping, plane), picture, views.patches, start)
             return
         if views.patches is not None:
-            scores = all_faded(scores, torch.from_numpy(views.patches))
-        first = 0
-        for band in label_bands(scores, self.grouping.prototypes, views.grid[0], views.size, views.shape):
+            scores = all_faded(scores, torch.from_numpy(views.patches), start.cell)
+        first = start.pixel
+        for band in label_bands(scores, self.grouping.prototypes, views.grid[0], views.size, views.shape, start):
             labels = band.cpu().numpy()
             if views.valid is not None:
                 labels[~views.valid[first : first + len(labels)]] = IGNORE

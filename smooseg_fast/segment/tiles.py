@@ -6,8 +6,9 @@ under tents. Each finished band of patches is scored against the prototypes, ups
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,19 @@ STRIP_ELEMENTS = 1 << 22  # upsampled scores at a time
 FAINT = 1e-3  # of the codes of patches without data, so that pixels next to them are labelled by the others
 
 
+Item = TypeVar("Item")
+
+
+class Start(NamedTuple):
+    """Where labelling begins: `pixel`, a row of the picture, whose label depends on no row of cells above `cell`."""
+
+    pixel: int = 0
+    cell: int = 0
+
+
+TOP = Start()
+
+
 class Tile(NamedTuple):
     """A rectangle of patches: its first row and column, and their numbers."""
 
@@ -30,15 +44,22 @@ class Tile(NamedTuple):
     columns: int
 
 
-def code_bands(grid: tuple[int, int], side: int, codes_of: Callable[[Tile], Tensor], step: int = 1) -> Iterator[Tensor]:
+def code_bands(
+    grid: tuple[int, int], side: int, codes_of: Callable[[Tile], Tensor], step: int = 1, first: int = 0
+) -> Iterator[Tensor]:
     """Blend the codes of tiles of at most `side` patches -> bands [n,w,Z] that make up [h,w,Z] from top to bottom.
 
-    grid: (h, w) patches of the picture. codes_of: gives the codes [rows,columns,Z] of a tile, which begins at multiples
-    of `step`.
+    Args:
+        grid: (h, w) patches of the picture.
+        codes_of: gives the codes [rows,columns,Z] of a tile, which begins at multiples of `step`.
+        first: the row of patches, from `band_starts`, where the first band begins. Bands are the same to the last bit
+            wherever they begin.
     """
     (h, w), total = grid, torch.empty(0)
     tops = spans(h, side, step)
     for (top, rows), following in zip(tops, [*(start for start, _ in tops[1:]), h]):
+        if top + rows <= first:
+            continue
         for left, columns in spans(w, side, step):
             codes = F.pad(codes_of(Tile(top, left, rows, columns)), (0, 1), value=1.0)  # a channel for the weights' sum
             if len(total) < rows:  # `total` begins at the tile's first row
@@ -47,8 +68,14 @@ def code_bands(grid: tuple[int, int], side: int, codes_of: Callable[[Tile], Tens
             # patches at the border of a tile see least around them, so they count least where tiles overlap
             ramp = (tent(rows, h)[:, None] * tent(columns, w))[..., None].to(codes)
             total[:, left : left + columns] += codes * ramp
-        done, total = total[: following - top], total[following - top :]
-        yield done[..., :-1] / done[..., -1:]
+        if top >= first:
+            yield total[: following - top, :, :-1] / total[: following - top, :, -1:]
+        total = total[following - top :].clone()  # a view would keep the rows that are done
+
+
+def band_starts(rows: int, side: int, step: int = 1) -> list[int]:
+    """The rows of patches where the bands of `code_bands` begin."""
+    return [start for start, _ in spans(rows, side, step)]
 
 
 def faded(codes: Tensor, valid: Tensor) -> Tensor:
@@ -61,17 +88,23 @@ def faded(codes: Tensor, valid: Tensor) -> Tensor:
 
 
 def label_bands(
-    bands: Iterable[Tensor], prototypes: Tensor, rows: int, size: tuple[int, int], shape: tuple[int, int]
+    bands: Iterable[Tensor],
+    prototypes: Tensor,
+    rows: int,
+    size: tuple[int, int],
+    shape: tuple[int, int],
+    start: Start = TOP,
 ) -> Iterator[Tensor]:
     """Label the pixels of upsampled codes by their nearest prototype -> bands uint8 [n,W], n to suit the memory.
 
     As `smooseg_kernels.assign` does with a grid, but for codes that come band by band.
 
     Args:
-        bands: codes [n,w,Z] from top to bottom, `rows` of them in all.
+        bands: codes [n,w,Z] from top to bottom, `rows` of them in all, from `start.cell` on.
         prototypes: [K,Z], K at most 256.
         size: pixels (height, width) under all the patches.
         shape: (H, W), the pixels to label, which begin at the same corner; at most `size`.
+        start: the first row of pixels to label.
     """
     H, W = shape
     directions = unit_rows(prototypes.float())
@@ -79,22 +112,24 @@ def label_bands(
     y = ((torch.arange(H, dtype=torch.float32) + 0.5) * (rows / size[0]) - 0.5).clamp(min=0.0)
     above = y.long().clamp(max=rows - 1)
     below, share = (above + 1).clamp(max=rows - 1), (y - above)[:, None].to(prototypes.device)
-    scores, first, done = torch.empty(0), 0, 0  # [K,n,w] of the rows from `first` on; pixels that are labelled
+    done, first = start  # pixels that are labelled, and the row that scores [K,n,w] begin with
+    scores = torch.empty(0)
     for band in bands:
         fresh = (band @ directions.mT).permute(2, 0, 1)
         scores = torch.cat([scores, fresh], 1) if scores.numel() else fresh
         # pixels whose lower tap has come
         ready = int(torch.searchsorted(below, first + scores.shape[1]))
         step = max(1, STRIP_ELEMENTS // (len(scores) * size[1]))
-        for start in range(done, ready, step):
-            part = slice(start, min(start + step, ready))
+        for top in range(done, ready, step):
+            part = slice(top, min(top + step, ready))
             upper, lower = (scores[:, (tap[part] - first).to(scores.device)] for tap in (above, below))
             lines = torch.lerp(upper, lower, share[part])
             fine = F.interpolate(lines[None], size=(lines.shape[1], size[1]), mode="bilinear", align_corners=False)
             yield fine[0, :, :, :W].argmax(0).to(torch.uint8)
-        done = ready
+        done = max(done, ready)
         if done < H:
-            scores, first = scores[:, int(above[done]) - first :], int(above[done])
+            kept = max(first, min(int(above[done]), first + scores.shape[1]))
+            scores, first = scores[:, kept - first :], kept
 
 
 def spans(length: int, side: int, step: int = 1) -> list[tuple[int, int]]:
@@ -115,9 +150,26 @@ def tent(n: int, length: int) -> Tensor:
     return torch.ones(n) if n == length else torch.minimum(torch.arange(1, n + 1), torch.arange(n, 0, -1)).float()
 
 
-def all_faded(bands: Iterable[Tensor], valid: Tensor) -> Iterator[Tensor]:
-    """Bands [n,w,Z] that make up [h,w,Z], `faded` where valid bool [h,w] is not."""
-    first = 0
+def shared(items: Iterator[Item], count: int) -> list[Iterator[Item]]:
+    """The items, for each of so many readers. As `itertools.tee`, which keeps up to 57 items that all have read."""
+    queues: list[deque[Item]] = [deque() for _ in range(count)]
+
+    def read(queue: deque[Item]) -> Iterator[Item]:
+        while queue or feed():
+            yield queue.popleft()
+
+    def feed() -> bool:
+        for item in items:
+            for queue in queues:
+                queue.append(item)
+            return True
+        return False
+
+    return [read(queue) for queue in queues]
+
+
+def all_faded(bands: Iterable[Tensor], valid: Tensor, first: int = 0) -> Iterator[Tensor]:
+    """Bands [n,w,Z] that make up [h,w,Z] from row `first` on, `faded` where valid bool [h,w] is not."""
     for band in bands:
         yield faded(band, valid[first : first + len(band)].to(band.device))
         first += len(band)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from shutil import copyfileobj
-from typing import IO, Any
+from typing import IO, Any, Protocol
 from xml.sax.saxutils import escape
 
 import numpy as np
@@ -21,7 +21,7 @@ import numpy as np
 from ..datasets.georeference import DOUBLE, KEYS, SHORT, WORDS, Georeference
 from ..datasets.imageerror import decoding
 from ..datasets.tiff import directories
-from ..system.files import write_atomic
+from ..system.files import open_binary, write_atomic
 
 SIDE = 512  # of a tile; a multiple of 32
 LEVEL = 6  # of deflate
@@ -38,6 +38,16 @@ KNOWN_INCOMPATIBLE_EDITION=NO
 AROUND = 4  # bytes before a tile, and after it
 
 Field = tuple[int, int, Sequence[Any] | bytes]  # tag, type, values
+Places = list[list[int]]  # place and bytes of the tiles of a row, one after the other, each with all its bands
+
+
+class Keeper(Protocol):
+    """Keeps the packed tiles of the picture in the file `path`, see `unfinished.Kept`."""
+
+    path: Path
+    rows: list[Places]
+
+    def note(self, row: int, places: Places) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -110,6 +120,8 @@ class Level:
     smaller: Level | None
     open: dict[tuple[int, int], tuple[np.ndarray, int]] = field(default_factory=dict)  # tile, and pixels to come
     packed: dict[tuple[int, int, int], tuple[int, int]] = field(default_factory=dict)  # band, row, column: place, bytes
+    to_come: dict[int, int] = field(default_factory=dict)  # tiles of the rows under way
+    kept: Keeper | None = None
 
     @property
     def tiles(self) -> tuple[int, int]:
@@ -141,8 +153,39 @@ class Level:
             data = zlib.compress(tile[..., band].tobytes(), LEVEL)
             self.packed[band, row, column] = self.file.tell(), len(data)
             self.file.write(data)
+        self._shrink(row, column, tile[:height, :width])
+        self.to_come[row] = self.to_come.get(row, self.tiles[1]) - 1
+        if not self.to_come[row]:
+            del self.to_come[row]
+            if self.kept is not None:
+                self.file.flush()
+                across, bands = range(self.tiles[1]), range(self.bands)
+                self.kept.note(row, [[*self.packed[band, row, column]] for column in across for band in bands])
+
+    def _shrink(self, row: int, column: int, tile: np.ndarray) -> None:
+        """Hand the pixels [n,m,bands] of a tile to the next overview."""
         if self.smaller is not None:
-            self.smaller.put(row * SIDE // 2, column * SIDE // 2, tile[:height:2, :width:2])
+            self.smaller.put(row * SIDE // 2, column * SIDE // 2, tile[::2, ::2])
+
+    def restore(self, row: int, places: Places) -> np.ndarray:
+        """Take over the tiles of a row that are packed in the file -> the pixels of each value in the first band, int64
+        [256]. zlib.error or ValueError where they are damaged."""
+        if len(places) != self.tiles[1] * self.bands:
+            raise ValueError("not as many tiles as a row has")
+        counts, places_left = np.zeros(256, np.int64), iter(places)
+        for column in range(self.tiles[1]):
+            size = min(SIDE, self.shape[0] - row * SIDE), min(SIDE, self.shape[1] - column * SIDE)
+            bands = []
+            for band in range(self.bands):
+                place, count = next(places_left)
+                self.packed[band, row, column] = place, count
+                self.file.seek(place)
+                data = zlib.decompress(self.file.read(count))
+                bands.append(np.frombuffer(data, np.uint8).reshape(SIDE, SIDE)[: size[0], : size[1]])
+            counts += np.bincount(bands[0].ravel(), minlength=256)
+            self._shrink(row, column, np.stack(bands, -1))
+        self.file.seek(0, 2)
+        return counts
 
     def in_order(self) -> list[tuple[int, int]]:
         """Place and size of all tiles, row by row, band by band."""
@@ -153,19 +196,34 @@ class Level:
 class CogWriter:
     """Takes the parts of a picture, each pixel once, and writes the file when `close` is called.
 
-    folder: where temporary files of about the size of the result lie meanwhile; they have no name, so nothing is left
-    after a stop.
+    Args:
+        folder: where temporary files of about the size of the result lie meanwhile; they have no name, so nothing is
+            left after a stop.
+        kept: keeps the tiles of the picture itself, if they are to outlast a stop.
     """
 
-    def __init__(self, layout: Layout, folder: Path | None):
+    def __init__(self, layout: Layout, folder: Path | None, kept: Keeper | None = None):
         self.layout, shapes = layout, [layout.shape]
         while max(shapes[-1]) > SIDE:
             shapes.append((-(-shapes[-1][0] // 2), -(-shapes[-1][1] // 2)))
         self.levels: list[Level] = []  # from the smallest on
         for shape in reversed(shapes):
             smaller = self.levels[-1] if self.levels else None
-            file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # until `discard`
-            self.levels.append(Level(shape, len(layout.bands), layout.nodata, file, smaller))
+            keeper = kept if shape == layout.shape else None
+            # open until `discard`
+            file: IO[bytes] = tempfile.TemporaryFile(dir=folder) if keeper is None else open(keeper.path, "a+b")  # noqa: SIM115
+            self.levels.append(Level(shape, len(layout.bands), layout.nodata, file, smaller, kept=keeper))
+        self.levels[-1].file.seek(0, 2)
+
+    def restore(self, rows: Sequence[Places]) -> np.ndarray:
+        """Take over the first rows of tiles, which are kept -> the pixels of each value in the first band, int64 [256].
+
+        zlib.error or ValueError where they are damaged.
+        """
+        counts = np.zeros(256, np.int64)
+        for row, places in enumerate(rows):
+            counts += self.levels[-1].restore(row, places)
+        return counts
 
     def put(self, top: int, left: int, block: np.ndarray) -> None:
         """Add pixels uint8 [n,m] or [n,m,bands]."""
@@ -247,7 +305,7 @@ def directory(fields: Sequence[Field], at: int, big: bool, last: bool) -> bytes:
 def read_level(path: Path, most: int) -> np.ndarray:
     """The first band uint8 [h,w] of the largest picture or overview of a file that has at most `most` pixels, else of
     the smallest. ImageError where it is not as it was written here."""
-    with decoding(path), open(path, "rb") as file:
+    with decoding(path), open_binary(path) as file:
         tags = next(tags for tags in directories(file) if tags[256] * tags[257] <= most or not tags.next)
         out = np.empty((-(-tags[257] // SIDE) * SIDE, -(-tags[256] // SIDE) * SIDE), np.uint8)
         across = out.shape[1] // SIDE
@@ -266,7 +324,7 @@ def recolour(path: Path, colours: np.ndarray) -> Path:
     new = (colours.T.astype("<u2") * 257).tobytes()
 
     def write(target: Path) -> None:
-        with decoding(path), open(path, "rb") as file, open(target, "wb") as copy:
+        with decoding(path), open_binary(path) as file, open(target, "wb") as copy:
             levels = list(directories(file))
             file.seek(0)
             head = file.read(min(levels[-1][324]) - AROUND)  # all directories

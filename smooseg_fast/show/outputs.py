@@ -24,9 +24,11 @@ from ..datasets.georeference import Georeference
 from ..segment.names import Group
 from ..segment.parts import LEVELS, Part, margins, stored
 from ..system.files import write_atomic
+from . import cog
 from .cog import CogWriter, Layout
+from .unfinished import Unfinished
 
-CONFIDENCE, PROBABILITIES = "confidence", "probabilities"  # folders, and what is in them
+MASK, CONFIDENCE, PROBABILITIES = "mask", "confidence", "probabilities"  # the last two are folders, too
 FURTHER = {CONFIDENCE: ".png", PROBABILITIES: ".npz"}  # suffixes in them, but for those of maps
 NAME, VALUE, RED = 2, 5, 6  # usages of columns in GDAL's tables; green and blue follow red
 INTEGER, TEXT = 0, 2  # types of columns
@@ -61,6 +63,8 @@ def values_of(part: Part, kind: str) -> np.ndarray:
 
 class PhotoFiles:
     """The files of a photo; `close` writes all but the mask, whose labels uint8 [H,W] it returns."""
+
+    rows = 0
 
     def __init__(self, plan: Plan):
         self.plan, self.labels = plan, np.empty(plan.shape, np.uint8)
@@ -134,34 +138,50 @@ class Rows:
 
 class MapFiles:
     """The files of a map, in memory for some rows of tiles; `close` returns how many pixels have each label, int64
-    [256]."""
+    [256].
 
-    def __init__(self, plan: Plan, place: Georeference | None):
-        self.plan, self._counts = plan, np.zeros(256, np.int64)
-        self._mask = CogWriter(Layout(plan.shape, IGNORE, colours=plan.colours, place=place), plan.scratch)
+    Args:
+        unfinished: keeps the rows of tiles that are done, of which the first are then taken over. `rows` tells how many
+            rows of pixels these are; parts of them are left out.
+        number: of groups, tells the files of one map apart.
+
+    Raises:
+        zlib.error, ValueError: where tiles that were kept are damaged.
+    """
+
+    def __init__(self, plan: Plan, place: Georeference | None, unfinished: Unfinished | None = None, number: int = 0):
+        self.plan = plan
+        layouts = {MASK: Layout(plan.shape, IGNORE, colours=plan.colours, place=place)}
         bands = {CONFIDENCE: ["confidence"], PROBABILITIES: [group.name for group in plan.groups]}
-        self._more = {}
         for kind in plan.more:
-            layout = Layout(plan.shape, IGNORE, bands=bands[kind], scale=1 / LEVELS, place=place)
-            self._more[kind] = CogWriter(layout, plan.scratch)
+            layouts[kind] = Layout(plan.shape, IGNORE, bands=bands[kind], scale=1 / LEVELS, place=place)
+        keepers = {kind: None if unfinished is None else unfinished.kept(f"{number}-{kind}") for kind in layouts}
+        self._writers = {kind: CogWriter(layout, plan.scratch, keepers[kind]) for kind, layout in layouts.items()}
+        finished = [[] if keeper is None else keeper.rows for keeper in keepers.values()]
+        together = min(map(len, finished))  # a kill may have come between two of the files
+        self.rows = min(together * cog.SIDE, plan.shape[0])
+        restored = [writer.restore(rows[:together]) for writer, rows in zip(self._writers.values(), finished)]
+        self._counts = restored[0]
 
     def put(self, part: Part) -> None:
-        top, left, *_ = part.place
-        for row in part.labels:  # because bincount takes eight bytes a label
+        (top, left, bottom, _), skip = part.place, max(0, self.rows - part.place.top)
+        if top + skip >= bottom:
+            return
+        labels = part.labels[skip:]
+        for row in labels:  # because bincount takes eight bytes a label
             self._counts += np.bincount(row, minlength=256)
-        self._mask.put(top, left, part.labels)
-        for kind, writer in self._more.items():
-            writer.put(top, left, values_of(part, kind))
+        for kind, writer in self._writers.items():
+            writer.put(top + skip, left, labels if kind == MASK else values_of(part, kind)[skip:])
 
     def close(self) -> np.ndarray:
-        for kind, writer in self._more.items():
-            writer.close(self.plan.more[kind])
-        self._mask.close(self.plan.mask)
+        for kind, path in self.plan.more.items():
+            self._writers[kind].close(path)
+        self._writers[MASK].close(self.plan.mask)
         write_categories(self.plan.mask, self.plan.groups)
         return self._counts
 
     def discard(self) -> None:
-        for writer in (self._mask, *self._more.values()):
+        for writer in self._writers.values():
             writer.discard()
 
 

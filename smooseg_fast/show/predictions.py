@@ -26,21 +26,23 @@ from ..system.ahead import behind
 from ..system.files import size_of
 from ..system.outfolder import Journal, OutFolder, contents
 from ..system.processes import Processes
-from ..system.progress import Bar, announced, say
-from ..system.signals import stop_request
+from ..system.progress import IMAGES_S, Bar, announced, say
+from ..system.signals import Interrupted, stop_request
 from ..system.stores import File, Remote, fetched, sizes_below
 from ..system.terminal import printable
-from . import pictures
+from . import pictures, unfinished
 from .items import Item
+from .looks import Look
 from .outputs import FURTHER, Plan
 from .overlays import overlay, with_names
 from .report import PAGE as REPORT
 from .report_tiles import TILES, TileFile
 from .sheet import PAGE, Shown, sheet_pages, thumbnail
 from .streamed import checksum, reduced, segment_streamed, shares_of, shown_of
+from .unfinished import Unfinished
 
 SHEET_PAGES = 10  # at most; of more images, some evenly spaced
-WRITTEN = 4  # images that are written to a store at the same time
+WRITTEN = 4  # images that are written to a store at the same time; on a disk, a thread would slow the network down
 RUN, DONE, MASKS, OVERLAYS = "predict.json", "done.jsonl", "masks", "overlays"
 SHARES, SHEET, SHEETS, GROUPS, MANIFEST = "shares.json", "sheet.jpg", "sheets", "groups.json", "manifest.csv"
 LABELS = frozenset(map(str, range(256)))  # that a mask can hold
@@ -55,6 +57,7 @@ class Outcome:
 
     shares: list[dict[str, Shares]]
     skipped: dict[str, ImageError] = field(default_factory=dict)
+    under_way: list[str] = field(default_factory=list)  # a map whose finished part is kept
     signal: int | None = None  # the number of the one that stopped the work
 
 
@@ -93,6 +96,7 @@ class Predictions(OutFolder):
         self._looks = {"look": f"{crc32(repr((look, merge)).encode()):08x}", "merge": merge}
         self._done: dict[str, dict[str, Any]] = {}
         self.tiles: TileFile | None = None  # for the page; set by the command
+        self.drawn_s = 0.0  # that overlays and tiles took
         self._sizes: dict[str, int] = {}  # of the masks and overlays in a store
         self.thumbnails: dict[str, Shown] = {}  # of images on the sheets, by name, so that few files are read again
 
@@ -108,6 +112,16 @@ class Predictions(OutFolder):
         more = {kind: self.further(item, kind) for kind in self.more}
         scratch = self.path if isinstance(self.path, Path) else None
         return Plan(shape, self.groups, self.colours, self.mask(item), more, scratch)
+
+    def unfinished(self, item: Item, folders: Sequence[Predictions], shape: tuple[int, int]) -> Unfinished | None:
+        """Keeps what is done of a map for these folders, of which this is the first; None in a store."""
+        if not isinstance(self.path, Path):
+            return None
+        keys = [
+            [folder.settings, folder.merge, folder.more, [group.number for group in folder.groups]]
+            for folder in folders
+        ]
+        return unfinished.of_map(self.path, item.stem, [item.stamp(), item.page, shape, *keys])
 
     def overlay(self, item: Item) -> Path:
         return self.path / OVERLAYS / f"{item.stem}.jpg"
@@ -190,12 +204,18 @@ class Predictions(OutFolder):
         if isinstance(self.path, Remote):
             self._sizes = {**sizes_below(self.path / MASKS), **sizes_below(self.path / OVERLAYS)}
 
-    def write(self, item: Item, image: np.ndarray, labels: np.ndarray, noted: dict[str, Any]) -> Shares:
+    def look(self) -> Look | None:
+        """The look of the image that was labelled last, for its tile."""
+        return None if self.tiles is None else self.tiles.look()
+
+    def write(
+        self, item: Item, image: np.ndarray, labels: np.ndarray, noted: dict[str, Any], look: Look | None
+    ) -> Shares:
         """Write mask and overlay of `image` uint8 [H,W,3] with labels uint8 [H,W], then a line of the journal.
 
         Pixels without data have the label IGNORE, and no part in the shares. noted: "stamp" and "seconds" of the image.
         """
-        self.draw(item, *reduced(image, labels))
+        self.draw(item, *reduced(image, labels), look)
         pictures.write_mask(self.mask(item), labels, self.colours)
         # row by row, because bincount takes eight bytes a label
         counts = np.zeros(256, np.int64)
@@ -203,12 +223,13 @@ class Predictions(OutFolder):
             counts += np.bincount(row, minlength=256)
         return self.note(item, noted, shares_of(counts))
 
-    def draw(self, item: Item, small: np.ndarray, labels: np.ndarray) -> None:
+    def draw(self, item: Item, small: np.ndarray, labels: np.ndarray, look: Look | None) -> None:
         """Write the overlay of an image uint8 [h,w,3] with labels uint8 [h,w], and its tile of the page."""
-        names = {group.number: group.label for group in self.groups}
+        started, names = time.perf_counter(), {group.number: group.label for group in self.groups}
         pictures.save(self.overlay(item), with_names(overlay(small, labels, self.colours), labels, names))
         if self.tiles is not None:
-            self.tiles.add(item.name, small, labels)
+            self.tiles.add(item.name, small, labels, look)
+        self.drawn_s += time.perf_counter() - started
 
     def known(self, item: Item) -> Shares | None:
         """The shares in a map whose files are here but for names and colours; None where it has to be segmented."""
@@ -251,12 +272,18 @@ def segment(
     on_sheets = {item.name for item in for_sheets(items)}
     todo = [item for item in items if any(item.name not in names for names in done)]
     done_by_all, stores = processes.counter(), any(isinstance(folder.path, Remote) for folder in folders.values())
-    bar = Bar(total=len(items), initial=len(items) - len(todo), desc="predict", unit="image")
+    bar = Bar(total=len(items), initial=len(items) - len(todo), desc="predict", unit="image", plain_s=IMAGES_S)
 
-    def write(item: Item, pixels: np.ndarray, labels: Mapping[int, np.ndarray], noted: dict[str, Any]) -> None:
+    def write(
+        item: Item,
+        pixels: np.ndarray,
+        labels: Mapping[int, np.ndarray],
+        noted: dict[str, Any],
+        looks: Mapping[int, Look | None],
+    ) -> None:
         for (number, folder), shares in zip(folders.items(), outcome.shares):
             if number in labels:
-                shares[item.name] = folder.write(item, pixels, labels[number], noted)
+                shares[item.name] = folder.write(item, pixels, labels[number], noted, looks[number])
                 if item.name in on_sheets:
                     folder.thumbnails[item.name] = thumbnail(Shown(item.name, pixels, labels[number]), len(on_sheets))
 
@@ -269,7 +296,7 @@ def segment(
             try:
                 if item.map or any(folders[number].more for number in due):
                     streamed = {number: folders[number] for number in due}
-                    for number, written in segment_streamed(segmenter, item, streamed, options).items():
+                    for number, written in segment_streamed(segmenter, item, streamed, options, stop.check).items():
                         outcome.shares[[*folders].index(number)][item.name] = written
                     bar.update(done_by_all(1) - (bar.n - bar.initial))
                     continue
@@ -277,15 +304,23 @@ def segment(
                 labels = {number: kept for number in due if (kept := folders[number].kept(item)) is not None}
                 if rest := [number for number in due if number not in labels]:
                     labels |= labels_at(segmenter, picture, rest, options)
+            except Interrupted as error:
+                if not item.map or stores:
+                    raise
+                outcome.signal, outcome.under_way = error.number, [item.name]
+                break
             except ImageError as error:
                 outcome.skipped[item.name] = ImageError(item.file, error.reason, error.advice)
                 say_skipped(outcome.skipped[item.name])
             else:
-                seconds = round(time.perf_counter() - started, 4)
-                later(write, item, picture.pixels, labels, {"stamp": stamp, "seconds": seconds})
+                noted = {"stamp": stamp, "seconds": round(time.perf_counter() - started, 4)}
+                looks = {number: folders[number].look() for number in labels}
+                later(write, item, picture.pixels, labels, noted, looks)
             bar.update(done_by_all(1) - (bar.n - bar.initial))
     for folder in folders.values():
         folder.flush()
+        if outcome.signal is None and isinstance(folder.path, Path) and processes.size == 1:
+            unfinished.forget(folder.path)
     with announced("waiting    for the other processes"):
         outcomes = processes.all(outcome)
     for other in outcomes[1:]:  # which could not be heard
@@ -295,6 +330,7 @@ def segment(
     return Outcome(
         shares=[{**before, **dict(ChainMap(*part))} for before, part in zip(done, parts)],
         skipped=dict(ChainMap(*(outcome.skipped for outcome in outcomes))),
+        under_way=[name for outcome in outcomes for name in outcome.under_way],
         signal=next((outcome.signal for outcome in outcomes if outcome.signal is not None), None),
     )
 
@@ -342,9 +378,10 @@ def draw_sheets(folder: Predictions, done: Sequence[Item], groups: Sequence[Grou
     some = f"{{first}} to {{last}} of {len(chosen)}{all_or_some}"
     in_use = sum(bool(group.share) for group in groups)
     paths = []
-    for number, page in enumerate(sheet_pages(shown(), groups, f"images {some}: {in_use} groups"), 1):
-        paths.append(folder.path / SHEET if number == 1 else folder.path / SHEETS / f"{number}.jpg")
-        pictures.save(paths[-1], page)
+    with behind(1) as later:
+        for number, page in enumerate(sheet_pages(shown(), groups, f"images {some}: {in_use} groups"), 1):
+            paths.append(folder.path / SHEET if number == 1 else folder.path / SHEETS / f"{number}.jpg")
+            later(pictures.save, paths[-1], page)
     for path in folder.path.glob(f"{SHEETS}/*.jpg"):
         if path not in paths:
             path.unlink()

@@ -18,46 +18,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image, WebPImagePlugin  # noqa: F401 - or the first tile loads all of Pillow's formats
+from PIL import Image, JpegImagePlugin, WebPImagePlugin  # noqa: F401 - or the first tile loads all of Pillow's formats
 from torch import Tensor
-
-from smooseg_kernels.rows import unit_rows
 
 from ..datasets import IGNORE
 from ..segment.grouping import Grouping
 from ..segment.model import Head
-from ..segment.refine import TEMPERATURE
 from ..segment.segmenter import Segmenter
 from ..segment.tree import Tree
 from ..segment.views import Views
 from ..system.outfolder import Journal
+from .looks import Keeper, Look, Looking
 
 TILES = "tiles.jsonl"  # next to the page: a line about all tiles, then one for each
 FORMAT = 1
 MOST_TILES = 10_000  # of a page
 FEW_BYTES, MANY_BYTES = 2_500_000, 22_000_000  # of the tiles of a page of up to 100 images, and of any page
 LEAST_BYTES, LARGE_BYTES = 25_000, 120_000  # of a tile while MANY_BYTES allow it, and of one of a few
+MOST_CELLS = 2048  # rows and columns of cells that a look keeps; of more, every n-th
 LABEL_SIDE = 320  # pixels of the long side of a label map, at most
 QUALITY, METHOD, LEVEL = 65, 0, 6  # of WebP, and of deflate
 LABELS = 0.2  # share of a tile's bytes that its labels may take, before base64
 PIXEL_BYTES = 0.12  # of a photo in WebP, about; the first guess at a tile's side
+JPEG_BYTES, JPEG_QUALITY = 0.17, 78  # of a photo in JPEG, about
 PARTS = 10_000  # shares are whole numbers of so many
 
 
-@dataclass(frozen=True)
-class Look:
-    """The labels of one image's patches, for its tile.
-
-    Attributes:
-        fine: the fine group of every cell, uint8 [h,w], IGNORE without data; None without a tree.
-        seen: the share of the cells' rows and columns that lie on the image: the last ones may reach beyond it.
-        certainty: the mean over cells of the probability of the best group, less that of the second; 0 to 1.
-    """
-
-    fine: np.ndarray | None
-    seen: tuple[float, float]
-    certainty: float | None
+Encoded = tuple[bytes, tuple[int, int]]  # a picture as WebP or JPEG, and its (width, height)
 
 
 @dataclass(frozen=True)
@@ -103,10 +90,11 @@ class Watched(Segmenter):
         fine = segmenter.checkpoint.fine
         self.fine = None if fine is None else fine.head.to(segmenter.backbone.device).eval()
         self._looks: dict[int, Callable[[], Look]] = {}
+        self.kept: Keeper | None = None  # remembers the bands of an image whose labelling may be resumed
 
     def at(self, groups: int | None = None, *, cut: float | None = None, share: float | None = None) -> Watched:
         other = Watched(super().at(groups, cut=cut, share=share), self.groupings)
-        other._looks = self._looks
+        other._looks, other.kept = self._looks, self.kept
         return other
 
     def look(self, groups: int) -> Look | None:
@@ -114,64 +102,29 @@ class Watched(Segmenter):
         look = self._looks.pop(groups, None)
         return None if look is None else look()
 
-    def code_bands(self, views: Views, heads: Sequence[Head], mirror: bool) -> Iterator[tuple[Tensor, ...]]:
+    def code_bands(
+        self, views: Views, heads: Sequence[Head], mirror: bool, first: int = 0
+    ) -> Iterator[tuple[Tensor, ...]]:
         needed = [grouping.head for grouping in self.groupings] + ([] if self.fine is None else [self.fine])
         together = list({id(head): head for head in (*heads, *needed)}.values())
         places = {id(head): place for place, head in enumerate(together)}
-        looking = Looking(self.groupings, self.fine, views.patches)
+        looking = Looking(self.groupings, self.fine, views.patches, step=-(-max(views.grid) // MOST_CELLS))
+        if self.kept is not None:
+            looking.bands = [band for band in self.kept.bands() if band.row < first]
+        all_seen = sum(band.rows for band in looking.bands) == first
         seen = views.shape[0] / views.size[0], views.shape[1] / views.size[1]
         self._looks.clear()
         # not at the end of the bands: who takes them may leave out the last rows, which lie beyond the image
-        self._looks |= {len(one): partial(looking.look, n, views.grid[0], seen) for n, one in enumerate(self.groupings)}
-        for band in super().code_bands(views, together, mirror):
-            looking.see({key: band[place] for key, place in places.items()})
-            yield band[: len(heads)]
+        looks = {len(one): partial(looking.look, n, views.grid[0], seen) for n, one in enumerate(self.groupings)}
+        self._looks |= looks if all_seen else {}
 
+        def watched(band: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            seen_band = looking.see({key: band[place] for key, place in places.items()})
+            if self.kept is not None:
+                self.kept.see(seen_band)
+            return band[: len(heads)]
 
-class Looking:
-    """Collects the `Look` of an image, at several numbers of groups, while its codes pass by in bands.
-
-    fine: the head of the fine groups, or None without a tree. valid: which cells show data, bool [h,w]; None if all do.
-    """
-
-    def __init__(self, groupings: Sequence[Grouping], fine: Head | None, valid: np.ndarray | None):
-        self._groupings, self._fine, self._valid = groupings, fine, valid
-        self._maps: list[np.ndarray] = []
-        self._margins, self._count, self._row = [0.0] * len(groupings), 0, 0
-
-    @torch.no_grad()
-    def see(self, codes: Mapping[int, Tensor]) -> None:
-        """Take in a band: codes [n,w,Z] by the `id` of their head."""
-        band = next(iter(codes.values()))
-        valid = torch.ones(band.shape[:2], dtype=torch.bool)
-        if self._valid is not None:
-            valid = torch.from_numpy(self._valid[self._row : self._row + len(band)])
-        self._row, self._count = self._row + len(band), self._count + int(valid.sum())
-        for place, grouping in enumerate(self._groupings):
-            margin = margins(grouping, codes[id(grouping.head)])
-            self._margins[place] += float(margin[valid.to(margin.device)].sum())
-        if self._fine is not None:
-            directions = unit_rows(self._fine.teacher.float())
-            labels = (unit_rows(codes[id(self._fine)].float()) @ directions.mT).argmax(-1).to(torch.uint8).cpu().numpy()
-            labels[~valid.numpy()] = IGNORE
-            self._maps.append(labels)
-
-    def look(self, place: int, height: int, seen: tuple[float, float]) -> Look:
-        """That of one of the groupings, once the bands have passed. height: rows of cells; seen: as in `Look`."""
-        fine = None
-        if self._maps:
-            rows = np.concatenate(self._maps)
-            fine = np.pad(rows, ((0, height - len(rows)), (0, 0)), "edge")
-        return Look(fine, seen, self._margins[place] / self._count if self._count else None)
-
-
-def margins(grouping: Grouping, codes: Tensor) -> Tensor:
-    """The probability of the best group less that of the second, of codes [n,w,Z] -> [n,w]; 1 for a single group."""
-    scores = grouping.scores(codes).float()
-    if grouping.groups is None:
-        scores = unit_rows(scores) @ unit_rows(grouping.prototypes.float()).mT
-    best = (TEMPERATURE * scores).softmax(-1).topk(min(2, scores.shape[-1]), -1).values
-    return best[..., 0] - best[..., 1] if best.shape[-1] > 1 else best[..., 0]
+        return map(watched, super().code_bands(views, together, mirror, first))
 
 
 def allowance(count: int) -> int:
@@ -184,7 +137,14 @@ def tile_of(
     name: str, pixels: np.ndarray, labels: np.ndarray, look: Look | None, atlas: Atlas, most_bytes: int
 ) -> dict[str, Any]:
     """The tile of an image uint8 [h,w,3] with a mask `labels` uint8, alike or smaller, ready for JSON."""
-    content, size = encoded(pixels, most_bytes)
+    return labelled(name, encoded(pixels, most_bytes), labels, look, atlas, most_bytes)
+
+
+def labelled(
+    name: str, picture: Encoded, labels: np.ndarray, look: Look | None, atlas: Atlas, most_bytes: int
+) -> dict[str, Any]:
+    """The same of a picture that is encoded already."""
+    content, size = picture
     side = min(1.0, LABEL_SIDE / max(size))
     shape = max(1, round(size[1] * side)), max(1, round(size[0] * side))
     planes = planes_of(resized(labels, shape), look, atlas)
@@ -208,10 +168,16 @@ def resized(labels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(labels).resize(shape[::-1], Image.Resampling.NEAREST))
 
 
-def encoded(pixels: np.ndarray, most_bytes: int) -> tuple[bytes, tuple[int, int]]:
-    """A picture as WebP, as large as fits into two thirds of so many bytes of base64 -> it and its (width, height)."""
+def encoded(pixels: np.ndarray, most_bytes: int) -> Encoded:
+    """A picture, as large as fits into two thirds of so many bytes of base64 -> it and its (width, height). JPEG, which
+    takes a third of the time, where it has room at its own size; else WebP."""
     room, picture = most_bytes * 2 / 3 * 3 / 4, Image.fromarray(pixels)
     height, width = pixels.shape[:2]
+    if JPEG_BYTES * height * width < room:
+        target = io.BytesIO()
+        picture.save(target, "JPEG", quality=JPEG_QUALITY)
+        if len(target.getvalue()) <= room:
+            return target.getvalue(), picture.size
     scale = min(1.0, math.sqrt(room / (PIXEL_BYTES * height * width)))
     while True:
         size = max(1, round(width * scale)), max(1, round(height * scale))
@@ -236,31 +202,53 @@ def planes_of(mask: np.ndarray, look: Look | None, atlas: Atlas) -> np.ndarray:
 
 
 def fine_at(mask: np.ndarray, fine: np.ndarray | None, groups: np.ndarray, seen: tuple[float, float]) -> np.ndarray:
-    """The fine group of every pixel of a mask uint8 [h,w], one of those that make up its group: that of the cells about
-    it, weighed bilinearly at half the mask's size; without a cell of the kind nearby, the first one of its group.
+    """The fine group of every pixel of a mask uint8 [h,w], one of those that make up its group: that of the four cells
+    about it, weighed bilinearly; without one of the kind among them, the first one of its group.
 
     Args:
         fine: fine groups of the cells, uint8 [a,b], or None.
         groups: of every fine group, int [K0].
         seen: the share of the cells' rows and columns that lie on the image.
     """
-    height, width = mask.shape
-    shape = (1, 1) if fine is None else (-(-height // 2), -(-width // 2))
-    count = int(groups.max()) + 1
-    best, nearest = np.zeros((count, *shape), np.uint8), np.zeros((count, *shape), np.uint8)
-    for k in range(len(groups) - 1, -1, -1):
-        nearest[groups[k]] = k
+    first, group_of = np.zeros(256, np.uint8), np.full(256, IGNORE, np.uint8)
+    first[groups[::-1]], group_of[: len(groups)] = np.arange(len(groups) - 1, -1, -1), groups
+    labels = first[mask]
     if fine is not None:
-        box = (0.0, 0.0, fine.shape[1] * seen[1], fine.shape[0] * seen[0])
-        for k in np.unique(fine[fine < len(groups)]).tolist():
-            plane = Image.fromarray(np.where(fine == k, np.uint8(255), np.uint8(0)))
-            weight = np.asarray(plane.resize(shape[::-1], Image.Resampling.BILINEAR, box=box))
-            better = weight > best[groups[k]]
-            nearest[groups[k]][better], best[groups[k]][better] = k, weight[better]
-    rows, columns = (np.arange(side) * part // side for side, part in zip(mask.shape, shape))
-    labels = nearest[np.minimum(mask, count - 1), rows[:, None], columns]
+        labels = about(fine, labels, mask, group_of, seen)
     labels[mask == IGNORE] = IGNORE
     return labels
+
+
+def about(
+    fine: np.ndarray, labels: np.ndarray, mask: np.ndarray, group_of: np.ndarray, seen: tuple[float, float]
+) -> np.ndarray:
+    """`labels`, but where a cell about a pixel has a fine group of the pixel's group in the mask: the one of these
+    that the cells give most weight."""
+    (above, below, y), (left, right, x) = (
+        bilinear(side, cells, part) for side, cells, part in zip(mask.shape, fine.shape, seen)
+    )
+    corners = [(above, left), (above, right), (below, left), (below, right)]
+    tables = [fine[rows[:, None], columns] for rows, columns in corners]
+    of_rows, of_columns = np.array([255 - y, y], np.uint16)[..., None], np.array([255 - x, x], np.uint16)[:, None]
+    weights = [of_rows[n // 2] * of_columns[n % 2] for n in range(4)]
+    best = np.zeros(mask.shape, np.uint16)
+    for one, table in enumerate(tables):
+        weight = weights[one].copy()
+        for other in range(4):
+            if other != one:
+                weight += weights[other] * (tables[other] == table)
+        better = (group_of[table] == mask) & (weight > best)
+        best[better], labels[better] = weight[better], table[better]
+    return labels
+
+
+def bilinear(pixels: int, cells: int, seen: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each pixel of a side, the cells before and after it, and the weight of the second, 0 to 255. seen: the share
+    of the side's cells that lie on the image; a cell beyond it has no say."""
+    place = ((np.arange(pixels) + 0.5) * cells * seen / pixels - 0.5).clip(0)
+    last = max(0, min(cells, round(cells * seen + 0.499)) - 1)
+    before = place.astype(int).clip(max=last)
+    return before, (before + 1).clip(max=last), np.rint(255 * (place - before).clip(max=1)).astype(int)
 
 
 def parts_of(labels: np.ndarray) -> list[int]:
@@ -316,7 +304,7 @@ def fitted(tiles: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def shrunk(tile: dict[str, Any], most_bytes: int) -> dict[str, Any]:
     """A tile with a smaller picture; one whose picture cannot be read stays."""
     try:
-        with Image.open(io.BytesIO(base64.b64decode(tile["picture"])), formats=["WEBP"]) as picture:
+        with Image.open(io.BytesIO(base64.b64decode(tile["picture"])), formats=["WEBP", "JPEG"]) as picture:
             pixels = np.asarray(picture.convert("RGB"))
     except (OSError, ValueError, Image.DecompressionBombError):
         return tile
@@ -346,10 +334,13 @@ class TileFile:
         if first:
             self._journal.rewrite([self.atlas.header(), *kept])
 
-    def add(self, name: str, pixels: np.ndarray, labels: np.ndarray) -> None:
+    def look(self) -> Look | None:
+        """The look of the image that was labelled last, until the next one is."""
+        return None if self.watched is None else self.watched.look(self.atlas.groups)
+
+    def add(self, name: str, pixels: np.ndarray, labels: np.ndarray, look: Look | None) -> None:
         """Append the tile of an image uint8 [h,w,3] with a mask uint8 [h,w], both perhaps reduced, unless its labels
         come from a mask of before and its tile is there. WriteError when the disk is full."""
-        look = None if self.watched is None else self.watched.look(self.atlas.groups)
         if look is not None or name not in self.known:
             self._journal.append(tile_of(name, pixels, labels, look, self.atlas, self.most_bytes))
             self.known.add(name)

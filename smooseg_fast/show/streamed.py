@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +13,7 @@ from zlib import crc32
 import numpy as np
 
 from ..datasets import IGNORE, gdal, raster
-from ..datasets.georeference import WORLD_FILES, georeference_of
+from ..datasets.georeference import WORLD_FILES, Georeference, georeference_of
 from ..datasets.images import read_label, read_picture
 from ..datasets.reading import Picture, Reading
 from ..datasets.scaled import Scaled
@@ -20,9 +21,14 @@ from ..segment.names import Group
 from ..segment.parts import parts_at
 from ..segment.segmenter import Segmenter
 from ..system.files import open_binary
+from ..system.progress import say
 from ..system.stores import File, Remote
+from ..system.terminal import printable
 from . import cog
+from .looks import Look
 from .outputs import MapFiles, PhotoFiles, Plan, write_categories
+from .report_tiles import Watched
+from .unfinished import Unfinished
 
 OVERLAY_PIXELS = 2**24  # an overlay of a larger image is reduced to as many
 TIFFS = (".tif", ".tiff")
@@ -40,6 +46,8 @@ class Item(Protocol):
     @property
     def file(self) -> File: ...
     @property
+    def name(self) -> str: ...
+    @property
     def page(self) -> int | None: ...
     @property
     def map(self) -> bool: ...
@@ -52,20 +60,36 @@ class Folder(Protocol):
     groups: Sequence[Group]
     colours: np.ndarray
 
+    def unfinished(self, item: Any, folders: Sequence[Any], shape: tuple[int, int]) -> Unfinished | None: ...
     def mask(self, item: Any) -> Path: ...
     def known(self, item: Any) -> Shares | None: ...
     def plan(self, item: Any, shape: tuple[int, int]) -> Plan: ...
-    def draw(self, item: Any, small: np.ndarray, labels: np.ndarray) -> None: ...
+    def look(self) -> Look | None: ...
+    def draw(self, item: Any, small: np.ndarray, labels: np.ndarray, look: Look | None) -> None: ...
     def note(self, item: Any, noted: dict[str, Any], shares: Shares) -> Shares: ...
-    def write(self, item: Any, image: np.ndarray, labels: np.ndarray, noted: dict[str, Any]) -> Shares: ...
+    def write(
+        self, item: Any, image: np.ndarray, labels: np.ndarray, noted: dict[str, Any], look: Look | None
+    ) -> Shares: ...
+
+
+def go_on() -> None:
+    """Do not stop."""
 
 
 def segment_streamed(
-    segmenter: Segmenter, item: Item, folders: Mapping[int, Folder], options: Options
+    segmenter: Segmenter,
+    item: Item,
+    folders: Mapping[int, Folder],
+    options: Options,
+    check: Callable[[], None] = go_on,
 ) -> dict[int, Shares]:
     """Write the files of a map, or of a photo with probabilities, into each of these folders, by their numbers of
-    groups -> the shares in each. A map whose names or colours alone changed keeps its labels. ImageError where the
-    image cannot be used."""
+    groups -> the shares in each.
+
+    A map whose names or colours alone changed keeps its labels. One that was stopped in the middle resumes there, and
+    gets the same files as without the stop. check: called after every part, may raise to stop. ImageError where the
+    image cannot be used.
+    """
     started, stamp, reading = time.perf_counter(), item.stamp(), segmenter.checkpoint.reading
     shares = {number: known for number, folder in folders.items() if (known := folder.known(item)) is not None}
     for number in shares:
@@ -76,16 +100,42 @@ def segment_streamed(
         shape = picture.pixels.shape[:2]
         plans = {n: folder.plan(item, (shape[0], shape[1])) for n, folder in folders.items() if n not in shares}
         if not item.map:
-            labels = filled(segmenter, picture, {n: PhotoFiles(plan) for n, plan in plans.items()}, options)
+            labels = filled(segmenter, picture, {n: PhotoFiles(plan) for n, plan in plans.items()}, options, check)
             noted = {"stamp": stamp, "seconds": round(time.perf_counter() - started, 4)}
-            return {n: folder.write(item, picture.pixels, labels[n], noted) for n, folder in folders.items()}
+            return {
+                n: folder.write(item, picture.pixels, labels[n], noted, folder.look()) for n, folder in folders.items()
+            }
         place = georeference_of(Path(item.file), item.page or reading.first_page)
-        counts = filled(segmenter, picture, {n: MapFiles(plan, place) for n, plan in plans.items()}, options)
+        todo = [folders[number] for number in plans]
+        unfinished = todo[0].unfinished(item, todo, (shape[0], shape[1])) if todo else None
+        counts = filled(segmenter, picture, map_files(item, plans, place, unfinished), options, check, unfinished)
         shares |= {number: shares_of(of_labels) for number, of_labels in counts.items()}
         for folder in folders.values():
-            folder.draw(item, *map_at(picture, folder.mask(item), OVERLAY_PIXELS))
+            folder.draw(item, *map_at(picture, folder.mask(item), OVERLAY_PIXELS), folder.look())
     noted = {"stamp": stamp, "seconds": round(time.perf_counter() - started, 4)}
-    return {number: folder.note(item, noted, shares[number]) for number, folder in folders.items()}
+    shares = {number: folder.note(item, noted, shares[number]) for number, folder in folders.items()}
+    if unfinished is not None:
+        unfinished.remove()
+    return shares
+
+
+def map_files(
+    item: Item, plans: Mapping[int, Plan], place: Georeference | None, unfinished: Unfinished | None
+) -> dict[int, MapFiles]:
+    """The files of a map to fill, by their numbers of groups, with the rows of tiles that an earlier command finished.
+    Says where it resumes."""
+    try:
+        files = {number: MapFiles(plan, place, unfinished, number) for number, plan in plans.items()}
+    except (zlib.error, ValueError):
+        assert unfinished is not None
+        say(printable(f"damaged: the finished part of {item.name} is not as it was written; starting it over"))
+        unfinished.start_over()
+        files = {number: MapFiles(plan, place, unfinished, number) for number, plan in plans.items()}
+    rows = min((one.rows for one in files.values()), default=0)
+    if rows:
+        height = next(iter(plans.values())).shape[0]
+        say(printable(f"resumed    {item.name} with {rows:,} of {height:,} rows of pixels done"))
+    return files
 
 
 @contextmanager
@@ -119,20 +169,29 @@ def maps_among(items: Sequence[Item], reading: Reading) -> list[bool]:
 
 
 def filled(
-    segmenter: Segmenter, picture: Picture, sinks: Mapping[int, MapFiles | PhotoFiles], options: Options
+    segmenter: Segmenter,
+    picture: Picture,
+    sinks: Mapping[int, MapFiles | PhotoFiles],
+    options: Options,
+    check: Callable[[], None],
+    unfinished: Unfinished | None = None,
 ) -> dict[int, np.ndarray]:
     """Segment a picture into sinks, by their numbers of groups -> what these return at the end."""
     if not sinks:
         return {}
     soft = any(sink.plan.more for sink in sinks.values())
-    cuts = [segmenter if len(segmenter.grouping) == number else segmenter.at(number) for number in sinks]
     each = list(sinks.values())
     with ExitStack() as stack:
         for sink in each:
             stack.callback(sink.discard)
+        if isinstance(segmenter, Watched) and unfinished is not None:
+            segmenter.kept = unfinished
+            stack.callback(setattr, segmenter, "kept", None)
+        cuts = [segmenter if len(segmenter.grouping) == number else segmenter.at(number) for number in sinks]
         with segmenter.memory("image", options.get("scale"), options.get("short_side")):
-            for place, part in parts_at(cuts, picture, soft=soft, **options):
+            for place, part in parts_at(cuts, picture, soft=soft, rows=[sink.rows for sink in each], **options):
                 each[place].put(part)
+                check()
         return {number: sink.close() for number, sink in sinks.items()}
 
 

@@ -27,6 +27,13 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, LARGEST_BYTES)
 
 
+def return_freed_memory() -> None:
+    """Return the memory of what was freed to the system: glibc keeps it in pieces between others, and takes new memory
+    for what fits into none of them. Takes milliseconds; does nothing without glibc."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 @contextmanager
 def plain_torch() -> Iterator[None]:
     """Give PyTorch its usual state inside, whatever a caller's is: float32 by default, on the CPU, with gradients,

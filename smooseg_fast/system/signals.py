@@ -51,6 +51,11 @@ class StopRequest:
         self._timer = threading.Timer(PATIENCE_S, self._again)
         self._timer.daemon = True
 
+    def check(self) -> None:
+        """Raise Interrupted if a signal came."""
+        if self.number is not None:
+            raise Interrupted(self.number)
+
     def _again(self) -> None:
         if self.number is not None:
             _thread.interrupt_main(signal.Signals(self.number))

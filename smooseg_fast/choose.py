@@ -35,7 +35,7 @@ class ChooseConfig:
 def main(args: Sequence[str]) -> None:
     config = parse(ChooseConfig, args, "choose")
     from .learn import runfolder as names
-    from .learn.runpage import refresh_page
+    from .learn.runpage import refreshed
     from .segment.checkpoint import read_checkpoint
     from .segment.names import NAMES
     from .show import pictures
@@ -54,10 +54,10 @@ def main(args: Sequence[str]) -> None:
         if (out / NAMES).exists():
             checkpoint.names.write(out / NAMES)
         pictures.save(out / names.TREE, tree_picture(checkpoint, str(out)))
-        shown = [str(out / names.TREE), *refresh_page(out)]
+        shown = [str(out / names.TREE), *refreshed(out)]
     now = checkpoint.groups or checkpoint.trained
     print(f"{out / names.CHECKPOINT} has {now} groups now; it had {before.groups or before.trained}")
-    print(f"look at    {' and '.join(shown)}; {out / names.GROUPS} shows the groups at the end of the run")
+    print(f"look at    {', '.join(shown)}")
     given, hold = len(before.names.names), len(checkpoint.names.names)
     if given or hold:
         print(f"names      {hold} groups have names, {given} had; a name stays where its group does not split or merge")

@@ -55,7 +55,7 @@ class NameConfig:
 def main(args: Sequence[str]) -> None:
     config = parse(NameConfig, args, "name")
     from .learn import runfolder as folder
-    from .learn.runpage import refresh_page
+    from .learn.runpage import refreshed
     from .segment.checkpoint import read_checkpoint
     from .segment.names import NAMES, Names
     from .show import pictures
@@ -84,7 +84,7 @@ def main(args: Sequence[str]) -> None:
         checkpoint.names.write(out / NAMES)
         if checkpoint.fine is not None:
             pictures.save(out / folder.TREE, tree_picture(checkpoint, str(out)))
-        pages = refresh_page(out)
+        pages = refreshed(out)
     tell(before, checkpoint, given, out, pages)
 
 
@@ -212,6 +212,10 @@ def tell(before: Checkpoint, checkpoint: Checkpoint, given: Names, out: Path, pa
     checkpoint_file = out / "checkpoint.safetensors"
     print(one_line(f"changed    {', '.join(parts) or 'nothing'}; {checkpoint_file} keeps all, names.json is a copy"))
     print("".join(one_line(f"look at    {page}") + "\n" for page in pages), end="")
+    stale = out / "evaluation" / "confusion.png"
+    if stale.exists() and checkpoint.naming != before.naming:
+        again = command_line("evaluate", "--checkpoint", str(checkpoint_file), "--data")
+        print(one_line(f"stale      {stale} shows the names of before; {again} FOLDER draws it again"))
     if (given.groups, given.least_share) != (now.groups, now.least_share):
         words = ["--run", str(out), "--groups", str(given.groups)]
         words += ["--share", f"{given.least_share:g}"] if given.least_share else []

@@ -19,7 +19,7 @@ from .system.fields import Bounds, Group, Value
 from .system.files import write_json
 from .system.readingflags import Bands, Intensity, Pages
 from .system.signals import Interrupted
-from .system.stores import File, Remote, place, require_local
+from .system.stores import File, place, require_local
 
 if TYPE_CHECKING:
     from .segment.segmenter import Segmenter
@@ -78,8 +78,8 @@ class PredictConfig:
     out: Annotated[str, Group("output"), Value("FOLDER", stores=True)]
     """Folder for masks/ (8-bit palette PNG of the image's own size, and GeoTIFF of maps), overlays/ (at most 16
     megapixels), shares.json, groups.json (names and colours), manifest.csv, sheet.jpg and the page report.html, all of
-    one checkpoint. In a store maps get PNG too and there is no page, and two commands must not write into one folder at
-    once."""
+    one checkpoint. A map that was stopped in the middle resumes there. In a store there is no page, a map that was
+    stopped starts over, and two commands must not write into one folder at once."""
     confidence: bool = False
     """Also write confidence/: how far the likeliest group leads the second at every pixel, 0 to 254 for 0 to 1, and 255
     where there is no data; PNG, or GeoTIFF of maps."""
@@ -118,8 +118,6 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
     items, read = processes.all(look_at(items, read) if processes.first else ([], read))[0]
     for cut in cuts:
         cut.checkpoint.reading = read
-    if isinstance(out, Remote):
-        items = [replace(item, map=False) for item in items]  # GeoTIFFs are written in place
     if processes.first and config.scale is None and config.short_side is None:
         tell_of_scale(segmenter, items)
     folders = {
@@ -204,14 +202,16 @@ def finish(
 
     skipped = {item.name: outcome.skipped[item.name].reason for item in items if item.name in outcome.skipped}
     done = [item for item in items if any(item.name in shares for shares in outcome.shares)]
+    kept = f"; the finished part of {' and '.join(outcome.under_way)} is kept" if outcome.under_way else ""
     if not done and outcome.signal is not None:
-        raise Interrupted(outcome.signal, "no image was done yet")
+        raise Interrupted(outcome.signal, f"no image was done yet{kept}")
     if not done:
         name, reason = next(iter(skipped.items()))
         raise UserError(
             f"--images {place(config.images)}: none of the {len(items)} images can be used "
             f"(first: {name}: {reason}); give images that open"
         )
+    ended = perf_counter()
     for segmenter, folder, shares in zip(cuts, folders, outcome.shares):
         model = {"checkpoint": config.checkpoint, **segmenter.about()}
         more = {"skipped": skipped, "model": model}
@@ -219,8 +219,10 @@ def finish(
         write_manifest(folder, items, outcome.skipped)
     count = f"{len(done)} of {len(items)} images" + (f", {len(skipped)} could not be used" if skipped else "")
     if outcome.signal is not None:
-        raise Interrupted(outcome.signal, f"{count} are done, in {place(config.out)}")
+        raise Interrupted(outcome.signal, f"{count} are done, in {place(config.out)}{kept}")
     print(f"segmented {count}")
+    took = sum(folder.drawn_s for folder in folders) + perf_counter() - ended
+    print(f"took {clock():.1f} s, overlays, sheets and page {took:.1f} s of it ({100 * took / clock():.0f} %)")
     for folder in folders:
         out = folder.path
         print(f"masks {out / MASKS}, overlays {out / OVERLAYS}, shares of each group {out / SHARES}")

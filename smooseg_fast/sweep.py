@@ -131,7 +131,7 @@ def combinations(values: Mapping[str, list[Any]]) -> list[tuple[str, dict[str, A
 
 def rows_of(config: TrainConfig, settings: Mapping[str, Any], report: Mapping[str, Any]) -> Rows:
     """A row for each head of a finished run: its settings and its figures; heads that broke have none."""
-    from .learn.runpictures import in_use
+    from .learn.groupspicture import in_use
 
     rows, variants = [], {variant.name: variant for variant in config.variants()}
     for name, head in report["heads"].items():

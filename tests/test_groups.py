@@ -131,6 +131,7 @@ def test_a_run_without_steps(labelled, capsys):
         "report.json",
         "run.json",
         "groups.png",
+        "groups.jsonl",
         "tree.png",
         "report.html",
         "tiles.jsonl",

@@ -16,7 +16,8 @@ from PIL import Image
 from smooseg_fast import choose, name, predict, report
 from smooseg_fast.command import run
 from smooseg_fast.datasets.reading import Picture
-from smooseg_fast.learn.runpage import cropped, mosaic, spread
+from smooseg_fast.learn.runpage import spread
+from smooseg_fast.learn.tiler import cropped, mosaic
 from smooseg_fast.segment.checkpoint import read_checkpoint
 from smooseg_fast.segment.grouping import Grouping
 from smooseg_fast.segment.tree import Pairs, Tree
@@ -243,8 +244,13 @@ def test_a_run_its_page_and_its_page_again(trained, labelled, capsys):
     assert again["tiles"] == data["tiles"]
     assert data_of(Path("out/report.html").read_text())["page"]["groups"] == other  # choose and name write it again
     capsys.readouterr()
+    picture = Path("out/groups.png").read_bytes()
     assert run(name.main, ["--run", "out", "0=road </script>"]) == 0
-    assert "look at    out/report.html\n" in capsys.readouterr().out
+    assert "look at    out/groups.png\nlook at    out/report.html\n" in capsys.readouterr().out
+    assert Path("out/groups.png").read_bytes() != picture  # its legend has the name
+    assert run(name.main, ["--run", "out", "0="]) == 0
+    assert Path("out/groups.png").read_bytes() == picture
+    assert run(name.main, ["--run", "out", "0=road </script>"]) == 0
     named = Path("out/report.html").read_text()
     assert "road </script>" in json.dumps(data_of(named))
     assert "road </script>" not in named

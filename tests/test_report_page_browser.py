@@ -9,8 +9,9 @@ from PIL import Image
 from test_report_page import HOSTILE, a_tree, planes
 
 from smooseg_fast.segment.colours import palette
+from smooseg_fast.show.looks import Look
 from smooseg_fast.show.report import Page, page_html
-from smooseg_fast.show.report_tiles import Atlas, Look, tile_of, tree_lookup
+from smooseg_fast.show.report_tiles import Atlas, tile_of, tree_lookup
 
 K, GROUPS = 8, 4
 TREE = a_tree(K)

@@ -24,7 +24,7 @@ from smooseg_fast.config import Thresholds
 from smooseg_fast.datasets import ImageFolder
 from smooseg_fast.datasets.images import ImageError
 from smooseg_fast.errors import UserError
-from smooseg_fast.learn import loop, runpictures, trainer
+from smooseg_fast.learn import groupspicture, loop, runpictures, trainer
 from smooseg_fast.learn import run as steps
 from smooseg_fast.learn.summary import sizes
 from smooseg_fast.measure.confusion import LabelSquares
@@ -32,7 +32,7 @@ from smooseg_fast.segment.checkpoint import STATE_KEY, read_checkpoint, read_tra
 from smooseg_fast.system.locks import Lock
 
 EVERYTHING = {"checkpoint.safetensors", "training.safetensors", "metrics.jsonl", "run.json", "report.json"}
-EVERYTHING |= {"groups.png", "curves.png", "tree.png", "report.html", "tiles.jsonl", ".smooseg"}
+EVERYTHING |= {"groups.png", "curves.png", "tree.png", "report.html", "tiles.jsonl", "groups.jsonl", ".smooseg"}
 NETWORK = "iteration:features_of"
 FIRST = "granularity_0_seed_0"  # the head that is learnt by default
 SMALL = [
@@ -303,10 +303,17 @@ def test_pictures_are_of_held_out_images_that_could_be_read(labelled, monkeypatc
     (images["train"] / "6.png").write_bytes(b"junk")
     shown = []
     blank = Image.new("RGB", (9, 9))
-    monkeypatch.setattr(runpictures, "sheet_pages", lambda images, *_: shown.extend(images) or [blank])
+    monkeypatch.setattr(groupspicture, "sheet_pages", lambda images, *_: shown.extend(images) or [blank])
     assert call("--data", labelled, "--out", "out", *SMALL) == 0
-    assert [name for name, *_ in shown] == ["5.png", "6.png", "7.png"]
-    assert (shown[0][1] == draw(5)[0]).all()
+    assert [name for name, *_ in shown] == [f"{number}.png (middle)" for number in (5, 6, 7)]
+    for number, (_, image, labels, truth) in zip((5, 6, 7), shown):
+        # what is scored: columns 10 to 74 of 85, to which the 96 are scaled
+        pixels, label = (part[:, 11:83] for part in draw(number))
+        assert image.shape == pixels.shape
+        # JPEG keeps the brightness of this noise; another image, or another column, differs by 13 and more
+        assert abs(image.mean(-1) - pixels.mean(-1)).mean() < 5
+        assert (truth == label).mean() > 0.97
+        assert labels.shape == label.shape
     assert "could not be drawn" not in capsys.readouterr().out
 
 
@@ -316,7 +323,7 @@ def test_pictures_that_could_not_be_used_take_no_place_from_others(folder, monke
         (folder / f"broken {number}.png").write_bytes(b"junk")
     shown = []
     blank = Image.new("RGB", (9, 9))
-    monkeypatch.setattr(runpictures, "sheet_pages", lambda images, *_: shown.extend(images) or [blank])
+    monkeypatch.setattr(groupspicture, "sheet_pages", lambda images, *_: shown.extend(images) or [blank])
     assert call("--data", folder, "--out", "out", *SMALL) == 0
     assert len(shown) == 8
 
@@ -333,7 +340,7 @@ def test_an_image_that_went_since_is_left_out_of_the_picture(folder, monkeypatch
 
     monkeypatch.setattr(ImageFolder, "picture", gone)
     blank = Image.new("RGB", (9, 9))
-    monkeypatch.setattr(runpictures, "sheet_pages", lambda images, *_: shown.extend(images) or [blank])
+    monkeypatch.setattr(groupspicture, "sheet_pages", lambda images, *_: shown.extend(images) or [blank])
     assert call("--data", folder, "--out", "out", *SMALL, "--prototypes", "3") == 0
     assert sorted(name for name, *_ in shown) == ["0.png", "4.png", "sub/1.png", "sub/3.png", "sub/5.png"]
 
@@ -350,7 +357,7 @@ def test_a_picture_that_fails_does_not_lose_the_run(folder, monkeypatch, capsys,
         in out
     )
     assert out.strip().splitlines()[-1].startswith("next ")
-    assert {p.name for p in Path("out").iterdir()} == EVERYTHING - {file}
+    assert {p.name for p in Path("out").iterdir()} == EVERYTHING - {file, file.replace("groups.png", "groups.jsonl")}
     assert call("--data", folder, "--out", "out", *SMALL) == 0
     assert {p.name for p in Path("out").iterdir()} == EVERYTHING
 

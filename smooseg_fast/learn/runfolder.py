@@ -18,6 +18,7 @@ from ..system.outfolder import HoldsAnotherRun, Journal, OutFolder
 CHECKPOINT, TRAINING, HEADS = "checkpoint.safetensors", "training.safetensors", "heads"
 METRICS, RUN, REPORT = "metrics.jsonl", "run.json", "report.json"
 GROUPS, CURVES, TREE, SAMPLES = "groups.png", "curves.png", "tree.png", "samples"
+GROUPS_TILES = "groups.jsonl"  # what groups.png is drawn from
 FOLLOWED = ("total", "perplexity", "image_information")  # figures by which `monitors.Watch` knows trouble
 CHOSEN = "backbone_chosen"  # in run.json: whether --backbone auto chose the backbone that is recorded
 
@@ -37,7 +38,7 @@ class RunFolder(OutFolder):
             path,
             settings,
             record=RUN,
-            outputs=(CHECKPOINT, GROUPS, CURVES, TREE, SAMPLES, PAGE, TILES),
+            outputs=(CHECKPOINT, GROUPS, GROUPS_TILES, CURVES, TREE, SAMPLES, PAGE, TILES),
             below=(HEADS, SAMPLES),
         )
         name, chosen = self.recorded.get("backbone"), self.recorded.get(CHOSEN) is True

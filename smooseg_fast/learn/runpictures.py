@@ -1,10 +1,11 @@
-"""The pictures of a run: images under their groups, curves, and the tree of groups."""
+"""The pictures of a run: images under their groups, curves, the tree of groups, and the page."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +17,27 @@ from torch.nn.functional import adaptive_avg_pool2d
 from smooseg_kernels.rows import unit_rows
 
 from ..backbones.base import reason
-from ..config import Variant, scale_factor
+from ..config import FIT, Variant, scale_factor
 from ..datasets.images import ImageError
 from ..datasets.reading import Picture
 from ..errors import WriteError
 from ..features.sample import evenly_spaced
 from ..features.store import FeatureStore
-from ..segment.colours import palette
-from ..segment.names import Group
 from ..segment.segmenter import Segmenter
 from ..show import charts, pictures
 from ..show.report import PAGE
-from ..show.sheet import NAMED, TruthLook, sheet_pages
-from ..show.sheet import Shown as ShownImage
+from ..show.report_tiles import Atlas, Watched, tile_of
 from ..show.tree import tree_picture
+from ..system.ahead import behind
 from ..system.progress import SILENT_S, Bar
+from .groupspicture import MOST_BYTES, picture_of, with_truth, write_tiles
 from .runfolder import CURVES, GROUPS, TREE, RunFolder, pictures_of
 from .runpage import write_run_page
 from .setting import Setting
+from .tiler import Tiler, cropped, cutting_of
 
 GROUPS_IMAGES, CANDIDATES = 8, 32  # images that are shown, and those that they are chosen among
-LARGEST = 1024  # pixels of an image's side, at the scale of the run, that are shown
+LARGEST = 512  # pixels of an image's side, at the scale of the run, that are shown
 PANELS = {
     "energy": ("energy_within", "energy_across"),
     "label distance": ("distance_within", "distance_across"),
@@ -50,17 +51,26 @@ PANELS = {
 
 @dataclass(frozen=True)
 class Shown:
-    """The contents of a run's pictures: heads, the default one first, lines of metrics, and the report so far."""
+    """The contents of a run's pictures: heads, the default one first, lines of metrics, and the report so far.
+
+    started: `time.perf_counter()` when the pictures began. made: tiles of training images, by their names.
+    """
 
     setting: Setting
     folder: RunFolder
     segmenters: Mapping[Variant, Segmenter]
     records: Sequence[dict[str, Any]]
     report: Mapping[str, Any]
+    started: float = field(default_factory=time.perf_counter)
+    made: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def default(self) -> Variant:
         return next(iter(self.segmenters))
+
+    @property
+    def segmenter(self) -> Segmenter:
+        return self.segmenters[self.default]
 
     def images(self, name: str, count: int) -> Iterator[tuple[str, Picture, np.ndarray | None]]:
         """Names, pictures and ground truth, if any, of at most `count` images that differ, among those with features
@@ -76,11 +86,34 @@ class Shown:
         ):
             with suppress(ImageError):  # gone since its features were taken
                 picture, name = setting.dataset.picture(index), setting.dataset.names[index]
+                truth = None if self.setting.validation is None else setting.dataset.label(index)
+                yield name, picture, truth
+
+    def tiles(self) -> Iterator[dict[str, Any]]:
+        """Tiles of the images that differ, with the ground truth: labelled by their features, or, at another scale than
+        fit, whose squares may lie far apart, their middle by the backbone."""
+        validation, segmenter = self.setting.validation, self.segmenter
+        images, fits = self.images(GROUPS, GROUPS_IMAGES), self.setting.config.scale == (FIT,)
+        watched = Watched(segmenter, [segmenter.grouping])
+        if validation is None:
+            tiler = Tiler(self.setting.store, cutting_of(self.setting), segmenter)
+        else:
+            tiler = Tiler(validation.store, validation.cutting, segmenter)
+        for name, picture, truth in images:
+            if fits:
+                image = tiler.prepared(name, picture, MOST_BYTES)
+                tile, whole = tiler.tile(image, MOST_BYTES), image.whole
+                self.made.update({name: tile} if validation is None else {})
+                truth = None if truth is None else cropped(Picture(truth), image.cells.box)[0].pixels
+            else:
                 valid = None if picture.valid is None else self.middle(picture.valid)
                 middle = Picture(self.middle(picture.pixels), valid)
-                truth = None if self.setting.validation is None else setting.dataset.label(index)
+                labels = np.concatenate([*watched.bands(middle, mirror=False)])
+                look = watched.look(len(segmenter.grouping))
+                tile = tile_of(name, middle.pixels, labels, look, tiler.atlas, MOST_BYTES)
+                whole = middle.pixels.shape == picture.pixels.shape
                 truth = None if truth is None else self.middle(truth)
-                yield (name if middle.pixels.shape == picture.pixels.shape else f"{name} (middle)"), middle, truth
+            yield with_truth(tile if whole else tile | {"name": f"{name} (middle)"}, truth)
 
     def middle(self, image: np.ndarray) -> np.ndarray:
         """The middle of an image, LARGEST pixels a side at the scale of the run; a scale that fits shows all of it."""
@@ -93,18 +126,22 @@ class Shown:
 
 
 def draw(shown: Shown) -> list[Path]:
-    """Draws the pictures of the folder; -> those that succeeded. Reports a failure and continues."""
+    """Draws the pictures of the folder; -> those that succeeded. Reports a failure and continues. A thread writes a
+    picture while the next one is drawn."""
     makers: dict[str, Callable[[Shown], Image | Path]]
     makers, paths = {GROUPS: groups_picture, CURVES: curves_picture, TREE: tree_of_groups, PAGE: page}, []
-    for name in pictures_of(shown.setting.config):
-        try:
-            drawn = makers[name](shown)
-            paths.append(drawn if isinstance(drawn, Path) else pictures.save(shown.folder.path / name, drawn))
-        except WriteError:  # the disk is full: the report would not fit either
-            raise
-        except Exception as error:  # whatever it is, a picture must not lose a run that is learnt
-            problem = f"{name} could not be drawn ({reason(error)})"
-            shown.setting.say(f"warning    {problem}; the same command tries again")
+    with behind(1) as later:
+        for name in pictures_of(shown.setting.config):
+            try:
+                drawn, path = makers[name](shown), shown.folder.path / name
+                if not isinstance(drawn, Path):
+                    later(pictures.save, path, drawn)
+                paths.append(path)
+            except WriteError:  # the disk is full: the report would not fit either
+                raise
+            except Exception as error:  # whatever it is, a picture must not lose a run that is learnt
+                problem = f"{name} could not be drawn ({reason(error)})"
+                shown.setting.say(f"warning    {problem}; the same command tries again")
     return paths
 
 
@@ -128,31 +165,9 @@ def different(store: FeatureStore, count: int) -> set[str]:
 
 def groups_picture(shown: Shown) -> Image:
     """Images of the default head, their groups over them, and the ground truth if there is one."""
-    segmenter = shown.segmenters[shown.default]
-    groups = segmenter.groups
-    title = f"{in_use(group.share or 0.0 for group in groups)} of {len(groups)} groups in use, found without labels"
-    images = (
-        ShownImage(name, picture.pixels, np.concatenate([*segmenter.bands(picture)]), truth)
-        for name, picture, truth in shown.images(GROUPS, GROUPS_IMAGES)
-    )
-    (page,) = sheet_pages(images, groups, title, truth_look(shown, groups))
-    return page
-
-
-def truth_look(shown: Shown, groups: Sequence[Group]) -> TruthLook | None:
-    """Classes in the colours of the groups that they match, and the others in colours that no group has."""
-    scores = shown.report.get("scores")
-    if scores is None:
-        return None
-    colours = {group.number: group.colour for group in groups}
-    matched = {cluster["class"]: colours[cluster["cluster"]] for cluster in scores["hungarian"]["clusters"]}
-    spare = (tuple(colour) for colour in palette(256).tolist() if tuple(colour) not in colours.values())
-    table, legend = np.zeros((256, 3), np.uint8), []
-    for number, row in enumerate(scores["hungarian"]["classes"]):
-        table[number] = matched.get(row["name"]) or next(spare)
-        if row["pixels"]:
-            legend.append((table[number].tolist(), f"truth: {row['name']}"))
-    return TruthLook(table, legend)
+    segmenter, header, tiles = shown.segmenter, Atlas.of(shown.segmenter).header(), [*shown.tiles()]
+    write_tiles(shown.folder.path, header, tiles)
+    return picture_of(segmenter.checkpoint, header, tiles)
 
 
 def curves_picture(shown: Shown) -> Image:
@@ -163,14 +178,9 @@ def curves_picture(shown: Shown) -> Image:
 
 def tree_of_groups(shown: Shown) -> Image:
     """The default head's tree, where it is cut."""
-    return tree_picture(shown.segmenters[shown.default].checkpoint, str(shown.folder.path))
+    return tree_picture(shown.segmenter.checkpoint, str(shown.folder.path))
 
 
 def page(shown: Shown) -> Path:
     """The page of the default head, which is written part by part."""
-    return write_run_page(shown.setting, shown.segmenters[shown.default], dict(shown.report))
-
-
-def in_use(shares: Iterable[float]) -> int:
-    """Number of groups that a legend names."""
-    return sum(share >= NAMED for share in shares)
+    return write_run_page(shown.setting, shown.segmenter, dict(shown.report), shown.made, shown.started)

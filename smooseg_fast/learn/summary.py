@@ -23,9 +23,10 @@ from ..segment.segmenter import Segmenter
 from ..show.sheet import NAMED
 from ..system.files import write_json
 from ..system.progress import SILENT_S, Bar
+from .groupspicture import in_use
 from .run import Run
 from .runfolder import CHECKPOINT, METRICS, REPORT, RunFolder, head_file
-from .runpictures import Shown, draw, in_use
+from .runpictures import Shown, draw
 from .setting import Setting
 from .shares import Shares
 from .typical import typical_patches
@@ -97,12 +98,14 @@ def leave(run: Run, folder: RunFolder, report: dict[str, Any], segmenters: Mappi
         for variant, segmenter in segmenters.items():
             segmenter.save(head_file(out, variant))
     next(iter(segmenters.values())).save(out / CHECKPOINT)
-    pictures = draw(Shown(run.setting, folder, segmenters, run.records, report))
+    started = time.perf_counter()
+    pictures = draw(Shown(run.setting, folder, segmenters, run.records, report, started))
     write_json(out / REPORT, report)
     say(f"saved      {out / CHECKPOINT}" + (f", and all {len(segmenters)} heads in {out / 'heads'}" if many else ""))
     say(f"figures    {out / REPORT}" + (f", {out / METRICS}" if run.done else ""))
     if pictures:
-        say("pictures   " + ", ".join(map(str, pictures)))
+        took, whole = (time.perf_counter() - start for start in (started, run.setting.started))
+        say(f"pictures   {', '.join(map(str, pictures))}; {took:.1f} s, {100 * took / whole:.0f} % of the run")
 
 
 # without labels

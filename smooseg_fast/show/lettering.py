@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
 
 from PIL import ImageDraw, ImageFont
 
@@ -20,8 +22,20 @@ def families() -> list[str]:
     return ["DejaVu Sans", *(name for name in _WIDE if name in installed)]
 
 
+@lru_cache(maxsize=2)
+def shipped(name: str) -> str | None:
+    """Return the path of a font that comes with matplotlib, without importing it, which takes half a second; None where
+    a distribution keeps it elsewhere."""
+    spec = find_spec("matplotlib")
+    path = Path((spec and spec.origin) or "").with_name("mpl-data") / "fonts" / "ttf" / name
+    return str(path) if path.is_file() else None
+
+
 @lru_cache(maxsize=64)
 def _font(size: int, bold: bool, wide: bool) -> ImageFont.FreeTypeFont:
+    plain = shipped("DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf")
+    if plain is not None and not wide:
+        return ImageFont.truetype(plain, size)
     from matplotlib.font_manager import FontProperties, findfont
 
     properties = FontProperties(family=families()[-1 if wide else 0], weight="bold" if bold else "normal")

@@ -45,13 +45,15 @@ def overlay(image: np.ndarray, labels: np.ndarray, colours: np.ndarray) -> np.nd
     The lightness of the fill is even but for the texture of the image. Regions have dark outlines, 1 pixel wide up to a
     short side of some 600 pixels and in proportion beyond. Pixels without data, of label 255, stay as they are.
     """
-    shades = shades_of(colours.tobytes())
+    no_data = labels == IGNORE
+    some = bool(no_data.any())
+    largest = int((np.where(no_data, 0, labels) if some else labels).max(initial=0))
+    shades = shades_of(colours[: largest // 8 * 8 + 8].tobytes())
     places = labels.astype(np.uint16) << 8
     places |= texture(image)
     places[outlines(labels)] &= 0xFF00
     picture = shades[places]
-    no_data = labels == IGNORE
-    if no_data.any():
+    if some:
         picture[no_data] = image[no_data]
     return picture
 
@@ -79,7 +81,7 @@ def outlines(labels: np.ndarray) -> np.ndarray:
     return ndimage.maximum_filter(border, width) if width > 1 else border
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def shades_of(colours: bytes) -> np.ndarray:
     """The pixel for every label and grey value, uint8 [65536, 3], by 256 * label + grey; grey 0 is the outline."""
     lab = to_oklab(np.frombuffer(colours, np.uint8).reshape(-1, 1, 3))

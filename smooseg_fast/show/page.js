@@ -139,7 +139,7 @@ async function paint(canvas, tile) {
 }
 function fillFrame(frame, tile) {
   const image = h("img", { alt: "", decoding: "async" });
-  image.src = `data:image/webp;base64,${tile.picture}`;
+  image.src = `data:image/${tile.picture.startsWith("/9j/") ? "jpeg" : "webp"};base64,${tile.picture}`;
   const canvas = h("canvas", { "aria-hidden": "true" });
   frame.replaceChildren(image, canvas);
   return paint(canvas, tile);

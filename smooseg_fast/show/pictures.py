@@ -110,4 +110,5 @@ def save(path: str | Path, image: Image.Image | np.ndarray) -> Path:
     WriteError when the file cannot be written.
     """
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    return write_atomic(path, lambda target: picture.save(target, quality=92, subsampling=0))  # which PNG ignores
+    # JPEG takes quality, and PNG the level: a third of the time for a few more bytes
+    return write_atomic(path, lambda target: picture.save(target, quality=92, subsampling=0, compress_level=1))

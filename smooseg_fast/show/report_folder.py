@@ -30,7 +30,7 @@ def write_folder_page(
         if item.name not in known:
             with suppress(ImageError):  # removed or damaged since
                 pixels = read_picture(item.file, reading, item.page).pixels
-                tiles.add(item.name, *reduced(pixels, read_label(folder.mask(item))))
+                tiles.add(item.name, *reduced(pixels, read_label(folder.mask(item))), None)
     return write_page_of(folder.path, folder.path / PAGE, times)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
@@ -13,10 +14,11 @@ from PIL import Image
 from ..errors import UserError
 from ..segment.colours import table_of
 from ..segment.names import Group
+from ..system.ahead import ahead
 from . import pictures
 from .overlays import overlay, with_names
 
-PAGE = 24  # images on a page
+PAGE, THREADS = 24, 2  # images on a page, and pages that are drawn at a time
 FEW, SIDES = 12, (640, 320)  # images up to which thumbnails are larger, and pixels of their long sides
 NAMED = 0.005  # the least share of the pixels with which a group stands in the legend
 
@@ -42,7 +44,7 @@ class TruthLook:
 def sheet_pages(
     shown: Iterable[Shown], groups: Sequence[Group], title: str, truth: TruthLook | None = None
 ) -> Iterator[Image.Image]:
-    """Draw contact sheets of at most PAGE images each. Thumbnails of one page are in memory at a time.
+    """Draw contact sheets of at most PAGE images each, THREADS at a time; thumbnails of so many are in memory.
 
     Args:
         shown: read once.
@@ -52,11 +54,18 @@ def sheet_pages(
     Raises:
         UserError: when `shown` is empty.
     """
-    small, first = (thumbnail(one, images=1) for one in shown), 1
-    while page := [*islice(small, PAGE)]:
-        yield page_of(page, groups, title.format(first=first, last=first + len(page) - 1), truth)
-        first += len(page)
-    if first == 1:
+    small, empty = (thumbnail(one, images=1) for one in shown), True
+
+    def draw(numbered: tuple[int, list[Shown]]) -> Image.Image:
+        first, page = numbered
+        return page_of(page, groups, title.format(first=first, last=first + len(page) - 1), truth)
+
+    pages = ((1 + PAGE * number, page) for number, page in enumerate(iter(lambda: [*islice(small, PAGE)], [])))
+    with closing(ahead(draw, pages, threads=THREADS, waiting=THREADS)) as drawn:
+        for page in drawn:
+            empty = False
+            yield page
+    if empty:
         raise UserError("the sheet has no images to show: none of them can be read any more; put them back")
 
 

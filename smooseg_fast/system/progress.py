@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from .terminal import one_line
 
-PLAIN_S = 30.0  # between lines in a log file
+PLAIN_S, IMAGES_S = 30.0, 1.0  # between lines in a log file, at least; and of one that counts many images
 SILENT_S = 2.0  # that a phase may last before a line or a bar shows it
 
 
@@ -22,22 +22,22 @@ def in_notebook() -> bool:
 
 
 class Bar(tqdm):
-    """tqdm's bar on a terminal, and its widget in a notebook; elsewhere, as in a log file, a plain line every PLAIN_S
-    seconds."""
+    """tqdm's bar on a terminal, and its widget in a notebook; elsewhere, as in a log file, a plain line every `plain_s`
+    seconds, PLAIN_S by default."""
 
-    def __new__(cls, *args: Any, **options: Any) -> Any:
+    def __new__(cls, *args: Any, plain_s: float | None = None, **options: Any) -> Any:
         if in_notebook():
             from tqdm.auto import tqdm as widget  # a plain bar without ipywidgets
 
             return widget(*args, **options)
         return super().__new__(cls, *args, **options)
 
-    def __init__(self, **options: Any):
+    def __init__(self, *, plain_s: float | None = None, **options: Any):
         if sys.stderr is None and options.get("file") is None:  # as under pythonw
             options["disable"] = True
         super().__init__(dynamic_ncols=True, **options)
         if not self.disable and not self.fp.isatty():
-            self.mininterval = self.maxinterval = PLAIN_S
+            self.mininterval = self.maxinterval = PLAIN_S if plain_s is None else plain_s
 
     @staticmethod
     def status_printer(file: Any) -> Callable[[str], None]:

@@ -12,9 +12,10 @@ from .command import run
 from .errors import UserError
 from .system.commandline import parse, quoted
 from .system.fields import Bounds, Value, flag
-from .system.files import ABANDONED_S, sweep, write_atomic
+from .system.files import ABANDONED_S, size_of, sweep, write_atomic
 from .system.signals import with_kept
 from .system.sizes import readable
+from .system.stores import File, Remote, place
 
 if TYPE_CHECKING:
     from .export.formats import Format
@@ -33,11 +34,11 @@ class ExportConfig:
     GeoTIFF, else in pixels. csv: pixels, shares and areas of each group, by image and in all. npz: NumPy arrays.
     """
 
-    predictions: Annotated[str, Value("FOLDER", usual=True)]
-    """The --out folder of smooseg predict."""
+    predictions: Annotated[str, Value("FOLDER", usual=True, stores=True)]
+    """The --out folder of smooseg predict, on a disk or in a store."""
     format: Literal["coco", "cvat", "labelstudio", "geojson", "gpkg", "csv", "npz"]
     """Kind of file to write."""
-    out: Annotated[str | None, Value("PATH")] = None
+    out: Annotated[str | None, Value("PATH", stores=True)] = None
     """File to write, or a folder for it [exports in the folder of predictions]."""
     instances: bool = False
     """Make each connected region an annotation of its own (coco), instead of all pixels of a group in an image."""
@@ -55,7 +56,7 @@ def main(args: Sequence[str]) -> None:
 
     form = FORMATS[config.format]
     require_options(config, form.options)
-    folder = PredictionFolder(Path(config.predictions).expanduser())
+    folder = PredictionFolder(place(config.predictions))
     out = out_of(config, form)
     job = Job(folder, **{name: getattr(config, name) for name in OPTIONS})
     files = [out]
@@ -70,13 +71,14 @@ def main(args: Sequence[str]) -> None:
     count = f"{len(folder) - folder.skipped} of {len(folder)} images"
     print(f"exported   {count} and {len(job.groups)} groups as {form.title}")
     for file in files:
-        print(f"written    {file} ({readable(file.stat().st_size)})")
+        print(f"written    {file} ({readable(size_of(file))})")
     for note in extras[0].notes:
         print(f"note       {note}")
     if not folder.finished:
         print("note       predict has not ended in this folder: resume it, then export again for the other images")
     above, stem = quoted(str(folder.root.parent)), out.with_name(out.stem)
-    for begin, line in zip(["next", *[""] * len(form.use)], form.use):
+    use = form.use_in_stores if form.use_in_stores and isinstance(folder.root, Remote) else form.use
+    for begin, line in zip(["next", *[""] * len(use)], use):
         print(f"{begin:10} " + line.format(out=out, stem=stem, root=folder.root, above=above))
 
 
@@ -89,12 +91,12 @@ def require_options(config: ExportConfig, heeded: frozenset[str]) -> None:
         raise UserError("--min-area: coco has regions with --instances only; add it, or leave out --min-area")
 
 
-def out_of(config: ExportConfig, form: Format) -> Path:
+def out_of(config: ExportConfig, form: Format) -> File:
     """The file to write. UserError where its suffix is that of something else."""
     if config.out is None:
-        return Path(config.predictions).expanduser() / EXPORTS / form.file
-    out = Path(config.out).expanduser()
-    if out.is_dir():
+        return place(config.predictions) / EXPORTS / form.file
+    out = place(config.out)
+    if (not out.suffix) if isinstance(out, Remote) else out.is_dir():
         return out / form.file
     suffix = Path(form.file).suffix
     if out.suffix.lower() != suffix:

@@ -77,7 +77,8 @@ def one_thread():
 @pytest.fixture(scope="module")
 def pair():
     """Call a function of this file in both processes, with the processes first; -> what each returned."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # one process imports for both
+    context.set_forkserver_preload(["torch.distributed", "smooseg_fast.train", "smooseg_fast.learn.trainer"])
     ends = [context.Pipe() for _ in range(2)]
     port = free_port()
     workers = [
@@ -96,9 +97,10 @@ def pair():
         return results
 
     yield both
-    for (here, _), worker in zip(ends, workers):
+    for here, _ in ends:  # to both before either is waited for, because they end together
         with contextlib.suppress(BrokenPipeError):
             here.send(None)
+    for worker in workers:
         worker.join(10)
         worker.kill()
 

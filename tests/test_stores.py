@@ -21,22 +21,23 @@ from PIL import Image
 from test_trainer import SMALL
 from textures import draw
 
-from smooseg_fast import UserError, evaluate, fit, predict, train
+from smooseg_fast import UserError, evaluate, exporting, fit, predict, train
 from smooseg_fast.command import run
 from smooseg_fast.datasets import open_dataset, open_splits
 from smooseg_fast.datasets.images import ImageError, read_image
 from smooseg_fast.datasets.shards import expanded, pair_of
 from smooseg_fast.errors import WriteError
 from smooseg_fast.segment.segmenter import Segmenter
-from smooseg_fast.system import outfolder, stores
+from smooseg_fast.system import outfolder, patience, stores
 from smooseg_fast.system.files import write_json
 from smooseg_fast.system.outfolder import Journal, mark_as_ours
+from smooseg_fast.system.patience import StoreError
 from smooseg_fast.system.stores import Remote, entries, is_url, place
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
-    monkeypatch.setattr(stores, "WAIT_S", 0.0)
+    monkeypatch.setattr(patience, "WAIT_S", 0.0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -168,13 +169,15 @@ def test_what_smooseg_wrote_into_a_store_is_not_read(memory):
 
 
 @pytest.mark.parametrize("url", ["zip://set::{}", "{}"])
-def test_a_zip_archive(tmp_path, url):
+def test_a_zip_archive(tmp_path, memory, url):
     archive = tmp_path / "photos.zip"
     with zipfile.ZipFile(archive, "w") as file:
         for number, (image, label) in enumerate(PHOTOS):
             file.writestr(f"set/images/{number}.png", encoded(image))
             file.writestr(f"set/labels/{number}.png", encoded(label))
     same(open_dataset(url.format(archive), "train"))
+    memory.pipe_file("/a/photos.zip", archive.read_bytes())
+    same(open_dataset(url.format("memory://a/photos.zip"), "train"))
 
 
 def test_a_web_server(served):
@@ -259,9 +262,15 @@ def test_tar_shards_on_a_disk_in_a_store_and_on_a_web_server(tmp_path, memory, s
         ("memory://nothing/here", "--data memory://nothing/here: no such file or folder; check the address"),
         ("nosuch://a/b", "nosuch://a: nosuch:// is not known; known are "),
         ("zip://a::/no/such.zip", "zip://::/no/such.zip: the archive is not there; check its path"),
+        ("zip://such.zip", "zip://such.zip: names no archive; give such.zip, or zip://::such.zip"),
+        ("s3://", "s3://: names no bucket; give s3://BUCKET/FOLDER"),
+        ("zip://::memory://junk/x.zip", "zip://::memory://junk/x.zip: is no zip archive, or damaged; copy it again"),
+        ("memory://junk/x.zip", "zip://::memory://junk/x.zip: is no zip archive, or damaged; copy it again"),
+        ("memory://junk", "--data memory://junk: no images in it; looked for "),
     ],
 )
 def test_an_address_that_leads_nowhere_is_one_line(memory, url, error):
+    memory.pipe_file("/junk/x.zip", b"junk")
     with pytest.raises(UserError) as raised:
         open_dataset(url, "train")
     assert str(raised.value).startswith(error)
@@ -292,17 +301,58 @@ class Broken:
 
 def test_a_broken_connection_is_tried_again_and_then_is_the_images_own_error(memory, monkeypatch):
     upload(memory, "/set", labels=False)
-    broken = Broken(memory, monkeypatch, "cat_file", stores.TRIES - 1)
+    broken = Broken(memory, monkeypatch, "cat_file", patience.TRIES - 1)
     assert np.array_equal(read_image("memory://set/images/0.png"), PHOTOS[0][0])
-    assert len(broken.calls) == stores.TRIES
-    broken.left = stores.TRIES
+    assert len(broken.calls) == patience.TRIES
+    broken.left = patience.TRIES
     with pytest.raises(ImageError) as raised:
         read_image("memory://set/images/1.png")
-    why = "cannot be fetched (connection reset, 4 times); check the connection, and run the command again"
+    why = (
+        "cannot be fetched (connection reset, 4 times); check the connection and your rights, and run the command again"
+    )
     assert str(raised.value) == f"memory://set/images/1.png: {why}"
     assert isinstance(raised.value.path, Remote)
-    with pytest.raises(ImageError, match=r"^memory://set/images/9.png: cannot be decoded \(.*/set/images/9.png\)"):
+    with pytest.raises(ImageError, match=r"^memory://set/images/9.png: is gone since the files were listed; run the"):
         read_image("memory://set/images/9.png")
+
+
+class NoCredentialsError(Exception):
+    """As botocore calls it."""
+
+
+class Answered(OSError):
+    """As s3fs raises what botocore answers."""
+
+    def __init__(self, status):
+        super().__init__("Bad Request")
+        self.__cause__ = Exception("caused it")
+        self.__cause__.response = {"ResponseMetadata": {"HTTPStatusCode": status}}
+
+
+@pytest.mark.parametrize(
+    ("error", "times"), [(NoCredentialsError("none"), 1), (Answered(400), 1), (Answered(503), patience.TRIES)], ids=str
+)
+def test_what_another_try_does_not_change_is_tried_once(memory, monkeypatch, error, times):
+    broken = Broken(memory, monkeypatch, "cat_file", 99, error)
+    with pytest.raises(StoreError):
+        Remote("memory://set/0.png").read_bytes()
+    assert len(broken.calls) == times
+
+
+def test_a_server_that_says_nothing_is_given_up(memory, monkeypatch):
+    monkeypatch.setattr(patience, "PATIENCE_S", -1.0)
+    broken = Broken(memory, monkeypatch, "cat_file", 99)
+    with pytest.raises(StoreError, match=r"connection reset$"):
+        Remote("memory://set/0.png").read_bytes()
+    assert len(broken.calls) == 1
+
+
+def test_a_missing_bucket_is_not_made(memory, monkeypatch):
+    monkeypatch.setattr(stores, "BUCKETS", ("memory",))
+    Broken(memory, monkeypatch, "pipe_file", 99, FileNotFoundError("The specified bucket does not exist"))
+    monkeypatch.setattr(memory, "makedirs", None)
+    with pytest.raises(WriteError, match=r"^memory://b/x.json: cannot be written \(The specified bucket does not"):
+        write_json(Remote("memory://b/x.json"), {})
 
 
 def test_a_file_that_came_short_is_fetched_again(memory, monkeypatch):
@@ -388,6 +438,28 @@ def test_predictions_from_and_into_a_store_are_those_of_a_disk(trained, memory, 
     assert [row[:2] for row in rows[1:5]] == [[f"{number}.png", f"masks/{number}.png"] for number in range(4)]
     assert rows[5][:3] == ["4.png", "", ""]
     assert rows[5][3].startswith("not an image")
+
+    # exports from, into and of a store are those of a disk
+    for made in ("coco", "labelstudio"):
+        assert run(exporting.main, ["--predictions", "disk", "--format", made]) == 0
+        assert run(exporting.main, ["--predictions", "memory://out", "--format", made]) == 0
+        assert run(exporting.main, ["--predictions", "memory://out", "--format", made, "--out", "memory://more"]) == 0
+    told = capsys.readouterr().out
+    assert "written    memory://out/exports/labelstudio.json (" in told
+    assert "Add Source Storage, memory://set/images, and" in told
+    local, remote, more = (
+        json.loads(content)
+        for content in (
+            Path("disk/exports/coco.json").read_bytes(),
+            memory.cat_file("/out/exports/coco.json"),
+            memory.cat_file("/more/coco.json"),
+        )
+    )
+    assert (remote["annotations"], remote["images"]) == (local["annotations"], local["images"])
+    assert remote == more
+    tasks = json.loads(memory.cat_file("/out/exports/labelstudio.json"))
+    assert [task["data"]["image"] for task in tasks] == [f"memory://set/images/{number}.png" for number in range(4)]
+    assert memory.isfile("/out/exports/labelstudio.xml")
 
     # the same command has nothing left to do; a mask that went is made again
     before = memory.cat_file("/out/masks/2.png")

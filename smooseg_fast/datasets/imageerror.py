@@ -9,7 +9,8 @@ from typing import BinaryIO
 
 from ..errors import UserError
 from ..system.files import open_binary
-from ..system.stores import Remote, StoreError, is_url
+from ..system.patience import StoreError
+from ..system.stores import Remote, is_url
 
 DEFAULT_ADVICE = "copy it again, export it as 8-bit PNG or JPEG, or take it out"
 
@@ -30,9 +31,13 @@ def open_image(path: Path | str) -> BinaryIO:
     """Open the file of an image for reading. ImageError when a store does not give it; OSError for a local file."""
     try:
         return open_binary(path)
-    except StoreError as error:
-        advice = "check the connection, and run the command again"
-        raise ImageError(path, f"cannot be fetched ({error.strerror})", advice) from error
+    except (StoreError, FileNotFoundError, PermissionError) as error:
+        if not is_url(path):
+            raise
+        if isinstance(error, FileNotFoundError):
+            raise ImageError(path, "is gone since the files were listed", "run the command again") from error
+        advice = "check the connection and your rights, and run the command again"
+        raise ImageError(path, f"cannot be fetched ({reason(error)})", advice) from error
 
 
 def reason(error: Exception) -> str:

@@ -10,8 +10,9 @@ from pathlib import Path, PurePosixPath
 from ..errors import UserError
 from ..system.ahead import ahead
 from ..system.outfolder import MARKER, written_by_us
+from ..system.patience import reason
 from ..system.progress import announced
-from ..system.stores import Remote, entries, looked_up, place, reason
+from ..system.stores import Remote, entries, looked_up, place
 from . import formats
 from .shards import archives_of, members
 
@@ -80,6 +81,8 @@ def listed(path: Path | Remote, argument: str) -> Tree | None:
     if isinstance(path, Path):
         if path.suffix.lower() != ".zip" or not path.is_file():
             return None
+        path = Remote(f"zip://::{path}")
+    elif path.suffix.lower() == ".zip" and not path.archive and path.is_file():
         path = Remote(f"zip://::{path}")
     try:
         if path.suffix.lower() in formats.photo_suffixes():

@@ -182,6 +182,8 @@ def scan(path: Path | str, argument: str = "--data") -> Scan:
         contents = f"only other files ({others})" if paths else "no files"
         heif = any(file.suffix.lower() in formats.HEIF for file in usable)
         advice = f"; {formats.HEIF_ADVICE} reads .heic" if heif else ""
+        if tars := [file for file in paths if file.suffix.lower() == ".tar"]:
+            advice += f"; give tar files by their names, as {tars[0].name} or {{a,b}}.tar or {{000..010}}.tar"
         raise UserError(
             f"{argument} {path}: no images in it; looked for {looked_for} and found {contents}{ours}{advice}"
         )

@@ -19,7 +19,8 @@ from typing import BinaryIO
 from ..errors import UserError
 from ..system.ahead import ahead
 from ..system.files import default_cache, regular, write_atomic
-from ..system.stores import File, Remote, filesystem, looked_up, place, reason, tried
+from ..system.patience import reason, tried
+from ..system.stores import File, Remote, filesystem, looked_up, place
 from . import formats
 from .imageerror import reason as decoding_reason
 

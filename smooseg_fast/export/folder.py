@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePath
+from typing import cast
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from ..segment.names import read_groups
 from ..show.predictions import DONE, GROUPS, MASKS, SHARES, is_record, say_skipped
 from ..system.outfolder import Journal
 from ..system.progress import Bar
+from ..system.stores import File, Remote, is_url, place, sizes_below
 from .place import Place, place_of, read_plane
 
 BAND = 512  # rows that are looked at at a time
@@ -75,20 +77,28 @@ class PredictionFolder:
     UserError where the folder holds no predictions.
     """
 
-    def __init__(self, path: Path):
-        self.path, self.skipped = path, 0
+    def __init__(self, path: File):
+        self.path, self.skipped = cast(Path, path), 0  # a Remote has the same attributes
+        self._listed = {str(file) for file in sizes_below(path)} if isinstance(path, Remote) else None
         if not (path / DONE).is_file():
-            inner = sorted(folder.name for folder in path.glob("groups_*") if (folder / DONE).is_file())
+            inner = sorted(folder.name for folder in self._folders() if (folder / DONE).is_file())
             if inner:
                 raise UserError(f"--predictions {path}: holds {', '.join(inner)}; give one of them")
             raise UserError(f"--predictions {path}: holds no {DONE}; give the --out folder of smooseg predict")
-        records = {record["stem"]: record for record in Journal(path / DONE).read(is_record) if record["stamp"]}
+        records = {record["stem"]: record for record in Journal.at(path / DONE).read(is_record) if record["stamp"]}
         # (name, stem, place of the file) of every image
         places = ((stem, str(record["stamp"][0])) for stem, record in records.items())
         self._lines = sorted((name_of(stem, file), stem, file) for stem, file in places)
         if not self._lines:
             raise UserError(f"--predictions {path}: no image is segmented there yet; resume smooseg predict")
-        self.groups = read_groups(path / GROUPS)
+        self.groups = read_groups(self.path / GROUPS)
+
+    def _folders(self) -> list[File]:
+        """The folders groups_N in it."""
+        if isinstance(self.path, Remote):
+            names = {file[len(self.path) :].strip("/").partition("/")[0] for file in self._listed or ()}
+            return [self.path / name for name in names if name.startswith("groups_")]
+        return list(self.path.glob("groups_*"))
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -99,15 +109,18 @@ class PredictionFolder:
         return (self.path / SHARES).is_file()
 
     @cached_property
-    def root(self) -> Path:
+    def root(self) -> File:
         """The folder of images, which names are relative to: the nearest that holds all of them."""
+        if is_url(self._lines[0][2]):
+            name, _, url = self._lines[0]
+            return Remote(url.removesuffix(name).rstrip("/") if url.endswith(name) else Remote(url).parent)
         parents = ((PurePath(file), len(PurePath(name).parts)) for name, _, file in self._lines)
         return Path(os.path.commonpath({str(file.parents[parts - 1]) for file, parts in parents}))
 
     def __iter__(self) -> Iterator[Segmented]:
         for name, stem, file in Bar(iterable=self._lines, desc="export", unit="image"):
             try:
-                mask = written(self.path / MASKS, stem) or self.path / MASKS / f"{stem}.png"
+                mask = self._written(MASKS, stem) or self.path / MASKS / f"{stem}.png"
                 labels = self._labels(mask)
             except ImageError as error:
                 self.skipped += 1
@@ -116,11 +129,17 @@ class PredictionFolder:
                 yield Segmented(
                     name=text(name),
                     stem=text(stem),
-                    file=Path(file),
+                    file=cast(Path, place(file)),
                     mask=mask,
                     labels=labels,
-                    confidence_file=written(self.path / CONFIDENCE, stem),
+                    confidence_file=self._written(CONFIDENCE, stem),
                 )
+
+    def _written(self, kind: str, stem: str) -> Path | None:
+        """The file that predict wrote for an image into a folder; None without one."""
+        files = (self.path / kind / f"{stem}{suffix}" for suffix in (".png", ".tif"))
+        known = self._listed
+        return next((file for file in files if (file.is_file() if known is None else str(file) in known)), None)
 
     def _labels(self, mask: Path) -> np.ndarray:
         """The labels uint8 [H,W] in a mask. ImageError where they cannot be read, or are not of the groups."""
@@ -144,11 +163,6 @@ def name_of(stem: str, file: str) -> str:
     ending = rf"(?:{re.escape(suffix)}(?:\.[0-9a-f]{{8}})?)?"
     page = re.fullmatch(rf"({re.escape(PurePath(file).stem)}#+[0-9]+){ending}", PurePath(stem).name)
     return (parent / (page[1] + suffix if page else PurePath(file).name)).as_posix()
-
-
-def written(folder: Path, stem: str) -> Path | None:
-    """The file that predict wrote for an image into a folder; None without one."""
-    return next((path for suffix in (".png", ".tif") if (path := folder / f"{stem}{suffix}").is_file()), None)
 
 
 def text(name: str) -> str:

@@ -21,6 +21,7 @@ class Format:
         use: lines that say how to open the files, with {out}, {stem} (`out` without its suffix), {root} (the folder of
             images) and {above} (the folder that holds it) filled in.
         options: the settings of a job that it heeds.
+        use_in_stores: `use` where the images lie in a store; None for the same.
     """
 
     title: str
@@ -28,6 +29,7 @@ class Format:
     write: Callable[[Job, Path], Extras]
     use: tuple[str, ...]
     options: frozenset[str] = frozenset()
+    use_in_stores: tuple[str, ...] | None = None
 
 
 OUTLINES = frozenset({"simplify", "min_area"})
@@ -63,6 +65,10 @@ FORMATS = {
             "in a new project: Settings > Labeling Interface > Code, paste {stem}.xml",
             "Settings > Cloud Storage > Add Source Storage > Local files, {root}, and save it without a sync",
             "then Import > {out}",
+        ),
+        use_in_stores=(
+            "in a new project: Settings > Labeling Interface > Code, paste {stem}.xml",
+            "Settings > Cloud Storage > Add Source Storage, {root}, and save it without a sync; then Import > {out}",
         ),
     ),
     "geojson": Format("GeoJSON polygons", "polygons.geojson", geojson.write, (QGIS,), OUTLINES),

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 
 from ..errors import UserError
 from ..segment.names import Group
+from ..system.stores import File
 from .folder import PredictionFolder, Segmented
 
 
@@ -41,7 +41,7 @@ class Job:
         return iter(self.folder)
 
     @property
-    def root(self) -> Path:
+    def root(self) -> File:
         """The folder of images."""
         return self.folder.root
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from ..datasets import IGNORE
 from ..segment.names import as_hex
+from ..system.stores import Remote
 from .folder import Segmented
 from .job import Extras, Job
 from .runs import runs_of
@@ -51,8 +52,9 @@ def task(image: Segmented, job: Job) -> dict[str, Any]:
             rle = packed(runs.alternating(image.labels.size))
             value = {"format": "rle", "rle": list(rle), "brushlabels": [job.groups[runs.label].name]}
             result.append({"id": f"group{runs.label}", **about, **size, "value": value})
+    local = LOCAL + quote(f"{job.root.name}/{image.name}", errors="surrogateescape")
     return {
-        "data": {IMAGE: LOCAL + quote(f"{job.root.name}/{image.name}", errors="surrogateescape")},
+        "data": {IMAGE: str(image.file) if isinstance(image.file, Remote) else local},
         "predictions": [{"model_version": "smooseg_fast", "result": result}],
     }
 

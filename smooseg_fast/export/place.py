@@ -15,6 +15,7 @@ import numpy as np
 from ..datasets.imageerror import decoding
 from ..datasets.images import read_label
 from ..system.progress import say
+from ..system.stores import Remote
 
 DEGREES = "EPSG:4326"  # longitude and latitude on WGS 84
 INSTALL = "pip install 'smooseg_fast[polygons]'"
@@ -58,7 +59,8 @@ class Place:
 
 def place_of(path: Path, size: tuple[int, int]) -> Place | None:
     """The place of an image of this (height, width); None where the file tells none, or is of another size."""
-    if path.suffix.lower() not in (".tif", ".tiff") or not path.is_file() or not have_rasterio():
+    tiff = not isinstance(path, Remote) and path.suffix.lower() in (".tif", ".tiff") and path.is_file()
+    if not tiff or not have_rasterio():
         return None
     import rasterio
 

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from ..system.files import regular, write_json
+from ..system.files import read_text, regular, write_json
+from ..system.stores import File
 from .colours import palette
 
 Colour = tuple[int, int, int]
@@ -308,11 +309,11 @@ def write_groups(path: str | Path, groups: Sequence[Group]) -> Path:
     return write_json(path, {"groups": [group.as_json() for group in groups]})
 
 
-def read_groups(path: str | Path) -> list[Group]:
+def read_groups(path: File) -> list[Group]:
     """Read what `write_groups` wrote. UserError when the file is missing or not as it was written."""
     advice = "run the same smooseg predict again, which writes it"
     try:
-        content = json.loads(regular(path).read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
         return [
             Group(int(row["number"]), str(row["name"]), colour_of(row["colour"], "colour"), row["share"])
             for row in content["groups"]

@@ -74,7 +74,7 @@ class OutFolder:
                 raise UserError(f"--out {path}: holds {foreign[0]} but no {record}; give another folder") from None
             return
         except (OSError, TypeError, ValueError, RecursionError) as error:
-            why = f"{record}: {getattr(error, 'strerror', error)}"
+            why = f"{record}: {getattr(error, 'strerror', None) or error}"
             raise UserError(f"--out {path}: cannot be read ({why}); give another folder") from error
         for name, value in self.settings.items():
             if self.recorded.get(name) != value:
@@ -174,7 +174,7 @@ class Journal:
         try:
             texts = self._texts()
         except OSError as error:
-            why = f"cannot be read ({error.strerror}); change its permissions, or remove it"
+            why = f"cannot be read ({error.strerror or error}); change its permissions, or remove it"
             raise UserError(f"{self.path}: {why}") from error
         records, damaged = [], 0
         for lines in (text.split("\n") for text in texts):

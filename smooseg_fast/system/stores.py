@@ -7,22 +7,27 @@ whole or not at all, because a store shows a new object once all its bytes are t
 
 from __future__ import annotations
 
+import copy
 import errno
 import io
+import logging
+import os
 import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote, unquote
+from zipfile import BadZipFile
 
 from ..errors import UserError, WriteError
 from .ahead import ahead
+from .patience import S3_TRIES, patience, reason, tried
 
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")  # two letters at least: C:/ is a disk
 # the package behind a protocol
@@ -31,23 +36,19 @@ PACKAGES = {
     "https": "aiohttp", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs", "sftp": "paramiko",
     "ssh": "paramiko", "oss": "ossfs", "webdav": "webdav4", "libarchive": "libarchive-c",
 }  # fmt: skip
+ARCHIVES = ("zip", "tar", "libarchive")
+# stores whose folders are parts of names: what holds these, such as a bucket, is never made
+BUCKETS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "hf")
 # under which a listing keeps what changes with the bytes of a file, the most telling first
 STAMPS = (
     "ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "blob_id", "CRC", "crc32c", "LastModified",
     "last_modified", "Last-Modified", "updated", "mtime", "created",
 )  # fmt: skip
-TRIES, WAIT_S = 4, 0.5  # the pauses double
-CONNECT_S, READ_S = 20.0, 60.0  # of a web server that says nothing
 RECENT_BYTES, RECENT_S = 2**28, 10.0  # of files that are kept, because a header is read before its picture
 LARGE_BYTES = 2**28  # from which on a file is read by blocks
 FETCHED = 8  # files that are fetched ahead
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-
-class StoreError(OSError):
-    """A store does not give a file, or does not take it, after TRIES."""
 
 
 class Remote(str):
@@ -171,8 +172,13 @@ def require_local(path: object, flag: str) -> None:
 
 
 def filesystem(file: Remote) -> tuple[Any, str]:
-    """fsspec's file system for a file, and its path there. UserError without the package that its protocol needs."""
+    """fsspec's file system for a file, and its path there. UserError without the package that its protocol needs, and
+    for the URL of a file in no archive or bucket."""
     inner = file._inner
+    if file.protocol in ARCHIVES and not file.archive:
+        raise UserError(f"{file}: names no archive; give {inner or 'PATH'}, or {file.protocol}://::{inner or 'PATH'}")
+    if file.protocol in BUCKETS and not inner.strip("/"):
+        raise UserError(f"{file}: names no bucket; give {file.protocol}://BUCKET/FOLDER")
     system = _filesystem(file.protocol, "" if file.archive else inner.partition("/")[0], file.archive)
     return system, system._strip_protocol(f"{file.protocol}://{inner}")
 
@@ -185,52 +191,29 @@ def _filesystem(protocol: str, host: str, archive: str) -> Any:
         from fsspec.core import url_to_fs
         from fsspec.registry import known_implementations
 
-        options: dict[str, Any] = {}
-        if protocol in ("http", "https"):
-            from aiohttp import ClientTimeout
-
-            timeout = ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=READ_S)
-            options = {"client_kwargs": {"timeout": timeout}}
-        return tried(lambda: url_to_fs(url, **options)[0])
+        if "GCSFS_DEBUG" not in os.environ:  # it logs tracebacks of what it goes on to try in another way
+            logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+        schemes = {part.partition("://")[0].lower() for part in url.split("::") if "://" in part}
+        options = {scheme: patient for scheme in schemes if (patient := patience(scheme))}
+        system = tried(lambda: url_to_fs(url, **copy.deepcopy(options))[0])
+        if protocol in ("s3", "s3a"):
+            system.retries = min(system.retries, S3_TRIES)
+        return system
     except ImportError as error:
         wanted = [PACKAGES.get(part.partition("://")[0], "") for part in url.split("::")]
         package = " ".join(filter(None, wanted)) or error.name or "fsspec"
         raise UserError(f"{url}: needs a package that is not installed; pip install {package}") from error
     except FileNotFoundError as error:
         raise UserError(f"{url}: the archive is not there; check its path") from error
+    except BadZipFile as error:
+        raise UserError(f"{url}: is no zip archive, or damaged; copy it again") from error
     except (OSError, ValueError) as error:
         if protocol in known_implementations:
+            if "range requests" in str(error):
+                raise UserError(f"{url}: cannot be read in parts from that server; download the archive") from error
             raise UserError(f"{url}: cannot be opened ({reason(error)}); check the address") from error
         known = ", ".join(sorted(set(known_implementations) & {*PACKAGES, "zip"}))
         raise UserError(f"{url}: {protocol}:// is not known; known are {known}") from error
-
-
-def reason(error: BaseException) -> str:
-    """What a store says, in one line."""
-    text = (getattr(error, "strerror", None) or str(error) or type(error).__name__).strip().splitlines()[0]
-    return text if len(text) <= 200 else text[:197] + "..."
-
-
-def tried(action: Callable[[], Result]) -> Result:
-    """The result of `action`, which is repeated up to TRIES times where a connection breaks.
-
-    FileNotFoundError, PermissionError and ImportError at once; StoreError, an OSError too, when it fails for good.
-    """
-    for attempt in range(1, TRIES + 1):
-        try:
-            return action()
-        except (FileNotFoundError, PermissionError, ImportError, UserError):
-            raise
-        except (ValueError, NotImplementedError):  # what is asked for cannot be, so asking again is useless
-            raise
-        except Exception as error:  # each store has errors of its own
-            status = getattr(error, "status", None) or getattr(error, "code", None)
-            refused = isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)
-            if refused or attempt == TRIES:
-                times = "" if refused else f", {TRIES} times"
-                raise StoreError(errno.EIO, f"{reason(error)}{times}") from error
-            time.sleep(WAIT_S * 2 ** (attempt - 1))
-    raise AssertionError("unreachable")
 
 
 _recent: OrderedDict[tuple[str, str], tuple[float, bytes]] = OrderedDict()
@@ -309,6 +292,8 @@ def put(file: Remote, content: bytes) -> None:
         try:
             system.pipe_file(path, content)
         except FileNotFoundError:  # stores with real folders
+            if file.protocol in BUCKETS:
+                raise
             system.makedirs(system._parent(path), exist_ok=True)
             system.pipe_file(path, content)
 

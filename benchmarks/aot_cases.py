@@ -75,7 +75,7 @@ def pair_options_case(dtype: torch.dtype) -> None:
 
 
 def pair_bins_case() -> None:
-    """As many bins as the kernel counts, with a partner index."""
+    """Asks for as many bins as the kernel counts, with a partner index."""
     codes, partner = tensor(32, 784, 70), tensor(32, dtype=torch.int64)
     pair_histogram.pair_histogram.launcher(codes, codes, partner, similarity.LARGEST_BINS, -1.0, 1.0)
 

@@ -49,7 +49,7 @@ Encoded = tuple[bytes, tuple[int, int]]  # a picture as WebP or JPEG, and its (w
 
 @dataclass(frozen=True)
 class Atlas:
-    """What the numbers in the label maps of all tiles mean.
+    """Tells what the numbers in the label maps of all tiles mean.
 
     Attributes:
         groups: the number of groups of the masks, before merging.

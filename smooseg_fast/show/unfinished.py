@@ -1,5 +1,5 @@
-"""What is done of a map while it is segmented: its tiles and a journal, in a folder of their own, so that a stop or a
-kill loses minutes at most.
+"""Keeps the finished part of a map while it is segmented: tiles and a journal, in a folder of their own, so that a stop
+or a kill loses minutes at most.
 
 The journal names the checkpoint, the settings and the image. Another one of these starts over.
 """
@@ -109,7 +109,7 @@ def band_of(line: dict[str, Any]) -> Band:
 
 
 def of_map(home: Path, stem: str, keys: Sequence[Any]) -> Unfinished:
-    """What is done of a map in the folder `home` of predictions. keys: everything that decides its files."""
+    """Opens the finished part of a map in the folder `home` of predictions. keys: everything that decides its files."""
     return Unfinished(home / UNFINISHED / stem, {"keys": list(keys)})
 
 

@@ -46,7 +46,7 @@ class SimilarityConfig:
     Thresholds are those that are given, else those of --checkpoint, else those of --preset.
     """
 
-    data: Annotated[str | None, Group("data"), Value("FOLDER", usual=True)] = None
+    data: Annotated[str | None, Group("data"), Value("FOLDER", usual=True, stores=True)] = None
     """Folder of images in any nesting, as for training [that of the checkpoint; without one, the embedded demo]."""
     checkpoint: Annotated[str | None, Value("FILE")] = None
     """A checkpoint.safetensors that training wrote: take its features and its thresholds."""

@@ -92,7 +92,7 @@ def numbered(rows):
 
 
 def figures(row):
-    """What tells one binary from another."""
+    """Returns what tells one binary from another."""
     names = ("triton", "target", "kernel", "warps", "registers", "spills", "shared", "instructions", "per_row")
     return tuple(row.get(name) for name in names)
 

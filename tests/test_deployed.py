@@ -44,7 +44,7 @@ def segmenter_of(backbone, cut=None, merge=()):
 
 
 def deployed_labels(segmenter, image):
-    """What predict gives without mirroring and refinement."""
+    """Returns what predict gives without mirroring and refinement."""
     return segmenter.predict(image, mirror=False, refine="none", scale="native")
 
 

@@ -16,11 +16,11 @@ import smooseg_kernels as sk
 from smooseg_fast import evaluate, predict
 from smooseg_fast.command import run
 from smooseg_fast.datasets import IGNORE
-from smooseg_fast.datasets.reading import Picture
+from smooseg_fast.datasets.reading import Picture, Rectangle
 from smooseg_fast.errors import UserError
 from smooseg_fast.segment import refine
 from smooseg_fast.segment.grouping import Grouping
-from smooseg_fast.segment.refine import Patches, Plane, Rectangle, Refiner, refined_bands, refined_tiles
+from smooseg_fast.segment.refine import Patches, Plane, Refiner, refined_bands, refined_tiles
 from smooseg_fast.segment.tiles import label_bands
 from smooseg_kernels import edges
 

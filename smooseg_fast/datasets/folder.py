@@ -13,7 +13,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
 import numpy as np
 
@@ -25,7 +24,7 @@ from .labelmap import Rows, mask_of, opened_labels, read_in_windows, size_of_lab
 from .labels import Labelling
 from .listing import Tree
 from .masks import Mask, read_mask
-from .reading import Picture
+from .reading import Picture, Rectangle
 from .scan import IMAGE_FOLDERS, file_in, scan, split_folder
 
 SPLITS = {
@@ -36,21 +35,12 @@ SPLITS = {
 ALL_SPLITS = {word for words in SPLITS.values() for word in words}
 
 
-class Window(NamedTuple):
-    """Pixels of a map: rows `top` to `bottom` - 1, columns `left` to `right` - 1."""
-
-    top: int
-    left: int
-    bottom: int
-    right: int
-
-
 @dataclass(frozen=True, kw_only=True)
 class ImageFolder(Files):
     """A dataset of the image files in one folder; `open_folder` makes it."""
 
     labelling: Labelling | None = None  # shared by all splits; None without labels
-    windows: tuple[Window | None, ...] = ()  # the part of its file that each image is; None or () for all of it
+    windows: tuple[Rectangle | None, ...] = ()  # the part of its file that each image is; None or () for all of it
 
     @cached_property
     def class_names(self) -> tuple[str, ...] | None:
@@ -72,7 +62,7 @@ class ImageFolder(Files):
         """The classes uint8 [H,W] of a mask."""
         return mask.numbers.astype(np.uint8) if self.labelling is None else self.labelling(mask, path)
 
-    def window(self, index: int) -> Window | None:
+    def window(self, index: int) -> Rectangle | None:
         return self.windows[index] if self.windows else None
 
     def picture(self, index: int) -> Picture:

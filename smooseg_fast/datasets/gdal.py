@@ -25,7 +25,8 @@ DRIVERS = {
     ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP",
 }  # fmt: skip
 CACHE_BYTES = 2**26  # of GDAL's blocks, in place of a twentieth of the memory: windows are of whole blocks
-OPTIONS = {"GDAL_VRT_ENABLE_PYTHON": "NO", "GDAL_CACHEMAX": CACHE_BYTES}  # nothing in a map is run
+# nothing in a map is run
+OPTIONS = {"GDAL_VRT_ENABLE_PYTHON": "NO", "GDAL_CACHEMAX": CACHE_BYTES}
 ONE_MASK = {"alpha", "per_dataset"}  # flags of a mask for all bands, other than that of a value without data
 
 

@@ -28,6 +28,20 @@ Limits = tuple[float, float]
 _told: set[str] = set()  # groups without a range that were met
 
 
+class Rectangle(NamedTuple):
+    """Pixels of a picture: rows `top` to `bottom` - 1, columns `left` to `right` - 1."""
+
+    top: int
+    left: int
+    bottom: int
+    right: int
+
+    @property
+    def inside(self) -> tuple[slice, slice]:
+        """The index of these pixels in an array [H,W,...]."""
+        return slice(self.top, self.bottom), slice(self.left, self.right)
+
+
 class Picture(NamedTuple):
     """RGB `pixels` uint8 [H,W,3], and `valid` bool [H,W]: where they are measurements. None: everywhere."""
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from . import raster
 from .base import Dataset
-from .folder import ImageFolder, Window
+from .folder import ImageFolder
 from .images import ImageError, image_size
-from .reading import Reading
+from .reading import Reading, Rectangle
 
 WINDOW = 2048  # pixels of a window's side, at most
 
@@ -42,14 +42,14 @@ def with_windows(dataset: Dataset) -> Dataset:
     )
 
 
-def windows_of(file: object, reading: Reading) -> Sequence[Window | None]:
+def windows_of(file: object, reading: Reading) -> Sequence[Rectangle | None]:
     """The windows of a map, row by row, of nearly equal sizes; [None] of another image."""
     if isinstance(file, Path):
         with suppress(ImageError, OSError):  # whoever reads it learns of it
             if raster.in_windows(file, reading):
                 (tops, bottoms), (lefts, rights) = map(edges, image_size(file))
                 rows, columns = zip(tops, bottoms), [*zip(lefts, rights)]
-                return [Window(top, left, bottom, right) for top, bottom in rows for left, right in columns]
+                return [Rectangle(top, left, bottom, right) for top, bottom in rows for left, right in columns]
     return [None]
 
 
@@ -60,7 +60,7 @@ def edges(length: int) -> tuple[list[int], list[int]]:
     return places[:-1], places[1:]
 
 
-def window_names(name: str, windows: Sequence[Window | None]) -> list[str]:
+def window_names(name: str, windows: Sequence[Rectangle | None]) -> list[str]:
     """The names of the windows of the image `name`."""
     path, tops = Path(name), sorted({window.top for window in windows if window is not None})
     lefts = sorted({window.left for window in windows if window is not None})

@@ -18,11 +18,11 @@ from ..backbones.upsampler import Upsampler
 from ..config import Refine
 from ..datasets import IGNORE
 from ..datasets.cutting import Cutting
-from ..datasets.reading import Picture
+from ..datasets.reading import Picture, Rectangle
 from .grouping import Grouping
 from .model import Head
 from .names import Names
-from .refine import Plane, Rectangle, Refiner, refined_tiles
+from .refine import Plane, Refiner, refined_tiles
 from .tiles import TOP, Start, shared
 from .views import Views
 

@@ -26,7 +26,7 @@ from smooseg_kernels.rows import inverse_norms, unit_rows
 from ..config import Refine
 from ..datasets import IGNORE
 from ..datasets.images import ImageError
-from ..datasets.reading import Picture
+from ..datasets.reading import Picture, Rectangle
 from ..system.host import return_freed_memory
 from ..system.progress import say
 from .grouping import Grouping
@@ -45,20 +45,6 @@ JOINT_WINDOW, JOINT_SIGMAS = 5, (1.0, 0.03)  # patches; sigma of position in pat
 JOINT_DENSITY = 2  # the most cells per patch and axis that these windows grow by, because time grows with its square
 EXACT_PAIRS, EXACT_PASSES = 5e8, 11  # of pixels that a thread sums in a second; the kernel's sum, and ten iterations
 EXACT_NOTED_S, EXACT_LIMIT_S = 30.0, 3600.0  # from where a line gives the time of a picture, and where it is refused
-
-
-class Rectangle(NamedTuple):
-    """Pixels of a picture: rows `top` to `bottom` - 1, columns `left` to `right` - 1."""
-
-    top: int
-    left: int
-    bottom: int
-    right: int
-
-    @property
-    def inside(self) -> tuple[slice, slice]:
-        """The index of these pixels in an array [H,W,...]."""
-        return slice(self.top, self.bottom), slice(self.left, self.right)
 
 
 class Plane(NamedTuple):

@@ -73,7 +73,7 @@ class Folder(Protocol):
 
 
 def go_on() -> None:
-    """Do not stop."""
+    """Lets the work go on."""
 
 
 def segment_streamed(

@@ -47,7 +47,7 @@ def patience(protocol: str) -> dict[str, Any]:
 
 
 def reason(error: BaseException) -> str:
-    """What a store says, in one line."""
+    """Says in one line what went wrong."""
     text = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
     return text if len(text) <= 200 else text[:197] + "..."
 

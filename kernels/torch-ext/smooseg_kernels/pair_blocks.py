@@ -21,9 +21,8 @@ from .products import products
 
 # pairs in one block: a few matrices of this many numbers live at a time, on a CPU in its cache
 CPU_PAIRS, GPU_PAIRS = 1 << 20, 1 << 24
-JOINED_PAIRS = (
-    1 << 15
-)  # of an image, up to which one product for two gradients gains more than joining its factors costs
+# pairs of an image up to which one product for two gradients gains more than joining its factors costs
+JOINED_PAIRS = 1 << 15
 
 
 class Pairs(NamedTuple):

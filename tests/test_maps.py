@@ -1,11 +1,13 @@
 """Maps: where they lie, windows of them, the GeoTIFFs that predict writes, confidence and probabilities."""
 
+import base64
 import gc
 import json
 import os
 import shutil
 import signal
 import sys
+import zlib
 from itertools import product
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from smooseg_fast.segment.parts import LEVELS, margins, stored
 from smooseg_fast.segment.segmenter import Segmenter
 from smooseg_fast.show import cog
 from smooseg_fast.show.cog import CogWriter, Layout
+from smooseg_fast.show.looks import Band
 from smooseg_fast.show.outputs import PROBABILITIES, PhotoFiles, Plan
 from smooseg_fast.show.unfinished import Unfinished
 from smooseg_fast.system.signals import StopRequest
@@ -489,6 +492,39 @@ def test_another_key_starts_over(tmp_path):
     ]
     for key in ({"mirror": False, "stamp": ["a.tif", 3, 7]}, {"mirror": True, "stamp": ["a.tif", 3, 8]}):
         assert Unfinished(tmp_path / "a", key).kept("mask").rows == []
+
+
+DAMAGED_BANDS = {
+    "labels without a shape": {"labels": 3},
+    "labels that are no text": {"labels": [[1, 2], 3]},
+    "labels of another shape": {"labels": [[1, 3], base64.b85encode(zlib.compress(b"ab")).decode()]},
+    "labels that go on": {"labels": [[1, 2], base64.b85encode(zlib.compress(bytes(9))).decode()]},
+    "a margin in words": {"margins": ["a"]},
+    "rows below none": {"rows": -1},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_BANDS.values(), ids=DAMAGED_BANDS)
+def test_a_damaged_line_of_an_unfinished_map_is_left_out(tmp_path, damage):
+    band = Band(0, 2, np.array([[1, 2]], np.uint8), [0.5], 4)
+    Unfinished(tmp_path / "a", {}).see(band)
+    (kept,) = Unfinished(tmp_path / "a", {}).bands()
+    assert (kept.row, kept.rows, kept.margins, kept.count) == (0, 2, [0.5], 4)
+    np.testing.assert_array_equal(kept.labels, band.labels)
+    journal = tmp_path / "a" / "journal.jsonl"
+    first, line = map(json.loads, journal.read_text().splitlines())
+    journal.write_text(f"{json.dumps(first)}\n{json.dumps(line | damage)}\n")
+    assert Unfinished(tmp_path / "a", {}).bands() == []
+
+
+@pytest.mark.parametrize("place", [[0, 2**70], [2**70, 8], [0, 9], [0, 0]])
+def test_tiles_that_are_not_where_they_were_are_refused(tmp_path, place):
+    kept = Unfinished(tmp_path / "a", {}).kept("mask")
+    kept.path.write_bytes(bytes(8))
+    writer = CogWriter(Layout((4, 4), 255), tmp_path, kept)
+    with pytest.raises((ValueError, zlib.error)):
+        writer.restore([[place]])
+    writer.discard()
 
 
 def test_a_map_starts_over_where_its_finished_part_is_damaged(trained, one_map, monkeypatch, capsys):

@@ -172,15 +172,17 @@ class Level:
         [256]. zlib.error or ValueError where they are damaged."""
         if len(places) != self.tiles[1] * self.bands:
             raise ValueError("not as many tiles as a row has")
-        counts, places_left = np.zeros(256, np.int64), iter(places)
+        counts, places_left, end = np.zeros(256, np.int64), iter(places), self.file.seek(0, 2)
         for column in range(self.tiles[1]):
             size = min(SIDE, self.shape[0] - row * SIDE), min(SIDE, self.shape[1] - column * SIDE)
             bands = []
             for band in range(self.bands):
                 place, count = next(places_left)
+                if place + count > end:
+                    raise ValueError("a tile beyond the end")
                 self.packed[band, row, column] = place, count
                 self.file.seek(place)
-                data = zlib.decompress(self.file.read(count))
+                data = zlib.decompressobj().decompress(self.file.read(count), SIDE * SIDE + 1)
                 bands.append(np.frombuffer(data, np.uint8).reshape(SIDE, SIDE)[: size[0], : size[1]])
             counts += np.bincount(bands[0].ravel(), minlength=256)
             self._shrink(row, column, np.stack(bands, -1))

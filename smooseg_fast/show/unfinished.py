@@ -7,9 +7,11 @@ The journal names the checkpoint, the settings and the image. Another one of the
 from __future__ import annotations
 
 import base64
+import math
 import shutil
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,8 +70,9 @@ class Unfinished:
 
     def bands(self) -> list[Band]:
         """The look at the codes that have passed, by their rows."""
-        bands = [band_of(line) for line in self._lines if "band" in line]
-        return [*{band.row: band for band in bands}.values()]
+        bands = {line["band"]: band_of(line) for line in self._lines if "band" in line}
+        widths = {None if band.labels is None else band.labels.shape[1] for band in bands.values()}
+        return [*bands.values()] if len(widths) == 1 else []
 
     def see(self, band: Band) -> None:
         """Keep the look at a band of codes."""
@@ -91,9 +94,16 @@ def is_line(line: dict[str, Any]) -> bool:
     if "tiles" in line:
         places = line.get("places")
         return type(line.get("row")) is int and isinstance(places, list) and all(map(is_place, places))
-    if "band" in line:
-        return {"rows", "margins", "count", "labels"} <= line.keys()
-    return "key" in line
+    return is_band(line) if "band" in line else "key" in line
+
+
+def is_band(line: dict[str, Any]) -> bool:
+    with suppress(KeyError, TypeError, ValueError, zlib.error):
+        band = band_of(line)
+        numbers = all(type(number) is int and number >= 0 for number in (band.row, band.rows, band.count))
+        flat = band.labels is None or band.labels.ndim == 2
+        return numbers and flat and all(isinstance(margin, float) for margin in band.margins)
+    return False
 
 
 def is_place(place: Any) -> bool:
@@ -104,7 +114,8 @@ def band_of(line: dict[str, Any]) -> Band:
     labels = None
     if line["labels"] is not None:
         shape, packed = line["labels"]
-        labels = np.frombuffer(zlib.decompress(base64.b85decode(packed)), np.uint8).reshape(shape)
+        data = zlib.decompressobj().decompress(base64.b85decode(packed), math.prod(shape) + 1)
+        labels = np.frombuffer(data, np.uint8).reshape(shape)
     return Band(line["band"], line["rows"], labels, line["margins"], line["count"])
 
 

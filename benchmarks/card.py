@@ -214,6 +214,17 @@ def others(card: Card) -> None:
     timed_cell(card, "pairs", "stego_b32", PairProblem(P=121))
 
 
+def wide(card: Card) -> None:
+    """Many prototypes, wide rows and fp32, whose kernels have settings of their own."""
+    for K, H in ((100, 1), (100, 4)):
+        timed_cell(card, "objective", f"k{K}_h{H}", Problem(K=K, H=H))
+    for Z in (70, 256):
+        timed_cell(card, "pairs", f"d768_z{Z}", PairProblem(B=16, D=768, Z=Z))
+    for H in (1, 4):
+        timed_cell(card, "objective", f"fp32_h{H}", Problem(H=H, element=4), dtype="float32")
+    timed_cell(card, "pairs", "all_784", PairProblem(element=4), dtype="float32")
+
+
 def family(card: Card) -> None:
     """Losses of other trainers, and in the same run the formulas that those compute."""
     dtype = "float32" if card.tiny else "bfloat16"  # few channels: 16 bits would take some patches over the threshold
@@ -226,7 +237,7 @@ def family(card: Card) -> None:
 
 def edges(card: Card) -> None:
     """The dense CRF by all pairs of pixels and by the lattice, over the sizes between which one must choose."""
-    for side, iterations in ((8, 1),) if card.tiny else ((320, 10), (512, 10), (724, 1), (1024, 1)):
+    for side, iterations in ((8, 1),) if card.tiny else ((192, 10), (256, 10), (320, 10), (512, 10), (1024, 1)):
         problem = bench_crf.pixels(side)
         if iterations > 1 or card.tiny:
             timed_cell(card, "gaussian sums", f"{side}px", problem, dtype="float32")
@@ -331,6 +342,7 @@ PARTS: dict[str, Callable[[Card], None]] = {
     "gates": gates,
     "shipped": shipped,
     "others": others,
+    "wide": wide,
     "family": family,
     "edges": edges,
     "steps": steps,  # late, when compiling no longer takes the host's time

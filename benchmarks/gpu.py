@@ -40,6 +40,7 @@ PARTS = {
     "gates": 60,
     "shipped": 60,
     "others": 60,
+    "wide": 75,
     "family": 60,
     "edges": 45,
     "steps": 60,

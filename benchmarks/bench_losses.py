@@ -78,7 +78,7 @@ def dense_contrast(x: Rows, related: Tensor) -> tuple[Tensor, ...]:
     s, related = (c @ c.mT / TEMPERATURE).masked_fill(itself, -torch.inf), related & ~itself
     count = related.sum(2)
     loss = s.logsumexp(2) - torch.where(related, s, 0.0).sum(2) / count.clamp(min=1)
-    return (loss[count > 0].mean(),)
+    return (torch.where(count > 0, loss, 0.0).sum() / (count > 0).sum(),)  # without a wait for the card
 
 
 def contrast_labels(x: Rows, impl: str) -> tuple[Tensor, ...]:

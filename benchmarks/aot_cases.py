@@ -15,6 +15,7 @@ from smooseg_kernels.triton import (
     pair_histogram,
     pair_options,
     pairs,
+    projection,
     similarity,
 )
 
@@ -91,6 +92,15 @@ def contrast_case(dtype: torch.dtype, *, labels: bool = False, full: bool = Fals
     contrast.contrast_backward.launcher(sums, sums, *common, list(out), True, full, True, True)
 
 
+def projection_case(dtype: torch.dtype, H: int = 1, D: int = 384) -> None:
+    """A step's codes and their gradient to the projection, with dropout."""
+    B, P, Z, mask = 32, 784, 64, tensor(32, D)
+    shapes = (H, Z, D), (H, Z), (H, D, D), (H, D), (H, Z, D)
+    weights = [tensor(*shape).requires_grad_() for shape in shapes]
+    codes = projection.Projection.apply(tensor(B, P, D, dtype=dtype), mask, mask, *weights)
+    torch.autograd.grad(codes, weights, torch.empty_like(codes))
+
+
 # nearly the same programs as another case's, with fewer options or of another size: a sample does without
 REPEATED = ("bf16 H=1", "bf16 H=16", "fp16 H=1", "bf16 pairs, P=121", "bf16 pairs, D=768", "bf16 pairs, Z=200")
 REPEATED += ("bf16 contrast", "bf16 contrast, labels", "bf16 statistics", "fp32 statistics", "fp32 rows")
@@ -104,11 +114,13 @@ def shipped_cases(amount: str = "all") -> dict:
         "bf16 dropout": partial(objective_case, bf16, 1, scaled=True),
         "bf16 dropout, H=16": partial(objective_case, bf16, 16, scaled=True),
         "bf16 pairs": partial(pairs_case, bf16),
+        "bf16 projection": partial(projection_case, bf16),
     }
     if amount == "step":
         return cases
     for name, dtype, heads in (("bf16", bf16, 1), ("bf16", bf16, 16), ("fp16", fp16, 1), ("fp32", fp32, 1)):
         cases[f"{name} H={heads}"] = partial(objective_case, dtype, heads)
+    cases["fp16 projection, H=4, D=104"] = partial(projection_case, fp16, 4, 104)
     cases["bf16 H=16, K=100"] = partial(objective_case, bf16, 16, K=100)
     for name, dtype, heads in (("bf16", bf16, 1), ("bf16", bf16, 16), ("fp16", fp16, 16)):
         title = f"{name} every option" + (f", H={heads}" if heads > 1 else "")

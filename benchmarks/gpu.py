@@ -49,8 +49,9 @@ PARTS = {
 STAGES = {"main": 300, "tests": 150, "rivals": 300, "profile": 60}  # seconds by default
 RESERVE_S = 3  # of the main stage, for its summary
 # a captured step first: the kernels' own tests mostly compile
-TESTS = ("trainer_gpu", "triton_gpu", "triton_pair_energy_gpu", "triton_contrast", "crf", "pair_options", "triton_rows")
-TESTS += ("triton_objective", "triton_pair_energy", "triton_pair_sums", "clamped_partners", "similarity_statistics")
+TESTS = ("trainer_gpu", "triton_projection", "triton_gpu", "triton_pair_energy_gpu", "triton_contrast", "crf")
+TESTS += ("pair_options", "triton_rows", "triton_objective", "triton_pair_energy", "triton_pair_sums")
+TESTS += ("clamped_partners", "similarity_statistics")
 # cases of bench_operators.py as pytest's -k takes them; compiled forms take minutes and come last
 RIVALS = (
     "function and objective and (cityscapes_s8 or heads16) and graph and (torch or dense)",

@@ -56,7 +56,7 @@ def train_step(
     # on a CPU the projection casts its weights itself
     narrow = features.dtype.itemsize == 2 and features.device.type != "cpu"
     with torch.autocast(features.device.type, torch.bfloat16, enabled=narrow):
-        codes = heads.codes(features, linear_mask, hidden_mask)
+        codes = heads.codes(features, linear_mask, hidden_mask, settings.impl)
     loss = sk.smooseg_loss(
         features,
         codes,

@@ -1,4 +1,6 @@
-"""The model: a projection from features to codes, and prototypes with their slow teacher. Imports torch alone."""
+"""The model: a projection from features to codes, and prototypes with their slow teacher. Imports torch and
+smooseg_kernels alone.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,8 @@ from copy import deepcopy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from smooseg_kernels.dispatch import fused_projection
 
 from .kmeans import principal_directions, spherical_kmeans
 
@@ -32,12 +36,17 @@ class Projections(nn.Module):
 
 
 def codes_of(
-    features: Tensor, projection: Projection, linear_mask: Tensor | None = None, hidden_mask: Tensor | None = None
+    features: Tensor,
+    projection: Projection,
+    linear_mask: Tensor | None = None,
+    hidden_mask: Tensor | None = None,
+    impl: str = "auto",
 ) -> Tensor:
     """W1 (f * m1) + b1 + W3 SiLU(W2 (f * m2) + b2) + b3 for H heads at once. Lan et al. 2023, section 3.2.
 
     features [B,P,D] and masks [B,D] are common to the heads; the projection's weights are [H,.,D], its biases [H,.].
-    -> [H,B,P,Z]. The heads' W1 and W2 lie side by side, so that each is one matrix product.
+    -> [H,B,P,Z]. The heads' W1 and W2 lie side by side, so that each is one matrix product. On a card
+    `impl="triton"` takes fused kernels where they serve; "auto" does not, as no card has measured them yet.
     """
     linear, hidden, outer = projection.linear, projection.hidden, projection.outer
     if features.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -45,7 +54,8 @@ def codes_of(
         return InBlocks.apply(features, linear_mask, hidden_mask, *weights, torch.is_grad_enabled())
     if features.device.type == "cuda" and not torch.compiler.is_compiling():
         weights = (linear.weight, linear.bias + outer.bias, hidden.weight, hidden.bias, outer.weight)
-        return Whole.apply(features, linear_mask, hidden_mask, *weights)
+        fused = fused_projection(features, outer.weight.shape[1]) if impl == "triton" else None
+        return (fused or Whole).apply(features, linear_mask, hidden_mask, *weights)
     (B, P), (H, Z) = features.shape[:2], linear.bias.shape
     weight = linear.weight.flatten(0, 1)  # the mask rides on it, because it is smaller than the features
     straight = features @ (weight if linear_mask is None else weight * linear_mask[:, None, :]).mT
@@ -302,7 +312,13 @@ class Heads(nn.Module):
         head.load_state_dict({name: value[index] for name, value in self.state_dict().items()})
         return head.to(self.student.device)
 
-    def codes(self, features: Tensor, linear_mask: Tensor | None = None, hidden_mask: Tensor | None = None) -> Tensor:
+    def codes(
+        self,
+        features: Tensor,
+        linear_mask: Tensor | None = None,
+        hidden_mask: Tensor | None = None,
+        impl: str = "auto",
+    ) -> Tensor:
         """features [B,P,D]; masks [B,D] multiply an image's channels on the way into W1 and W2 -> [H,B,P,Z].
 
         Where the heads see N channels, the first N numbers of the masks count.
@@ -312,7 +328,7 @@ class Heads(nn.Module):
             linear_mask, hidden_mask = (
                 None if mask is None else mask[:, : self.basis.shape[1]] for mask in (linear_mask, hidden_mask)
             )
-        return codes_of(features, self.projection, linear_mask, hidden_mask)
+        return codes_of(features, self.projection, linear_mask, hidden_mask, impl)
 
     @torch.no_grad()
     def update_teacher(self, decay: float) -> None:

@@ -72,6 +72,15 @@ def triton_serves(prototypes: tuple[int, int], tensors: tuple[Tensor, ...]) -> b
     return fused.fits(*prototypes)
 
 
+def fused_projection(features: Tensor, Z: int) -> type[torch.autograd.Function] | None:
+    """Returns the projection in fused kernels (`triton.projection.Projection`) where it serves these features."""
+    if not HAS_TRITON:
+        return None
+    from .triton.projection import Projection, serves
+
+    return Projection if serves(features, Z) else None
+
+
 def clamps_partners(module: ModuleType) -> bool:
     """Tells whether the implementation's kernels clamp partner numbers themselves, which spares a launch."""
     return getattr(module, "CLAMPS_PARTNERS", False)

@@ -185,7 +185,8 @@ def outputs(root: Path) -> tuple[dict[Path, str], list]:
     shown = lines[lines["case"].isin(CASES) & ((lines["mode"] != "forward") | (lines["case"] == "assign"))]
     shown = shown[shown["impl"].isin(IMPLS) & ~shown["mode"].str.startswith("kernel")]
     main = shown[["device", "case", "sizes"]].apply(tuple, axis=1).isin(README)
-    main &= (shown["dtype"] == "float32") | shown["mode"].isin(["graph", "captured step"])
+    on_card = shown["mode"].isin(["graph", "captured step"])
+    main &= np.where(shown["dtype"] == "float32", shown["device"] == "cpu", on_card)
     trained = shown["case"].isin(CASES[:3])
     blocks = {
         "measured": table(shown[main]) + "\n\n" + LEGEND,

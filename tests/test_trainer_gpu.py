@@ -24,7 +24,7 @@ def images(tmp_path, monkeypatch):
     return [draw(number, 144, 192)[0] for number in range(6)]
 
 
-@pytest.mark.parametrize("impl", ["auto", "torch", "dense"])
+@pytest.mark.parametrize("impl", ["auto", "triton", "torch", "dense"])
 def test_two_textures_are_told_apart(images, impl):
     segmenter = smooseg_fast.fit(images, device="cuda", impl=impl, **SMALL)
     assert segmenter.head.teacher.is_cuda
@@ -101,13 +101,14 @@ def test_a_captured_step_reads_its_own_draws_and_batch(resident, patches, monkey
             assert same, (number, name)
 
 
+@pytest.mark.parametrize("impl", ["auto", "triton"])
 @pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize("patches", [None, 50])
-def test_a_captured_step_is_the_step(features, resident, patches):
+def test_a_captured_step_is_the_step(features, resident, patches, impl):
     """Replayed from a graph or not: the same heads; the steps that warm up leave no trace."""
     runs = []
     for capture in (True, False):
-        loop = loop_of(features, resident=resident, capture=capture, patches=patches)
+        loop = loop_of(features, resident=resident, capture=capture, patches=patches, impl=impl)
         losses = torch.stack([loop.step(step).total.clone() for step in range(55, 75)])
         assert loop.not_captured is None
         runs.append((losses, loop.heads.state_dict()))

@@ -232,7 +232,7 @@ class TrainConfig:
     """warn says when the labels of a head drift; stop ends the run early (all outputs are still written) once every
     head labels whole images instead of the things in them."""
     impl: Impl = "auto"
-    """How to compute the objective. A choice that cannot run is refused, never replaced."""
+    """How to compute the objective; triton fuses the projection too. A choice that cannot run is refused."""
     precision: Precision = "auto"
     """Number format of the projection's matrix products; weights, sums and the objective stay in float32. auto takes
     bfloat16 on a GPU and float32 elsewhere. On a CPU with AMX, bfloat16 takes about 0.6 of the time (384 channels, 784

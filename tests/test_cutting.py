@@ -14,7 +14,7 @@ from PIL import Image
 
 from smooseg_fast.backbones.base import Backbone
 from smooseg_fast.config import TrainConfig, preset, with_changes
-from smooseg_fast.datasets import cutting, open_dataset
+from smooseg_fast.datasets import cutting, images, open_dataset
 from smooseg_fast.datasets.cutting import TILES, TILES_OF_AN_IMAGE, Cutting, starts, tiles_of_an_image
 from smooseg_fast.datasets.images import cut_squares, resize_short_side
 from smooseg_fast.datasets.reading import Picture
@@ -307,7 +307,14 @@ def test_a_sheet_leaves_out_a_scale_that_would_enlarge_every_image_to_fit(monkey
     assert drawn[4:] == ["fit", "0.5", "native"]
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (37, 61), (640, 480), (1080, 1920), (333, 1000), (7, 1501)])
+def test_the_nearest_places_of_a_long_side_are_pillows():
+    row = Image.fromarray(np.arange(1501, dtype=np.int32)[None])
+    for width in (48_032, 128_871):
+        expected = np.asarray(row.resize((width, 1), Image.Resampling.NEAREST))[0]
+        assert np.array_equal(images._nearest(width, 1501), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (37, 61), (640, 480), (1080, 1920), (333, 1000), (7, 301)])
 @pytest.mark.parametrize("side", [1, 8, 63, 224, 601])
 def test_the_nearest_pixels_are_pillows(shape, side):
     image = np.random.default_rng(side).integers(0, 256, (*shape, 3), np.uint8)

@@ -19,7 +19,9 @@ from textures import draw
 
 from smooseg_fast import predict
 from smooseg_fast.command import run
-from smooseg_fast.datasets import IGNORE, gdal, georeference, images, raster, scaled, windows
+from smooseg_fast.config import TrainConfig
+from smooseg_fast.datasets import IGNORE, gdal, georeference, images, inspection, raster, scaled, windows
+from smooseg_fast.datasets.demo import datasets_of
 from smooseg_fast.datasets.folder import open_folder_splits
 from smooseg_fast.datasets.reading import PLAIN, Picture
 from smooseg_fast.measure.confusion import count_wholes
@@ -33,6 +35,7 @@ from smooseg_fast.show.cog import CogWriter, Layout
 from smooseg_fast.show.looks import Band
 from smooseg_fast.show.outputs import PROBABILITIES, PhotoFiles, Plan
 from smooseg_fast.show.unfinished import Unfinished
+from smooseg_fast.system import files, ranges, stores
 from smooseg_fast.system.signals import StopRequest
 
 tifffile = pytest.importorskip("tifffile")
@@ -56,10 +59,13 @@ def extra(place):
     ]
 
 
-def write_map(path, values, *, nodata=None, place=PLACE, **options):
-    """A GeoTIFF of values [H,W,n]."""
+def write_map(path, values, *, nodata=None, place=PLACE, mask=None, byteorder=None, **options):
+    """A GeoTIFF of values [H,W,n], with a mask [H,W] inside."""
     tags = extra(place) + ([] if nodata is None else [(42113, "s", 0, str(nodata), True)])
-    tifffile.imwrite(path, values, extratags=tags, **{"photometric": "rgb", "tile": (64, 64), **options})
+    with tifffile.TiffWriter(path, byteorder=byteorder) as file:
+        file.write(values, extratags=tags, **{"photometric": "rgb", "tile": (64, 64), **options})
+        if mask is not None:
+            file.write(mask, photometric="mask", subfiletype=4)
     return path
 
 
@@ -175,6 +181,14 @@ def test_a_file_has_the_layout_of_the_cloud(tmp_path, monkeypatch, bands, big):
 # windows
 
 
+COLOURS = np.random.default_rng(0).integers(0, 256, (3, 256)).astype(np.uint16) * 257
+
+
+def with_nan():
+    """Floats that are no number where there is no data."""
+    return np.where(scene() > 0, scene().astype(np.float32) / 255, np.float32(np.nan))
+
+
 def deep(kind):
     """Values of more than 8 bits."""
     return (scene().astype(kind) - 3) * (91 if np.dtype(kind).kind == "u" else 0.37)
@@ -187,6 +201,11 @@ MAPS = {
     "opacity": lambda: (np.dstack([scene(), scene()[..., 0]]), {"extrasamples": ["unassalpha"]}),
     "deep": lambda: (scene().astype(np.uint16) * 91, {"nodata": 0}),
     "grey": lambda: (scene()[..., 1].astype(np.float32) / 7, {"photometric": "minisblack", "nodata": 0}),
+    "not a number": lambda: (with_nan(), {"nodata": "nan"}),
+    "white at 0": lambda: (scene()[..., 1], {"photometric": "miniswhite"}),
+    "1 bit": lambda: (scene()[..., 1] > 90, {"photometric": "minisblack", "tile": None}),
+    "palette": lambda: (scene()[..., 1] // 9, {"photometric": "palette", "colormap": COLOURS, "nodata": 0}),
+    "mask": lambda: (scene(), {"mask": scene()[..., 0] > 0}),
 }
 
 
@@ -199,11 +218,27 @@ def test_windows_are_those_of_the_whole(tmp_path, reader, kind):
         picture = opened.picture
         assert picture.pixels.shape == whole.pixels.shape
         valid = np.ones((150, 210), bool) if whole.valid is None else whole.valid
+        assert valid.all() == (kind in ("strips", "white at 0", "1 bit"))
         for window in (np.s_[:, :], np.s_[3:70, 60:], np.s_[64:128, 64:65], np.s_[140:]):
             np.testing.assert_array_equal(picture.pixels[window], whole.pixels[window])
             assert picture.valid is None or (picture.valid[window] == valid[window]).all()
-        expected = images.read_samples(path).sample(500)
-        assert [sorted(sample) for sample in opened.sample(500)] == [sorted(sample) for sample in expected]
+        if kind not in ("white at 0", "1 bit"):  # Pillow has stretched or inverted these already
+            expected = images.read_samples(path).sample(500)
+            assert [sorted(sample) for sample in opened.sample(500)] == [sorted(sample) for sample in expected]
+
+
+@needs_gdal
+def test_every_band_may_have_its_value_without_data(tmp_path):
+    values, empty = np.maximum(scene(empty=False), 4), np.s_[:40, 150:]
+    values[empty] = (1, 2, 3)
+    write_map(tmp_path / "a.tif", values)
+    source = '<SimpleSource><SourceFilename relativeToVRT="1">a.tif</SourceFilename><SourceBand>{0}</SourceBand>'
+    band = '<VRTRasterBand dataType="Byte" band="{0}"><NoDataValue>{0}</NoDataValue>' + source
+    bands = "".join((band + "</SimpleSource></VRTRasterBand>").format(n) for n in (1, 2, 3))
+    (tmp_path / "a.vrt").write_text(f'<VRTDataset rasterXSize="210" rasterYSize="150">{bands}</VRTDataset>')
+    valid = images.read_picture(tmp_path / "a.vrt").valid
+    assert not valid[empty].any()
+    assert valid.sum() == 150 * 210 - 40 * 60
 
 
 def test_labels_of_a_map_in_windows_are_those_of_the_whole(tmp_path, reader, trained):
@@ -301,7 +336,9 @@ def test_predict_of_maps_and_photos(trained, folder_of_maps, reader, monkeypatch
     # once more: nothing is left to do; and then what was taken away
     before = files_and_times()
     assert call(trained, folder_of_maps) == 0
-    assert "2 of 2 images are done" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "2 of 2 images are done" in printed
+    assert printed.endswith("--format gpkg\n")
     assert files_and_times() == before
     Path("made/confidence/a.tif").unlink()
     assert call(trained, folder_of_maps, "--confidence") == 0
@@ -541,21 +578,145 @@ def test_a_map_starts_over_where_its_finished_part_is_damaged(trained, one_map, 
     np.testing.assert_array_equal(images.read_label(Path("made/masks/a.tif")), expected)
 
 
-def test_maps_in_a_store_are_geotiffs(trained, folder_of_maps):
-    memory = pytest.importorskip("fsspec").filesystem("memory")
-    words = ["--checkpoint", str(trained), "--images", str(folder_of_maps), "--no-mirror", "--out", "memory://maps19"]
+@pytest.fixture
+def store_of_a_map(one_map, reader, monkeypatch, tmp_path):
+    """A map in a store that gives 2,000 bytes at a time; asking for all of it is an error."""
+    fsspec = pytest.importorskip("fsspec")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name, size in {"LARGE_BYTES": 0, "SMALL_BYTES": 0, "BLOCK_BYTES": 2000, "SPARSE_BLOCK_BYTES": 2000}.items():
+        monkeypatch.setattr(stores, name, size)
+    monkeypatch.setattr(files, "SENT_BYTES", 0)
+    monkeypatch.setattr(ranges, "KEPT_BYTES", 6000)
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/scans/a.tif", (one_map / "a.tif").read_bytes())
+    whole = type(memory).cat_file
+
+    def parts(self, path, start=None, end=None, **options):
+        assert "scans" not in path or not path.endswith("a.tif") or 0 < end - start <= 2000
+        return whole(self, path, start=start, end=end, **options)
+
+    monkeypatch.setattr(type(memory), "cat_file", parts)
+    yield memory
+    memory.rm("/scans", recursive=True)
+
+
+@pytest.mark.parametrize("reader", ["tifffile"], indirect=True)
+def test_a_map_in_a_store_is_read_by_ranges_and_resumes(trained, one_map, store_of_a_map, monkeypatch, capsys):
+    memory, plain = store_of_a_map, StopRequest.check
+    words = ["--checkpoint", str(trained), "--no-mirror", "--scale", "native"]
+    words += ["--images", "memory://scans", "--out", "memory://made"]
+    monkeypatch.setattr(StopRequest, "check", counted(3))
+    with pytest.raises(Stop):
+        predict.main(words)
+    (journal,) = Path("cache").rglob("unfinished/*/a/journal.jsonl")
+    assert '"tiles"' in journal.read_text()
+    monkeypatch.setattr(StopRequest, "check", plain)
+    Image.fromarray(scene(60, 70, empty=False)).save("photo.png")
+    memory.pipe_file("/scans/photo.png", Path("photo.png").read_bytes())
+    capsys.readouterr()
     assert run(predict.main, words) == 0
-    Path("a.tif").write_bytes(memory.cat_file("/maps19/masks/a.tif"))
-    picture = images.read_picture(folder_of_maps / "a.tif")
-    np.testing.assert_array_equal(
-        images.read_label(Path("a.tif")), Segmenter.load(trained).predict(picture, mirror=False)
-    )
+    assert "resumed    a.tif with" in capsys.readouterr().err
+    assert not [*Path("cache").rglob("unfinished/*")]
+    Path("a.tif").write_bytes(memory.cat_file("/made/masks/a.tif"))
+    expected = Segmenter.load(trained).predict(one_map / "a.tif", mirror=False, scale="native")
+    np.testing.assert_array_equal(images.read_label(Path("a.tif")), expected)
     assert georeference.georeference_of(Path("a.tif")).tags == PLACE
-    assert memory.exists("/maps19/masks/photo.png")
-    assert memory.exists("/maps19/masks/a.tif.aux.xml")
+    assert memory.exists("/made/masks/photo.png")
+    assert memory.exists("/made/masks/a.tif.aux.xml")
+    assert run(predict.main, words) == 0
+    assert "2 of 2 images are done" in capsys.readouterr().out
+    memory.rm("/made", recursive=True)
+
+
+def test_windows_of_a_map_and_its_labels_in_a_store(store_of_a_map, one_map, monkeypatch):
+    monkeypatch.setattr(windows, "WINDOW", 100)
+    (one_map / "images").mkdir()
+    (one_map / "labels").mkdir()
+    (one_map / "a.tif").rename(one_map / "images/a.tif")
+    label = (np.arange(112)[:, None] // 50 + np.zeros(180, int)).astype(np.uint8)
+    write_map(one_map / "labels/a.tif", label, photometric="minisblack")
+    store_of_a_map.rm("/scans/a.tif")
+    for name in ("images/a.tif", "labels/a.tif"):
+        store_of_a_map.pipe_file(f"/scans/{name}", (one_map / name).read_bytes())
+    local, remote = (open_folder_splits(where)[0] for where in (one_map, "memory://scans"))
+    with remote.opened(0) as (picture, truth):
+        assert truth.shape == picture.pixels.shape[:2]
+        np.testing.assert_array_equal(truth[40:90], label[40:90])
+    local, remote = map(windows.with_windows, (local, remote))
+    assert remote.names == local.names
+    assert len(remote) == 4
+    np.testing.assert_array_equal(remote.picture(3).pixels, local.picture(3).pixels)
+    np.testing.assert_array_equal(remote.label(3), local.label(3))
+
+
+def test_ranges_of_a_file():
+    content, asked = bytes(range(256)) * 5, []
+
+    def read(start, end):
+        asked.append((start, end))
+        return content[start:end]
+
+    file = ranges.Ranges(read, len(content), 100)
+    for place, count in ((0, 5), (50, 200), (1270, 100), (1280, 1), (3, 90), (-1, 0)):
+        file.seek(max(0, place))
+        got = b""
+        while part := file.read(count - len(got)):
+            got += part
+        assert got == content[max(0, place) :][:count]
+    assert asked == [(0, 100), (100, 200), (200, 300), (1200, 1280)]
+    assert file.seek(-3, 2) == 1277
+    assert file.read(100) == content[-3:]
+    assert ranges.Ranges(lambda start, end: content, len(content), 100).readall() == content
+    with pytest.raises(OSError, match="0 of 100 bytes came"):
+        ranges.Ranges(lambda start, end: b"", 200, 100).read(1)
 
 
 # learning and measuring
+
+
+def test_a_map_at_the_scale_fit_is_read_in_part(tmp_path, reader, monkeypatch):
+    folder, label = tmp_path / "large", (np.arange(150)[:, None] // 50 + np.zeros(210, int)).astype(np.uint8)
+    for name in ("images", "labels"):
+        (folder / name).mkdir(parents=True)
+    write_map(folder / "images/a.tif", scene(), nodata=0)
+    Image.fromarray(label).save(folder / "labels/a.png")
+    whole = images.read_picture(folder / "images/a.tif")
+    middle = np.s_[3::6, 3::6]  # 150 x 210 pixels of which 1,000 may be read
+    for suffix in (".png", ".tif"):
+        train, _ = open_folder_splits(folder)
+        picture = train.picture(0)
+        np.testing.assert_array_equal(picture.pixels, whole.pixels[middle])
+        np.testing.assert_array_equal(picture.valid, whole.valid[middle])
+        np.testing.assert_array_equal(train.label(0), label[middle])
+        assert inspection.look(train, 0)[0] == (150, 210)
+        with train.opened(0) as (all_of_it, truth):
+            assert all_of_it.pixels.shape[:2] == truth.shape == (150, 210)
+        if suffix == ".png":
+            (folder / "labels/a.png").unlink()
+            write_map(folder / "labels/a.tif", label, photometric="minisblack")
+
+
+def test_a_map_that_is_seen_small_is_noted(tmp_path, reader):
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    write_map(folder / "a.tif", scene())
+    write_map(folder / "small.tif", scene(20, 30, empty=False))
+    note = "1 of 2 TIFFs and other maps that were looked at are large: seen whole, at the size of a square"
+    for scale, expected in ((("fit",), True), (("native",), False)):
+        train, _ = datasets_of(TrainConfig(data=str(folder), scale=scale))
+        assert any(note in line for line in train.notes) == expected
+
+
+def test_a_few_blocks_tell_the_mean_and_the_range_of_a_map(tmp_path, reader, monkeypatch):
+    values = np.full((320, 64 * 9, 3), 40, np.uint8)
+    values[:, 64:] = 80
+    with raster.opened(write_map(tmp_path / "a.tif", values), PLAIN) as opened:
+        full = opened.mean(2**20)
+        monkeypatch.setattr(raster, "SAMPLED_BLOCKS", 20)
+        some = opened.mean(2**20)
+        assert len(opened.sample(2**20)[0]) < values.size / 2
+    assert 75 < full[0] < 76
+    assert 60 < some[0] < 80
 
 
 def test_a_large_map_is_learnt_and_measured_in_windows(tmp_path, reader, trained, monkeypatch):

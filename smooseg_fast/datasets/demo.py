@@ -7,7 +7,7 @@ from . import Dataset, open_splits
 from .mosaic import Mosaic
 from .reading import Reading
 from .survey import settle
-from .windows import with_windows
+from .windows import with_note_of_maps, with_windows
 
 
 def demo_datasets() -> tuple[Mosaic, Mosaic]:
@@ -24,5 +24,5 @@ def datasets_of(config: TrainConfig) -> tuple[Dataset, Dataset | None]:
         return demo_datasets()
     train, val = settle(*open_splits(config.data, config.ignore), Reading.of(config))
     if config.scale == (FIT,):
-        return train, val
+        return with_note_of_maps(train), val
     return with_windows(train), None if val is None else with_windows(val)

@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..system.stores import File, place
 from . import formats, raster
 from .base import IGNORE, Files, Split, files_below, read_lines
-from .labelmap import Rows, mask_of, opened_labels, read_in_windows, size_of_labels
+from .labelmap import Rows, mask_of, opened_labels, read_in_windows, reduced_mask
 from .labels import Labelling
 from .listing import Tree
 from .masks import Mask, read_mask
@@ -65,35 +65,50 @@ class ImageFolder(Files):
     def window(self, index: int) -> Rectangle | None:
         return self.windows[index] if self.windows else None
 
+    def in_windows(self, index: int) -> bool:
+        """Whether an image lies in a map that is read in windows."""
+        return raster.in_windows(self.images[index], self.reading, self.page(index))
+
     def picture(self, index: int) -> Picture:
-        if (window := self.window(index)) is None:
+        """Read an image: a window of a map, or all of a map with a pixel of every few, LAZY_PIXELS at most."""
+        window = self.window(index)
+        if window is None and not self.in_windows(index):
             return super().picture(index)
+        if window is None:
+            return raster.reduced(self.images[index], self.reading, self.page(index))
         with raster.opened(self.images[index], self.reading, self.page(index)) as opened:
             return opened.part(*window)
 
     def label(self, index: int) -> np.ndarray | None:
+        """Read the label of what `picture` gives."""
         path, window = self.labels[index], self.window(index)
-        if window is None or path is None:
+        if path is None or (window is None and not self.in_windows(index)):
             return super().label(index)
-        if (shape := size_of_labels(path)) is not None:
-            self.require_size(index, shape)
-        return self.classes_of(mask_of(path, window), path)
+        page = read_in_windows(path)
+        if page is not None:
+            self.require_size(index, page.size)
+        if window is not None:
+            return self.classes_of(mask_of(path, window), path)
+        step = raster.step_of(raster.size_of(self.images[index], self.reading, self.page(index)))
+        if page is not None:
+            return self.classes_of(reduced_mask(path, page, step), path)
+        label = super().label(index)
+        return None if label is None else label[step // 2 :: step, step // 2 :: step].copy()
 
     @contextmanager
     def opened(self, index: int) -> Iterator[tuple[Picture, np.ndarray | Rows | None]]:
         """An image and its label, for those who take windows of the one and rows of the other: maps are read as they
         are used. Errors as of `picture` and `label`, here or there."""
         file, path = self.images[index], self.labels[index]
-        if not isinstance(file, Path) or self.windows or not raster.in_windows(file, self.reading, self.page(index)):
+        if self.windows or not self.in_windows(index):
             yield self.picture(index), self.label(index)
             return
         with raster.opened(file, self.reading, self.page(index)) as opened:
             page = read_in_windows(path)
             if path is None or page is None:
-                yield opened.picture, self.label(index)
+                yield opened.picture, super().label(index)
                 return
             self.require_size(index, page.size)
-            assert isinstance(path, Path)
             with opened_labels(path, page) as labels:
                 yield opened.picture, Rows(labels, partial(self.classes_of, path=path))
 

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from ..system.files import regular
-from . import formats
+from ..system.stores import is_url
+from . import formats, tiff
 from .header import Header
-from .imageerror import ImageError, decoding, require_bands
+from .imageerror import ImageError, decoding, open_image, require_bands
 from .reading import Samples
 
 INSTALL = "pip install 'smooseg_fast[maps]' to read it"
@@ -41,7 +42,8 @@ def alone(path: Path | str) -> bool:
 
 @contextmanager
 def opened(path: Path | str) -> Iterator[Any]:
-    """A map as a dataset of rasterio. ImageError where it cannot be read."""
+    """A map as a dataset of rasterio; in a store, a file of its own, which is read by ranges. ImageError where it
+    cannot be read."""
     if not available():
         raise ImageError(path, "a map that GDAL alone reads", INSTALL)
     import rasterio
@@ -54,11 +56,14 @@ def opened(path: Path | str) -> Iterator[Any]:
         warnings.simplefilter("ignore")  # that a picture has no place is no news
         with decoding(path):
             stack.enter_context(rasterio.Env(**OPTIONS))
-            dataset = stack.enter_context(rasterio.open(regular(path), driver=driver))
+            if driver == "VRT" and is_url(path):
+                raise ImageError(path, "a list of other files, which cannot be read in a store", "give these files")
+            file = stack.enter_context(open_image(path)) if is_url(path) else regular(path)
+            dataset = stack.enter_context(rasterio.open(file, driver=driver))
         yield dataset
 
 
-def reference_of(path: Path) -> bytes | None:
+def reference_of(path: Path | str) -> bytes | None:
     """A GeoTIFF of one pixel that lies where the map at `path` begins; None where GDAL does not know the place."""
     import rasterio
 
@@ -87,7 +92,9 @@ class Bands:
         alpha = colours.index("alpha") if "alpha" in colours else None
         require_bands(max(bands or (1,)), dataset.count, path)
         self._chosen = list(bands or (range(1, 4) if dataset.count - (alpha is not None) >= 3 else [1]))
-        self.size, (self.kind, *_), self.nodata = dataset.shape, dataset.dtypes, dataset.nodata
+        self.size, (self.kind, *_) = dataset.shape, dataset.dtypes
+        nodata = tuple(dataset.nodatavals[band - 1] for band in self._chosen)
+        self.nodata = nodata[0] if len(set(nodata)) == 1 else nodata
         if self.kind.startswith("complex"):
             raise ImageError(path, "a map of complex numbers", "write their lengths, which gdal_translate can")
         flags = {flag.name for flag in dataset.mask_flag_enums[self._chosen[0] - 1]}
@@ -100,6 +107,8 @@ class Bands:
         self.colour = self._colours is not None or [colours[band - 1] for band in self._chosen] == [
             "red", "green", "blue",
         ]  # fmt: skip
+        self._bits = int(dataset.tags(self._chosen[0], ns="IMAGE_STRUCTURE").get("NBITS", 8))
+        self._inverted = self._colours is None and dataset.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"
         self.sides = dataset.block_shapes[0]
 
     def window(self, top: int, left: int, bottom: int, right: int) -> Samples:
@@ -114,7 +123,9 @@ class Bands:
             values, nodata = self._colours[values[..., 0].astype(np.uint8)], None
             if missing is not None:
                 alpha = np.where(missing, 0, 255 if alpha is None else alpha).astype(np.uint8)
-        return Samples(np.ascontiguousarray(values), self.kind, self.colour, alpha, nodata)
+        elif self._bits < 8 and not isinstance(nodata, tuple):
+            values, nodata = tiff.widened(values, self._bits, nodata)
+        return Samples(np.ascontiguousarray(values), self.kind, self.colour, alpha, nodata, self._inverted)
 
 
 def samples_of(path: Path | str, bands: tuple[int, ...] | None, most: int) -> Samples:
@@ -140,5 +151,5 @@ def header_of(path: Path | str) -> Header:
             space="",
             pages=1,
             bytes=height * width * dataset.count * np.dtype(first.kind).itemsize,
-            nodata=first.nodata,
+            nodata=first.nodata[0] if isinstance(first.nodata, tuple) else first.nodata,
         )

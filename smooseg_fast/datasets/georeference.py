@@ -10,6 +10,7 @@ from io import BytesIO
 from pathlib import Path
 
 from ..system.files import regular
+from ..system.stores import File, Remote
 from . import gdal, tiff
 
 SCALE, TIEPOINT, MATRIX = 33550, 33922, 34264  # ModelPixelScale, ModelTiepoint and ModelTransformation
@@ -28,22 +29,23 @@ class Georeference:
     tags: Mapping[int, tuple[float, ...] | tuple[int, ...] | bytes]
 
 
-def georeference_of(path: Path, page: int = 1) -> Georeference | None:
+def georeference_of(path: File, page: int = 1, *, sparse: bool = False) -> Georeference | None:
     """The place of a picture on the earth; None where nothing tells it.
 
     From the tags of a TIFF, else from GDAL where rasterio is installed (other formats, .aux.xml), else from a world
-    file next to it. A TIFF that has to be turned upright has none.
+    file next to it; files next to one in a store are not looked for. A TIFF that has to be turned upright has none.
+    sparse: as for `tiff.pages_of`.
     """
-    tags = tiff.tags_of(path, page)
+    tags = tiff.tags_of(path, page, sparse=sparse)
     if tags is not None:
         place = _of_tags(tags)
         if tags.get(274, 1) != 1:
             return None
-        if place.tags:
-            return place
+        if place.tags or isinstance(path, Remote):
+            return place if place.tags else None
     if gdal.available():
         return None if (pixel := gdal.reference_of(path)) is None else _of_tags(next(tiff.directories(BytesIO(pixel))))
-    return None if (matrix := world_file(path)) is None else of_transform(matrix)
+    return None if isinstance(path, Remote) or (matrix := world_file(path)) is None else of_transform(matrix)
 
 
 def _of_tags(tags: tiff.Tags) -> Georeference:

@@ -47,7 +47,7 @@ class Header(NamedTuple):
             kind=page.kind,
             bands=bands,
             colour=page.colour,
-            opacity=page.opacity is not None,
+            opacity=page.opacity is not None or page.mask is not None,
             space=space,
             pages=pages,
             bytes=int(page.nbytes),

@@ -171,6 +171,8 @@ def look(dataset: Dataset, index: int) -> tuple[tuple[int, int] | None, np.ndarr
     size = None
     try:
         size = dataset.image(index).shape[:2]
+        if isinstance(dataset, ImageFolder) and dataset.in_windows(index):  # of which a part was read
+            size = dataset.size(index)
         label = dataset.label(index)
     except UserError as error:
         return size, None, str(error)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..system.stores import File, Remote
 from . import gdal, raster, tiff
 from .imageerror import ImageError, decoding
 from .masks import Mask, MaskKind, Tally, packed, read_mask, tally, whole_numbers
@@ -16,9 +17,9 @@ ROWS = 512  # that are counted at a time
 
 
 def read_in_windows(path: object) -> tiff.Page | None:
-    """The tags of a label file that is read in windows: a large TIFF on a disk of one band, upright, of numbers or of a
-    palette. None for others, which are read whole."""
-    page = tiff.page_of(path, 1) if isinstance(path, Path) else None
+    """The tags of a label file that is read in windows: a large TIFF of one band, upright, of numbers or of a palette.
+    None for others, which are read whole."""
+    page = tiff.page_of(path, 1) if isinstance(path, (Path, Remote)) else None
     if page is None or page.width * page.height <= raster.LAZY_PIXELS:
         return None
     plain = (
@@ -30,14 +31,11 @@ def read_in_windows(path: object) -> tiff.Page | None:
 class LabelMap:
     """A label file that is open. `size` is (height, width)."""
 
-    def __init__(self, path: Path, page: tiff.Page, read: Callable[[int, int, int, int], np.ndarray]):
+    def __init__(self, path: File, page: tiff.Page, read: Callable[[int, int, int, int], np.ndarray]):
         self.path, self.size, self._read, self._palette = path, page.size, read, None
         self._kind: MaskKind = "numbers" if page.kind == "uint8" else "deep"
         if page.photometric == tiff.PALETTE:
-            tags = tiff.tags_of(path, 1)
-            assert tags is not None
-            colours = np.array(tags[320], np.int64).reshape(3, -1).T[:256] >> 8
-            self._kind, self._palette = "palette", packed(np.pad(colours, ((0, 256 - len(colours)), (0, 0))))
+            self._kind, self._palette = "palette", packed(tiff.palette_of(path, page))
 
     def window(self, top: int, left: int, bottom: int, right: int) -> Mask:
         """The rows `top` to `bottom` - 1 and columns `left` to `right` - 1. ImageError where the file is damaged."""
@@ -47,7 +45,7 @@ class LabelMap:
 
 
 @contextmanager
-def opened_labels(path: Path, page: tiff.Page) -> Iterator[LabelMap]:
+def opened_labels(path: File, page: tiff.Page) -> Iterator[LabelMap]:
     """Open a label file for which `read_in_windows` gave this page."""
     if gdal.available():
         from rasterio.windows import Window
@@ -67,15 +65,21 @@ def mask_of(path: object, window: tuple[int, int, int, int]) -> Mask:
     if page is None:
         mask, (top, left, bottom, right) = read_mask(path), window  # type: ignore[arg-type]
         return Mask(mask.kind, mask.numbers[top:bottom, left:right], mask.palette)
-    assert isinstance(path, Path)
+    assert isinstance(path, (Path, Remote))
     with opened_labels(path, page) as labels:
         return labels.window(*window)
 
 
-def size_of_labels(path: object) -> tuple[int, int] | None:
-    """(height, width) of a label file that is read in windows; None of others."""
-    page = read_in_windows(path)
-    return None if page is None else page.size
+def reduced_mask(path: File, page: tiff.Page, step: int) -> Mask:
+    """A label file for which `read_in_windows` gave this page, of which every `step`-th pixel is taken as
+    `raster.Raster.reduced` does. ImageError where it is damaged."""
+    height, width = page.size
+    with opened_labels(path, page) as labels:
+        parts = []
+        for top in range(0, height, ROWS):
+            mask = labels.window(top, 0, min(top + ROWS, height), width)
+            parts.append(mask.numbers[(step // 2 - top) % step :: step, step // 2 :: step].copy())
+    return Mask(mask.kind, np.concatenate(parts), mask.palette)
 
 
 def counted(path: object) -> Tally:
@@ -83,7 +87,7 @@ def counted(path: object) -> Tally:
     page = read_in_windows(path)
     if page is None:
         return tally(path)  # type: ignore[arg-type]
-    assert isinstance(path, Path)
+    assert isinstance(path, (Path, Remote))
     counts: dict[int, int] = {}
     with opened_labels(path, page) as labels:
         height, width = labels.size

@@ -25,12 +25,14 @@ _UPRIGHT = {
 def samples_of(image: Image.Image, tags: Page | None, source: str | None) -> Samples:
     """The values of a decoded image of any mode; `tags` are those of a TIFF, and `source` is its format."""
     deep = image.mode.startswith("I;16") or image.mode in ("I", "F")
-    nodata = None if tags is None or image.mode == "P" else tags.nodata
+    nodata = None if tags is None else tags.nodata
     if not deep:
         if nodata is not None and tags is not None and tags.photometric == 0:
             nodata = 255 - nodata  # Pillow inverts 8 bits
         data = tags is not None and tags.opacity is None  # a fourth band is data unless it is declared as opacity
         alpha = None if data or not image.has_transparency_data else _opacity(image)
+        if nodata is not None and image.mode == "P":  # a number of a colour
+            alpha, nodata = np.where(np.asarray(image) == nodata, np.uint8(0), np.uint8(255)), None
         return Samples(_rgb(image), "uint8", alpha=alpha, nodata=nodata)
     values = np.asarray(image)
     if tags is not None:

@@ -6,6 +6,8 @@ which those of a few rows are kept: memory grows with the map's width alone.
 
 from __future__ import annotations
 
+import math
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,6 +19,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..system.files import state_of
+from ..system.stores import File
 from . import gdal, tiff
 from .imageerror import ImageError, decoding, require_bands
 from .reading import SAMPLED, Picture, Range, Reading, Samples, group_of, limits_of, shown
@@ -25,6 +29,7 @@ LAZY_PIXELS = 2**26  # of a map from which on it is read in windows
 BLOCK = 512  # pixels of a block's side, about
 BLOCK_BYTES = 2**30  # that a strip or tile of the file may take
 KEPT_ROWS = 4  # of blocks
+SAMPLED_BLOCKS = 1000  # of which mean and range of a map are taken
 
 
 class Source(Protocol):
@@ -40,10 +45,18 @@ class Source(Protocol):
 
 
 class TiffSource:
-    """A TIFF as tifffile decodes it."""
+    """A TIFF as tifffile decodes it. mask: see `tiff.opened_mask`."""
 
-    def __init__(self, page: tiff.Page, segments: tiff.Segments, bands: tuple[int, ...] | None, path: Path | str):
-        if page.photometric not in (*tiff.GREY, tiff.COLOUR, tiff.YCBCR) or page.kind.startswith("complex"):
+    def __init__(
+        self,
+        page: tiff.Page,
+        segments: tiff.Segments,
+        mask: tiff.Segments | None,
+        bands: tuple[int, ...] | None,
+        path: Path | str,
+    ):
+        kinds = (*tiff.GREY, tiff.COLOUR, tiff.YCBCR, tiff.PALETTE)
+        if page.photometric not in kinds or page.kind.startswith("complex"):
             raise ImageError(path, "a map of neither grey values nor colours", gdal.INSTALL)
         if segments.nbytes > BLOCK_BYTES:
             raise ImageError(path, "a strip or tile of it takes more than 1 GiB", "write it again in tiles")
@@ -53,25 +66,52 @@ class TiffSource:
         self._opacity = None if opacity in chosen else opacity  # unless asked for as data
         self._bands = chosen if self._opacity is None else (*chosen, self._opacity)
         self.size, self.kind, self.sides = page.size, page.kind, segments.sides
-        self.colour = page.colour and max(chosen) < 3
-        self.masked = self._opacity is not None or page.nodata is not None or page.kind.startswith("float")
+        self._palette = tiff.palette_of(path, page) if page.photometric == tiff.PALETTE else None
+        self._mask = mask if opacity is None else None
+        self.colour = self._palette is not None or (page.colour and max(chosen) < 3)
+        some_missing = self._opacity is not None or self._mask is not None or page.nodata is not None
+        self.masked = some_missing or page.kind.startswith("float")
 
     def window(self, top: int, left: int, bottom: int, right: int) -> Samples:
         values, alpha = self._segments.window(self._bands, top, left, bottom, right), None
         if self._opacity is not None:
             alpha, values = tiff.opaque(values[..., -1]), values[..., :-1]
-        page = self._page
-        return Samples(values, self.kind, self.colour, alpha, page.nodata, page.photometric == 0)
+        if self._mask is not None:
+            alpha = tiff.shown_by(self._mask, top, left, bottom, right)
+        page, nodata = self._page, self._page.nodata
+        if page.bits < 8 and page.photometric in tiff.GREY:
+            values, nodata = tiff.widened(values, page.bits, nodata)
+        if self._palette is not None:
+            if nodata is not None:
+                missing, nodata = values[..., 0] == nodata, None
+                alpha = np.where(missing, 0, 255 if alpha is None else alpha).astype(np.uint8)
+            values = self._palette[values[..., 0].astype(np.uint8)]
+        return Samples(values, self.kind, self.colour, alpha, nodata, page.photometric == 0)
 
 
-def in_windows(path: Path, reading: Reading, page: int | None = None) -> bool:
-    """Whether a map is read in windows here: a large TIFF, or a kind that GDAL alone reads."""
-    if gdal.alone(path) or not (gdal.available() or find_spec("tifffile") is not None):
-        return gdal.alone(path)
-    tags = tiff.page_of(path, page or reading.first_page)
+def in_windows(path: File, reading: Reading, page: int | None = None, *, sparse: bool = False) -> bool:
+    """Whether a map is read in windows here: a large TIFF, or a kind that GDAL alone reads. sparse: as for
+    `tiff.pages_of`."""
+    if gdal.alone(path):
+        return True
+    tags = tiff.page_of(path, page or reading.first_page, sparse=sparse)
     if tags is not None:
-        return tags.width * tags.height > LAZY_PIXELS
+        return tags.width * tags.height > LAZY_PIXELS and (gdal.available() or find_spec("tifffile") is not None)
     return path.suffix.lower() in gdal.SUFFIXES and gdal.available()
+
+
+def size_of(path: File, reading: Reading, page: int | None = None, *, sparse: bool = False) -> tuple[int, int]:
+    """(height, width) of a map that is read in windows, as stored. ImageError where it cannot be opened."""
+    tags = tiff.page_of(path, page or reading.first_page, sparse=sparse)
+    if tags is not None:
+        return tags.size
+    with gdal.opened(path) as dataset:
+        return dataset.shape
+
+
+def step_of(size: tuple[int, int]) -> int:
+    """Every how many pixels of a map (height, width) one is taken so that LAZY_PIXELS are left at most."""
+    return math.ceil(math.sqrt(size[0] * size[1] / LAZY_PIXELS))
 
 
 @contextmanager
@@ -89,8 +129,24 @@ def opened(path: Path | str, reading: Reading, page: int | None = None) -> Itera
         else:
             with decoding(path):
                 segments = stack.enter_context(tiff.opened_segments(path, tags))
-            source = TiffSource(tags, segments, reading.bands, path)
+                mask = stack.enter_context(tiff.opened_mask(path, tags))
+            source = TiffSource(tags, segments, mask, reading.bands, path)
         yield Raster(path, source, reading)
+
+
+_reducing, _reduced = threading.Lock(), OrderedDict[tuple[Any, ...], Picture]()
+
+
+def reduced(path: File, reading: Reading, page: int | None = None) -> Picture:
+    """A map with a pixel of every few, see `Raster.reduced`. The last one stays in memory, because reading it takes all
+    of the file; one is read at a time. ImageError where it cannot be read."""
+    key = str(path), state_of(path), reading, page
+    with _reducing:
+        if key not in _reduced:
+            _reduced.clear()
+            with opened(path, reading, page) as map_:
+                _reduced[key] = map_.reduced()
+        return _reduced[key]
 
 
 class Raster:
@@ -127,7 +183,7 @@ class Raster:
     def sample(self, most: int) -> list[np.ndarray]:
         """As `Samples.sample` of the whole: the measurements in about `most` pixels, of all bands or of each."""
         step, parts = max(1, round((self.height * self.width / most) ** 0.5)), []
-        for top, bottom, left, right in self._rows():
+        for top, bottom, left, right in self._some():
             values = self.read(top, left, bottom, right)
             rows, columns = slice(-top % step, None, step), slice(-left % step, None, step)
             alpha = None if values.alpha is None else values.alpha[rows, columns]
@@ -137,7 +193,7 @@ class Raster:
     def mean(self, most: int) -> np.ndarray | None:
         """The mean colour of the measurements in about `most` pixels; None where there is none."""
         step, total, count = max(1, int((self.height * self.width / most) ** 0.5)), np.zeros(3), 0
-        for top, bottom, left, right in self._rows():
+        for top, bottom, left, right in self._some():
             rows, columns = slice(top + -top % step, bottom, step), slice(left + -left % step, right, step)
             part = self.block(top // self._sides[0], left // self._sides[1])
             inside = slice(rows.start - top, None, step), slice(columns.start - left, None, step)
@@ -145,12 +201,34 @@ class Raster:
             total, count = total + part.pixels[inside][valid].sum(0, dtype=np.float64), count + int(valid.sum())
         return total / count if count else None
 
+    def reduced(self) -> Picture:
+        """One pixel of every `step_of` rows and columns, the middle one, as `Scaled` takes the nearest."""
+        step = step_of(self.source.size)
+        height, width = (len(range(step // 2, side, step)) for side in self.source.size)
+        pixels, valid = np.empty((height, width, 3), np.uint8), np.ones((height, width), bool)
+        for top, bottom, left, right in self._rows():
+            part = shown(self.read(top, left, bottom, right), self.reading)
+            down, across = ((step // 2 - start) % step for start in (top, left))
+            inside = slice(down, None, step), slice(across, None, step)
+            small, y, x = part.pixels[inside], (top + down) // step, (left + across) // step
+            target = slice(y, y + small.shape[0]), slice(x, x + small.shape[1])
+            pixels[target], valid[target] = small, self.valid_of(part)[inside]
+        return Picture(pixels, None if valid.all() else valid)
+
     def _rows(self) -> Iterator[tuple[int, int, int, int]]:
         """(top, bottom, left, right) of all blocks, row by row."""
         down, across = self._sides
         for top in range(0, self.height, down):
             for left in range(0, self.width, across):
                 yield top, min(top + down, self.height), left, min(left + across, self.width)
+
+    def _some(self) -> list[tuple[int, int, int, int]]:
+        """As `_rows`, but of more than SAMPLED_BLOCKS one of each of as many equal parts."""
+        blocks = list(self._rows())
+        if len(blocks) <= SAMPLED_BLOCKS:
+            return blocks
+        picked = np.random.default_rng(len(blocks)).random(SAMPLED_BLOCKS)  # a fixed step could fall into one column
+        return [blocks[int((number + share) * len(blocks) / SAMPLED_BLOCKS)] for number, share in enumerate(picked)]
 
     def block(self, row: int, column: int) -> Picture:
         """A block as RGB, from the last ones or from the file."""

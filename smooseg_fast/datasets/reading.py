@@ -57,7 +57,7 @@ class Samples(NamedTuple):
         kind: their type on disk, such as "uint16"; "uint8" is shown as it is.
         colour: whether three bands are declared to be red, green and blue.
         alpha: opacity, uint8 [H,W]; None for opaque images.
-        nodata: the value that stands for no measurement; None if there is none.
+        nodata: the value that stands for no measurement, of all bands or of each; None if there is none.
         inverted: low values are bright.
     """
 
@@ -65,7 +65,7 @@ class Samples(NamedTuple):
     kind: str
     colour: bool = True
     alpha: np.ndarray | None = None
-    nodata: float | None = None
+    nodata: float | tuple[float | None, ...] | None = None
     inverted: bool = False
 
     @property
@@ -82,10 +82,13 @@ class Samples(NamedTuple):
         """Where each value is a measurement, bool [h,w,bands], of every `step`-th row and column."""
         values = self.values[rows][::step, ::step]
         measured = np.isfinite(values) if values.dtype.kind == "f" else np.ones(values.shape, bool)
-        if self.nodata is not None and np.isfinite(self.nodata):
-            with np.errstate(over="ignore"):
-                # GDAL writes the number of float32 data with more digits than they have
-                measured &= values != (values.dtype.type(self.nodata) if values.dtype.kind == "f" else self.nodata)
+        of_bands = enumerate(self.nodata) if isinstance(self.nodata, tuple) else [(slice(None), self.nodata)]
+        for band, nodata in of_bands:
+            if nodata is not None and np.isfinite(nodata):
+                with np.errstate(over="ignore"):
+                    # GDAL writes the number of float32 data with more digits than they have
+                    missing = values.dtype.type(nodata) if values.dtype.kind == "f" else nodata
+                measured[..., band] &= values[..., band] != missing
         if self.alpha is not None:
             measured &= self.alpha[rows][::step, ::step, None] > 0
         return measured

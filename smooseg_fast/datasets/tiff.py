@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -21,7 +21,7 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2 as Tags
 
 from ..system.terminal import about
 from .imageerror import ImageError, decoding, open_image, require_bands
-from .reading import Samples
+from .reading import Samples, turned
 
 INSTALL = "pip install 'smooseg_fast[tiff]' to read it"
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -29,6 +29,7 @@ SEGMENT_BYTES = 2**32  # that a strip or tile may take
 GREY, COLOUR, PALETTE, YCBCR = (0, 1), 2, 3, 6  # PhotometricInterpretation; of GREY, 0 is white at 0
 REDUCED, MASK = 1, 4  # bits of NewSubfileType
 ALPHA = (1, 2)  # ExtraSamples: multiplied in, or not
+WEBP = 50001  # a compression that Pillow knows and its wheels lack
 NAMES = {1: "uint", 2: "int", 3: "float"}  # SampleFormat
 PILLOW_GREY = {"uint8", "uint16", "int16", "uint32", "int32", "float32"}
 
@@ -44,6 +45,7 @@ class Page:
         bits: of a value.
         extra: ExtraSamples, the meaning of each band beyond the grey or the colours.
         nodata: the value that stands for no measurement, from GDAL's tag; None without it.
+        mask: a page of the same size that is 0 where there is no measurement; None without one.
     """
 
     number: int
@@ -57,6 +59,7 @@ class Page:
     extra: tuple[int, ...]
     orientation: int
     nodata: float | None
+    mask: Page | None = None
 
     @classmethod
     def of(cls, number: int, tags: Tags) -> Page:
@@ -115,7 +118,7 @@ class Page:
 
     def needs_tifffile(self, bands: tuple[int, ...] | None) -> bool:
         """Whether Pillow cannot read it, or not these bands (from 1), with all their values."""
-        if self.compression not in COMPRESSION_INFO:
+        if self.compression not in COMPRESSION_INFO or self.compression == WEBP:
             return True
         if self.bands == 1:
             whites = self.photometric == 0 and self.kind not in ("uint8", "uint16", "float32")
@@ -129,25 +132,36 @@ class Page:
         return bands is not None and (self.extra[:1] == (1,) or max(bands) > 3) and self.photometric == COLOUR
 
 
-def pages_of(path: Path | str) -> Iterator[Page]:
-    """The pages of a TIFF file, without the reduced copies and masks of a pyramid; none of another or a damaged
-    file."""
+def pages_of(path: Path | str, *, sparse: bool = False) -> Iterator[Page]:
+    """The pages of a TIFF file with their masks, without the reduced copies of a pyramid; none of another or a damaged
+    file. sparse: its pixels are not read afterwards, so that a store is asked for the tags alone."""
+    return (page for page, _ in _pages_of(path, sparse))
+
+
+def _pages_of(path: Path | str, sparse: bool) -> Iterator[tuple[Page, Tags]]:
+    waiting: tuple[Page, Tags] | None = None  # the last page, whose mask may follow
     try:
-        with about(path), open_image(path) as file:
+        with about(path), open_image(path, sparse=sparse) as file:
             before, copies = None, []
             for number, tags in enumerate(directories(file)):
                 page = Page.of(number, tags)
                 if tags.get(254, 0) & (REDUCED | MASK) or tags.get(255, 1) == 2:
-                    copies.append(page)
+                    copies.append((page, tags))
+                    if tags.get(254, 0) & MASK and waiting is not None and waiting[0].size == page.size:
+                        waiting = replace(waiting[0], mask=page), waiting[1]
                 elif before is None or not _halved(before, page.size):
-                    yield page
+                    if waiting is not None:
+                        yield waiting
+                    waiting = page, tags
                 before = page.size
-            if len(copies) == number + 1:  # a copy without its picture
+            if copies and len(copies) == number + 1:  # a copy without its picture
                 yield copies[0]
     except ImageError:  # the file cannot be fetched
         raise
     except Exception:  # damaged tags make the reader raise nearly anything: Pillow tells what is wrong with the file
-        return
+        pass
+    if waiting is not None:
+        yield waiting
 
 
 def count_pages(path: Path | str) -> int:
@@ -155,9 +169,9 @@ def count_pages(path: Path | str) -> int:
     return sum(1 for _ in pages_of(path))
 
 
-def page_of(path: Path | str, number: int) -> Page | None:
-    """Page `number`, from 1; None when the file is no TIFF, or has fewer."""
-    return next(islice(pages_of(path), number - 1, None), None)
+def page_of(path: Path | str, number: int, *, sparse: bool = False) -> Page | None:
+    """Page `number`, from 1; None when the file is no TIFF, or has fewer. sparse: as for `pages_of`."""
+    return next(islice(pages_of(path, sparse=sparse), number - 1, None), None)
 
 
 def read(path: Path | str, page: Page, bands: tuple[int, ...] | None) -> Samples:
@@ -192,6 +206,38 @@ def read(path: Path | str, page: Page, bands: tuple[int, ...] | None) -> Samples
         nodata=page.nodata,
         inverted=page.photometric == 0,
     ).turned(page.orientation)
+
+
+@contextmanager
+def opened_mask(path: Path | str, page: Page) -> Iterator[Segments | None]:
+    """The mask of a page, whose values are 0 where there is no measurement; None without one or without tifffile."""
+    if page.mask is None or find_spec("tifffile") is None or find_spec("imagecodecs") is None:
+        yield None
+        return
+    with decoding(path):
+        segments = opened_segments(path, page.mask)
+    with segments as mask:
+        yield mask
+
+
+def masked(path: Path | str, page: Page, samples: Samples) -> Samples:
+    """The values of a whole page, transparent where its mask is 0."""
+    with opened_mask(path, page) as mask:
+        if mask is None or samples.alpha is not None:
+            return samples
+        alpha = shown_by(mask, 0, 0, *page.size)
+    return samples._replace(alpha=turned(alpha, page.orientation))
+
+
+def shown_by(mask: Segments, top: int, left: int, bottom: int, right: int) -> np.ndarray:
+    """The opacity uint8 of a window of a mask."""
+    return np.where(mask.window((0,), top, left, bottom, right)[..., 0], np.uint8(255), np.uint8(0))
+
+
+def widened(values: np.ndarray, bits: int, nodata: float | None) -> tuple[np.ndarray, float | None]:
+    """Grey values of less than 8 bits, and the one without data, as uint8 from black to white."""
+    step = 255 // (2**bits - 1)
+    return values.astype(np.uint8) * np.uint8(step), None if nodata is None else nodata * step
 
 
 def opaque(alpha: np.ndarray) -> np.ndarray:
@@ -271,13 +317,17 @@ class Segments:
         return segment[0]
 
 
-def tags_of(path: Path | str, page: int) -> Tags | None:
+def tags_of(path: Path | str, page: int, *, sparse: bool = False) -> Tags | None:
     """All tags of page `number`, from 1; None where `page_of` is."""
-    first = page_of(path, page)
-    if first is None:
-        return None
+    return next((tags for _, tags in islice(_pages_of(path, sparse), page - 1, None)), None)
+
+
+def palette_of(path: Path | str, page: Page) -> np.ndarray:
+    """The colours uint8 [256,3] of a page of a palette."""
     with about(path), open_image(path) as file:
-        return next(islice(directories(file), first.number, None))
+        tags = next(islice(directories(file), page.number, None))
+    colours = np.array(tags[320], np.int64).reshape(3, -1).T[:256] >> 8
+    return np.pad(colours, ((0, 256 - len(colours)), (0, 0))).astype(np.uint8)
 
 
 def directories(file: BinaryIO) -> Iterator[Tags]:

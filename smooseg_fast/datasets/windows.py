@@ -7,13 +7,21 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from . import raster
+from ..system.ahead import ahead
+from ..system.stores import File
+from . import gdal, raster
 from .base import Dataset
+from .evenly import evenly
 from .folder import ImageFolder
-from .images import ImageError, image_size
+from .imageerror import ImageError
 from .reading import Reading, Rectangle
 
 WINDOW = 2048  # pixels of a window's side, at most
+MAPS = (".tif", ".tiff", *gdal.SUFFIXES)
+LOOKED_AT = 32  # files to see whether there are maps among them
+ASKED = 16  # files of a store whose tags are read at the same time
+
+Size = tuple[int, int]
 
 
 def with_windows(dataset: Dataset) -> Dataset:
@@ -23,7 +31,7 @@ def with_windows(dataset: Dataset) -> Dataset:
     """
     if not isinstance(dataset, ImageFolder):
         return dataset
-    windows = [windows_of(file, dataset.reading) for file in dataset.images]
+    windows = [windows_of(size) for size in sizes_of_maps(dataset.images, dataset.reading)]
     maps = sum(len(of_image) > 1 for of_image in windows)
     if not maps:
         return dataset
@@ -42,15 +50,42 @@ def with_windows(dataset: Dataset) -> Dataset:
     )
 
 
-def windows_of(file: object, reading: Reading) -> Sequence[Rectangle | None]:
-    """The windows of a map, row by row, of nearly equal sizes; [None] of another image."""
-    if isinstance(file, Path):
+def with_note_of_maps(dataset: Dataset) -> Dataset:
+    """The same images, with a note where there are large maps among a few of them: they are seen small."""
+    if not isinstance(dataset, ImageFolder):
+        return dataset
+    looked_at = evenly([file for file in dataset.images if file.suffix.lower() in MAPS], LOOKED_AT)
+    maps = sum(size is not None for size in sizes_of_maps(looked_at, dataset.reading))
+    if not maps:
+        return dataset
+    some = f"{maps} of {len(looked_at)} TIFFs and other maps that were looked at are large"
+    note = f"{some}: seen whole, at the size of a square; --scale native learns from all their pixels"
+    return replace(dataset, notes=(*dataset.notes, note))
+
+
+def sizes_of_maps(files: Sequence[File], reading: Reading) -> list[Size | None]:
+    """(height, width) of the maps that are read in windows, None of other files. Asks a store for the tags of TIFFs, of
+    several at a time."""
+
+    def size(file: File) -> Size | None:
         with suppress(ImageError, OSError):  # whoever reads it learns of it
-            if raster.in_windows(file, reading):
-                (tops, bottoms), (lefts, rights) = map(edges, image_size(file))
-                rows, columns = zip(tops, bottoms), [*zip(lefts, rights)]
-                return [Rectangle(top, left, bottom, right) for top, bottom in rows for left, right in columns]
-    return [None]
+            local = isinstance(file, Path)
+            if (local or file.suffix.lower() in MAPS) and raster.in_windows(file, reading, sparse=not local):
+                return raster.size_of(file, reading, sparse=not local)
+        return None
+
+    if all(isinstance(file, Path) for file in files):
+        return [*map(size, files)]
+    return [*ahead(size, files, threads=ASKED, waiting=4 * ASKED)]
+
+
+def windows_of(size: Size | None) -> Sequence[Rectangle | None]:
+    """The windows of a map, row by row, of nearly equal sizes; [None] of another image."""
+    if size is None:
+        return [None]
+    (tops, bottoms), (lefts, rights) = map(edges, size)
+    rows, columns = zip(tops, bottoms), [*zip(lefts, rights)]
+    return [Rectangle(top, left, bottom, right) for top, bottom in rows for left, right in columns]
 
 
 def edges(length: int) -> tuple[list[int], list[int]]:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..datasets.images import ImageError, read_label, read_picture
+from ..datasets.images import ImageError
 from ..datasets.reading import Reading
 from ..errors import UserError
 from ..segment.checkpoint import read_checkpoint
@@ -17,6 +17,7 @@ from ..system.files import regular
 from .predictions import GROUPS, SHARES, Item, Predictions, reduced
 from .report import PAGE, Page, write_page
 from .report_tiles import TILES, read_tiles
+from .streamed import shown_of
 
 
 def write_folder_page(
@@ -29,8 +30,7 @@ def write_folder_page(
     for item in done:
         if item.name not in known:
             with suppress(ImageError):  # removed or damaged since
-                pixels = read_picture(item.file, reading, item.page).pixels
-                tiles.add(item.name, *reduced(pixels, read_label(folder.mask(item))), None)
+                tiles.add(item.name, *reduced(*shown_of(item, folder.mask(item), reading)), None)
     return write_page_of(folder.path, folder.path / PAGE, times)
 
 

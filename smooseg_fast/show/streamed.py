@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 from zlib import crc32
@@ -14,15 +14,16 @@ import numpy as np
 
 from ..datasets import IGNORE, gdal, raster
 from ..datasets.georeference import WORLD_FILES, Georeference, georeference_of
-from ..datasets.images import read_label, read_picture
+from ..datasets.images import ImageError, read_label, read_picture
 from ..datasets.reading import Picture, Reading
 from ..datasets.scaled import Scaled
 from ..segment.names import Group
 from ..segment.parts import parts_at
 from ..segment.segmenter import Segmenter
+from ..system.ahead import ahead
 from ..system.files import open_binary
-from ..system.progress import say
-from ..system.stores import File, Remote
+from ..system.progress import SILENT_S, Bar, say
+from ..system.stores import File
 from ..system.terminal import printable
 from . import cog
 from .looks import Look
@@ -34,6 +35,7 @@ OVERLAY_PIXELS = 2**24  # an overlay of a larger image is reduced to as many
 TIFFS = (".tif", ".tiff")
 SHEET_PIXELS = 2**20  # of a map on the sheet
 BAND = 512  # rows that are reduced at a time
+ASKED = 16  # files of a store whose tags are read at the same time
 
 Shares = dict[str, float]  # group -> share of an image's pixels that show data; empty where none does
 Stamp = list[str | int] | None
@@ -60,13 +62,14 @@ class Folder(Protocol):
     groups: Sequence[Group]
     colours: np.ndarray
 
-    def unfinished(self, item: Any, folders: Sequence[Any], shape: tuple[int, int]) -> Unfinished | None: ...
+    def unfinished(self, item: Any, folders: Sequence[Any], shape: tuple[int, int]) -> Unfinished: ...
     def mask(self, item: Any) -> Path: ...
     def known(self, item: Any) -> Shares | None: ...
     def plan(self, item: Any, shape: tuple[int, int]) -> Plan: ...
     def look(self) -> Look | None: ...
     def draw(self, item: Any, small: np.ndarray, labels: np.ndarray, look: Look | None) -> None: ...
     def note(self, item: Any, noted: dict[str, Any], shares: Shares) -> Shares: ...
+    def flush(self) -> None: ...
     def write(
         self, item: Any, image: np.ndarray, labels: np.ndarray, noted: dict[str, Any], look: Look | None
     ) -> Shares: ...
@@ -100,20 +103,32 @@ def segment_streamed(
         shape = picture.pixels.shape[:2]
         plans = {n: folder.plan(item, (shape[0], shape[1])) for n, folder in folders.items() if n not in shares}
         if not item.map:
-            labels = filled(segmenter, picture, {n: PhotoFiles(plan) for n, plan in plans.items()}, options, check)
+            photo_files = {n: PhotoFiles(plan) for n, plan in plans.items()}
+            labels = filled(segmenter, picture, photo_files, options, lambda _: check())
             noted = {"stamp": stamp, "seconds": round(time.perf_counter() - started, 4)}
             return {
                 n: folder.write(item, picture.pixels, labels[n], noted, folder.look()) for n, folder in folders.items()
             }
-        place = georeference_of(Path(item.file), item.page or reading.first_page)
+        place = georeference_of(item.file, item.page or reading.first_page)
         todo = [folders[number] for number in plans]
         unfinished = todo[0].unfinished(item, todo, (shape[0], shape[1])) if todo else None
-        counts = filled(segmenter, picture, map_files(item, plans, place, unfinished), options, check, unfinished)
+        files = map_files(item, plans, place, unfinished)
+        rows = min((one.rows for one in files.values()), default=0)
+        title = printable(item.name)
+        with Bar(total=shape[0], initial=rows, desc=title, unit="row", delay=SILENT_S, leave=False) as bar:
+
+            def passed(bottom: int) -> None:
+                bar.update(max(0, bottom - bar.n))
+                check()
+
+            counts = filled(segmenter, picture, files, options, passed, unfinished)
         shares |= {number: shares_of(of_labels) for number, of_labels in counts.items()}
         for folder in folders.values():
             folder.draw(item, *map_at(picture, folder.mask(item), OVERLAY_PIXELS), folder.look())
     noted = {"stamp": stamp, "seconds": round(time.perf_counter() - started, 4)}
     shares = {number: folder.note(item, noted, shares[number]) for number, folder in folders.items()}
+    for folder in folders.values():
+        folder.flush()
     if unfinished is not None:
         unfinished.remove()
     return shares
@@ -142,7 +157,7 @@ def map_files(
 def opened_map(item: Item, reading: Reading) -> Iterator[Picture | None]:
     """The picture of a map that is read as it is used; None for others, which are read whole. ImageError where it
     cannot be read."""
-    if item.map and isinstance(item.file, Path) and raster.in_windows(item.file, reading, item.page):
+    if item.map and raster.in_windows(item.file, reading, item.page):
         with raster.opened(item.file, reading, item.page) as opened:
             yield opened.picture
     else:
@@ -150,22 +165,25 @@ def opened_map(item: Item, reading: Reading) -> Iterator[Picture | None]:
 
 
 def maps_among(items: Sequence[Item], reading: Reading) -> list[bool]:
-    """Which items lie on the earth, by their tags or a world file, or are read in windows; none in a store, whose files
-    are read whole."""
-    folders: dict[Path, bool] = {}  # whether there are world files
-    answers = []
-    for item in items:
-        file = item.file
-        if isinstance(file, Remote):
-            answers.append(False)
-            continue
-        if file.parent not in folders:
-            folders[file.parent] = any(path.suffix.lower() in WORLD_FILES for path in file.parent.iterdir())
-        may_lie = file.suffix.lower() in (*TIFFS, *gdal.SUFFIXES) or folders[file.parent]
-        page = item.page or reading.first_page
-        on_earth = may_lie and georeference_of(file, page) is not None
-        answers.append(on_earth or (may_lie and raster.in_windows(file, reading, item.page)))
-    return answers
+    """Which items lie on the earth, by their tags or a world file, or are read in windows. World files in a store are
+    not looked for."""
+    folders = {item.file.parent for item in items if isinstance(item.file, Path)}
+    worlds = {folder for folder in folders if any(path.suffix.lower() in WORLD_FILES for path in folder.iterdir())}
+
+    def is_map(item: Item) -> bool:
+        if item.file.suffix.lower() not in (*TIFFS, *gdal.SUFFIXES) and item.file.parent not in worlds:
+            return False
+        on_earth = georeference_of(item.file, item.page or reading.first_page, sparse=True) is not None
+        return on_earth or raster.in_windows(item.file, reading, item.page, sparse=True)
+
+    def is_map_in_store(item: Item) -> bool:
+        with suppress(ImageError):  # whoever reads it learns of it
+            return is_map(item)
+        return False
+
+    if all(isinstance(item.file, Path) for item in items):
+        return [*map(is_map, items)]
+    return [*ahead(is_map_in_store, items, threads=ASKED, waiting=4 * ASKED)]
 
 
 def filled(
@@ -173,10 +191,11 @@ def filled(
     picture: Picture,
     sinks: Mapping[int, MapFiles | PhotoFiles],
     options: Options,
-    check: Callable[[], None],
+    check: Callable[[int], None],
     unfinished: Unfinished | None = None,
 ) -> dict[int, np.ndarray]:
-    """Segment a picture into sinks, by their numbers of groups -> what these return at the end."""
+    """Segment a picture into sinks, by their numbers of groups -> what these return at the end. check: called with the
+    row below every part."""
     if not sinks:
         return {}
     soft = any(sink.plan.more for sink in sinks.values())
@@ -191,7 +210,7 @@ def filled(
         with segmenter.memory("image", options.get("scale"), options.get("short_side")):
             for place, part in parts_at(cuts, picture, soft=soft, rows=[sink.rows for sink in each], **options):
                 each[place].put(part)
-                check()
+                check(part.place.bottom)
         return {number: sink.close() for number, sink in sinks.items()}
 
 

@@ -1,12 +1,14 @@
 """Keeps the finished part of a map while it is segmented: tiles and a journal, in a folder of their own, so that a stop
 or a kill loses minutes at most.
 
-The journal names the checkpoint, the settings and the image. Another one of these starts over.
+The journal names the checkpoint, the settings and the image. Another one of these starts over. For predictions in a
+store, the folder lies in the cache of this machine.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import math
 import shutil
 import zlib
@@ -18,12 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from ..system.files import finite
+from ..system.files import default_cache, finite
 from ..system.outfolder import Journal
+from ..system.stores import File
 from .cog import Places
 from .looks import Band
 
 UNFINISHED = ".unfinished"  # the folder of all maps under way, next to the masks
+CACHED = "unfinished"  # that of predictions in stores, in the cache
 JOURNAL, FORMAT = "journal.jsonl", 1
 
 
@@ -119,11 +123,19 @@ def band_of(line: dict[str, Any]) -> Band:
     return Band(line["band"], line["rows"], labels, line["margins"], line["count"])
 
 
-def of_map(home: Path, stem: str, keys: Sequence[Any]) -> Unfinished:
-    """Opens the finished part of a map in the folder `home` of predictions. keys: everything that decides its files."""
-    return Unfinished(home / UNFINISHED / stem, {"keys": list(keys)})
+def home_of(predictions: File) -> Path:
+    """The folder of all maps under way of the predictions in a folder, on this disk."""
+    if isinstance(predictions, Path):
+        return predictions / UNFINISHED
+    url = str(predictions).rstrip("/")
+    return default_cache() / CACHED / hashlib.sha256(url.encode()).hexdigest()[:16]
 
 
-def forget(home: Path) -> None:
+def of_map(predictions: File, stem: str, keys: Sequence[Any]) -> Unfinished:
+    """Opens the finished part of a map in a folder of predictions. keys: everything that decides its files."""
+    return Unfinished(home_of(predictions) / stem, {"keys": list(keys)})
+
+
+def forget(predictions: File) -> None:
     """Remove what earlier commands left of maps that are done or gone."""
-    shutil.rmtree(home / UNFINISHED, ignore_errors=True)
+    shutil.rmtree(home_of(predictions), ignore_errors=True)

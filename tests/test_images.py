@@ -370,8 +370,10 @@ def test_what_is_no_image_is_named(tmp_path, content):
 
 
 def test_a_missing_file_is_an_image_error(tmp_path):
-    with pytest.raises(ImageError, match=r"x\.png: cannot be decoded \(No such file or directory\)"):
+    with pytest.raises(ImageError, match=r"x\.png: no such file; check the path"):
         read_image(tmp_path / "x.png")
+    with pytest.raises(ImageError, match="is a folder; give an image in it"):
+        read_image(tmp_path)
 
 
 # decoding: big scans. Pillow's limit is made small instead of the images big.

@@ -28,7 +28,7 @@ from smooseg_fast.datasets.images import ImageError, read_image
 from smooseg_fast.datasets.shards import expanded, pair_of
 from smooseg_fast.errors import WriteError
 from smooseg_fast.segment.segmenter import Segmenter
-from smooseg_fast.system import outfolder, patience, stores
+from smooseg_fast.system import outfolder, patience, signals, stores
 from smooseg_fast.system.files import write_json
 from smooseg_fast.system.outfolder import Journal, mark_as_ours
 from smooseg_fast.system.patience import StoreError
@@ -197,6 +197,25 @@ def test_a_web_server(served):
         open_dataset(f"{address}/nope", "train")
 
 
+def test_a_web_page_that_lists_nothing_is_one_line(served):
+    pytest.importorskip("aiohttp")
+    folder, address = served
+    (folder / "index.html").write_text("<html>hello</html>")
+    with pytest.raises(UserError, match=f"^--data {address}: the server's page there lists no files; give an address"):
+        open_dataset(address, "train")
+
+
+def test_a_private_repository_names_the_login(monkeypatch):
+    """The hub says of it that it is not there."""
+
+    def hidden(folder):
+        raise FileNotFoundError(2, "Repository Not Found")
+
+    monkeypatch.setattr("smooseg_fast.datasets.listing.entries", hidden)
+    with pytest.raises(UserError, match=r"^--data hf://datasets/a/b: no such .* for a private one run hf auth login"):
+        open_dataset("hf://datasets/a/b", "train")
+
+
 # tar shards
 
 
@@ -308,7 +327,8 @@ def test_a_broken_connection_is_tried_again_and_then_is_the_images_own_error(mem
     with pytest.raises(ImageError) as raised:
         read_image("memory://set/images/1.png")
     why = (
-        "cannot be fetched (connection reset, 4 times); check the connection and your rights, and run the command again"
+        "cannot be fetched (connection reset, 4 times); "
+        "check the address, the connection and your rights, and run the command again"
     )
     assert str(raised.value) == f"memory://set/images/1.png: {why}"
     assert isinstance(raised.value.path, Remote)
@@ -330,6 +350,31 @@ class Answered(OSError):
 
 
 @pytest.mark.parametrize(
+    ("url", "error", "what"),
+    [
+        ("s3://b/x", NoCredentialsError("Unable to locate credentials"), "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and"),
+        ("s3://b/x", Answered(400), "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and"),  # expired, says its HEAD
+        ("s3://b/x", Answered(301), "set AWS_DEFAULT_REGION to the region of the bucket"),
+        ("s3://b/x", OSError("the region 'us-east-1' is wrong; expecting 'eu-west-1'"), "set AWS_DEFAULT_REGION to"),
+        ("s3://b/x", ValueError("Invalid endpoint: 127.0.0.1:9"), "check AWS_ENDPOINT_URL"),
+        (
+            "gs://b/x",
+            OSError("Forbidden: b/o you may not"),
+            "run gcloud auth application-default login, or set GOOGLE_",
+        ),
+        ("gs://b/x", StoreError(5, "Forbidden: b/o you may not, 4 times"), "run gcloud auth application-default"),
+        ("hf://datasets/a/b", PermissionError(13, "gated"), "run hf auth login, or set HF_TOKEN"),
+        ("az://b/x", Answered(403), "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY"),
+        ("https://h/x", Answered(403), "check the address, the connection and your rights"),
+        ("s3://b/x", OSError("connection reset"), "check the address, the connection and your rights"),
+    ],
+    ids=str,
+)
+def test_a_refusal_names_what_to_set(url, error, what):
+    assert patience.remedy(url, error).startswith(what)
+
+
+@pytest.mark.parametrize(
     ("error", "times"), [(NoCredentialsError("none"), 1), (Answered(400), 1), (Answered(503), patience.TRIES)], ids=str
 )
 def test_what_another_try_does_not_change_is_tried_once(memory, monkeypatch, error, times):
@@ -337,6 +382,15 @@ def test_what_another_try_does_not_change_is_tried_once(memory, monkeypatch, err
     with pytest.raises(StoreError):
         Remote("memory://set/0.png").read_bytes()
     assert len(broken.calls) == times
+
+
+def test_what_its_package_tried_for_long_is_tried_once(memory, monkeypatch):
+    monkeypatch.setattr(patience, "REPEATED_S", -1.0)
+    for error, times in ((OSError("Name or service not known"), 1), (TimeoutError("late"), patience.TRIES)):
+        broken = Broken(memory, monkeypatch, "cat_file", 99, error)
+        with pytest.raises(StoreError):
+            Remote("memory://set/0.png").read_bytes()
+        assert len(broken.calls) == times
 
 
 def test_a_server_that_says_nothing_is_given_up(memory, monkeypatch):
@@ -353,6 +407,14 @@ def test_a_missing_bucket_is_not_made(memory, monkeypatch):
     monkeypatch.setattr(memory, "makedirs", None)
     with pytest.raises(WriteError, match=r"^memory://b/x.json: cannot be written \(The specified bucket does not"):
         write_json(Remote("memory://b/x.json"), {})
+
+
+def test_a_listing_is_tried_again(memory, monkeypatch):
+    """Also where emptying its cache asks the store, as the hub's does."""
+    upload(memory, "/set", labels=False)
+    broken = Broken(memory, monkeypatch, "invalidate_cache", patience.TRIES - 1)
+    assert len(open_dataset("memory://set/images", "train")) == 4
+    assert len(broken.calls) >= patience.TRIES
 
 
 def test_a_file_that_came_short_is_fetched_again(memory, monkeypatch):
@@ -425,7 +487,8 @@ def test_predictions_from_and_into_a_store_are_those_of_a_disk(trained, memory, 
     assert call(trained, tmp_path / "set" / "only", "disk") == 0
     assert call(trained, "memory://set/images", "memory://out") == 0
     printed = capsys.readouterr()
-    assert "masks memory://out/masks, overlays memory://out/overlays" in printed.out
+    assert "memory://out/masks; memory://out/" in printed.out
+    assert "look at    memory://out/sheet.jpg, memory://out/overlays\n" in printed.out
     assert "skipped: memory://set/images/4.png: not an image" in printed.err
     for kind, suffix in (("masks", "png"), ("overlays", "jpg")):
         for number in range(4):
@@ -485,6 +548,7 @@ def test_a_stop_keeps_what_a_store_has_and_a_full_one_is_named(trained, memory, 
         return plain(self, *args, **options)
 
     monkeypatch.setattr(Segmenter, "predict", counting)
+    monkeypatch.setattr(signals, "PATIENCE_S", 60.0)  # the image under way ends, however busy the machine is
     assert call(trained, "memory://set", "memory://out") == 130
     assert "3 of 4 images are done, in memory://out" in capsys.readouterr().err
     with monkeypatch.context() as patch:

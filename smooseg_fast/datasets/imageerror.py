@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from ..errors import UserError
 from ..system.files import open_binary
-from ..system.patience import StoreError
+from ..system.patience import StoreError, remedy
 from ..system.stores import Remote, is_url
 
 DEFAULT_ADVICE = "copy it again, export it as 8-bit PNG or JPEG, or take it out"
@@ -27,22 +27,40 @@ class ImageError(UserError):
         return ImageError, (self.path, self.reason, self.advice)
 
 
-def open_image(path: Path | str) -> BinaryIO:
-    """Open the file of an image for reading. ImageError when a store does not give it; OSError for a local file."""
+def open_image(path: Path | str, *, sparse: bool = False) -> BinaryIO:
+    """Open the file of an image for reading. ImageError when a store does not give it; OSError for a local file.
+
+    sparse: little of it will be read.
+    """
     try:
-        return open_binary(path)
+        return open_binary(path, sparse=sparse)
     except (StoreError, FileNotFoundError, PermissionError) as error:
         if not is_url(path):
             raise
         if isinstance(error, FileNotFoundError):
             raise ImageError(path, "is gone since the files were listed", "run the command again") from error
-        advice = "check the connection and your rights, and run the command again"
-        raise ImageError(path, f"cannot be fetched ({reason(error)})", advice) from error
+        raise not_fetched(path, error) from error
+
+
+def not_fetched(path: Path | str, error: Exception) -> ImageError:
+    """The error of an image that a store does not give."""
+    return ImageError(
+        path, f"cannot be fetched ({reason(error)})", f"{remedy(str(path), error)}, and run the command again"
+    )
 
 
 def reason(error: Exception) -> str:
     """Say in one line why a file cannot be decoded."""
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
+
+
+def undecodable(path: Path | str, error: Exception) -> ImageError:
+    """The ImageError for a file at which a decoder raised `error`."""
+    if isinstance(error, FileNotFoundError):
+        return ImageError(path, "no such file", "check the path")
+    if isinstance(error, IsADirectoryError):
+        return ImageError(path, "is a folder", "give an image in it")
+    return ImageError(path, f"cannot be decoded ({reason(error)})")
 
 
 @contextmanager
@@ -52,8 +70,10 @@ def decoding(path: Path | str) -> Iterator[None]:
         yield
     except ImageError:
         raise
+    except StoreError as error:
+        raise not_fetched(path, error) from error
     except Exception as error:
-        raise ImageError(path, f"cannot be decoded ({reason(error)})") from error
+        raise undecodable(path, error) from error
 
 
 def require_bands(asked: int, bands: int, path: Path | str) -> None:

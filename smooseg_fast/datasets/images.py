@@ -23,7 +23,7 @@ from ..system.terminal import about
 from . import gdal, tiff
 from .formats import photo_formats
 from .header import MULTIPAGE, Header
-from .imageerror import ImageError, open_image, reason
+from .imageerror import ImageError, open_image, undecodable
 from .pillow import half_of_16_bits, orientation, samples_of, samples_of_16_bits, upright, with_bands
 from .reading import PLAIN, Picture, Reading, Samples, shown
 
@@ -86,7 +86,7 @@ def read_samples(path: Path | str, reading: Reading = PLAIN, page: int | None = 
     if tags is not None and tags.needs_tifffile(reading.bands):
         require_pixels(path, tags, tags.nbytes)
         with turn_of(tags):
-            return tiff.read(path, tags, reading.bands)
+            return tiff.masked(path, tags, tiff.read(path, tags, reading.bands))
     with opened(path) as image, turn_of(image):
         seek(image, path, number, tags)
         half = half_of_16_bits(image)
@@ -98,7 +98,8 @@ def read_samples(path: Path | str, reading: Reading = PLAIN, page: int | None = 
             source = image.format
             image.load()
             samples = samples_of(upright(image), tags, source)
-        return with_bands(samples, reading.bands, path)
+        samples = with_bands(samples, reading.bands, path)
+        return samples if tags is None else tiff.masked(path, tags, samples)
 
 
 def header_of(path: Path | str) -> Header:
@@ -325,7 +326,7 @@ def opened(path: Path | str, *, label: bool = False) -> Iterator[Image.Image]:
     except UnidentifiedImageError as error:
         raise ImageError(path, "not an image of a kind that can be read, or damaged from the start") from error
     except Exception as error:  # not only OSError: a damaged file makes Pillow's decoders raise nearly anything
-        raise ImageError(path, f"cannot be decoded ({reason(error)})") from error
+        raise undecodable(path, error) from error
 
 
 def _raw_bytes(image: Image.Image) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from ..errors import UserError
 from ..system.ahead import ahead
 from ..system.outfolder import MARKER, written_by_us
-from ..system.patience import reason
+from ..system.patience import LOGINS, reason, remedy
 from ..system.progress import announced
 from ..system.stores import Remote, entries, looked_up, place
 from . import formats
@@ -92,10 +92,13 @@ def listed(path: Path | Remote, argument: str) -> Tree | None:
             with closing(ahead(looked_up, (file for _, file in files), threads=THREADS, waiting=2 * THREADS)) as known:
                 files = list(zip((name for name, _ in files), known))
     except FileNotFoundError as error:
-        raise UserError(f"{argument} {path}: no such file or folder; check the address") from error
+        private = f", or for a private one {LOGINS['hf']}" if path.protocol == "hf" else ""  # which hides them
+        raise UserError(f"{argument} {path}: no such file or folder; check the address{private}") from error
     except (OSError, ValueError, NotImplementedError) as error:
-        advice = "check the address, and your rights there"
-        raise UserError(f"{argument} {path}: cannot be listed ({reason(error)}); {advice}") from error
+        raise UserError(f"{argument} {path}: cannot be listed ({reason(error)}); {remedy(path, error)}") from error
+    if not files and path.protocol in ("http", "https"):
+        what = "an address whose page links to the images, or that of one image, a .zip or .tar files"
+        raise UserError(f"{argument} {path}: the server's page there lists no files; give {what}")
     return Tree(str(path), dict(files))
 
 

@@ -19,7 +19,7 @@ from typing import BinaryIO
 from ..errors import UserError
 from ..system.ahead import ahead
 from ..system.files import default_cache, regular, write_atomic
-from ..system.patience import reason, tried
+from ..system.patience import reason, remedy, tried
 from ..system.stores import File, Remote, filesystem, looked_up, place
 from . import formats
 from .imageerror import reason as decoding_reason
@@ -123,12 +123,15 @@ def index(archive: File, argument: str) -> tuple[str, list[Entry]]:
         else:
             entries = _entries(lambda: regular(archive).open("rb"))
     except FileNotFoundError as error:
-        raise UserError(f"{argument} {archive}: no such file; give tar files that are there") from error
+        what = "no such file, or the server does not give it" if str(archive).startswith("http") else "no such file"
+        raise UserError(f"{argument} {archive}: {what}; give tar files that are there") from error
     except tarfile.TarError as error:
         advice = "copy it again, and unpack .gz: only plain tar files have images at known places"
         raise UserError(f"{argument} {archive}: is no whole tar file ({decoding_reason(error)}); {advice}") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{argument} {archive}: cannot be read ({reason(error)}); check the address") from error
+        raise UserError(
+            f"{argument} {archive}: cannot be read ({reason(error)}); {remedy(str(archive), error)}"
+        ) from error
     with suppress(UserError):  # a cache that cannot be written
         write_atomic(known, json.dumps({"format": FORMAT, "tar": state, "files": entries}))
     return stamp, entries

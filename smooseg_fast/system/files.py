@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from ..errors import UserError, WriteError
-from .stores import File, Remote, fetch, is_url, open_store, place, put
+from .stores import File, Remote, bytes_of, is_url, open_store, place, put
 
 # names of temporary files: the host and the process that write them, and the suffix of the file
 LEFTOVER = re.compile(r"\..*?(?:\.(?P<host>\d+))?\.(?P<process>\d+)\.part(\.[^.]*)?", re.DOTALL)
 HOST = zlib.crc32(socket.gethostname().encode())
+SENT_BYTES = 2**26  # from which on a file goes to a store from the disk, in parts
 ABANDONED_S = 3600.0  # age at which a temporary file is nobody's, where neither a lock nor its process says so
 
 
@@ -38,15 +39,15 @@ def regular(path: str | Path) -> Path:
     raise OSError(errno.EINVAL, f"is {kind}, no file", str(path))
 
 
-def open_binary(path: str | Path) -> BinaryIO:
+def open_binary(path: str | Path, *, sparse: bool = False) -> BinaryIO:
     """Open a local file, or a file in a store, for reading. OSError when it cannot be opened or could wait without end.
 
-    Whole files of a store are fetched, small ones into memory.
+    Files of a store are fetched whole into memory, unless they are large. sparse: little of the file will be read.
     """
     if isinstance(path, Path) or not is_url(path):
         return open(regular(path), "rb")
     file = place(path)
-    return open_store(file) if isinstance(file, Remote) else open(regular(file), "rb")
+    return open_store(file, sparse=sparse) if isinstance(file, Remote) else open(regular(file), "rb")
 
 
 def read_text(path: File, errors: str = "strict") -> str:
@@ -59,7 +60,7 @@ def size_of(path: str | Path) -> int:
     """Bytes of a file. OSError when it cannot be read."""
     file = place(path) if is_url(path) else path
     if isinstance(file, Remote):
-        return len(fetch(file)) if file.size is None else file.size
+        return bytes_of(file)
     return os.stat(file).st_size
 
 
@@ -75,17 +76,18 @@ def state_of(path: str | Path) -> tuple[int | None, int | str] | None:
     return status.st_size, status.st_mtime_ns
 
 
-def write_atomic(path: str | Path, content: bytes | str | Callable[[Path], None]) -> Path:
+def write_atomic(path: str | Path, content: bytes | str | Callable[[Path], None], sync: bool = True) -> Path:
     """Write `content` to `path` by one rename. A callable gets the temporary path and writes the file itself.
 
     The temporary file keeps the suffix, because image libraries choose the format by it. WriteError, naming the path,
     when the disk is full or the folder cannot be written; an earlier file at `path` is then still whole. A store gets
-    the whole file in one request, and shows it once all of it is there.
+    the whole file in one request, and shows it once all of it is there. Without `sync` a power cut may leave the name
+    on an empty file: for what is checked or drawn again by the next command.
     """
     if isinstance(path, Remote):
         _put(path, content)
         return cast(Path, path)
-    _write(Path(path), content)
+    _write(Path(path), content, sync)
     return Path(path)
 
 
@@ -94,11 +96,14 @@ def _put(file: Remote, content: bytes | str | Callable[[Path], None]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             temporary = Path(folder, f"file{file.suffix}")
             content(temporary)
+            if temporary.stat().st_size > SENT_BYTES:
+                put(file, temporary)
+                return
             content = temporary.read_bytes()
     put(file, content.encode() if isinstance(content, str) else content)
 
 
-def _write(path: Path, content: bytes | str | Callable[[Path], None]) -> None:
+def _write(path: Path, content: bytes | str | Callable[[Path], None], sync: bool) -> None:
     # file systems take names of 255 bytes, and the temporary name must not be longer than a legal one
     temporary = path.with_name(f".{path.stem[:40]}.{HOST}.{os.getpid()}.part{path.suffix}")
     try:
@@ -107,8 +112,9 @@ def _write(path: Path, content: bytes | str | Callable[[Path], None]) -> None:
             content(temporary)
         else:
             temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())  # without it a power cut may leave the new name on an empty file
+        if sync:
+            with open(temporary, "rb") as handle:
+                os.fsync(handle.fileno())  # without it a power cut may leave the new name on an empty file
         os.replace(temporary, path)
     except OSError as error:
         raise WriteError(

@@ -27,7 +27,8 @@ from zipfile import BadZipFile
 
 from ..errors import UserError, WriteError
 from .ahead import ahead
-from .patience import S3_TRIES, patience, reason, tried
+from .patience import S3_TRIES, patience, reason, remedy, tried
+from .ranges import Ranges
 
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")  # two letters at least: C:/ is a disk
 # the package behind a protocol
@@ -45,7 +46,9 @@ STAMPS = (
     "last_modified", "Last-Modified", "updated", "mtime", "created",
 )  # fmt: skip
 RECENT_BYTES, RECENT_S = 2**28, 10.0  # of files that are kept, because a header is read before its picture
-LARGE_BYTES = 2**28  # from which on a file is read by blocks
+LARGE_BYTES = 2**26  # from which on a file is read by blocks
+SMALL_BYTES = 2**18  # up to which a file is fetched whole even where little of it is read
+BLOCK_BYTES, SPARSE_BLOCK_BYTES = 2**22, 2**16  # of a request to a large file, and where little of it is read
 FETCHED = 8  # files that are fetched ahead
 
 Item = TypeVar("Item")
@@ -211,7 +214,7 @@ def _filesystem(protocol: str, host: str, archive: str) -> Any:
         if protocol in known_implementations:
             if "range requests" in str(error):
                 raise UserError(f"{url}: cannot be read in parts from that server; download the archive") from error
-            raise UserError(f"{url}: cannot be opened ({reason(error)}); check the address") from error
+            raise UserError(f"{url}: cannot be opened ({reason(error)}); {remedy(url, error)}") from error
         known = ", ".join(sorted(set(known_implementations) & {*PACKAGES, "zip"}))
         raise UserError(f"{url}: {protocol}:// is not known; known are {known}") from error
 
@@ -226,6 +229,15 @@ def _remember(file: Remote, content: bytes) -> None:
         size = sum(len(kept) for _, kept in _recent.values())
         while size > RECENT_BYTES:
             size -= len(_recent.popitem(last=False)[1][1])
+
+
+def bytes_of(file: Remote) -> int:
+    """The size of a file, from the listing, a recent fetch or the store. Errors as of `tried`."""
+    with _recent_lock:
+        _, content = _recent.get((str(file), file.stamp), (0.0, None))
+    if file.size is not None:
+        return file.size
+    return len(content) if content is not None else looked_up(file).size or 0
 
 
 def fetch(file: Remote) -> bytes:
@@ -254,56 +266,80 @@ def fetched(items: Sequence[tuple[Item, File]]) -> Iterator[tuple[Item, File]]:
     yield from ahead(fetch_one, items, threads=FETCHED, waiting=FETCHED)
 
 
-def _read(file: Remote) -> bytes:
+def _read(file: Remote, start: int = 0, end: int | None = None) -> bytes:
+    """The bytes of a file, or those from `start` to `end`; all of them where the store cannot be asked for less."""
+    asked = file.size if end is None else end - start
     if file.offset is not None and file.size is not None:
-        archive, end = place(file.archive), file.offset + file.size
+        archive, first = place(file.archive), file.offset + start
+        last = first + (file.size if end is None else end - start)
         if isinstance(archive, Remote):
             system, path = filesystem(archive)
-            content = system.cat_file(path, start=file.offset, end=end)
-            if len(content) > file.size:  # a server that sends whole files alone
-                content = content[file.offset : end]
+            content = system.cat_file(path, start=first, end=last)
+            if len(content) > last - first:  # a server that sends whole files alone
+                content = content[first:last]
         else:
             with open(archive, "rb") as opened:
-                opened.seek(file.offset)
-                content = opened.read(file.size)
+                opened.seek(first)
+                content = opened.read(last - first)
     else:
         system, path = filesystem(file)
-        content = system.cat_file(path)
-    if file.size is not None and len(content) < file.size:
-        raise OSError(errno.EIO, f"{len(content)} of {file.size} bytes came")
+        content = system.cat_file(path) if end is None else system.cat_file(path, start=start, end=end)
+    if asked is not None and len(content) < asked:
+        raise OSError(errno.EIO, f"{len(content)} of {asked} bytes came")
     return content
 
 
-def open_store(file: Remote) -> BinaryIO:
-    """Open a file for reading from any place in it. Errors as of `tried`."""
-    if file.offset is None and (file.size or 0) > LARGE_BYTES:
+def open_store(file: Remote, *, sparse: bool = False) -> BinaryIO:
+    """Open a file for reading from any place in it. Errors as of `tried`, also while it is read.
+
+    sparse: little of it will be read; else one of at most LARGE_BYTES is fetched whole, in an archive more.
+    """
+    with _recent_lock:
+        recent = (str(file), file.stamp) in _recent
+    if sparse and not recent and file.size is None:
+        file = looked_up(file)
+    size, packed = file.size or 0, file.protocol in ARCHIVES and file.offset is None  # of which no ranges are to be had
+    if size <= (RECENT_BYTES if packed else SMALL_BYTES if sparse and not recent else LARGE_BYTES):
+        return io.BytesIO(fetch(file))
+    if packed:
         system, path = filesystem(file)
         return tried(lambda: system.open(path, "rb"))
-    return io.BytesIO(fetch(file))
+    block = SPARSE_BLOCK_BYTES if sparse else BLOCK_BYTES
+    return io.BufferedReader(Ranges(lambda start, end: tried(lambda: _read(file, start, end)), size, block))
 
 
-def put(file: Remote, content: bytes) -> None:
-    """Write a file whole or not at all. WriteError where the store does not take it."""
+def put(file: Remote, content: bytes | Path) -> None:
+    """Write a file whole or not at all, from its bytes or from a file on this disk. WriteError where the store does not
+    take it."""
     if file.archive:
         raise WriteError(f"{file}: cannot be written, because it lies in an archive; give a folder outside of it")
     system, path = filesystem(file)
 
+    def send() -> None:
+        if isinstance(content, bytes):
+            system.pipe_file(path, content)
+        else:
+            system.put_file(str(content), path)
+
     def write() -> None:
         try:
-            system.pipe_file(path, content)
+            send()
         except FileNotFoundError:  # stores with real folders
             if file.protocol in BUCKETS:
                 raise
             system.makedirs(system._parent(path), exist_ok=True)
-            system.pipe_file(path, content)
+            send()
 
     try:
         tried(write)
     except NotImplementedError as error:
         raise WriteError(f"{file}: {file.protocol}:// cannot be written to; give a store that takes files") from error
     except (OSError, ValueError) as error:
-        raise WriteError(f"{file}: cannot be written ({reason(error)}); check the address and your rights") from error
-    _remember(file, content)
+        raise WriteError(f"{file}: cannot be written ({reason(error)}); {remedy(file, error)}") from error
+    with _recent_lock:
+        _recent.pop((str(file), file.stamp), None)
+    if isinstance(content, bytes):
+        _remember(file, content)
 
 
 def remove(file: Remote) -> None:
@@ -322,7 +358,7 @@ def entries(folder: Remote) -> Iterator[tuple[Remote, bool]]:
     """
     system, path = filesystem(folder)
     top = path.strip("/")
-    system.invalidate_cache(path)
+    tried(lambda: system.invalidate_cache(path))  # asks the hub, for hf://
     web = folder.protocol in ("http", "https")
     for info in tried(lambda: system.ls(f"{top}/" if web else path, detail=True)):
         name = info["name"].strip("/")
@@ -339,7 +375,7 @@ def entries(folder: Remote) -> Iterator[tuple[Remote, bool]]:
 def sizes_below(folder: Remote) -> dict[Remote, int]:
     """The files anywhere below a folder, and their bytes; none where there is no such folder."""
     system, path = filesystem(folder)
-    system.invalidate_cache(path)
+    tried(lambda: system.invalidate_cache(path))
     try:
         infos = tried(lambda: system.find(path, detail=True))
     except FileNotFoundError:

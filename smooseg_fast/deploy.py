@@ -20,9 +20,9 @@ class DeployConfig:
     size.
 
     The network takes RGB images float32 [B,3,H,W] in 0..1 with sides that are multiples of the backbone's patch (of two
-    patches for efficientnet-lite0), and gives labels uint8 [B,H,W] and scores [B,groups,H/patch,W/patch]. Before the
-    file appears it is run and compared with PyTorch. An input and its outputs lie next to it, for the program that will
-    run it.
+    patches for efficientnet-lite0) and at least twice as long, and gives labels uint8 [B,H,W] and scores
+    [B,groups,H/patch,W/patch]. Before the file appears it is run and compared with PyTorch. An input and its outputs
+    lie next to it, for the program that will run it.
     """
 
     checkpoint: Annotated[str, Value("FILE")]
@@ -39,14 +39,15 @@ class DeployConfig:
 
 def main(args: Sequence[str]) -> None:
     config = parse(DeployConfig, args, "deploy")
-    from .segment.deployed import deploy, multiple_of
+    from .segment.deployed import deploy, least_side, multiple_of
     from .system.progress import announced
 
     segmenter = load_segmenter(config.checkpoint, config.backbone, "cpu", "auto", groups=config.groups, exact=True)
     multiple, count = multiple_of(segmenter), len(segmenter.groups)
     with announced(f"exporting  {segmenter.backbone.name} and {count} groups, then comparing with PyTorch"):
         check, difference = deploy(segmenter, Path(config.out).expanduser(), config.format)
-    print(f"network    {count} groups; images [B,3,H,W] of 0..1, H and W multiples of {multiple}")
+    sides = f"H and W multiples of {multiple}, at least {least_side(segmenter)}"
+    print(f"network    {count} groups; images [B,3,H,W] of 0..1, {sides}")
     print(f"compared   scores differ from PyTorch's by at most {difference:.1e}")
     print(f"written    {Path(config.out).expanduser()}, and an input with its outputs: {check}")
 

@@ -68,18 +68,22 @@ def main(args: Sequence[str]) -> None:
             files.append(write_atomic(out.with_name(out.stem + end), text))
     except KeyboardInterrupt as stop:
         raise with_kept(stop, f"{out} is as it was before; the same command starts over") from None
-    count = f"{len(folder) - folder.skipped} of {len(folder)} images"
+    count = f"{len(folder) - folder.skipped - extras[0].left_out} of {len(folder)} images"
     print(f"exported   {count} and {len(job.groups)} groups as {form.title}")
     for file in files:
         print(f"written    {file} ({readable(size_of(file))})")
     for note in extras[0].notes:
         print(f"note       {note}")
+    if form.opens_images and folder.not_files:
+        first, rest = folder.not_files[0], len(folder.not_files) - 1
+        more = f" and {rest} more" if rest else ""
+        print(f"note       {first!r}{more}: no file has this name, so other tools cannot open it")
     if not folder.finished:
         print("note       predict has not ended in this folder: resume it, then export again for the other images")
     above, stem = quoted(str(folder.root.parent)), out.with_name(out.stem)
     use = form.use_in_stores if form.use_in_stores and isinstance(folder.root, Remote) else form.use
     for begin, line in zip(["next", *[""] * len(use)], use):
-        print(f"{begin:10} " + line.format(out=out, stem=stem, root=folder.root, above=above))
+        print(f"{begin:10} " + line.format(out=str(out), stem=stem, root=str(folder.root), above=above))
 
 
 def require_options(config: ExportConfig, heeded: frozenset[str]) -> None:

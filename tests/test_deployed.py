@@ -105,7 +105,7 @@ def test_a_network_gives_the_labels_of_predict_at_any_size(network, tmp_path, fo
         assert set(np.unique(labels)) <= set(groups)  # 2 is merged into 0
         assert (labels[0] != deployed_labels(segmenter, image)).mean() < 1e-3
     told = description_in(path, form)
-    assert told["patch"] == 8
+    assert (told["patch"], told["multiple_of"], told["least_side"]) == (8, 8, 16)
     assert [group["number"] for group in told["groups"]] == groups
     assert told["groups"][0]["name"] == "roof"
 
@@ -147,6 +147,21 @@ def test_a_file_that_does_not_run_is_not_written(vit, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+class Choosing(Blurred):
+    """Features that depend on a decision about values, which no graph has."""
+
+    def extract(self, images):
+        return super().extract(images if images.mean() > 0.5 else 1 - images)
+
+
+def test_a_network_without_a_graph_is_one_line(capfd):
+    network = deployed.network_of(segmenter_of(Choosing(reach=1)))
+    with pytest.raises(UserError, match=r"^--backbone: cannot be exported for images of any size") as raised:
+        deployed.exported(network, 8)
+    assert "\n" not in str(raised.value)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_several_scales_are_refused(vit, monkeypatch):
     monkeypatch.setattr(vit.checkpoint, "config", TrainConfig(scale=("native", "0.5")))
     with pytest.raises(UserError, match="trained at 2 scales"):
@@ -171,7 +186,9 @@ def test_the_command(trained, monkeypatch, capsys):
     args = ["--checkpoint", str(trained), "--out", "x.pt2"]
     assert run(deploy.main, [*args, "--format", "pt2", "--groups", "2"]) == 0
     assert asked == [(2, Path("x.pt2"), "pt2")]
-    assert "scores differ from PyTorch's by at most 2.0e-07" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "of 0..1, H and W multiples of 8, at least 16\n" in printed
+    assert "scores differ from PyTorch's by at most 2.0e-07" in printed
 
 
 def test_the_network_of_the_built_in_features(trained):

@@ -180,11 +180,16 @@ def test_cvat_holds_the_masks_in_colours(maps, capsys):
             "",
         ]
         names = {IGNORE: "background"} | {group.number: group.name for group in GROUPS}
+        # Pascal VOC's colours of the first objects
+        objects = {(0, 0, 0): IGNORE, (128, 0, 0): 0, (0, 128, 0): 2, (128, 128, 0): 3}
         for name, labels in maps.items():
-            picture = Image.open(io.BytesIO(archive.read(f"SegmentationClass/{Path(name).with_suffix('')}.png")))
-            assert picture.mode == "RGB"
-            pixels = np.asarray(picture).reshape(-1, 3).tolist()
+            folders = ("SegmentationClass", "SegmentationObject")
+            files = [archive.read(f"{folder}/{Path(name).with_suffix('')}.png") for folder in folders]
+            pictures = [Image.open(io.BytesIO(file)) for file in files]
+            assert [picture.mode for picture in pictures] == ["RGB", "RGB"]
+            pixels, instances = (np.asarray(picture).reshape(-1, 3).tolist() for picture in pictures)
             assert [table[tuple(pixel)] for pixel in pixels] == [names[k] for k in labels.ravel().tolist()]
+            assert [objects[tuple(pixel)] for pixel in instances] == labels.ravel().tolist()
     labels = [(label["name"], label["color"]) for label in json.load(open("x_labels.json"))]
     assert labels == [("sky", "#0a141e"), ("road & <kerb>", "#c80000"), ("été", "#00c809")]
 
@@ -193,6 +198,7 @@ def test_cvat_holds_the_masks_in_colours(maps, capsys):
     ("group", "message"),
     [
         (Group(3, "a:b", (1, 2, 3)), "'a:b': CVAT's labelmap.txt holds no name with a colon"),
+        (Group(3, "#3", (1, 2, 3)), "'#3': CVAT's labelmap.txt holds no name that begins with #"),
         (Group(3, "x", (200, 0, 0)), "'x': shares its colour #c80000 with 'road & <kerb>' in CVAT"),
         (Group(3, "x", (0, 0, 0)), "'x': shares its colour #000000 with 'background' in CVAT"),
         (Group(3, "background", (1, 2, 3)), "'background': shares its name with 'what no group covers' in CVAT"),
@@ -203,6 +209,27 @@ def test_cvat_refuses_groups_that_it_would_not_tell_apart(maps, capsys, group, m
     assert export("cvat") == 2
     assert f"error: {message}" in capsys.readouterr().err
     assert not list(Path("out/exports").glob("*"))
+
+
+def test_cvat_gets_no_image_that_it_would_not_find(maps, capsys):
+    """It refuses a whole file for one mask without a frame, and mixes up frames that differ in their suffix alone."""
+    lines = Path("out/done.jsonl").read_text().splitlines()
+    for stem, file in (("a.png", "a.png"), ("s#1", "s.tif"), ("#1", "#1.jpg"), (" b", " b.jpg"), ("c\nd", "c\nd.jpg")):
+        shutil.copy("out/masks/a.png", f"out/masks/{stem}.png")
+        lines.append(json.dumps(json.loads(lines[0]) | {"stem": stem, "stamp": [f"/my photos/{file}", 1, 1]}))
+    Path("out/done.jsonl").write_text("\n".join(lines) + "\n")
+    assert export("cvat") == 0
+    printed = capsys.readouterr().out
+    assert "exported   2 of 8 images" in printed
+    assert "note       left out ' b.jpg' and 5 more: CVAT finds images by their names without suffix" in printed
+    with zipfile.ZipFile("out/exports/cvat.zip") as archive:
+        assert archive.read("ImageSets/Segmentation/default.txt").decode().split() == ["deep/b", "c", "deep/ü"]
+        assert len(archive.namelist()) == 2 * 2 + 2
+    assert export("coco") == 0  # which has all of them
+    printed = capsys.readouterr().out
+    assert "exported   8 of 8 images" in printed
+    assert "note       's#1.tif': no file has this name, so other tools cannot open it" in printed
+    assert "pycocotools.coco.COCO('out/exports/coco.json')" in printed
 
 
 def unpacked(rle):
@@ -370,6 +397,17 @@ def test_simplified_neighbours_keep_common_borders(maps):
     assert shapely.area(polygons).sum() == pytest.approx(shapely.area(exact).sum(), rel=0.05)
 
 
+def test_neighbours_share_every_corner(maps):
+    """So that nothing opens between them in other coordinates, or where another tool simplifies them."""
+    shapely = pytest.importorskip("shapely")
+    pytest.importorskip("rasterio")
+    assert export("geojson") == 0
+    features = json.load(open("out/exports/polygons.geojson"))["features"]
+    for name in maps:
+        polygons = [json.dumps(f["geometry"]) for f in features if f["properties"]["image"] == name]
+        assert shapely.coverage_is_valid(shapely.from_geojson(polygons)), name
+
+
 @pytest.fixture
 def georeferenced(maps):
     """The images of `maps` as GeoTIFFs in two zones of UTM, 10 m a pixel -> (labels, zone, transform) by name."""
@@ -413,7 +451,7 @@ def test_geopackage_has_a_layer_for_each_coordinate_system(georeferenced, monkey
     import shapely
     from pyogrio.raw import read
 
-    monkeypatch.setattr("smooseg_fast.export.geopackage.BATCH", 3)
+    monkeypatch.setattr("smooseg_fast.export.geopackage.TOGETHER", 3)
     assert export("gpkg", "--out", "x.gpkg") == 0
     assert pyogrio.list_layers("x.gpkg").tolist() == [["EPSG_32632", "Polygon"], ["EPSG_32633", "Polygon"]]
     for layer, names in (("EPSG_32632", ["a.tif"]), ("EPSG_32633", ["deep/b c.tif", "deep/ü.tif"])):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -60,6 +61,11 @@ class Segmented:
         return confidence
 
     @property
+    def is_file(self) -> bool:
+        """Whether other tools find it by its name: it is no page of a stack, and the name of its file is text."""
+        return PurePath(self.name).name == self.file.name
+
+    @property
     def size(self) -> tuple[int, int]:
         """(height, width)."""
         return self.labels.shape[0], self.labels.shape[1]
@@ -75,10 +81,15 @@ class PredictionFolder:
 
     Iterate over it once, which shows a bar. An image whose mask cannot be read is skipped, with a line that says why.
     UserError where the folder holds no predictions.
+
+    Attributes:
+        skipped: how many images were.
+        not_files: the names of images that are no files, see `Segmented.is_file`.
     """
 
     def __init__(self, path: File):
         self.path, self.skipped = cast(Path, path), 0  # a Remote has the same attributes
+        self.not_files: list[str] = []
         self._listed = {str(file) for file in sizes_below(path)} if isinstance(path, Remote) else None
         if not (path / DONE).is_file():
             inner = sorted(folder.name for folder in self._folders() if (folder / DONE).is_file())
@@ -103,6 +114,11 @@ class PredictionFolder:
     def __len__(self) -> int:
         return len(self._lines)
 
+    @cached_property
+    def names_without_suffix(self) -> Counter[str]:
+        """How many images have each name when suffixes do not count."""
+        return Counter(PurePath(text(name)).with_suffix("").as_posix() for name, _, _ in self._lines)
+
     @property
     def finished(self) -> bool:
         """Whether predict came to its end here."""
@@ -126,7 +142,7 @@ class PredictionFolder:
                 self.skipped += 1
                 say_skipped(error)
             else:
-                yield Segmented(
+                image = Segmented(
                     name=text(name),
                     stem=text(stem),
                     file=cast(Path, place(file)),
@@ -134,6 +150,9 @@ class PredictionFolder:
                     labels=labels,
                     confidence_file=self._written(CONFIDENCE, stem),
                 )
+                if not image.is_file:
+                    self.not_files.append(image.name)
+                yield image
 
     def _written(self, kind: str, stem: str) -> Path | None:
         """The file that predict wrote for an image into a folder; None without one."""

@@ -18,9 +18,10 @@ class Format:
         title: what people call it.
         file: the usual name, whose suffix every file of the format has.
         write: writes the images of a job to a path.
-        use: lines that say how to open the files, with {out}, {stem} (`out` without its suffix), {root} (the folder of
-            images) and {above} (the folder that holds it) filled in.
+        use: lines that say how to open the files, with the texts {out}, {stem} (`out` without its suffix), {root} (the
+            folder of images) and {above} (the folder that holds it) filled in.
         options: the settings of a job that it heeds.
+        opens_images: whether its readers look for the images by their names.
         use_in_stores: `use` where the images lie in a store; None for the same.
     """
 
@@ -30,6 +31,7 @@ class Format:
     use: tuple[str, ...]
     options: frozenset[str] = frozenset()
     use_in_stores: tuple[str, ...] | None = None
+    opens_images: bool = False
 
 
 OUTLINES = frozenset({"simplify", "min_area"})
@@ -40,18 +42,20 @@ FORMATS = {
         file="coco.json",
         write=coco.write,
         use=(
-            'in Python: pycocotools.coco.COCO("{out}"); file names are relative to {root}',
-            'in FiftyOne: fo.Dataset.from_dir(dataset_type=fo.types.COCODetectionDataset, data_path="{root}", '
-            'labels_path="{out}", label_types="segmentations")',
+            "in Python: pycocotools.coco.COCO({out!r}); file names are relative to {root}",
+            "in FiftyOne: fo.Dataset.from_dir(dataset_type=fo.types.COCODetectionDataset, data_path={root!r}, "
+            'labels_path={out!r}, label_types="segmentations")',
         ),
         options=frozenset({"instances", "min_area"}),
+        opens_images=True,
     ),
     "cvat": Format(
         title="a CVAT segmentation mask",
         file="cvat.zip",
         write=cvat.write,
         use=(
-            "in CVAT: new task > Constructor > Raw, paste {stem}_labels.json, and add the images in {root}",
+            "in CVAT: new task > Constructor > Raw, paste {stem}_labels.json, and add the images in {root}, folders "
+            "as one .zip",
             'then in the menu of its job: Upload annotations > "Segmentation mask 1.1" > {out}',
         ),
     ),
@@ -70,6 +74,7 @@ FORMATS = {
             "in a new project: Settings > Labeling Interface > Code, paste {stem}.xml",
             "Settings > Cloud Storage > Add Source Storage, {root}, and save it without a sync; then Import > {out}",
         ),
+        opens_images=True,
     ),
     "geojson": Format("GeoJSON polygons", "polygons.geojson", geojson.write, (QGIS,), OUTLINES),
     "gpkg": Format("GeoPackage polygons", "polygons.gpkg", geopackage.write, (QGIS,), OUTLINES),
@@ -77,12 +82,12 @@ FORMATS = {
         title="tables",
         file="images.csv",
         write=tables.write,
-        use=('in a spreadsheet, or pandas.read_csv("{out}"); {stem}_groups.csv has a row for each group',),
+        use=("in a spreadsheet, or pandas.read_csv({out!r}); {stem}_groups.csv has a row for each group",),
     ),
     "npz": Format(
         title="NumPy arrays",
         file="labels.npz",
         write=arrays.write,
-        use=('in Python: numpy.load("{out}")["labels/NAME"] for each NAME in ["images"]; also names and colours',),
+        use=('in Python: numpy.load({out!r})["labels/NAME"] for each NAME in ["images"]; also names and colours',),
     ),
 }

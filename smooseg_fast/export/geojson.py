@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -39,16 +40,16 @@ def write(job: Job, target: Path) -> Extras:
     return Extras(notes=(f"{count:,} regions", PIXELS_NOTE if first is None or first.place is None else degrees))
 
 
-def features_of(image: Segmented, job: Job) -> list[str]:
+def features_of(image: Segmented, job: Job) -> Iterator[str]:
     """The regions of an image as JSON."""
     import shapely
 
-    place, regions = image.place, regions_of(image, job)
-    polygons = regions.polygons
-    if place is not None:
-        polygons = shapely.transform(polygons, lambda points: np.round(place.to_degrees(points), DIGITS))
-    columns = properties(image, regions, job)
-    return [
-        f'{{"type": "Feature", "properties": {json.dumps(dict(zip(columns, row)))}, "geometry": {geometry}}}'
-        for row, geometry in zip(zip(*columns.values()), shapely.to_geojson(oriented(polygons)))
-    ]
+    place = image.place
+    for regions in regions_of(image, job).parts():
+        polygons = regions.polygons
+        if place is not None:
+            polygons = shapely.transform(polygons, lambda points: np.round(place.to_degrees(points), DIGITS))
+        columns = properties(image, regions, job)
+        for row, geometry in zip(zip(*columns.values()), shapely.to_geojson(oriented(polygons))):
+            values = json.dumps(dict(zip(columns, row)))
+            yield f'{{"type": "Feature", "properties": {values}, "geometry": {geometry}}}'

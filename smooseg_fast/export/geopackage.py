@@ -11,10 +11,9 @@ import numpy as np
 
 from .job import Extras, Job
 from .place import Place
-from .polygons import PACKAGES, PIXELS_NOTE, oriented, properties, regions_of, require
+from .polygons import PACKAGES, PIXELS_NOTE, TOGETHER, oriented, properties, regions_of, require
 
 PIXELS = "pixels"  # the layer of images that lie on no map: y points down
-BATCH = 20_000  # regions that are written at a time
 
 
 class Layer:
@@ -30,7 +29,7 @@ class Layer:
         self._polygons.append(polygons)
         for name, values in columns.items():
             self._columns[name] += values
-        if len(self._columns["image"]) >= BATCH:
+        if len(self._columns["image"]) >= TOGETHER:
             self.flush()
 
     def flush(self) -> int:
@@ -66,9 +65,10 @@ def write(job: Job, target: Path) -> Extras:
 
     layers: dict[str, Layer] = {}
     for image in job.images:
-        place, regions = image.place, regions_of(image, job)
-        polygons = regions.polygons if place is None else shapely.transform(regions.polygons, place.to_map)
-        layer_of(layers, target, place).add(oriented(polygons), properties(image, regions, job))
+        place, layer = image.place, layer_of(layers, target, image.place)
+        for regions in regions_of(image, job).parts():
+            polygons = regions.polygons if place is None else shapely.transform(regions.polygons, place.to_map)
+            layer.add(oriented(polygons), properties(image, regions, job))
     counts = {name: layer.flush() for name, layer in layers.items()}
     job.require_regions(sum(counts.values()))
     notes = [f"layer {name}: {count:,} regions" for name, count in counts.items()]

@@ -14,10 +14,12 @@ from .folder import PredictionFolder, Segmented
 
 @dataclass(frozen=True)
 class Extras:
-    """Things that come with the file of a format: texts of further `files` by the ends of their names, and `notes`."""
+    """Things that come with the file of a format: texts of further `files` by the ends of their names, `notes`, and
+    how many images were `left_out`."""
 
     files: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    left_out: int = 0
 
 
 @dataclass(frozen=True)

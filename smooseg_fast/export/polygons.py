@@ -7,6 +7,7 @@ overlaps open, and no region or hole vanishes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -21,6 +22,7 @@ from .job import Job
 from .place import INSTALL
 
 PACKAGES = ("rasterio", "shapely")
+TOGETHER = 20_000  # regions that are written at a time
 PIXELS_NOTE = "coordinates are pixels, y down: the images lie on no map"
 
 
@@ -32,6 +34,12 @@ class Regions:
     polygons: np.ndarray
     labels: np.ndarray
     pixels: np.ndarray
+
+    def parts(self) -> Iterator[Regions]:
+        """The same, TOGETHER at a time."""
+        for first in range(0, len(self.polygons), TOGETHER):
+            part = slice(first, first + TOGETHER)
+            yield Regions(self.polygons[part], self.labels[part], self.pixels[part])
 
 
 def require(*packages: str) -> None:
@@ -55,11 +63,29 @@ def regions_of(image: Segmented, job: Job) -> Regions:
     pixels = np.rint(shapely.area(polygons)).astype(np.int64)
     kept = pixels >= job.min_area
     polygons, labels, pixels = polygons[kept], labels[kept], pixels[kept]
+    polygons = with_common_corners(polygons, image.labels.shape)
     if job.simplify and len(polygons):
-        # a corner at every pixel, because neighbours have to share all of them
-        polygons = shapely.transform(shapely.segmentize(polygons, 1.0), np.rint)
         polygons = shapely.coverage_simplify(polygons, job.simplify)
     return Regions(polygons, labels, pixels)
+
+
+def with_common_corners(polygons: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """Polygons [N] along the sides of pixels, with a corner also where a neighbour has one, as where a third region
+    begins: other coordinates, or a simplification elsewhere, then open no gap between them. size: (height, width)."""
+    import shapely
+
+    corner = np.zeros((size[0] + 1, size[1] + 1), bool)
+    columns, rows = shapely.get_coordinates(polygons).astype(np.int64).T
+    corner[rows, columns] = True
+    parts = [polygons[:0]]
+    for first in range(0, len(polygons), TOGETHER):
+        dense = shapely.segmentize(polygons[first : first + TOGETHER], 1.0)  # a point at every pixel
+        kind, points, (rings, ends) = shapely.to_ragged_array(dense)
+        points = np.rint(points)
+        kept = corner[points[:, 1].astype(np.int64), points[:, 0].astype(np.int64)]
+        rings = np.concatenate(([0], np.cumsum(kept)))[rings]
+        parts.append(shapely.from_ragged_array(kind, points[kept], (rings, ends)))
+    return np.concatenate(parts)
 
 
 def oriented(polygons: np.ndarray) -> np.ndarray:

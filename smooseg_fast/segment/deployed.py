@@ -13,7 +13,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -104,6 +104,11 @@ def multiple_of(segmenter: Segmenter) -> int:
     return backbone.patch * (2 if backbone.name == LITE else 1)
 
 
+def least_side(segmenter: Segmenter) -> int:
+    """Pixels that the sides of images have at least: a graph for any size has no special case for a single patch."""
+    return 2 * multiple_of(segmenter)
+
+
 def shapes_of(multiple: int) -> dict[str, dict[int, Any]]:
     """Which sides of the images may change, for torch.export."""
     rows, columns = (torch.export.Dim(name, min=2, max=2**14) for name in ("rows", "columns"))
@@ -125,7 +130,7 @@ def exported(network: Network, multiple: int) -> torch.export.ExportedProgram:
     """The network as a program for images of any number and size. UserError where it cannot be one."""
     sample = torch.from_numpy(cases(multiple)[1])
     try:
-        with torch.no_grad(), resized_in_graph(network):
+        with torch.no_grad(), resized_in_graph(network), quiet():
             return torch.export.export(network, (sample,), dynamic_shapes=shapes_of(multiple), strict=False)
     except Exception as error:  # a network of others may do anything
         raise UserError(
@@ -193,8 +198,10 @@ def description(segmenter: Segmenter) -> dict[str, Any]:
     """The facts that a program needs to run the network, ready for JSON."""
     checkpoint, config = segmenter.checkpoint, segmenter.config
     return {
+        "images": "RGB float32 [B,3,H,W] in 0..1, normalised inside",
         "patch": segmenter.backbone.patch,
         "multiple_of": multiple_of(segmenter),
+        "least_side": least_side(segmenter),
         "scale": config.scale[0],
         "short_side": config.sides[1],
         "resample": config.resample,
@@ -289,12 +296,12 @@ def to_onnx(program: torch.export.ExportedProgram, target: Path, text: str) -> R
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep from the terminal what exporters tell of their steps."""
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+    """Keep from the terminal what exporters tell of their steps, and the graphs of those that fail."""
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
-        level = logging.getLogger("torch.onnx").level
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        level = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)
         try:
             yield
         finally:
-            logging.getLogger("torch.onnx").setLevel(level)
+            logging.disable(level)

@@ -16,10 +16,12 @@ from PIL import Image
 from smooseg_fast import choose, name, predict, report
 from smooseg_fast.command import run
 from smooseg_fast.datasets.reading import Picture
+from smooseg_fast.errors import UserError
 from smooseg_fast.learn.runpage import spread
 from smooseg_fast.learn.tiler import cropped, mosaic
 from smooseg_fast.segment.checkpoint import read_checkpoint
 from smooseg_fast.segment.grouping import Grouping
+from smooseg_fast.segment.names import check_name
 from smooseg_fast.segment.tree import Pairs, Tree
 from smooseg_fast.show import report_tiles
 from smooseg_fast.show.report import Page, page_html, sha256
@@ -167,6 +169,46 @@ def test_nothing_from_outside_can_leave_the_data_block():
     assert "innerHTML" not in script
 
 
+def contrast(one, other):
+    """The contrast of two colours #rrggbb, 1 to 21, by WCAG 2."""
+
+    def luminance(colour):
+        parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    dark, light = sorted(map(luminance, (one, other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_text_of_the_page_can_be_read_in_light_and_dark():
+    css = (Path(report_tiles.__file__).parent / "page.css").read_text(encoding="utf-8")
+    light, dark = (
+        dict(re.findall(r"--(\w+): (#\w{6}|\d+%)", block)) for block in re.findall(r":root {(.*?)}", css, re.DOTALL)
+    )
+    for values in (light, light | dark):
+        for text in ("ink", "quiet", "accent"):
+            for ground in ("paper", "well", "warn"):
+                if (text, ground) != ("accent", "warn"):
+                    assert contrast(values[text], values[ground]) >= 4.5, (text, ground)
+        for line in ("edge", "accent"):  # of controls and of the focus
+            assert contrast(values[line], values["paper"]) >= 3
+        share = int(values["cell"][:-1]) / 100  # of the accent in a full cell of the table of classes
+        mixed = [
+            round(share * int(values["accent"][k : k + 2], 16) + (1 - share) * int(values["paper"][k : k + 2], 16))
+            for k in (1, 3, 5)
+        ]
+        assert contrast(values["ink"], f"#{bytes(mixed).hex()}") >= 4.5
+
+
+def test_names_have_the_joiners_of_words_and_emoji_and_nothing_else_that_cannot_be_seen():
+    for good in ("می\u200cخواهم", "\U0001f469\u200d\U0001f9b0", "ordinary"):
+        check_name(good, "a name")
+    for bad in ("a\u202eb", "a\nb", "a\x07", "\u200d", "\u200c \u200d"):
+        with pytest.raises(UserError, match="is no name"):
+            check_name(bad, "a name")
+
+
 def test_damaged_lines_of_the_tiles_are_left_out(tmp_path):
     tile = tile_of(
         "a", np.zeros((32, 48, 3), np.uint8), np.zeros((32, 48), np.uint8), None, Atlas(2, 0, None, []), 9000
@@ -223,6 +265,8 @@ def test_a_run_its_page_and_its_page_again(trained, labelled, capsys):
     assert np.array(page["scores"]["confusion"]).sum() > 0
     assert [name for name, *_ in page["scores"]["classes"]] == ["wall", "fence"]
     assert ["--seed", "0"] in page["settings"]
+    assert all(value not in ("", "None", "False") for _, value in page["settings"])
+    assert page["shares"] == pytest.approx(checkpoint.shares)
     assert len(page["figures"]) > 5
     assert all(0 <= tile["certainty"] <= 1 for tile in data["tiles"])
     for tile in data["tiles"]:
@@ -246,7 +290,7 @@ def test_a_run_its_page_and_its_page_again(trained, labelled, capsys):
     capsys.readouterr()
     picture = Path("out/groups.png").read_bytes()
     assert run(name.main, ["--run", "out", "0=road </script>"]) == 0
-    assert "look at    out/groups.png\nlook at    out/report.html\n" in capsys.readouterr().out
+    assert "look at    out/tree.png, out/groups.png, out/report.html\n" in capsys.readouterr().out
     assert Path("out/groups.png").read_bytes() != picture  # its legend has the name
     assert run(name.main, ["--run", "out", "0="]) == 0
     assert Path("out/groups.png").read_bytes() == picture

@@ -28,6 +28,7 @@ Part = frozenset[int]  # the fine groups of a group, or of several that are merg
 
 NAMES = "names.json"  # next to a checkpoint, for people and tools; what is read is in the checkpoint
 LONGEST = 60  # characters of a name
+JOINERS = re.compile("[\u200c\u200d]")  # in words of Persian and in emoji
 FIELDS = {"groups", "least_share", "names", "colours", "merge"}  # of names.json
 
 
@@ -130,7 +131,8 @@ class Names:
         try:
             content = json.loads(regular(Path(path).expanduser()).read_text(encoding="utf-8"))
         except OSError as error:
-            raise UserError(f"{place}: cannot be read ({error.strerror}); give a names.json") from error
+            advice = "give the path of the names.json, such as ~/Downloads/names.json"
+            raise UserError(f"{place}: cannot be read ({error.strerror}); {advice}") from error
         except (ValueError, RecursionError) as error:
             raise UserError(f"{place}: is not JSON; give a names.json") from error
         return cls.from_json(content, place)
@@ -286,7 +288,8 @@ def number_of(text: Any, place: str) -> int:
 
 def check_name(name: Any, place: str) -> None:
     """UserError that begins with `place` unless `name` is a line of text."""
-    if not isinstance(name, str) or not name.strip() or name != name.strip() or not name.isprintable():
+    seen = JOINERS.sub("", name) if isinstance(name, str) else ""
+    if not seen.strip() or name != name.strip() or not seen.isprintable():
         raise UserError(f"{place}: {name!r:.60} is no name; give printable text without spaces at its ends")
     if len(name) > LONGEST:
         raise UserError(f"{place}: {name!r:.40} has {len(name)} characters; give a name of at most {LONGEST}")

@@ -24,7 +24,7 @@ from . import report_sections as sections
 from .report_tiles import MOST_TILES, fitted
 
 PAGE = "report.html"
-TEMPLATE, STYLE, SCRIPT = "page.html", "page.css", "page.js"  # next to this module
+TEMPLATE, STYLE, SCRIPTS = "page.html", "page.css", ("page.js", "page.parts.js")  # next to this module
 ESCAPES = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
 
 
@@ -79,6 +79,7 @@ class Page:
             "least_share": least,
             "tree": sections.tree_section(fine, least) if usable and fine is not None else None,
             "why": sections.why_section(self.report),
+            "shares": checkpoint.shares if checkpoint is not None and self.kind == "run" else None,
             "colours": [as_hex(tuple(colour)) for colour in palette(256).tolist()],
             "naming": self.naming if checkpoint is None else checkpoint.naming.as_json(),
             "figures": sections.figure_rows(self.report),
@@ -99,7 +100,10 @@ def page_html(page: Page, tiles: Sequence[dict[str, Any]]) -> str:
     if len(tiles) > MOST_TILES:
         tiles = [tiles[place * len(tiles) // MOST_TILES] for place in range(MOST_TILES)]
     folder = files(__package__)
-    template, style, script = (folder.joinpath(name).read_text(encoding="utf-8") for name in (TEMPLATE, STYLE, SCRIPT))
+    template, style, *scripts = (
+        folder.joinpath(name).read_text(encoding="utf-8") for name in (TEMPLATE, STYLE, *SCRIPTS)
+    )
+    script = "\n".join(scripts)
     lines = ",\n".join(map(embedded, fitted(tiles)))
     parts = {
         "STYLE_HASH": sha256(style),
@@ -135,5 +139,5 @@ def run_page(run: Path, checkpoint: Checkpoint, header: Mapping[str, Any], repor
         report=report,
         skipped=report.get("skipped"),
         times=header.get("times", ()),
-        left_out="so that this page takes a tenth of the run's time; smooseg predict makes a page of all",
+        left_out="so that this page takes at most a tenth of the run's time; smooseg predict makes a page of all",
     )

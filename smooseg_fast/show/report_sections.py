@@ -112,9 +112,9 @@ def setting_rows(config: TrainConfig, checkpoint: Checkpoint) -> list[list[str]]
     ]
     for setting in dataclasses.fields(config):
         value = getattr(config, setting.name)
-        if value is None or setting.name == "backbone":
+        if value is None or value is False or value == () or setting.name == "backbone":  # not typed
             continue
-        text = " ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+        text = " ".join(map(str, value)) if isinstance(value, tuple | list) else "on" if value is True else str(value)
         rows.append([flag(setting.name), text])
     return rows
 

@@ -401,7 +401,7 @@ def test_labels_without_data_are_white_and_an_overlay_leaves_them():
     image, colours = np.full((8, 8, 3), 40, np.uint8), palette(3)
     labels = np.zeros((8, 8), np.uint8)
     labels[:, 4:] = IGNORE
-    assert (overlay(image, labels, colours)[:, 4:] == 40).all()
+    assert (np.asarray(overlay(image, labels, colours))[:, 4:] == 40).all()
     assert (pictures.by_label(colours)[labels][:, 4:] == 255).all()
 
 

@@ -24,7 +24,7 @@ from smooseg_fast.config import Thresholds
 from smooseg_fast.datasets import ImageFolder
 from smooseg_fast.datasets.images import ImageError
 from smooseg_fast.errors import UserError
-from smooseg_fast.learn import groupspicture, loop, runpictures, trainer
+from smooseg_fast.learn import groupspicture, loop, runfolder, runpictures, trainer
 from smooseg_fast.learn import run as steps
 from smooseg_fast.learn.summary import sizes
 from smooseg_fast.measure.confusion import LabelSquares
@@ -32,7 +32,7 @@ from smooseg_fast.segment.checkpoint import STATE_KEY, read_checkpoint, read_tra
 from smooseg_fast.system.locks import Lock
 
 EVERYTHING = {"checkpoint.safetensors", "training.safetensors", "metrics.jsonl", "run.json", "report.json"}
-EVERYTHING |= {"groups.png", "curves.png", "tree.png", "report.html", "tiles.jsonl", "groups.jsonl", ".smooseg"}
+EVERYTHING |= {"groups.png", "tree.png", "report.html", "tiles.jsonl", "groups.jsonl", ".smooseg"}
 NETWORK = "iteration:features_of"
 FIRST = "granularity_0_seed_0"  # the head that is learnt by default
 SMALL = [
@@ -66,7 +66,13 @@ def files(out):
     return {name: re.sub(rb'"times": ?\[.*?\]\]', b"", content) for name, content in contents.items()}
 
 
-def test_a_folder_without_labels(folder, capsys):
+@pytest.fixture
+def curves(monkeypatch):
+    """Curves of the shortest runs, too."""
+    monkeypatch.setattr(runfolder, "CURVES_STEPS", 1)
+
+
+def test_a_folder_without_labels(folder, capsys, curves):
     assert call("--data", folder, "--out", "out", "--prototypes", "5", *SMALL) == 0
     out = capsys.readouterr().out
     assert "learning   groups by a tree of 5 fine ones, then 6 steps of training on cpu" in out
@@ -248,8 +254,9 @@ def test_triton_on_a_cpu_is_refused_in_one_line(folder):
     ]
     done = subprocess.run(args, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: --impl triton: cannot run on cpu")
-    assert len(done.stderr.strip().splitlines()) == 1
+    lines = [line for line in done.stderr.strip().splitlines() if not line.startswith("starting ")]  # on a busy machine
+    assert len(lines) == 1
+    assert lines[0].startswith("error: --impl triton: cannot run on cpu")
     assert not os.path.exists("out")
 
 
@@ -346,7 +353,8 @@ def test_an_image_that_went_since_is_left_out_of_the_picture(folder, monkeypatch
 
 
 @pytest.mark.parametrize("name", ["groups_picture", "curves_picture", "tree_picture"])
-def test_a_picture_that_fails_does_not_lose_the_run(folder, monkeypatch, capsys, name):
+def test_a_picture_that_fails_does_not_lose_the_run(folder, monkeypatch, capsys, curves, name):
+    everything = EVERYTHING | {"curves.png"}
     with monkeypatch.context() as patch:
         patch.setattr(runpictures, name, lambda *_: 1 / 0)
         assert call("--data", folder, "--out", "out", *SMALL) == 0
@@ -357,12 +365,12 @@ def test_a_picture_that_fails_does_not_lose_the_run(folder, monkeypatch, capsys,
         in out
     )
     assert out.strip().splitlines()[-1].startswith("next ")
-    assert {p.name for p in Path("out").iterdir()} == EVERYTHING - {file, file.replace("groups.png", "groups.jsonl")}
+    assert {p.name for p in Path("out").iterdir()} == everything - {file, file.replace("groups.png", "groups.jsonl")}
     assert call("--data", folder, "--out", "out", *SMALL) == 0
-    assert {p.name for p in Path("out").iterdir()} == EVERYTHING
+    assert {p.name for p in Path("out").iterdir()} == everything
 
 
-def test_a_file_that_was_taken_away_is_made_again(folder):
+def test_a_file_that_was_taken_away_is_made_again(folder, curves):
     assert call("--data", folder, "--out", "out", *SMALL) == 0
     before = files("out")
     for file in ("groups.png", "curves.png", "tree.png", "report.json", "checkpoint.safetensors"):
@@ -471,7 +479,7 @@ def test_steps_follow_the_tree_where_they_help(folder, monkeypatch, capsys, back
     args = ("--data", folder, "--out", "out", *small, "--backbone", backbone)
     assert call(*args) == 0
     assert read_checkpoint("out/checkpoint.safetensors").config.steps == number
-    assert Path("out/curves.png").exists() == bool(number)
+    assert not Path("out/curves.png").exists()  # of two steps
     assert ("then 2 steps of training" in capsys.readouterr().out) == bool(number)
     assert call(*args) == 0
     assert "this run is finished" in capsys.readouterr().out

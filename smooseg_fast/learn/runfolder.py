@@ -18,6 +18,7 @@ from ..system.outfolder import HoldsAnotherRun, Journal, OutFolder
 CHECKPOINT, TRAINING, HEADS = "checkpoint.safetensors", "training.safetensors", "heads"
 METRICS, RUN, REPORT = "metrics.jsonl", "run.json", "report.json"
 GROUPS, CURVES, TREE, SAMPLES = "groups.png", "curves.png", "tree.png", "samples"
+CURVES_STEPS = 100  # of a run whose curves are drawn: those of fewer say little, and take a second of some ten
 GROUPS_TILES = "groups.jsonl"  # what groups.png is drawn from
 FOLLOWED = ("total", "perplexity", "image_information")  # figures by which `monitors.Watch` knows trouble
 CHOSEN = "backbone_chosen"  # in run.json: whether --backbone auto chose the backbone that is recorded
@@ -102,7 +103,7 @@ class RunFolder(OutFolder):
 
 def pictures_of(config: TrainConfig) -> tuple[str, ...]:
     """Name the pictures of a run; `config` has every choice made."""
-    return (GROUPS, *[CURVES] * bool(config.steps), *[TREE] * config.tree, PAGE)
+    return (GROUPS, *[CURVES] * ((config.steps or 0) >= CURVES_STEPS), *[TREE] * config.tree, PAGE)
 
 
 def is_figures(record: dict[str, Any]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,11 @@ from ..show import charts, pictures
 from ..show.report import PAGE
 from ..show.report_tiles import Atlas, Watched, tile_of
 from ..show.tree import tree_picture
-from ..system.ahead import behind
+from ..system.ahead import ahead, behind
 from ..system.progress import SILENT_S, Bar
 from .groupspicture import MOST_BYTES, picture_of, with_truth, write_tiles
 from .runfolder import CURVES, GROUPS, TREE, RunFolder, pictures_of
-from .runpage import write_run_page
+from .runpage import THREADS, write_run_page
 from .setting import Setting
 from .tiler import Tiler, cropped, cutting_of
 
@@ -47,6 +47,8 @@ PANELS = {
     "structure": ("modularity", "explained_variance", "modularity_x_explained"),
     "with labels": ("accuracy", "miou"),
 }
+
+Example = tuple[str, Picture, np.ndarray | None]  # an image by its name, and its ground truth, if any
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Shown:
     def segmenter(self) -> Segmenter:
         return self.segmenters[self.default]
 
-    def images(self, name: str, count: int) -> Iterator[tuple[str, Picture, np.ndarray | None]]:
+    def images(self, name: str, count: int) -> Iterator[Example]:
         """Names, pictures and ground truth, if any, of at most `count` images that differ, among those with features
         (held-out ones first).
 
@@ -93,27 +95,36 @@ class Shown:
         """Tiles of the images that differ, with the ground truth: labelled by their features, or, at another scale than
         fit, whose squares may lie far apart, their middle by the backbone."""
         validation, segmenter = self.setting.validation, self.segmenter
-        images, fits = self.images(GROUPS, GROUPS_IMAGES), self.setting.config.scale == (FIT,)
-        watched = Watched(segmenter, [segmenter.grouping])
         if validation is None:
             tiler = Tiler(self.setting.store, cutting_of(self.setting), segmenter)
         else:
             tiler = Tiler(validation.store, validation.cutting, segmenter)
-        for name, picture, truth in images:
-            if fits:
-                image = tiler.prepared(name, picture, MOST_BYTES)
-                tile, whole = tiler.tile(image, MOST_BYTES), image.whole
-                self.made.update({name: tile} if validation is None else {})
-                truth = None if truth is None else cropped(Picture(truth), image.cells.box)[0].pixels
-            else:
-                valid = None if picture.valid is None else self.middle(picture.valid)
-                middle = Picture(self.middle(picture.pixels), valid)
-                labels = np.concatenate([*watched.bands(middle, mirror=False)])
-                look = watched.look(len(segmenter.grouping))
-                tile = tile_of(name, middle.pixels, labels, look, tiler.atlas, MOST_BYTES)
-                whole = middle.pixels.shape == picture.pixels.shape
-                truth = None if truth is None else self.middle(truth)
-            yield with_truth(tile if whole else tile | {"name": f"{name} (middle)"}, truth)
+        watched = Watched(segmenter, [segmenter.grouping])
+
+        def by_features(example: Example) -> dict[str, Any]:
+            name, picture, truth = example
+            image = tiler.prepared(name, picture, MOST_BYTES)
+            tile = tiler.tile(image, MOST_BYTES)
+            self.made.update({name: tile} if validation is None else {})
+            truth = None if truth is None else cropped(Picture(truth), image.cells.box)[0].pixels
+            return with_truth(tile if image.whole else as_middle(tile), truth)
+
+        def by_backbone(example: Example) -> dict[str, Any]:
+            name, picture, truth = example
+            valid = None if picture.valid is None else self.middle(picture.valid)
+            middle = Picture(self.middle(picture.pixels), valid)
+            labels = np.concatenate([*watched.bands(middle, mirror=False)])
+            look = watched.look(len(segmenter.grouping))
+            tile = tile_of(name, middle.pixels, labels, look, tiler.atlas, MOST_BYTES)
+            whole = middle.pixels.shape == picture.pixels.shape
+            return with_truth(tile if whole else as_middle(tile), None if truth is None else self.middle(truth))
+
+        images = self.images(GROUPS, GROUPS_IMAGES)
+        if self.setting.config.scale != (FIT,):
+            yield from map(by_backbone, images)
+            return
+        with closing(ahead(by_features, images, threads=THREADS, waiting=2 * THREADS)) as tiles:
+            yield from tiles
 
     def middle(self, image: np.ndarray) -> np.ndarray:
         """The middle of an image, LARGEST pixels a side at the scale of the run; a scale that fits shows all of it."""
@@ -123,6 +134,11 @@ class Shown:
         sides = [min(side, max(self.setting.backbone.patch, round(LARGEST / factor))) for side in image.shape[:2]]
         top, left = ((there - side) // 2 for there, side in zip(image.shape, sides))
         return image[top : top + sides[0], left : left + sides[1]]
+
+
+def as_middle(tile: dict[str, Any]) -> dict[str, Any]:
+    """A tile that shows the middle of its image."""
+    return tile | {"name": f"{tile['name']} (middle)"}
 
 
 def draw(shown: Shown) -> list[Path]:

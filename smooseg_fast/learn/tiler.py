@@ -117,8 +117,7 @@ class Tiler:
     def tile(self, image: Prepared, most_bytes: int) -> dict[str, Any]:
         """The tile of an image."""
         store, rows, cells, small = self.store, self.rows[image.name], image.cells, image.picture
-        features, places = store.rows(rows).to(self.device), {row: n for n, row in enumerate(rows)}
-        numbers = np.vectorize(lambda row: places.get(row, 0))(cells.rows)
+        features, numbers = store.rows(rows).to(self.device), np.searchsorted(rows, cells.rows)  # -1 becomes 0
         valid = cells.rows >= 0
         if (shown := store.valid(rows)) is not None:
             valid &= shown.numpy()[numbers, np.maximum(cells.patches, 0)]

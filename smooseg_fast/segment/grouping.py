@@ -40,5 +40,8 @@ class Grouping:
         """
         if self.groups is None:
             return codes
-        cosines = unit_rows(codes.float()) @ unit_rows(self.head.teacher.float()).mT
+        return self.merged(unit_rows(codes.float()) @ unit_rows(self.head.teacher.float()).mT)
+
+    def merged(self, cosines: Tensor) -> Tensor:
+        """The best of the cosines [...,K] with all prototypes in each group [...,N]."""
         return torch.stack([cosines[..., np.flatnonzero(self.groups == k)].amax(-1) for k in range(len(self))], -1)

@@ -69,6 +69,8 @@ class Looking:
 
     def __init__(self, groupings: Sequence[Grouping], fine: Head | None, valid: np.ndarray | None, step: int = 1):
         self._groupings, self._fine, self._valid, self._step = groupings, fine, valid, step
+        heads = [grouping.head for grouping in groupings] + ([] if fine is None else [fine])
+        self._heads = list({id(head): head for head in heads}.values())
         self.bands: list[Band] = []
 
     @torch.no_grad()
@@ -78,13 +80,11 @@ class Looking:
         valid = torch.ones(band.shape[:2], dtype=torch.bool)
         if self._valid is not None:
             valid = torch.from_numpy(self._valid[row : row + len(band)])
-        sums, labels = [], None
-        for grouping in self._groupings:
-            margin = margins(grouping, codes[id(grouping.head)])
-            sums.append(float(margin[valid.to(margin.device)].sum()))
+        cosines = {id(head): cosines_of(codes[id(head)], head) for head in self._heads}
+        labels, margins = None, [margins_of(grouping, cosines[id(grouping.head)]) for grouping in self._groupings]
+        sums = [float(margin[valid.to(margin.device)].sum()) for margin in margins]
         if self._fine is not None:
-            directions = unit_rows(self._fine.teacher.float())
-            labels = (unit_rows(codes[id(self._fine)].float()) @ directions.mT).argmax(-1).to(torch.uint8).cpu().numpy()
+            labels = cosines[id(self._fine)].argmax(-1).to(torch.uint8).cpu().numpy()
             labels[~valid.numpy()] = IGNORE
             labels = np.ascontiguousarray(labels[-row % self._step :: self._step, :: self._step])
         self.bands.append(Band(row, len(band), labels, sums, int(valid.sum())))
@@ -100,10 +100,16 @@ class Looking:
         return Look(fine, seen, sum(band.margins[place] for band in self.bands) / count if count else None)
 
 
-def margins(grouping: Grouping, codes: Tensor) -> Tensor:
-    """The probability of the best group less that of the second, of codes [n,w,Z] -> [n,w]; 1 for a single group."""
-    scores = grouping.scores(codes).float()
-    if grouping.groups is None:
-        scores = unit_rows(scores) @ unit_rows(grouping.prototypes.float()).mT
-    best = (TEMPERATURE * scores).softmax(-1).topk(min(2, scores.shape[-1]), -1).values
-    return best[..., 0] - best[..., 1] if best.shape[-1] > 1 else best[..., 0]
+def cosines_of(codes: Tensor, head: Head) -> Tensor:
+    """The cosines [n,w,K] of codes [n,w,Z] with the prototypes of their head."""
+    return unit_rows(codes.float()) @ unit_rows(head.teacher.float()).mT
+
+
+def margins_of(grouping: Grouping, cosines: Tensor) -> Tensor:
+    """The probability of the best group less that of the second, of cosines [n,w,K] with all prototypes -> [n,w]; 1 for
+    a single group."""
+    logits = TEMPERATURE * (cosines if grouping.groups is None else grouping.merged(cosines))
+    if logits.shape[-1] == 1:
+        return torch.ones_like(logits[..., 0])
+    best = (logits.topk(2, -1).values - logits.logsumexp(-1, keepdim=True)).exp()  # a softmax of few is slow
+    return best[..., 0] - best[..., 1]

@@ -50,7 +50,7 @@ def cell_size(shapes: Iterable[Sequence[int]], columns: int) -> tuple[int, int]:
 
 
 def contact_sheet(
-    rows: Sequence[Sequence[np.ndarray]],
+    rows: Sequence[Sequence[np.ndarray | Image.Image]],
     column_titles: Sequence[str],
     captions: Sequence[Sequence[str]],
     legend: Sequence[tuple[Sequence[int], str]],
@@ -62,12 +62,13 @@ def contact_sheet(
     that does not fit loses its middle.
 
     Args:
-        rows: images of any size; a row may be shorter than others.
+        rows: images of any size, arrays or Pillow's; a row may be shorter than others.
         captions: of each row, side by side below it, each as wide as an equal share of the columns.
         legend: (colour, text) pairs.
     """
     columns, across = max(map(len, rows)), max(1, *map(len, captions))
-    cell = cell_size([image.shape for row in rows for image in row], columns)
+    grid = [[image if isinstance(image, Image.Image) else Image.fromarray(image) for image in row] for row in rows]
+    cell = cell_size([(image.height, image.width) for row in grid for image in row], columns)
     span = columns // across * (cell[0] + GAP)
     swatches = _legend(legend)
     legend_top = MARGIN + 48
@@ -80,11 +81,13 @@ def contact_sheet(
     for c, text in enumerate(column_titles):
         place = MARGIN + c * (cell[0] + GAP), grid_top - LINE // 2 - 4
         write(draw, place, text, TEXT, INK, bold=True, room=cell[0])
-    for r, (row, texts) in enumerate(zip(rows, captions)):
+    for r, (row, texts) in enumerate(zip(grid, captions)):
         top = grid_top + r * row_height
         for c, image in enumerate(row):
-            thumbnail = ImageOps.pad(Image.fromarray(image).convert("RGB"), cell, Image.Resampling.HAMMING, WELL)
-            sheet.paste(thumbnail, (MARGIN + c * (cell[0] + GAP), top))
+            left = MARGIN + c * (cell[0] + GAP)
+            if image.size != cell:
+                image = ImageOps.pad(image.convert("RGB"), cell, Image.Resampling.HAMMING, WELL)
+            sheet.paste(image, (left, top))
         for number, text in enumerate(texts):
             write(draw, (MARGIN + number * span, top + cell[1] + LINE // 2), text, TEXT, GREY, room=span - GAP)
     return sheet
@@ -104,11 +107,11 @@ def _legend(entries: Sequence[tuple[Sequence[int], str]]) -> Image.Image:
     return picture
 
 
-def save(path: str | Path, image: Image.Image | np.ndarray) -> Path:
+def save(path: str | Path, image: Image.Image | np.ndarray, *, sync: bool = True) -> Path:
     """Write `image` (uint8 [H, W, 3], or a Pillow image in RGB) as PNG or JPEG, by the suffix of `path`.
 
-    WriteError when the file cannot be written.
+    WriteError when the file cannot be written. sync: as for `write_atomic`.
     """
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
     # JPEG takes quality, and PNG the level: a third of the time for a few more bytes
-    return write_atomic(path, lambda target: picture.save(target, quality=92, subsampling=0, compress_level=1))
+    return write_atomic(path, lambda target: picture.save(target, quality=92, subsampling=0, compress_level=1), sync)

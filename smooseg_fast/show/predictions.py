@@ -9,6 +9,7 @@ from collections import ChainMap
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -64,11 +65,12 @@ class Outcome:
 class Predictions(OutFolder):
     """The masks and overlays of one checkpoint and one set of settings, and a journal of the images that are done.
 
-    An image's line in the journal comes after its mask and overlay, and carries their sizes and a CRC-32 of the mask
-    and of the line itself. The last line of a stem counts: the files of that name may have been another image's before.
-    All processes append to one file. An image is segmented again where its line is spoilt by a kill or a network drive,
-    and where its mask or the size of its overlay is not as the line says. It is drawn again from its mask where groups
-    have got other names or colours since, or were merged. A store's listing tells the sizes; no file of it is read.
+    An image's line in the journal comes after its mask and overlay, and carries their sizes and a CRC-32 of the line
+    itself and, on a disk, of the mask. The last line of a stem counts: the files of that name may have been another
+    image's before. All processes append to one file. An image is segmented again where its line is spoilt by a kill or
+    a network drive, and where its mask or the size of its overlay is not as the line says. It is drawn again from its
+    mask where groups have got other names or colours since, or were merged. A store's listing tells the sizes; no file
+    of it is read.
 
     groups: those that masks may hold. merge: the numbers that were merged, see `Names`. more: the folders of FURTHER
     that are written too.
@@ -98,6 +100,7 @@ class Predictions(OutFolder):
         self.tiles: TileFile | None = None  # for the page; set by the command
         self.drawn_s = 0.0  # that overlays and tiles took
         self._sizes: dict[str, int] = {}  # of the masks and overlays in a store
+        self.on_sheets: frozenset[str] = frozenset()  # names
         self.thumbnails: dict[str, Shown] = {}  # of images on the sheets, by name, so that few files are read again
 
     def mask(self, item: Item) -> Path:
@@ -113,10 +116,8 @@ class Predictions(OutFolder):
         scratch = self.path if isinstance(self.path, Path) else None
         return Plan(shape, self.groups, self.colours, self.mask(item), more, scratch)
 
-    def unfinished(self, item: Item, folders: Sequence[Predictions], shape: tuple[int, int]) -> Unfinished | None:
-        """Keeps what is done of a map for these folders, of which this is the first; None in a store."""
-        if not isinstance(self.path, Path):
-            return None
+    def unfinished(self, item: Item, folders: Sequence[Predictions], shape: tuple[int, int]) -> Unfinished:
+        """Keeps what is done of a map for these folders, of which this is the first."""
         keys = [
             [folder.settings, folder.merge, folder.more, [group.number for group in folder.groups]]
             for folder in folders
@@ -169,7 +170,8 @@ class Predictions(OutFolder):
             sizes = [size_of(file) for file in files]
             names = ("stem", "stamp", "shares", "look", "merge", "more")
             plain = {name: record[name] for name in names} | {"bytes": sizes}
-            crc = checksum(files[0], zlib.crc32(json.dumps(plain).encode()))
+            crc = zlib.crc32(json.dumps(plain).encode())
+            crc = crc if isinstance(self.path, Remote) else checksum(files[0], crc)
             return plain | {"seconds": record["seconds"], "crc": f"{crc:08x}"}
         except OSError:
             return None
@@ -224,11 +226,15 @@ class Predictions(OutFolder):
         return self.note(item, noted, shares_of(counts))
 
     def draw(self, item: Item, small: np.ndarray, labels: np.ndarray, look: Look | None) -> None:
-        """Write the overlay of an image uint8 [h,w,3] with labels uint8 [h,w], and its tile of the page."""
+        """Write the overlay of an image uint8 [h,w,3] with labels uint8 [h,w], and its tile of the page; keep its
+        thumbnail for the sheets."""
         started, names = time.perf_counter(), {group.number: group.label for group in self.groups}
-        pictures.save(self.overlay(item), with_names(overlay(small, labels, self.colours), labels, names))
+        picture = with_names(overlay(small, labels, self.colours), labels, names)
+        pictures.save(self.overlay(item), picture, sync=False)  # its size in the journal tells whether it is whole
         if self.tiles is not None:
             self.tiles.add(item.name, small, labels, look)
+        if item.name in self.on_sheets:
+            self.thumbnails[item.name] = thumbnail(Shown(item.name, small, labels), len(self.on_sheets))
         self.drawn_s += time.perf_counter() - started
 
     def known(self, item: Item) -> Shares | None:
@@ -269,7 +275,9 @@ def segment(
     once for all of them. options: as for `Segmenter.predict`.
     """
     processes, outcome = next(iter(folders.values())).processes, Outcome([{} for _ in folders])
-    on_sheets = {item.name for item in for_sheets(items)}
+    on_sheets = frozenset(item.name for item in for_sheets(items))
+    for folder in folders.values():
+        folder.on_sheets = on_sheets
     todo = [item for item in items if any(item.name not in names for names in done)]
     done_by_all, stores = processes.counter(), any(isinstance(folder.path, Remote) for folder in folders.values())
     bar = Bar(total=len(items), initial=len(items) - len(todo), desc="predict", unit="image", plain_s=IMAGES_S)
@@ -284,8 +292,6 @@ def segment(
         for (number, folder), shares in zip(folders.items(), outcome.shares):
             if number in labels:
                 shares[item.name] = folder.write(item, pixels, labels[number], noted, looks[number])
-                if item.name in on_sheets:
-                    folder.thumbnails[item.name] = thumbnail(Shown(item.name, pixels, labels[number]), len(on_sheets))
 
     with bar, stop_request() as stop, behind(WRITTEN if stores else 0) as later:
         for item, _ in fetched([(item, item.file) for item in todo[processes.rank :: processes.size]]):
@@ -305,7 +311,7 @@ def segment(
                 if rest := [number for number in due if number not in labels]:
                     labels |= labels_at(segmenter, picture, rest, options)
             except Interrupted as error:
-                if not item.map or stores:
+                if not item.map:
                     raise
                 outcome.signal, outcome.under_way = error.number, [item.name]
                 break
@@ -319,7 +325,8 @@ def segment(
             bar.update(done_by_all(1) - (bar.n - bar.initial))
     for folder in folders.values():
         folder.flush()
-        if outcome.signal is None and isinstance(folder.path, Path) and processes.size == 1:
+        gone = any(isinstance(item.file, Remote) and item.name in outcome.skipped for item in items if item.map)
+        if outcome.signal is None and processes.size == 1 and not gone:  # a store may give it at the next try
             unfinished.forget(folder.path)
     with announced("waiting    for the other processes"):
         outcomes = processes.all(outcome)
@@ -381,7 +388,7 @@ def draw_sheets(folder: Predictions, done: Sequence[Item], groups: Sequence[Grou
     with behind(1) as later:
         for number, page in enumerate(sheet_pages(shown(), groups, f"images {some}: {in_use} groups"), 1):
             paths.append(folder.path / SHEET if number == 1 else folder.path / SHEETS / f"{number}.jpg")
-            later(pictures.save, paths[-1], page)
+            later(partial(pictures.save, sync=False), paths[-1], page)  # each command draws them
     for path in folder.path.glob(f"{SHEETS}/*.jpg"):
         if path not in paths:
             path.unlink()

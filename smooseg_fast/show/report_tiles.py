@@ -37,11 +37,12 @@ FEW_BYTES, MANY_BYTES = 2_500_000, 22_000_000  # of the tiles of a page of up to
 LEAST_BYTES, LARGE_BYTES = 25_000, 120_000  # of a tile while MANY_BYTES allow it, and of one of a few
 MOST_CELLS = 2048  # rows and columns of cells that a look keeps; of more, every n-th
 LABEL_SIDE = 320  # pixels of the long side of a label map, at most
-QUALITY, METHOD, LEVEL = 65, 0, 6  # of WebP, and of deflate
+QUALITY, METHOD, LEVEL = 65, 0, 5  # of WebP, and of deflate
 LABELS = 0.2  # share of a tile's bytes that its labels may take, before base64
 PIXEL_BYTES = 0.12  # of a photo in WebP, about; the first guess at a tile's side
 JPEG_BYTES, JPEG_QUALITY = 0.17, 78  # of a photo in JPEG, about
 PARTS = 10_000  # shares are whole numbers of so many
+PARTS_OF_CELL = 15  # into which weights divide a side of a cell: four weights sum to 225, in 8 bits
 
 
 Encoded = tuple[bytes, tuple[int, int]]  # a picture as WebP or JPEG, and its (width, height)
@@ -214,41 +215,44 @@ def fine_at(mask: np.ndarray, fine: np.ndarray | None, groups: np.ndarray, seen:
     first[groups[::-1]], group_of[: len(groups)] = np.arange(len(groups) - 1, -1, -1), groups
     labels = first[mask]
     if fine is not None:
-        labels = about(fine, labels, mask, group_of, seen)
+        best = heaviest(fine, mask, group_of[fine], seen)
+        np.copyto(labels, best.astype(np.uint8), where=best > IGNORE)
     labels[mask == IGNORE] = IGNORE
     return labels
 
 
-def about(
-    fine: np.ndarray, labels: np.ndarray, mask: np.ndarray, group_of: np.ndarray, seen: tuple[float, float]
-) -> np.ndarray:
-    """`labels`, but where a cell about a pixel has a fine group of the pixel's group in the mask: the one of these
-    that the cells give most weight."""
+def heaviest(fine: np.ndarray, mask: np.ndarray, groups: np.ndarray, seen: tuple[float, float]) -> np.ndarray:
+    """For each pixel of a mask uint8 [h,w], the fine group to which the four cells about it give most weight among
+    those of its group in the mask, uint16 [h,w]: 256 * weight + fine group; at most 255 where no cell has one.
+
+    groups: that of every cell's fine group, uint8 [a,b], like `fine`.
+    """
     (above, below, y), (left, right, x) = (
         bilinear(side, cells, part) for side, cells, part in zip(mask.shape, fine.shape, seen)
     )
-    corners = [(above, left), (above, right), (below, left), (below, right)]
-    tables = [fine[rows[:, None], columns] for rows, columns in corners]
-    of_rows, of_columns = np.array([255 - y, y], np.uint16)[..., None], np.array([255 - x, x], np.uint16)[:, None]
-    weights = [of_rows[n // 2] * of_columns[n % 2] for n in range(4)]
-    best = np.zeros(mask.shape, np.uint16)
-    for one, table in enumerate(tables):
-        weight = weights[one].copy()
-        for other in range(4):
-            if other != one:
-                weight += weights[other] * (tables[other] == table)
-        better = (group_of[table] == mask) & (weight > best)
-        best[better], labels[better] = weight[better], table[better]
-    return labels
+    corners = [(rows, columns) for rows in (above, below) for columns in (left, right)]
+    tables = [fine.take(columns, 1).take(rows, 0) for rows, columns in corners]
+    weights = [row[:, None] * column for row in (PARTS_OF_CELL - y, y) for column in (PARTS_OF_CELL - x, x)]
+    sums, best = [weight.copy() for weight in weights], np.zeros(mask.shape, np.uint16)
+    for one in range(4):
+        for other in range(one):
+            equal = tables[one] == tables[other]
+            sums[one] += weights[other] * equal
+            sums[other] += weights[one] * equal
+    for (rows, columns), table, weight in zip(corners, tables, sums):
+        legal = groups.take(columns, 1).take(rows, 0) == mask
+        np.maximum(best, ((weight * legal).astype(np.uint16) << 8) | table, out=best)
+    return best
 
 
 def bilinear(pixels: int, cells: int, seen: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each pixel of a side, the cells before and after it, and the weight of the second, 0 to 255. seen: the share
-    of the side's cells that lie on the image; a cell beyond it has no say."""
+    """For each pixel of a side, the cells before and after it, and the weight of the second, uint8, 0 to PARTS_OF_CELL.
+    seen: the share of the side's cells that lie on the image; a cell beyond it has no say."""
     place = ((np.arange(pixels) + 0.5) * cells * seen / pixels - 0.5).clip(0)
     last = max(0, min(cells, round(cells * seen + 0.499)) - 1)
     before = place.astype(int).clip(max=last)
-    return before, (before + 1).clip(max=last), np.rint(255 * (place - before).clip(max=1)).astype(int)
+    weight = np.rint(PARTS_OF_CELL * (place - before).clip(max=1)).astype(np.uint8)
+    return before, (before + 1).clip(max=last), weight
 
 
 def parts_of(labels: np.ndarray) -> list[int]:

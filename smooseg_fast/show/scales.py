@@ -41,15 +41,16 @@ def scales_sheet(images: Sequence[np.ndarray], names: Sequence[str], backbone: B
     The features of all images at a scale are grouped together, without any learning. Groups of one colour at two scales
     are equally bright, no more. size: side of the squares that the backbone gets, a multiple of its patch.
     """
-    rows = [[middle(image)] for image in images]
+    parts = [middle(image) for image in images]
+    rows: list[list[np.ndarray | Image.Image]] = [[part] for part in parts]
     # a scale at which all images would be smaller than a square enlarges them, and shows what "fit" does
     sizes = {scale: tuple(first_scale(image, (scale,), size, "nearest").size for image in images) for scale in SCALES}
     scales = list({seen: scale for scale, seen in reversed(sizes.items())}.values())[::-1]
     for scale in scales:
-        for row, labels in zip(rows, groups_at(scale, images, backbone, size)):
-            row.append(overlay(row[0], labels, palette(GROUPS)))
-    part = [f"; the middle {PART} pixels" if max(image.shape[:2]) > PART else "" for image in images]
-    captions = [[f"{n}: {image.shape[1]} x {image.shape[0]} pixels{p}"] for n, image, p in zip(names, images, part)]
+        for row, part, labels in zip(rows, parts, groups_at(scale, images, backbone, size)):
+            row.append(overlay(part, labels, palette(GROUPS)))
+    notes = [f"; the middle {PART} pixels" if max(image.shape[:2]) > PART else "" for image in images]
+    captions = [[f"{n}: {image.shape[1]} x {image.shape[0]} pixels{p}"] for n, image, p in zip(names, images, notes)]
     titles = [f"--scale {scale}" + (f" (short side {size})" if scale == FIT else "") for scale in scales]
     return contact_sheet(
         rows,

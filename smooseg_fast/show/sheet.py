@@ -19,7 +19,8 @@ from . import pictures
 from .overlays import overlay, with_names
 
 PAGE, THREADS = 24, 2  # images on a page, and pages that are drawn at a time
-FEW, SIDES = 12, (640, 320)  # images up to which thumbnails are larger, and pixels of their long sides
+FEW = 12  # images up to which thumbnails are larger
+FEW_BOX, BOX = (640, 640), (241, 362)  # pixels of thumbnails; the second is the largest cell of a page of many images
 NAMED = 0.005  # the least share of the pixels with which a group stands in the legend
 
 
@@ -71,14 +72,17 @@ def sheet_pages(
 
 def thumbnail(shown: Shown, images: int) -> Shown:
     """The same, not larger than the sheets of so many images show it."""
-    side = SIDES[images > FEW]
-    return shown if max(shown.labels.shape) <= side else resized(shown, (side, side))
+    box = BOX if images > FEW else FEW_BOX
+    height, width = shown.labels.shape
+    return shown if width <= box[0] and height <= box[1] else resized(shown, box)
 
 
 def resized(shown: Shown, box: tuple[int, int]) -> Shown:
     """The same, as large as fits into `box`, its width and height."""
     factor = min(side / now for side, now in zip(box, shown.labels.shape[::-1]))
     size = [max(1, round(factor * now)) for now in shown.labels.shape[::-1]]
+    if size == [*shown.labels.shape[::-1]]:
+        return shown
     image = Image.fromarray(shown.image).resize(size, Image.Resampling.HAMMING, reducing_gap=2.0)
 
     def small(labels: np.ndarray) -> np.ndarray:
@@ -98,7 +102,8 @@ def page_of(shown: Sequence[Shown], groups: Sequence[Group], title: str, truth: 
     cell = pictures.cell_size([one.image.shape for one in shown], len(columns) * across)
     cells = []
     for one in (resized(one, cell) for one in shown):
-        row = [one.image, with_names(overlay(one.image, one.labels, colours), one.labels, names)]
+        row: list[np.ndarray | Image.Image] = [one.image]
+        row.append(with_names(overlay(one.image, one.labels, colours), one.labels, names))
         if truth is not None:
             blank = np.full_like(one.image, 255)
             row.append(blank if one.truth is None else pictures.by_label(truth.colours)[one.truth])

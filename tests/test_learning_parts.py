@@ -17,6 +17,7 @@ from smooseg_fast.segment import model
 from smooseg_fast.segment.checkpoint import head_of
 from smooseg_fast.segment.kmeans import principal_directions, spherical_kmeans
 from smooseg_fast.segment.model import Head, Heads, basis_of, channels_of, project
+from smooseg_kernels import products
 
 CPU = torch.device("cpu")
 
@@ -135,6 +136,26 @@ def test_the_size_of_a_block_changes_nothing(masks, monkeypatch):
     torch.testing.assert_close(found[0], found[2])
 
 
+@pytest.mark.parametrize("H", [1, 3])
+def test_products_by_onednn_are_as_exact_as_pytorchs(H, monkeypatch):
+    torch.manual_seed(0)
+    heads = Heads([Head(6, 3, 4, seed) for seed in range(H)])
+    features, masks = torch.randn(5, 7, 6), torch.rand(2, 5, 6)
+    monkeypatch.setattr(model, "BLOCK_BYTES", H * 2 * features[0].nbytes)
+    for least in ("LEAST_PRODUCTS", "LEAST_SHARED_PRODUCTS", "LEAST_SHARED_PRODUCT"):
+        monkeypatch.setattr(products, least, 1)
+    results = []
+    for dtype, has_library in ((torch.float64, False), (torch.float32, torch.backends.mkldnn.is_available())):
+        monkeypatch.setattr(products, "library_idles", lambda has_library=has_library: has_library)
+        heads = heads.to(dtype)
+        heads.zero_grad()
+        codes = heads.codes(features.to(dtype), *masks.to(dtype))
+        codes.square().sum().backward()
+        results.append([codes.detach().double(), *(p.grad.double().clone() for p in heads.projection.parameters())])
+    for exact, value in zip(*results):
+        torch.testing.assert_close(value, exact, rtol=0, atol=2e-6 * float(exact.abs().max()))
+
+
 @pytest.mark.parametrize(
     ("stored", "codes"), [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)], ids=str
 )
@@ -146,6 +167,31 @@ def test_resident_features_decide_the_products(stored, codes, monkeypatch):
     settings, features = Settings(relative=True), torch.randn(4, 9, 6).to(stored)
     Loop(heads, features, (9, 6), Schedule(4, 2, 0), torch.zeros(1, 2), settings, lr=1e-3, lr_prototypes=1e-3).step(0)
     assert seen == [codes]
+
+
+@pytest.mark.parametrize(("least", "threads"), [(2 * 4 * 5 * 6, 2), (2 * 4 * 5 * 6 + 1, 1)])
+def test_small_steps_take_one_thread(least, threads, monkeypatch):
+    """A step's numbers are heads x squares x patches x channels; the caller's threads come back, also after errors."""
+    seen = []
+
+    def step(*inputs, **options):
+        seen.append(torch.get_num_threads())
+        raise ValueError("stop")
+
+    monkeypatch.setattr("smooseg_fast.learn.loop.train_step", step)
+    monkeypatch.setattr("smooseg_fast.learn.loop.LEAST_SHARED_NUMBERS", least)
+    settings, rates = Settings(relative=True, patches=5), {"lr": 1e-3, "lr_prototypes": 1e-3}
+    heads, schedule = Heads([Head(6, 3, 4, seed) for seed in range(2)]), Schedule(9, 4, 0)
+    steps = Loop(heads, torch.randn(9, 7, 6), (7, 6), schedule, torch.zeros(2, 2), settings, **rates)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ValueError, match="stop"):
+            steps.step(0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [threads]
 
 
 def test_steps_in_bf16_go_on_bit_equal_from_a_copy():

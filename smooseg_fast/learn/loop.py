@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -17,6 +17,8 @@ from .ahead import Inputs
 from .schedule import Draws, Marks, Schedule, Settings
 from .step import make_optimizer, train_step
 
+# numbers in a step's features, for each head, below which threads on a CPU wait for each other longer than they help
+LEAST_SHARED_NUMBERS = 1 << 19
 WARM_UP_STEPS = 3  # before a capture; their changes are put back
 
 
@@ -68,6 +70,10 @@ class Loop:
                 group["lr"] = torch.tensor(group["lr"], device=self.device)
         self.not_captured: str | None = None  # why steps run one by one though a capture was asked for
         self._captured: Captured | None = None
+        patches = min(settings.patches or sizes[0], sizes[0])
+        numbers = len(heads) * schedule.batch_size * patches * sizes[1]
+        # by the sizes alone, not by the load: the number of threads changes the last bits of a result
+        self._one_thread = self.device.type == "cpu" and numbers < LEAST_SHARED_NUMBERS
 
     def step(self, number: int) -> sk.SmooSegLoss:
         """Runs step `number`, from 0. Nothing waits for a GPU.
@@ -83,7 +89,8 @@ class Loop:
         if self.capture and self._captured is None:
             self._captured = self._capture(number)
         if self._captured is None:
-            return self._one(number)
+            with one_thread() if self._one_thread else nullcontext():
+                return self._one(number)
         graph, losses, inputs = self._captured
         inputs.seek(number)
         graph.replay()
@@ -175,6 +182,17 @@ class Loop:
             for tensor, value in before:
                 tensor.copy_(value)
             self.optimizer.zero_grad(set_to_none=True)  # gradients belong to the graph's own memory
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Makes PyTorch work on one thread inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def is_of_capture(error: Exception) -> bool:

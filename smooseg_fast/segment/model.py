@@ -1,5 +1,6 @@
-"""The model: a projection from features to codes, and prototypes with their slow teacher. Imports torch and
-smooseg_kernels alone.
+"""The model: a projection from features to codes, and prototypes with their slow teacher.
+
+Imports torch and smooseg_kernels alone.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smooseg_kernels.dispatch import fused_projection
+from smooseg_kernels.products import add_product, product, products
 
 from .kmeans import principal_directions, spherical_kmeans
 
@@ -142,14 +144,13 @@ class InBlocks(torch.autograd.Function):
         for block in blocks(B, step):
             f = features[block]
             weight = linear_weight if linear_mask is None else linear_weight * linear_mask[block, None].to(dtype)
-            straight = f @ weight.mT
+            straight = f @ weight.mT if linear_mask is None else products(f, weight)
             place = before[block if keep else slice(len(f))].flatten(0, 1)
-            # the bias after the product: together, `place` would be written first and read again
-            torch.mm(_times(f, hidden_mask, block, scratch), hidden_t, out=place).add_(hidden_bias)
+            product(_times(f, hidden_mask, block, scratch), hidden_t, out=place, bias=hidden_bias)
             curved = torch.ops.aten.silu.out(place, out=scratch[: len(place)])
             of_heads = codes[:, block], bias, outer_t, _by_head(straight, H), _by_head(curved, H)
             for out, b, w, rows, wide in zip(*of_heads):
-                torch.addmm(rows, wide, w, out=out.flatten(0, 1)).add_(b)
+                product(wide, w, out=out.flatten(0, 1), bias=b).add_(rows)
         if keep:
             ctx.save_for_backward(features, linear_mask, hidden_mask, before, outer)
         return codes
@@ -166,15 +167,15 @@ class InBlocks(torch.autograd.Function):
         for block in blocks(B, step):
             f, d = features[block], d_codes[:, block].flatten(1, 2)
             d_side = d.transpose(0, 1).reshape(*f.shape[:2], H * Z).mT
-            d_rows = d_side @ f
+            d_rows = products(d_side, f.mT)
             d_linear += (d_rows if linear_mask is None else d_rows * linear_mask[block, None]).sum(0)
             rows = before[block].flatten(0, 1)
             curved = torch.ops.aten.silu.out(rows, out=scratch[: len(rows)])
-            d_outer += d.mT @ _by_head(curved, H)
+            d_outer += products(d.mT, _by_head(curved, H).mT)
             for d_head, weight_head, place in zip(d, weight, _by_head(curved, H)):
-                torch.mm(d_head, weight_head, out=place)
+                product(d_head, weight_head, out=place)
             d_before = torch.ops.aten.silu_backward.grad_input(curved, rows, grad_input=curved)
-            _add_product(d_hidden, d_before.mT, _times(f, hidden_mask, block, masked))
+            add_product(d_hidden, d_before.mT, _times(f, hidden_mask, block, masked))
             d_hidden_bias += d_before.sum(0)
         d_straight = d_linear.view(H, Z, D), d_codes.sum((1, 2), dtype=outer.dtype)
         return None, None, None, *d_straight, d_hidden.view(H, D, D), d_hidden_bias.view(H, D), d_outer, None
@@ -194,14 +195,6 @@ def _times(f: Tensor, mask: Tensor | None, block: slice, memory: Tensor) -> Tens
     if mask is not None:
         f = torch.mul(f, mask[block, None].to(f.dtype), out=memory.view(-1)[: f.numel()].view(f.shape))
     return f.flatten(0, 1)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, rounded to the total's dtype alone where the operands have it too."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
 
 
 def _by_head(rows: Tensor, H: int) -> Tensor:

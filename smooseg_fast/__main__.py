@@ -15,7 +15,7 @@ COMMANDS = {
     "predict": "segment images of any size with a checkpoint",
     "evaluate": "measure a checkpoint against labels",
     "export": "write predictions for annotation tools, maps and scripts",
-    "choose": "choose which head of a run predicts",
+    "choose": "choose another number of groups, without training",
     "name": "name, merge and colour the groups of a run",
     "report": "write the page of a run or of predictions again",
     "sweep": "learn with several settings and seeds, and compare them",

@@ -35,7 +35,7 @@ class BackbonesConfig:
     """Load one backbone, given as for --backbone, and print what it is, with the digest of its weights, instead of the
     list. The digest is the same wherever the copy is sound, and in whatever layout the weights lie."""
     measure: bool = True
-    """Fill the column images/s for those that are here, in some seconds each; --no-measure leaves it empty."""
+    """Leave the column images/s empty; measuring takes some seconds for each that is here."""
     device: Device = "auto"
     """Device to measure on: cpu, cuda, cuda:1, mps, or auto: a GPU if there is one."""
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
-from .command import pictures_of, predict_command, run
+from .command import counted, finished_run, naming_line, pictures_of, predict_command, run
 from .config import CLOSENESS, GROUPS, SHARE
 from .errors import UserError
 from .system.commandline import parse
@@ -24,12 +23,13 @@ class ChooseConfig:
 
     run: Annotated[str, Value("FOLDER", usual=True)]
     """Folder of a finished run."""
-    groups: Annotated[int | None, Bounds(1, GROUPS)] = None
+    groups: Annotated[int | None, Bounds(1, GROUPS), Value("N", usual=True)] = None
     """Number of groups."""
     cut: Annotated[float | None, CLOSENESS] = None
     """Height of the cut in tree.png instead: groups merge where their mean closeness exceeds it."""
     share: Annotated[float, SHARE] = 0.0
-    """Least share of the area that a group needs; smaller parts join their nearest group. Alone: every group of it."""
+    """Least share of the area that a group needs; smaller parts join their nearest group. Without --groups and
+    --cut, all groups that have this share."""
 
 
 def main(args: Sequence[str]) -> None:
@@ -41,11 +41,11 @@ def main(args: Sequence[str]) -> None:
     from .show import pictures
     from .show.tree import tree_picture
 
-    out = Path(config.run).expanduser()
-    if not (out / names.REPORT).is_file():
-        raise UserError(f"--run {out}: holds no finished run; give the --out folder of training")
-    if (config.groups is not None) + (config.cut is not None) != 1 and not (config.share and config.groups is None):
-        raise UserError("--groups: give either it or --cut; --share with one of them, or alone")
+    out = finished_run(config.run)
+    if config.groups is not None and config.cut is not None:
+        raise UserError("--groups: give either it or --cut, not both")
+    if config.groups is None and config.cut is None and not config.share:
+        raise UserError("--groups: missing; give it, or --cut with a height of tree.png, or --share")
     with held(out, "--run"):
         sweep(out)
         before = read_checkpoint(out / names.CHECKPOINT)
@@ -56,11 +56,12 @@ def main(args: Sequence[str]) -> None:
         pictures.save(out / names.TREE, tree_picture(checkpoint, str(out)))
         shown = [str(out / names.TREE), *refreshed(out)]
     now = checkpoint.groups or checkpoint.trained
-    print(f"{out / names.CHECKPOINT} has {now} groups now; it had {before.groups or before.trained}")
+    print(f"{out / names.CHECKPOINT} has {counted(checkpoint)} now; it had {counted(before).replace(' groups', '')}")
     print(f"look at    {', '.join(shown)}")
     given, hold = len(before.names.names), len(checkpoint.names.names)
     if given or hold:
-        print(f"names      {hold} groups have names, {given} had; a name stays where its group does not split or merge")
+        print(f"names      {hold} hold now, {given} did before; a name stays where its group does not split or merge")
+    print(naming_line(out, checkpoint))
     images, predictions = pictures_of(checkpoint.config.data, out), out / f"predictions_{now}"
     print("next       " + predict_command(out / names.CHECKPOINT, images, predictions, checkpoint.backbone_name))
 

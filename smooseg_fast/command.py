@@ -10,22 +10,25 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import UserError, WriteError
-from .system.commandline import HELP, command_line, shell_line, starter
+from .system.commandline import HELP, command_line, quoted, shell_line, starter
 from .system.progress import announced
-from .system.signals import terminable, with_kept
+from .system.signals import importing, terminable, with_kept
 from .system.stores import File, place
 from .system.terminal import discard, printable, terminals
+from .system.threads import wait_asleep
 
 # words of PyTorch's errors where the memory of the machine or of a card is full
 FULL = ("can't allocate memory", "out of memory", "not enough memory")
 
 if TYPE_CHECKING:
+    from .segment.checkpoint import Checkpoint
+    from .segment.names import Names
     from .segment.segmenter import Segmenter
     from .system.processes import Processes
 
@@ -62,6 +65,39 @@ def pictures_of(data: str | None, run: Path) -> File:
     layout = None if data is None else recognise(data)
     pictures = data if layout is None else layout.pictures
     return run / "samples" if pictures is None else place(pictures)
+
+
+def finished_run(folder: str) -> Path:
+    """The folder that --run names. UserError unless it holds a finished run; it names runs next to the folder."""
+    from .learn.runfolder import REPORT, RUN
+
+    out = Path(folder).expanduser()
+    if (out / REPORT).is_file():
+        return out
+    if (out / RUN).is_file():
+        raise UserError(f"--run {out}: is not finished; run the same smooseg train again, which resumes it")
+    near = [str(path) for path in (out.parent, *sorted(out.glob("*"))) if (path / REPORT).is_file()]
+    listed = f"did you mean {' or '.join(map(quoted, near[:3]))}"
+    raise UserError(f"--run {out}: holds no finished run; {listed if near else 'give the --out folder of training'}")
+
+
+def counted(checkpoint: Checkpoint) -> str:
+    """How many groups a checkpoint has, such as "8 groups", or "8 groups (7 after merging)"."""
+    groups, merged = checkpoint.groups or checkpoint.trained, len(checkpoint.names.numbers)
+    return f"{groups} groups" + (f" ({merged} after merging)" if merged < groups else "")
+
+
+def new_names(names: Names, proposed: Mapping[str, str] | None) -> dict[int, str]:
+    """The `proposed` names, by group, of groups that have none; without those that another group has."""
+    given, taken = {int(number): name for number, name in (proposed or {}).items()}, names.names.values()
+    return {number: name for number, name in given.items() if number not in names.names and name not in taken}
+
+
+def naming_line(run: Path, checkpoint: Checkpoint) -> str:
+    """The line that leads to names: those of classes, where labels propose some, or a list of the groups."""
+    words = ["--run", str(run), *["--from-labels"] * bool(new_names(checkpoint.names, checkpoint.proposed))]
+    how = "gives groups the names of the classes that they match" if words[2:] else "lists the groups, to name them"
+    return f"name       {command_line('name', *words)} {how}"
 
 
 def predict_command(checkpoint: Path, images: Path | str, out: Path, backbone: str) -> str:
@@ -128,7 +164,8 @@ def end(code: int) -> int:
 
 
 def _run(main: Callable[..., None], args: Sequence[str]) -> int:
-    with announced("starting   PyTorch is loading"):
+    wait_asleep()
+    with announced("starting   PyTorch is loading"), importing():
         from .system.processes import PATIENCE_S, joined
 
     with joined() as processes, terminable(lambda: processes.ending):

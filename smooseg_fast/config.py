@@ -204,7 +204,7 @@ class TrainConfig:
     batch_size: Annotated[int, Bounds(2)] = 16
     """Squares per step; fewer if there are not as many."""
     patches: AtLeastOne | None = 196
-    """Random patches of each square per step [all]. 196 learn as well as all 784 at a quarter of the cost."""
+    """Random patches of each square per step; None takes all. 196 learn as well as all 784 at a quarter of the cost."""
     lr: Annotated[float, Bounds(0.0, 1e3)] = 1e-4
     """Learning rate of the projection (Adam)."""
     lr_prototypes: Annotated[float, Bounds(0.0, 1e3)] = 5e-4
@@ -214,8 +214,8 @@ class TrainConfig:
     teacher_decay: Annotated[float, Bounds(0.0, 1.0)] = 0.998
     """How slowly the teacher's prototypes follow the student's: the share that they keep in each step."""
     channels: Annotated[int | None, Bounds(2)] = 128
-    """Channels of the features that the projection sees: their leading singular directions [all]. Its time grows with
-    their square. The objective sees all channels."""
+    """Channels of the features that the projection sees: their leading singular directions; None takes all. Its
+    time grows with the square of their number. The objective sees all channels."""
     code_dim: Annotated[int, Bounds(1, 4096)] = 64
     """Channels of a code, which the projection computes from the features of a patch."""
     init: Init = "tree"

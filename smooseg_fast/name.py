@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
-from .command import pictures_of, predict_command, run
+from .command import finished_run, new_names, pictures_of, predict_command, run
 from .errors import UserError
 from .system.commandline import command_line, parse
 from .system.fields import Value
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .segment.names import Group, Names
 
 T = TypeVar("T")
-NEW_NAMES = "road", "building"  # in the command that the list ends with
+EXAMPLES = "road", "building", "sky", "tree"  # names in the command that the list ends with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +61,7 @@ def main(args: Sequence[str]) -> None:
     from .show import pictures
     from .show.tree import tree_picture
 
-    out = Path(config.run).expanduser()
-    if not (out / folder.REPORT).is_file():
-        raise UserError(f"--run {out}: holds no finished run; give the --out folder of training")
+    out = finished_run(config.run)
     ways = [bool(config.names or config.colour or config.apart), config.file is not None, config.from_labels]
     if sum(ways) > 1:
         raise UserError("--file: give either it, or --from-labels, or names, colours and --apart")
@@ -82,10 +80,12 @@ def main(args: Sequence[str]) -> None:
         checkpoint = before.named(given)
         checkpoint.write(out / folder.CHECKPOINT)
         checkpoint.names.write(out / NAMES)
+        shown = []
         if checkpoint.fine is not None:
             pictures.save(out / folder.TREE, tree_picture(checkpoint, str(out)))
-        pages = refreshed(out)
-    tell(before, checkpoint, given, out, pages)
+            shown.append(str(out / folder.TREE))
+        shown += refreshed(out)
+    tell(before, checkpoint, given, out, shown)
 
 
 def apart(checkpoint: Checkpoint, numbers: Sequence[int]) -> Names:
@@ -102,8 +102,12 @@ def changed(names: Names, config: NameConfig) -> Names:
     """`names` with the changes that the command asks for. UserError for one that cannot be."""
     from .segment.names import colour_of
 
+    named = set[int]()
     for word in config.names:
         numbers, name = assignment(word, "N=NAME", names)
+        if twice := named.intersection(numbers):
+            raise UserError(f"N=NAME {word}: group {min(twice)} stands in this line twice; give it one name")
+        named.update(numbers)
         if len(numbers) > 1:
             names = merging(names, numbers)
         if name:
@@ -126,7 +130,8 @@ def assignment(word: str, flag: str, names: Names) -> tuple[list[int], str]:
 
     left, equals, right = word.partition("=")
     if not equals:
-        raise UserError(f"{flag}: {word!r:.60} has no =; write {'3=#aabbcc' if flag == '--colour' else '3=road'}")
+        example = "3=#aabbcc" if flag == "--colour" else "3=road"
+        raise UserError(f"{flag}: {word!r:.60} has no =; write {example}, without spaces")
     numbers = sorted(number_of(text.strip(), f"{flag} {word}") for text in left.split(","))
     if len(set(numbers)) < len(numbers):
         raise UserError(f"{flag} {word}: has a group twice; list each once")
@@ -164,23 +169,27 @@ def with_proposals(checkpoint: Checkpoint, out: Path) -> Names:
     if proposed is None:
         evaluate = command_line("evaluate", "--checkpoint", str(out / "checkpoint.safetensors"), "--data")
         raise UserError(f"--from-labels: these groups were not compared with labels; run {evaluate} FOLDER first")
-    taken = set(names.names.values())
-    new = {int(number): name for number, name in proposed.items() if name not in taken}
-    return replace(names, names=new | names.names).checked("--from-labels")
+    return replace(names, names=new_names(names, proposed) | names.names).checked("--from-labels")
 
 
 def listing(checkpoint: Checkpoint, out: Path) -> str:
-    """A table of the groups, and the command that names some."""
+    """A table of the groups, the pictures that show them by number, and the command that names some."""
+    from .learn.runfolder import GROUPS, PAGE
+
     groups, names = checkpoint.listed, checkpoint.names
-    unnamed = [group.number for group in groups if group.number not in names.names] or [groups[0].number]
-    words = [f"{number}={name}" for number, name in zip(unnamed, NEW_NAMES)]
-    if len(unnamed) > 2:
-        words[1] = f"{unnamed[1]},{unnamed[2]}={NEW_NAMES[1]}"
+    unnamed = [group.number for group in groups if group.number not in names.names]
+    free = [example for example in EXAMPLES if example not in names.names.values()]
+    words = [f"{number}={name}" for number, name in zip(unnamed[:2], free)]
+    if len(unnamed) > 2 and len(words) == 2:
+        words[1] = f"{unnamed[1]},{unnamed[2]}={free[1]}"
     merged = f"; {names.groups} before merging" if names.merge else ""
     lines = [one_line(f"{out}: {len(groups)} groups{merged}"), table(groups, names)]
-    if checkpoint.proposed:
+    if shown := [str(out / name) for name in (GROUPS, PAGE) if (out / name).exists()]:
+        lines.append(one_line(f"look at    {', '.join(shown)} for which number is what"))
+    if new_names(names, checkpoint.proposed):
         lines.append("labels     names from them: " + command_line("name", "--run", str(out), "--from-labels"))
-    lines.append("next       such as " + command_line("name", "--run", str(out), *words))
+    naming = "such as " + command_line("name", "--run", str(out), *words)
+    lines.append("next       " + (naming if words else predicting(checkpoint, out)))
     return "\n".join(lines)
 
 
@@ -198,7 +207,7 @@ def table(groups: Iterable[Group], names: Names) -> str:
     return aligned([head, *rows], left=[1, 4])
 
 
-def tell(before: Checkpoint, checkpoint: Checkpoint, given: Names, out: Path, pages: Sequence[str]) -> None:
+def tell(before: Checkpoint, checkpoint: Checkpoint, given: Names, out: Path, shown: Sequence[str]) -> None:
     """Say what has changed and what may follow."""
     was, now = before.names, checkpoint.names
     print(table(checkpoint.listed, now))
@@ -211,7 +220,8 @@ def tell(before: Checkpoint, checkpoint: Checkpoint, given: Names, out: Path, pa
     parts += [f"{apart} taken apart"] * bool(apart)
     checkpoint_file = out / "checkpoint.safetensors"
     print(one_line(f"changed    {', '.join(parts) or 'nothing'}; {checkpoint_file} keeps all, names.json is a copy"))
-    print("".join(one_line(f"look at    {page}") + "\n" for page in pages), end="")
+    if shown:
+        print(one_line(f"look at    {', '.join(shown)}"))
     stale = out / "evaluation" / "confusion.png"
     if stale.exists() and checkpoint.naming != before.naming:
         again = command_line("evaluate", "--checkpoint", str(checkpoint_file), "--data")
@@ -223,9 +233,14 @@ def tell(before: Checkpoint, checkpoint: Checkpoint, given: Names, out: Path, pa
             f"note       the file is of {given.groups} groups, and the run uses {now.groups}; to use the file's: "
             f"{command_line('choose', *words)}"
         )
-    images = pictures_of(checkpoint.config.data, out)
-    predictions = out / ("predictions" if checkpoint.groups is None else f"predictions_{now.groups}")
-    print("next       " + predict_command(checkpoint_file, images, predictions, checkpoint.backbone_name))
+    print("next       " + predicting(checkpoint, out))
+
+
+def predicting(checkpoint: Checkpoint, out: Path) -> str:
+    """The command that predicts the images of a run with its groups of now."""
+    predictions = "predictions" if checkpoint.groups is None else f"predictions_{checkpoint.groups}"
+    images, file = pictures_of(checkpoint.config.data, out), out / "checkpoint.safetensors"
+    return predict_command(file, images, out / predictions, checkpoint.backbone_name)
 
 
 if __name__ == "__main__":

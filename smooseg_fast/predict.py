@@ -79,7 +79,7 @@ class PredictConfig:
     """Folder for masks/ (8-bit palette PNG of the image's own size, and GeoTIFF of maps), overlays/ (at most 16
     megapixels), shares.json, groups.json (names and colours), manifest.csv, sheet.jpg and the page report.html, all of
     one checkpoint. A map that was stopped in the middle resumes there. In a store there is no page, a map that was
-    stopped starts over, and two commands must not write into one folder at once."""
+    stopped resumes on the same machine alone, and two commands must not write into one folder at once."""
     confidence: bool = False
     """Also write confidence/: how far the likeliest group leads the second at every pixel, 0 to 254 for 0 to 1, and 255
     where there is no data; PNG, or GeoTIFF of maps."""
@@ -155,7 +155,8 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
             finish(config, cuts, items, list(folders.values()), outcome, lambda: perf_counter() - started)
             made = next(iter(folders.values())).path
             if isinstance(made, Path):
-                print("next       " + command_line("export", "--predictions", str(made), "--format", "coco"))
+                form = "gpkg" if any(item.map for item in items) else "coco"
+                print("next       " + command_line("export", "--predictions", str(made), "--format", form))
 
 
 def tell_of_scale(segmenter: Segmenter, items: Sequence[Item]) -> None:
@@ -175,6 +176,7 @@ def settings(config: PredictConfig, segmenter: Segmenter) -> dict[str, Any]:
     """Everything that decides the labels of an image."""
     cutting = segmenter.cutting(config.scale, config.short_side)
     return {
+        "groups": len(segmenter.grouping),
         "checkpoint": f"step {segmenter.checkpoint.step}, {segmenter.digest[:16]}",
         "backbone": segmenter.backbone.digest[:16],
         "reading": str(segmenter.checkpoint.reading),
@@ -220,17 +222,17 @@ def finish(
     count = f"{len(done)} of {len(items)} images" + (f", {len(skipped)} could not be used" if skipped else "")
     if outcome.signal is not None:
         raise Interrupted(outcome.signal, f"{count} are done, in {place(config.out)}{kept}")
-    print(f"segmented {count}")
     took = sum(folder.drawn_s for folder in folders) + perf_counter() - ended
-    print(f"took {clock():.1f} s, overlays, sheets and page {took:.1f} s of it ({100 * took / clock():.0f} %)")
+    drawing = f"{took:.1f} s of it ({100 * took / clock():.0f} %) for overlays, sheets and page"
+    print(f"segmented  {count}; took {clock():.1f} s, {drawing}")
     for folder in folders:
         out = folder.path
-        print(f"masks {out / MASKS}, overlays {out / OVERLAYS}, shares of each group {out / SHARES}")
-        print(f"the mask, time or error of every image {out / MANIFEST}")
-        pages = f", and at more pages in {out / SHEETS}" if any(out.glob(f"{SHEETS}/*.jpg")) else ""
-        print(f"look at {out / SHEET}{pages}")
+        print(f"masks      {out / MASKS}; {out / MANIFEST} has the mask, time or error of every image")
+        print(f"shares     {out / SHARES}: how much of every image and of all is in each group")
+        pages = f", {out / SHEETS}" if any(out.glob(f"{SHEETS}/*.jpg")) else ""
+        print(f"look at    {out / SHEET}{pages}, {out / OVERLAYS}")
         if folder.tiles is not None:
-            print(f"open {out / PAGE} in a browser")
+            print(f"open       {out / PAGE} in a browser")
 
 
 def write_summary(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from .command import end, run
+from .command import end, pictures_of, predict_command, run
 from .config import AtLeastOne, Folder, PresetName, TrainConfig, preset, with_changes
 from .errors import UserError
 from .system.commandline import nearest, parse
@@ -60,7 +60,7 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
         name: with_changes(base, data=config.data, heads=config.seeds, **settings) for name, settings in runs.items()
     }  # all are checked before the first begins
     from .datasets.demo import datasets_of
-    from .learn.runfolder import REPORT
+    from .learn.runfolder import CHECKPOINT, REPORT
     from .learn.trainer import learn
     from .show import charts, pictures
     from .system.processes import ALONE
@@ -85,7 +85,12 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
         axes = [name for name, given in values.items() if len(given) > 1]
         pictures.save(out / PICTURE, charts.sweep_picture(means, axes, figure))
         print(table(means, list(values)))
-        print(f"saved {out / TABLE}, {out / RECORD}, {out / PICTURE}; runs in {out}")
+        print(f"saved      {out / TABLE}, {out / RECORD}; runs in {out}")
+        print(f"look at    {out / PICTURE}")
+        if config.data is not None:
+            (name, learnt), *_ = configs.items()
+            words = out / name / CHECKPOINT, pictures_of(config.data, out / name), out / name / "predictions"
+            print("next       a run's first seed predicts, such as " + predict_command(*words, learnt.backbone))
 
 
 def values_of(words: Iterable[str]) -> dict[str, list[Any]]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tqdm import tqdm
 
-from .command import end, pictures_of, predict_command, run
+from .command import end, naming_line, pictures_of, predict_command, run
 from .config import AUTO, TrainConfig, preset, with_changes
 from .errors import UserError
 from .system.commandline import HELP, command_line, parser_of, read
@@ -42,7 +42,7 @@ def main(args: Sequence[str], processes: Processes | None = None) -> None:
     out, reason = (Path(config.out), "") if config.out else free_folder(config)
     say(f"output     {out}{reason}")
     train, held_out = datasets_of(config)
-    backbone = "" if config.backbone == AUTO else f", backbone {config.backbone}"  # else the choice is said next
+    backbone = "" if config.backbone == AUTO else f", backbone {config.backbone}"  # else `learn` says which
     say(f"smooseg_fast: preset {config.preset}, {train.name} ({len(train)} images){backbone}")
     if config.data is not None and (layout := recognise(config.data)) is not None:
         paper = f"; the paper's settings for it are --preset {layout.preset}"
@@ -68,9 +68,7 @@ def tell_next(config: TrainConfig, segmenter: Segmenter, dataset: Dataset, out: 
         print(f"choose     {out / TREE} shows how the {now} groups split and merge; another number, at once: {other}")
         if now != checkpoint.trained:  # chosen since, so in a folder of its own
             predictions = out / f"predictions_{now}"
-    naming = ["--run", str(out), *["--from-labels"] * bool(checkpoint.proposed)]
-    how = "gives groups the names of the classes that they match" if naming[2:] else "lists the groups, to name them"
-    print(f"name       {command_line('name', *naming)} {how}")
+    print(naming_line(out, checkpoint))
     print("next       " + predict_command(out / CHECKPOINT, images, predictions, segmenter.config.backbone))
 
 
@@ -119,7 +117,7 @@ def words(value: Any) -> str:
 class TrainFlags(TrainConfig):
     """Learn to segment a folder of images without labels; without arguments, the embedded demo.
 
-    The defaults shown are those of the chosen preset: folder with --data, demo without.
+    The defaults are the preset's: demo, or folder with --data. To see those for photos, add --data FOLDER.
     """
 
     config: Annotated[str | None, Group("data"), Value("FILE")] = None
@@ -161,7 +159,7 @@ def read_config(path: Path) -> TrainConfig:
         raise UserError(f"--config {path}: cannot be read ({why}); give the run.json of a run") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: holds no settings by name; give the run.json of a run")
-    values.pop(CHOSEN, None)  # the backbone that auto chose is named
+    values.pop(CHOSEN, None)  # `backbone` has the one that auto chose
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     try:
         name = values.get("preset", "folder" if values.get("data") is not None else "demo")

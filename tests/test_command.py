@@ -25,7 +25,7 @@ from smooseg_fast.predict import PredictConfig
 from smooseg_fast.segment.kmeans import spherical_kmeans
 from smooseg_fast.system.commandline import MODULES, command_line, parse, parser_of, read, starter
 from smooseg_fast.system.fields import check_fields, fields_of, helps_of
-from smooseg_fast.system.signals import Interrupted
+from smooseg_fast.system.signals import Interrupted, importing
 
 PATHS = os.pathsep.join([str(Path(smooseg_fast.__file__).parents[1]), *sys.path])
 ALL_SETTINGS = completion.SETTINGS.values()
@@ -62,6 +62,21 @@ def test_sigterm_anywhere_is_said_like_ctrl_c(capsys):
     assert run(lambda args: signal.raise_signal(signal.SIGTERM), []) == 143
     assert "resume     python -m test_command" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_import_does_not_hide_ctrl_c():
+    def half_imported():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise AttributeError("half imported") from None  # as NumPy does
+
+    with pytest.raises(KeyboardInterrupt), importing():
+        half_imported()
+    with pytest.raises(KeyboardInterrupt), importing(), contextlib.suppress(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    with pytest.raises(ImportError), importing():
+        raise ImportError("nosuch")
 
 
 def test_a_full_disk_says_what_resumes(capsys):
@@ -401,6 +416,7 @@ IN_PYTHON = [
     (dict(deterministic=1), "--deterministic: must be True or False, got 1"),
     (dict(crops=None), "--crops: must be text, got None"),
     (dict(granularty=0.1), "granularty: is not a setting; did you mean granularity"),
+    (dict(tree=1), "tree: is not a setting; known are data,"),  # not near to preset
     (dict(qqq=0.1), "qqq: is not a setting; known are data, preset, ignore,"),
 ]
 

@@ -202,7 +202,8 @@ def test_choose_a_least_share(fine, capsys):
 
 def test_choose_says_what_is_wrong(fine, capsys):
     for args, message in (
-        (["--run", "out"], "error: --groups: give either it or --cut"),
+        (["--run", "out", "4"], "error: 4: belongs to no flag; did you mean --groups 4"),
+        (["--run", "out"], "error: --groups: missing; give it, or --cut with a height of tree.png"),
         (["--run", "out", "--groups", "2", "--cut", "0.1"], "error: --groups: give either it or --cut"),
         (
             ["--run", "out", "--groups", "2", "--cut", "0.1", "--share", "0.1"],
@@ -222,7 +223,7 @@ def test_predict_and_evaluate_take_a_number(trained, labelled, capsys):
     assert json.load(open("three/shares.json"))["groups"] == 3
     assert max(np.asarray(Image.open(mask)).max() for mask in Path("three/masks").rglob("*.png")) <= 2
     assert run(predict.main, [*checkpoint, *images, "--groups", "2", "--out", "three"]) == 2
-    assert "--out three: holds another" in capsys.readouterr().err
+    assert "--out three: holds another run (groups is 3 there and 2 here)" in capsys.readouterr().err
     for whole in ([], ["--whole"]):
         assert run(evaluate.main, [*checkpoint, "--data", str(labelled), "--groups", "4", "--out", "e", *whole]) == 0
         scores = json.load(open("e/scores.json"))
@@ -235,7 +236,7 @@ def test_masks_at_several_numbers_in_one_pass(trained, labelled, capsys, monkeyp
     args = ["--checkpoint", str(trained), "--images", str(labelled / "val" / "images")]
     assert run(predict.main, [*args, "--groups", "3", "--out", "three"]) == 0
     assert run(predict.main, [*args, "--groups", "2", "3", "5", "--out", "many"]) == 0
-    assert "look at many/groups_5/sheet.jpg" in capsys.readouterr().out
+    assert "look at    many/groups_5/sheet.jpg" in capsys.readouterr().out
     masks = [path.relative_to("three") for path in Path("three/masks").rglob("*.png")]
     assert masks
     for mask in masks:

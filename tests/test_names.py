@@ -12,7 +12,7 @@ from textures import draw
 
 import smooseg_fast
 from smooseg_fast import choose, evaluate, name, predict
-from smooseg_fast.command import run
+from smooseg_fast.command import new_names, run
 from smooseg_fast.errors import UserError
 from smooseg_fast.learn.runpictures import different
 from smooseg_fast.measure.scores import hungarian, proposed_names, scores_table
@@ -133,6 +133,7 @@ def test_names_of_a_run_reach_predictions_and_evaluation(fine, labelled, capsys)
     assert run(name.main, naming) == 0
     printed = capsys.readouterr().out
     assert "out: 4 groups\ngroup  name" in printed
+    assert "\nlook at    out/groups.png, out/report.html for which number is what\n" in printed
     assert printed.splitlines()[-1] == "next       such as python -m smooseg_fast.name --run out 0=road 1,2=building"
     images = Path("images")
     images.mkdir()
@@ -193,7 +194,13 @@ def test_names_of_a_run_reach_predictions_and_evaluation(fine, labelled, capsys)
 
     assert run(choose.main, [*naming, "--groups", "3"]) == 0
     assert json.load(open("out/names.json"))["groups"] == 3
+    capsys.readouterr()
     assert run(choose.main, [*naming, "--groups", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert "has 4 groups (3 after merging) now; it had 3 (2 after merging)\n" in printed
+    assert "\nname       python -m smooseg_fast.name --run out lists the groups, to name them\n" in printed
+    assert run(name.main, naming) == 0  # names that are taken are not proposed
+    assert capsys.readouterr().out.endswith("next       such as python -m smooseg_fast.name --run out 1=building\n")
     assert json.load(open("out/names.json"))["names"] == {"0": "ground", "3": "road"}
     before = read_checkpoint("out/checkpoint.safetensors").naming
     Path("out/tree.png").unlink()  # what the run writes again keeps the names
@@ -208,6 +215,11 @@ def test_names_of_a_run_reach_predictions_and_evaluation(fine, labelled, capsys)
     assert run(name.main, [*naming, "--from-labels"]) == 0
     given = json.load(open("out/names.json"))["names"]
     assert given == proposed | {"3": "road"}  # a given name stays
+    capsys.readouterr()
+    assert run(name.main, naming) == 0
+    printed = capsys.readouterr().out
+    assert "--from-labels" not in printed  # nothing is left for them
+    assert ("next       such as" in printed) == (len(given) < 4)
 
     Path("names.json").write_text(json.dumps({"groups": 2, "names": {"0": "one"}}))
     assert run(name.main, [*naming, "--file", "names.json"]) == 0
@@ -217,20 +229,38 @@ def test_names_of_a_run_reach_predictions_and_evaluation(fine, labelled, capsys)
     kept = Path("out/checkpoint.safetensors").read_bytes()
     for words, message in {
         "9=x": "N=NAME 9=x: group 9 does not exist; the groups are 0, 1, 2, 3",
-        "9": "N=NAME: '9' has no =; write 3=road",
+        "9": "N=NAME: '9' has no =; write 3=road, without spaces",
+        "3=a 3=b": "N=NAME 3=b: group 3 stands in this line twice; give it one name",
         "x=3": "N=NAME x=3: 'x' is not the number of a group",
         "1,1=a": "N=NAME 1,1=a: has a group twice",
         "0=road": "N=NAME: 'road' names groups 0 and 3; merge them: 0,3=road",
         "--colour 3=red": "--colour 3=red: 'red' is no colour",
         "--apart 3": "--apart 3: nothing is merged into group 3; no merges are in use",
-        "--file nowhere.json": "--file nowhere.json: cannot be read",
+        "--file nowhere.json": "--file nowhere.json: cannot be read (No such file or directory); give the path of the",
         "3=a --from-labels": "--file: give either it, or --from-labels, or names",
     }.items():
         assert run(name.main, [*naming, *words.split()]) == 2
         assert capsys.readouterr().err.startswith(f"error: {message}")
     assert Path("out/checkpoint.safetensors").read_bytes() == kept
-    assert run(name.main, ["--run", "nowhere"]) == 2
-    assert capsys.readouterr().err.startswith("error: --run nowhere: holds no finished run")
+    assert run(name.main, ["out", "3=a"]) == 2
+    assert capsys.readouterr().err == "error: --run: missing; did you mean --run out\n"
+    Path("begun").mkdir()
+    Path("begun/run.json").write_text("{}")
+    for folder, message in {
+        "nowhere": "holds no finished run; give the --out folder of training",
+        "out/checkpoint.safetensors": "holds no finished run; did you mean out",
+        ".": "holds no finished run; did you mean out",
+        "begun": "is not finished; run the same smooseg train again, which resumes it",
+    }.items():
+        for main, words in ((name.main, []), (choose.main, ["--groups", "2"])):
+            assert run(main, ["--run", folder, *words]) == 2
+            assert capsys.readouterr().err == f"error: --run {folder}: {message}\n"
+
+
+def test_names_that_are_new():
+    names = Names(3, {0: "road", 2: "sky"})
+    assert new_names(names, {"0": "tree", "1": "road"}) == new_names(names, None) == {}
+    assert new_names(names, {"0": "tree", "1": "wall"}) == {1: "wall"}
 
 
 def test_merging_again_takes_groups_along():

@@ -93,6 +93,9 @@ def test_callbacks_are_told_every_step_and_every_pass():
     assert [progress.records for progress in steps] == [(), (), (), ({"step": 4},), ()]
     assert [(progress.step, progress.epoch) for progress in passes] == [(2, 1), (4, 2)]
     assert both == [1, 2, -1, 3, 4, -2, 5]
+    for wrong in (print, SimpleNamespace(on_step=print)):  # before anything is read
+        with pytest.raises(UserError, match=r"^callbacks: give a list of functions, such as \[f\]; got "):
+            fit("nosuch", callbacks=wrong)
     with pytest.raises(UserError, match=r"^callbacks: must be functions, or have on_step or on_epoch; got 3$"):
         Callbacks([3], 1)
 

@@ -30,6 +30,8 @@ def test_a_folder_takes_the_same_settings_again_and_no_others(tmp_path):
         UserError, match=r"^--out .*out: holds another run \(a is 1 there and 2 here\); give another folder"
     ):
         open_folder(path, a=2)
+    with pytest.raises(UserError, match=r"\(a is 1 there and not set here\)"):
+        open_folder(path, a=None)
 
 
 def test_a_claimed_folder_names_its_output(tmp_path):

@@ -22,7 +22,7 @@ Record = dict[str, Any]  # a line of metrics.jsonl
 
 
 class Board(Protocol):
-    """Where curves are shown: one series for every figure and head."""
+    """A tool that shows curves: one series for every figure and head."""
 
     def add(self, records: Iterable[Record]) -> None: ...
 

@@ -1,4 +1,4 @@
-"""What `fit` tells its caller while it trains."""
+"""Callbacks of `fit`: functions that it calls between steps."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Progress:
 
     Attributes:
         step: optimiser steps taken, 1 to `steps`.
-        steps: of the whole run.
-        epoch: passes over all squares that are complete.
+        steps: number of steps of the whole run.
+        epoch: number of complete passes over all squares.
         records: the lines that metrics.jsonl got at this step, one for each head; empty between them.
     """
 
@@ -37,6 +37,15 @@ class Listener(Protocol):
 
 
 Callback = Callable[[Progress], Any] | Listener  # a function stands for `on_step`
+
+
+def checked(callbacks: Iterable[Callback]) -> tuple[Callback, ...]:
+    """The callbacks that `fit` got. UserError for what is no list of them."""
+    if callable(callbacks) or not isinstance(callbacks, Iterable):
+        raise UserError(f"callbacks: give a list of functions, such as [f]; got {callbacks!r:.80}")
+    listed = tuple(callbacks)
+    Callbacks(listed, 1)
+    return listed
 
 
 class Callbacks:

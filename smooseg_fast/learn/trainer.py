@@ -36,7 +36,7 @@ from ..system.processes import ALONE, Processes
 from ..system.signals import with_kept
 from ..system.stores import require_local
 from .board import require_board
-from .callbacks import Callback
+from .callbacks import Callback, checked
 from .run import Run
 from .runfolder import RunFolder
 from .setting import Say, Setting
@@ -76,6 +76,7 @@ def fit(
             resumes.
     """
     require_local(out, "out")
+    listeners = checked(callbacks)
     data = str(images) if isinstance(images, (str, Path)) else None
     config = with_changes(preset(preset_name), data=data, **settings)
     dataset: Dataset
@@ -85,7 +86,7 @@ def fit(
     else:
         dataset = ArrayDataset(list(images))
     out, say = None if out is None else Path(out).expanduser(), say or (lambda line: None)
-    return learn(config, dataset, held_out, out=out, progress=progress, say=say, callbacks=tuple(callbacks))
+    return learn(config, dataset, held_out, out=out, progress=progress, say=say, callbacks=listeners)
 
 
 @plain_torch()

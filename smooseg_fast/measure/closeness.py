@@ -14,7 +14,7 @@ import smooseg_kernels as sk
 from ..config import Thresholds
 from ..features.sample import BATCH
 from ..features.store import FeatureStore
-from ..system.progress import Bar
+from ..system.progress import SILENT_S, Bar
 
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
 BINS, REACH = 1500, 1.5  # bins 0.002 wide, over W - M from -REACH to REACH
@@ -23,7 +23,6 @@ WORK = 2e10
 PAIR_WORK = 150  # cost of counting a pair, on top of its product
 SQUARE_WORK = 1e7  # cost of the calls for a square, on top of its pairs: there may be many tiny squares
 PATCHES = BATCH * 784  # counted together; square by square, 10,000 tiny ones would take seconds of calls
-SLOW_BYTES = 2**30  # features from this size on show a progress line
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,7 @@ def similarity(
     # batches of at least two squares, so that each has a partner
     counted_batches = order[:counted].tensor_split(-(-counted // batch))
     sums, squares, counts = torch.zeros(D, dtype=torch.float64), 0.0, torch.zeros(2, BINS, dtype=torch.int64)
-    with Bar(total=N, desc="closeness", unit="square", disable=not progress or store.nbytes < SLOW_BYTES) as bar:
+    with Bar(total=N, desc="closeness", unit="square", disable=not progress, delay=SILENT_S) as bar:
         for number, rows in enumerate((*counted_batches, *order[counted:].sort().values.split(batch))):
             f, valid = store.rows(rows).to(device), store.valid(rows)
             weight = None if valid is None else valid.to(device, torch.float32)

@@ -292,7 +292,7 @@ class Segmenter(Displayed):
     def unmerged_bands(
         self, views: Views, codes: Iterable[Tensor], picture: Picture, refine: Refine, start: Start
     ) -> Iterator[np.ndarray]:
-        """As `label_bands`, with the numbers of groups before merging."""
+        """Yield the bands of `label_bands`, with the numbers of groups before merging."""
         scores: Iterator[Tensor] = map(self.grouping.scores, codes)
         if refine != "none":
             plane = Plane(views.grid, views.size, views.shape, views.density)

@@ -71,7 +71,7 @@ def _bytes(c: str) -> str:
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """ "; did you mean X", or nothing when nothing is near."""
-    close = difflib.get_close_matches(word, list(known), 1, 0.6)
+    close = difflib.get_close_matches(word, list(known), 1, 0.65)
     return f"; did you mean {close[0]}" if close else ""
 
 
@@ -178,9 +178,13 @@ def parse(kind: type[T], args: Sequence[str], *command: str) -> T:
     program = command_line(*command)
     given = read(kind, args, program)
     fields = fields_of(kind).values()  # type: ignore[arg-type]  # mypy looks up an instance's __hash__
-    missing = [field.label for field in fields if field.required and field.name not in given]
+    missing = [field for field in fields if field.required and field.name not in given]
     if missing:
-        raise UserError(f"{missing[0]}: missing; {program} --help lists the flags")
+        words = [str(word) for field in fields if field.value.positional for word in given.get(field.name) or ()]
+        path = next((word for word in words if missing[0].value.usual and Path(word).exists()), None)
+        label = missing[0].label
+        hint = f"{program} --help lists the flags" if path is None else f"did you mean {label} {quoted(path)}"
+        raise UserError(f"{label}: missing; {hint}")
     return kind(**given)
 
 

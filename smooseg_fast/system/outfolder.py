@@ -31,8 +31,9 @@ class HoldsAnotherRun(UserError):
 
     def __init__(self, path: File, name: str, recorded: Any, asked: Any):
         self.name, self.recorded, self.asked = name, recorded, asked
+        there, here = ("not set" if value is None else repr(value) for value in (recorded, asked))
         super().__init__(
-            f"--out {path}: holds another run ({name} is {recorded!r} there and {asked!r} here); "
+            f"--out {path}: holds another run ({name} is {there} there and {here} here); "
             "give another folder, or the same settings to resume"
         )
 

@@ -41,6 +41,26 @@ def terminable(ending: Callable[[], bool]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def importing() -> Iterator[None]:
+    """Raise KeyboardInterrupt after a Ctrl-C inside even where imported code hides it: NumPy's turns it into another
+    error, and others continue half imported."""
+    received: list[int] = []
+
+    def note(number: int, _frame: Any) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    try:
+        with _handled_by(note, signal.SIGINT):
+            yield
+    except Exception:
+        if not received:
+            raise
+    if received:
+        raise KeyboardInterrupt
+
+
 class StopRequest:
     """Ctrl-C, SIGTERM or SIGHUP as a `number` that a loop acts on between two steps; None until one comes."""
 

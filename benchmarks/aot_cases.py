@@ -104,7 +104,7 @@ def projection_case(dtype: torch.dtype, H: int = 1, D: int = 384) -> None:
 # nearly the same programs as another case's, with fewer options or of another size: a sample does without
 REPEATED = ("bf16 H=1", "bf16 H=16", "fp16 H=1", "bf16 pairs, P=121", "bf16 pairs, D=768", "bf16 pairs, Z=200")
 REPEATED += ("bf16 contrast", "bf16 contrast, labels", "bf16 statistics", "fp32 statistics", "fp32 rows")
-REPEATED += ("bf16 gaussian, K=135", "fp32 gaussian, K=135")
+REPEATED += ("bf16 gaussian, K=135", "fp32 gaussian, K=135", "fp16 projection, H=4, D=104")
 
 
 def shipped_cases(amount: str = "all") -> dict:

@@ -216,12 +216,13 @@ def others(card: Card) -> None:
 
 def wide(card: Card) -> None:
     """Many prototypes, wide rows and fp32, whose kernels have settings of their own."""
-    some = slice(1 if card.tiny else None)
-    for K, H in ((100, 4), (100, 1))[some]:
-        timed_cell(card, "objective", f"k{K}_h{H}", Problem(K=K, H=H))
-    for Z in (70, 256)[some]:
+    timed_cell(card, "objective", "k100_h4", Problem(K=100, H=4))
+    if card.tiny:
+        return
+    timed_cell(card, "objective", "k100_h1", Problem(K=100))
+    for Z in (70, 256):
         timed_cell(card, "pairs", f"d768_z{Z}", PairProblem(B=16, D=768, Z=Z))
-    for H in (4, 1)[some]:
+    for H in (1, 4):
         timed_cell(card, "objective", f"fp32_h{H}", Problem(H=H, element=4), dtype="float32")
     timed_cell(card, "pairs", "all_784", PairProblem(element=4), dtype="float32")
 

@@ -104,7 +104,7 @@ def test_callbacks_are_told_every_step_and_every_pass():
 
 
 class FakeRun:
-    """What a run of wandb is to the trainer."""
+    """Stand in for a run of wandb."""
 
     def __init__(self, kept):
         self.logged, self.finished, self.kept = [], 0, kept

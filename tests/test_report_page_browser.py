@@ -195,7 +195,7 @@ def test_names_and_merges_become_a_file_and_a_command(page):
 
 
 def focused(page):
-    """What has the keyboard, once the page is drawn again."""
+    """Find what has the keyboard, once the page is drawn again."""
     page.evaluate("() => new Promise((done) => requestAnimationFrame(() => setTimeout(done, 30)))")
     return page.evaluate("document.activeElement.dataset.key")
 

@@ -63,7 +63,7 @@ def reason(error: BaseException) -> str:
 
 
 def remedy(url: str, error: BaseException) -> str:
-    """What to do about an error of a store: to log in, to name the region, or to check the address."""
+    """Say what to do about an error of a store: log in, name the region, or check the address."""
     protocol, cause, names = url.partition("://")[0].lower(), error, {type(error).__name__}
     while cause.__cause__ is not None:
         cause = cause.__cause__

@@ -352,7 +352,7 @@ def remove(file: Remote) -> None:
 
 
 def entries(folder: Remote) -> Iterator[tuple[Remote, bool]]:
-    """What lies in a folder: (file or folder, whether it is a folder), in no order.
+    """List what lies in a folder: (file or folder, whether it is a folder), in no order.
 
     FileNotFoundError where there is none such; OSError and ValueError where the store does not list it.
     """

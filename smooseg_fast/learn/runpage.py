@@ -23,7 +23,7 @@ from .runfolder import CHECKPOINT, REPORT
 from .setting import Setting
 from .tiler import Tiler, cutting_of
 
-SHARE_OF_TIME, LEAST_IMAGES = 0.07, 12  # of the run so far that pictures and tiles may take; images shown in any case
+SHARE_OF_TIME, LEAST_IMAGES = 0.055, 12  # of the run so far that pictures and tiles may take; images shown in any case
 THREADS = 2  # that make tiles
 
 

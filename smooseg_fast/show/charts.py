@@ -144,12 +144,14 @@ def curves_picture(
         left, bottom = 5.6 * (i % columns) + 0.6, 3.2 * (rows - 1 - i // columns) + 0.5
         place = left / width, bottom / height, 4.9 / width, 2.45 / height
         # equal steps line up in all panels
-        axes = figure.add_axes(place, title=name, xlabel="step", sharex=axes)
+        axes = figure.add_axes(place, title=name, xlabel="step" if i + columns >= len(curves) else "", sharex=axes)
         for key, points in by_key.items():
             axes.plot(*zip(*points), marker="o" if len(points) < 15 else "", markersize=3.5, label=key)
         axes.grid(axis="y", color=RULE)
-        axes.legend()
-        axes.locator_params(axis="x", integer=True)
+        if len(by_key) > 1:
+            axes.legend()
+        axes.locator_params(axis="x", integer=True, nbins=5)
+        axes.locator_params(axis="y", nbins=5)
     if not curves:
         figure.text(0.5, 0.5, "nothing recorded yet", color=GREY, ha="center")
     return rendered(figure, title)

@@ -337,11 +337,11 @@ def test_a_broken_connection_is_tried_again_and_then_is_the_images_own_error(mem
 
 
 class NoCredentialsError(Exception):
-    """As botocore calls it."""
+    """Has the name of botocore's error."""
 
 
 class Answered(OSError):
-    """As s3fs raises what botocore answers."""
+    """Has a status in its cause, as s3fs raises what botocore answers."""
 
     def __init__(self, status):
         super().__init__("Bad Request")
@@ -374,23 +374,24 @@ def test_a_refusal_names_what_to_set(url, error, what):
     assert patience.remedy(url, error).startswith(what)
 
 
+# the last two: its package repeated the attempt for long, but a timeout is one attempt
 @pytest.mark.parametrize(
-    ("error", "times"), [(NoCredentialsError("none"), 1), (Answered(400), 1), (Answered(503), patience.TRIES)], ids=str
+    ("error", "repeated_s", "times"),
+    [
+        (NoCredentialsError("none"), 25.0, 1),
+        (Answered(400), 25.0, 1),
+        (Answered(503), 25.0, patience.TRIES),
+        (OSError("Name or service not known"), -1.0, 1),
+        (TimeoutError("late"), -1.0, patience.TRIES),
+    ],
+    ids=str,
 )
-def test_what_another_try_does_not_change_is_tried_once(memory, monkeypatch, error, times):
+def test_what_another_try_does_not_change_is_tried_once(memory, monkeypatch, error, repeated_s, times):
+    monkeypatch.setattr(patience, "REPEATED_S", repeated_s)
     broken = Broken(memory, monkeypatch, "cat_file", 99, error)
     with pytest.raises(StoreError):
         Remote("memory://set/0.png").read_bytes()
     assert len(broken.calls) == times
-
-
-def test_what_its_package_tried_for_long_is_tried_once(memory, monkeypatch):
-    monkeypatch.setattr(patience, "REPEATED_S", -1.0)
-    for error, times in ((OSError("Name or service not known"), 1), (TimeoutError("late"), patience.TRIES)):
-        broken = Broken(memory, monkeypatch, "cat_file", 99, error)
-        with pytest.raises(StoreError):
-            Remote("memory://set/0.png").read_bytes()
-        assert len(broken.calls) == times
 
 
 def test_a_server_that_says_nothing_is_given_up(memory, monkeypatch):
@@ -410,7 +411,7 @@ def test_a_missing_bucket_is_not_made(memory, monkeypatch):
 
 
 def test_a_listing_is_tried_again(memory, monkeypatch):
-    """Also where emptying its cache asks the store, as the hub's does."""
+    """Emptying its cache asks the store, too, as the hub's does."""
     upload(memory, "/set", labels=False)
     broken = Broken(memory, monkeypatch, "invalidate_cache", patience.TRIES - 1)
     assert len(open_dataset("memory://set/images", "train")) == 4

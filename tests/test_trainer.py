@@ -61,7 +61,7 @@ def metrics(out, head=FIRST):
 
 
 def files(out):
-    """What the files of a run hold, without the times that its page tells."""
+    """Read the files of a run, without the times that its page tells."""
     contents = {path.relative_to(out).as_posix(): path.read_bytes() for path in Path(out).rglob("*") if path.is_file()}
     return {name: re.sub(rb'"times": ?\[.*?\]\]', b"", content) for name, content in contents.items()}
 
